@@ -1,0 +1,28 @@
+"""Packaging. Tool settings are in pyproject.toml, dependencies in requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "lit_transdiff/__init__.py").read_text()).group(1)
+REQUIREMENTS = [
+    line.split("#")[0].strip()
+    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    if line.split("#")[0].strip()
+]
+
+setup(
+    name="lit-transdiff",
+    version=VERSION,
+    description="Train, sweep and compare TransDiff-type image generators",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["lit_transdiff", "lit_transdiff.*"]),
+    install_requires=REQUIREMENTS,
+    extras_require={"dev": ["pytest>=8", "pytest-xdist", "ruff", "mypy", "pre-commit"]},
+    entry_points={"console_scripts": ["lit-transdiff=lit_transdiff.__main__:main"]},
+)
