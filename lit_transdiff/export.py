@@ -1,0 +1,78 @@
+"""The plain form of a trained model: ``model.safetensors`` (averaged weights), ``config.yaml`` and ``export.json``.
+
+Every command that uses a trained model reads this form; a run folder stands for the ``export`` folder in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_transdiff.config import RunConfig, load_run, save_yaml
+
+
+@dataclass(frozen=True)
+class Export:
+    """A trained model as it lies on disk: its run, its weights and where they come from (step, images seen, versions)."""
+
+    folder: Path
+    run: RunConfig
+    state: dict[str, Tensor]
+    info: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights file, 16 hexadecimal digits."""
+        return file_hash(self.folder / "model.safetensors")
+
+
+def export_folder(path: str | Path) -> Path:
+    """The export folder that ``path`` (a run folder or an export folder) stands for.
+
+    Raises ``FileNotFoundError`` naming the trained runs nearby when there is none.
+    """
+    path = Path(path)
+    for candidate in (path, path / "export"):
+        if (candidate / "model.safetensors").is_file():
+            return candidate
+    root = path if path.is_dir() else path.parent
+    nearby = sorted(str(p.parent.parent) for p in root.glob("*/export/model.safetensors")) if root.is_dir() else []
+    hint = f" Trained runs there: {', '.join(nearby)}." if nearby else ""
+    raise FileNotFoundError(f"{path} holds no trained model (no export/model.safetensors).{hint}")
+
+
+def read_export(path: str | Path) -> Export:
+    """Read a trained model from a run folder or an export folder."""
+    folder = export_folder(path)
+    info = json.loads((folder / "export.json").read_text())
+    return Export(folder, load_run(folder / "config.yaml"), load_file(folder / "model.safetensors"), info)
+
+
+def write_export(folder: Path, run: RunConfig, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Write a trained model under a temporary name, then put it in place of what was there."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({key: value.contiguous() for key, value in state.items()}, partial / "model.safetensors")
+    save_yaml(run, partial / "config.yaml")
+    (partial / "export.json").write_text(json.dumps(dict(info), indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, the first 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,104 @@
+"""Time grids, and the integrators that carry noise (t = 1) to data (t = 0).
+
+A solver is ``solver(velocity_fn, x, grid, draw, config) -> x``: ``x`` [B, ...] is the state at ``grid[0]``, ``grid`` a falling
+list of times that ends in 0, ``velocity_fn(x, t)`` takes t as a tensor [1], and ``draw()`` gives fresh Gaussian numbers of x's
+shape (deterministic solvers never call it). The state and t are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lit_transdiff.config import SamplingConfig
+from lit_transdiff.flow.loss import VelocityFn, shift_times
+
+Draw = Callable[[], Tensor]
+Solver = Callable[[VelocityFn, Tensor, list[float], Draw, SamplingConfig], Tensor]
+
+
+def paper_grid(num_steps: int) -> Tensor:
+    """n times from 1 to 0.04 at equal distances, then 0 (the grid of the released sampler)."""
+    return torch.cat([torch.linspace(1, 0.04, num_steps), torch.zeros(1)])
+
+
+def uniform_grid(num_steps: int) -> Tensor:
+    """n + 1 times from 1 to 0 at equal distances."""
+    return torch.linspace(1, 0, num_steps + 1)
+
+
+GRIDS: dict[str, Callable[[int], Tensor]] = {"paper": paper_grid, "uniform": uniform_grid}
+
+
+def time_grid(config: SamplingConfig) -> list[float]:
+    """The falling times of a sampler, n + 1 of them; a shift above 1 spends more of them near noise."""
+    return shift_times(GRIDS[config.grid](config.num_steps), config.shift).tolist()
+
+
+def euler_maruyama(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+    """The paper's stochastic sampler: drift v - t score = (2 - t) v + x and diffusion 2 t (section 3.2).
+
+    Drift and noise are scaled by ``drift_scale`` and ``noise_scale`` in every step but the last, which is plain.
+    """
+    for i, (t, t_next) in enumerate(zip(grid, grid[1:], strict=False)):
+        last = i == len(grid) - 2
+        noise = None if last else draw()
+        dt = t_next - t
+        drift = (2 - t) * velocity(velocity_fn, x, t) + x
+        if noise is None:
+            x = x + drift * dt
+        else:
+            x = x + config.drift_scale * drift * dt + config.noise_scale * math.sqrt(2 * t * -dt) * noise
+    return x
+
+
+def euler(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+    """First order, one evaluation a step."""
+    for t, t_next in zip(grid, grid[1:], strict=False):
+        x = x + (t_next - t) * velocity(velocity_fn, x, t)
+    return x
+
+
+def heun(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+    """Second order, two evaluations a step: the trapezoid rule with an Euler predictor."""
+    for t, t_next in zip(grid, grid[1:], strict=False):
+        v = velocity(velocity_fn, x, t)
+        v_next = velocity(velocity_fn, x + (t_next - t) * v, t_next)
+        x = x + (t_next - t) * (v + v_next) / 2
+    return x
+
+
+def adams_bashforth(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+    """Second order, one evaluation a step: extrapolates from the step before, for steps of any length.
+
+    The first step has nothing before it and is a Heun step.
+    """
+    v_before, dt_before = velocity(velocity_fn, x, grid[0]), grid[1] - grid[0]
+    x = x + dt_before * (v_before + velocity(velocity_fn, x + dt_before * v_before, grid[1])) / 2
+    for t, t_next in zip(grid[1:], grid[2:], strict=False):
+        v, dt = velocity(velocity_fn, x, t), t_next - t
+        x = x + dt * (v + dt / (2 * dt_before) * (v - v_before))
+        v_before, dt_before = v, dt
+    return x
+
+
+SOLVERS: dict[str, Solver] = {
+    "euler_maruyama": euler_maruyama,
+    "euler": euler,
+    "heun": heun,
+    "adams_bashforth": adams_bashforth,
+}
+
+
+def velocity(velocity_fn: VelocityFn, x: Tensor, t: float) -> Tensor:
+    """The velocity at a time that all rows share, in float32."""
+    return velocity_fn(x, torch.full((1,), t, dtype=torch.float32, device=x.device)).to(x.dtype)
+
+
+@torch.no_grad()
+def solve(velocity_fn: VelocityFn, noise: Tensor, config: SamplingConfig, draw: Draw) -> Tensor:
+    """Carry ``noise`` [B, ...] to data with the configured grid and solver."""
+    return SOLVERS[config.solver](velocity_fn, noise, time_grid(config), draw, config)

@@ -1,0 +1,116 @@
+"""The diffusion decoder: (x_t, t, context) -> velocity.
+
+Shapes: B images, V views of an image (references times noise draws), N tokens, S context tokens, D width, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lit_transdiff.models.layers import (
+    CrossAttention,
+    SelfAttention,
+    TimeEmbedding,
+    initialise,
+    layer_norm,
+    learned,
+    mlp,
+    modulate,
+)
+from lit_transdiff.models.tokens import patchify, unpatchify
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the decoder keeps of a context: keys and values of every block, made once for all draws and solver steps.
+
+    ``visible[r]`` is the number of context tokens that the rows of reference r may see.
+    """
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    visible: tuple[int, ...]
+
+
+class DecoderBlock(nn.Module):
+    """Modulated and gated self-attention and MLP, with plain cross-attention to the context between them."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, attention_dropout: float, projection_dropout: float) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / math.sqrt(width))
+        self.norm1 = layer_norm(width)
+        self.self_attention = SelfAttention(width, num_heads, attention_dropout, projection_dropout)
+        self.norm2 = layer_norm(width)
+        self.cross_attention = CrossAttention(width, num_heads, attention_dropout, projection_dropout)
+        self.norm3 = layer_norm(width)
+        self.mlp = mlp(width, mlp_ratio, projection_dropout)
+
+    def forward(self, x: Tensor, modulation: Tensor, keys_values: tuple[Tensor, Tensor], visible: tuple[int, ...]) -> Tensor:
+        """``x`` [(V B), N, D], ``modulation`` [(V B) or 1, 6, D] -> [(V B), N, D]."""
+        rows = (self.scale_shift_table + modulation).chunk(6, dim=1)
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = rows
+        x = x + gate_attention * self.self_attention(modulate(self.norm1(x), shift_attention, scale_attention))
+        x = x + self.cross_attention(self.norm2(x), keys_values, visible)
+        return x + gate_mlp * self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """Modulated normalisation and the projection to velocities, which starts at zero."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / math.sqrt(width))
+        self.norm = layer_norm(width, affine=False)
+        self.linear = nn.Linear(width, out_features)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """``x`` [B, N, D], time ``embedding`` [B or 1, D] -> [B, N, C p p]."""
+        shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class DiffusionDecoder(nn.Module):
+    """Flow-matching decoder of TransDiff (arXiv 2506.09482, section 3)."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        num_heads: int,
+        num_blocks: int,
+        mlp_ratio: float,
+        latent_channels: int,
+        latent_size: int,
+        patch_size: int,
+        attention_dropout: float,
+        projection_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        token_features = latent_channels * patch_size**2
+        self.position = learned(1, (latent_size // patch_size) ** 2, width)
+        self.time_embedding = TimeEmbedding(width)
+        self.context_projection = nn.Linear(width, width)
+        self.input_projection = nn.Linear(token_features, width)
+        self.blocks = nn.ModuleList(
+            DecoderBlock(width, num_heads, mlp_ratio, attention_dropout, projection_dropout) for _ in range(num_blocks)
+        )
+        self.final = FinalLayer(width, token_features)
+        self.apply(initialise)
+        nn.init.zeros_(self.final.linear.weight)
+
+    def memory(self, context: Tensor, visible: tuple[int, ...]) -> Memory:
+        """Keys and values of ``context`` [B, S, D] for every block; see ``Memory``."""
+        projected = self.context_projection(context)
+        return Memory(tuple(block.cross_attention.keys_values(projected) for block in self.blocks), visible)
+
+    def forward(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
+        """Velocity [(V B), C, H, W] of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or [1]."""
+        x = self.input_projection(patchify(x_t, self.patch_size)) + self.position
+        embedding, modulation = self.time_embedding(t)
+        for block, keys_values in zip(self.blocks, memory.keys_values, strict=True):
+            x = block(x, modulation, keys_values, memory.visible)
+        return unpatchify(self.final(x, embedding), self.patch_size, x_t.shape[-2])

@@ -1,0 +1,124 @@
+"""The layers that encoder and decoder share.
+
+Shapes: B batch, N query tokens, S context tokens, D width, h heads, d head dimension (D = h d), V views (decoder rows
+that belong to one image: its references times its noise draws).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+TIME_FEATURES = 256
+
+
+def layer_norm(width: int, affine: bool = True) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=affine)
+
+
+def mlp(width: int, ratio: float, dropout: float) -> Mlp:
+    """Linear, exact GELU, dropout, linear, dropout."""
+    return Mlp(width, int(width * ratio), drop=dropout)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one joint projection, laid out [q | k | v], each [head][head dimension]."""
+
+    def __init__(self, width: int, num_heads: int, attention_dropout: float, projection_dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(projection_dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``x`` [B, N, D]; ``mask`` [N, N] boolean, true where a row's token may look. Returns [B, N, D]."""
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        dropout = self.attention_dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.dropout(self.proj(rearrange(y, "b h n d -> b n (h d)")))
+
+
+class CrossAttention(nn.Module):
+    """Attention of decoder tokens over the context, with keys and values that can be made once and used often."""
+
+    def __init__(self, width: int, num_heads: int, attention_dropout: float, projection_dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_dropout = attention_dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(projection_dropout)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, h, S, d] of ``context`` [B, S, D]."""
+        key, value = self.key(context), self.value(context)
+        return tuple(rearrange(z, "b s (h d) -> b h s d", h=self.num_heads) for z in (key, value))  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], visible: tuple[int, ...]) -> Tensor:
+        """Attend from ``x`` [(V B), N, D], whose V B rows are ordered (reference, draw, image).
+
+        The rows of reference r see the first ``visible[r]`` context tokens of their image. All draws of an image share
+        its keys and values: their queries stand in one row. Returns [(V B), N, D].
+        """
+        k, v = keys_values
+        dropout = self.attention_dropout if self.training else 0.0
+        q = rearrange(self.query(x), "(r m b) n (h d) -> r b h (m n) d", r=len(visible), b=len(k), h=self.num_heads)
+        y = [F.scaled_dot_product_attention(q[r], k[:, :, :s], v[:, :, :s], dropout_p=dropout) for r, s in enumerate(visible)]
+        y = rearrange(torch.stack(y), "r b h (m n) d -> (r m b) n (h d)", n=x.shape[1])
+        return self.dropout(self.proj(y))
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features of t and a two-layer network; one more projection gives the six modulations of the blocks."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.linear_1 = nn.Linear(TIME_FEATURES, width)
+        self.linear_2 = nn.Linear(width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``t`` [B] in [0, 1] -> embedding [B, D] and block modulation [B, 6, D]."""
+        embedding = self.linear_2(F.silu(self.linear_1(time_features(t).to(self.linear_1.weight.dtype))))
+        return embedding, rearrange(self.modulation(F.silu(embedding)), "b (six d) -> b six d", six=6)
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Cosines then sines of 1000 t at 128 frequencies from 1 down to 1/10000; ``t`` [B] -> [B, 256], float32.
+
+    The arguments reach 1000 rad, so the frequencies keep exactly this float32 formula under every precision.
+    """
+    half = TIME_FEATURES // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = 1000.0 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x`` [B, N, D] scaled and shifted by [B, 1, D]."""
+    return x * (1 + scale) + shift
+
+
+def initialise(module: nn.Module) -> None:
+    """The paper's initialisation of one layer: Xavier-uniform weights, zero biases, N(0, 0.02) embeddings."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+def learned(*shape: int) -> nn.Parameter:
+    """A learned vector or table, N(0, 0.02)."""
+    return nn.Parameter(torch.randn(*shape) * 0.02)

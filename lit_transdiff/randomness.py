@@ -1,0 +1,49 @@
+"""Random numbers as pure functions of named integers, so that they depend on no batch size, rank, worker or restart.
+
+Shapes: B rows, G rows of the global batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mix(*parts: int | str) -> int:
+    """One 63-bit seed from several numbers and words; different parts give unrelated seeds."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class PerImageNormal:
+    """Gaussian numbers from one generator per image: [B, *shape] a draw, each row a function of its seed alone.
+
+    The generators are on the CPU, so that an image does not depend on the kind of device either.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.device = torch.device(device)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device, non_blocking=True)
+
+
+class GlobalBatchNormal:
+    """Gaussian numbers of a global batch, of which a rank and micro-step takes its own rows.
+
+    Every rank draws the whole batch on its device (G numbers of ``shape``) and keeps ``rows``: a millisecond on a GPU, and the
+    run's randomness is the same for any number of ranks and any accumulation.
+    """
+
+    def __init__(self, seed: int, global_batch_size: int, rows: Tensor) -> None:
+        self.generator = torch.Generator(rows.device).manual_seed(seed)
+        self.global_batch_size = global_batch_size
+        self.rows = rows
+
+    def __call__(self, *shape: int) -> Tensor:
+        numbers = torch.randn(self.global_batch_size, *shape, generator=self.generator, device=self.rows.device)
+        return numbers[self.rows]

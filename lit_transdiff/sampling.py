@@ -1,0 +1,158 @@
+"""From labels to images: the loop over references, one generator per image.
+
+Shapes: B images, R references, S context tokens, D width, c h w a latent, C H W an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from lit_transdiff.config import RunConfig, SamplingConfig, require, unknown
+from lit_transdiff.export import read_export
+from lit_transdiff.flow.guidance import guide
+from lit_transdiff.flow.solvers import GRIDS, SOLVERS, solve
+from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
+from lit_transdiff.models.decoder import Memory
+from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.randomness import PerImageNormal, mix
+
+EncodeFn = Callable[[Tensor, "Tensor | None"], Tensor]
+
+
+def check_sampling(sampling: SamplingConfig) -> None:
+    """Refuse a solver or grid that is in no table."""
+    for field, table in (("solver", SOLVERS), ("grid", GRIDS)):
+        if getattr(sampling, field) not in table:
+            raise unknown(f"sampling.{field}", getattr(sampling, field), table)
+
+
+@torch.no_grad()
+def generate(
+    model: TransDiff,
+    labels: Tensor,
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    encode: EncodeFn | None = None,
+) -> Tensor:
+    """Latents [B, R, c, h, w]: for each of ``labels`` [B] the R successive images of its row (arXiv 2506.09482, section 3.3).
+
+    Image r is decoded from the class and images 0 .. r-1, clean. All numbers of a row come from its own seed, so it does not
+    depend on the rest of the batch. ``encode(labels, references)`` replaces the model's encoder (see ``fused``).
+    """
+    config = model.config
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    draw = PerImageNormal(seeds, labels.device)
+    encode = encode or model.encode
+    noise = draw(*shape)
+    images = noise.new_zeros(len(labels), 0, *shape)
+    for r in range(config.num_references):
+        if r > 0 and not sampling.reuse_noise:
+            noise = draw(*shape)
+        scale = sampling.reference_guidance[r] if sampling.reference_guidance else sampling.guidance_scale
+        conditional = model.memory(encode(labels, images))
+        unconditional = unconditional_memory(model, images) if scale > 1 else conditional
+        velocity_fn = guide(
+            lambda x_t, t, m=conditional: model.velocity(x_t, t, m),  # type: ignore[misc]
+            lambda x_t, t, m=unconditional: model.velocity(x_t, t, m),  # type: ignore[misc]
+            scale,
+            (sampling.guidance_interval[0], sampling.guidance_interval[1]),
+        )
+        image = solve(velocity_fn, noise, sampling, lambda: draw(*shape))
+        images = torch.cat([images, image[:, None]], dim=1)
+    return images
+
+
+def unconditional_memory(model: TransDiff, references: Tensor) -> Memory:
+    """The memory of the null class with the same references."""
+    everything = torch.ones(len(references), dtype=torch.bool, device=references.device)
+    return model.memory(model.encode(everything.long() * 0, references, drop=everything))
+
+
+def fused(model: TransDiff, second: Tensor, pattern: Tensor) -> EncodeFn:
+    """An encoder whose context takes the tokens where ``pattern`` [S] is true from the labels ``second`` [B].
+
+    The paper's semantic fusion: features of two classes spliced (arXiv 2506.09482, section 4.4).
+    """
+
+    def encode(labels: Tensor, references: Tensor | None) -> Tensor:
+        first = model.encode(labels, references)
+        chosen = pattern[: first.shape[1], None].to(first.device)
+        return torch.where(chosen, model.encode(second, references), first)
+
+    return encode
+
+
+def fusion_pattern(num_tokens: int, kind: str, seed: int = 0) -> Tensor:
+    """Which context tokens come from the second class, [S] boolean: a random half, or every token of the second half."""
+    if kind == "random":
+        generator = torch.Generator().manual_seed(mix("fusion", seed))
+        return torch.rand(num_tokens, generator=generator).argsort() < num_tokens // 2
+    if kind == "halves":
+        return torch.arange(num_tokens) >= num_tokens // 2
+    raise unknown("fusion", kind, ("random", "halves"))
+
+
+class Generator:
+    """A trained model ready to draw images: ``load_generator("runs/x").images(labels, seeds)``."""
+
+    def __init__(self, model: TransDiff, autoencoder: Autoencoder, run: RunConfig, checkpoint: str, fingerprint: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.autoencoder = autoencoder
+        self.run = run
+        self.checkpoint = checkpoint
+        self.fingerprint = fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> Generator:
+        self.model.to(device)
+        self.autoencoder.to(device)
+        return self
+
+    def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
+        """``labels`` as a tensor on the model's device; raises ``ValueError`` for a class that the model does not have."""
+        tensor = torch.as_tensor(labels, device=self.device)
+        for label in tensor.flatten().tolist():
+            require(0 <= label < self.run.model.num_classes, "classes", label, f"0 to {self.run.model.num_classes - 1}")
+        return tensor
+
+    @torch.no_grad()
+    def images(
+        self,
+        labels: Sequence[int] | Tensor,
+        seeds: Sequence[int],
+        sampling: SamplingConfig | None = None,
+        encode: EncodeFn | None = None,
+    ) -> Tensor:
+        """Images [B, R, C, H, W] in [-1, 1], the R successive images of each label's row; the last is the final one."""
+        sampling = sampling or self.run.sampling
+        check_sampling(sampling)
+        labels = self.check_labels(labels)
+        require(len(seeds) == len(labels), "seeds", len(seeds), f"one for each of the {len(labels)} labels")
+        latents = generate(self.model, labels, sampling, seeds, encode)
+        images = self.autoencoder.decode(rearrange(latents, "b r c h w -> (b r) c h w"))
+        return rearrange(images, "(b r) c h w -> b r c h w", b=len(labels))
+
+    @torch.no_grad()
+    def features(self, labels: Sequence[int] | Tensor) -> Tensor:
+        """Semantic features [B, L, D] of the labels' first group, before the position embedding."""
+        return self.model.encoder.features(self.model.encoder.class_vectors(self.check_labels(labels)))
+
+
+def load_generator(checkpoint: str | Path, device: torch.device | str = "cpu") -> Generator:
+    """The trained model of a run folder or export folder, with its autoencoder, on ``device``."""
+    export = read_export(checkpoint)
+    model = TransDiff(export.run.model)
+    model.load_state_dict(export.state)
+    settings = export.run.autoencoder
+    autoencoder = load_autoencoder(settings.kind, settings.path, export.run.data.image_channels)
+    trained_with = export.info["autoencoder"]
+    require(autoencoder.fingerprint == trained_with, "autoencoder.path", settings.path, f"the autoencoder {trained_with} of {checkpoint}")
+    return Generator(model, autoencoder, export.run, str(checkpoint), export.fingerprint).to(device)

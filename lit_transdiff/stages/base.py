@@ -1,0 +1,120 @@
+"""What the three stages of TransDiff share: the objective, the optimizer, the average of the weights, the export.
+
+Shapes: B images of the batch, G of the global batch, R references of an image, M noise draws, C h w a latent; rows of the decoder
+are ordered (reference, draw, image).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from lit_transdiff.config import RunConfig, unknown
+from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.export import write_export
+from lit_transdiff.flow.loss import DENSITIES, draw_times, flow_matching_loss
+from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.randomness import GlobalBatchNormal, PerImageNormal, mix
+from lit_transdiff.stages.optim import AveragedAdamW, build_optimizer, check_optimizer, lr_factor
+
+# Normal numbers of a shape, one row for each image of the batch: [B, *shape].
+Normal = Callable[..., Tensor]
+# (values of a Batch, posterior noise [B, R, c, h, w]) -> normalised latents [B, R, c, h, w]
+ToLatents = Callable[[Tensor, Tensor], Tensor]
+
+
+class TransDiffStage(pl.LightningModule):
+    """One stage of training. A subclass says what it trains (``prepare``) and what it needs (``check``)."""
+
+    def __init__(self, run: RunConfig, to_latents: ToLatents) -> None:
+        super().__init__()
+        self.check(run)
+        self.run = run
+        self.to_latents = to_latents
+        self.model = TransDiff(run.model)
+        self.prepare()
+
+    @classmethod
+    def check(cls, run: RunConfig) -> None:
+        """Refuse settings that cannot work, before anything expensive starts."""
+        if run.flow.density not in DENSITIES:
+            raise unknown("flow.density", run.flow.density, DENSITIES)
+        check_optimizer(run.optimizer)
+
+    def prepare(self) -> None:
+        """Freeze what the stage does not train."""
+
+    def context(self, labels: Tensor, references: Tensor, drop: Tensor) -> Tensor:
+        return self.model.encode(labels, references, drop)
+
+    def objective(self, batch: Batch, normal: Normal) -> tuple[Tensor, Tensor]:
+        """Flow-matching loss of every decoder row and its time, both [R M B] (arXiv 2506.09482, eqs. 8 and 9).
+
+        The context of a row of references is made once; image r sees its prefix; all R images, each with M draws of noise
+        and time, pass the decoder together.
+        """
+        flow, model = self.run.flow, self.run.model
+        shape = (model.latent_channels, model.latent_size, model.latent_size)
+        num_references, draws = model.num_references, flow.num_noise_draws
+        x = self.to_latents(batch.values, normal(num_references, *shape))
+        drop = torch.special.ndtr(normal()) < flow.label_drop_prob
+        t = rearrange(draw_times(normal(num_references, draws), flow), "b r m -> (r m b)")
+        noise = rearrange(normal(num_references, draws, *shape), "b r m c h w -> (r m b) c h w")
+        memory = self.model.memory(self.context(batch.labels, x[:, :-1], drop), every_reference=True)
+        rows = repeat(x, "b r c h w -> (r m b) c h w", m=draws)
+        return flow_matching_loss(lambda x_t, t: self.model.velocity(x_t, t, memory), rows, noise, t), t
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        step, size = self.global_step, self.run.training.global_batch_size
+        # Dropout is the one thing that reads the global generator: seeded here, it too is a function of the step.
+        torch.manual_seed(mix(self.run.seed, "dropout", step, batch_idx, self.global_rank))
+        normal = GlobalBatchNormal(mix(self.run.seed, "training", step), size, batch.positions % size)
+        rows, t = self.objective(batch, normal)
+        return {"loss": rows.mean(), "rows": rows.detach(), "t": t}
+
+    def on_validation_epoch_start(self) -> None:
+        self.swap_average()
+        self._validation = torch.zeros(2, dtype=torch.float64)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss of the averaged weights; noise and times of a sample are the same at every validation."""
+        seeds = [mix(self.run.seed, "validation", position) for position in batch.positions.tolist()]
+        rows, _ = self.objective(batch, PerImageNormal(seeds, self.device))
+        self._validation += torch.tensor([rows.double().sum().item(), rows.numel()], dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        total = self.trainer.strategy.reduce(self._validation.float().to(self.device), reduce_op="sum")
+        self.swap_average()
+        self.log("val/loss", total[0] / total[1], rank_zero_only=True)
+
+    def swap_average(self) -> None:
+        """Exchange the weights and their averages; nothing happens before an optimizer exists."""
+        if self.trainer.optimizers:
+            self.averaging_optimizer.swap_average()
+
+    @property
+    def averaging_optimizer(self) -> AveragedAdamW:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, AveragedAdamW)
+        return optimizer
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        config, steps = self.run.optimizer, self.run.training.max_steps
+        optimizer = build_optimizer(self.model, config)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """The model's state dict with every trained parameter replaced by its average, float32 on the CPU."""
+        optimizer = self.averaging_optimizer
+        averages = {name: optimizer.average(p) for name, p in self.model.named_parameters()}
+        return {k: averages.get(k, v).detach().float().cpu().clone() for k, v in self.model.state_dict().items()}
+
+    def export(self, info: dict[str, Any]) -> None:
+        """Write the averaged weights, the configuration and ``info`` to the run folder's ``export``."""
+        write_export(self.run.folder / "export", self.run, self.averaged_state(), info)
