@@ -1,0 +1,246 @@
+"""The index of a folder of shards: ``index.json`` for people, ``index.npz`` for random access.
+
+The sidecar holds one row a sample, in shard order: ``offset`` (int64, bytes), ``size`` (int32, bytes), ``label``
+(int32) and ``key`` (fixed-width bytes). With it any sample is one ``pread`` away, and any order can be planned.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import numpy as np
+from tqdm import tqdm
+
+from lit_transdiff.config import require
+from lit_transdiff.data.scan import ScannedSample, scan_shard, sha256_of
+
+FORMAT = "lit_transdiff shards"
+VERSION = 1
+COLUMNS = {"offset": np.int64, "size": np.int32, "label": np.int32}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: how many samples and classes it holds, its size in bytes and its checksum."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    classes: int
+
+
+@dataclass(frozen=True)
+class LatentInfo:
+    """How cached latents are stored: ``flips`` arrays of ``shape`` (moments: twice the latent channels, height, width) a sample."""
+
+    shape: tuple[int, int, int]
+    flips: int  # 1: the image; 2: the image, then its mirror image
+    fingerprint: str  # of the autoencoder that made them
+    image_size: int  # pixels, of the images that were encoded
+    dtype: Literal["float16"] = "float16"
+
+    @property
+    def sample_bytes(self) -> int:
+        return self.flips * int(np.prod(self.shape)) * 2
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """What a folder of shards holds. Arrays have one row a sample, in shard order."""
+
+    folder: Path
+    class_names: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    offset: np.ndarray  # [N] int64
+    size: np.ndarray  # [N] int32
+    label: np.ndarray  # [N] int32
+    key: np.ndarray  # [N] bytes
+    seed: Optional[int] = None  # of the shuffle when the shards were packed
+    latents: Optional[LatentInfo] = None
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def kind(self) -> Literal["images", "latents"]:
+        return "images" if self.latents is None else "latents"
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """[shards + 1] int64: the first sample of each shard, then N."""
+        return np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])]).astype(np.int64)
+
+    @cached_property
+    def class_counts(self) -> np.ndarray:
+        """[num_classes] int64: samples of each class."""
+        return np.bincount(self.label, minlength=self.num_classes)
+
+    def shard_of(self, sample: int) -> int:
+        return int(np.searchsorted(self.starts, sample, side="right")) - 1
+
+    def key_of(self, sample: int) -> str:
+        return self.key[sample].decode()
+
+    def name_of(self, sample: int) -> str:
+        """``shard/key``, for messages."""
+        return f"{self.shards[self.shard_of(sample)].name}/{self.key_of(sample)}"
+
+    def save(self) -> None:
+        """Write ``index.npz``, then ``index.json``, each under a temporary name first."""
+        buffer = io.BytesIO()
+        np.savez(buffer, offset=self.offset, size=self.size, label=self.label, key=self.key)
+        replace_file(self.folder / "index.npz", buffer.getvalue())
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "samples": len(self),
+            "seed": self.seed,
+            "classes": {name: int(count) for name, count in zip(self.class_names, self.class_counts, strict=True)},
+            "latents": None if self.latents is None else asdict(self.latents),
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        replace_file(self.folder / "index.json", (json.dumps(header, indent=1) + "\n").encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
+    """The index of a folder (or of an ``index.json``), checked against its sidecar and against the sizes of the shards.
+
+    ``check_files=False`` for shards that are not here. Raises ``FileNotFoundError`` for a missing folder, index or
+    shard and ``ValueError`` for anything that does not fit; ``verify`` also compares the checksums.
+    """
+    path = Path(path)
+    folder = path.parent if path.name == "index.json" else path
+    header_path, sidecar_path = folder / "index.json", folder / "index.npz"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist. Make it with: lit-transdiff pack SRC {folder}")
+    if not header_path.is_file() or not sidecar_path.is_file():
+        missing = header_path.name if not header_path.is_file() else sidecar_path.name
+        raise FileNotFoundError(
+            f"{folder} has no {missing}. Index shards that are there with: lit-transdiff index {folder}; "
+            f"make shards from images with: lit-transdiff pack SRC {folder}"
+        )
+    header = json.loads(header_path.read_text())
+    require(header.get("format") == FORMAT, f"{header_path}: format", header.get("format"), repr(FORMAT))
+    require(header["version"] == VERSION, f"{header_path}: version", header["version"], f"{VERSION}")
+    with np.load(sidecar_path, allow_pickle=False) as sidecar:
+        columns = {name: sidecar[name] for name in (*COLUMNS, "key")}
+    index = index_from(folder, header, columns)
+    if check_files:
+        check_sizes(index)
+    return index
+
+
+def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarray]) -> ShardIndex:
+    """The index from the parsed ``index.json`` and the arrays of its sidecar."""
+    latents = header["latents"]
+    if latents is not None:
+        latents = LatentInfo(**{**latents, "shape": tuple(latents["shape"])})
+    index = ShardIndex(
+        folder=folder,
+        class_names=tuple(header["classes"]),
+        shards=tuple(Shard(**shard) for shard in header["shards"]),
+        seed=header["seed"],
+        latents=latents,
+        **columns,
+    )
+    counts = {name: int(count) for name, count in zip(index.class_names, index.class_counts, strict=False)}
+    fits = int(index.starts[-1]) == header["samples"] and counts == header["classes"] and len(index.key) == len(index)
+    if not fits or len(index.class_counts) != index.num_classes:
+        raise ValueError(f"{folder}: index.npz does not belong to index.json. Make both again: lit-transdiff index {folder}")
+    return index
+
+
+def check_sizes(index: ShardIndex) -> None:
+    """Every shard is there and as long as the index says."""
+    for shard in index.shards:
+        path = index.folder / shard.name
+        if not path.is_file():
+            raise FileNotFoundError(f"{index.folder}: shard {shard.name} is in index.json but not in the folder.")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise ValueError(f"{path}: {size} bytes, but {shard.bytes} in index.json: the shard is damaged or was replaced.")
+
+
+def verify(folder: str | Path) -> ShardIndex:
+    """Compare the SHA-256 of every shard with the index; raises ``ValueError`` naming all shards that differ."""
+    index = read_index(folder)
+    damaged = [shard.name for shard in index.shards if sha256_of(index.folder / shard.name) != shard.sha256]
+    if damaged:
+        raise ValueError(f"{folder}: {len(damaged)} of {len(index.shards)} shards differ from their SHA-256: {', '.join(damaged)}.")
+    return index
+
+
+def index_shards(
+    folder: str | Path,
+    class_names: Optional[Sequence[str]] = None,
+    seed: Optional[int] = None,
+    latents: Optional[LatentInfo] = None,
+    progress: bool = True,
+) -> ShardIndex:
+    """Scan the tars of a folder (in name order) and write their index.
+
+    Without ``class_names`` the classes are called by their numbers, 0 to the largest label. Raises ``ValueError`` naming
+    shard and key for whatever ``scan_shard`` refuses, and for a key that two shards share.
+    """
+    folder = Path(folder)
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no *.tar (compressed tars cannot be read at an offset; unpack them first).")
+    rows: list[ScannedSample] = []
+    shards, owner = [], {}
+    for path in tqdm(paths, desc="indexing", unit="shard", disable=not progress):
+        scanned = scan_shard(path)
+        for sample in scanned:
+            if sample.key in owner:
+                raise ValueError(f"{path.name}: key {sample.key!r} is also in {owner[sample.key]}; keys must differ.")
+            owner[sample.key] = path.name
+            check_sample(path.name, sample, latents)
+        classes = len({sample.label for sample in scanned})
+        shards.append(Shard(path.name, len(scanned), path.stat().st_size, sha256_of(path), classes))
+        rows.extend(scanned)
+    require(len(rows) > 0, str(folder), "shards without a sample", "at least one sample")
+    label = np.array([row.label for row in rows], COLUMNS["label"])
+    names = tuple(str(c) for c in range(int(label.max()) + 1)) if class_names is None else tuple(class_names)
+    require(int(label.max()) < len(names), f"{folder}: label", int(label.max()), f"0 to {len(names) - 1} (class names)")
+    index = ShardIndex(
+        folder=folder,
+        class_names=names,
+        shards=tuple(shards),
+        offset=np.array([row.offset for row in rows], COLUMNS["offset"]),
+        size=np.array([row.size for row in rows], COLUMNS["size"]),
+        label=label,
+        key=np.array([row.key.encode() for row in rows]),
+        seed=seed,
+        latents=latents,
+    )
+    index.save()
+    return index
+
+
+def check_sample(shard: str, sample: ScannedSample, latents: Optional[LatentInfo]) -> None:
+    """A sample is of the kind that is indexed, and a latent has the bytes that its shape says."""
+    kind = "images" if latents is None else "latents"
+    if sample.kind != kind:
+        raise ValueError(f"{shard}: sample {sample.key!r} holds {sample.kind}; indexed are {kind}.")
+    if latents is not None and sample.size != latents.sample_bytes:
+        raise ValueError(f"{shard}: sample {sample.key!r} has {sample.size} bytes; allowed: {latents.sample_bytes}.")

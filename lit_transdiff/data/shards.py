@@ -1,0 +1,78 @@
+"""Shards in and out: deterministic webdataset tars, and reading one sample of one by its offset."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Optional
+
+import webdataset as wds
+
+from lit_transdiff.data.index import ShardIndex
+
+
+class ShardWriter:
+    """Writes one shard under a temporary name and renames it when it is whole. The same samples give the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+
+    def __enter__(self) -> ShardWriter:
+        self.file = self.partial.open("wb")
+        self.tar = wds.TarWriter(self.file, encoder=False, mtime=0)  # mtime: else the bytes change with the clock
+        return self
+
+    def write(self, key: str, label: int, extension: str, data: bytes) -> None:
+        """Append one sample; ``extension`` (``png``, ``jpg``, ``bin``, ...) says what ``data`` is."""
+        self.tar.write({"__key__": key, extension: data, "cls": str(label).encode()})
+
+    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]) -> None:
+        self.tar.close()
+        self.file.close()
+        if error is None:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink()
+
+
+class ShardReader:
+    """Reads the bytes of any sample of an index; keeps at most ``max_open`` files open.
+
+    ``pread`` has no file position, so a reader may be shared by threads and inherited by forked workers; pickled, it
+    opens its files anew.
+    """
+
+    def __init__(self, index: ShardIndex, max_open: int = 128) -> None:
+        self.index = index
+        self.max_open = max_open
+        self.descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "descriptors": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.popitem()[1])
+
+    def descriptor(self, shard: int) -> int:
+        """The open file of a shard; the one that was unused for longest makes room."""
+        if shard not in self.descriptors:
+            if len(self.descriptors) >= self.max_open:
+                os.close(self.descriptors.popitem(last=False)[1])
+            self.descriptors[shard] = os.open(self.index.folder / self.index.shards[shard].name, os.O_RDONLY)
+        self.descriptors.move_to_end(shard)
+        return self.descriptors[shard]
+
+    def read(self, sample: int) -> bytes:
+        """The image file, or the raw latents, of a sample. Raises ``ValueError`` naming shard and key for a short read."""
+        size = int(self.index.size[sample])
+        data = os.pread(self.descriptor(self.index.shard_of(sample)), size, int(self.index.offset[sample]))
+        if len(data) != size:
+            raise ValueError(f"{self.index.name_of(sample)}: {len(data)} of {size} bytes read: the shard is truncated.")
+        return data
