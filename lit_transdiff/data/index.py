@@ -39,7 +39,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class LatentInfo:
-    """How cached latents are stored: ``flips`` arrays of ``shape`` (moments: twice the latent channels, height, width) a sample."""
+    """How cached latents are stored: ``flips`` arrays of ``shape`` (moments: twice the latent channels, h, w) a sample."""
 
     shape: tuple[int, int, int]
     flips: int  # 1: the image; 2: the image, then its mirror image
@@ -186,7 +186,9 @@ def verify(folder: str | Path) -> ShardIndex:
     index = read_index(folder)
     damaged = [shard.name for shard in index.shards if sha256_of(index.folder / shard.name) != shard.sha256]
     if damaged:
-        raise ValueError(f"{folder}: {len(damaged)} of {len(index.shards)} shards differ from their SHA-256: {', '.join(damaged)}.")
+        raise ValueError(
+            f"{folder}: {len(damaged)} of {len(index.shards)} shards differ from their SHA-256: {', '.join(damaged)}."
+        )
     return index
 
 
@@ -207,7 +209,8 @@ def index_shards(
     if not paths:
         raise FileNotFoundError(f"{folder} has no *.tar (compressed tars cannot be read at an offset; unpack them first).")
     rows: list[ScannedSample] = []
-    shards, owner = [], {}
+    shards: list[Shard] = []
+    owner: dict[str, str] = {}  # key -> shard
     for path in tqdm(paths, desc="indexing", unit="shard", disable=not progress):
         scanned = scan_shard(path)
         for sample in scanned:

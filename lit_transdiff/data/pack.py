@@ -69,7 +69,9 @@ def pack(
     if progress:
         shards = -(-len(order) // samples_per_shard)
         share = round(images.num_bytes * len(order) / len(images.labels))
-        tqdm.write(f"{len(order)} of {len(images.labels)} images (about {share:,} bytes as they are) -> {shards} shards in {dest}")
+        tqdm.write(
+            f"{len(order)} of {len(images.labels)} images (about {share:,} bytes as they are) -> {shards} shards in {dest}"
+        )
     dest.mkdir(parents=True, exist_ok=True)
     skipped: list[tuple[str, str]] = []
     samples = encode_all(images, tqdm(order, desc="packing", unit="image", disable=not progress), image_size, pad_to, skipped)
@@ -82,7 +84,9 @@ def pack(
                 writer.write(*sample)
     if skipped:
         (dest / "skipped.txt").write_text("".join(f"{origin}\t{reason}\n" for origin, reason in skipped))
-    require(len(skipped) < len(order), str(source), f"{len(skipped)} unreadable images of {len(order)}", "at least one readable image")
+    require(
+        len(skipped) < len(order), str(source), f"{len(skipped)} unreadable images of {len(order)}", "at least one readable image"
+    )
     return PackReport(index_shards(dest, images.class_names, seed, progress=progress), skipped)
 
 

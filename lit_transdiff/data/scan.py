@@ -70,7 +70,7 @@ def members_of(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
                     raise ValueError(f"{path.name}: truncated: member {info.name!r} ends after the file does.")
                 if info.isreg():
                     yield info
-                tar.members = []  # else memory grows with the shard
+                tar.members = []  # type: ignore[attr-defined]  # else memory grows with the shard
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(f"{path.name}: not a whole, uncompressed tar: {error}.") from error

@@ -29,7 +29,9 @@ class ShardWriter:
         """Append one sample; ``extension`` (``png``, ``jpg``, ``bin``, ...) says what ``data`` is."""
         self.tar.write({"__key__": key, extension: data, "cls": str(label).encode()})
 
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]) -> None:
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
         self.tar.close()
         self.file.close()
         if error is None:

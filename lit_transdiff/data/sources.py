@@ -65,7 +65,7 @@ def folder_source(folder: Path, class_names: Optional[Sequence[str]]) -> ImageSo
 
 
 def list_source(path: Path, class_names: Optional[Sequence[str]]) -> ImageSource:
-    """Lines ``path<tab>label`` or ``path,label``; relative paths start at the list; labels are numbers, or names (then sorted)."""
+    """Lines ``path<tab>label`` or ``path,label``; relative to the list file; labels are numbers, or names (then sorted)."""
     text = path.read_text()
     delimiter = "\t" if "\t" in text else ","
     rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1) if row]

@@ -1,0 +1,235 @@
+"""The door of the data room: a LightningDataModule that resumes at the exact sample."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from lit_transdiff.config import DataConfig, require
+from lit_transdiff.data.dataset import Batch, PlannedDataset
+from lit_transdiff.data.index import ShardIndex, read_index
+from lit_transdiff.data.plan import BatchLayout, Rows, TrainPlan, evaluation_batches
+from lit_transdiff.data.references import read_groups
+from lit_transdiff.data.stream import StreamDataset, is_url
+
+__all__ = ["Batch", "DataModule"]
+log = logging.getLogger(__name__)
+
+
+class DataModule(pl.LightningDataModule):
+    """Training batches in the order of the plan, and evaluation batches that hold each sample once.
+
+    The whole run is one Lightning epoch of ``max_steps`` x accumulation batches. Where reading starts is computed from
+    ``trainer.global_step`` alone, so a resumed run reads exactly what the uninterrupted one would have. The Trainer must
+    be made with ``use_distributed_sampler=False``. Without a trainer the module acts as rank 0 of 1 at step 0.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        num_references: int,
+        num_classes: int,
+        global_batch_size: int,
+        micro_batch_size: Optional[int] = None,
+        max_steps: int,
+        seed: int,
+        evaluation_batch_size: int = 64,
+        num_validation_samples: Optional[int] = None,
+        autoencoder_fingerprint: Optional[str] = None,
+    ) -> None:
+        """``num_validation_samples``: nothing for all of them, 0 for no validation. Sizes are in rows (groups, when R > 1)."""
+        super().__init__()
+        self.data, self.num_references, self.num_classes = data, num_references, num_classes
+        self.global_batch_size, self.micro_batch_size, self.max_steps, self.seed = (
+            global_batch_size,
+            micro_batch_size,
+            max_steps,
+            seed,
+        )
+        self.evaluation_batch_size, self.num_validation_samples = evaluation_batch_size, num_validation_samples
+        self.autoencoder_fingerprint = autoencoder_fingerprint
+        self.train_index: Optional[ShardIndex] = None
+        self.evaluation_index: Optional[ShardIndex] = None
+
+    def setup(self, stage: Optional[str] = None) -> None:
+        """Read and check the indexes. Raises before training for whatever would fail in it."""
+        data = self.data
+        if self.train_index is None and data.train:
+            remote = is_url(data.train)
+            require(not remote or data.index is not None, "data.index", None, "the index.json of data.train, which is a URL")
+            require(
+                remote or data.index is None,
+                "data.index",
+                data.index,
+                "nothing, because data.train is a folder, which has its own",
+            )
+            require(
+                not remote or self.num_references == 1,
+                "model.num_references",
+                self.num_references,
+                "1 when data.train is a URL (groups need random access)",
+            )
+            require(not remote or data.groups is None, "data.groups", data.groups, "nothing when data.train is a URL")
+            source = data.index if remote and data.index is not None else data.train
+            self.train_index = self.checked(read_index(source, check_files=not remote), "data.train")
+        if self.evaluation_index is None and data.evaluation is not None:
+            require(not is_url(data.evaluation), "data.evaluation", data.evaluation, "a local folder of shards")
+            self.evaluation_index = self.checked(read_index(data.evaluation), "data.evaluation")
+            if self.train_index is not None:
+                require(
+                    self.evaluation_index.kind == self.train_index.kind,
+                    "data.evaluation",
+                    self.evaluation_index.kind,
+                    f"{self.train_index.kind}, as in data.train",
+                )
+
+    def checked(self, index: ShardIndex, field: str) -> ShardIndex:
+        """An index that fits the model and the autoencoder."""
+        require(
+            index.num_classes == self.num_classes,
+            f"{field}: classes in {index.folder}",
+            index.num_classes,
+            f"model.num_classes={self.num_classes}",
+        )
+        if index.latents is not None and index.latents.fingerprint != self.autoencoder_fingerprint:
+            raise ValueError(
+                f"{field}: the latents in {index.folder} were made with another autoencoder "
+                f"(fingerprint {index.latents.fingerprint}, this run's is {self.autoencoder_fingerprint})."
+            )
+        return index
+
+    def index_of(self, field: str) -> ShardIndex:
+        """The index of ``data.train`` or ``data.evaluation``, read if need be."""
+        self.setup()
+        index = self.train_index if field == "data.train" else self.evaluation_index
+        if index is None:
+            raise ValueError(f"{field}: got nothing; allowed: a folder of shards (make one with: lit-transdiff pack SRC DEST).")
+        return index
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.index_of("data.train" if self.data.train else "data.evaluation").class_names
+
+    def layout(self) -> BatchLayout:
+        """How this run's global batches are cut for the trainer's ranks."""
+        rank, world = self.rank_and_world()
+        require(
+            self.global_batch_size % world == 0,
+            "training.global_batch_size",
+            self.global_batch_size,
+            f"a multiple of the {world} devices",
+        )
+        return BatchLayout(self.global_batch_size, self.micro_batch_size or self.global_batch_size // world, rank, world)
+
+    def rank_and_world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def train_dataloader(self) -> DataLoader:
+        index = self.index_of("data.train")
+        layout = self.layout()
+        if self.trainer is not None:
+            found = self.trainer.accumulate_grad_batches
+            require(found == layout.accumulation, "Trainer(accumulate_grad_batches)", found, f"{layout.accumulation}")
+        identity = {"seed": self.seed, "global_batch_size": self.global_batch_size, "num_references": self.num_references}
+        total = self.max_steps * layout.accumulation
+        if is_url(self.data.train):
+            stream = StreamDataset(index, self.data, self.seed, layout, total)
+            identity |= {"world": layout.world, "micro_batch_size": layout.micro_batch, "num_workers": self.data.num_workers}
+            return TrainLoader(stream, lambda: self.start(layout), identity, **self.loader_options())
+        groups = None if self.data.groups is None else read_groups(self.data.groups, index, self.num_references)
+        plan = TrainPlan(index, self.seed, num_references=self.num_references, block=self.data.shuffle_block, groups=groups)
+        sampler = PlanSampler(plan, layout, total, lambda: self.start(layout))
+        dataset = PlannedDataset(index, self.data, self.seed, training=True)
+        return TrainLoader(dataset, lambda: self.start(layout), identity, sampler=sampler, **self.loader_options())
+
+    def start(self, layout: BatchLayout) -> int:
+        """The micro-step at which reading starts."""
+        return 0 if self.trainer is None else self.trainer.global_step * layout.accumulation
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        if self.num_validation_samples == 0 or self.data.evaluation is None:
+            return []
+        index = self.index_of("data.evaluation")
+        rank, world = self.rank_and_world()
+        batches = evaluation_batches(
+            index,
+            num_references=self.num_references,
+            batch_size=self.evaluation_batch_size,
+            rank=rank,
+            world=world,
+            seed=self.seed,
+            num_samples=self.num_validation_samples,
+        )
+        options = self.loader_options()
+        return DataLoader(
+            PlannedDataset(index, self.data), sampler=batches, persistent_workers=self.data.num_workers > 0, **options
+        )
+
+    def loader_options(self) -> dict[str, Any]:
+        """Batches come whole from the dataset. Workers come from a clean server process: a fork of this one may hang."""
+        context = None
+        if self.data.num_workers > 0:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["lit_transdiff.data.dataset"])
+        return {
+            "batch_size": None,
+            "collate_fn": as_is,
+            "num_workers": self.data.num_workers,
+            "multiprocessing_context": context,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def keys(self, samples: Tensor, evaluation: bool = False) -> list[str]:
+        """``shard/key`` of each sample (any shape, flattened), for messages."""
+        index = self.index_of("data.evaluation" if evaluation else "data.train")
+        return [index.name_of(sample) for sample in samples.flatten().tolist()]
+
+
+def as_is(batch: Batch) -> Batch:
+    return batch
+
+
+class PlanSampler(Sampler[Rows]):
+    """The rows of each micro-batch of this rank, from where training stands to the end of the run."""
+
+    def __init__(self, plan: TrainPlan, layout: BatchLayout, total: int, start: Callable[[], int]) -> None:
+        self.plan, self.layout, self.total, self.start = plan, layout, total, start
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run, also when resuming: Lightning counts those before the start as fetched."""
+        return self.total
+
+    def __iter__(self) -> Iterator[Rows]:
+        for micro_step in range(self.start(), self.total):
+            first = self.layout.start(micro_step)
+            yield self.plan.rows(first, first + self.layout.micro_batch)
+
+
+class TrainLoader(DataLoader):
+    """A DataLoader whose position is the trainer's; its state only says what a resumed run may not change."""
+
+    def __init__(self, dataset: Any, start: Callable[[], int], identity: dict[str, int], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.start, self.identity = start, identity
+
+    def __iter__(self) -> Any:
+        if isinstance(self.dataset, StreamDataset):
+            self.dataset.first_micro_step = self.start()  # workers are sent a copy of the dataset when iteration begins
+        return super().__iter__()
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.identity)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        for name, value in state.items():
+            require(
+                self.identity.get(name) == value, f"resuming with another {name}", self.identity.get(name), f"{value}, as before"
+            )

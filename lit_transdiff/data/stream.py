@@ -1,0 +1,156 @@
+"""Remote shards, read as a stream: exact order and resume for the same number of ranks and workers.
+
+Each reader (worker of a rank) has an endless stream of its own: of every epoch's permutation of the shards it takes each
+n-th one, n being all readers together, and shuffles in a buffer that is emptied at the end of the epoch. So the stream is
+a pure function of (seed, epoch, reader), and the place in it follows from the micro-step. Resuming reads the current
+epoch's shards again up to that place, without decoding.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import tarfile_samples
+
+from lit_transdiff.config import DataConfig, require
+from lit_transdiff.data.dataset import Batch, SampleDecoder
+from lit_transdiff.data.index import ShardIndex
+from lit_transdiff.data.plan import BatchLayout, generator
+from lit_transdiff.data.scan import IMAGE_MEMBERS, LATENT_MEMBER, PICKLE_MEMBERS
+
+log = logging.getLogger(__name__)
+SHUFFLE_BUFFER = 1000  # samples that a reader holds to shuffle
+
+
+class StreamedSample(NamedTuple):
+    """A sample of the index with its bytes, or with the reason why there are none."""
+
+    sample: int
+    content: Optional[bytes]
+    problem: str = ""
+
+
+def is_url(source: str) -> bool:
+    """Whether ``data.train`` is a webdataset URL and not a folder."""
+    return source.startswith(("pipe:", "http://", "https://")) or "{" in source
+
+
+class StreamDataset(IterableDataset):
+    """Whole batches (R = 1) of this rank, from ``first_micro_step`` on; ``index`` says what each shard holds."""
+
+    def __init__(self, index: ShardIndex, data: DataConfig, seed: int, layout: BatchLayout, total: int) -> None:
+        self.urls: list[str] = expand_urls(data.train)
+        names = [shard.name for shard in index.shards]
+        require(
+            len(self.urls) == len(names),
+            "data.train: URLs",
+            len(self.urls),
+            f"{len(names)}, the shards in {index.folder}/index.json",
+        )
+        for url, name in zip(self.urls, names, strict=True):
+            require(name in url, "data.train", url, f"the URL of {name}, which comes here in index.json")
+        readers = layout.world * max(1, data.num_workers)
+        require(
+            readers <= len(names), "data.num_workers", data.num_workers, f"at most {len(names)} shards / {layout.world} ranks"
+        )
+        self.index, self.seed, self.layout, self.total = index, seed, layout, total
+        self.skip = data.on_bad_sample == "skip"
+        self.decode = SampleDecoder(index, data, seed, training=True)
+        self.first_micro_step = 0
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run, also when resuming."""
+        return self.total
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        place, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        first = self.first_micro_step + place  # workers take turns; the one with place 0 has the first
+        reader = self.layout.rank * workers + first % workers
+        done = first // workers * self.layout.micro_batch  # samples that this reader gave before
+        samples = self.decoded(self.stream(reader, self.layout.world * workers, done))
+        for micro_step in range(first, self.total, workers):
+            yield self.batch(micro_step, list(islice(samples, self.layout.micro_batch)))
+
+    def batch(self, micro_step: int, rows: list[tuple[int, Tensor]]) -> Batch:
+        samples = np.array([sample for sample, _ in rows], np.int64)
+        start = self.layout.start(micro_step)
+        return Batch(
+            values=torch.stack([values for _, values in rows])[:, None],
+            labels=torch.from_numpy(self.index.label[samples].astype(np.int64)),
+            samples=torch.from_numpy(samples)[:, None],
+            positions=torch.arange(start, start + len(rows)),
+        )
+
+    def stream(self, reader: int, readers: int, done: int) -> Iterator[tuple[int, StreamedSample]]:
+        """(epoch, sample) without end, after the first ``done`` ones. Bad samples count, so an epoch is as long as indexed."""
+        epoch = 0
+        while True:
+            shards = generator(self.seed, epoch).permutation(len(self.urls))[reader::readers].tolist()
+            length = sum(self.index.shards[shard].samples for shard in shards)
+            if done < length:
+                shuffle = wds.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=random.Random(f"{self.seed}/{epoch}/{reader}"))
+                pipeline = wds.DataPipeline(partial(iter, shards), self.read_shards, shuffle, wds.slice(done, None))
+                for sample in pipeline:
+                    yield epoch, sample
+            done = max(0, done - length)
+            epoch += 1
+
+    def read_shards(self, shards: Iterator[int]) -> Iterator[StreamedSample]:
+        """Exactly the indexed samples of each shard; those that are not found carry the reason."""
+        for shard in shards:
+            first, end = (int(start) for start in self.index.starts[shard : shard + 2])
+            name, found, problem = self.index.shards[shard].name, first, ""
+            samples = tarfile_samples(iter([{"url": self.urls[shard]}]))
+            while found < end:
+                try:
+                    raw = next(samples, None)
+                except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+                    raw, problem = None, f" ({error})"
+                if raw is None or raw["__key__"] != self.index.key_of(found):
+                    break
+                yield StreamedSample(found, payload(raw, name))
+                found += 1
+            if found < end:
+                count = f"only {found - first} of {end - first} samples are as in the index"
+                problem = f"{name}: {count}{problem}: truncated, damaged or replaced"
+                if not self.skip:
+                    raise ValueError(problem)
+                yield from (StreamedSample(sample, None, problem) for sample in range(found, end))
+
+    def decoded(self, samples: Iterator[tuple[int, StreamedSample]]) -> Iterator[tuple[int, Tensor]]:
+        """(sample, values). With ``on_bad_sample: skip`` the next readable one is given in place of a bad one, too."""
+        bad, skipped = 0, 0
+        for epoch, (sample, content, problem) in samples:
+            try:
+                require(content is not None, self.index.name_of(sample), problem, "a sample that can be read")
+                values = self.decode(content or b"", sample, epoch)
+            except ValueError as error:
+                if not self.skip or bad > len(self.index):  # in the latter case nothing can be read
+                    raise
+                bad, skipped = bad + 1, skipped + 1
+                log.warning("bad sample %s; the next one is used instead (%d skipped by this process)", error, skipped)
+                continue
+            for _ in range(bad + 1):
+                yield sample, values
+            bad = 0
+
+
+def payload(raw: dict[str, bytes], shard: str) -> Optional[bytes]:
+    """The image or latents of a webdataset sample. Raises ``ValueError`` for a pickle, whatever ``on_bad_sample`` says."""
+    for member in raw:
+        if member.rpartition(".")[2] in PICKLE_MEMBERS:
+            raise ValueError(f"{shard}: sample {raw['__key__']!r} has a pickle (.{member}), which could run any code; refused.")
+    return next((raw[member] for member in (*IMAGE_MEMBERS, LATENT_MEMBER) if member in raw), None)
