@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from lit_transdiff.config import DataConfig, require
-from lit_transdiff.data.dataset import Batch, PlannedDataset
+from lit_transdiff.data.dataset import Batch, PlannedDataset, as_is
 from lit_transdiff.data.index import ShardIndex, read_index
 from lit_transdiff.data.plan import BatchLayout, Rows, TrainPlan, evaluation_batches
 from lit_transdiff.data.references import read_groups
@@ -178,7 +178,7 @@ class DataModule(pl.LightningDataModule):
         context = None
         if self.data.num_workers > 0:
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["lit_transdiff.data.dataset"])
+            context.set_forkserver_preload(["lit_transdiff.data.stream"])  # the slow imports, once for all workers
         return {
             "batch_size": None,
             "collate_fn": as_is,
@@ -191,10 +191,6 @@ class DataModule(pl.LightningDataModule):
         """``shard/key`` of each sample (any shape, flattened), for messages."""
         index = self.index_of("data.evaluation" if evaluation else "data.train")
         return [index.name_of(sample) for sample in samples.flatten().tolist()]
-
-
-def as_is(batch: Batch) -> Batch:
-    return batch
 
 
 class PlanSampler(Sampler[Rows]):

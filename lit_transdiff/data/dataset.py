@@ -42,6 +42,11 @@ class Batch:
         return self.values, self.labels, self.samples, self.positions
 
 
+def as_is(batch: Batch) -> Batch:
+    """The collate function of loaders whose dataset gives whole batches; here, so that workers need not import Lightning."""
+    return batch
+
+
 class SampleDecoder:
     """Bytes of a sample -> values [C, H, W], augmented by (seed, epoch, sample) when training."""
 

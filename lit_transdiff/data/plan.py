@@ -61,7 +61,8 @@ class BatchLayout:
 
 def generator(seed: int, epoch: int, sample: int = -1) -> np.random.Generator:
     """Random numbers of an epoch (its order), or of one sample in it (its augmentation); all independent of each other."""
-    return np.random.Generator(np.random.Philox(key=[seed & MASK, epoch], counter=[0, 0, 0, sample + 1]))
+    key, counter = np.array([seed & MASK, epoch], np.uint64), np.array([0, 0, 0, sample + 1], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def epoch_order(starts: np.ndarray, seed: int, epoch: int, block: int) -> np.ndarray:

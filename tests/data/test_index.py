@@ -1,0 +1,164 @@
+import io
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_transdiff.config import DataConfig
+from lit_transdiff.data.dataset import PlannedDataset
+from lit_transdiff.data.index import index_shards, read_index, verify
+from lit_transdiff.data.plan import Rows
+from lit_transdiff.data.shards import ShardReader
+
+
+def png(size=(8, 8)):
+    buffer = io.BytesIO()
+    Image.new("L", size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, *members):
+    """A tar of (name, bytes), in order."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_index_finds_what_was_written(shards):
+    index = read_index(shards)
+    reader = ShardReader(index, max_open=2)
+    assert len(index) == 65 and index.num_classes == 5 and index.kind == "images"
+    for sample in np.random.default_rng(0).permutation(len(index)).tolist():
+        shard, key = index.name_of(sample).split("/")
+        with tarfile.open(shards / shard) as tar:
+            assert reader.read(sample) == tar.extractfile(f"{key}.png").read()
+            assert int(tar.extractfile(f"{key}.cls").read()) == index.label[sample]
+            assert index.class_names[index.label[sample]] == key.split("_")[0]
+    assert len(reader.descriptors) == 2
+    verify(shards)
+
+
+def test_users_shards(tmp_path):
+    write_tar(tmp_path / "a.tar", ("x/1.JPG", png()), ("x/1.cls", b"3\n"), ("x/1.json", b"{}"), ("README", b"text"))
+    write_tar(tmp_path / "b.tar", ("2.cls", b"0"), ("2.png", png()))
+    index = index_shards(tmp_path, progress=False)
+    assert [index.name_of(i) for i in range(2)] == ["a.tar/x/1", "b.tar/2"]
+    assert index.class_names == ("0", "1", "2", "3") and index.label.tolist() == [3, 0]
+    with pytest.raises(ValueError, match="label: got 3; allowed: 0 to 1"):
+        index_shards(tmp_path, ["a", "b"], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("1.png", png())], "a.tar: sample '1' has no label"),
+        ([("1.cls", b"0")], "a.tar: sample '1' has no image"),
+        ([("1.png", b""), ("1.jpg", b""), ("1.cls", b"0")], "a.tar: sample '1' has 2 images"),
+        ([("1.png", b""), ("1.png", b""), ("1.cls", b"0")], "a.tar: sample '1' has two members .png"),
+        ([("1.png", b""), ("1.cls", b"cat")], "a.tar: sample '1': label 'cat'"),
+        ([("1.png", b""), ("1.cls", b"-1")], "a.tar: sample '1': label '-1'"),
+        ([("1.v2.png", b""), ("1.v2.cls", b"0")], "a.tar: key '1.v2' has a dot"),
+        ([("1.png", b""), ("1.cls", b"0"), ("1.pyd", b"")], "a.tar: member '1.pyd' is a pickle"),
+        ([("1.png", b""), ("1.cls", b"0"), ("1.meta.pkl", b"")], "a.tar: member '1.meta.pkl' is a pickle"),
+        ([("1.png", b""), ("1.cls", b"0"), ("2.png", b""), ("2.cls", b"0"), ("1.png", b"")], "a.tar: key '1' is there twice"),
+        ([("1.bin", b""), ("1.cls", b"0")], "a.tar: sample '1' holds latents; indexed are images"),
+    ],
+)
+def test_refused_shards(tmp_path, members, message):
+    write_tar(tmp_path / "a.tar", *members)
+    with pytest.raises(ValueError, match=message):
+        index_shards(tmp_path, progress=False)
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_key_in_two_shards(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, ("1.png", png()), ("1.cls", b"0"))
+    with pytest.raises(ValueError, match=r"b\.tar: key '1' is also in a\.tar"):
+        index_shards(tmp_path, progress=False)
+
+
+def test_damaged_tars(tmp_path):
+    write_tar(tmp_path / "a.tar", *[(f"{i}.{e}", d) for i in range(4) for e, d in (("png", png()), ("cls", b"1"))])
+    whole = (tmp_path / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        header = tar.getmember("2.png").offset
+    for content, message in [
+        (whole[: header + 200], "a.tar: .*truncated|a.tar: not a whole"),
+        (whole[: header + 600], "a.tar: truncated: member '2.png'|a.tar: not a whole"),
+        (whole[:header], "a.tar: truncated: the end-of-tar blocks are missing"),
+        (whole[:header] + b"x" * 512 + whole[header + 512 :], "a.tar: damaged header or trailing data"),
+        (whole + b"hidden".ljust(512, b"\0"), "a.tar: damaged header or trailing data"),
+        (b"not a tar" * 1000, "a.tar: not a whole, uncompressed tar"),
+    ]:
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            index_shards(tmp_path, progress=False)
+
+
+def test_missing_folder_and_index_name_the_command(tmp_path):
+    with pytest.raises(FileNotFoundError, match="lit-transdiff pack"):
+        read_index(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="lit-transdiff index"):
+        read_index(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no \*\.tar"):
+        index_shards(tmp_path)
+
+
+def test_shards_are_checked_against_the_index(shards, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    first = copy / read_index(copy).shards[0].name
+    content = bytearray(first.read_bytes())
+    content[700] ^= 1
+    first.write_bytes(content)
+    read_index(copy)  # as long as before
+    with pytest.raises(ValueError, match=f"1 of 10 shards differ from their SHA-256: {first.name}"):
+        verify(copy)
+    reader = ShardReader(read_index(copy))
+    first.write_bytes(content[:600])
+    with pytest.raises(ValueError, match=f"{first.name}/.* bytes read: the shard is truncated"):
+        reader.read(1)
+    with pytest.raises(ValueError, match=f"{first.name}: 600 bytes, but"):
+        read_index(copy)
+    first.unlink()
+    with pytest.raises(FileNotFoundError, match=first.name):
+        read_index(copy)
+    shutil.copy(shards / first.name, first)
+    np.savez(copy / "index.npz", offset=[0], size=[0], label=[0], key=[b"a"])
+    with pytest.raises(ValueError, match=r"index\.npz does not belong"):
+        read_index(copy)
+
+
+def bad_shards(folder, content):
+    """Five samples of class 0 and one of class 1; sample 1 is ``content``."""
+    images = [png(), content, png(), png(), png(), png()]
+    write_tar(
+        folder / "a.tar", *[m for i, image in enumerate(images) for m in ((f"{i}.png", image), (f"{i}.cls", b"01"[i // 5 :][:1]))]
+    )
+    return index_shards(folder, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"not an image", "not a readable image"),
+        (png()[:45], "not a readable image"),
+        (png((9000, 8000)), "9000 x 8000 pixels; allowed"),
+    ],
+    ids=["no image", "cut", "bomb"],
+)
+def test_bad_samples_are_refused_or_replaced(tmp_path, caplog, content, reason):
+    index = bad_shards(tmp_path, content)
+    rows = Rows(np.array([7]), np.array([0]), np.array([[0, 1, 2]]))
+    data = DataConfig(image_size=8, image_channels=1)
+    with pytest.raises(ValueError, match=f"a.tar/1: .*{reason}"):
+        PlannedDataset(index, data)[rows]
+    skipping = PlannedDataset(index, DataConfig(image_size=8, image_channels=1, on_bad_sample="skip"))
+    assert skipping[rows].samples.tolist() == [[0, 3, 2]]  # the next one of class 0 that the group does not have
+    assert skipping[rows].labels.tolist() == [0]
+    assert "a.tar/1" in caplog.text and "(2 skipped by this process)" in caplog.text

@@ -1,0 +1,124 @@
+import gzip
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lit_transdiff.config import DataConfig
+from lit_transdiff.data.dataset import PlannedDataset
+from lit_transdiff.data.decode import crop_to_square
+from lit_transdiff.data.index import read_index, verify
+from lit_transdiff.data.pack import pack
+from lit_transdiff.data.plan import Rows
+
+
+def values_of(index, data):
+    """key -> [C, H, W] of all samples, read as in evaluation."""
+    samples = np.arange(len(index))
+    values = PlannedDataset(index, data)[Rows(samples, samples * 0, samples[:, None])].values[:, 0]
+    return {index.key_of(i): v for i, v in enumerate(values)}
+
+
+def test_image_folder_is_packed_as_it_is(image_folder, tmp_path):
+    report = pack(image_folder, tmp_path / "x", samples_per_shard=7, progress=False)
+    index = report.index
+    assert index.class_names == ("ant", "bee", "cat", "dog", "elk") and index.class_counts.tolist() == [13] * 5
+    assert [shard.samples for shard in index.shards] == [7] * 9 + [2] and not report.skipped
+    with tarfile.open(tmp_path / "x" / "x-000000.tar") as tar:
+        key = index.key_of(0)
+        assert tar.extractfile(f"{key}.png").read() == (image_folder / key.replace("_", "/")).with_suffix(".png").read_bytes()
+    values = values_of(index, DataConfig(image_size=8, image_channels=1))["cat_3"]
+    pixels = np.array(Image.open(image_folder / "cat/3.png"))
+    assert torch.equal(((values[0] + 1) * 127.5).round().to(torch.uint8), torch.from_numpy(pixels))
+
+
+def test_same_bytes_each_time_and_no_overwriting(image_folder, tmp_path):
+    sums = []
+    for name in ("one", "two"):
+        report = pack(image_folder, tmp_path / name, samples_per_shard=20, seed=3, name="x", progress=False)
+        sums.append([shard.sha256 for shard in report.index.shards])
+    assert sums[0] == sums[1]
+    assert (tmp_path / "one/index.json").read_bytes() == (tmp_path / "two/index.json").read_bytes()
+    assert (tmp_path / "one/index.npz").read_bytes() == (tmp_path / "two/index.npz").read_bytes()
+    other = pack(image_folder, tmp_path / "three", samples_per_shard=20, seed=4, name="x", progress=False)
+    assert [shard.sha256 for shard in other.index.shards] != sums[0]
+    with pytest.raises(ValueError, match=r"already holds index\.json"):
+        pack(image_folder, tmp_path / "one", progress=False)
+
+
+def test_corrupt_images_are_listed_and_dotted_names_kept_apart(tmp_path):
+    for name in ("n01", "n02"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+    Image.new("RGB", (20, 10)).save(tmp_path / "in/n01/n01_1.jpg")
+    Image.new("CMYK", (20, 10)).save(tmp_path / "in/n01/a.b.jpg")
+    Image.new("L", (20, 10)).save(tmp_path / "in/n01/a_b.png")
+    Image.new("RGB", (20, 10)).save(tmp_path / "in/n02/x.JPEG")
+    (tmp_path / "in/n02/broken.jpg").write_bytes(b"broken")
+    (tmp_path / "in/n02/cut.jpg").write_bytes((tmp_path / "in/n02/x.JPEG").read_bytes()[:300])
+    (tmp_path / "in/n02/notes.txt").write_text("not an image")
+    report = pack(tmp_path / "in", tmp_path / "out", image_size=8, progress=False)
+    assert sorted(name.rpartition("/")[2] for name, _ in report.skipped) == ["broken.jpg", "cut.jpg"]
+    assert "2 unreadable images skipped" in str(report)
+    assert "broken.jpg\tnot a readable image" in (tmp_path / "out/skipped.txt").read_text()
+    values = values_of(report.index, DataConfig(image_size=8))
+    assert set(values) == {"n01_1", "n01_a_b", "n01_a_b-2", "n02_x"}
+    assert all(value.shape == (3, 8, 8) for value in values.values())
+
+
+def write_idx(path, array, magic):
+    path.write_bytes(gzip.compress(struct.pack(f">i{array.ndim}i", magic, *array.shape) + array.tobytes()))
+
+
+def test_idx_with_padding_and_limit(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (60, 28, 28), np.uint8), np.arange(60, dtype=np.uint8) % 3
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images, 2051)
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels, 2049)
+    with pytest.raises(ValueError, match="split: 'test' is not known"):
+        pack(tmp_path, tmp_path / "out", split="test")
+    with pytest.raises(ValueError, match="3 names, one for each class"):
+        pack(tmp_path, tmp_path / "out", split="train", class_names=["a"])
+    with pytest.raises(ValueError, match="limit: got 61"):
+        pack(tmp_path, tmp_path / "out", split="train", limit=61)
+    index = pack(
+        tmp_path, tmp_path / "out", split="train", limit=31, pad_to=32, class_names=["a", "b", "c"], progress=False
+    ).index
+    assert index.class_counts.tolist() == [11, 10, 10]
+    for key, value in values_of(index, DataConfig(image_size=32, image_channels=1)).items():
+        pixels = ((value[0] + 1) * 127.5).round().numpy().astype(np.uint8)
+        assert np.array_equal(pixels, np.pad(images[int(key)], 2))
+        assert index.label[index.key.tolist().index(key.encode())] == int(key) % 3
+
+
+def test_list_file(image_folder, tmp_path):
+    (image_folder.parent / "list.tsv").write_text("small/ant/1.png\tred\nsmall/bee/2.png\tblue\n")
+    index = pack(image_folder.parent / "list.tsv", tmp_path / "a", progress=False).index
+    assert index.class_names == ("blue", "red") and sorted(index.label) == [0, 1]
+    (image_folder.parent / "list.csv").write_text("small/ant/1.png,2\nsmall/ant/missing.png,0\n")
+    with pytest.raises(ValueError, match=r"line 2: got '.*missing\.png'"):
+        pack(image_folder.parent / "list.csv", tmp_path / "b", progress=False)
+
+
+def test_crops():
+    image = Image.fromarray(np.tile(np.arange(30, dtype=np.uint8), (10, 1)))  # 30 wide, 10 high
+    assert np.array_equal(np.array(crop_to_square(image, 10, "center")), np.array(image)[:, 10:20])
+    with pytest.raises(ValueError, match=r"data\.crop: got 'none' for an image of 30 x 10"):
+        crop_to_square(image, 10, "none")
+    cuts = {crop_to_square(image, 10, "random", np.random.default_rng(i)).tobytes() for i in range(20)}
+    assert len(cuts) > 10
+    for size in (3, 7, 10, 24):
+        assert crop_to_square(image, size, "center").size == (size, size)
+        assert crop_to_square(image, size, "random", np.random.default_rng(size)).size == (size, size)
+
+
+@pytest.mark.parametrize(("folder", "each"), [("train", 400), ("evaluation", 200)])
+def test_bundled_shards(folder, each, request):
+    path = request.config.rootpath / "data/fashion" / folder
+    index = verify(path)
+    assert index.class_counts.tolist() == [each] * 10 and index.class_names[9] == "ankle boot"
+    card = (path.parent / "README.md").read_text()
+    assert all(shard.sha256 in card for shard in index.shards)
+    assert read_index(path / "index.json").seed == 0
