@@ -89,7 +89,9 @@ class AutoencoderConfig:
 class AutoencoderTraining:
     """The small KL autoencoder that the preparatory stage trains on the user's own shards."""
 
-    block_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])  # one level each; every level but the last halves the size
+    block_channels: list[int] = field(
+        default_factory=lambda: [32, 64, 96, 128]
+    )  # one level each; every level but the last halves the size
     layers_per_block: int = 1
     norm_groups: int = 8
     latent_channels: int = 8
@@ -106,6 +108,21 @@ class AutoencoderTraining:
             f"multiples of norm_groups={self.norm_groups}",
         )
         require(self.kl_weight >= 0, "autoencoder_training.kl_weight", self.kl_weight, "0 or more")
+
+
+COUNTS_OF_MODEL = (
+    "width",
+    "num_heads",
+    "encoder_blocks",
+    "decoder_blocks",
+    "num_classes",
+    "num_class_tokens",
+    "latent_channels",
+    "latent_size",
+    "patch_size",
+    "num_context_tokens",
+    "num_references",
+)
 
 
 @dataclass(frozen=True)
@@ -129,10 +146,7 @@ class ModelConfig:
     projection_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in (
-            "width num_heads encoder_blocks decoder_blocks num_classes num_class_tokens latent_channels latent_size "
-            "patch_size num_context_tokens num_references"
-        ).split():
+        for name in COUNTS_OF_MODEL:
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
         require(self.width % self.num_heads == 0, "model.num_heads", self.num_heads, f"a divisor of model.width={self.width}")
         require(self.latent_size % self.patch_size == 0, "model.patch_size", self.patch_size, f"a divisor of {self.latent_size}")
@@ -237,7 +251,9 @@ class OptimizerConfig:
         require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 <= decay < 1")
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         require(self.gradient_clip >= 0, "optimizer.gradient_clip", self.gradient_clip, "0 (off) or more")
-        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two values in [0, 1)")
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two values in [0, 1)"
+        )
 
 
 @dataclass(frozen=True)
@@ -355,14 +371,25 @@ class RunConfig:
     def folder(self) -> Path:
         return Path(self.output_dir) / self.name
 
+    @property
+    def images_per_step(self) -> int:
+        """Images of an optimizer step: a row of the batch holds ``num_references`` of them."""
+        return self.training.global_batch_size * self.model.num_references
+
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML (with its ``base:`` chain), apply ``dotted.key=value`` overrides, and check the whole.
 
     Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything that is not a valid setting.
     """
-    settings = OmegaConf.merge(read_yaml(path), parse_overrides(overrides))
-    return run_from(settings, source=str(path))
+    return run_from(merge(read_yaml(path), parse_overrides(overrides)), source=str(path))
+
+
+def merge(*settings: Any) -> DictConfig:
+    """Nested settings, the later over the earlier."""
+    merged = OmegaConf.merge(*settings)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") -> RunConfig:
@@ -374,8 +401,9 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
         raise unknown("model.size", size, SIZES)
     try:
         preset = OmegaConf.create({"model": SIZES[size]})
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), preset, given)
-        return OmegaConf.to_object(merged)
+        run = OmegaConf.to_object(merge(OmegaConf.structured(RunConfig), preset, given))
+        assert isinstance(run, RunConfig)
+        return run
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         value = OmegaConf.select(given, key) if key != "?" else None
@@ -394,14 +422,16 @@ def read_yaml(path: str | Path) -> DictConfig:
     if not isinstance(settings, DictConfig):
         raise ValueError(f"{path}: expected settings (key: value), got a {type(settings).__name__}.")
     base = settings.pop("base", None)
-    return settings if base is None else OmegaConf.merge(read_yaml(path.parent / base), settings)
+    return settings if base is None else merge(read_yaml(path.parent / base), settings)
 
 
 def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     """``["model.width=192", ...]`` as nested settings; the word None (which W&B sweeps send) means nothing."""
     for item in overrides:
         require("=" in item and not item.startswith("-"), "override", item, "dotted.key=value")
-    settings = OmegaConf.from_dotlist([item[: item.index("=")] + "=null" if item.endswith("=None") else item for item in overrides])
+    settings = OmegaConf.from_dotlist(
+        [item[: item.index("=")] + "=null" if item.endswith("=None") else item for item in overrides]
+    )
     return settings
 
 
@@ -413,9 +443,9 @@ def check_keys(given: Any, schema: type, prefix: str, source: str) -> None:
     nested = NESTED if schema is RunConfig else {}
     for key in given:
         if key not in fields:
-            raise ValueError(f"{source}: " + str(unknown(f"setting {prefix}{key}", key, fields)))
+            raise ValueError(f"{source}: " + str(unknown(f"setting {prefix}{key!s}", key, fields)))
         if key in nested:
-            check_keys(given[key], nested[key], f"{prefix}{key}.", source)
+            check_keys(given[key], nested[str(key)], f"{prefix}{key!s}.", source)
 
 
 NESTED: dict[str, type] = {
@@ -441,5 +471,3 @@ def to_dict(config: Any) -> dict[str, Any]:
 def save_yaml(config: Any, path: str | Path) -> None:
     """Write a configuration so that ``load_run`` reads back an equal one."""
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-
-

@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig, load_run, save_yaml
@@ -57,12 +57,12 @@ def read_export(path: str | Path) -> Export:
     return Export(folder, load_run(folder / "config.yaml"), load_file(folder / "model.safetensors"), info)
 
 
-def write_export(folder: Path, run: RunConfig, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_weights: Callable[[Path], None]) -> None:
     """Write a trained model under a temporary name, then put it in place of what was there."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({key: value.contiguous() for key, value in state.items()}, partial / "model.safetensors")
+    write_weights(partial)
     save_yaml(run, partial / "config.yaml")
     (partial / "export.json").write_text(json.dumps(dict(info), indent=2))
     shutil.rmtree(folder, ignore_errors=True)

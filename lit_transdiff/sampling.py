@@ -100,10 +100,19 @@ def fusion_pattern(num_tokens: int, kind: str, seed: int = 0) -> Tensor:
 class Generator:
     """A trained model ready to draw images: ``load_generator("runs/x").images(labels, seeds)``."""
 
-    def __init__(self, model: TransDiff, autoencoder: Autoencoder, run: RunConfig, checkpoint: str, fingerprint: str) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(
+        self,
+        model: TransDiff,
+        autoencoder: Autoencoder,
+        run: RunConfig,
+        class_names: Sequence[str],
+        checkpoint: str = "",
+        fingerprint: str = "",
+    ) -> None:
+        self.model = model
         self.autoencoder = autoencoder
         self.run = run
+        self.class_names = list(class_names)
         self.checkpoint = checkpoint
         self.fingerprint = fingerprint
 
@@ -149,10 +158,16 @@ class Generator:
 def load_generator(checkpoint: str | Path, device: torch.device | str = "cpu") -> Generator:
     """The trained model of a run folder or export folder, with its autoencoder, on ``device``."""
     export = read_export(checkpoint)
-    model = TransDiff(export.run.model)
+    model = TransDiff(export.run.model).eval().requires_grad_(False)
     model.load_state_dict(export.state)
     settings = export.run.autoencoder
     autoencoder = load_autoencoder(settings.kind, settings.path, export.run.data.image_channels)
     trained_with = export.info["autoencoder"]
-    require(autoencoder.fingerprint == trained_with, "autoencoder.path", settings.path, f"the autoencoder {trained_with} of {checkpoint}")
-    return Generator(model, autoencoder, export.run, str(checkpoint), export.fingerprint).to(device)
+    require(
+        autoencoder.fingerprint == trained_with,
+        "autoencoder.path",
+        settings.path,
+        f"the autoencoder {trained_with} of {checkpoint}",
+    )
+    names = export.info["class_names"]
+    return Generator(model, autoencoder, export.run, names, str(checkpoint), export.fingerprint).to(device)

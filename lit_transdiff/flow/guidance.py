@@ -7,7 +7,9 @@ from torch import Tensor
 from lit_transdiff.flow.loss import VelocityFn
 
 
-def guide(conditional: VelocityFn, unconditional: VelocityFn, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> VelocityFn:
+def guide(
+    conditional: VelocityFn, unconditional: VelocityFn, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+) -> VelocityFn:
     """v = u + scale (c - u) where low <= t <= high, else c (arXiv 2207.12598; interval: arXiv 2404.07724).
 
     A scale of 1 is no guidance: the unconditional function is then never called, nor is it outside the interval.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def euler_maruyama(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: 
 
     Drift and noise are scaled by ``drift_scale`` and ``noise_scale`` in every step but the last, which is plain.
     """
-    for i, (t, t_next) in enumerate(zip(grid, grid[1:], strict=False)):
+    for i, (t, t_next) in enumerate(pairwise(grid)):
         last = i == len(grid) - 2
         noise = None if last else draw()
         dt = t_next - t
@@ -57,14 +58,14 @@ def euler_maruyama(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: 
 
 def euler(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
     """First order, one evaluation a step."""
-    for t, t_next in zip(grid, grid[1:], strict=False):
+    for t, t_next in pairwise(grid):
         x = x + (t_next - t) * velocity(velocity_fn, x, t)
     return x
 
 
 def heun(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
     """Second order, two evaluations a step: the trapezoid rule with an Euler predictor."""
-    for t, t_next in zip(grid, grid[1:], strict=False):
+    for t, t_next in pairwise(grid):
         v = velocity(velocity_fn, x, t)
         v_next = velocity(velocity_fn, x + (t_next - t) * v, t_next)
         x = x + (t_next - t) * (v + v_next) / 2
@@ -78,7 +79,7 @@ def adams_bashforth(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw:
     """
     v_before, dt_before = velocity(velocity_fn, x, grid[0]), grid[1] - grid[0]
     x = x + dt_before * (v_before + velocity(velocity_fn, x + dt_before * v_before, grid[1])) / 2
-    for t, t_next in zip(grid[1:], grid[2:], strict=False):
+    for t, t_next in pairwise(grid[1:]):
         v, dt = velocity(velocity_fn, x, t), t_next - t
         x = x + dt * (v + dt / (2 * dt_before) * (v - v_before))
         v_before, dt_before = v, dt

@@ -105,10 +105,11 @@ class DiffusionDecoder(nn.Module):
     def memory(self, context: Tensor, visible: tuple[int, ...]) -> Memory:
         """Keys and values of ``context`` [B, S, D] for every block; see ``Memory``."""
         projected = self.context_projection(context)
-        return Memory(tuple(block.cross_attention.keys_values(projected) for block in self.blocks), visible)
+        keys_values = [block.cross_attention.keys_values(projected) for block in self.blocks]  # type: ignore[union-attr, operator]
+        return Memory(tuple(keys_values), visible)
 
     def forward(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
-        """Velocity [(V B), C, H, W] of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or [1]."""
+        """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or [1]; same shape."""
         x = self.input_projection(patchify(x_t, self.patch_size)) + self.position
         embedding, modulation = self.time_embedding(t)
         for block, keys_values in zip(self.blocks, memory.keys_values, strict=True):

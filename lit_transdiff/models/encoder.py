@@ -73,6 +73,7 @@ class ARTransformer(nn.Module):
         self.norm = layer_norm(width)
         self.context_position = learned(1, num_tokens, width)
         mask = block_causal_mask([num_class_tokens] + [tokens_per_reference] * num_references) if multi else None
+        self.mask: Tensor | None
         self.register_buffer("mask", mask, persistent=False)
         self.apply(initialise)
 

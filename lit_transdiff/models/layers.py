@@ -74,8 +74,8 @@ class CrossAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         q = rearrange(self.query(x), "(r m b) n (h d) -> r b h (m n) d", r=len(visible), b=len(k), h=self.num_heads)
         y = [F.scaled_dot_product_attention(q[r], k[:, :, :s], v[:, :, :s], dropout_p=dropout) for r, s in enumerate(visible)]
-        y = rearrange(torch.stack(y), "r b h (m n) d -> (r m b) n (h d)", n=x.shape[1])
-        return self.dropout(self.proj(y))
+        rows = rearrange(torch.stack(y), "r b h (m n) d -> (r m b) n (h d)", n=x.shape[1])
+        return self.dropout(self.proj(rows))
 
 
 class TimeEmbedding(nn.Module):

@@ -1,0 +1,21 @@
+"""The stages of training, by the name that a run's ``stage:`` gives."""
+
+from __future__ import annotations
+
+from lit_transdiff.stages.ar_pretrain import ARPretrain
+from lit_transdiff.stages.autoencoder import AutoencoderStage
+from lit_transdiff.stages.base import TransDiffStage
+from lit_transdiff.stages.classifier import ClassifierStage
+from lit_transdiff.stages.diffusion_head import DiffusionHead
+from lit_transdiff.stages.mrar_finetune import MRARFinetune
+
+STAGES: dict[str, type[TransDiffStage]] = {
+    "ar_pretrain": ARPretrain,
+    "diffusion_head": DiffusionHead,
+    "mrar_finetune": MRARFinetune,
+}
+# What is trained once a data set, before the stages: its autoencoder, and a classifier to score with.
+PREPARATORY: dict[str, type[AutoencoderStage] | type[ClassifierStage]] = {
+    "autoencoder": AutoencoderStage,
+    "classifier": ClassifierStage,
+}

@@ -7,16 +7,17 @@ are ordered (reference, draw, image).
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from einops import rearrange, repeat
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig, unknown
 from lit_transdiff.data.datamodule import Batch
-from lit_transdiff.export import write_export
 from lit_transdiff.flow.loss import DENSITIES, draw_times, flow_matching_loss
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.randomness import GlobalBatchNormal, PerImageNormal, mix
@@ -103,7 +104,7 @@ class TransDiffStage(pl.LightningModule):
         assert isinstance(optimizer, AveragedAdamW)
         return optimizer
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         config, steps = self.run.optimizer, self.run.training.max_steps
         optimizer = build_optimizer(self.model, config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
@@ -115,6 +116,6 @@ class TransDiffStage(pl.LightningModule):
         averages = {name: optimizer.average(p) for name, p in self.model.named_parameters()}
         return {k: averages.get(k, v).detach().float().cpu().clone() for k, v in self.model.state_dict().items()}
 
-    def export(self, info: dict[str, Any]) -> None:
-        """Write the averaged weights, the configuration and ``info`` to the run folder's ``export``."""
-        write_export(self.run.folder / "export", self.run, self.averaged_state(), info)
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights to ``folder``."""
+        save_file({key: value.contiguous() for key, value in self.averaged_state().items()}, folder / "model.safetensors")

@@ -18,7 +18,9 @@ class DiffusionHead(TransDiffStage):
     @classmethod
     def check(cls, run: RunConfig) -> None:
         super().check(run)
-        require(run.init_from is not None, "init_from", run.init_from, "a trained run in stage diffusion_head: its encoder is frozen")
+        require(
+            run.init_from is not None, "init_from", run.init_from, "a trained run in stage diffusion_head: its encoder is frozen"
+        )
 
     def prepare(self) -> None:
         self.model.encoder.requires_grad_(False)

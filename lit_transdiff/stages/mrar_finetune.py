@@ -12,4 +12,6 @@ class MRARFinetune(TransDiffStage):
     @classmethod
     def check(cls, run: RunConfig) -> None:
         super().check(run)
-        require(run.model.num_references > 1, "model.num_references", run.model.num_references, "2 and more in stage mrar_finetune")
+        require(
+            run.model.num_references > 1, "model.num_references", run.model.num_references, "2 and more in stage mrar_finetune"
+        )

@@ -100,7 +100,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine"
 
 
 def lr_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of optimizer step ``step`` (from 0) relative to ``config.lr``: linear warm-up, then the schedule down to min_lr.
+    """Learning rate of step ``step`` (from 0) relative to ``config.lr``: linear warm-up, then the schedule down to min_lr.
 
     Step 0 already moves: the warm-up is (step + 1) / warmup_steps.
     """

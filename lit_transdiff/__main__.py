@@ -1,0 +1,246 @@
+"""The command line: one thin function a command, no logic.
+
+The heavy imports are inside the commands, so that ``--help`` and a bad option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lit_transdiff import __version__
+from lit_transdiff.config import load_run, parse_overrides, run_from, to_dict
+
+
+def pack(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.pack import pack as write
+
+    names = args.class_names.split(",") if args.class_names else None
+    print(
+        write(
+            args.source,
+            args.dest,
+            split=args.split,
+            samples_per_shard=args.samples_per_shard,
+            seed=args.seed,
+            image_size=args.image_size,
+            pad_to=args.pad_to,
+            limit=args.limit,
+            class_names=names,
+        )
+    )
+
+
+def index(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import index_shards
+
+    found = index_shards(args.folder, args.class_names.split(",") if args.class_names else None)
+    print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
+
+
+def verify(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import verify as check
+
+    found = check(args.folder)
+    print(f"{len(found)} samples in {len(found.shards)} shards: every checksum is right")
+
+
+def cache(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.prepare import cache as write
+
+    run = load_run(args.run, args.overrides)
+    fabric = build_fabric()
+    found = write(args.source, args.dest, autoencoder=run.autoencoder, data=run.data, fabric=fabric, flips=args.flips)
+    fabric.print(f"{len(found)} latents of shape {found.latents.shape if found.latents else ''} in {args.dest}")
+
+
+def statistics(args: argparse.Namespace) -> None:
+    from lit_transdiff.evaluation.features import load_extractor
+    from lit_transdiff.prepare import statistics as write
+
+    run = load_run(args.run, args.overrides)
+    extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights)
+    found = write(args.source, args.dest, data=run.data, extractor=extractor)
+    print(f"{found.num_images} images, {found.mu.size} features, hash {found.hash}: {args.dest}")
+
+
+def train(args: argparse.Namespace) -> None:
+    run = load_run(args.run, args.overrides)
+    if args.dry_run:
+        from lit_transdiff.pipeline import dry_run
+
+        return dry_run([run])
+    from lit_transdiff.trainer import train as fit
+
+    print(f"trained: {fit(run).folder}")
+
+
+def run(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.pipeline import dry_run, load_pipeline, run_pipeline
+
+    pipeline, runs = load_pipeline(args.pipeline, args.overrides)
+    if args.dry_run:
+        return dry_run(runs, pipeline)
+    run_pipeline(pipeline, runs, build_fabric())
+
+
+def sample(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import default_device
+    from lit_transdiff.draw import draw_fusion, draw_samples
+    from lit_transdiff.sampling import load_generator
+
+    generator = load_generator(args.checkpoint, default_device())
+    sampling = run_from(merged(generator.run, args.overrides)).sampling
+    output = Path(args.output or Path(args.checkpoint) / "samples" / "drawn")
+    common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
+    classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(min(10, generator.run.model.num_classes)))
+    generator.check_labels(classes)
+    if args.fuse:
+        if len(classes) != 2:
+            raise ValueError(f"--classes: got {args.classes!r}; allowed with --fuse: two classes, as in 0,7.")
+        print(draw_fusion(generator, (classes[0], classes[1]), args.per_class, output, kind=args.fuse, **common))
+    else:
+        print(draw_samples(generator, classes, args.per_class, output, references=args.references, **common))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.evaluation.evaluate import evaluate as score
+    from lit_transdiff.sampling import load_generator
+
+    fabric = build_fabric()
+    generator = load_generator(args.checkpoint, fabric.device)
+    settings = run_from(merged(generator.run, args.overrides))
+    output = Path(args.output or args.checkpoint)
+    result = score(
+        generator, settings.evaluation, settings.sampling, fabric=fabric, output=output, class_names=generator.class_names
+    )
+    for name, value in result["scores"].items():
+        fabric.print(f"{name:20} {value}")
+    fabric.print(result["file"])
+
+
+def compare(args: argparse.Namespace) -> None:
+    from lit_transdiff.evaluation.compare import compare as table
+
+    print(table(args.folder, args.output or args.folder))
+
+
+def merged(run: object, overrides: Sequence[str]) -> dict:
+    """A run's settings with overrides of its sampling and evaluation."""
+    from omegaconf import OmegaConf
+
+    given = parse_overrides(overrides)
+    for key in given:
+        if key not in ("sampling", "evaluation", "autoencoder"):
+            raise ValueError(f"override {key!s}: only sampling.*, evaluation.* and autoencoder.* can change for a trained model.")
+    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(to_dict(run)), given))  # type: ignore[return-value]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="lit-transdiff", description="Train, sweep and compare TransDiff-type image generators."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    def with_overrides(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings by dotted name, as in model.width=192")
+
+    sub = command(pack, "image folder, IDX files or list file -> webdataset shards with an index")
+    sub.add_argument("source")
+    sub.add_argument("dest")
+    sub.add_argument("--split", choices=("train", "t10k"), help="which of the IDX files")
+    sub.add_argument("--samples-per-shard", type=int, default=1000)
+    sub.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    sub.add_argument("--image-size", type=int, help="centre-crop and resize to this many pixels")
+    sub.add_argument("--pad-to", type=int, help="pad with zeros to this many pixels")
+    sub.add_argument("--limit", type=int, help="pack only so many, evenly over the classes")
+    sub.add_argument("--class-names", help="names in order of class, separated by commas")
+
+    sub = command(index, "write the index of webdataset shards that you already have")
+    sub.add_argument("folder")
+    sub.add_argument("--class-names", help="names in order of class, separated by commas")
+
+    sub = command(verify, "check the SHA-256 of every shard against the index")
+    sub.add_argument("folder")
+
+    sub = command(cache, "image shards -> latent shards, with the autoencoder and image settings of a run")
+    sub.add_argument("run", help="the run's YAML")
+    sub.add_argument("source")
+    sub.add_argument("dest")
+    sub.add_argument("--flips", action="store_true", help="also the latents of the mirrored images")
+    with_overrides(sub)
+
+    sub = command(statistics, "image shards -> reference statistics, with the extractor of a run")
+    sub.add_argument("run", help="the run's YAML")
+    sub.add_argument("source")
+    sub.add_argument("dest", help="a file name ending in .npz")
+    with_overrides(sub)
+
+    sub = command(train, "train one run; the same command again continues it")
+    sub.add_argument("run", help="the run's YAML")
+    sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
+    with_overrides(sub)
+
+    sub = command(run, "train, sample and score a list of runs and compare them; the same command again continues it")
+    sub.add_argument("pipeline", help="the pipeline's YAML")
+    sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
+    with_overrides(sub)
+
+    sub = command(sample, "draw images from a trained run: a labelled grid and single images")
+    sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
+    sub.add_argument("--classes", help="numbers separated by commas; default: the first ten")
+    sub.add_argument("--per-class", type=int, default=8)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--references", action="store_true", help="show the row of successive images of an MRAR run")
+    sub.add_argument("--fuse", choices=("halves", "random"), help="splice the semantic features of two classes")
+    sub.add_argument("--output", help="folder; default: samples/drawn in the run folder")
+    with_overrides(sub)
+
+    sub = command(evaluate, "score a trained run and store the scores with everything that decided them")
+    sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
+    sub.add_argument("--output", help="folder; default: the run folder")
+    with_overrides(sub)
+
+    sub = command(compare, "one table of all scored runs below a folder, as text, Markdown, CSV and a picture")
+    sub.add_argument("folder")
+    sub.add_argument("--output", help="folder; default: the same")
+    return parser
+
+
+def quiet_libraries() -> None:
+    """Our own messages are shown; the libraries speak only when something is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("lit_transdiff").setLevel(logging.INFO)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; a bad setting or a missing file ends in one line and exit status 2."""
+    args = build_parser().parse_args(arguments)
+    quiet_libraries()
+    try:
+        args.function(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"lit-transdiff: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""A pipeline: caches, reference statistics, then a list of runs, each trained, sampled and scored; last the comparison.
+
+Every step that has been done is left as it is, so the same command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from omegaconf import OmegaConf
+
+from lit_transdiff.config import RunConfig, check_keys, load_run, read_yaml, require, to_dict, unknown
+from lit_transdiff.draw import draw_samples
+from lit_transdiff.evaluation.compare import compare
+from lit_transdiff.evaluation.evaluate import evaluate
+from lit_transdiff.evaluation.features import EXTRACTORS, load_extractor
+from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.prepare import cache, statistics
+from lit_transdiff.sampling import load_generator
+from lit_transdiff.stages import PREPARATORY
+from lit_transdiff.trainer import plan, train
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """Image shards whose latents are cached with the first run's autoencoder."""
+
+    source: str
+    dest: str  # below the pipeline's output_dir
+    flips: bool = False
+
+
+@dataclass(frozen=True)
+class RunStep:
+    """A recipe (path relative to the pipeline's file) with its own overrides."""
+
+    recipe: str
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What ``lit-transdiff run`` does; the folder of everything is ``output_dir``."""
+
+    output_dir: str
+    runs: list[RunStep]
+    cache: list[CacheStep] = field(default_factory=list)
+    reference_images: str | None = None  # image shards that the reference statistics of the evaluations are made of
+    samples_per_class: int = 8
+    overrides: list[str] = field(default_factory=list)  # for all runs
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipeline, list[RunConfig]]:
+    """Read a pipeline and all its runs; every setting is checked before anything starts.
+
+    ``overrides`` apply to all runs; ``output_dir`` also moves the caches.
+    """
+    settings = OmegaConf.to_container(read_yaml(path))
+    assert isinstance(settings, dict)
+    check_keys(OmegaConf.create(settings), Pipeline, "", str(path))
+    moved = [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")]
+    try:
+        pipeline = Pipeline(
+            **{
+                **settings,
+                "output_dir": moved[-1] if moved else settings.get("output_dir", "runs"),
+                "runs": [RunStep(**step) for step in settings.get("runs", [])],
+                "cache": [CacheStep(**step) for step in settings.get("cache", [])],
+            }
+        )
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    require(len(pipeline.runs) > 0, "runs", pipeline.runs, "at least one recipe")
+    common = [*pipeline.overrides, *overrides, f"output_dir={pipeline.output_dir}"]
+    runs = [load_run(Path(path).parent / step.recipe, [*step.overrides, *common]) for step in pipeline.runs]
+    names = [run.name for run in runs]
+    require(len(set(names)) == len(names), "runs", names, "runs of different names")
+    for run in runs:
+        check_evaluation(run)
+    return pipeline, runs
+
+
+def check_evaluation(run: RunConfig) -> None:
+    """Refuse metrics and extractors that are in no table."""
+    if run.evaluation.extractor not in EXTRACTORS:
+        raise unknown("evaluation.extractor", run.evaluation.extractor, EXTRACTORS)
+    for metric in run.evaluation.metrics:
+        if metric not in METRICS:
+            raise unknown("evaluation.metrics", metric, METRICS)
+
+
+def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say: Callable[[str], None] = print) -> None:
+    """Do every step that is not done yet."""
+    start = time.monotonic()
+    root = Path(pipeline.output_dir)
+
+    def announce(text: str) -> None:
+        if fabric.is_global_zero:
+            say(f"\n[{time.monotonic() - start:5.0f} s] {text}")
+
+    for step in pipeline.cache:
+        announce(f"cache       {step.source} -> {root / step.dest}")
+        cache(step.source, root / step.dest, autoencoder=runs[0].autoencoder, data=runs[0].data, fabric=fabric, flips=step.flips)
+    if pipeline.reference_images is not None:
+        announce(f"reference   {pipeline.reference_images} -> {runs[0].evaluation.reference}")
+        prepare_reference(pipeline.reference_images, runs[0], fabric)
+    for run in runs:
+        announce(f"train       {run.name}")
+        train(run, say)
+        if run.stage not in PREPARATORY:
+            announce(f"evaluate    {run.name}")
+            sample_and_score(run, pipeline.samples_per_class, fabric)
+    if fabric.is_global_zero:
+        announce(f"compare     {root}")
+        say(str(compare(root, root)))
+
+
+def prepare_reference(source: str, run: RunConfig, fabric: Fabric) -> None:
+    """Make the reference statistics of a run's evaluations, unless they exist."""
+    settings = run.evaluation
+    if settings.reference is None:
+        raise ValueError("reference_images: the runs say no evaluation.reference, the file that the statistics go to.")
+    if fabric.is_global_zero and not Path(settings.reference).exists():
+        extractor = load_extractor(settings.extractor, settings.extractor_weights, fabric.device)
+        statistics(source, settings.reference, data=run.data, extractor=extractor)
+    fabric.barrier()
+
+
+def sample_and_score(run: RunConfig, per_class: int, fabric: Fabric) -> dict[str, Any]:
+    """A grid of samples and the scores of a trained run, unless it has them; an MRAR run also shows its successive images."""
+    generator = load_generator(run.folder, fabric.device)
+    names = generator.class_names
+    classes = list(range(min(run.model.num_classes, 10)))
+    folder = run.folder / "samples" / "final"
+    if fabric.is_global_zero and not (folder / "grid.png").exists():
+        draw_samples(generator, classes, per_class, folder, class_names=names)
+        if run.model.num_references > 1:
+            draw_samples(generator, classes, 1, run.folder / "samples" / "references", class_names=names, references=True)
+    if next((run.folder / "evaluations").glob("*.json"), None) is not None:
+        return {}
+    return evaluate(generator, run.evaluation, run.sampling, fabric=fabric, output=run.folder, class_names=names)
+
+
+def dry_run(runs: Sequence[RunConfig], pipeline: Pipeline | None = None, say: Callable[[str], None] = print) -> None:
+    """Print each run's resolved configuration, parameter counts and planned steps, without writing anything."""
+    made = {str(Path(pipeline.output_dir) / step.dest) for step in pipeline.cache} if pipeline else set()
+    for run in runs:
+        check_evaluation(run)
+        outline = plan(run, made)
+        say(OmegaConf.to_yaml(OmegaConf.create(to_dict(run))))
+        say(outline + "\n")
+        made.add(str(run.folder))

@@ -1,0 +1,126 @@
+"""The folder of a run: what it holds, and whether a run may write to it.
+
+``config.yaml`` (resolved), ``environment.json`` (commit, versions, machine; one entry a start), ``metrics.csv``,
+``checkpoints/``, ``samples/``, ``export/`` (the trained model, written when the run has finished), ``evaluations/``, ``wandb/``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_transdiff.config import RunConfig, load_run, save_yaml, to_dict
+
+PACKAGES = (
+    "torch",
+    "lightning",
+    "wandb",
+    "omegaconf",
+    "webdataset",
+    "timm",
+    "einops",
+    "torchmetrics",
+    "deepspeed",
+    "diffusers",
+    "pillow",
+)
+# Settings that may change between two starts of one run: they do not decide its numbers so far.
+FREE = (
+    "training.max_steps",
+    "training.log_every",
+    "training.validate_every",
+    "training.checkpoint_every",
+    "training.sample_every",
+)
+FREE_GROUPS = ("sampling", "evaluation", "tracking", "distributed")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the settings that differ between two nested configurations, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in old:
+        name = f"{prefix}{key}"
+        if isinstance(old[key], dict):
+            found |= differences(old[key], new[key], name + ".")
+        elif old[key] != new[key]:
+            found[name] = (old[key], new[key])
+    return found
+
+
+def check_folder(run: RunConfig) -> None:
+    """Refuse a folder that holds a run with other settings: nothing is overwritten, and no run continues as another."""
+    file = run.folder / "config.yaml"
+    if not file.exists():
+        return
+    changed = {
+        name: pair
+        for name, pair in differences(to_dict(load_run(file)), to_dict(run)).items()
+        if name not in FREE and name.split(".")[0] not in FREE_GROUPS
+    }
+    if changed:
+        listed = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
+        raise ValueError(
+            f"{run.folder} holds a run with other settings ({listed}). Choose another name=..., or remove that folder."
+        )
+
+
+def is_finished(run: RunConfig) -> bool:
+    """Whether the folder holds this run trained to its end."""
+    info = run.folder / "export" / "export.json"
+    return info.exists() and json.loads(info.read_text())["step"] >= run.training.max_steps
+
+
+def last_checkpoint(run: RunConfig) -> Path | None:
+    """The newest checkpoint of the run, or nothing."""
+    return max((run.folder / "checkpoints").glob("step-*.ckpt"), default=None)
+
+
+def open_folder(run: RunConfig) -> None:
+    """Make the folder and write the resolved configuration and the environment of this start."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    save_yaml(run, run.folder / "config.yaml")
+    file = run.folder / "environment.json"
+    starts = json.loads(file.read_text()) if file.exists() else []
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps([*starts, environment()], indent=2))
+    os.replace(partial, file)
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and machine of this process."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "gpus": gpus,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, with ``-dirty`` when it has changes; nothing outside a checkout."""
+    root = Path(__file__).parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

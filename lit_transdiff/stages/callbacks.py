@@ -1,0 +1,172 @@
+"""What watches a run: finite loss, loss by time, throughput, sample grids."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.pictures import grid
+from lit_transdiff.sampling import Generator
+from lit_transdiff.stages.base import TransDiffStage
+from lit_transdiff.stages.optim import averaged_weights
+
+TIME_BINS = 10
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss that is not a number."""
+
+
+class StopOnNonFinite(pl.Callback):
+    """Ends training at a non-finite loss, naming the step and the samples of its batch; the last checkpoint stays.
+
+    Losses stay on the device and are looked at together every ``every`` steps and before each checkpoint, so that a step waits
+    for nothing. All ranks stop when one has met one.
+    """
+
+    def __init__(self, every: int, checkpoint_every: int) -> None:
+        self.every = every
+        self.checkpoint_every = checkpoint_every
+        self.recent: deque[tuple[int, Tensor, Tensor]] = deque()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+        step = trainer.global_step
+        self.recent.append((step, outputs["loss"].detach(), batch.samples))
+        if step % self.every and step % self.checkpoint_every and step < trainer.max_steps:
+            return
+        finite = torch.stack([loss for _, loss, _ in self.recent]).isfinite().tolist()
+        message = next((self.describe(trainer, *self.recent[i]) for i, ok in enumerate(finite) if not ok), None)
+        self.recent.clear()
+        if message is not None or not trainer.strategy.reduce_boolean_decision(message is None):
+            raise NonFiniteLoss(message or f"step {step}: another rank met a loss that is not finite.")
+
+    def describe(self, trainer: pl.Trainer, step: int, loss: Tensor, samples: Tensor) -> str:
+        keys = trainer.datamodule.keys(samples)  # type: ignore[attr-defined]
+        shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
+        kept = getattr(trainer.checkpoint_callback, "best_model_path", "") or "none yet"
+        return (
+            f"the loss is {loss.item()} at step {step} on rank {trainer.global_rank}. Samples of that batch: {shown}. "
+            f"Training has stopped; the last good checkpoint is {kept}."
+        )
+
+
+class LogTraining(pl.Callback):
+    """Loss, loss by time bin, learning rate, gradient norm, throughput and share of time spent waiting for data.
+
+    Sums stay on the device; everything is fetched once every ``every`` steps.
+    """
+
+    def __init__(self, every: int, images_per_step: int) -> None:
+        self.every = every
+        self.images_per_step = images_per_step
+
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.reset(stage)
+        self.batch_end = self.window_start
+
+    def reset(self, stage: pl.LightningModule) -> None:
+        self.sums = torch.zeros(2, TIME_BINS, device=stage.device)
+        self.loss, self.passes, self.waited, self.norm = torch.zeros((), device=stage.device), 0, 0.0, None
+        self.window_start = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch, i: int) -> None:
+        self.waited += time.perf_counter() - self.batch_end
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        if (trainer.global_step + 1) % self.every == 0:
+            grads = [p.grad for p in stage.parameters() if p.grad is not None]
+            self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+        self.loss += outputs["loss"].detach()
+        self.passes += 1
+        if "rows" in outputs:
+            bins = (outputs["t"] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+            self.sums[0].index_add_(0, bins, outputs["rows"].float())
+            self.sums[1].index_add_(0, bins, torch.ones_like(outputs["rows"], dtype=torch.float32))
+        steps_done = trainer.global_step
+        if steps_done % self.every == 0 and (i + 1) % trainer.accumulate_grad_batches == 0:
+            stage.log_dict(self.metrics(trainer, stage), rank_zero_only=True)
+            self.reset(stage)
+        self.batch_end = time.perf_counter()
+
+    def metrics(self, trainer: pl.Trainer, stage: pl.LightningModule) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.window_start
+        images = self.passes / trainer.accumulate_grad_batches * self.images_per_step
+        result = {
+            "train/loss": (self.loss / self.passes).item(),
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/images_seen": float(trainer.global_step * self.images_per_step),
+            "throughput/images_per_second": images / elapsed,
+            "throughput/data_wait_fraction": self.waited / elapsed,
+        }
+        if self.norm is not None:
+            result["train/gradient_norm"] = self.norm.item()
+        mean = (self.sums[0] / self.sums[1]).tolist()
+        result |= {f"train/loss_t{b / TIME_BINS:.1f}": value for b, value in enumerate(mean) if value == value}
+        return result
+
+
+class Progress(pl.Callback):
+    """One bar a run: optimizer steps, time left, and the loss when it is logged."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}
+        done, hidden = trainer.global_step, not trainer.is_global_zero
+        self.bar = tqdm(
+            desc=self.name, total=trainer.max_steps, initial=done, unit="step", disable=hidden, dynamic_ncols=True, **quiet
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.bar.close()
+
+
+class SampleGrids(pl.Callback):
+    """A labelled grid of images from the averaged weights, with the same seeds throughout training: ``samples/step-*.png``."""
+
+    def __init__(self, generator: Generator, folder: Path, every: int, per_class: int = 6) -> None:
+        self.generator = generator
+        self.folder = folder
+        self.every = every
+        self.class_names = generator.class_names[:10]
+        self.per_class = per_class
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+        step = trainer.global_step
+        whole_step = (i + 1) % trainer.accumulate_grad_batches == 0
+        if whole_step and trainer.is_global_zero and (step == trainer.max_steps or (self.every and step % self.every == 0)):
+            self.draw(trainer, stage, step)
+
+    def draw(self, trainer: pl.Trainer, stage: pl.LightningModule, step: int) -> None:
+        assert isinstance(stage, TransDiffStage)
+        classes = range(len(self.class_names))
+        labels = torch.tensor([c for c in classes for _ in range(self.per_class)])
+        training = stage.model.training
+        stage.model.eval()
+        with averaged_weights(stage.averaging_optimizer):
+            images = self.generator.images(labels, list(range(len(labels))))[:, -1]
+        stage.model.train(training)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        picture = grid(images.cpu(), columns=self.per_class, row_labels=self.class_names, title=f"step {step}")
+        picture.save(self.folder / f"step-{step:08d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, pl.loggers.WandbLogger):
+                logger.log_image("samples", [picture])

@@ -1,0 +1,118 @@
+"""Where the numbers of a run go: a CSV file in the run folder, and Weights & Biases."""
+
+from __future__ import annotations
+
+import csv
+import os
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_transdiff.config import RunConfig, to_dict
+
+COLUMNS = ("step", "images_seen", "seconds", "metric", "value")
+
+
+class MetricsCSV(Logger):
+    """``metrics.csv``, one row a value: step, images seen, wall-clock seconds of this process, metric, value.
+
+    Rows are appended and flushed, so a kill loses nothing; a resumed run first drops the rows after the step it resumes from.
+    """
+
+    def __init__(self, path: Path, images_per_step: int) -> None:
+        super().__init__()
+        self.path = path
+        self.images_per_step = images_per_step
+        self.start = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The configuration is saved beside the metrics, in ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(COLUMNS)
+            seconds = round(time.monotonic() - self.start, 3)
+            for name, value in metrics.items():
+                if name != "epoch":
+                    writer.writerow([step, (step or 0) * self.images_per_step, seconds, name, value])
+
+    @rank_zero_only
+    def drop_after(self, step: int) -> None:
+        """Forget what was logged after ``step``."""
+        if self.path.exists():
+            with open(self.path, newline="") as file:
+                header, *rows = list(csv.reader(file))
+            partial = self.path.with_suffix(".partial")
+            with open(partial, "w", newline="") as file:
+                csv.writer(file).writerows([header, *(row for row in rows if int(row[0]) <= step)])
+            os.replace(partial, self.path)
+
+
+def build_loggers(run: RunConfig) -> list[Logger]:
+    """The CSV file and, unless ``tracking.wandb`` is false, the W&B run of this run folder."""
+    loggers: list[Logger] = [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)]
+    return loggers + ([wandb_logger(run)] if run.tracking.wandb else [])
+
+
+def wandb_logger(run: RunConfig) -> WandbLogger:
+    """One W&B run a run folder, also over restarts; its local files lie in the run folder.
+
+    ``WANDB_MODE`` decides between online, offline and disabled; without it, W&B is online where there is a key, else offline.
+    """
+    import wandb
+
+    folder = run.folder.resolve()
+    for variable, place in (
+        ("WANDB_DIR", folder),
+        ("WANDB_DATA_DIR", folder / "wandb"),
+        ("WANDB_CACHE_DIR", folder / "wandb" / "cache"),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        os.environ[variable] = str(place)
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    return WandbLogger(
+        name=run.name,
+        project=run.tracking.project,
+        group=run.tracking.group,
+        job_type=run.stage,
+        tags=run.tracking.tags,
+        save_dir=str(folder),
+        id=run_id(folder),
+        resume="allow",
+        config=to_dict(run),
+        mode=mode,
+        settings=wandb.Settings(silent=mode == "offline"),
+    )
+
+
+def finish(loggers: Iterable[Logger]) -> None:
+    """End the W&B run, so that the next run of this process is another one."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            rank_zero_only(lambda run: run.finish())(logger.experiment)
+
+
+def run_id(folder: Path) -> str:
+    """The W&B id of a run folder, made once."""
+    file = folder / "wandb" / "run_id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text()
