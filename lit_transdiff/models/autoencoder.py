@@ -1,0 +1,236 @@
+"""Pixels <-> normalised latents, behind one interface: KL autoencoders (through diffusers) and the identity.
+
+Shapes: ... any leading dimensions, C image channels, H W pixels, c latent channels, h w latent pixels (H / h = downsampling).
+Images are in [-1, 1]; moments are the posterior's [mean | logvar]; latents have a mean near 0 and a std near 1 in each channel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from einops import pack, unpack
+from torch import Tensor, nn
+
+from lit_transdiff.config import AutoencoderTraining, require, unknown
+
+LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior, as in latent diffusion
+CONFIG_FILE = "config.json"
+
+
+def posterior(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments [..., 2c, h, w] as mean and clamped logvar, each [..., c, h, w]."""
+    mean, logvar = moments.chunk(2, dim=-3)
+    return mean, logvar.clamp(*LOGVAR_RANGE)
+
+
+def kl_divergence(moments: Tensor) -> Tensor:
+    """KL(posterior || standard normal) of moments [..., 2c, h, w], in nats, summed over c, h, w: [...]."""
+    mean, logvar = posterior(moments)
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(-3, -2, -1))
+
+
+def check_latents(latents: Tensor) -> None:
+    """Raise ``ValueError`` when latents are not near mean 0 and std 1: they were normalised with a wrong scale."""
+    std, mean = torch.std_mean(latents.float())
+    require(0.3 <= std.item() <= 3, "latents (wrong scale): std", round(std.item(), 4), "0.3 to 3 after normalisation")
+    require(abs(mean.item()) <= 1, "latents (wrong scale): mean", round(mean.item(), 4), "-1 to 1 after normalisation")
+
+
+def load_autoencoder(kind: str, path: Optional[str | Path], image_channels: int) -> Autoencoder:
+    """The frozen autoencoder of a run, in float32 and evaluation mode.
+
+    Raises ``ValueError`` for an unknown kind or a folder that does not fit, ``FileNotFoundError`` for a missing folder.
+    """
+    if kind not in AUTOENCODERS:
+        raise unknown("autoencoder.kind", kind, AUTOENCODERS)
+    return AUTOENCODERS[kind](path, image_channels).freeze()
+
+
+class Autoencoder(nn.Module, ABC):
+    """What the rest of the platform knows of an autoencoder; a kind of it writes ``encode`` and ``reconstruct``.
+
+    ``latents_mean`` and ``latents_std`` [c, 1, 1] take the posterior's samples to normalised latents and back.
+    """
+
+    latents_mean: Tensor
+    latents_std: Tensor
+
+    def __init__(self, latents_mean: Tensor, latents_std: Tensor, downsampling: int) -> None:
+        super().__init__()
+        self.latent_channels = len(latents_mean)
+        self.downsampling = downsampling
+        self.frozen = False
+        self.register_buffer("latents_mean", latents_mean.float().reshape(-1, 1, 1))
+        self.register_buffer("latents_std", latents_std.float().reshape(-1, 1, 1))
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [..., C, H, W] in [-1, 1] -> moments [..., 2c, h, w] (the identity: [..., C, H, W])."""
+
+    def sample(self, moments: Tensor, noise: Optional[Tensor] = None) -> Tensor:
+        """Moments -> normalised latents [..., c, h, w]: the mean, or a draw with the standard normal ``noise`` of that shape."""
+        mean, logvar = posterior(moments.float())
+        drawn = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return (drawn - self.latents_mean) / self.latents_std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [..., c, h, w] -> images [..., C, H, W], clamped to [-1, 1]."""
+        return self.reconstruct(latents).clamp(-1, 1)
+
+    @abstractmethod
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """``decode`` without the clamp, for the loss that trains an autoencoder."""
+
+    def freeze(self) -> Autoencoder:
+        """Evaluation mode and no gradients, from now on: ``train()`` of a module that holds it changes nothing."""
+        self.frozen = True
+        return self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Autoencoder:
+        return super().train(mode and not self.frozen)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the names and bytes of the weights and of the normalisation."""
+        digest = hashlib.sha256(type(self).__name__.encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class IdentityAutoencoder(Autoencoder):
+    """Latents are the images themselves: for models on small images."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(torch.zeros(channels), torch.ones(channels), downsampling=1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def sample(self, moments: Tensor, noise: Optional[Tensor] = None) -> Tensor:
+        return moments
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class KLAutoencoder(Autoencoder):
+    """diffusers' AutoencoderKL (imported where it is made: that takes seconds) and the normalisation of its latents."""
+
+    def __init__(self, model: Any, latents_mean: Tensor, latents_std: Tensor) -> None:
+        super().__init__(latents_mean, latents_std, downsampling=2 ** (len(model.config.block_out_channels) - 1))
+        self.model = model
+
+    @classmethod
+    def new(cls, training: AutoencoderTraining, image_channels: int, image_size: int) -> KLAutoencoder:
+        """An untrained autoencoder (torch's global generator draws its weights); the latents are not normalised yet."""
+        from diffusers import AutoencoderKL
+
+        levels = len(training.block_channels)
+        factor = 2 ** (levels - 1)
+        require(image_size % factor == 0, "data.image_size", image_size, f"a multiple of {factor} ({levels} levels)")
+        model = AutoencoderKL(
+            in_channels=image_channels,
+            out_channels=image_channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(training.block_channels),
+            layers_per_block=training.layers_per_block,
+            norm_num_groups=training.norm_groups,
+            latent_channels=training.latent_channels,
+            sample_size=image_size,
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+        )
+        return cls(model, torch.zeros(training.latent_channels), torch.ones(training.latent_channels))
+
+    @classmethod
+    def load(cls, path: str | Path, image_channels: int) -> KLAutoencoder:
+        """Read a folder in diffusers' layout (config.json + safetensors, any float type) as float32.
+
+        Raises ``FileNotFoundError`` without the folder, ``ValueError`` naming file and field when weights are missing or
+        unexpected, the image channels differ, or the normalisation is malformed.
+        """
+        from diffusers import AutoencoderKL
+
+        folder, file = Path(path), Path(path) / CONFIG_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"autoencoder.path: {file} does not exist; expected a folder in diffusers' layout.")
+        config = json.loads(file.read_text())
+        mean, std = read_normalisation(config, str(file))
+        channels = config.get("in_channels")
+        require(channels == image_channels, f"{file}: in_channels", channels, f"data.image_channels={image_channels}")
+        options = dict(local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+        model, report = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, **options)
+        for problem in ("missing_keys", "unexpected_keys"):
+            keys = sorted(report[problem])[:3]
+            require(not keys, f"{folder}: {problem}", keys, "exactly the weights that config.json describes")
+        return cls(model, mean, std)
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write diffusers' layout, weights stored as ``dtype``, the normalisation as ``latents_mean`` / ``latents_std``."""
+        stored = type(self.model).from_config(self.model.config)
+        stored.load_state_dict(self.model.state_dict())
+        mean, std = self.latents_mean.flatten().tolist(), self.latents_std.flatten().tolist()
+        stored.register_to_config(latents_mean=mean, latents_std=std)
+        stored.to(dtype).save_pretrained(path)
+
+    def set_normalisation(self, mean: Tensor, std: Tensor) -> None:
+        """Take the per-channel mean and std [c] of the posterior's samples as the normalisation."""
+        self.latents_mean.copy_(mean.reshape(-1, 1, 1))
+        self.latents_std.copy_(std.reshape(-1, 1, 1))
+
+    def encode(self, images: Tensor) -> Tensor:
+        flat, lead = pack([images], "* c h w")
+        return unpack(self.model.encode(flat).latent_dist.parameters, lead, "* c h w")[0]
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        flat, lead = pack([latents * self.latents_std + self.latents_mean], "* c h w")
+        return unpack(self.model.decode(flat).sample, lead, "* c h w")[0]
+
+
+def read_normalisation(config: dict[str, Any], source: str) -> tuple[Tensor, Tensor]:
+    """Mean and std [c] from diffusers' configuration: ``latents_mean`` / ``latents_std``, else shift and scaling factor.
+
+    Raises ``ValueError`` naming ``source`` and the field when a value is missing, not finite, or of a wrong length.
+    """
+    channels = config.get("latent_channels")
+    if not isinstance(channels, int):
+        raise ValueError(f"{source}: latent_channels: got {channels!r}; allowed: an integer.")
+    if config.get("latents_mean") is None and config.get("latents_std") is None:
+        shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor", 0.0)
+        require(is_finite(shift), f"{source}: shift_factor", shift, "a finite number")
+        require(is_finite(scale) and scale > 0, f"{source}: scaling_factor", scale, "a finite number above 0")
+        return torch.full((channels,), float(shift)), torch.full((channels,), 1 / scale)
+    for name in ("latents_mean", "latents_std"):
+        values = config.get(name)
+        valid = isinstance(values, list) and len(values) == channels and all(map(is_finite, values))
+        require(valid, f"{source}: {name}", values, f"{channels} finite numbers, one a latent channel")
+    require(min(config["latents_std"]) > 0, f"{source}: latents_std", config["latents_std"], "numbers above 0")
+    return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+
+
+def is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def load_identity(path: Optional[str | Path], image_channels: int) -> Autoencoder:
+    require(path is None, "autoencoder.path", path, "nothing when autoencoder.kind is 'identity'")
+    return IdentityAutoencoder(image_channels)
+
+
+def load_kl(path: Optional[str | Path], image_channels: int) -> Autoencoder:
+    if path is None:
+        raise ValueError("autoencoder.path: got None; allowed: a folder when autoencoder.kind is 'kl'.")
+    return KLAutoencoder.load(path, image_channels)
+
+
+AUTOENCODERS: dict[str, Callable[[Optional[str | Path], int], Autoencoder]] = {"kl": load_kl, "identity": load_identity}

@@ -1,0 +1,108 @@
+"""Preparation: train a small KL autoencoder on the user's own shards.
+
+Shapes: B batch, C image channels, H W pixels, c latent channels, h w latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lit_transdiff.config import RunConfig
+from lit_transdiff.models.autoencoder import KLAutoencoder, kl_divergence, posterior
+from lit_transdiff.stages.optim import check_optimizer, lr_factor
+
+EDGE_WEIGHT = 0.5  # of the image-gradient error beside the absolute error: the contours that the eye sees first
+
+
+def edge_error(error: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels of ``error`` [B, C, H, W], both directions added: a scalar."""
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+def psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images [B, C, H, W] in [-1, 1] (peak 2), mean over the batch: a scalar."""
+    error = (reconstructions - images).square().mean(dim=(1, 2, 3))
+    return (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()
+
+
+class PreparatoryStage(pl.LightningModule):
+    """What the two preparatory stages share: AdamW over all parameters, and its schedule. The last weights are exported."""
+
+    def __init__(self, run: RunConfig) -> None:
+        super().__init__()
+        check_optimizer(run.optimizer)
+        self.run = run
+
+    def configure_optimizers(self) -> Any:
+        config, steps = self.run.optimizer, self.run.training.max_steps
+        betas = (config.betas[0], config.betas[1])
+        optimizer = torch.optim.AdamW(self.parameters(), config.lr, betas, config.eps, config.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class AutoencoderStage(PreparatoryStage):
+    """Absolute error + edge error + ``kl_weight`` x KL (nats a latent value), on posterior samples."""
+
+    def __init__(self, run: RunConfig) -> None:
+        super().__init__(run)
+        self.autoencoder = KLAutoencoder.new(run.autoencoder_training, run.data.image_channels, run.data.image_size)
+
+    def losses(self, images: Tensor) -> dict[str, Tensor]:
+        """The loss of images [B, C, H, W] and its parts, scalars."""
+        moments = self.autoencoder.encode(images).float()  # [B, 2c, h, w]
+        noise = torch.randn_like(moments.chunk(2, dim=1)[0])
+        error = self.autoencoder.reconstruct(self.autoencoder.sample(moments, noise)).float() - images
+        l1, edge, kl = error.abs().mean(), edge_error(error), kl_divergence(moments).mean() / noise[0].numel()
+        loss = l1 + EDGE_WEIGHT * edge + self.run.autoencoder_training.kl_weight * kl
+        return {"loss": loss, "l1": l1, "edge": edge, "kl": kl}
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        losses = self.losses(batch.values[:, 0])
+        self.log_dict({f"train/{name}": value for name, value in losses.items()})
+        return losses["loss"]
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        images = batch.values[:, 0]
+        moments = self.autoencoder.encode(images).float()
+        latents = self.autoencoder.sample(moments)
+        values = {
+            "val/psnr": psnr(self.autoencoder.decode(latents).float(), images),
+            "val/kl": kl_divergence(moments).mean() / latents[0].numel(),
+        }
+        self.log_dict(values, batch_size=len(images), sync_dist=True)
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+        """Per-channel mean and std [c] of the posterior's samples (their noise counted exactly), over the first
+        ``num_statistics_images`` images of ``batches``, in float64."""
+        count, first, second = 0, torch.zeros(()), torch.zeros(())
+        limit = self.run.autoencoder_training.num_statistics_images
+        for batch in batches:
+            images = batch.values[: limit - count, 0].to(self.device)
+            mean, logvar = (part.double() for part in posterior(self.autoencoder.encode(images)))
+            first = first + mean.mean(dim=(-2, -1)).sum(dim=0).cpu()
+            second = second + (mean.square() + logvar.exp()).mean(dim=(-2, -1)).sum(dim=0).cpu()
+            count += len(images)
+            if count >= limit:
+                break
+        if count == 0:
+            raise ValueError("export: batches: got none; allowed: batches of training images, to measure the latents' scale on.")
+        mean = first / count
+        return mean, (second / count - mean.square()).sqrt()
+
+    def export(self, folder: str | Path, batches: Iterable[Any]) -> None:
+        """Write the autoencoder to ``folder`` in diffusers' layout, normalised by its latents of ``batches``.
+
+        ``batches`` have training images as ``values`` [B, R, C, H, W]. Every rank may call it; the first one writes.
+        """
+        self.eval()
+        self.autoencoder.set_normalisation(*self.measure(batches))
+        if self.global_rank == 0:
+            self.autoencoder.save(folder)

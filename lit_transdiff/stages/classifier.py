@@ -1,0 +1,38 @@
+"""Preparation: train the small classifier that judges small-image runs, on the user's own shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_transdiff.config import RunConfig
+from lit_transdiff.models.classifier import SmallClassifier, save_classifier
+from lit_transdiff.stages.autoencoder import PreparatoryStage
+
+FILE_NAME = "classifier.safetensors"
+
+
+class ClassifierStage(PreparatoryStage):
+    """Cross-entropy on batches with ``values`` [B, 1, C, H, W] in [-1, 1] and ``labels`` [B]."""
+
+    def __init__(self, run: RunConfig) -> None:
+        super().__init__(run)
+        self.classifier = SmallClassifier(run.model.num_classes, run.data.image_size, run.data.image_channels)
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        loss = F.cross_entropy(self.classifier(batch.values[:, 0]), batch.labels, label_smoothing=0.05)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        correct = self.classifier(batch.values[:, 0]).argmax(dim=1) == batch.labels
+        self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), sync_dist=True)
+
+    def export(self, folder: str | Path) -> None:
+        """Write ``classifier.safetensors`` to ``folder``; every rank may call it, the first one writes."""
+        if self.global_rank == 0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_classifier(self.classifier.eval(), Path(folder) / FILE_NAME)
