@@ -45,15 +45,11 @@ class DataModule(pl.LightningDataModule):
         num_validation_samples: Optional[int] = None,
         autoencoder_fingerprint: Optional[str] = None,
     ) -> None:
-        """``num_validation_samples``: nothing for all of them, 0 for no validation. Sizes are in rows (groups, when R > 1)."""
+        """Batch sizes are in rows (groups, when R > 1); ``num_validation_samples`` in images: nothing for all, 0 for none."""
         super().__init__()
         self.data, self.num_references, self.num_classes = data, num_references, num_classes
-        self.global_batch_size, self.micro_batch_size, self.max_steps, self.seed = (
-            global_batch_size,
-            micro_batch_size,
-            max_steps,
-            seed,
-        )
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.max_steps, self.seed = max_steps, seed
         self.evaluation_batch_size, self.num_validation_samples = evaluation_batch_size, num_validation_samples
         self.autoencoder_fingerprint = autoencoder_fingerprint
         self.train_index: Optional[ShardIndex] = None
@@ -64,32 +60,28 @@ class DataModule(pl.LightningDataModule):
         data = self.data
         if self.train_index is None and data.train:
             remote = is_url(data.train)
-            require(not remote or data.index is not None, "data.index", None, "the index.json of data.train, which is a URL")
-            require(
-                remote or data.index is None,
-                "data.index",
-                data.index,
-                "nothing, because data.train is a folder, which has its own",
-            )
-            require(
-                not remote or self.num_references == 1,
-                "model.num_references",
-                self.num_references,
-                "1 when data.train is a URL (groups need random access)",
-            )
-            require(not remote or data.groups is None, "data.groups", data.groups, "nothing when data.train is a URL")
-            source = data.index if remote and data.index is not None else data.train
-            self.train_index = self.checked(read_index(source, check_files=not remote), "data.train")
+            self.check_source(remote)
+            index = read_index((data.index or "") if remote else data.train, check_files=not remote)
+            self.train_index = self.checked(index, "data.train")
         if self.evaluation_index is None and data.evaluation is not None:
-            require(not is_url(data.evaluation), "data.evaluation", data.evaluation, "a local folder of shards")
+            require("://" not in data.evaluation, "data.evaluation", data.evaluation, "a local folder of shards")
             self.evaluation_index = self.checked(read_index(data.evaluation), "data.evaluation")
-            if self.train_index is not None:
-                require(
-                    self.evaluation_index.kind == self.train_index.kind,
-                    "data.evaluation",
-                    self.evaluation_index.kind,
-                    f"{self.train_index.kind}, as in data.train",
-                )
+        if self.train_index is not None and self.evaluation_index is not None:
+            found, expected = self.evaluation_index.kind, self.train_index.kind
+            require(found == expected, "data.evaluation", found, f"{expected}, as in data.train")
+
+    def check_source(self, remote: bool) -> None:
+        """The settings that go with a URL, or with a folder, in ``data.train``."""
+        data, num_references = self.data, self.num_references
+        if remote:
+            require(data.index is not None, "data.index", None, "the index.json of data.train, which is a URL")
+            require(
+                num_references == 1, "model.num_references", num_references, "1 when data.train is a URL: groups need files here"
+            )
+            require(data.groups is None, "data.groups", data.groups, "nothing when data.train is a URL")
+        else:
+            require("://" not in data.train, "data.train", data.train, "a folder, http://, https://, or pipe:COMMAND for others")
+            require(data.index is None, "data.index", data.index, "nothing when data.train is a folder, which has its own")
 
     def checked(self, index: ShardIndex, field: str) -> ShardIndex:
         """An index that fits the model and the autoencoder."""
@@ -103,6 +95,11 @@ class DataModule(pl.LightningDataModule):
             raise ValueError(
                 f"{field}: the latents in {index.folder} were made with another autoencoder "
                 f"(fingerprint {index.latents.fingerprint}, this run's is {self.autoencoder_fingerprint})."
+            )
+        if index.latents is not None:
+            size = index.latents.image_size
+            require(
+                size == self.data.image_size, "data.image_size", self.data.image_size, f"{size}, of the latents in {index.folder}"
             )
         return index
 
@@ -135,10 +132,14 @@ class DataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         index = self.index_of("data.train")
         layout = self.layout()
-        if self.trainer is not None:
-            found = self.trainer.accumulate_grad_batches
-            require(found == layout.accumulation, "Trainer(accumulate_grad_batches)", found, f"{layout.accumulation}")
-        identity = {"seed": self.seed, "global_batch_size": self.global_batch_size, "num_references": self.num_references}
+        self.check_trainer(layout)
+        identity = {
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+            "num_references": self.num_references,
+            "shuffle_block": self.data.shuffle_block,
+            "number of samples": len(index),
+        }
         total = self.max_steps * layout.accumulation
         if is_url(self.data.train):
             stream = StreamDataset(index, self.data, self.seed, layout, total)
@@ -149,6 +150,13 @@ class DataModule(pl.LightningDataModule):
         sampler = PlanSampler(plan, layout, total, lambda: self.start(layout))
         dataset = PlannedDataset(index, self.data, self.seed, training=True)
         return TrainLoader(dataset, lambda: self.start(layout), identity, sampler=sampler, **self.loader_options())
+
+    def check_trainer(self, layout: BatchLayout) -> None:
+        """The trainer counts as this module does."""
+        if self.trainer is not None:
+            found, steps = self.trainer.accumulate_grad_batches, self.trainer.max_steps
+            require(found == layout.accumulation, "Trainer(accumulate_grad_batches)", found, f"{layout.accumulation}")
+            require(steps <= self.max_steps, "Trainer(max_steps)", steps, f"at most {self.max_steps}, for which data is planned")
 
     def start(self, layout: BatchLayout) -> int:
         """The micro-step at which reading starts."""

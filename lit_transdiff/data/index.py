@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Optional
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
@@ -139,12 +140,16 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
             f"{folder} has no {missing}. Index shards that are there with: lit-transdiff index {folder}; "
             f"make shards from images with: lit-transdiff pack SRC {folder}"
         )
-    header = json.loads(header_path.read_text())
-    require(header.get("format") == FORMAT, f"{header_path}: format", header.get("format"), repr(FORMAT))
-    require(header["version"] == VERSION, f"{header_path}: version", header["version"], f"{VERSION}")
-    with np.load(sidecar_path, allow_pickle=False) as sidecar:
-        columns = {name: sidecar[name] for name in (*COLUMNS, "key")}
-    index = index_from(folder, header, columns)
+    try:
+        header = json.loads(header_path.read_text())
+        require(header.get("format") == FORMAT, "format", header.get("format"), repr(FORMAT))
+        require(header["version"] == VERSION, "version", header["version"], f"{VERSION}")
+        with np.load(sidecar_path, allow_pickle=False) as sidecar:
+            columns = {name: sidecar[name] for name in (*COLUMNS, "key")}
+        index = index_from(folder, header, columns)
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+        again = f"Make it again: lit-transdiff index {folder}"
+        raise ValueError(f"{folder}: the index is damaged or of another version ({error}). {again}") from error
     if check_files:
         check_sizes(index)
     return index
@@ -166,7 +171,7 @@ def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarr
     counts = {name: int(count) for name, count in zip(index.class_names, index.class_counts, strict=False)}
     fits = int(index.starts[-1]) == header["samples"] and counts == header["classes"] and len(index.key) == len(index)
     if not fits or len(index.class_counts) != index.num_classes:
-        raise ValueError(f"{folder}: index.npz does not belong to index.json. Make both again: lit-transdiff index {folder}")
+        raise ValueError("index.npz does not belong to index.json")
     return index
 
 

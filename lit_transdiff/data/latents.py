@@ -47,7 +47,7 @@ def write_latent_shards(
     require(index.kind == "images", f"{source_folder}: kind", index.kind, "images")
     require(data.crop != "random", "data.crop", data.crop, "'center' or 'none': a cache holds one crop of each image")
     require(not (dest / "index.json").exists(), str(dest), "a folder with an index", "a new folder")
-    require(rank < len(index.shards), "rank", rank, f"below {len(index.shards)}, the number of shards")
+    require(rank < world <= len(index.shards), "world", world, f"above rank={rank}, at most {len(index.shards)} shards")
     dest.mkdir(parents=True, exist_ok=True)
     dataset = PlannedDataset(index, replace(data, on_bad_sample="refuse"))  # a substitute would be stored under another's key
     mine = range(rank, len(index.shards), world)

@@ -49,7 +49,7 @@ def open_source(source: str | Path, split: Optional[str] = None, class_names: Op
 
 def folder_source(folder: Path, class_names: Optional[Sequence[str]]) -> ImageSource:
     """``folder/class/image.jpg``: classes are the sorted folder names, as in ImageNet."""
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     require(len(classes) > 0, str(folder), "a folder without class folders", "folder/class/image.jpg, or IDX files")
     names = checked_names(class_names, [path.name for path in classes])
     paths, labels, keys = [], [], []

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -112,20 +112,21 @@ class StreamDataset(IterableDataset):
         """Exactly the indexed samples of each shard; those that are not found carry the reason."""
         for shard in shards:
             first, end = (int(start) for start in self.index.starts[shard : shard + 2])
-            name, found, problem = self.index.shards[shard].name, first, ""
+            name, found, reason = self.index.shards[shard].name, first, ""
             samples = tarfile_samples(iter([{"url": self.urls[shard]}]))
             while found < end:
                 try:
-                    raw = next(samples, None)
+                    raw: dict[str, Any] = next(samples, {})
                 except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-                    raw, problem = None, f" ({error})"
-                if raw is None or raw["__key__"] != self.index.key_of(found):
+                    raw, reason = {}, f" ({error})"
+                content = payload(raw, name)
+                if content is None or raw["__key__"] != self.index.key_of(found) or len(content) != self.index.size[found]:
                     break
-                yield StreamedSample(found, payload(raw, name))
+                yield StreamedSample(found, content)
                 found += 1
             if found < end:
                 count = f"only {found - first} of {end - first} samples are as in the index"
-                problem = f"{name}: {count}{problem}: truncated, damaged or replaced"
+                problem = f"{name}: {count}{reason}: truncated, damaged or replaced"
                 if not self.skip:
                     raise ValueError(problem)
                 yield from (StreamedSample(sample, None, problem) for sample in range(found, end))
@@ -148,7 +149,7 @@ class StreamDataset(IterableDataset):
             bad = 0
 
 
-def payload(raw: dict[str, bytes], shard: str) -> Optional[bytes]:
+def payload(raw: dict[str, Any], shard: str) -> Optional[bytes]:
     """The image or latents of a webdataset sample. Raises ``ValueError`` for a pickle, whatever ``on_bad_sample`` says."""
     for member in raw:
         if member.rpartition(".")[2] in PICKLE_MEMBERS:

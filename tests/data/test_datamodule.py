@@ -119,6 +119,8 @@ def test_resuming_with_another_batch_is_refused(shards, tmp_path):
         fit(other, tmp_path / "other", 3, ckpt_path=tmp_path / "step=2.ckpt")
     with pytest.raises(ValueError, match=r"Trainer\(accumulate_grad_batches\): got 1; allowed: 2"):
         fit(module_for(shards, accumulation=2), tmp_path / "other", 3)
+    with pytest.raises(ValueError, match=r"Trainer\(max_steps\): got 7; allowed: at most 6"):
+        fit(module_for(shards), tmp_path / "other", 7)
 
 
 def test_batches_and_names(shards):
@@ -161,6 +163,7 @@ def test_validation_sizes(shards):
     ("changes", "message"),
     [
         (dict(train="/nowhere"), "lit-transdiff pack SRC /nowhere"),
+        (dict(train="s3://bucket/x"), "data.train: got 's3://bucket/x'; allowed: a folder.*pipe:COMMAND"),
         (dict(train=""), "data.train: got nothing"),
         (dict(index="index.json"), "data.index: got 'index.json'"),
         (dict(num_references=14), "has only 13 images"),

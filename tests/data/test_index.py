@@ -130,8 +130,12 @@ def test_shards_are_checked_against_the_index(shards, tmp_path):
         read_index(copy)
     shutil.copy(shards / first.name, first)
     np.savez(copy / "index.npz", offset=[0], size=[0], label=[0], key=[b"a"])
-    with pytest.raises(ValueError, match=r"index\.npz does not belong"):
+    with pytest.raises(ValueError, match=r"index\.npz does not belong to index\.json\)\. Make it again"):
         read_index(copy)
+    for name in ("index.npz", "index.json"):
+        (copy / name).write_bytes(b"damaged")
+        with pytest.raises(ValueError, match="copy: the index is damaged"):
+            read_index(copy)
 
 
 def bad_shards(folder, content):

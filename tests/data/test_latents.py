@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,10 @@ def test_fingerprint_and_flips_are_checked(shards, tmp_path):
         module_for(tmp_path / "latents").train_dataloader()
     with pytest.raises(ValueError, match=r"data\.crop: got 'random'"):
         module_for(tmp_path / "latents", horizontal_flip=False, crop="random").train_dataloader()
+    module = module_for(tmp_path / "latents", horizontal_flip=False)
+    module.data = replace(module.data, image_size=16)
+    with pytest.raises(ValueError, match=r"data\.image_size: got 16; allowed: 8, of the latents"):
+        module.setup()
     values = [batch.values for batch in module_for(tmp_path / "latents", horizontal_flip=False).train_dataloader()]
     assert values[0].shape == (16, 1, 4, 4, 4)
     with pytest.raises(ValueError, match="an index'; allowed: a new folder"):
