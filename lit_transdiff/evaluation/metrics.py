@@ -1,0 +1,221 @@
+"""The scores. A metric is ``function(generated, reference, settings) -> float`` or mean and std; METRICS lists them.
+
+Shapes: N generated images, M reference images, D features, K classes, S context tokens. All sums are in float64.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import reduce
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from lit_transdiff.config import EvaluationConfig, require, unknown
+from lit_transdiff.evaluation.statistics import Statistics, reference_tensor
+
+Score = float | dict[str, float]
+# One rank computes the scores of all images; by default torchmetrics would wait for the others to join.
+ALONE: dict[str, Any] = {"sync_on_compute": False}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known of the generated images, in the order of their indices."""
+
+    features: Tensor  # [N, D]
+    labels: Tensor  # [N], the classes asked for
+    logits: Tensor | None = None  # [N, K]
+    logits_name_classes: bool = False  # the logits are over the classes of ``labels``
+    semantic_features: Callable[[Tensor], Tensor] | None = None  # labels [B] -> the model's context tokens [B, S, D]
+
+
+class Given(nn.Module):
+    """Stands where torchmetrics expects its network: the features come from outside."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
+    """|mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2)): FID, with Inception's features (arXiv 1706.08500)."""
+    metric = FrechetInceptionDistance(feature=Given(generated.features.shape[1]), **ALONE)
+    metric.update(generated.features.double().cpu(), real=False)
+    mu, sigma = torch.from_numpy(reference.mu), torch.from_numpy(reference.sigma)
+    count = reference.num_images or 50_000  # cancels; the metric wants sums
+    metric.real_features_sum = mu * count
+    metric.real_features_cov_sum = sigma * (count - 1) + count * torch.outer(mu, mu)
+    metric.real_features_num_samples = torch.tensor(count)
+    return float(metric.compute())
+
+
+def inception_score(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> Score:
+    """exp of the mean KL divergence of an image's class distribution from the mean one, over 10 parts (arXiv 1606.03498).
+
+    With the logits of the small classifier it is an analogue: comparable only with scores of the same classifier.
+    """
+    assert generated.logits is not None
+    with quiet():
+        metric = InceptionScore(feature=Given(generated.logits.shape[1]), splits=min(10, len(generated.logits)), **ALONE)
+    metric.update(generated.logits.double().cpu())
+    return seeded(metric.compute, settings.seed)
+
+
+def kernel_distance(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> Score:
+    """Unbiased squared maximum mean discrepancy with a cubic kernel (arXiv 1801.01401): KID, when the features are Inception's.
+
+    Over 100 random subsets of 1000 images, or of all there are; it may be slightly below 0.
+    """
+    real, fake = reference_tensor(reference), generated.features.double().cpu()
+    size = min(1000, len(real), len(fake))
+    with quiet():
+        metric = KernelInceptionDistance(feature=Given(fake.shape[1]), subsets=100, subset_size=size, **ALONE)
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    return seeded(metric.compute, settings.seed)
+
+
+def precision(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
+    """The share of generated images that lie in the manifold of the real ones (arXiv 1904.06991)."""
+    real = reference_tensor(reference).to(generated.features.device)
+    return covered(generated.features.double(), real, settings.num_neighbours)
+
+
+def recall(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
+    """The share of real images that lie in the manifold of the generated ones (arXiv 1904.06991)."""
+    real = reference_tensor(reference).to(generated.features.device)
+    return covered(real, generated.features.double(), settings.num_neighbours)
+
+
+def class_accuracy(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> float:
+    """The share of generated images that the extractor names as the class asked for."""
+    assert generated.logits is not None
+    metric = MulticlassAccuracy(num_classes=generated.logits.shape[1], average="micro", **ALONE)
+    metric.update(generated.logits.cpu(), generated.labels.cpu())
+    return float(metric.compute())
+
+
+def feature_diversity(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> float:
+    """Mean cosine similarity over all pairs of an image's semantic features, diagonal included (arXiv 2506.09482).
+
+    Lower is more diverse. The features depend on the class alone, so each class is computed once.
+    """
+    assert generated.semantic_features is not None
+    labels, counts = generated.labels.unique(return_counts=True)
+    similarity = torch.cat([token_similarity(generated.semantic_features(part)) for part in labels.split(64)])
+    return float((similarity.cpu() * counts.cpu()).sum() / counts.sum())
+
+
+def token_similarity(tokens: Tensor) -> Tensor:
+    """Tokens [B, S, D] -> [B], the mean over S x S pairs of cosines: the squared length of the mean unit vector."""
+    units = nn.functional.normalize(tokens.double(), dim=-1)
+    return reduce(units, "b s d -> b d", "mean").square().sum(dim=-1)
+
+
+def covered(points: Tensor, manifold: Tensor, neighbours: int, chunk: int = 4096) -> float:
+    """The share of ``points`` [N, D] that lie in a ball around some row of ``manifold`` [M, D].
+
+    The ball around a row reaches to its ``neighbours``-th nearest other row. Work is in chunks of rows.
+    """
+    require(
+        len(manifold) > neighbours, "evaluation.num_neighbours", neighbours, f"fewer than the {len(manifold)} images of a set"
+    )
+    centre = manifold.mean(dim=0)  # distances stay, and lose fewer digits
+    points, manifold = points - centre, manifold - centre
+    radii = torch.cat([torch.cdist(rows, manifold).kthvalue(neighbours + 1).values for rows in manifold.split(chunk)])
+    inside = [(torch.cdist(rows, manifold) <= radii).any(dim=1) for rows in points.split(chunk)]
+    return float(torch.cat(inside).double().mean())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torchmetrics' remark that features are kept in memory: they are already."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
+        yield
+
+
+def seeded(compute: Callable[[], tuple[Tensor, Tensor]], seed: int) -> Score:
+    """Mean and std of a metric that draws from torch's global generator, which is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mean, std = compute()
+    return {"mean": float(mean), "std": float(std)}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of METRICS, called like its function: its name in a table, which way is better, what it cannot do without."""
+
+    function: Callable[..., Score]
+    title: str
+    higher_is_better: bool
+    needs: tuple[str, ...] = ()  # keys of NEEDS
+
+    def __call__(self, generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> Score:
+        self.check(
+            there(reference, generated.logits is not None, generated.logits_name_classes, generated.semantic_features is not None)
+        )
+        return self.function(generated, reference, settings)
+
+    def check(self, have: set[str]) -> None:
+        """Raise ``ValueError`` naming the setting that gives what is needed and not in ``have``."""
+        for need in self.needs:
+            if need not in have:
+                raise ValueError(f"evaluation.metrics: {self.title} needs {NEEDS[need]}.")
+
+
+METRICS: dict[str, Metric] = {
+    "frechet_distance": Metric(frechet_distance, "Frechet distance", False, ("reference",)),
+    "inception_score": Metric(inception_score, "inception score", True, ("logits",)),
+    "kernel_distance": Metric(kernel_distance, "kernel distance", False, ("reference", "reference features")),
+    "precision": Metric(precision, "precision", True, ("reference", "reference features")),
+    "recall": Metric(recall, "recall", True, ("reference", "reference features")),
+    "class_accuracy": Metric(class_accuracy, "class accuracy", True, ("logits", "class logits")),
+    "feature_diversity": Metric(feature_diversity, "feature similarity", False, ("semantic features",)),
+}
+
+NEEDS: dict[str, str] = {
+    "reference": "the statistics of real images: set evaluation.reference to a statistics file (.npz)",
+    "reference features": "features of real images, which evaluation.reference does not hold: make it with max_features above 0",
+    "logits": "logits: set evaluation.extractor to a network that has them",
+    "class logits": "logits over the model's own classes: set evaluation.extractor to 'classifier', trained on the same classes",
+    "semantic features": "the semantic features of the model that made the images",
+}
+
+
+def there(reference: Statistics | None, logits: bool, class_logits: bool, semantic: bool) -> set[str]:
+    """Which of NEEDS are met."""
+    have = {
+        "reference": reference is not None,
+        "reference features": reference is not None and reference.features is not None,
+        "logits": logits,
+        "class logits": class_logits,
+        "semantic features": semantic,
+    }
+    return {need for need, met in have.items() if met}
+
+
+def check_metrics(names: Sequence[str], have: set[str]) -> None:
+    """Raise ``ValueError`` for an unknown metric or one that lacks what it needs: before hours of sampling, not after."""
+    for name in names:
+        if name not in METRICS:
+            raise unknown("evaluation.metrics", name, METRICS)
+        METRICS[name].check(have)
+
+
+def compute_scores(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> dict[str, Score]:
+    """All of ``settings.metrics``, by name."""
+    return {name: METRICS[name](generated, reference, settings) for name in settings.metrics}

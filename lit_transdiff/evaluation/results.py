@@ -1,0 +1,104 @@
+"""Result files: ``evaluations/<run>-<hash>.json`` with scores and a manifest, and the picture of the same name."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from lit_transdiff.config import EvaluationConfig, SamplingConfig
+from lit_transdiff.export import export_folder
+from lit_transdiff.runfolder import git_commit
+
+if TYPE_CHECKING:
+    from lit_transdiff.evaluation.features import FeatureExtractor
+    from lit_transdiff.evaluation.metrics import Score
+    from lit_transdiff.evaluation.statistics import Statistics
+    from lit_transdiff.sampling import Generator
+
+FOLDER = "evaluations"
+PACKAGES = ("lit-transdiff", "torch", "lightning", "torchmetrics", "torch-fidelity", "numpy")
+# The part of a manifest that decides the scores; the rest (date, speed, paths) may differ between equal evaluations.
+DECIDING = [
+    *("run", "weights_fingerprint", "scored_reference", "sampling", "precision", "num_images", "seed", "label_mode"),
+    *("metrics", "num_neighbours", "extractor", "extractor_fingerprint", "reference_hash"),
+]
+
+
+def manifest(
+    generator: Generator,
+    settings: EvaluationConfig,
+    sampling: SamplingConfig,
+    extractor: FeatureExtractor,
+    reference: Statistics | None,
+) -> dict[str, Any]:
+    """Everything that decided the scores, and where it comes from."""
+    run, device = generator.run, generator.device
+    return {
+        "run": run.name,
+        "stage": run.stage,
+        "num_references": run.model.num_references,
+        "scored_reference": run.model.num_references - 1,  # the last image of a row
+        "checkpoint": generator.checkpoint,
+        "weights": "ema",
+        "weights_fingerprint": generator.fingerprint,
+        **origin(generator.checkpoint),
+        "num_images": settings.num_images,
+        "seed": settings.seed,
+        "image_seeds": "seed * 1000003 + index",
+        "label_mode": settings.label_mode,
+        "metrics": list(settings.metrics),
+        "num_neighbours": settings.num_neighbours,
+        "sampling": dataclasses.asdict(sampling),
+        "precision": str(next(generator.model.parameters()).dtype).removeprefix("torch."),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "batch_size": settings.batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "extractor": extractor.name,
+        "extractor_weights": settings.extractor_weights,
+        "extractor_fingerprint": extractor.fingerprint,
+        "reference": reference.path if reference else None,
+        "reference_hash": reference.hash if reference else None,
+        "reference_images": reference.num_images if reference else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "evaluation_commit": git_commit(),
+        "versions": {package: metadata.version(package) for package in PACKAGES},
+    }
+
+
+def origin(checkpoint: str) -> dict[str, Any]:
+    """What the export says of its training, and the git commit of the run's last start; empty for a model in memory."""
+    if not Path(checkpoint).exists():
+        return {"training": None, "training_commit": None}
+    folder = export_folder(checkpoint)
+    environment = folder.parent / "environment.json"
+    starts = json.loads(environment.read_text()) if environment.is_file() else []
+    training = json.loads((folder / "export.json").read_text())
+    return {"training": training, "training_commit": starts[-1]["git_commit"] if starts else None}
+
+
+def result_name(record: dict[str, Any]) -> str:
+    """Run name and 8 digits of the hash of the deciding settings."""
+    deciding = json.dumps({key: record[key] for key in DECIDING}, sort_keys=True)
+    return f"{record['run']}-{hashlib.sha256(deciding.encode()).hexdigest()[:8]}"
+
+
+def write_result(output: Path, scores: dict[str, Score], record: dict[str, Any], picture: Image.Image) -> Path:
+    """Write the picture, then the JSON file, each under a temporary name first; returns the JSON file's path."""
+    folder = Path(output) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    name = result_name(record)
+    partial = folder / f".{name}.{os.getpid()}"
+    picture.save(partial, format="png")
+    os.replace(partial, folder / f"{name}.png")
+    partial.write_text(json.dumps({"scores": scores, "manifest": record}, indent=2) + "\n")
+    os.replace(partial, folder / f"{name}.json")
+    return folder / f"{name}.json"
