@@ -226,11 +226,25 @@ def index_shards(
         classes = len({sample.label for sample in scanned})
         shards.append(Shard(path.name, len(scanned), path.stat().st_size, sha256_of(path), classes))
         rows.extend(scanned)
+    index = index_of_rows(folder, shards, rows, class_names, seed, latents)
+    index.save()
+    return index
+
+
+def index_of_rows(
+    folder: Path,
+    shards: list[Shard],
+    rows: list[ScannedSample],
+    class_names: Optional[Sequence[str]],
+    seed: Optional[int],
+    latents: Optional[LatentInfo],
+) -> ShardIndex:
+    """The index of samples that were scanned in shard order."""
     require(len(rows) > 0, str(folder), "shards without a sample", "at least one sample")
     label = np.array([row.label for row in rows], COLUMNS["label"])
     names = tuple(str(c) for c in range(int(label.max()) + 1)) if class_names is None else tuple(class_names)
     require(int(label.max()) < len(names), f"{folder}: label", int(label.max()), f"0 to {len(names) - 1} (class names)")
-    index = ShardIndex(
+    return ShardIndex(
         folder=folder,
         class_names=names,
         shards=tuple(shards),
@@ -241,8 +255,6 @@ def index_shards(
         seed=seed,
         latents=latents,
     )
-    index.save()
-    return index
 
 
 def check_sample(shard: str, sample: ScannedSample, latents: Optional[LatentInfo]) -> None:

@@ -75,19 +75,24 @@ def pack(
     dest.mkdir(parents=True, exist_ok=True)
     skipped: list[tuple[str, str]] = []
     samples = encode_all(images, tqdm(order, desc="packing", unit="image", disable=not progress), image_size, pad_to, skipped)
-    for number in count():
-        first = next(samples, None)
-        if first is None:
-            break
-        with ShardWriter(dest / f"{name or dest.name}-{number:06d}.tar") as writer:
-            for sample in chain([first], islice(samples, samples_per_shard - 1)):
-                writer.write(*sample)
+    write_shards(samples, dest, name or dest.name, samples_per_shard)
     if skipped:
         (dest / "skipped.txt").write_text("".join(f"{origin}\t{reason}\n" for origin, reason in skipped))
     require(
         len(skipped) < len(order), str(source), f"{len(skipped)} unreadable images of {len(order)}", "at least one readable image"
     )
     return PackReport(index_shards(dest, images.class_names, seed, progress=progress), skipped)
+
+
+def write_shards(samples: Iterator[Encoded], dest: Path, name: str, samples_per_shard: int) -> None:
+    """``name-000000.tar``, ``name-000001.tar``, ... until there are no more samples."""
+    for number in count():
+        first = next(samples, None)
+        if first is None:
+            break
+        with ShardWriter(dest / f"{name}-{number:06d}.tar") as writer:
+            for sample in chain([first], islice(samples, samples_per_shard - 1)):
+                writer.write(*sample)
 
 
 def refuse_to_overwrite(dest: Path) -> None:
