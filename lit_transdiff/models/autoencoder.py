@@ -177,11 +177,13 @@ class KLAutoencoder(Autoencoder):
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write diffusers' layout, weights stored as ``dtype``, the normalisation as ``latents_mean`` / ``latents_std``."""
-        stored = type(self.model).from_config(self.model.config)
+        settings = {name: value for name, value in self.model.config.items() if not name.startswith("_")}
+        stored = type(self.model).from_config(settings)
         stored.load_state_dict(self.model.state_dict())
         mean, std = self.latents_mean.flatten().tolist(), self.latents_std.flatten().tolist()
         stored.register_to_config(latents_mean=mean, latents_std=std)
-        stored.to(dtype).save_pretrained(path)
+        nn.Module.to(stored, dtype)  # diffusers' own to() warns about layers that this class does not have
+        stored.save_pretrained(path)
 
     def set_normalisation(self, mean: Tensor, std: Tensor) -> None:
         """Take the per-channel mean and std [c] of the posterior's samples as the normalisation."""
