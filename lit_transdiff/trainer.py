@@ -193,23 +193,24 @@ def build_trainer(parts: Parts) -> pl.Trainer:
         save_on_train_epoch_end=False,
         enable_version_counter=False,
     )
+    numbers = LogTraining(training.log_every, run.images_per_step)
     callbacks: list[Callback] = [
         StopOnNonFinite(training.log_every, training.checkpoint_every),
-        LogTraining(training.log_every, run.images_per_step),
-        Progress(run.name),
+        numbers,
+        Progress(run.name, numbers),
         checkpoints,
     ]
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
         generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
         callbacks.append(SampleGrids(generator, run.folder / "samples", training.sample_every))
-    passes = training.max_steps * accumulation(run)
     validate_every = training.validate_every or training.max_steps
     return pl.Trainer(
         **trainer_settings(run),
         max_steps=training.max_steps,
-        max_epochs=1,
+        max_epochs=-1,
         gradient_clip_val=run.optimizer.gradient_clip or None,
-        val_check_interval=min(validate_every * accumulation(run), passes),
+        val_check_interval=min(validate_every, training.max_steps) * accumulation(run),
+        check_val_every_n_epoch=None,  # count over the whole run
         limit_val_batches=1.0 if run.data.evaluation else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -244,6 +245,8 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
             if isinstance(logger, MetricsCSV):
                 logger.drop_after(int(checkpoint.stem.split("-")[1]))
     trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint)
+    if trainer.global_step != run.training.max_steps:
+        raise RuntimeError(f"training ended at step {trainer.global_step} of {run.training.max_steps}.")
     if trainer.is_global_zero:
         write_export(run.folder / "export", run, export_info(parts, trainer), weights_writer(parts))
     trainer.strategy.barrier()

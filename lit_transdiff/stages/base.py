@@ -29,6 +29,13 @@ Normal = Callable[..., Tensor]
 ToLatents = Callable[[Tensor, Tensor], Tensor]
 
 
+def log_now(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Give ``metrics`` to all loggers at the number of optimizer steps done (Lightning's own logging repeats old values)."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+
 class TransDiffStage(pl.LightningModule):
     """One stage of training. A subclass says what it trains (``prepare``) and what it needs (``check``)."""
 
@@ -73,7 +80,8 @@ class TransDiffStage(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         step, size = self.global_step, self.run.training.global_batch_size
         # Dropout is the one thing that reads the global generator: seeded here, it too is a function of the step.
-        torch.manual_seed(mix(self.run.seed, "dropout", step, batch_idx, self.global_rank))
+        micro_step = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(mix(self.run.seed, "dropout", step, micro_step, self.global_rank))
         normal = GlobalBatchNormal(mix(self.run.seed, "training", step), size, batch.positions % size)
         rows, t = self.objective(batch, normal)
         return {"loss": rows.mean(), "rows": rows.detach(), "t": t}
@@ -91,7 +99,7 @@ class TransDiffStage(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         total = self.trainer.strategy.reduce(self._validation.float().to(self.device), reduce_op="sum")
         self.swap_average()
-        self.log("val/loss", total[0] / total[1], rank_zero_only=True)
+        log_now(self.trainer, {"val/loss": (total[0] / total[1]).item()})
 
     def swap_average(self) -> None:
         """Exchange the weights and their averages; nothing happens before an optimizer exists."""

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.pictures import grid
 from lit_transdiff.sampling import Generator
-from lit_transdiff.stages.base import TransDiffStage
+from lit_transdiff.stages.base import TransDiffStage, log_now
 from lit_transdiff.stages.optim import averaged_weights
 
 TIME_BINS = 10
@@ -68,6 +68,7 @@ class LogTraining(pl.Callback):
     def __init__(self, every: int, images_per_step: int) -> None:
         self.every = every
         self.images_per_step = images_per_step
+        self.last: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.reset(stage)
@@ -95,11 +96,12 @@ class LogTraining(pl.Callback):
             self.sums[1].index_add_(0, bins, torch.ones_like(outputs["rows"], dtype=torch.float32))
         steps_done = trainer.global_step
         if steps_done % self.every == 0 and (i + 1) % trainer.accumulate_grad_batches == 0:
-            stage.log_dict(self.metrics(trainer, stage), rank_zero_only=True)
+            self.last = self.metrics(trainer)
+            log_now(trainer, self.last)
             self.reset(stage)
         self.batch_end = time.perf_counter()
 
-    def metrics(self, trainer: pl.Trainer, stage: pl.LightningModule) -> dict[str, float]:
+    def metrics(self, trainer: pl.Trainer) -> dict[str, float]:
         elapsed = time.perf_counter() - self.window_start
         images = self.passes / trainer.accumulate_grad_batches * self.images_per_step
         result = {
@@ -119,8 +121,9 @@ class LogTraining(pl.Callback):
 class Progress(pl.Callback):
     """One bar a run: optimizer steps, time left, and the loss when it is logged."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, numbers: LogTraining) -> None:
         self.name = name
+        self.numbers = numbers
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}
@@ -130,9 +133,8 @@ class Progress(pl.Callback):
         )
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
-        loss = trainer.callback_metrics.get("train/loss")
-        if loss is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        if self.numbers.last:
+            self.bar.set_postfix_str(f"loss {self.numbers.last['train/loss']:.4f}", refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
 
     def on_train_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:

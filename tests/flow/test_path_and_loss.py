@@ -1,0 +1,75 @@
+"""The path, the densities of t and the loss, against algebra and known distributions."""
+
+import math
+
+import pytest
+import torch
+
+from lit_transdiff.config import FlowConfig
+from lit_transdiff.flow import path
+from lit_transdiff.flow.loss import DENSITIES, draw_times, flow_matching_loss, shift_times
+
+X, NOISE = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+T = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+
+
+def test_zero_is_data_and_one_is_noise():
+    assert torch.equal(path.interpolate(X, NOISE, torch.zeros(5)), X)
+    assert torch.equal(path.interpolate(X, NOISE, torch.ones(5)), NOISE)
+
+
+def test_velocity_is_the_derivative_of_the_path():
+    h = 1e-3
+    difference = (path.interpolate(X, NOISE, T.double() + h) - path.interpolate(X, NOISE, T.double() - h)) / (2 * h)
+    torch.testing.assert_close(difference, path.target_velocity(X, NOISE), atol=1e-3, rtol=0)
+
+
+def test_conversions_there_and_back():
+    x_t, v = path.interpolate(X, NOISE, T), path.target_velocity(X, NOISE)
+    torch.testing.assert_close(path.to_clean(x_t, v, T), X)
+    torch.testing.assert_close(path.to_noise(x_t, v, T), NOISE)
+    score = path.velocity_to_score(x_t, v, T)
+    torch.testing.assert_close(score, -NOISE / path.spread(T, X))
+    torch.testing.assert_close(path.score_to_velocity(x_t, score, T), v)
+
+
+def test_drift_of_the_paper_in_closed_form():
+    """v - t score = (2 - t) v + x_t, which the Euler-Maruyama solver uses."""
+    x_t, v = path.interpolate(X, NOISE, T), path.target_velocity(X, NOISE)
+    t = path.spread(T, X)
+    torch.testing.assert_close(v - t * path.velocity_to_score(x_t, v, T), (2 - t) * v + x_t)
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_times_are_inside_and_float32(density: str):
+    t = draw_times(torch.randn(10_000, dtype=torch.float64), FlowConfig(density=density))
+    assert t.dtype == torch.float32
+    assert 0 <= t.min() and t.max() <= 1
+    assert t.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_quantiles_of_the_densities():
+    normal = torch.tensor([-1.0, 0.0, 2.0])
+    probabilities = [0.5 * (1 + math.erf(z / math.sqrt(2))) for z in normal.tolist()]
+    torch.testing.assert_close(draw_times(normal, FlowConfig(density="uniform")), torch.tensor(probabilities))
+    ours = draw_times(normal, FlowConfig(density_mean=0.3, density_std=2.0))
+    torch.testing.assert_close(ours, torch.tensor([1 / (1 + math.exp(-(0.3 + 2 * z))) for z in normal.tolist()]))
+
+
+def test_shift_keeps_the_ends_and_moves_towards_noise():
+    ends = torch.tensor([0.0, 1.0])
+    assert torch.equal(shift_times(ends, 3.0), ends)
+    assert (shift_times(T, 3.0) > T).all()
+    torch.testing.assert_close(shift_times(shift_times(T, 3.0), 1 / 3), T)
+
+
+def test_truncation_gives_multiples_of_one_thousandth():
+    t = draw_times(torch.randn(1000), FlowConfig(discretize=1000))
+    torch.testing.assert_close((t * 1000).round() / 1000, t)
+    assert t.max() < 1
+
+
+def test_loss_is_zero_for_the_true_velocity_and_per_row():
+    wrong = torch.tensor([0.0, 0, 1, 0, 0])
+    rows = flow_matching_loss(lambda x_t, t: NOISE - X + path.spread(wrong, X), X, NOISE, T)
+    torch.testing.assert_close(rows, wrong.double())

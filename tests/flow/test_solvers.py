@@ -1,0 +1,120 @@
+"""Solvers on a field whose solution is known: data N(0, s^2), for which the velocity is linear.
+
+On the linear path x_t has the variance S(t) = (1 - t)^2 s^2 + t^2, the velocity is S'(t) / (2 S(t)) x, and the flow carries x(1) to
+x(0) = s x(1).
+"""
+
+import math
+
+import pytest
+import torch
+
+from lit_transdiff.config import SamplingConfig
+from lit_transdiff.flow.guidance import guide
+from lit_transdiff.flow.solvers import GRIDS, SOLVERS, solve, time_grid
+
+STD = 0.4
+EVALUATIONS = {"euler_maruyama": 1, "euler": 1, "heun": 2, "adams_bashforth": 1}
+ORDERS = {"euler": 1, "heun": 2, "adams_bashforth": 2}
+
+
+def field(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    t = t.double()
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    return (t - (1 - t) * STD**2) / variance * x
+
+
+def no_draw() -> torch.Tensor:
+    raise AssertionError("a deterministic solver draws no noise")
+
+
+def test_every_solver_is_tested_here():
+    assert set(EVALUATIONS) == set(SOLVERS)
+    assert set(ORDERS) | {"euler_maruyama"} == set(SOLVERS)
+
+
+@pytest.mark.parametrize("solver", ORDERS)
+def test_order_of_convergence(solver: str):
+    errors = []
+    for steps in (32, 64, 128):
+        config = SamplingConfig(solver=solver, grid="uniform", num_steps=steps)
+        x = solve(field, torch.ones(1, dtype=torch.float64), config, no_draw)
+        errors.append(abs(x.item() - STD))
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert math.log2(coarse / fine) == pytest.approx(ORDERS[solver], abs=0.2)
+
+
+def stochastic_variance(steps: int, **settings: float) -> float:
+    """Variance of Euler-Maruyama's result, exactly: the field is linear, so the state is followed as coefficients of the
+    independent noises (coordinate 0: the initial one, coordinate i: that of step i)."""
+    drawn = iter(torch.eye(steps + 1, dtype=torch.float64)[1:])
+    start = torch.eye(steps + 1, dtype=torch.float64)[0]
+    config = SamplingConfig(solver="euler_maruyama", grid="uniform", num_steps=steps, **settings)
+    return solve(field, start, config, lambda: next(drawn)).square().sum().item()
+
+
+def test_weak_convergence_of_euler_maruyama():
+    errors = [abs(stochastic_variance(n) - STD**2) for n in (64, 128, 256)]
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert 0.7 < math.log2(coarse / fine) < 1.4
+    assert errors[-1] < 0.02 * STD**2
+
+
+def test_less_noise_gives_less_variance():
+    assert stochastic_variance(64, noise_scale=0.8) < stochastic_variance(64)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_number_of_evaluations(solver: str):
+    calls = []
+
+    def counting(x, t):
+        calls.append(t)
+        return field(x, t)
+
+    config = SamplingConfig(solver=solver, num_steps=10)
+    solve(counting, torch.ones(3), config, lambda: torch.zeros(3))
+    extra = 1 if solver == "adams_bashforth" else 0  # its first step is a Heun step
+    assert len(calls) == EVALUATIONS[solver] * 10 + extra
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_grids_fall_from_one_to_zero(grid: str):
+    for shift in (1.0, 2.0):
+        times = time_grid(SamplingConfig(grid=grid, num_steps=7, shift=shift))
+        assert times[0] == 1 and times[-1] == 0 and len(times) == 8
+        assert times == sorted(times, reverse=True)
+
+
+def test_the_last_step_is_plain_and_draws_nothing():
+    config = SamplingConfig(num_steps=1, drift_scale=0.0, noise_scale=9.0)
+    x = solve(field, torch.ones(1), config, no_draw)
+    torch.testing.assert_close(x, 1 - ((2 - 1) * field(torch.ones(1), torch.ones(1)).float() + 1))
+
+
+def test_solvers_leave_the_noise_as_it_is():
+    noise = torch.ones(4)
+    for solver in SOLVERS:
+        solve(field, noise, SamplingConfig(solver=solver, num_steps=3), lambda: torch.ones(4))
+    assert torch.equal(noise, torch.ones(4))
+
+
+class TestGuidance:
+    def test_formula(self):
+        guided = guide(lambda x, t: x, lambda x, t: 3 * x, 1.5)
+        assert guided(torch.ones(1), torch.ones(1)).item() == 3 + 1.5 * (1 - 3)
+
+    def test_scale_one_never_calls_the_unconditional_function(self):
+        conditional = lambda x, t: x  # noqa: E731
+        assert guide(conditional, conditional, 1.0) is conditional
+
+    def test_interval(self):
+        called = []
+        guided = guide(lambda x, t: x, lambda x, t: called.append(t.item()) or 3 * x, 2.0, (0.3, 0.6))
+        values = [guided(torch.ones(1), torch.tensor([t])).item() for t in (0.25, 0.5, 0.75)]
+        assert values == [1, -1, 1]
+        assert called == [0.5]
+
+    def test_below_one_is_refused(self):
+        with pytest.raises(ValueError, match=r"guidance scale: got 0\.5; allowed: 1"):
+            guide(field, field, 0.5)

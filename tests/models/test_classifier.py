@@ -1,0 +1,59 @@
+"""The small classifier: its file rebuilds it, and the shipped weights know the bundled clothes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lit_transdiff.models.autoencoder import load_autoencoder
+from lit_transdiff.models.classifier import FEATURES, SmallClassifier, load_classifier, save_classifier
+from tests.models.test_autoencoder import FASHION, evaluation_batch
+
+
+@pytest.mark.parametrize(("num_classes", "image_size", "image_channels"), [(10, 32, 1), (3, 28, 3)])
+def test_the_file_alone_rebuilds_the_classifier(num_classes: int, image_size: int, image_channels: int, tmp_path: Path) -> None:
+    classifier = SmallClassifier(num_classes, image_size, image_channels).eval()
+    save_classifier(classifier, tmp_path / "classifier.safetensors")
+    loaded = load_classifier(tmp_path / "classifier.safetensors")
+    images = torch.rand(4, image_channels, image_size, image_size) * 2 - 1
+    assert torch.equal(loaded(images), classifier(images))
+    assert loaded(images).shape == (4, num_classes) and loaded.features(images).shape == (4, FEATURES)
+    torch.testing.assert_close(loaded.head(loaded.features(images)), loaded(images))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_fingerprint_covers_the_weights(tmp_path: Path) -> None:
+    classifier = SmallClassifier(10, 32, 1)
+    save_classifier(classifier, tmp_path / "classifier.safetensors")
+    assert load_classifier(tmp_path / "classifier.safetensors").fingerprint == classifier.fingerprint
+    before = classifier.fingerprint
+    with torch.no_grad():
+        classifier.head.bias += 1e-3
+    assert classifier.fingerprint != before
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"images: got \(2, 3, 32, 32\)"):
+        SmallClassifier(10, 32, 1)(torch.zeros(2, 3, 32, 32))
+    with pytest.raises(FileNotFoundError, match="classifier weights"):
+        load_classifier(tmp_path / "nowhere.safetensors")
+    save_file({"head.bias": torch.zeros(10)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="header"):
+        load_classifier(tmp_path / "other.safetensors")
+
+
+def test_shipped_classifier_knows_the_bundled_images_and_their_reconstructions() -> None:
+    classifier = load_classifier(FASHION / "classifier.safetensors")
+    autoencoder = load_autoencoder("kl", FASHION / "autoencoder", image_channels=1)
+    batch = evaluation_batch(1000)
+    images = batch.values[:, 0]
+
+    def accuracy(pixels: torch.Tensor) -> float:
+        return (classifier(pixels).argmax(dim=1) == batch.labels).double().mean().item()
+
+    real = accuracy(images)
+    assert real >= 0.90
+    assert accuracy(autoencoder.decode(autoencoder.sample(autoencoder.encode(images)))) >= real - 0.05

@@ -1,0 +1,158 @@
+"""Properties of the model that hold whatever its weights are."""
+
+import pytest
+import torch
+from einops import repeat
+from torch import Tensor, nn
+
+from lit_transdiff.config import ModelConfig
+from lit_transdiff.models.adapt import adapt
+from lit_transdiff.models.tokens import block_causal_mask, patchify, token_similarity, unpatchify
+from lit_transdiff.models.transdiff import TransDiff
+
+SMALL = dict(
+    width=16,
+    num_heads=2,
+    encoder_blocks=2,
+    decoder_blocks=2,
+    num_classes=5,
+    num_class_tokens=3,
+    latent_channels=2,
+    latent_size=4,
+    num_context_tokens=16,
+    attention_dropout=0.0,
+    projection_dropout=0.0,
+)
+
+
+def build(num_references: int = 1, **settings) -> TransDiff:
+    """A small model whose last layer is not zero, so that everything before it matters."""
+    torch.manual_seed(0)
+    model = TransDiff(ModelConfig(**{**SMALL, **settings}, num_references=num_references)).eval()
+    nn.init.normal_(model.decoder.final.linear.weight, std=0.5)
+    return model
+
+
+def inputs(rows: int, references: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(rows) % 5, torch.randn(rows, references, 2, 4, 4)
+
+
+@pytest.mark.parametrize("num_references", [1, 4])
+def test_every_parameter_gets_a_gradient(num_references: int):
+    model = build(num_references).train()
+    labels, x = inputs(6, num_references)
+    memory = model.memory(model.encode(labels, x[:, :-1], torch.arange(6) < 2), every_reference=True)
+    rows = repeat(x, "b r c h w -> (r m b) c h w", m=2)
+    model.velocity(rows, torch.rand(len(rows)), memory).square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@torch.no_grad()
+def test_a_group_is_blind_to_later_references():
+    model = build(4)
+    labels, x = inputs(2, 4)
+    context = model.encode(labels, x[:, :3])
+    for changed in range(3):
+        other = x[:, :3].clone()
+        other[:, changed] += 1
+        difference = (model.encode(labels, other) - context).abs().amax(dim=(0, 2)).reshape(4, 4).amax(dim=1)
+        assert (difference[: changed + 1] == 0).all()
+        assert (difference[changed + 1 :] > 1e-4).all()
+
+
+@torch.no_grad()
+def test_a_prefix_of_references_gives_the_prefix_of_the_context():
+    model = build(4)
+    labels, x = inputs(3, 4)
+    whole = model.encode(labels, x[:, :3])
+    for n in range(4):
+        torch.testing.assert_close(model.encode(labels, x[:, :n]), whole[:, : 4 * (n + 1)], atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_references", [1, 4])
+def test_batch_equals_one_by_one(num_references: int):
+    model = build(num_references)
+    labels, x = inputs(3, num_references)
+    t = torch.rand(3)
+    references = x[:, :-1]
+    together = model.velocity(x[:, -1], t, model.memory(model.encode(labels, references)))
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = model.velocity(x[one, -1], t[one], model.memory(model.encode(labels[one], references[one])))
+        torch.testing.assert_close(together[one], alone, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_references_and_draws_equal_separate_calls():
+    """One decoder call for R references and M draws gives what R M calls with a prefix of the context give."""
+    model = build(4)
+    labels, x = inputs(2, 4)
+    rows = repeat(x, "b r c h w -> (r m b) c h w", m=3)
+    t = torch.rand(len(rows))
+    context = model.encode(labels, x[:, :3])
+    packed = model.velocity(rows, t, model.memory(context, every_reference=True))
+    for r in range(4):
+        for m in range(3):
+            some = slice((3 * r + m) * 2, (3 * r + m + 1) * 2)
+            separate = model.velocity(rows[some], t[some], model.memory(context[:, : 4 * (r + 1)]))
+            torch.testing.assert_close(packed[some], separate, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_one_time_for_all_rows_equals_a_time_each():
+    model = build()
+    labels, x = inputs(3, 1)
+    memory = model.memory(model.encode(labels))
+    each = model.velocity(x[:, 0], torch.full((3,), 0.3), memory)
+    torch.testing.assert_close(model.velocity(x[:, 0], torch.tensor([0.3]), memory), each, atol=1e-6, rtol=1e-5)
+
+
+def test_too_many_references_are_refused():
+    model = build(4)
+    labels, x = inputs(2, 4)
+    with pytest.raises(ValueError, match="references: got 4; allowed: at most 3"):
+        model.encode(labels, x)
+
+
+def test_block_causal_mask():
+    mask = block_causal_mask([1, 2])
+    assert mask.tolist() == [[True, False, False], [True, True, True], [True, True, True]]
+
+
+def test_patchify_there_and_back():
+    x = torch.randn(2, 3, 4, 6, 6)
+    torch.testing.assert_close(unpatchify(patchify(x, 3), 3, 6), x)
+
+
+def test_token_similarity_is_the_mean_over_pairs():
+    features = torch.randn(2, 7, 5)
+    pairs = torch.nn.functional.cosine_similarity(features[:, :, None], features[:, None], dim=-1)
+    torch.testing.assert_close(token_similarity(features), pairs.mean(dim=(1, 2)))
+
+
+class TestAdapt:
+    def test_one_step_to_mrar(self):
+        one, four = build(1), build(4)
+        report = adapt(four, one.state_dict())
+        assert report.new == ["encoder.reference_projection.weight", "encoder.reference_projection.bias"]
+        assert list(report.adapted) == ["encoder.mask_tokens"] and report.dropped == []
+        assert len(report.mapped) == len(four.state_dict()) - 3
+        for name, value in one.state_dict().items():
+            assert torch.equal(four.state_dict()[name], value.expand_as(four.state_dict()[name]))
+
+    def test_back_to_one_step_drops_the_projection_and_names_the_mask_tokens(self):
+        with pytest.raises(ValueError, match=r"encoder\.mask_tokens: \[1, 1, 16\] here, \[1, 4, 16\] in the checkpoint"):
+            adapt(build(1), build(4).state_dict())
+
+    def test_every_misfit_is_listed_and_nothing_is_loaded(self):
+        model = build(1, num_classes=7)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        state = build(1).state_dict() | {"extra": torch.zeros(2)}
+        del state["decoder.position"]
+        with pytest.raises(ValueError) as error:
+            adapt(model, state)
+        for part in ("encoder.class_embedding.weight: [7, 16] here, [5, 16]", "decoder.position: [1, 16, 16] here, missing", "extra: [2]"):
+            assert part in str(error.value)
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())

@@ -1,0 +1,91 @@
+"""AdamW with averages: against torch's AdamW and the recursion written out."""
+
+import pytest
+import torch
+from torch import nn
+
+from lit_transdiff.config import OptimizerConfig
+from lit_transdiff.stages.optim import SCHEDULES, AveragedAdamW, averaged_weights, build_optimizer, lr_factor, parameter_groups
+from tests.models.test_transdiff import build
+
+
+def train(optimizer: torch.optim.Optimizer, layer: nn.Linear, steps: int) -> list[torch.Tensor]:
+    history = [layer.weight.detach().clone()]
+    for i in range(steps):
+        optimizer.zero_grad()
+        layer(torch.full((1, 3), float(i + 1))).square().sum().backward()
+        optimizer.step()
+        history.append(layer.weight.detach().clone())
+    return history
+
+
+def layers() -> tuple[nn.Linear, nn.Linear]:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    second.load_state_dict(first.state_dict())
+    return first, second
+
+
+def test_the_weights_move_as_with_torch_and_the_average_follows_the_recursion():
+    ours, theirs = layers()
+    optimizer = AveragedAdamW(ours.parameters(), ema_decay=0.8, lr=0.1, weight_decay=0.02)
+    history = train(optimizer, ours, 5)
+    expected = train(torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.02), theirs, 5)
+    assert all(torch.equal(a, b) for a, b in zip(history, expected, strict=True))
+    average = history[0]
+    for weights in history[1:]:
+        average = 0.8 * average + 0.2 * weights
+    torch.testing.assert_close(optimizer.average(ours.weight), average)
+
+
+def test_averages_are_swapped_in_and_out():
+    layer, _ = layers()
+    optimizer = AveragedAdamW(layer.parameters(), ema_decay=0.5, lr=0.1)
+    weights = train(optimizer, layer, 3)[-1]
+    average = optimizer.average(layer.weight).clone()
+    with averaged_weights(optimizer):
+        assert torch.equal(layer.weight, average)
+    assert torch.equal(layer.weight, weights) and torch.equal(optimizer.average(layer.weight), average)
+
+
+def test_averages_are_saved_with_the_optimizer_and_stay_float32():
+    layer, other = layers()
+    optimizer = AveragedAdamW(layer.parameters(), ema_decay=0.5, lr=0.1)
+    train(optimizer, layer, 3)
+    loaded = AveragedAdamW(other.parameters(), ema_decay=0.5, lr=0.1)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert torch.equal(loaded.average(other.weight), optimizer.average(layer.weight))
+    assert loaded.average(other.weight).dtype == torch.float32
+
+
+def test_the_average_is_the_parameter_before_the_first_step():
+    layer, _ = layers()
+    assert torch.equal(AveragedAdamW(layer.parameters(), ema_decay=0.5).average(layer.weight), layer.weight)
+
+
+def test_groups_of_the_paper():
+    model = build(4)
+    none, decayed = parameter_groups(model, 0.02)
+    assert (none["weight_decay"], decayed["weight_decay"]) == (0.0, 0.02)
+    names = {id(p): name for name, p in model.named_parameters()}
+    with_decay = {names[id(p)] for p in decayed["params"]}
+    assert not any(name.startswith("decoder.") or name.endswith("bias") or "norm" in name for name in with_decay)
+    assert {"encoder.class_embedding.weight", "encoder.null_class", "encoder.mask_tokens", "encoder.position"} <= with_decay
+    assert "encoder.context_position" in with_decay
+    assert len(none["params"]) + len(decayed["params"]) == len(names)
+
+
+def test_a_frozen_encoder_leaves_one_group():
+    model = build()
+    model.encoder.requires_grad_(False)
+    groups = parameter_groups(model, 0.02)
+    assert [g["weight_decay"] for g in groups] == [0.0]
+    assert len(build_optimizer(model, OptimizerConfig()).param_groups) == 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rate(schedule: str):
+    config = OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=10, schedule=schedule)
+    factors = [lr_factor(step, 110, config) for step in range(111)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0
+    assert factors[60] == pytest.approx(1.0 if schedule == "constant" else 0.55)
+    assert factors[110] == pytest.approx(1.0 if schedule == "constant" else 0.1)

@@ -1,0 +1,100 @@
+"""Sampling: results are a function of label and seed alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from lit_transdiff.config import SamplingConfig
+from lit_transdiff.models.autoencoder import load_autoencoder
+from lit_transdiff.randomness import GlobalBatchNormal, PerImageNormal, mix
+from lit_transdiff.sampling import Generator, check_sampling, fused, fusion_pattern, generate
+from tests.models.test_transdiff import build
+from tests.small import small_run
+
+LABELS, SEEDS = torch.tensor([0, 3, 1]), [11, 12, 13]
+SAMPLING = SamplingConfig(num_steps=3, guidance_scale=1.5)
+
+
+@pytest.mark.parametrize("num_references", [1, 4])
+def test_an_image_does_not_depend_on_its_batch(num_references: int):
+    model = build(num_references)
+    together = generate(model, LABELS, SAMPLING, SEEDS)
+    assert together.shape == (3, num_references, 2, 4, 4)
+    for i in range(3):
+        alone = generate(model, LABELS[i : i + 1], SAMPLING, SEEDS[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_seeds_and_labels_matter_and_the_global_generator_does_not():
+    model = build()
+    torch.manual_seed(1)
+    first = generate(model, LABELS, SAMPLING, SEEDS)
+    torch.manual_seed(2)
+    assert torch.equal(first, generate(model, LABELS, SAMPLING, SEEDS))
+    assert not torch.allclose(first, generate(model, LABELS, SAMPLING, [1, 2, 3]))
+    assert not torch.allclose(first, generate(model, LABELS.flip(0), SAMPLING, SEEDS))
+
+
+def test_references_share_the_initial_noise_unless_told_otherwise():
+    """With the velocity switched off, a deterministic solver gives the initial noise back."""
+    model = build(4)
+    nn.init.zeros_(model.decoder.final.linear.weight)
+    images = generate(model, LABELS, SamplingConfig(solver="euler", num_steps=2), SEEDS)
+    assert all(torch.equal(images[:, 0], images[:, r]) for r in range(1, 4))
+    images = generate(model, LABELS, SamplingConfig(solver="euler", num_steps=2, reuse_noise=False), SEEDS)
+    assert not torch.equal(images[:, 0], images[:, 1])
+
+
+def test_guidance_of_each_reference():
+    model = build(4)
+    plain = generate(model, LABELS, SamplingConfig(num_steps=2), SEEDS)
+    last = generate(model, LABELS, SamplingConfig(num_steps=2, reference_guidance=[1, 1, 1, 3.0]), SEEDS)
+    assert torch.equal(plain[:, :3], last[:, :3])
+    assert not torch.allclose(plain[:, 3], last[:, 3])
+
+
+def test_fusion_of_nothing_and_of_everything():
+    model, second = build(), torch.tensor([4, 4, 4])
+    none, everything = torch.zeros(16, dtype=torch.bool), torch.ones(16, dtype=torch.bool)
+    assert torch.equal(generate(model, LABELS, SAMPLING, SEEDS, fused(model, second, none)), generate(model, LABELS, SAMPLING, SEEDS))
+    assert torch.equal(generate(model, LABELS, SAMPLING, SEEDS, fused(model, second, everything)), generate(model, second, SAMPLING, SEEDS))
+
+
+def test_fusion_patterns():
+    assert fusion_pattern(6, "halves").tolist() == [False] * 3 + [True] * 3
+    random = fusion_pattern(16, "random", seed=1)
+    assert random.sum() == 8 and torch.equal(random, fusion_pattern(16, "random", seed=1))
+    with pytest.raises(ValueError, match="fusion: 'halfs' is not known. Did you mean 'halves'"):
+        fusion_pattern(16, "halfs")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"sampling\.solver: 'eulr' is not known\. Did you mean 'euler'"):
+        check_sampling(SamplingConfig(solver="eulr"))
+
+
+def test_generator_checks_labels_and_gives_images(tmp_path):
+    run = small_run(tmp_path)
+    model = build(1, latent_channels=1, latent_size=32, patch_size=8, num_classes=10)
+    generator = Generator(model, load_autoencoder("identity", None, 1), run, [str(c) for c in range(10)])
+    images = generator.images([1, 2], [5, 6])
+    assert images.shape == (2, 1, 1, 32, 32) and images.min() >= -1 and images.max() <= 1
+    with pytest.raises(ValueError, match="classes: got 10; allowed: 0 to 9"):
+        generator.images([10], [1])
+    with pytest.raises(ValueError, match="seeds: got 1"):
+        generator.images([1, 2], [1])
+
+
+class TestRandomness:
+    def test_rows_of_a_global_batch_do_not_depend_on_how_it_is_cut(self):
+        whole = GlobalBatchNormal(7, 8, torch.arange(8))
+        part = GlobalBatchNormal(7, 8, torch.tensor([5, 2]))
+        for shape in ((), (3,), (2, 2)):
+            assert torch.equal(whole(*shape)[[5, 2]], part(*shape))
+
+    def test_one_generator_an_image(self):
+        assert torch.equal(PerImageNormal([1, 2, 3])(4)[1:2], PerImageNormal([2])(4))
+
+    def test_mix_tells_its_parts_apart(self):
+        seeds = {mix(0, "a", 1), mix(0, "a", 11), mix(0, "a1", 1), mix(1, "a", 1), mix(0, 1), mix(1, 0)}
+        assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
