@@ -46,6 +46,9 @@ class Comparison:
     csv: Path
     picture: Path
 
+    def __str__(self) -> str:
+        return self.text
+
 
 def collect(folder: str | Path) -> list[Row]:
     """Every ``evaluations/*.json`` at or below ``folder``, in the order of paths.
@@ -95,15 +98,25 @@ def compare(folder: str | Path, output: str | Path) -> Comparison:
 
 
 def sampler(row: Row) -> str:
+    """Solver, steps and guidance; interval and scales only where they are not the plain ones."""
     sampling = row.manifest["sampling"]
-    scale = "/".join(f"{s:g}" for s in sampling["reference_guidance"] or [sampling["guidance_scale"]])
+    guidance = "/".join(f"{s:g}" for s in sampling["reference_guidance"] or [sampling["guidance_scale"]])
     low, high = sampling["guidance_interval"]
-    return f"{sampling['solver']} {sampling['num_steps']} x {scale}" + (
-        "" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]"
+    interval = "" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]"
+    scales = sampling["drift_scale"], sampling["noise_scale"]
+    return f"{sampling['solver']} {sampling['num_steps']} x {guidance}{interval}" + (
+        "" if scales == (1, 1) else ", scales {:g} {:g}".format(*scales)
     )
 
 
+def judge(row: Row) -> str:
+    """Extractor, reference, number and choice of images."""
+    reference = Path(row.manifest["reference"]).stem if row.manifest["reference"] else "no reference"
+    return f"{row.manifest['extractor']}, {reference}, {row.manifest['num_images']:,} {row.manifest['label_mode']}"
+
+
 def images_seen(row: Row) -> str:
+    """Of the training, where the model comes from a folder that says so."""
     training = row.manifest["training"]
     return f"{training['images_seen']:,}" if training else "-"
 
@@ -118,7 +131,7 @@ SETTINGS: dict[str, Cell] = {
 }
 SPEED: dict[str, Cell] = {
     "images/s": lambda row: f"{row.manifest['images_per_second']:.3g}",
-    "judged by": lambda row: f"{row.manifest['extractor']}, {row.manifest['num_images']:,} {row.manifest['label_mode']}",
+    "judged by": judge,
 }
 
 
@@ -140,16 +153,17 @@ def shown(score: Score | None) -> str:
 
 
 def best_rows(rows: list[Row], name: str) -> set[int]:
-    """The rows with the best score among those judged alike; a row alone is not marked."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
+    """The rows with the best score among those judged alike; where all are equal none is marked."""
+    groups: dict[tuple[Any, ...], dict[int, float]] = {}
     for i, row in enumerate(rows):
         if name in row.scores:
-            groups.setdefault(row.judged_by, []).append(i)
+            groups.setdefault(row.judged_by, {})[i] = value(row.scores[name])
     choose = max if METRICS[name].higher_is_better else min
     best: set[int] = set()
-    for members in groups.values():
-        winner = choose(value(rows[i].scores[name]) for i in members)
-        best |= {i for i in members if len(members) > 1 and value(rows[i].scores[name]) == winner}
+    for scores in groups.values():
+        winner = choose(scores.values())
+        if any(score != winner for score in scores.values()):
+            best |= {i for i, score in scores.items() if score == winner}
     return best
 
 

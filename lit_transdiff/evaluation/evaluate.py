@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -57,9 +58,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score ``settings.num_images`` images and write ``output/evaluations/<run>-<hash>.json`` and its picture ``.png``.
 
-    The hash is of all settings that decide the scores: the same settings replace the file, others make another.
-    Of an MRAR row (R > 1) the last image is scored. Every rank of ``fabric`` calls this and gets
-    ``{"scores", "manifest", "file"}``; the generator is on the rank's device.
+    The hash is of all settings that decide the scores: the same settings replace the file, others make another. Of an
+    MRAR row (R > 1) the last image is scored. Every rank of ``fabric`` calls this, with the generator on its device, and
+    gets ``{"scores", "manifest", "file"}``. ``class_names`` stand in the picture instead of the generator's.
 
     Raises ``ValueError`` before any image is drawn for a metric that lacks what it needs, or a reference made
     with another extractor.
@@ -83,9 +84,7 @@ def evaluate(
             "wall_seconds": time.time() - start,
             "num_ranks": world,
         }
-        rows = [class_names[c] if class_names else str(c) for c in labels[shown[:, 0]].tolist()]
-        scale = max(1, SHOWN_PIXELS // share.samples.shape[-1])
-        picture = grid(share.samples, shown.shape[1], row_labels=rows, scale=scale, title=result_name(record))
+        picture = sample_picture(share.samples, labels[shown], class_names or generator.class_names, result_name(record))
         file = write_result(output, scores, record, picture)
         result = {"scores": scores, "manifest": record, "file": str(file)}
     return fabric.broadcast(result) if fabric else result
@@ -131,6 +130,13 @@ def choose_shown(labels: Tensor) -> Tensor:
     found = [(labels == c).nonzero()[:SHOWN_IMAGES, 0] for c in classes]
     columns = min(len(indices) for indices in found)
     return torch.stack([indices[:columns] for indices in found])
+
+
+def sample_picture(samples: Tensor, labels: Tensor, class_names: Sequence[str], title: str) -> Image.Image:
+    """The grid of ``samples`` [rows * columns, C, H, W] with ``labels`` [rows, columns], one class a row."""
+    rows = [class_names[c] if class_names else str(c) for c in labels[:, 0].tolist()]
+    scale = max(1, SHOWN_PIXELS // samples.shape[-1])
+    return grid(samples, labels.shape[1], row_labels=rows, scale=scale, title=title)
 
 
 def draw(

@@ -29,7 +29,9 @@ def tiny_generator(references: int = 1, name: str = "tiny") -> Generator:
     run = tiny_run(references, name)
     torch.manual_seed(0)
     model = TransDiff(run.model).eval().requires_grad_(False)
-    return Generator(model, load_autoencoder("identity", None, 1), run, "in memory", f"weights of {references}")
+    for parameter in model.parameters():  # a fresh decoder gives zero: then no label or guidance would matter
+        parameter += 0.2 * torch.randn_like(parameter)
+    return Generator(model, load_autoencoder("identity", None, 1), run, ["a", "b", "c"], "in memory", f"weights of {references}")
 
 
 def random_images(count: int, seed: int = 0) -> Tensor:

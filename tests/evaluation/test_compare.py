@@ -12,7 +12,8 @@ from PIL import Image
 from lit_transdiff.evaluation.compare import collect, compare
 from lit_transdiff.evaluation.results import DECIDING, result_name
 
-SAMPLING = dict(solver="euler", num_steps=40, guidance_scale=1.5, guidance_interval=[0.0, 1.0], reference_guidance=None)
+PLAIN = dict(drift_scale=1.0, noise_scale=1.0)
+SAMPLING = dict(solver="euler", num_steps=40, guidance_scale=1.5, guidance_interval=[0.0, 1.0], reference_guidance=None) | PLAIN
 
 MANIFEST = dict(
     stage="ar_pretrain",
@@ -23,6 +24,7 @@ MANIFEST = dict(
     decoder_evaluations_per_image=80.0,
     extractor="classifier",
     extractor_fingerprint="f",
+    reference="somewhere/real.npz",
     reference_hash="r",
     num_images=1000,
     label_mode="balanced",
@@ -44,7 +46,14 @@ def write(folder: Path, run: str, scores: dict, **changes: object) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write(tmp_path, "onestep", {"frechet_distance": 2.5, "precision": 0.7, "inception_score": {"mean": 8.1, "std": 0.2}})
-    write(tmp_path, "mrar", {"frechet_distance": 1.25, "precision": 0.6}, num_references=4, training=None)
+    write(
+        tmp_path,
+        "mrar",
+        {"frechet_distance": 1.25, "precision": 0.6},
+        num_references=4,
+        training=None,
+        sampling=SAMPLING | {"noise_scale": 0.9},
+    )
     write(tmp_path, "other", {"frechet_distance": 0.1, "precision": 0.9}, reference_hash="another")
     return tmp_path
 
@@ -61,6 +70,7 @@ def test_the_table_marks_the_best_of_what_is_judged_alike(folder: Path, tmp_path
     assert lines["other"][column["Frechet"]] == "0.1"  # another reference: best of nothing
     assert lines["onestep"][column["inception"]] == "8.1 ± 0.2" and lines["mrar"][column["inception"]] == "-"
     assert "64,000" in lines["onestep"] and "euler 40 x 1.5" in lines["onestep"]
+    assert "euler 40 x 1.5, scales 1 0.9" in lines["mrar"] and "classifier, real, 1,000 balanced" in lines["mrar"]
     assert "Not all rows are judged alike" in made.text and "analogues" in made.text
 
 
