@@ -8,9 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "lit_transdiff/__init__.py").read_text()).group(1)
 REQUIREMENTS = [
-    line.split("#")[0].strip()
-    for line in (ROOT / "requirements.txt").read_text().splitlines()
-    if line.split("#")[0].strip()
+    line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines() if line.split("#")[0].strip()
 ]
 
 setup(

@@ -15,6 +15,8 @@ from pathlib import Path
 from lit_transdiff import __version__
 from lit_transdiff.config import load_run, parse_overrides, run_from, to_dict
 
+AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
+
 
 def pack(args: argparse.Namespace) -> None:
     from lit_transdiff.data.pack import pack as write
@@ -159,6 +161,13 @@ def build_parser() -> argparse.ArgumentParser:
     def with_overrides(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings by dotted name, as in model.width=192")
 
+    add_data_commands(command, with_overrides)
+    add_model_commands(command, with_overrides)
+    return parser
+
+
+def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
+    """What is done once to a data set."""
     sub = command(pack, "image folder, IDX files or list file -> webdataset shards with an index")
     sub.add_argument("source")
     sub.add_argument("dest")
@@ -190,6 +199,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("dest", help="a file name ending in .npz")
     with_overrides(sub)
 
+
+def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
+    """What trains, draws, scores and compares."""
     sub = command(train, "train one run; the same command again continues it")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
@@ -218,7 +230,6 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(compare, "one table of all scored runs below a folder, as text, Markdown, CSV and a picture")
     sub.add_argument("folder")
     sub.add_argument("--output", help="folder; default: the same")
-    return parser
 
 
 def quiet_libraries() -> None:

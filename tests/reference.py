@@ -56,5 +56,3 @@ def tokens_to_latents(tokens: Tensor) -> Tensor:
 
 def latents_to_tokens(latents: Tensor) -> Tensor:
     return latents.movedim(-3, -1).flatten(-3, -2)
-
-

@@ -56,15 +56,19 @@ def test_guidance_of_each_reference():
 def test_fusion_of_nothing_and_of_everything():
     model, second = build(), torch.tensor([4, 4, 4])
     none, everything = torch.zeros(16, dtype=torch.bool), torch.ones(16, dtype=torch.bool)
-    assert torch.equal(generate(model, LABELS, SAMPLING, SEEDS, fused(model, second, none)), generate(model, LABELS, SAMPLING, SEEDS))
-    assert torch.equal(generate(model, LABELS, SAMPLING, SEEDS, fused(model, second, everything)), generate(model, second, SAMPLING, SEEDS))
+    assert torch.equal(
+        generate(model, LABELS, SAMPLING, SEEDS, fused(model, second, none)), generate(model, LABELS, SAMPLING, SEEDS)
+    )
+    assert torch.equal(
+        generate(model, LABELS, SAMPLING, SEEDS, fused(model, second, everything)), generate(model, second, SAMPLING, SEEDS)
+    )
 
 
 def test_fusion_patterns():
     assert fusion_pattern(6, "halves").tolist() == [False] * 3 + [True] * 3
     random = fusion_pattern(16, "random", seed=1)
     assert random.sum() == 8 and torch.equal(random, fusion_pattern(16, "random", seed=1))
-    with pytest.raises(ValueError, match="fusion: 'halfs' is not known. Did you mean 'halves'"):
+    with pytest.raises(ValueError, match=r"fusion: 'halfs' is not known\. Did you mean 'halves'"):
         fusion_pattern(16, "halfs")
 
 

@@ -1,10 +1,11 @@
 """Solvers on a field whose solution is known: data N(0, s^2), for which the velocity is linear.
 
-On the linear path x_t has the variance S(t) = (1 - t)^2 s^2 + t^2, the velocity is S'(t) / (2 S(t)) x, and the flow carries x(1) to
-x(0) = s x(1).
+On the linear path x_t has the variance S(t) = (1 - t)^2 s^2 + t^2, the velocity is S'(t) / (2 S(t)) x, and the flow carries
+x(1) to x(0) = s x(1).
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_order_of_convergence(solver: str):
         config = SamplingConfig(solver=solver, grid="uniform", num_steps=steps)
         x = solve(field, torch.ones(1, dtype=torch.float64), config, no_draw)
         errors.append(abs(x.item() - STD))
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(ORDERS[solver], abs=0.2)
 
 
@@ -55,7 +56,7 @@ def stochastic_variance(steps: int, **settings: float) -> float:
 
 def test_weak_convergence_of_euler_maruyama():
     errors = [abs(stochastic_variance(n) - STD**2) for n in (64, 128, 256)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 0.7 < math.log2(coarse / fine) < 1.4
     assert errors[-1] < 0.02 * STD**2
 

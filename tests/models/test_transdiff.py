@@ -153,6 +153,10 @@ class TestAdapt:
         del state["decoder.position"]
         with pytest.raises(ValueError) as error:
             adapt(model, state)
-        for part in ("encoder.class_embedding.weight: [7, 16] here, [5, 16]", "decoder.position: [1, 16, 16] here, missing", "extra: [2]"):
+        for part in (
+            "encoder.class_embedding.weight: [7, 16] here, [5, 16]",
+            "decoder.position: [1, 16, 16] here, missing",
+            "extra: [2]",
+        ):
             assert part in str(error.value)
         assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())

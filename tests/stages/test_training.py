@@ -41,7 +41,7 @@ def one_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_folder_holds_everything(one_step: Path):
-    expected = "config.yaml environment.json metrics.csv checkpoints/step-00000006.ckpt samples/step-00000006.png".split()
+    expected = ("config.yaml", "environment.json", "metrics.csv", "checkpoints/step-00000006.ckpt", "samples/step-00000006.png")
     assert all((one_step / name).is_file() for name in expected)
     export = read_export(one_step)
     assert export.info["step"] == 6 and export.info["images_seen"] == 48
@@ -135,7 +135,9 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(tmp
 
     monkeypatch.setattr(TransDiffStage, "objective", poisoned)
     run = small_run(tmp_path)
-    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 5 on rank 0\. Samples of that batch: fashion-train-\d+\.tar/") as error:
+    with pytest.raises(
+        NonFiniteLoss, match=r"the loss is nan at step 5 on rank 0\. Samples of that batch: fashion-train-\d+\.tar/"
+    ) as error:
         train(run, say=lambda text: None)
     assert "step-00000004.ckpt" in str(error.value)
     kept = torch.load(run.folder / "checkpoints" / "step-00000004.ckpt", weights_only=True)

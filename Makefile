@@ -1,0 +1,44 @@
+# make demo      set up, then the whole job on the bundled images: cache, three stages, sampling, scores, comparison
+# make demo-fast the same with less training
+# make test      set up, then the tests;  make test-all: also the slow ones
+# make lint      ruff and mypy
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo demo-fast test test-slow test-all lint install clean
+
+install: $(READY)
+
+$(READY): requirements.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "lit_transdiff needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "Setting up $(VENV) (PyTorch and its friends: several GB, some minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+demo: install
+	$(BIN)/lit-transdiff run experiments/fashion/pipeline.yaml
+
+demo-fast: install
+	$(BIN)/lit-transdiff run experiments/fashion/pipeline_fast.yaml
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

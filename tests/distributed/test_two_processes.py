@@ -1,0 +1,63 @@
+"""Two processes over gloo, started by torchrun as a user would, against one process."""
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lit_transdiff.config import save_yaml
+from tests.small import ROOT, small_run
+
+NO_DROPOUT = {"attention_dropout": 0.0, "projection_dropout": 0.0}
+RUNS = {
+    "ar_pretrain": {"model": NO_DROPOUT},
+    "mrar_finetune": {"model": {**NO_DROPOUT, "num_references": 4}, "training": {"micro_batch_size": 2}},
+}
+
+
+def start(processes: int, *command: str) -> None:
+    """Run ``lit-transdiff`` in one or several processes; fails with its output."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", port]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, *(torchrun if processes > 1 else []), "-m", "lit_transdiff", *command]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def losses(folder: Path) -> list[float]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return [float(row["value"]) for row in csv.DictReader(file) if row["metric"] in ("train/loss", "val/loss")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", RUNS)
+def test_two_processes_train_as_one(tmp_path: Path, stage: str):
+    for processes in (1, 2):
+        run = small_run(tmp_path, name=f"on-{processes}", stage=stage, **RUNS[stage])
+        save_yaml(run, tmp_path / "run.yaml")
+        start(processes, "train", str(tmp_path / "run.yaml"))
+    one, two = tmp_path / "on-1", tmp_path / "on-2"
+    assert losses(one) == pytest.approx(losses(two), rel=1e-4)
+    weights = [load_file(folder / "export" / "model.safetensors") for folder in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_cache_as_one(tmp_path: Path):
+    recipe = str(ROOT / "experiments/fashion/ar_pretrain.yaml")
+    for processes in (1, 2):
+        start(processes, "cache", recipe, str(ROOT / "data/fashion/evaluation"), str(tmp_path / f"on-{processes}"))
+    names = sorted(p.name for p in (tmp_path / "on-1").glob("*.tar"))
+    assert len(names) == 4
+    same = [(tmp_path / "on-1" / n).read_bytes() == (tmp_path / "on-2" / n).read_bytes() for n in names]
+    assert all(same)

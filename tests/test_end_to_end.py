@@ -1,0 +1,114 @@
+"""All three stages on real images through the command line: the demo with very little training."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lit_transdiff.__main__ import main
+from tests.small import ROOT
+
+LITTLE = (
+    "training.max_steps=8",
+    "training.checkpoint_every=4",
+    "training.log_every=4",
+    "training.num_validation_samples=32",
+    "sampling.num_steps=3",
+    "evaluation.num_images=40",
+    "optimizer.warmup_steps=2",
+    "model.size=test",
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the pipeline leaves."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert main(["run", "experiments/fashion/pipeline.yaml", f"output_dir={folder}", *LITTLE]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+STAGES = ("ar_pretrain", "diffusion_head", "mrar_finetune")
+
+
+def test_every_stage_is_trained_sampled_and_scored(demo: Path):
+    for stage in STAGES:
+        assert (demo / stage / "export" / "model.safetensors").is_file()
+        assert (demo / stage / "samples" / "final" / "grid.png").is_file()
+        assert len(list((demo / stage / "samples" / "final").glob("class-*/seed-*.png"))) == 80
+        (result,) = (demo / stage / "evaluations").glob("*.json")
+        scores = json.loads(result.read_text())["scores"]
+        assert set(scores) >= {"frechet_distance", "class_accuracy", "precision", "recall", "feature_diversity"}
+    assert (demo / "mrar_finetune" / "samples" / "references" / "grid.png").is_file()
+
+
+def test_the_comparison_holds_every_run(demo: Path):
+    with open(demo / "comparison.csv", newline="") as file:
+        assert {row["run"] for row in csv.DictReader(file)} == set(STAGES)
+    assert all(stage in (demo / "comparison.md").read_text() for stage in STAGES)
+    assert Image.open(demo / "comparison.png").width > 1000
+
+
+def test_wandb_runs_lie_in_the_run_folders(demo: Path):
+    for stage in STAGES:
+        assert list((demo / stage / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_same_command_again_does_nothing_twice(demo: Path, capsys: pytest.CaptureFixture[str]):
+    files = {path: path.stat().st_mtime_ns for path in demo.rglob("*.safetensors")} | {
+        path: path.stat().st_mtime_ns for path in demo.rglob("evaluations/*.json")
+    }
+    assert main(["run", "experiments/fashion/pipeline.yaml", f"output_dir={demo}", *LITTLE]) == 0
+    assert capsys.readouterr().out.count("already trained to step 8") == 3
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_single_images_do_not_depend_on_how_many_are_drawn(demo: Path, tmp_path: Path):
+    for per_class, name in ((1, "one"), (3, "three")):
+        command = ["sample", "--checkpoint", str(demo / "mrar_finetune"), "--classes", "0,7", "--per-class", str(per_class)]
+        assert main([*command, "--output", str(tmp_path / name)]) == 0
+    image = "class-0007/seed-0000.png"
+    one, three = (list(Image.open(tmp_path / name / image).getdata()) for name in ("one", "three"))
+    assert max(abs(a - b) for a, b in zip(one, three, strict=True)) <= 1
+
+
+def test_fusion_and_references_are_drawn(demo: Path, tmp_path: Path):
+    command = ["sample", "--checkpoint", str(demo / "mrar_finetune"), "--classes", "1,7", "--per-class", "2", "--output", str(tmp_path)]
+    assert main([*command, "--fuse", "halves", "sampling.num_steps=2"]) == 0
+    assert main([*command, "--references"]) == 0
+    assert (tmp_path / "fusion.png").is_file() and len(list(tmp_path.glob("class-0001/*reference-2.png"))) == 2
+
+
+def test_another_evaluation_stands_beside_the_first(demo: Path):
+    before = len(list((demo / "ar_pretrain" / "evaluations").glob("*.json")))
+    assert main(["evaluate", "--checkpoint", str(demo / "ar_pretrain"), "sampling.guidance_scale=1.0"]) == 0
+    assert len(list((demo / "ar_pretrain" / "evaluations").glob("*.json"))) == before + 1
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["sample", "--checkpoint", "{demo}/mrar"], "mrar_finetune"),
+        (["sample", "--checkpoint", "{demo}/ar_pretrain", "--classes", "12"], "classes: got 12; allowed: 0 to 9"),
+        (["evaluate", "--checkpoint", "{demo}/ar_pretrain", "sampling.solver=hein"], "Did you mean 'heun'"),
+        (["evaluate", "--checkpoint", "{demo}/ar_pretrain", "model.width=3"], "override model: only sampling.*"),
+        (["compare", "{demo}/latents"], "latents"),
+        (["train", "experiments/fashion/ar_pretrian.yaml"], "ar_pretrain.yaml"),
+        (["run", "experiments/fashion/pipeline.yaml", "training.max_step=3"], "Did you mean 'max_steps'"),
+        (["pack", "nowhere", "{demo}/packed"], "nowhere"),
+        (["verify", "{demo}"], "index.json"),
+    ],
+)
+def test_bad_commands_end_in_one_clear_line(demo: Path, capsys: pytest.CaptureFixture[str], command: list[str], message: str):
+    assert main([part.format(demo=demo) for part in command]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lit-transdiff: ") and message in error

@@ -1,0 +1,115 @@
+"""The rules of the house, checked on the source itself: who imports whom, one door for each library, sizes, no loose ends."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.small import ROOT
+
+PACKAGE = ROOT / "lit_transdiff"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# A room may import from rooms with a smaller number only, and from itself. data, models and flow do not see each other.
+LAYERS = {
+    "config": 0,
+    "randomness": 1,
+    "export": 1,
+    "data": 2,
+    "models": 2,
+    "flow": 2,
+    "pictures": 2,
+    "sampling": 3,
+    "draw": 4,
+    "stages": 4,
+    "runfolder": 4,
+    "distributed": 5,
+    "tracking": 5,
+    "trainer": 6,
+    "evaluation": 7,
+    "prepare": 8,
+    "pipeline": 9,
+    "__main__": 10,
+}
+DOORS = {
+    "webdataset": {"data/shards.py", "data/stream.py"},
+    "wandb": {"tracking/"},
+    "deepspeed": {"distributed/"},
+    "torchmetrics": {"evaluation/"},
+    "torch_fidelity": {"evaluation/"},
+    "diffusers": {"models/autoencoder.py"},
+    "omegaconf": {"config.py", "pipeline.py", "__main__.py"},
+}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path):
+    if path == PACKAGE / "__init__.py":
+        return
+    room = room_of(path)
+    assert room in LAYERS, f"{room} has no layer; add it to LAYERS"
+    for name in imported(path):
+        if name.startswith("lit_transdiff."):
+            other = name.split(".")[1]
+            allowed = other == room or LAYERS[other] < LAYERS[room]
+            assert allowed, f"{path.relative_to(ROOT)} imports {name}: {room} stands below or beside {other}"
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_each_library_has_one_door(library: str):
+    users = {str(p.relative_to(PACKAGE)) for p in FILES if any(name.split(".")[0] == library for name in imported(p))}
+    assert all(any(user.startswith(door) for door in DOORS[library]) for user in users), users
+
+
+def test_config_imports_no_torch():
+    assert not any(name.split(".")[0] == "torch" for name in imported(PACKAGE / "config.py"))
+
+
+def test_models_know_no_lightning_and_flow_knows_no_network():
+    for path in FILES:
+        if room_of(path) in ("models", "flow"):
+            assert not any(name.split(".")[0] == "lightning" for name in imported(path)), path
+        if room_of(path) == "flow":
+            assert "nn" not in {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}, path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_public_code_is_documented_and_nothing_is_loose(path: Path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree) or path.name == "__init__.py", "no module docstring"
+    for pattern in (r"strict\s*=\s*False\)\s*#?\s*load", r"\.cuda\(", r"\bTODO\b", r"\bFIXME\b", r"/work/", r"NotImplementedError"):
+        assert not re.search(pattern, text), pattern
+    for node in ast.walk(tree):
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"bare except in line {node.lineno}"
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"class {node.name} has no docstring"
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno
+            assert length <= 70, f"{node.name} has {length} lines"
+    assert text.count("\n") <= 450
+
+
+def test_dependencies_stand_in_one_list():
+    listed = {re.split(r"[><=;\[]", line.split("#")[0].strip())[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    names = {"PIL": "pillow", "torch_fidelity": "torch-fidelity"}
+    standard = set(__import__("sys").stdlib_module_names) | {"lit_transdiff"}
+    used = {name.split(".")[0] for path in FILES for name in imported(path)} - standard
+    missing = {names.get(name, name) for name in used} - listed
+    assert not missing, missing
