@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lit_transdiff import __version__
-from lit_transdiff.config import load_run, parse_overrides, run_from, to_dict
+from lit_transdiff.loading import load_run, override
 
+CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
 AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 
 
@@ -98,7 +99,7 @@ def sample(args: argparse.Namespace) -> None:
     from lit_transdiff.sampling import load_generator
 
     generator = load_generator(args.checkpoint, default_device())
-    sampling = run_from(merged(generator.run, args.overrides)).sampling
+    sampling = override(generator.run, args.overrides, CHANGEABLE).sampling
     output = Path(args.output or Path(args.checkpoint) / "samples" / "drawn")
     common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
     classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(min(10, generator.run.model.num_classes)))
@@ -118,7 +119,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     fabric = build_fabric()
     generator = load_generator(args.checkpoint, fabric.device)
-    settings = run_from(merged(generator.run, args.overrides))
+    settings = override(generator.run, args.overrides, CHANGEABLE)
     output = Path(args.output or args.checkpoint)
     result = score(
         generator, settings.evaluation, settings.sampling, fabric=fabric, output=output, class_names=generator.class_names
@@ -132,17 +133,6 @@ def compare(args: argparse.Namespace) -> None:
     from lit_transdiff.evaluation.compare import compare as table
 
     print(table(args.folder, args.output or args.folder))
-
-
-def merged(run: object, overrides: Sequence[str]) -> dict:
-    """A run's settings with overrides of its sampling and evaluation."""
-    from omegaconf import OmegaConf
-
-    given = parse_overrides(overrides)
-    for key in given:
-        if key not in ("sampling", "evaluation", "autoencoder"):
-            raise ValueError(f"override {key!s}: only sampling.*, evaluation.* and autoencoder.* can change for a trained model.")
-    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(to_dict(run)), given))  # type: ignore[return-value]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,23 +1,17 @@
 """Every setting of the platform, as frozen dataclasses that are checked once, when they are made.
 
-A run is one YAML file: an optional ``base:`` (another file), then the differences. ``load_run`` merges
-defaults <- size preset <- base <- file <- ``dotted.key=value`` overrides and refuses anything it does not know, with
-the field's path, the value, and the nearest match. This module imports no torch, so that a bad setting is
-reported before anything slow is loaded.
+A run is one YAML file (see ``loading``). This module imports no torch, so that a bad setting is reported before anything
+slow is loaded.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Literal, Optional
 
 # Table of sizes: the paper's three (arXiv 2506.09482, Table 1) and small ones for laptops and tests.
 # encoder_blocks is the real number of blocks; the reference code counts pairs of them.
@@ -377,77 +371,7 @@ class RunConfig:
         return self.training.global_batch_size * self.model.num_references
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML (with its ``base:`` chain), apply ``dotted.key=value`` overrides, and check the whole.
-
-    Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything that is not a valid setting.
-    """
-    return run_from(merge(read_yaml(path), parse_overrides(overrides)), source=str(path))
-
-
-def merge(*settings: Any) -> DictConfig:
-    """Nested settings, the later over the earlier."""
-    merged = OmegaConf.merge(*settings)
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") -> RunConfig:
-    """A checked ``RunConfig`` from nested settings (of a YAML file, a checkpoint, or written in Python)."""
-    given = OmegaConf.create(settings)
-    check_keys(given, RunConfig, "", source)
-    size = OmegaConf.select(given, "model.size") or ModelConfig().size
-    if size not in SIZES:
-        raise unknown("model.size", size, SIZES)
-    try:
-        preset = OmegaConf.create({"model": SIZES[size]})
-        run = OmegaConf.to_object(merge(OmegaConf.structured(RunConfig), preset, given))
-        assert isinstance(run, RunConfig)
-        return run
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        value = OmegaConf.select(given, key) if key != "?" else None
-        raise ValueError(f"{source}: {key}: got {value!r}; {str(error).splitlines()[0]}") from error
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-
-
-def read_yaml(path: str | Path) -> DictConfig:
-    """The settings of a YAML file merged over those of its ``base:`` (a path relative to the file)."""
-    path = Path(path)
-    if not path.is_file():
-        nearby = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{path} does not exist." + (f" In that folder: {', '.join(nearby)}." if nearby else ""))
-    settings = OmegaConf.load(path)
-    if not isinstance(settings, DictConfig):
-        raise ValueError(f"{path}: expected settings (key: value), got a {type(settings).__name__}.")
-    base = settings.pop("base", None)
-    return settings if base is None else merge(read_yaml(path.parent / base), settings)
-
-
-def parse_overrides(overrides: Sequence[str]) -> DictConfig:
-    """``["model.width=192", ...]`` as nested settings; the word None (which W&B sweeps send) means nothing."""
-    for item in overrides:
-        require("=" in item and not item.startswith("-"), "override", item, "dotted.key=value")
-    settings = OmegaConf.from_dotlist(
-        [item[: item.index("=")] + "=null" if item.endswith("=None") else item for item in overrides]
-    )
-    return settings
-
-
-def check_keys(given: Any, schema: type, prefix: str, source: str) -> None:
-    """Refuse a key that the dataclass does not have, naming the nearest one that it has."""
-    if not isinstance(given, DictConfig):
-        raise ValueError(f"{source}: {prefix.rstrip('.')}: got {given!r}; expected settings (key: value).")
-    fields = {f.name: f for f in dataclasses.fields(schema)}
-    nested = NESTED if schema is RunConfig else {}
-    for key in given:
-        if key not in fields:
-            raise ValueError(f"{source}: " + str(unknown(f"setting {prefix}{key!s}", key, fields)))
-        if key in nested:
-            check_keys(given[key], nested[str(key)], f"{prefix}{key!s}.", source)
-
-
+# Sections of a run's settings and what they are made of.
 NESTED: dict[str, type] = {
     "data": DataConfig,
     "autoencoder": AutoencoderConfig,
@@ -461,13 +385,3 @@ NESTED: dict[str, type] = {
     "tracking": TrackingConfig,
     "distributed": DistributedConfig,
 }
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain nested dictionaries, lists and scalars."""
-    return dataclasses.asdict(config)
-
-
-def save_yaml(config: Any, path: str | Path) -> None:
-    """Write a configuration so that ``load_run`` reads back an equal one."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))

@@ -17,7 +17,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_transdiff.config import RunConfig, load_run, save_yaml
+from lit_transdiff.config import RunConfig
+from lit_transdiff.loading import load_run, save_yaml
 
 
 @dataclass(frozen=True)

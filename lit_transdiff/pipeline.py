@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
-from omegaconf import OmegaConf
 
-from lit_transdiff.config import RunConfig, check_keys, load_run, read_yaml, require, to_dict, unknown
+from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.draw import draw_samples
 from lit_transdiff.evaluation.compare import compare
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import EXTRACTORS, load_extractor
 from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.loading import check_keys, load_run, plain, read_yaml, to_yaml
 from lit_transdiff.prepare import cache, statistics
 from lit_transdiff.sampling import load_generator
 from lit_transdiff.stages import PREPARATORY
@@ -60,9 +60,11 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
 
     ``overrides`` apply to all runs; ``output_dir`` also moves the caches.
     """
-    settings = OmegaConf.to_container(read_yaml(path))
-    assert isinstance(settings, dict)
-    check_keys(OmegaConf.create(settings), Pipeline, "", str(path))
+    settings = plain(read_yaml(path))
+    check_keys(settings, Pipeline, "", str(path))
+    for name, schema in (("runs", RunStep), ("cache", CacheStep)):
+        for i, step in enumerate(settings.get(name, [])):
+            check_keys(step, schema, f"{name}[{i}].", str(path))
     moved = [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")]
     try:
         pipeline = Pipeline(
@@ -152,6 +154,6 @@ def dry_run(runs: Sequence[RunConfig], pipeline: Pipeline | None = None, say: Ca
     for run in runs:
         check_evaluation(run)
         outline = plan(run, made)
-        say(OmegaConf.to_yaml(OmegaConf.create(to_dict(run))))
+        say(to_yaml(run))
         say(outline + "\n")
         made.add(str(run.folder))

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from lit_transdiff.config import RunConfig, load_run, save_yaml, to_dict
+from lit_transdiff.config import RunConfig
+from lit_transdiff.loading import load_run, save_yaml, to_dict
 
 PACKAGES = (
     "torch",

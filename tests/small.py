@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lit_transdiff.config import RunConfig, run_from
+from lit_transdiff.config import RunConfig
+from lit_transdiff.loading import run_from
 
 ROOT = Path(__file__).parent.parent
 FASHION = ROOT / "data" / "fashion"
@@ -41,5 +42,4 @@ SETTINGS: dict[str, Any] = {
 
 def small_run(folder: Path, **changes: Any) -> RunConfig:
     """``SETTINGS`` with ``changes`` (nested dictionaries), writing below ``folder``."""
-    merged = OmegaConf.merge(OmegaConf.create(SETTINGS), OmegaConf.create({"output_dir": str(folder), **changes}))
-    return run_from(OmegaConf.to_container(merged))  # type: ignore[arg-type]
+    return run_from(OmegaConf.merge(OmegaConf.create(SETTINGS), OmegaConf.create({"output_dir": str(folder), **changes})))

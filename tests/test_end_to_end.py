@@ -82,7 +82,8 @@ def test_single_images_do_not_depend_on_how_many_are_drawn(demo: Path, tmp_path:
 
 
 def test_fusion_and_references_are_drawn(demo: Path, tmp_path: Path):
-    command = ["sample", "--checkpoint", str(demo / "mrar_finetune"), "--classes", "1,7", "--per-class", "2", "--output", str(tmp_path)]
+    command = ["sample", "--checkpoint", str(demo / "mrar_finetune"), "--classes", "1,7", "--per-class", "2"]
+    command += ["--output", str(tmp_path)]
     assert main([*command, "--fuse", "halves", "sampling.num_steps=2"]) == 0
     assert main([*command, "--references"]) == 0
     assert (tmp_path / "fusion.png").is_file() and len(list(tmp_path.glob("class-0001/*reference-2.png"))) == 2
@@ -100,7 +101,7 @@ def test_another_evaluation_stands_beside_the_first(demo: Path):
         (["sample", "--checkpoint", "{demo}/mrar"], "mrar_finetune"),
         (["sample", "--checkpoint", "{demo}/ar_pretrain", "--classes", "12"], "classes: got 12; allowed: 0 to 9"),
         (["evaluate", "--checkpoint", "{demo}/ar_pretrain", "sampling.solver=hein"], "Did you mean 'heun'"),
-        (["evaluate", "--checkpoint", "{demo}/ar_pretrain", "model.width=3"], "override model: only sampling.*"),
+        (["evaluate", "--checkpoint", "{demo}/ar_pretrain", "model.width=3"], "override: got 'model'; allowed: sampling.*"),
         (["compare", "{demo}/latents"], "latents"),
         (["train", "experiments/fashion/ar_pretrian.yaml"], "ar_pretrain.yaml"),
         (["run", "experiments/fashion/pipeline.yaml", "training.max_step=3"], "Did you mean 'max_steps'"),

@@ -60,9 +60,9 @@ class StopOnNonFinite(pl.Callback):
 
 
 class LogTraining(pl.Callback):
-    """Loss, loss by time bin, learning rate, gradient norm, throughput and share of time spent waiting for data.
+    """Loss and loss by time bin (means over all ranks), learning rate, gradient norm, throughput, time spent waiting for data.
 
-    Sums stay on the device; everything is fetched once every ``every`` steps.
+    Sums stay on the device; everything is fetched and reduced once every ``every`` steps.
     """
 
     def __init__(self, every: int, images_per_step: int) -> None:
@@ -88,7 +88,7 @@ class LogTraining(pl.Callback):
             self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
-        self.loss += outputs["loss"].detach()
+        self.loss += outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning has divided it
         self.passes += 1
         if "rows" in outputs:
             bins = (outputs["t"] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
@@ -104,8 +104,10 @@ class LogTraining(pl.Callback):
     def metrics(self, trainer: pl.Trainer) -> dict[str, float]:
         elapsed = time.perf_counter() - self.window_start
         images = self.passes / trainer.accumulate_grad_batches * self.images_per_step
+        sums = torch.cat([self.sums.flatten(), self.loss[None] / self.passes])
+        *bins, loss = trainer.strategy.reduce(sums, reduce_op="mean").tolist()
         result = {
-            "train/loss": (self.loss / self.passes).item(),
+            "train/loss": loss,
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train/images_seen": float(trainer.global_step * self.images_per_step),
             "throughput/images_per_second": images / elapsed,
@@ -113,8 +115,9 @@ class LogTraining(pl.Callback):
         }
         if self.norm is not None:
             result["train/gradient_norm"] = self.norm.item()
-        mean = (self.sums[0] / self.sums[1]).tolist()
-        result |= {f"train/loss_t{b / TIME_BINS:.1f}": value for b, value in enumerate(mean) if value == value}
+        for b, (total, rows) in enumerate(zip(bins[:TIME_BINS], bins[TIME_BINS:], strict=True)):
+            if rows > 0:
+                result[f"train/loss_t{b / TIME_BINS:.1f}"] = total / rows
         return result
 
 

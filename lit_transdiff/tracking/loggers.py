@@ -13,7 +13,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_transdiff.config import RunConfig, to_dict
+from lit_transdiff.config import RunConfig
+from lit_transdiff.loading import to_dict
 
 COLUMNS = ("step", "images_seen", "seconds", "metric", "value")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lit_transdiff.config import save_yaml
+from lit_transdiff.loading import save_yaml
 from tests.small import ROOT, small_run
 
 NO_DROPOUT = {"attention_dropout": 0.0, "projection_dropout": 0.0}
@@ -26,7 +26,8 @@ def start(processes: int, *command: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", port]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    torchrun += ["--master_addr", "127.0.0.1", "--master_port", port]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     line = [sys.executable, *(torchrun if processes > 1 else []), "-m", "lit_transdiff", *command]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_transdiff.config import EvaluationConfig, RunConfig, SamplingConfig, run_from
+from lit_transdiff.config import EvaluationConfig, RunConfig, SamplingConfig
 from lit_transdiff.evaluation.features import FeatureExtractor, load_extractor
 from lit_transdiff.evaluation.statistics import reference_statistics, save_statistics
+from lit_transdiff.loading import run_from
 from lit_transdiff.models.autoencoder import load_autoencoder
 from lit_transdiff.models.classifier import SmallClassifier, save_classifier
 from lit_transdiff.models.transdiff import TransDiff
