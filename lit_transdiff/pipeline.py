@@ -1,4 +1,5 @@
-"""A pipeline: caches, reference statistics, then a list of runs, each trained, sampled and scored; last the comparison.
+"""A pipeline: what is prepared once (autoencoder, classifier, caches, reference statistics), then a list of runs, each trained,
+sampled and scored; last the comparison.
 
 Every step that has been done is left as it is, so the same command continues where it was stopped.
 """
@@ -22,13 +23,13 @@ from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.loading import check_keys, load_run, plain, read_yaml, to_yaml
 from lit_transdiff.prepare import cache, statistics
 from lit_transdiff.sampling import load_generator
-from lit_transdiff.stages import PREPARATORY
+from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.trainer import plan, train
 
 
 @dataclass(frozen=True)
 class CacheStep:
-    """Image shards whose latents are cached with the first run's autoencoder."""
+    """Image shards whose latents are cached with the autoencoder of the first of the three stages."""
 
     source: str
     dest: str  # below the pipeline's output_dir
@@ -82,6 +83,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
     runs = [load_run(Path(path).parent / step.recipe, [*step.overrides, *common]) for step in pipeline.runs]
     names = [run.name for run in runs]
     require(len(set(names)) == len(names), "runs", names, "runs of different names")
+    require(any(run.stage not in PREPARATORY for run in runs), "runs", names, f"at least one run of {', '.join(STAGES)}")
     for run in runs:
         check_evaluation(run)
     return pipeline, runs
@@ -105,18 +107,22 @@ def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say:
         if fabric.is_global_zero:
             say(f"\n[{time.monotonic() - start:5.0f} s] {text}")
 
-    for step in pipeline.cache:
-        announce(f"cache       {step.source} -> {root / step.dest}")
-        cache(step.source, root / step.dest, autoencoder=runs[0].autoencoder, data=runs[0].data, fabric=fabric, flips=step.flips)
-    if pipeline.reference_images is not None:
-        announce(f"reference   {pipeline.reference_images} -> {runs[0].evaluation.reference}")
-        prepare_reference(pipeline.reference_images, runs[0], fabric)
-    for run in runs:
+    for run in [run for run in runs if run.stage in PREPARATORY]:
         announce(f"train       {run.name}")
         train(run, say)
-        if run.stage not in PREPARATORY:
-            announce(f"evaluate    {run.name}")
-            sample_and_score(run, pipeline.samples_per_class, fabric)
+    stages = [run for run in runs if run.stage not in PREPARATORY]
+    for step in pipeline.cache:
+        announce(f"cache       {step.source} -> {root / step.dest}")
+        first = stages[0]
+        cache(step.source, root / step.dest, autoencoder=first.autoencoder, data=first.data, fabric=fabric, flips=step.flips)
+    if pipeline.reference_images is not None:
+        announce(f"reference   {pipeline.reference_images} -> {stages[0].evaluation.reference}")
+        prepare_reference(pipeline.reference_images, stages[0], fabric)
+    for run in stages:
+        announce(f"train       {run.name}")
+        train(run, say)
+        announce(f"evaluate    {run.name}")
+        sample_and_score(run, pipeline.samples_per_class, fabric)
     if fabric.is_global_zero:
         announce(f"compare     {root}")
         say(str(compare(root, root)))
@@ -156,4 +162,4 @@ def dry_run(runs: Sequence[RunConfig], pipeline: Pipeline | None = None, say: Ca
         outline = plan(run, made)
         say(to_yaml(run))
         say(outline + "\n")
-        made.add(str(run.folder))
+        made |= {str(run.folder), str(run.folder / "export")}

@@ -25,7 +25,7 @@ from lit_transdiff.sampling import Generator, check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.autoencoder import AutoencoderStage
 from lit_transdiff.stages.base import ToLatents, TransDiffStage
-from lit_transdiff.stages.callbacks import LogTraining, Progress, SampleGrids, StopOnNonFinite
+from lit_transdiff.stages.callbacks import LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
 from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, finish
 
 
@@ -138,15 +138,14 @@ def initialise_from(run: RunConfig, stage: TransDiffStage) -> str:
 def plan(run: RunConfig, made: Collection[str] = ()) -> str:
     """What a run would do, checked as far as possible without the things in ``made`` that earlier steps will make."""
     check_run(run, made)
-    if run.stage in STAGES:
-        autoencoder = build_autoencoder(run)
-        index = None if run.data.train in made else build_data(run, autoencoder).index_of("data.train")
-        with torch.device("cpu" if run.init_from and run.init_from not in made else "meta"):
-            stage: pl.LightningModule = STAGES[run.stage](run, to_latents(autoencoder, "latents"))
-        report = "" if run.init_from in made else initialise_from(run, stage)  # type: ignore[arg-type]
-        return describe(run, stage, index, report or (f"initialised from {run.init_from}" if run.init_from else ""))
-    index = None if run.data.train in made else build_data(run, None).index_of("data.train")
-    return describe(run, PREPARATORY[run.stage](run), index)
+    trained_now = run.stage in PREPARATORY or run.autoencoder.path in made
+    autoencoder = None if trained_now else build_autoencoder(run)
+    index = None if run.data.train in made else build_data(run, autoencoder).index_of("data.train")
+    if run.stage in PREPARATORY:
+        return describe(run, PREPARATORY[run.stage](run), index)
+    stage = STAGES[run.stage](run, lambda values, noise: values)
+    report = f"initialised from {run.init_from}" if run.init_from in made else initialise_from(run, stage)
+    return describe(run, stage, index, report)
 
 
 def describe(run: RunConfig, stage: pl.LightningModule, index: ShardIndex | None, report: str = "") -> str:
@@ -198,6 +197,7 @@ def build_trainer(parts: Parts) -> pl.Trainer:
         StopOnNonFinite(training.log_every, training.checkpoint_every),
         numbers,
         Progress(run.name, numbers),
+        SaveOrigin(run),
         checkpoints,
     ]
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):

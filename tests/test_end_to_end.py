@@ -1,6 +1,7 @@
 """All three stages on real images through the command line: the demo with very little training."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from PIL import Image
 
 from lit_transdiff.__main__ import main
+from lit_transdiff.data.index import read_index
+from lit_transdiff.data.shards import ShardReader
 from tests.small import ROOT
 
 LITTLE = (
@@ -113,3 +116,30 @@ def test_bad_commands_end_in_one_clear_line(demo: Path, capsys: pytest.CaptureFi
     assert main([part.format(demo=demo) for part in command]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("lit-transdiff: ") and message in error
+
+
+@pytest.mark.slow
+def test_a_folder_of_colour_photographs_becomes_a_trained_and_scored_model(tmp_path: Path):
+    """What the README says about one's own images, with bundled ones written out as colour JPEG files of odd sizes."""
+    index = read_index(ROOT / "data/fashion/evaluation")
+    reader = ShardReader(index)
+    for c in range(3):
+        for split, samples in (("train", range(0, 24)), ("held-out", range(24, 36))):
+            folder = tmp_path / "photos" / split / index.class_names[c]
+            folder.mkdir(parents=True)
+            for sample in [i for i in range(len(index)) if index.label[i] == c][samples.start : samples.stop]:
+                image = Image.open(io.BytesIO(reader.read(sample))).convert("RGB").resize((40, 36))
+                image.save(folder / f"{index.key_of(sample)}.jpg")
+    runs = tmp_path / "runs"
+    settings = Path(tmp_path / "pipeline.yaml")
+    text = (ROOT / "experiments/folder/pipeline.yaml").read_text()
+    settings.write_text(text.replace("runs/folder", str(runs)).replace("recipe: ", f"recipe: {ROOT}/experiments/folder/"))
+    for split, dest in (("train", "train"), ("held-out", "evaluation")):
+        assert main(["pack", str(tmp_path / "photos" / split), str(runs / "shards" / dest), "--image-size", "32"]) == 0
+    small = ["model.num_classes=3", "data.image_size=32", "model.latent_size=8", "model.num_context_tokens=16", "model.size=test"]
+    short = [f"training.{key}" for key in ("max_steps=4", "global_batch_size=8", "checkpoint_every=2", "log_every=2")]
+    rest = ["optimizer.warmup_steps=2", "evaluation.num_images=12", "sampling.num_steps=2", "tracking.wandb=false"]
+    assert main(["run", str(settings), *small, *short, *rest]) == 0
+    with open(runs / "comparison.csv", newline="") as file:
+        assert {row["run"] for row in csv.DictReader(file)} == {"ar_pretrain", "mrar_finetune"}
+    assert Image.open(runs / "mrar_finetune/samples/final/class-0002/seed-0001.png").mode == "RGB"

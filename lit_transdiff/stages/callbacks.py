@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.loading import to_dict
 from lit_transdiff.pictures import grid
+from lit_transdiff.runfolder import environment
 from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now
 from lit_transdiff.stages.optim import averaged_weights
@@ -121,6 +124,17 @@ class LogTraining(pl.Callback):
         return result
 
 
+class SaveOrigin(pl.Callback):
+    """Every checkpoint says what made it: the resolved configuration, the commit and the package versions."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = to_dict(self.run)
+        checkpoint["environment"] = environment()
+
+
 class Progress(pl.Callback):
     """One bar a run: optimizer steps, time left, and the loss when it is logged."""
 
@@ -170,7 +184,8 @@ class SampleGrids(pl.Callback):
             images = self.generator.images(labels, list(range(len(labels))))[:, -1]
         stage.model.train(training)
         self.folder.mkdir(parents=True, exist_ok=True)
-        picture = grid(images.cpu(), columns=self.per_class, row_labels=self.class_names, title=f"step {step}")
+        scale = max(1, 96 // images.shape[-1])
+        picture = grid(images, self.per_class, row_labels=self.class_names, scale=scale, title=f"step {step}")
         picture.save(self.folder / f"step-{step:08d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.WandbLogger):

@@ -111,6 +111,26 @@ def test_mrar_starts_from_a_one_step_run_with_a_report(tmp_path: Path, one_step:
     assert images.shape == (1, 4, 1, 32, 32)
 
 
+def test_every_checkpoint_says_what_made_it(one_step: Path):
+    checkpoint = torch.load(one_step / "checkpoints" / "step-00000006.ckpt", weights_only=True)
+    assert checkpoint["run"]["optimizer"]["lr"] == 1e-3
+    assert checkpoint["environment"]["packages"]["torch"] and "git_commit" in checkpoint["environment"]
+
+
+def test_bf16_mixed_keeps_float32_weights_and_averages(tmp_path: Path):
+    run = small_run(tmp_path, training={"precision": "bf16-mixed"})
+    train(run, say=lambda text: None)
+    checkpoint = torch.load(run.folder / "checkpoints" / "step-00000006.ckpt", weights_only=True)
+    averages = [state["ema"] for state in checkpoint["optimizer_states"][0]["state"].values()]
+    assert {value.dtype for value in [*checkpoint["state_dict"].values(), *averages]} == {torch.float32}
+
+
+def test_shards_behind_a_pipe_train_too(tmp_path: Path):
+    shards = f"pipe:cat {FASHION}/train/fashion-train-" + "{000000..000007}.tar"
+    run = small_run(tmp_path, data={"train": shards, "index": str(FASHION / "train" / "index.json")})
+    assert train(run, say=lambda text: None).step == 6
+
+
 def test_a_finished_run_is_left_as_it_is(one_step: Path):
     run = read_export(one_step).run
     before = (one_step / "export" / "model.safetensors").stat().st_mtime_ns

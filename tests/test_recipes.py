@@ -1,0 +1,115 @@
+"""Every recipe and every command that the documents show."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lit_transdiff.__main__ import build_parser, main
+from lit_transdiff.config import SIZES, ModelConfig
+from lit_transdiff.loading import load_run, read_yaml, run_from
+from lit_transdiff.pipeline import dry_run, load_pipeline
+from tests.small import ROOT
+
+YAML = sorted((ROOT / "experiments").rglob("*.yaml"))
+PIPELINES = [path for path in YAML if "runs" in read_yaml(path)]
+RECIPES = [path for path in YAML if path not in PIPELINES]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "data").rglob("*.md"))]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_recipe_is_valid(path: Path):
+    run = load_run(path)
+    assert run == run_from(read_yaml(path))
+
+
+@pytest.mark.parametrize("path", RECIPES + PIPELINES, ids=name)
+def test_a_recipe_says_what_it_is(path: Path):
+    assert path.read_text().startswith("# "), "the first line of a recipe is a comment that says what it is"
+
+
+@pytest.mark.parametrize("path", [p for p in PIPELINES if "fashion" in str(p)], ids=name)
+def test_a_pipeline_dry_runs_and_writes_nothing(path: Path, tmp_path: Path):
+    said: list[str] = []
+    pipeline, runs = load_pipeline(path, [f"output_dir={tmp_path / 'runs'}"])
+    dry_run(runs, pipeline, said.append)
+    assert sum("parameters  " in text for text in said) == len(runs) == 3
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_pipeline_that_trains_its_own_autoencoder_dry_runs(tmp_path: Path):
+    """The template for one's own folder, with bundled shards in the place of the user's."""
+    said: list[str] = []
+    own = [f"output_dir={tmp_path}", "data.image_size=32", "model.latent_size=8", "model.num_classes=10", "data.image_channels=1"]
+    pipeline, runs = load_pipeline(ROOT / "experiments/folder/pipeline.yaml", own)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for split in ("train", "evaluation"):
+        (shards / split).symlink_to(ROOT / "data/fashion" / split)
+    dry_run(runs, pipeline, said.append)
+    assert sum("parameters  " in text for text in said) == len(runs) == 4
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("num_references", [1, 4])
+def test_every_size_fits_one_step_and_mrar(size: str, num_references: int):
+    config = ModelConfig(size=size, **SIZES[size], num_references=num_references)
+    assert config.tokens_per_reference * num_references == 256
+    assert config.reference_patch_size == (2 if num_references == 4 else 1)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("runs[0].recipee: x", "recipe"),
+        ("ouput_dir: x", "output_dir"),
+    ],
+)
+def test_a_mistyped_pipeline_is_refused(tmp_path: Path, line: str, message: str):
+    text = "runs: [{recipee: a.yaml}]" if "recipee" in line else line + "\nruns: []"
+    (tmp_path / "pipeline.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"Did you mean '{message}'"):
+        load_pipeline(tmp_path / "pipeline.yaml")
+
+
+def commands(path: Path) -> list[str]:
+    """The ``lit-transdiff`` lines of a document's code blocks and of a recipe's header, with continuation lines joined."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"```(?:bash|sh|console)?\n(.*?)```", text, flags=re.DOTALL))
+    text = re.sub(r"\\\n#?\s*", " ", text)
+    return [m.group(1) for m in re.finditer(r"^(?:#\s+|\$ )?(?:.*?-m\s)?(lit[-_]transdiff .*)$", text, flags=re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *YAML], ids=name)
+def test_documented_commands_parse(path: Path):
+    for command in commands(path):
+        words = shlex.split(command.split(" #")[0].replace("<folder with the IDX files>", "IDX"))[1:]
+        args = build_parser().parse_args(words)
+        for given in (getattr(args, "run", None), getattr(args, "pipeline", None)):
+            if isinstance(given, str) and given != "RUN.yaml":
+                assert (ROOT / given).is_file(), f"{path.name} names {given}"
+
+
+def test_the_readme_shows_the_two_commands_at_its_top():
+    top = (ROOT / "README.md").read_text()[:1500]
+    assert "make demo" in top and "make test" in top
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for command in ("pack", "index", "verify", "cache", "statistics", "train", "run", "sample", "evaluate", "compare"):
+        assert f"    {command}" in text
