@@ -38,7 +38,7 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
     check_keys(given, RunConfig, "", source)
     size = OmegaConf.select(given, "model.size") or ModelConfig().size
     if size not in SIZES:
-        raise unknown("model.size", size, SIZES)
+        raise ValueError(f"{source}: {unknown('model.size', size, SIZES)}")
     try:
         preset = OmegaConf.create({"model": SIZES[size]})
         run = OmegaConf.to_object(merge(OmegaConf.structured(RunConfig), preset, given))
@@ -83,7 +83,7 @@ def check_keys(given: Any, schema: type, prefix: str, source: str) -> None:
     nested = NESTED if schema is RunConfig else {}
     for key in given:
         if key not in fields:
-            raise ValueError(f"{source}: " + str(unknown(f"setting {prefix}{key!s}", key, fields)))
+            raise ValueError(f"{source}: {unknown(f'setting {prefix}{key!s}', key, fields)}")
         if key in nested:
             check_keys(given[key], nested[str(key)], f"{prefix}{key!s}.", source)
 

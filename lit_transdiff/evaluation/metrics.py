@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import reduce
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -21,6 +20,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from lit_transdiff.config import EvaluationConfig, require, unknown
 from lit_transdiff.evaluation.statistics import Statistics, reference_tensor
+from lit_transdiff.models.tokens import token_similarity
 
 Score = float | dict[str, float]
 # One rank computes the scores of all images; by default torchmetrics would wait for the others to join.
@@ -116,12 +116,6 @@ def feature_diversity(generated: Scored, reference: Statistics | None, settings:
     labels, counts = generated.labels.unique(return_counts=True)
     similarity = torch.cat([token_similarity(generated.semantic_features(part)) for part in labels.split(64)])
     return float((similarity.cpu() * counts.cpu()).sum() / counts.sum())
-
-
-def token_similarity(tokens: Tensor) -> Tensor:
-    """Tokens [B, S, D] -> [B], the mean over S x S pairs of cosines: the squared length of the mean unit vector."""
-    units = nn.functional.normalize(tokens.double(), dim=-1)
-    return reduce(units, "b s d -> b d", "mean").square().sum(dim=-1)
 
 
 def covered(points: Tensor, manifold: Tensor, neighbours: int, chunk: int = 4096) -> float:

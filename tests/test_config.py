@@ -1,0 +1,106 @@
+"""Settings: what is read is what was meant, and what cannot be meant is refused with its name."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lit_transdiff.config import NESTED, SIZES, ModelConfig, RunConfig
+from lit_transdiff.loading import load_run, override, parse_overrides, run_from, save_yaml
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_defaults_size_base_file_and_overrides_stand_in_this_order(tmp_path: Path):
+    write(tmp_path, "base.yaml", "model: {size: nano, num_heads: 2}\noptimizer: {lr: 1.0e-3, eps: 1.0e-6}\n")
+    path = write(tmp_path, "run.yaml", "base: base.yaml\noptimizer: {lr: 2.0e-3}\n")
+    run = load_run(path, ["optimizer.weight_decay=0.1", "model.decoder_blocks=7"])
+    assert run.model.width == SIZES["nano"]["width"] and run.model.num_heads == 2 and run.model.decoder_blocks == 7
+    assert (run.optimizer.lr, run.optimizer.eps, run.optimizer.weight_decay) == (2e-3, 1e-6, 0.1)
+    assert run.optimizer.betas == RunConfig().optimizer.betas
+
+
+def test_a_saved_configuration_reads_back_equal(tmp_path: Path):
+    run = run_from({"model": {"size": "test"}, "sampling": {"guidance_interval": [0.1, 0.9]}, "tracking": {"tags": ["a"]}})
+    save_yaml(run, tmp_path / "config.yaml")
+    assert load_run(tmp_path / "config.yaml") == run
+
+
+def test_names_inside_the_file_refer_to_each_other(tmp_path: Path):
+    path = write(tmp_path, "run.yaml", "output_dir: here\ninit_from: ${output_dir}/other\n")
+    assert load_run(path).init_from == "here/other"
+    assert load_run(path, ["output_dir=there"]).init_from == "there/other"
+
+
+def test_overrides_of_every_kind():
+    given = parse_overrides(["a.b=1", "a.c=None", "d=[1,2]", "e=x=y", "f={width: 3}"])
+    assert given == {"a": {"b": 1, "c": None}, "d": [1, 2], "e": "x=y", "f": {"width": 3}}
+
+
+def test_the_sections_are_those_of_the_run():
+    fields = {f.name: f.type for f in dataclasses.fields(RunConfig)}
+    assert {name: kind.__name__ for name, kind in NESTED.items()} == {n: t for n, t in fields.items() if n in NESTED}
+    assert set(fields) - set(NESTED) == {"name", "stage", "output_dir", "seed", "init_from"}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("modle: {width: 3}", r"setting modle: 'modle' is not known\. Did you mean 'model'"),
+        ("model: {widht: 3}", r"setting model\.widht: .* Did you mean 'width'"),
+        ("model: {width: wide}", r"model\.width: got 'wide'"),
+        ("model: 3", r"model: got 3; expected settings"),
+        ("model: {size: bse}", r"model\.size: 'bse' is not known\. Did you mean 'base'"),
+        ("model: {width: 100, num_heads: 12}", r"model\.num_heads: got 12; allowed: a divisor of model\.width=100"),
+        ("model: {num_references: 3}", r"model\.num_references: got 3; allowed: a divisor"),
+        ("model: {num_references: 8}", r"model\.num_references: got 8; .*square grid"),
+        ("model: {attention_dropout: 1.0}", r"model\.attention_dropout: got 1\.0"),
+        ("data: {crop: middle}", r"data\.crop: got 'middle'"),
+        ("flow: {shift: 0}", r"flow\.shift: got 0\.0; allowed: above 0"),
+        ("flow: {num_noise_draws: 0}", r"flow\.num_noise_draws: got 0"),
+        ("sampling: {guidance_scale: 0.5}", r"sampling\.guidance_scale: got \[0\.5\]; allowed: 1"),
+        ("sampling: {guidance_interval: [0.5]}", r"sampling\.guidance_interval: got \[0\.5\]"),
+        (
+            "sampling: {reference_guidance: [1, 2]}",
+            r"sampling\.reference_guidance: got \[1\.0, 2\.0\]; allowed: one scale for each",
+        ),
+        ("optimizer: {warmup_steps: 2000}", r"optimizer\.warmup_steps: got 2000; allowed: at most training\.max_steps=1000"),
+        ("optimizer: {ema_decay: 1.0}", r"optimizer\.ema_decay: got 1\.0"),
+        ("training: {micro_batch_size: 100}", r"training\.micro_batch_size: got 100; allowed: a divisor"),
+        ("training: {precision: fp16}", r"training\.precision: got 'fp16'"),
+        ("autoencoder: {kind: kl}", r"autoencoder\.path: got None; allowed: a folder"),
+        ("name: a/b", r"name: got 'a/b'"),
+        ("- 1", "expected settings"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        load_run(write(tmp_path, "run.yaml", text))
+    assert "run.yaml" in str(error.value)
+
+
+def test_a_missing_file_names_those_nearby(tmp_path: Path):
+    write(tmp_path, "run.yaml", "name: x")
+    with pytest.raises(FileNotFoundError, match=r"run\.yaml"):
+        load_run(tmp_path / "rnu.yaml")
+
+
+def test_an_override_without_a_value_is_refused():
+    with pytest.raises(ValueError, match=r"override: got 'model\.width'; allowed: dotted\.key=value"):
+        parse_overrides(["model.width"])
+
+
+def test_a_trained_run_changes_only_how_it_is_sampled_and_scored():
+    run = run_from({"model": {"size": "test"}})
+    assert override(run, ["sampling.num_steps=3"], ("sampling",)).sampling.num_steps == 3
+    with pytest.raises(ValueError, match=r"override: got 'model'; allowed: sampling\.\*"):
+        override(run, ["model.width=3"], ("sampling",))
+
+
+def test_geometry_of_the_paper():
+    mrar, large = ModelConfig(num_references=4), ModelConfig(num_references=4, latent_size=32)
+    assert (mrar.tokens_per_reference, mrar.reference_patch_size, mrar.num_decoder_tokens) == (64, 2, 256)
+    assert (large.reference_patch_size, large.num_decoder_tokens) == (4, 1024)

@@ -1,0 +1,63 @@
+"""The CSV file survives restarts; W&B's place and mode come from the run and the environment."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV, build_loggers, finish, run_id, wandb_logger
+from tests.small import small_run
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_written_at_once_and_appended(tmp_path: Path):
+    path = tmp_path / "metrics.csv"
+    MetricsCSV(path, images_per_step=8).log_metrics({"train/loss": 1.5, "epoch": 0}, step=2)
+    MetricsCSV(path, images_per_step=8).log_metrics({"train/loss": 1.25}, step=4)
+    assert [(r["step"], r["images_seen"], r["metric"], r["value"]) for r in rows(path)] == [
+        ("2", "16", "train/loss", "1.5"),
+        ("4", "32", "train/loss", "1.25"),
+    ]
+    assert tuple(rows(path)[0]) == COLUMNS
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path):
+    log = MetricsCSV(tmp_path / "metrics.csv", images_per_step=1)
+    for step in (2, 4, 6):
+        log.log_metrics({"a": step, "b": step}, step=step)
+    log.drop_after(4)
+    assert {r["step"] for r in rows(log.path)} == {"2", "4"}
+
+
+def test_without_wandb_there_is_the_file_alone(tmp_path: Path):
+    assert [type(logger) for logger in build_loggers(small_run(tmp_path))] == [MetricsCSV]
+
+
+@pytest.mark.parametrize("mode", [None, "offline"])
+def test_wandb_is_offline_without_a_key_and_stays_in_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str | None
+):
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    run = small_run(tmp_path, tracking={"wandb": True, "project": "p", "group": "g", "tags": ["t"]})
+    run.folder.mkdir()
+    logger = wandb_logger(run)
+    experiment = logger.experiment
+    assert (experiment.group, experiment.job_type, experiment.name) == ("g", "ar_pretrain", "small")
+    assert experiment.config["optimizer"]["lr"] == 1e-3
+    assert experiment.offline
+    logger.log_metrics({"train/loss": 1.0}, step=1)
+    finish([logger])
+    assert list((run.folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_run_folder_keeps_its_wandb_id(tmp_path: Path):
+    (tmp_path / "wandb").mkdir()
+    assert run_id(tmp_path) == run_id(tmp_path)
