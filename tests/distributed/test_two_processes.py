@@ -1,6 +1,7 @@
 """Two processes over gloo, started by torchrun as a user would, against one process."""
 
 import csv
+import json
 import os
 import socket
 import subprocess
@@ -62,3 +63,14 @@ def test_two_processes_cache_as_one(tmp_path: Path):
     assert len(names) == 4
     same = [(tmp_path / "on-1" / n).read_bytes() == (tmp_path / "on-2" / n).read_bytes() for n in names]
     assert all(same)
+
+
+@pytest.mark.slow
+def test_two_processes_run_a_pipeline_to_its_comparison(tmp_path: Path):
+    little = ["training.max_steps=4", "training.checkpoint_every=2", "optimizer.warmup_steps=1", "model.size=test"]
+    little += ["sampling.num_steps=2", "evaluation.num_images=21", "training.num_validation_samples=16", "tracking.wandb=false"]
+    start(2, "run", str(ROOT / "experiments/fashion/pipeline.yaml"), f"output_dir={tmp_path}", *little)
+    with open(tmp_path / "comparison.csv", newline="") as file:
+        assert {row["run"] for row in csv.DictReader(file)} == {"ar_pretrain", "diffusion_head", "mrar_finetune"}
+    for result in tmp_path.rglob("evaluations/*.json"):
+        assert json.loads(result.read_text())["manifest"]["num_ranks"] == 2
