@@ -121,9 +121,7 @@ def evaluate(args: argparse.Namespace) -> None:
     generator = load_generator(args.checkpoint, fabric.device)
     settings = override(generator.run, args.overrides, CHANGEABLE)
     output = Path(args.output or args.checkpoint)
-    result = score(
-        generator, settings.evaluation, settings.sampling, fabric=fabric, output=output, class_names=generator.class_names
-    )
+    result = score(generator, settings.evaluation, settings.sampling, fabric=fabric, output=output)
     for name, value in result["scores"].items():
         fabric.print(f"{name:20} {value}")
     fabric.print(result["file"])

@@ -6,6 +6,9 @@ Every step that has been done is left as it is, so the same command continues wh
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +129,19 @@ def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say:
     if fabric.is_global_zero:
         announce(f"compare     {root}")
         say(str(compare(root, root)))
+        say(farewell(root, stages[-1]))
+
+
+def farewell(root: Path, last: RunConfig) -> str:
+    """Where to look, and what to try next."""
+    checkpoint = last.folder
+    command = "lit-transdiff" if shutil.which("lit-transdiff") else os.path.relpath(sys.argv[0])
+    return f"""Pictures:  {root / "comparison.png"}  (the stages side by side)
+           {checkpoint / "samples" / "final" / "grid.png"}
+Try next:  {command} sample --checkpoint {checkpoint} --classes 0,7 --per-class 8 --seed 1
+           {command} sample --checkpoint {checkpoint} --classes 5,9 --fuse halves
+           {command} evaluate --checkpoint {checkpoint} sampling.solver=heun sampling.num_steps=10
+           {command} compare {root}"""
 
 
 def prepare_reference(source: str, run: RunConfig, fabric: Fabric) -> None:
@@ -140,18 +156,20 @@ def prepare_reference(source: str, run: RunConfig, fabric: Fabric) -> None:
 
 
 def sample_and_score(run: RunConfig, per_class: int, fabric: Fabric) -> dict[str, Any]:
-    """A grid of samples and the scores of a trained run, unless it has them; an MRAR run also shows its successive images."""
+    """The grid of samples and the scores of a trained run, unless it has them; an MRAR run also shows its successive images."""
     generator = load_generator(run.folder, fabric.device)
     names = generator.class_names
     classes = list(range(min(run.model.num_classes, 10)))
     folder = run.folder / "samples" / "final"
-    if fabric.is_global_zero and not (folder / "grid.png").exists():
+    if fabric.is_global_zero and not is_newer(folder / "grid.png", run.folder / "export" / "export.json"):
         draw_samples(generator, classes, per_class, folder, class_names=names)
         if run.model.num_references > 1:
             draw_samples(generator, classes, 1, run.folder / "samples" / "references", class_names=names, references=True)
-    if next((run.folder / "evaluations").glob("*.json"), None) is not None:
-        return {}
-    return evaluate(generator, run.evaluation, run.sampling, fabric=fabric, output=run.folder, class_names=names)
+    return evaluate(generator, run.evaluation, run.sampling, fabric=fabric, output=run.folder, reuse=True)
+
+
+def is_newer(file: Path, other: Path) -> bool:
+    return file.exists() and file.stat().st_mtime >= other.stat().st_mtime
 
 
 def dry_run(runs: Sequence[RunConfig], pipeline: Pipeline | None = None, say: Callable[[str], None] = print) -> None:

@@ -6,6 +6,7 @@ Image i has its own seed and label and rank i mod W draws it: the scores do not 
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from lit_transdiff.config import EvaluationConfig, SamplingConfig, require
 from lit_transdiff.evaluation.features import FeatureExtractor, load_extractor
 from lit_transdiff.evaluation.metrics import Scored, check_metrics, compute_scores, there
-from lit_transdiff.evaluation.results import manifest, result_name, write_result
+from lit_transdiff.evaluation.results import manifest, result_file, write_result
 from lit_transdiff.evaluation.statistics import Statistics, check_extractor, load_statistics
 from lit_transdiff.pictures import grid
 from lit_transdiff.sampling import Generator, check_sampling
@@ -54,13 +55,13 @@ def evaluate(
     *,
     output: Path,
     fabric: Fabric | None = None,
-    class_names: Sequence[str] | None = None,
+    reuse: bool = False,
 ) -> dict[str, Any]:
     """Score ``settings.num_images`` images and write ``output/evaluations/<run>-<hash>.json`` and its picture ``.png``.
 
-    The hash is of all settings that decide the scores: the same settings replace the file, others make another. Of an
-    MRAR row (R > 1) the last image is scored. Every rank of ``fabric`` calls this, with the generator on its device, and
-    gets ``{"scores", "manifest", "file"}``. ``class_names`` stand in the picture instead of the generator's.
+    The hash is of all settings that decide the scores: the same settings replace the file (with ``reuse`` what it says is
+    returned and nothing drawn), others make another. Of an MRAR row (R > 1) the last image is scored. Every rank of
+    ``fabric`` calls this, with the generator on its device, and gets ``{"scores", "manifest", "file"}``.
 
     Raises ``ValueError`` before any image is drawn for a metric that lacks what it needs, or a reference made
     with another extractor.
@@ -68,6 +69,10 @@ def evaluate(
     start = time.time()
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     extractor, reference = prepare(generator, settings, sampling, world)
+    record = manifest(generator, settings, sampling, extractor, reference)
+    file = result_file(output, record)
+    if reuse and (fabric.broadcast(file.exists()) if fabric else file.exists()):
+        return {**json.loads(file.read_text()), "file": str(file)}
     num_classes = generator.run.model.num_classes
     labels = choose_labels(settings, num_classes)
     shown = choose_shown(labels)
@@ -77,14 +82,13 @@ def evaluate(
         features, semantic = share.features.to(generator.device), generator.features
         generated = Scored(features, labels, share.logits, extractor.num_classes == num_classes, semantic)
         scores = compute_scores(generated, reference, settings)
-        record = manifest(generator, settings, sampling, extractor, reference)
         record |= {
             "images_per_second": settings.num_images / share.seconds,
             "decoder_evaluations_per_image": share.evaluations / settings.num_images,
             "wall_seconds": time.time() - start,
             "num_ranks": world,
         }
-        picture = sample_picture(share.samples, labels[shown], class_names or generator.class_names, result_name(record))
+        picture = sample_picture(share.samples, labels[shown], generator.class_names, file.stem)
         file = write_result(output, scores, record, picture)
         result = {"scores": scores, "manifest": record, "file": str(file)}
     return fabric.broadcast(result) if fabric else result

@@ -91,14 +91,18 @@ def result_name(record: dict[str, Any]) -> str:
     return f"{record['run']}-{hashlib.sha256(deciding.encode()).hexdigest()[:8]}"
 
 
+def result_file(output: Path, record: dict[str, Any]) -> Path:
+    """Where the result of a manifest lies."""
+    return Path(output) / FOLDER / f"{result_name(record)}.json"
+
+
 def write_result(output: Path, scores: dict[str, Score], record: dict[str, Any], picture: Image.Image) -> Path:
     """Write the picture, then the JSON file, each under a temporary name first; returns the JSON file's path."""
-    folder = Path(output) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    name = result_name(record)
-    partial = folder / f".{name}.{os.getpid()}"
+    file = result_file(output, record)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.stem}.{os.getpid()}")
     picture.save(partial, format="png")
-    os.replace(partial, folder / f"{name}.png")
+    os.replace(partial, file.with_suffix(".png"))
     partial.write_text(json.dumps({"scores": scores, "manifest": record}, indent=2) + "\n")
-    os.replace(partial, folder / f"{name}.json")
-    return folder / f"{name}.json"
+    os.replace(partial, file)
+    return file

@@ -104,7 +104,7 @@ def test_two_processes_give_the_scores_of_one(files: Path, tmp_path: Path) -> No
         for r in "01"
     ]
     try:
-        assert [process.wait(timeout=90) for process in processes] == [0, 0]
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
