@@ -247,11 +247,24 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
     trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint)
     if trainer.global_step != run.training.max_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} of {run.training.max_steps}.")
+    save_last_step(trainer, run)
     if trainer.is_global_zero:
         write_export(run.folder / "export", run, export_info(parts, trainer), weights_writer(parts))
     trainer.strategy.barrier()
     finish(trainer.loggers)
     return TrainResult(run.folder, trainer.global_step, {k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def save_last_step(trainer: pl.Trainer, run: RunConfig) -> None:
+    """Keep the last step as the checkpoint, so that the run can be made longer; earlier ones go. All ranks call this."""
+    last = run.folder / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"
+    if last_checkpoint(run) == last:
+        return
+    trainer.strategy.barrier()
+    trainer.save_checkpoint(last)
+    if trainer.is_global_zero:
+        for earlier in set(last.parent.glob("step-*.ckpt")) - {last}:
+            earlier.unlink()
 
 
 def weights_writer(parts: Parts) -> Callable[[Path], None]:

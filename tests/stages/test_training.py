@@ -111,6 +111,12 @@ def test_mrar_starts_from_a_one_step_run_with_a_report(tmp_path: Path, one_step:
     assert images.shape == (1, 4, 1, 32, 32)
 
 
+def test_the_last_step_is_kept_whatever_the_rhythm(tmp_path: Path):
+    run = small_run(tmp_path, training={"checkpoint_every": 4})
+    train(run, say=lambda text: None)
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-00000006.ckpt"]
+
+
 def test_every_checkpoint_says_what_made_it(one_step: Path):
     checkpoint = torch.load(one_step / "checkpoints" / "step-00000006.ckpt", weights_only=True)
     assert checkpoint["run"]["optimizer"]["lr"] == 1e-3
