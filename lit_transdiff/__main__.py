@@ -6,6 +6,7 @@ The heavy imports are inside the commands, so that ``--help`` and a bad option a
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 import warnings
@@ -232,6 +233,8 @@ def quiet_libraries() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a bad setting or a missing file ends in one line and exit status 2."""
     args = build_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # so that the log of a batch job shows how far it is
     quiet_libraries()
     try:
         args.function(args)

@@ -5,7 +5,6 @@ Every command that uses a trained model reads this form; a run folder stands for
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig
+from lit_transdiff.files import short_hash
 from lit_transdiff.loading import load_run, save_yaml
 
 
@@ -33,7 +33,7 @@ class Export:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the weights file, 16 hexadecimal digits."""
-        return file_hash(self.folder / "model.safetensors")
+        return short_hash(self.folder / "model.safetensors")
 
 
 def export_folder(path: str | Path) -> Path:
@@ -68,12 +68,3 @@ def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_we
     (partial / "export.json").write_text(json.dumps(dict(info), indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, the first 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lit_transdiff.config import RunConfig
+from lit_transdiff.files import replace_file
 from lit_transdiff.loading import load_run, save_yaml, to_dict
 
 PACKAGES = (
@@ -91,9 +92,7 @@ def open_folder(run: RunConfig) -> None:
     save_yaml(run, run.folder / "config.yaml")
     file = run.folder / "environment.json"
     starts = json.loads(file.read_text()) if file.exists() else []
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps([*starts, environment()], indent=2))
-    os.replace(partial, file)
+    replace_file(file, json.dumps([*starts, environment()], indent=2).encode())
 
 
 def environment() -> dict[str, Any]:

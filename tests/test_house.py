@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "config": 0,
     "loading": 1,
+    "files": 1,
     "randomness": 1,
     "export": 2,
     "data": 3,

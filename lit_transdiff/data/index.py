@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lit_transdiff.config import require
-from lit_transdiff.data.scan import ScannedSample, scan_shard, sha256_of
+from lit_transdiff.data.scan import ScannedSample, scan_shard
+from lit_transdiff.files import replace_file, sha256_of
 
 FORMAT = "lit_transdiff shards"
 VERSION = 1
@@ -114,13 +114,6 @@ class ShardIndex:
             "shards": [asdict(shard) for shard in self.shards],
         }
         replace_file(self.folder / "index.json", (json.dumps(header, indent=1) + "\n").encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:

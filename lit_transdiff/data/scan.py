@@ -7,7 +7,6 @@ webdataset would run them.
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,9 +111,3 @@ def sample_from(file: BinaryIO, path: Path, key: str, members: dict[str, tarfile
     data = members[payloads[0]]
     kind = "latents" if payloads[0] == LATENT_MEMBER else "images"
     return ScannedSample(key, data.offset_data, data.size, int(text), kind)
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from lit_transdiff.config import require, unknown
-from lit_transdiff.export import file_hash
+from lit_transdiff.files import short_hash
 from lit_transdiff.models.classifier import load_classifier
 from lit_transdiff.pictures import to_bytes
 
@@ -66,7 +66,7 @@ class ClassifierFeatures(FeatureExtractor):
 
     def __init__(self, path: str | Path) -> None:
         network = load_classifier(path)
-        super().__init__("classifier", network, file_hash(Path(path)), network.head.in_features, network.num_classes)
+        super().__init__("classifier", network, short_hash(Path(path)), network.head.in_features, network.num_classes)
 
     def extract(self, pixels: Tensor) -> Features:
         images = pixels.float() / 127.5 - 1
@@ -86,7 +86,7 @@ class InceptionFeatures(FeatureExtractor):
     def __init__(self, path: str | Path) -> None:
         layers = ["2048", "logits_unbiased"]
         network = FeatureExtractorInceptionV3("inception-v3-compat", layers, safe_copy(path))
-        super().__init__("inception", network, file_hash(Path(path)), num_features=2048, num_classes=None)
+        super().__init__("inception", network, short_hash(Path(path)), num_features=2048, num_classes=None)
 
     def extract(self, pixels: Tensor) -> Features:
         if pixels.shape[1] == 1:

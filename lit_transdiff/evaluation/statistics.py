@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.features import FeatureExtractor
-from lit_transdiff.export import file_hash
+from lit_transdiff.files import short_hash
 
 Array = np.ndarray
 
@@ -145,7 +145,7 @@ def load_statistics(path: str | Path) -> Statistics:
         features=arrays.get("features"),
         about=json.loads(str(arrays["about"])) if "about" in arrays else {},
         path=str(path),
-        hash=file_hash(path),
+        hash=short_hash(path),
     )
 
 
