@@ -231,7 +231,7 @@ def quiet_libraries() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; a bad setting or a missing file ends in one line and exit status 2."""
+    """Run a command; a bad setting or a missing file ends in one line and status 2, a loss that is not finite in status 1."""
     args = build_parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that the log of a batch job shows how far it is
@@ -241,6 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"lit-transdiff: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"lit-transdiff: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

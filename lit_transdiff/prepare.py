@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
+from tqdm import tqdm
 
 from lit_transdiff.config import AutoencoderConfig, DataConfig
 from lit_transdiff.data.datamodule import DataModule
@@ -70,7 +71,10 @@ def statistics(
 ) -> Statistics:
     """Reference statistics of all images of the shards ``source``, written to the file ``dest``."""
     settings = {"image_size": data.image_size, "image_channels": data.image_channels, "crop": data.crop}
-    found = reference_statistics(images_of(source, data, batch_size), extractor, source=str(source), settings=settings)
+    batches = tqdm(
+        images_of(source, data, batch_size), desc="statistics", unit="batch", total=-(-len(read_index(source)) // batch_size)
+    )
+    found = reference_statistics(batches, extractor, source=str(source), settings=settings)
     return save_statistics(found, dest)
 
 

@@ -25,7 +25,7 @@ from lit_transdiff.stages.optim import averaged_weights
 TIME_BINS = 10
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(FloatingPointError):
     """Training met a loss that is not a number."""
 
 
@@ -141,6 +141,7 @@ class Progress(pl.Callback):
     def __init__(self, name: str, numbers: LogTraining) -> None:
         self.name = name
         self.numbers = numbers
+        self.bar = tqdm(disable=True)  # the real one is made when the number of steps is known
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}
@@ -155,6 +156,9 @@ class Progress(pl.Callback):
         self.bar.update(trainer.global_step - self.bar.n)
 
     def on_train_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
         self.bar.close()
 
 
