@@ -150,9 +150,17 @@ class Generator:
         return rearrange(images, "(b r) c h w -> b r c h w", b=len(labels))
 
     @torch.no_grad()
-    def features(self, labels: Sequence[int] | Tensor) -> Tensor:
-        """Semantic features [B, L, D] of the labels' first group, before the position embedding."""
-        return self.model.encoder.features(self.model.encoder.class_vectors(self.check_labels(labels)))
+    def features(self, labels: Sequence[int] | Tensor, sampling: SamplingConfig | None = None) -> Tensor:
+        """Semantic features [B, R L, D] of the labels' rows, before the position embedding.
+
+        For R > 1 they follow from the class and R - 1 references, which are drawn first, with one seed a class.
+        """
+        labels = self.check_labels(labels)
+        classes, references = self.model.encoder.class_vectors(labels), None
+        if self.run.model.num_references > 1:
+            seeds = [mix("features", label) for label in labels.tolist()]
+            references = generate(self.model, labels, sampling or self.run.sampling, seeds)[:, :-1]
+        return self.model.encoder.features(classes, references)
 
 
 def load_generator(checkpoint: str | Path, device: torch.device | str = "cpu") -> Generator:

@@ -77,6 +77,16 @@ def test_unknown_names_are_refused():
         check_sampling(SamplingConfig(solver="eulr"))
 
 
+@pytest.mark.parametrize("num_references", [1, 4])
+def test_semantic_features_are_those_of_the_whole_row(num_references: int, tmp_path):
+    geometry = {"latent_channels": 2, "latent_size": 4, "patch_size": 1, "num_classes": 5, "num_references": num_references}
+    run = small_run(tmp_path, model=geometry, sampling={"num_steps": 2})
+    generator = Generator(build(num_references), load_autoencoder("identity", None, 2), run, list("abcde"))
+    features = generator.features([0, 3])
+    assert features.shape == (2, 16, 16)
+    assert torch.allclose(features[1:], generator.features([3]), atol=1e-5)
+
+
 def test_generator_checks_labels_and_gives_images(tmp_path):
     run = small_run(tmp_path)
     model = build(1, latent_channels=1, latent_size=32, patch_size=8, num_classes=10)

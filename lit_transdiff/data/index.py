@@ -126,7 +126,10 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
     folder = path.parent if path.name == "index.json" else path
     header_path, sidecar_path = folder / "index.json", folder / "index.npz"
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist. Make it with: lit-transdiff pack SRC {folder}")
+        raise FileNotFoundError(
+            f"{folder} does not exist. Make shards from images with: lit-transdiff pack SRC {folder}; "
+            f"latents from shards with: lit-transdiff cache RUN.yaml SHARDS {folder} (lit-transdiff run does it by itself)"
+        )
     if not header_path.is_file() or not sidecar_path.is_file():
         missing = header_path.name if not header_path.is_file() else sidecar_path.name
         raise FileNotFoundError(

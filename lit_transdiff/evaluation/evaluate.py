@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def evaluate(
     share = gather(draw(generator, extractor, settings, sampling, labels, shown, rank, world), settings.num_images, fabric)
     result: dict[str, Any] = {}
     if rank == 0:
-        features, semantic = share.features.to(generator.device), generator.features
+        features, semantic = share.features.to(generator.device), partial(generator.features, sampling=sampling)
         generated = Scored(features, labels, share.logits, extractor.num_classes == num_classes, semantic)
         scores = compute_scores(generated, reference, settings)
         record |= {

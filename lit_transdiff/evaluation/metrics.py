@@ -110,7 +110,8 @@ def class_accuracy(generated: Scored, reference: Statistics | None, settings: Ev
 def feature_diversity(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> float:
     """Mean cosine similarity over all pairs of an image's semantic features, diagonal included (arXiv 2506.09482).
 
-    Lower is more diverse. The features depend on the class alone, so each class is computed once.
+    Lower is more diverse. Each class is computed once: its features depend on the class and, for R > 1, on references
+    drawn with one seed a class.
     """
     assert generated.semantic_features is not None
     labels, counts = generated.labels.unique(return_counts=True)
