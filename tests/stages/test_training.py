@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,12 @@ def test_a_plan_writes_nothing(tmp_path: Path):
 
 def _merge(a: dict, b: dict) -> dict:
     return {k: {**a.get(k, {}), **b[k]} if k in b else a[k] for k in a.keys() | b.keys()}
+
+
+def test_a_lost_export_is_made_again_from_the_last_checkpoint(tmp_path: Path):
+    run = small_run(tmp_path)
+    train(run, say=lambda text: None)
+    before = weights(run.folder)
+    shutil.rmtree(run.folder / "export")
+    train(run, say=lambda text: None)
+    assert largest_difference(before, weights(run.folder)) == 0
