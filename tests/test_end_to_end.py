@@ -3,10 +3,16 @@
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lit_transdiff.__main__ import main
 from lit_transdiff.data.index import read_index
@@ -143,3 +149,29 @@ def test_a_folder_of_colour_photographs_becomes_a_trained_and_scored_model(tmp_p
     with open(runs / "comparison.csv", newline="") as file:
         assert {row["run"] for row in csv.DictReader(file)} == {"ar_pretrain", "mrar_finetune"}
     assert Image.open(runs / "mrar_finetune/samples/final/class-0002/seed-0001.png").mode == "RGB"
+
+
+@pytest.mark.slow
+def test_a_pipeline_killed_in_its_second_stage_ends_in_the_same_weights(tmp_path: Path):
+    """SIGKILL while the second stage trains, then the same command: every weight as if nothing had happened."""
+    settings = [*LITTLE, "training.max_steps=20", "tracking.wandb=false", "evaluation.num_images=20"]
+    command = [sys.executable, "-m", "lit_transdiff", "run", "experiments/fashion/pipeline.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(folder: Path) -> subprocess.Popen:
+        line = [*command, f"output_dir={tmp_path / folder}", *settings]
+        return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(Path("whole")).wait(timeout=600) == 0
+    killed = start(Path("killed"))
+    checkpoints = tmp_path / "killed" / "diffusion_head" / "checkpoints"
+    while not list(checkpoints.glob("*.ckpt")):
+        assert killed.poll() is None, "ended before it could be killed"
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "killed" / "diffusion_head" / "export").exists()
+    assert start(Path("killed")).wait(timeout=600) == 0
+    for stage in STAGES:
+        whole, resumed = (load_file(tmp_path / name / stage / "export/model.safetensors") for name in ("whole", "killed"))
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole), stage
