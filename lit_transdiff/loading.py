@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,7 +23,10 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything that is not a valid setting.
     """
-    return run_from(merge(read_yaml(path), parse_overrides(overrides)), source=str(path))
+    settings = read_yaml(path)
+    if "runs" in settings:
+        raise ValueError(f"{path} is a pipeline, a list of runs; start it with: lit-transdiff run {path}")
+    return run_from(merge(settings, parse_overrides(overrides)), source=str(path))
 
 
 def merge(*settings: Any) -> DictConfig:
@@ -58,7 +62,10 @@ def read_yaml(path: str | Path) -> DictConfig:
     if not path.is_file():
         nearby = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"{path} does not exist." + (f" In that folder: {', '.join(nearby)}." if nearby else ""))
-    settings = OmegaConf.load(path)
+    try:
+        settings = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, DictConfig):
         raise ValueError(f"{path}: expected settings (key: value), got a {type(settings).__name__}.")
     base = settings.pop("base", None)

@@ -65,6 +65,8 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
     ``overrides`` apply to all runs; ``output_dir`` also moves the caches.
     """
     settings = plain(read_yaml(path))
+    if "stage" in settings:
+        raise ValueError(f"{path} is the recipe of one run; start it with: lit-transdiff train {path}")
     check_keys(settings, Pipeline, "", str(path))
     for name, schema in (("runs", RunStep), ("cache", CacheStep)):
         for i, step in enumerate(settings.get(name, [])):

@@ -74,6 +74,8 @@ def test_the_sections_are_those_of_the_run():
         ("autoencoder: {kind: kl}", r"autoencoder\.path: got None; allowed: a folder"),
         ("name: a/b", r"name: got 'a/b'"),
         ("- 1", "expected settings"),
+        ("model: [", "is not YAML: while parsing"),
+        ("runs: []", "is a pipeline, a list of runs; start it with: lit-transdiff run"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, message: str):

@@ -111,7 +111,7 @@ def test_public_code_is_documented_and_nothing_is_loose(path: Path):
 def test_dependencies_stand_in_one_list():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     listed = {re.split(r"[><=;]", line)[0].strip().lower() for line in lines}
-    names = {"PIL": "pillow", "torch_fidelity": "torch-fidelity"}
+    names = {"PIL": "pillow", "yaml": "pyyaml", "torch_fidelity": "torch-fidelity"}
     standard = set(__import__("sys").stdlib_module_names) | {"lit_transdiff"}
     used = {name.split(".")[0] for path in FILES for name in imported(path)} - standard
     missing = {names.get(name, name) for name in used} - listed

@@ -82,6 +82,11 @@ def test_a_mistyped_pipeline_is_refused(tmp_path: Path, line: str, message: str)
         load_pipeline(tmp_path / "pipeline.yaml")
 
 
+def test_a_recipe_is_no_pipeline():
+    with pytest.raises(ValueError, match="is the recipe of one run; start it with: lit-transdiff train"):
+        load_pipeline(ROOT / "experiments/fashion/ar_pretrain.yaml")
+
+
 def commands(path: Path) -> list[str]:
     """The ``lit-transdiff`` lines of a document's code blocks and of a recipe's header, with continuation lines joined."""
     text = path.read_text()
