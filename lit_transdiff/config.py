@@ -316,7 +316,7 @@ class DistributedConfig:
 
     strategy: str = "auto"  # a name in distributed.STRATEGIES, or auto: single on one device, ddp on several
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: Optional[int] = None  # a node; nothing: every GPU there is, or one CPU process
+    devices: Optional[int] = None  # a node; nothing: as many as torchrun started, or one
     num_nodes: int = 1
 
     def __post_init__(self) -> None:

@@ -66,5 +66,9 @@ def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_we
     write_weights(partial)
     save_yaml(run, partial / "config.yaml")
     (partial / "export.json").write_text(json.dumps(dict(info), indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
+    before = folder.with_name(folder.name + ".before")
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, before)
     os.replace(partial, folder)
+    shutil.rmtree(before, ignore_errors=True)

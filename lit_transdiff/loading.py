@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_transdiff.config import NESTED, SIZES, ModelConfig, RunConfig, require, unknown
+from lit_transdiff.files import replace_file
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -59,6 +60,7 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
 def read_yaml(path: str | Path) -> DictConfig:
     """The settings of a YAML file merged over those of its ``base:`` (a path relative to the file)."""
     path = Path(path)
+    require(not path.is_dir(), "the YAML of a run", str(path), "a file, not a folder")
     if not path.is_file():
         nearby = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"{path} does not exist." + (f" In that folder: {', '.join(nearby)}." if nearby else ""))
@@ -107,7 +109,7 @@ def to_yaml(config: Any) -> str:
 
 def save_yaml(config: Any, path: str | Path) -> None:
     """Write a configuration so that ``load_run`` reads back an equal one."""
-    Path(path).write_text(to_yaml(config))
+    replace_file(Path(path), to_yaml(config).encode())
 
 
 def plain(settings: Any) -> dict[str, Any]:

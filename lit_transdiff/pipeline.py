@@ -18,6 +18,7 @@ from typing import Any
 from lightning.fabric import Fabric
 
 from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.distributed import world_size
 from lit_transdiff.draw import draw_samples
 from lit_transdiff.evaluation.compare import compare
 from lit_transdiff.evaluation.evaluate import evaluate
@@ -105,6 +106,9 @@ def check_evaluation(run: RunConfig) -> None:
 
 def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say: Callable[[str], None] = print) -> None:
     """Do every step that is not done yet."""
+    for run in runs:
+        wanted, allowed = world_size(run), f"the {fabric.world_size} that this command runs in (torchrun starts several)"
+        require(wanted == fabric.world_size, f"{run.name}: distributed: processes", wanted, allowed)
     start = time.monotonic()
     root = Path(pipeline.output_dir)
 

@@ -49,7 +49,7 @@ def cache(
         progress=fabric.is_global_zero,
     )
     fabric.barrier()
-    if fabric.is_global_zero:
+    if fabric.is_global_zero and info is not None:  # the first rank always has a shard
         finish_latent_index(source, dest, info, progress=False)
     fabric.barrier()
     return read_index(dest)

@@ -35,7 +35,8 @@ PACKAGES = (
     "diffusers",
     "pillow",
 )
-# Settings that may change between two starts of one run: they do not decide its numbers so far.
+# Settings that may change between two starts of one run: they do not decide its numbers so far (max_steps does, where the
+# learning rate follows it).
 FREE = (
     "training.max_steps",
     "training.log_every",
@@ -63,10 +64,11 @@ def check_folder(run: RunConfig) -> None:
     file = run.folder / "config.yaml"
     if not file.exists():
         return
+    free = [name for name in FREE if name != "training.max_steps" or run.optimizer.schedule == "constant"]
     changed = {
         name: pair
         for name, pair in differences(to_dict(load_run(file)), to_dict(run)).items()
-        if name not in FREE and name.split(".")[0] not in FREE_GROUPS
+        if name not in free and name.split(".")[0] not in FREE_GROUPS
     }
     if changed:
         listed = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
@@ -75,10 +77,10 @@ def check_folder(run: RunConfig) -> None:
         )
 
 
-def is_finished(run: RunConfig) -> bool:
-    """Whether the folder holds this run trained to its end."""
+def trained_steps(run: RunConfig) -> int:
+    """The steps of the trained model in the folder, 0 where there is none."""
     info = run.folder / "export" / "export.json"
-    return info.exists() and json.loads(info.read_text())["step"] >= run.training.max_steps
+    return json.loads(info.read_text())["step"] if info.exists() else 0
 
 
 def last_checkpoint(run: RunConfig) -> Path | None:

@@ -20,7 +20,7 @@ from lit_transdiff.distributed import accumulation, micro_batch_size, precision_
 from lit_transdiff.export import export_folder, read_export, write_export
 from lit_transdiff.models.adapt import adapt
 from lit_transdiff.models.autoencoder import Autoencoder, check_latents, load_autoencoder
-from lit_transdiff.runfolder import check_folder, is_finished, last_checkpoint, open_folder
+from lit_transdiff.runfolder import check_folder, last_checkpoint, open_folder, trained_steps
 from lit_transdiff.sampling import Generator, check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.autoencoder import AutoencoderStage
@@ -229,10 +229,11 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
     A run that has already finished is left as it is.
     """
     say = rank_zero_only(say)
-    if is_finished(run):
+    if trained_steps(run) >= run.training.max_steps:
         check_folder(run)
-        say(f"{run.name}: already trained to step {run.training.max_steps} in {run.folder}")
-        return TrainResult(run.folder, run.training.max_steps, {})
+        step = trained_steps(run)
+        say(f"{run.name}: already trained to step {step} in {run.folder}")
+        return TrainResult(run.folder, step, {})
     pl.seed_everything(run.seed, verbose=False)
     parts = build(run)
     say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
@@ -241,9 +242,9 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
     checkpoint = last_checkpoint(run)
     if checkpoint is not None:
         say(f"continuing from {checkpoint}")
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsCSV):
-                logger.drop_after(int(checkpoint.stem.split("-")[1]))
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.drop_after(int(checkpoint.stem.split("-")[1]) if checkpoint else -1)
     trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint)
     if trainer.global_step != run.training.max_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} of {run.training.max_steps}.")

@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from rooms with a smaller number only, and from itself. data, models and flow do not see each other.
 LAYERS = {
     "config": 0,
+    "files": 0,
     "loading": 1,
-    "files": 1,
     "randomness": 1,
     "export": 2,
     "data": 3,

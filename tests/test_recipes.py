@@ -82,6 +82,13 @@ def test_a_mistyped_pipeline_is_refused(tmp_path: Path, line: str, message: str)
         load_pipeline(tmp_path / "pipeline.yaml")
 
 
+def test_a_pipeline_for_several_devices_asks_for_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    devices = [f"output_dir={tmp_path / 'runs'}", "distributed.devices=2"]
+    assert main(["run", "experiments/fashion/pipeline.yaml", *devices]) == 2
+    assert "got 2; allowed: the 1 that this command runs in (torchrun starts several)" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_recipe_is_no_pipeline():
     with pytest.raises(ValueError, match="is the recipe of one run; start it with: lit-transdiff train"):
         load_pipeline(ROOT / "experiments/fashion/ar_pretrain.yaml")

@@ -181,6 +181,10 @@ class DataModule(pl.LightningDataModule):
             PlannedDataset(index, self.data), sampler=batches, persistent_workers=self.data.num_workers > 0, **options
         )
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """From pinned memory the copy runs beside the computation."""
+        return batch.to(device, non_blocking=True)
+
     def loader_options(self) -> dict[str, Any]:
         """Batches come whole from the dataset. Workers come from a clean server process: a fork of this one may hang."""
         context = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -36,18 +37,17 @@ def write_latent_shards(
     rank: int = 0,
     world: int = 1,
     progress: bool = True,
-) -> LatentInfo:
+) -> Optional[LatentInfo]:
     """Write the latent shards ``rank``, ``rank + world``, ...; when all ranks are done, one calls ``finish_latent_index``.
 
     Images are read as in evaluation (``data.image_size``, ``data.image_channels``, ``data.crop``; never flipped at random).
-    ``encode_fn`` takes images and gives moments on any device. Raises ``ValueError`` naming the sample for moments that
-    float16 cannot hold, and for a ``dest`` that already has an index.
+    ``encode_fn`` takes images and gives moments on any device. A rank that has no shard writes nothing and gives nothing.
+    Raises ``ValueError`` naming the sample for moments that float16 cannot hold, and for a ``dest`` that already has an index.
     """
     index, dest = read_index(source_folder), Path(dest)
     require(index.kind == "images", f"{source_folder}: kind", index.kind, "images")
     require(data.crop != "random", "data.crop", data.crop, "'center' or 'none': a cache holds one crop of each image")
     require(not (dest / "index.json").exists(), str(dest), "a folder with an index", "a new folder")
-    require(rank < world <= len(index.shards), "world", world, f"above rank={rank}, at most {len(index.shards)} shards")
     dest.mkdir(parents=True, exist_ok=True)
     dataset = PlannedDataset(index, replace(data, on_bad_sample="refuse"))  # a substitute would be stored under another's key
     mine = range(rank, len(index.shards), world)
@@ -59,7 +59,7 @@ def write_latent_shards(
                     for sample, array in zip(samples.tolist(), moments, strict=True):
                         writer.write(index.key_of(sample), int(index.label[sample]), "bin", array.tobytes())
                     bar.update(len(samples))
-    return LatentInfo(moments.shape[2:], 2 if flips else 1, fingerprint, data.image_size)
+    return LatentInfo(moments.shape[2:], 2 if flips else 1, fingerprint, data.image_size) if mine else None
 
 
 def batches_of(index: ShardIndex, shard: int, batch_size: int) -> list[np.ndarray]:

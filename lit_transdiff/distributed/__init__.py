@@ -17,13 +17,13 @@ STRATEGIES: dict[str, str] = {"single": "auto", "ddp": "ddp"}
 def devices_of(run: RunConfig) -> tuple[str, int]:
     """Accelerator ("gpu" or "cpu") and devices a node.
 
-    What the run does not say: under torchrun as many as it started, else every GPU there is, or one CPU process.
+    What the run does not say: as many as torchrun started, and one without torchrun.
     """
     config = run.distributed
     gpus = torch.cuda.device_count()
     accelerator = ("gpu" if gpus else "cpu") if config.accelerator == "auto" else config.accelerator
     require(accelerator == "cpu" or gpus > 0, "distributed.accelerator", config.accelerator, "cpu, as there is no GPU here")
-    devices = config.devices or int(os.environ.get("LOCAL_WORLD_SIZE", gpus if accelerator == "gpu" else 1))
+    devices = config.devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     require(accelerator == "cpu" or devices <= gpus, "distributed.devices", devices, f"at most the {gpus} GPUs of this node")
     return accelerator, devices
 
@@ -40,9 +40,9 @@ def world_size(run: RunConfig) -> int:
 
 
 def build_fabric() -> Fabric:
-    """Ranks for the commands that only compute (cache, evaluate): every GPU, what torchrun started, or one CPU process."""
+    """The ranks that torchrun started, or this process alone; on GPUs where there are any."""
     gpus = torch.cuda.device_count()
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", gpus or 1))
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices
     strategy = "ddp" if devices * nodes > 1 else "auto"
     fabric = Fabric(accelerator="gpu" if gpus else "cpu", devices=devices, num_nodes=nodes, strategy=strategy)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.models.autoencoder import KLAutoencoder, kl_divergence, posterior
+from lit_transdiff.randomness import mix
+from lit_transdiff.stages.base import log_now
 from lit_transdiff.stages.optim import check_optimizer, lr_factor
 
 STORAGE = torch.float16  # of the exported weights: half the file, and reconstructions differ by far less than a grey level
@@ -42,6 +44,14 @@ class PreparatoryStage(pl.LightningModule):
         check_optimizer(run.optimizer)
         self.run = run
 
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Posterior noise and dropout are functions of the step and the rank, so that a resumed run goes on exactly."""
+        micro_step = batch_index % self.trainer.accumulate_grad_batches
+        torch.manual_seed(mix(self.run.seed, self.run.stage, self.global_step, micro_step, self.global_rank))
+
+    def on_validation_end(self) -> None:
+        log_now(self.trainer, {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")})
+
     def configure_optimizers(self) -> Any:
         config, steps = self.run.optimizer, self.run.training.max_steps
         betas = (config.betas[0], config.betas[1])
@@ -67,9 +77,7 @@ class AutoencoderStage(PreparatoryStage):
         return {"loss": loss, "square": square, "edge": edge, "kl": kl}
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
-        losses = self.losses(batch.values[:, 0])
-        self.log_dict({f"train/{name}": value for name, value in losses.items()})
-        return losses["loss"]
+        return self.losses(batch.values[:, 0])["loss"]
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         images = batch.values[:, 0]
@@ -79,7 +87,7 @@ class AutoencoderStage(PreparatoryStage):
             "val/psnr": psnr(self.autoencoder.decode(latents).float(), images),
             "val/kl": kl_divergence(moments).mean() / latents[0].numel(),
         }
-        self.log_dict(values, batch_size=len(images), sync_dist=True)
+        self.log_dict(values, batch_size=len(images), sync_dist=True, logger=False)
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:

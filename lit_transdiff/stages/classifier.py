@@ -23,13 +23,11 @@ class ClassifierStage(PreparatoryStage):
         self.classifier = SmallClassifier(run.model.num_classes, run.data.image_size, run.data.image_channels)
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
-        loss = F.cross_entropy(self.classifier(batch.values[:, 0]), batch.labels, label_smoothing=0.05)
-        self.log("train/loss", loss)
-        return loss
+        return F.cross_entropy(self.classifier(batch.values[:, 0]), batch.labels, label_smoothing=0.05)
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         correct = self.classifier(batch.values[:, 0]).argmax(dim=1) == batch.labels
-        self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), sync_dist=True)
+        self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), sync_dist=True, logger=False)
 
     def export(self, folder: str | Path) -> None:
         """Write ``classifier.safetensors`` to ``folder``; every rank may call it, the first one writes."""

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from lit_transdiff.export import read_export
 from lit_transdiff.sampling import load_generator
+from lit_transdiff.stages import PREPARATORY
 from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.stages.callbacks import NonFiniteLoss
 from lit_transdiff.trainer import build, plan, train
@@ -226,3 +227,32 @@ def test_a_lost_export_is_made_again_from_the_last_checkpoint(tmp_path: Path):
     shutil.rmtree(run.folder / "export")
     train(run, say=lambda text: None)
     assert largest_difference(before, weights(run.folder)) == 0
+
+
+@pytest.mark.parametrize("stage", PREPARATORY)
+def test_preparatory_stages_go_on_exactly_too(tmp_path: Path, stage: str):
+    """Posterior noise and dropout follow from the step; four steps and two more are six."""
+    for name, lengths in (("whole", (6,)), ("part", (4, 6))):
+        for steps in lengths:
+            train(small_run(tmp_path, stage=stage, name=name, training={"max_steps": steps}), say=lambda text: None)
+    whole, part = (load_file(next((tmp_path / name / "export").glob("*.safetensors"))) for name in ("whole", "part"))
+    assert largest_difference(whole, part) == 0
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "part")) and len(losses(tmp_path / "whole")) == 3
+
+
+def test_a_run_broken_off_before_its_first_checkpoint_leaves_no_rows_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = small_run(tmp_path, training={"checkpoint_every": 6})
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(TransDiffStage, "objective", power_cut_at(4))
+        train(run, say=lambda text: None)
+    train(run, say=lambda text: None)
+    with open(run.folder / "metrics.csv", newline="") as file:
+        steps = [row["step"] for row in csv.DictReader(file) if row["metric"] == "train/loss"]
+    assert steps == ["2", "4", "6"]
+
+
+def test_a_length_that_decides_the_learning_rate_does_not_change(tmp_path: Path):
+    cosine = {"optimizer": {"schedule": "cosine"}}
+    train(small_run(tmp_path, **cosine), say=lambda text: None)
+    with pytest.raises(ValueError, match=r"training\.max_steps: 6 there, 8 now"):
+        train(small_run(tmp_path, **cosine, training={"max_steps": 8}), say=lambda text: None)
