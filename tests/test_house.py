@@ -96,7 +96,7 @@ def test_public_code_is_documented_and_nothing_is_loose(path: Path):
     text = path.read_text()
     tree = ast.parse(text)
     assert ast.get_docstring(tree) or path.name == "__init__.py", "no module docstring"
-    for pattern in (r"strict=False\)\s*#\s*load", r"\.cuda\(", r"\bTODO\b", r"\bFIXME\b", "NotImplementedError"):
+    for pattern in (r"load_state_dict\([^)]*strict=False", r"\.cuda\(", r"\bTODO\b", r"\bFIXME\b", "NotImplementedError"):
         assert not re.search(pattern, text), pattern
     for node in ast.walk(tree):
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"bare except in line {node.lineno}"
