@@ -1,0 +1,33 @@
+"""Every setting of the platform, as frozen dataclasses that are checked once, when they are made.
+
+A run is one YAML file (see ``loading``). This room imports no torch, so that a bad setting is reported before anything
+slow is loaded.
+"""
+
+from lit_transdiff.config.checks import require, unknown
+from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
+from lit_transdiff.config.evaluation import EvaluationConfig
+from lit_transdiff.config.model import SIZES, ModelConfig
+from lit_transdiff.config.run import NESTED, RunConfig
+from lit_transdiff.config.running import DistributedConfig, TrackingConfig
+from lit_transdiff.config.sampling import SamplingConfig
+from lit_transdiff.config.training import FlowConfig, OptimizerConfig, TrainingConfig
+
+__all__ = [
+    "NESTED",
+    "SIZES",
+    "AutoencoderConfig",
+    "AutoencoderTraining",
+    "DataConfig",
+    "DistributedConfig",
+    "EvaluationConfig",
+    "FlowConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "require",
+    "unknown",
+]

@@ -1,0 +1,20 @@
+"""The two ways in which a setting is refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown(what: str, value: object, allowed: Iterable[str]) -> ValueError:
+    """The one wording for a name that is not in a table: field, value, what is allowed, nearest match."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return ValueError(f"{what}: {value!r} is not known.{hint} Allowed: {', '.join(names)}.")
+
+
+def require(condition: bool, what: str, value: object, allowed: str) -> None:
+    """Raise ``ValueError`` naming the field, the value received and what is allowed, unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{what}: got {value!r}; allowed: {allowed}.")

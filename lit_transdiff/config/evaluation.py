@@ -1,0 +1,30 @@
+"""How images are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+from lit_transdiff.config.checks import require
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Which images are generated for a score, and what they are compared with."""
+
+    num_images: int = 50_000
+    batch_size: int = 64
+    seed: int = 0
+    label_mode: Literal["balanced", "random"] = "balanced"
+    extractor: str = "inception"  # a name in evaluation.features.EXTRACTORS
+    extractor_weights: Optional[str] = None
+    reference: Optional[str] = None  # statistics file (.npz) of the real images
+    metrics: list[str] = field(
+        default_factory=lambda: ["frechet_distance", "inception_score", "kernel_distance", "precision", "recall"]
+    )  # names in evaluation.metrics.METRICS
+    num_neighbours: int = 3  # of precision and recall
+
+    def __post_init__(self) -> None:
+        require(self.num_images >= 2, "evaluation.num_images", self.num_images, "an integer of at least 2")
+        require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "an integer of at least 1")
+        require(self.num_neighbours >= 1, "evaluation.num_neighbours", self.num_neighbours, "an integer of at least 1")

@@ -1,0 +1,91 @@
+"""The size and shape of a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lit_transdiff.config.checks import require
+
+# Table of sizes: the paper's three (arXiv 2506.09482, Table 1) and small ones for laptops and tests.
+# encoder_blocks is the real number of blocks; the reference code counts pairs of them.
+SIZES: dict[str, dict[str, int]] = {
+    #              width       heads          encoder               decoder
+    "test": dict(width=32, num_heads=2, encoder_blocks=2, decoder_blocks=2),
+    "nano": dict(width=128, num_heads=4, encoder_blocks=4, decoder_blocks=4),
+    "small": dict(width=384, num_heads=6, encoder_blocks=12, decoder_blocks=6),
+    "base": dict(width=768, num_heads=12, encoder_blocks=24, decoder_blocks=12),
+    "large": dict(width=1024, num_heads=16, encoder_blocks=32, decoder_blocks=16),
+    "huge": dict(width=1280, num_heads=16, encoder_blocks=40, decoder_blocks=20),
+}
+
+COUNTS_OF_MODEL = (
+    "width",
+    "num_heads",
+    "encoder_blocks",
+    "decoder_blocks",
+    "num_classes",
+    "num_class_tokens",
+    "latent_channels",
+    "latent_size",
+    "patch_size",
+    "num_context_tokens",
+    "num_references",
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One TransDiff for every number of references: R = 1 is one-step AR, R > 1 is MRAR."""
+
+    size: str = "base"  # a row of SIZES; the four fields below override it
+    width: int = 768
+    num_heads: int = 12
+    encoder_blocks: int = 24
+    decoder_blocks: int = 12
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    num_class_tokens: int = 64
+    latent_channels: int = 16
+    latent_size: int = 16  # height and width of the latent
+    patch_size: int = 1  # latent pixels (a side) in one decoder token
+    num_context_tokens: int = 256  # R x L, the semantic features of all references together
+    num_references: int = 1
+    attention_dropout: float = 0.1
+    projection_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in COUNTS_OF_MODEL:
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
+        require(self.width % self.num_heads == 0, "model.num_heads", self.num_heads, f"a divisor of model.width={self.width}")
+        require(self.latent_size % self.patch_size == 0, "model.patch_size", self.patch_size, f"a divisor of {self.latent_size}")
+        for name in ("attention_dropout", "projection_dropout"):
+            require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "0 <= p < 1")
+        require(
+            self.num_context_tokens % self.num_references == 0,
+            "model.num_references",
+            self.num_references,
+            f"a divisor of model.num_context_tokens={self.num_context_tokens}",
+        )
+        if self.num_references > 1:
+            side = math.isqrt(self.tokens_per_reference)
+            require(
+                side * side == self.tokens_per_reference and self.latent_size % side == 0,
+                "model.num_references",
+                self.num_references,
+                f"a value for which {self.num_context_tokens}/num_references tokens form a square grid that divides "
+                f"the {self.latent_size} x {self.latent_size} latent",
+            )
+
+    @property
+    def tokens_per_reference(self) -> int:
+        return self.num_context_tokens // self.num_references
+
+    @property
+    def reference_patch_size(self) -> int:
+        """Latent pixels (a side) in one encoder token of a reference image (2 in the paper); meaningful for R > 1."""
+        return self.latent_size // math.isqrt(self.tokens_per_reference)
+
+    @property
+    def num_decoder_tokens(self) -> int:
+        return (self.latent_size // self.patch_size) ** 2

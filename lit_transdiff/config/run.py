@@ -1,0 +1,78 @@
+"""One run: all sections together, and the checks that span them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from lit_transdiff.config.checks import require
+from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
+from lit_transdiff.config.evaluation import EvaluationConfig
+from lit_transdiff.config.model import ModelConfig
+from lit_transdiff.config.running import DistributedConfig, TrackingConfig
+from lit_transdiff.config.sampling import SamplingConfig
+from lit_transdiff.config.training import FlowConfig, OptimizerConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: everything that decides its numbers."""
+
+    name: str = "run"
+    stage: str = "ar_pretrain"  # a name in stages.STAGES
+    output_dir: str = "runs"  # the run folder is output_dir/name
+    seed: int = 0
+    init_from: Optional[str] = None  # run folder or export folder whose (EMA) weights this run starts from
+    data: DataConfig = field(default_factory=DataConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(kind="identity"))
+    autoencoder_training: AutoencoderTraining = field(default_factory=AutoencoderTraining)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        require(bool(self.name) and "/" not in self.name, "name", self.name, "a folder name without '/'")
+        require(
+            self.optimizer.warmup_steps <= self.training.max_steps,
+            "optimizer.warmup_steps",
+            self.optimizer.warmup_steps,
+            f"at most training.max_steps={self.training.max_steps}",
+        )
+        scales = self.sampling.reference_guidance
+        require(
+            scales is None or len(scales) == self.model.num_references,
+            "sampling.reference_guidance",
+            scales,
+            f"one scale for each of the model's {self.model.num_references} references",
+        )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of an optimizer step: a row of the batch holds ``num_references`` of them."""
+        return self.training.global_batch_size * self.model.num_references
+
+
+# Sections of a run's settings and what they are made of.
+NESTED: dict[str, type] = {
+    "data": DataConfig,
+    "autoencoder": AutoencoderConfig,
+    "autoencoder_training": AutoencoderTraining,
+    "model": ModelConfig,
+    "flow": FlowConfig,
+    "optimizer": OptimizerConfig,
+    "training": TrainingConfig,
+    "sampling": SamplingConfig,
+    "evaluation": EvaluationConfig,
+    "tracking": TrackingConfig,
+    "distributed": DistributedConfig,
+}

@@ -1,0 +1,38 @@
+"""How images are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from lit_transdiff.config.checks import require
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How an image is drawn from a trained model."""
+
+    solver: str = "euler_maruyama"  # a name in flow.solvers.SOLVERS
+    grid: str = "paper"  # a name in flow.solvers.GRIDS
+    num_steps: int = 100
+    shift: float = 1.0  # of the grid, as in FlowConfig
+    drift_scale: float = 1.0  # the paper's scale_0
+    noise_scale: float = 1.0  # the paper's scale_1
+    guidance_scale: float = 1.0
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # t (1 = noise) between which guidance acts
+    reference_guidance: Optional[list[float]] = None  # one scale a reference instead of guidance_scale
+    reuse_noise: bool = True  # MRAR: one initial noise for all references of an image, as in the paper
+
+    def __post_init__(self) -> None:
+        require(self.num_steps >= 1, "sampling.num_steps", self.num_steps, "an integer of at least 1")
+        require(self.shift > 0, "sampling.shift", self.shift, "above 0")
+        scales = [self.guidance_scale, *(self.reference_guidance or [])]
+        require(all(s >= 1 for s in scales), "sampling.guidance_scale", scales, "1 (no guidance) and more")
+        low_high = self.guidance_interval
+        require(
+            len(low_high) == 2 and 0 <= low_high[0] <= low_high[1] <= 1,
+            "sampling.guidance_interval",
+            low_high,
+            "[low, high] with 0 <= low <= high <= 1",
+        )
+        require(self.noise_scale >= 0, "sampling.noise_scale", self.noise_scale, "0 or more")

@@ -1,0 +1,80 @@
+"""The objective, the optimizer, and the length and rhythm of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+from lit_transdiff.config.checks import require
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The training objective: how t is drawn, how many draws an image, how often the label is dropped."""
+
+    density: str = "logit_normal"  # a name in flow.loss.DENSITIES
+    density_mean: float = 0.0  # of the normal under the logit; unused by 'uniform'
+    density_std: float = 1.0
+    shift: float = 1.0  # t -> shift t / (1 + (shift - 1) t); above 1 moves mass towards noise
+    discretize: Optional[int] = None  # t -> floor(t n) / n; the reference trains with n = 1000
+    num_noise_draws: int = 4
+    label_drop_prob: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.density_std > 0, "flow.density_std", self.density_std, "above 0")
+        require(self.shift > 0, "flow.shift", self.shift, "above 0")
+        require(self.discretize is None or self.discretize >= 2, "flow.discretize", self.discretize, "nothing, or 2 and more")
+        require(self.num_noise_draws >= 1, "flow.num_noise_draws", self.num_noise_draws, "an integer of at least 1")
+        require(0 <= self.label_drop_prob <= 1, "flow.label_drop_prob", self.label_drop_prob, "0 to 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with the paper's two groups, warm-up, clipping and the average of the weights."""
+
+    lr: float = 8e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.02
+    warmup_steps: int = 0
+    schedule: str = "constant"  # a name in stages.optim.SCHEDULES
+    min_lr: float = 0.0
+    gradient_clip: float = 3.0
+    ema_decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
+        require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 <= decay < 1")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        require(self.gradient_clip >= 0, "optimizer.gradient_clip", self.gradient_clip, "0 (off) or more")
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two values in [0, 1)"
+        )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length, batch and rhythm of a run. The clock is optimizer steps and images seen, never epochs."""
+
+    max_steps: int = 1000
+    global_batch_size: int = 256
+    micro_batch_size: Optional[int] = None  # images a device and forward pass; nothing: global batch / devices
+    precision: Literal["auto", "fp32", "bf16-mixed"] = "auto"  # auto: bf16-mixed on GPUs that have it, fp32 on CPUs
+    log_every: int = 10
+    validate_every: int = 0  # steps; 0: only at the end
+    checkpoint_every: int = 500
+    sample_every: int = 0  # steps between sample grids; 0: only at the end
+    num_validation_samples: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "global_batch_size", "log_every", "checkpoint_every"):
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "an integer of at least 1")
+        for name in ("validate_every", "sample_every", "num_validation_samples"):
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
+        micro = self.micro_batch_size
+        require(
+            micro is None or (micro >= 1 and self.global_batch_size % micro == 0),
+            "training.micro_batch_size",
+            micro,
+            f"a divisor of training.global_batch_size={self.global_batch_size}",
+        )
