@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.autoencoder import AutoencoderStage
 from lit_transdiff.stages.base import ToLatents, TransDiffStage
 from lit_transdiff.stages.callbacks import LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
-from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, finish
+from lit_transdiff.tracking.callbacks import BestModel, Track, log_models
+from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, wandb_of
 
 
 @dataclass(frozen=True)
@@ -200,9 +202,14 @@ def build_trainer(parts: Parts) -> pl.Trainer:
         SaveOrigin(run),
         checkpoints,
     ]
+    loggers = build_loggers(run)
+    log = wandb_of(loggers)
+    if log is not None:
+        callbacks.append(Track(log, run, parts.data))
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
         generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
-        callbacks.append(SampleGrids(generator, run.folder / "samples", training.sample_every))
+        callbacks.append(SampleGrids(generator, run.folder / "samples", training.sample_every, log))
+        callbacks.append(BestModel(run.folder / "best", partial(export_model, parts)))
     validate_every = training.validate_every or training.max_steps
     return pl.Trainer(
         **trainer_settings(run),
@@ -215,7 +222,7 @@ def build_trainer(parts: Parts) -> pl.Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         callbacks=callbacks,
-        logger=build_loggers(run),
+        logger=loggers,
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=False,
@@ -249,10 +256,11 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
     if trainer.global_step != run.training.max_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} of {run.training.max_steps}.")
     save_last_step(trainer, run)
-    if trainer.is_global_zero:
-        write_export(run.folder / "export", run, export_info(parts, trainer), weights_writer(parts))
-    trainer.strategy.barrier()
-    finish(trainer.loggers)
+    export_model(parts, trainer, run.folder / "export")
+    if (log := wandb_of(trainer.loggers)) is not None:
+        best = next((callback for callback in trainer.callbacks if isinstance(callback, BestModel)), None)  # type: ignore[attr-defined]
+        log_models(log, run, best)
+        log.finish()
     return TrainResult(run.folder, trainer.global_step, {k: float(v) for k, v in trainer.callback_metrics.items()})
 
 
@@ -266,6 +274,13 @@ def save_last_step(trainer: pl.Trainer, run: RunConfig) -> None:
     if trainer.is_global_zero:
         for earlier in set(last.parent.glob("step-*.ckpt")) - {last}:
             earlier.unlink()
+
+
+def export_model(parts: Parts, trainer: pl.Trainer, folder: Path) -> None:
+    """Write the trained model to ``folder``. All ranks call this."""
+    if trainer.is_global_zero:
+        write_export(folder, parts.run, export_info(parts, trainer), weights_writer(parts))
+    trainer.strategy.barrier()
 
 
 def weights_writer(parts: Parts) -> Callable[[Path], None]:

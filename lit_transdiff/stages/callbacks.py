@@ -5,22 +5,27 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
+from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.loading import to_dict
-from lit_transdiff.pictures import grid
+from lit_transdiff.models.tokens import token_similarity
+from lit_transdiff.pictures import grid, to_bytes
+from lit_transdiff.pictures import picture as as_picture
 from lit_transdiff.runfolder import environment
 from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now
-from lit_transdiff.stages.optim import averaged_weights
+from lit_transdiff.stages.optim import AveragedAdamW, averaged_weights
 
 TIME_BINS = 10
 
@@ -118,6 +123,9 @@ class LogTraining(pl.Callback):
         }
         if self.norm is not None:
             result["train/gradient_norm"] = self.norm.item()
+        if isinstance(optimizer := trainer.optimizers[0], AveragedAdamW):
+            squares = trainer.strategy.reduce(optimizer.average_distance(), reduce_op="mean")
+            result["train/ema_distance"] = (squares[0] / squares[1]).sqrt().item()
         for b, (total, rows) in enumerate(zip(bins[:TIME_BINS], bins[TIME_BINS:], strict=True)):
             if rows > 0:
                 result[f"train/loss_t{b / TIME_BINS:.1f}"] = total / rows
@@ -162,13 +170,26 @@ class Progress(pl.Callback):
         self.bar.close()
 
 
-class SampleGrids(pl.Callback):
-    """A labelled grid of images from the averaged weights, with the same seeds throughout training: ``samples/step-*.png``."""
+class SampleLog(Protocol):
+    """What else wants the images drawn during training, beside the run folder."""
 
-    def __init__(self, generator: Generator, folder: Path, every: int, per_class: int = 6) -> None:
+    def log_picture(self, key: str, picture: Image.Image, step: int) -> None: ...
+
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
+
+
+class SampleGrids(pl.Callback):
+    """A labelled grid of images from the averaged weights, with the same seeds throughout training: ``samples/step-*.png``.
+
+    ``tracker`` gets the same grids and, at the last step, a table of the single images. The similarity of the semantic features
+    (``feature_diversity``, arXiv 2506.09482) of the classes shown is logged with each grid.
+    """
+
+    def __init__(self, generator: Generator, folder: Path, every: int, tracker: SampleLog | None = None, per_class: int = 6) -> None:
         self.generator = generator
         self.folder = folder
         self.every = every
+        self.tracker = tracker
         self.class_names = generator.class_names[:10]
         self.per_class = per_class
 
@@ -186,11 +207,19 @@ class SampleGrids(pl.Callback):
         stage.model.eval()
         with averaged_weights(stage.averaging_optimizer):
             images = self.generator.images(labels, list(range(len(labels))))[:, -1]
+            similarity = token_similarity(self.generator.features(list(classes))).mean().item()
         stage.model.train(training)
+        log_now(trainer, {"val/feature_diversity": similarity})
         self.folder.mkdir(parents=True, exist_ok=True)
         scale = max(1, 96 // images.shape[-1])
         picture = grid(images, self.per_class, row_labels=self.class_names, scale=scale, title=f"step {step}")
         picture.save(self.folder / f"step-{step:08d}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, pl.loggers.WandbLogger):
-                logger.log_image("samples", [picture])
+        if self.tracker is not None:
+            self.tracker.log_picture("samples", picture, step)
+            if step == trainer.max_steps:
+                self.tracker.log_table("samples_table", ["class", "name", "seed", "image"], self.rows(labels, images), step)
+
+    def rows(self, labels: Tensor, images: Tensor) -> list[list[Any]]:
+        """One row an image: class, its name, seed, picture."""
+        tiles = rearrange(to_bytes(images.cpu()), "n c h w -> n h w c")
+        return [[c, self.class_names[c], seed, as_picture(tiles[seed])] for seed, c in enumerate(labels.tolist())]

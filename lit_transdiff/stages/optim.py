@@ -49,6 +49,14 @@ class AveragedAdamW(torch.optim.AdamW):
         return self.state[p].get("ema", p.detach()) if p in self.state else p.detach()
 
     @torch.no_grad()
+    def average_distance(self) -> Tensor:
+        """[2]: the squared distance between weights and averages, and the squared norm of the weights."""
+        pairs = [(p.detach().float(), self.average(p)) for p in self._trained()]
+        apart = torch._foreach_norm(torch._foreach_sub([p for p, _ in pairs], [average for _, average in pairs]))
+        size = torch._foreach_norm([p for p, _ in pairs])
+        return torch.stack([torch.stack(apart).square().sum(), torch.stack(size).square().sum()])
+
+    @torch.no_grad()
     def swap_average(self) -> None:
         """Exchange the weights and their averages in place; a second call exchanges them back."""
         for p in self._trained():
