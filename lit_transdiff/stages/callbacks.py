@@ -185,7 +185,9 @@ class SampleGrids(pl.Callback):
     (``feature_diversity``, arXiv 2506.09482) of the classes shown is logged with each grid.
     """
 
-    def __init__(self, generator: Generator, folder: Path, every: int, tracker: SampleLog | None = None, per_class: int = 6) -> None:
+    def __init__(
+        self, generator: Generator, folder: Path, every: int, tracker: SampleLog | None = None, per_class: int = 6
+    ) -> None:
         self.generator = generator
         self.folder = folder
         self.every = every

@@ -68,7 +68,8 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 def name_of(spec: Spec) -> str:
     """The distribution that a parameter names, or that follows from its fields as at W&B."""
     if "distribution" in spec:
-        return {"categorical_w_probabilities": "categorical"}.get(spec["distribution"], spec["distribution"])
+        name = str(spec["distribution"])
+        return {"categorical_w_probabilities": "categorical"}.get(name, name)
     if "value" in spec or "values" in spec:
         return "constant" if "value" in spec else "categorical"
     return "int_uniform" if isinstance(spec.get("min"), int) and isinstance(spec.get("max"), int) else "uniform"

@@ -30,9 +30,9 @@ def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def evaluation_run(run: RunConfig, checkpoint: str, sampling: Any, evaluation: Any) -> RunConfig:
-    """The run that scores ``checkpoint``: the settings of the trained run with those of the evaluation."""
-    return dataclasses.replace(run, stage=EVALUATE, init_from=checkpoint, sampling=sampling, evaluation=evaluation)
+def evaluation_run(settings: RunConfig, checkpoint: str) -> RunConfig:
+    """The run that scores ``checkpoint`` with ``settings``, those of the trained run with other sampling and evaluation."""
+    return dataclasses.replace(settings, stage=EVALUATE, init_from=checkpoint)
 
 
 def log_own_scores(run: RunConfig, result: Mapping[str, Any]) -> None:

@@ -33,8 +33,8 @@ class TrialPlace:
 
     @property
     def name(self) -> str:
-        """The swept settings and the id, as in ``lr_0.002-global_batch_size_64-1a2b3c4d``."""
-        words = "-".join(f"{key.split('.')[-1]}_{word(value)}" for key, value in flat(self.settings).items())
+        """The swept settings and the id, in the order of their dotted names: ``lr_0.002-global_batch_size_64-1a2b3c4d``."""
+        words = "-".join(f"{key.split('.')[-1]}_{word(value)}" for key, value in sorted(flat(self.settings).items()))
         return f"{words[:MAX_NAME]}-{self.id}"
 
 

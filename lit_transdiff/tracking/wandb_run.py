@@ -3,7 +3,7 @@
 A run folder is one W&B run, also over restarts; W&B's local files lie in it. W&B's own environment variables decide between
 online, offline and disabled. A server that cannot be reached costs no training step: at the start the run is recorded offline
 and says so; later the client goes on writing its log, and the end of the run waits ``FINISH_TIMEOUT`` seconds at most. What the
-server did not get is in the run's ``.wandb`` file, for ``wandb sync``.
+server did not get is in the run's ``.wandb`` file, for ``wandb sync --include-online``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
     except wandb.errors.UsageError as error:
         raise ValueError(f"WANDB_MODE: got {mode!r}; {error}") from error
     except wandb.errors.CommError as error:
-        log.warning("W&B cannot be reached (%s). This run is recorded offline; later: wandb sync %s", error, folder / "wandb")
+        log.warning(
+            "W&B cannot be reached (%s). This run is recorded offline; later: wandb sync %s/offline-run-*",
+            error,
+            folder / "wandb",
+        )
         wandb.teardown()  # its service still holds the run that could not start
         opened = wandb.init(mode="offline", **given)
     opened.define_metric(STEP)
@@ -152,9 +156,7 @@ class WandbRun(Logger):
     @rank_zero_only
     def alert(self, title: str, text: str, *, bad: bool = False) -> None:
         """Tell the people who follow the project."""
-        import wandb
-
-        self.experiment.alert(title, text, level=wandb.AlertLevel.ERROR if bad else wandb.AlertLevel.INFO)
+        self.experiment.alert(title, text, level="ERROR" if bad else "INFO")
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -168,9 +170,9 @@ class WandbRun(Logger):
         if self._opened is None:
             return
         opened, self._opened = self._opened, None
-        start = time.monotonic()
+        start, place = time.monotonic(), opened.settings.sync_dir
         opened.finish(exit_code)
         waited = time.monotonic() - start
         shutil.rmtree(os.environ["WANDB_CACHE_DIR"], ignore_errors=True)  # copies of what lies elsewhere, kept for re-use only
         if not opened.offline and waited >= float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)):
-            log.warning("W&B did not take everything in %.0f s; later: wandb sync %s", waited, self.run.folder / "wandb")
+            log.warning("W&B did not take everything in %.0f s; later: wandb sync --include-online %s", waited, place)

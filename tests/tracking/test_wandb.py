@@ -129,7 +129,7 @@ def test_a_server_that_dies_in_the_middle_costs_no_step_and_no_row(
 def sync(server: Stub, folder: Path) -> None:
     """``wandb sync``, as a user types it."""
     files = sorted((folder / "wandb").glob("*run-*-*"))
-    command = [sys.executable, "-m", "wandb", "sync", *(str(f) for f in files)]
+    command = [sys.executable, "-m", "wandb", "sync", "--include-online", *(str(f) for f in files)]
     environment = {**os.environ, **server.environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
