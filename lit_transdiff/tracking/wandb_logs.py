@@ -40,6 +40,15 @@ def records(file: Path) -> Iterable[dict[str, Any]]:
     return (json.loads(line) for line in done.stdout.splitlines())
 
 
+def with_media(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the log with its media (spread over ``KEY._type``, ``KEY.path``, ...) as one dictionary a key."""
+    for key in [key.removesuffix("._type") for key in row if key.endswith("._type")]:
+        parts = {name: row[name] for name in row if name.startswith(f"{key}.")}
+        row = {name: value for name, value in row.items() if name not in parts}
+        row[key] = {name.removeprefix(f"{key}."): value for name, value in parts.items()}
+    return row
+
+
 def read_log(files: list[Path]) -> Run:
     """One run from its log files."""
     run: dict[str, Any] = {}
@@ -56,7 +65,7 @@ def read_log(files: list[Path]) -> Run:
             elif kind == "config":
                 config |= record["config"].get("update", {})
             elif kind == "history":
-                rows.append(record["history"]["item"])
+                rows.append(with_media(record["history"]["item"]))
             elif kind == "exit":
                 state = "failed" if record["exit"].get("exit_code") else "finished"
     history = as_history(rows, devices_of(config))

@@ -96,6 +96,7 @@ def test_another_sweep_does_not_go_into_the_same_folder(tmp_path: Path) -> None:
         run_sweep(load_sweep(write_sweep(tmp_path)), tmp_path / "out", say=quiet)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_the_same_trials(tmp_path: Path) -> None:
     """SIGKILL to the controller while a trial runs: its orphan is ended, its trial goes on, none is lost or doubled."""
     file = write_sweep(tmp_path, parameters={"x": {"values": [3, 1, 2]}, "pace": {"value": 0.2}})

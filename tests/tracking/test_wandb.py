@@ -72,6 +72,7 @@ def test_the_best_model_is_kept_and_named_when_it_is_not_the_last(stub: Stub, tm
     assert weights == 0  # nothing was copied
 
 
+@pytest.mark.slow
 def test_a_restarted_run_is_one_run(stub: Stub, tmp_path: Path) -> None:
     train(small_run(tmp_path, tracking=TRACKED))
     train(small_run(tmp_path, tracking=TRACKED, training={"max_steps": 10}))
@@ -104,6 +105,7 @@ def test_a_server_that_is_down_at_the_start_costs_no_step(
         )
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_costs_no_step_and_no_row(
     stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

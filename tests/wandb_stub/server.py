@@ -94,9 +94,9 @@ class Handler(BaseHTTPRequestHandler):
         for file, part in (sent.get("files") or {}).items():
             lines = part["content"]
             if file in STREAMS:
-                run[STREAMS[file]][part["offset"] :] = [json.loads(line) for line in lines]
+                run[STREAMS[file]][part["offset"] :] = [json.loads(line, parse_constant=str) for line in lines]
             elif file == "wandb-summary.json":
-                run["summary"] = json.loads(lines[-1])
+                run["summary"] = json.loads(lines[-1], parse_constant=str)
             else:
                 run["log"][part["offset"] :] = lines
         if sent.get("complete"):
