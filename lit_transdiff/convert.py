@@ -234,7 +234,10 @@ def export_to_released(source: Path, dest: Path) -> str:
     content |= {"args": argparse.Namespace(**origin["args"])} if origin.get("args") else {}
     write_whole(dest, partial(torch.save, content))
     lines = [f"{folder} -> {dest}: {', '.join(f'{key} ({len(mapped.state)} tensors)' for key, mapped in states.items())}"]
-    lines += [f"  made of zeros: {key} (the model has none; it has no effect)" for key in states["model"].left_over]
+    lines += [
+        f"  made of zeros: {key} (the model has none; it has no effect)"
+        for key in states["model_ema" if "model_ema" in states else "model"].left_over
+    ]
     lines += ["  model: the averaged weights, as the export has no others"] if raw == folder and "model_ema" in states else []
     return "\n".join(lines)
 
