@@ -143,6 +143,17 @@ def evaluate(args: argparse.Namespace) -> None:
     fabric.print(result["file"])
 
 
+def reproduce(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.reproduce import Files
+    from lit_transdiff.reproduce import reproduce as redo
+
+    files = Files(Path(args.weights), Path(args.vae), Path(args.inception), Path(args.reference))
+    fabric = build_fabric()
+    output, experiments = Path(args.output), Path(args.experiments)
+    fabric.print(redo(args.row, files, output, fabric=fabric, experiments=experiments, overrides=args.overrides))
+
+
 def compare(args: argparse.Namespace) -> None:
     from lit_transdiff.evaluation.compare import compare as table
 
@@ -238,6 +249,18 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub = command(evaluate, "score a trained run and store the scores with everything that decided them")
     sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
     sub.add_argument("--output", help="folder; default: the run folder")
+    with_overrides(sub)
+
+    sub = command(
+        reproduce, "a row of the paper's table from the released files: convert, generate, score, ours beside the paper's"
+    )
+    sub.add_argument("row", help="a name in experiments/baselines.json, as in L-MRAR")
+    sub.add_argument("--weights", required=True, help="checkpoint-last.pth, or its folder")
+    sub.add_argument("--vae", required=True, help="kl16.ckpt")
+    sub.add_argument("--inception", required=True, help="InceptionV3's weights file, in torch-fidelity's layout")
+    sub.add_argument("--reference", required=True, help="statistics of the real images (.npz), as in adm_in256_stats.npz")
+    sub.add_argument("--output", default="runs/reproduce", help="folder; default: %(default)s")
+    sub.add_argument("--experiments", default="experiments", help="folder of the recipes; default: %(default)s")
     with_overrides(sub)
 
     sub = command(compare, "one table of all scored runs below a folder, as text, Markdown, CSV and a picture")
