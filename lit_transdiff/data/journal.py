@@ -72,7 +72,8 @@ class Journal:
         """Note that a shard is finished; to be called when it has its name."""
         buffer = io.BytesIO()
         about = json.dumps({"shard": asdict(rows.shard), "skipped": list(skipped)})
-        np.savez(buffer, about=np.array(about), **rows.columns)
+        columns: dict[str, Any] = {**rows.columns, "about": np.array(about)}
+        np.savez(buffer, **columns)
         replace_file(self.record_path(rows.shard.name), buffer.getvalue())
 
     def finished(self, name: str) -> Optional[ShardRecord]:
@@ -97,4 +98,4 @@ class Journal:
 
 def brief(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -74,8 +74,9 @@ def coin_flips(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray
     It is the top bit of the generator's first 32 bits: of Philox 4x64 with 10 rounds (Salmon et al., 2011), whose counter
     is one higher before it draws.
     """
-    x0, x1, x2, x3 = np.ones(len(samples), np.uint64), np.uint64(0), np.uint64(0), samples.astype(np.uint64) + np.uint64(1)
-    key0, key1 = np.uint64(seed & MASK), epochs.astype(np.uint64)
+    zeros = np.zeros(len(samples), np.uint64)
+    x0, x1, x2, x3 = zeros + np.uint64(1), zeros, zeros, samples.astype(np.uint64) + np.uint64(1)
+    key0, key1 = zeros + np.uint64(seed & MASK), epochs.astype(np.uint64)
     with np.errstate(over="ignore"):  # all of it is modulo 2^64
         for _ in range(10):
             high0, low0 = wide_product(PHILOX_MULTIPLIERS[0], x0)
@@ -85,7 +86,7 @@ def coin_flips(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray
     return (x0 >> np.uint64(31)) & np.uint64(1) == 1
 
 
-def wide_product(a: np.uint64, b: np.ndarray | np.uint64) -> tuple[np.ndarray, np.ndarray]:
+def wide_product(a: np.uint64, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The high and the low 64 bits of a x b, from products of 32-bit halves."""
     half, low_half = np.uint64(32), np.uint64(2**32 - 1)
     a0, a1, b0, b1 = a & low_half, a >> half, b & low_half, b >> half

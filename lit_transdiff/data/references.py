@@ -101,7 +101,7 @@ def keys_of_lines(path: str | Path, lines: Iterable[str], num_references: int) -
 
 def keys_of(value: Any, where: str, num_references: int) -> list[str]:
     """The keys that a line asks for."""
-    files = value.get("files") if isinstance(value, dict) else value
+    files: Any = value.get("files") if isinstance(value, dict) else value
     require(
         isinstance(files, list) and all(isinstance(f, str) for f in files), where, value, "a list of sample keys or file names"
     )

@@ -93,7 +93,7 @@ class ShardReader:
 
     def read_parts(self, samples: np.ndarray, first: np.ndarray, out: np.ndarray) -> None:
         """Read straight into ``out`` [n, bytes] uint8, shard by shard: of each sample as many bytes, from byte ``first`` on."""
-        length, view = out.shape[1], memoryview(out.reshape(-1))
+        length, view = out.shape[1], out.reshape(-1).data
         shards = (np.searchsorted(self.index.starts, samples, side="right") - 1).tolist()
         offsets = (self.index.offset[samples] + first).tolist()
         for i in np.argsort(samples, kind="stable").tolist():
