@@ -6,7 +6,7 @@ as raw float16, one ``.bin`` a sample: the moments of the image and, with flips,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from lit_transdiff.data.dataset import Batch, PlannedDataset, loader_options
 from lit_transdiff.data.index import LatentInfo, ShardIndex, join_rows, read_index, rows_of
 from lit_transdiff.data.journal import Journal
 from lit_transdiff.data.plan import Rows
+from lit_transdiff.data.processes import ahead
 from lit_transdiff.data.shards import ShardWriter, tar_bytes
 from lit_transdiff.files import free_bytes, readable, require_space
 
 PLAN_FILE = "caching.json"
+BATCHES_AHEAD = 2  # that are encoded before they are written
 EncodeFn = Callable[[Tensor], Tensor]  # images on the device -> moments on it
 
 
@@ -95,21 +97,19 @@ class LatentCache:
     ) -> None:
         """Write the shards ``rank``, ``rank + world``, ... that are not there yet.
 
-        Images are read as in evaluation, by ``data.num_workers`` processes. Raises ``ValueError`` naming the sample for
-        moments that float16 cannot hold.
+        Images are read as in evaluation, by ``data.num_workers`` processes; a thread encodes them while this one writes.
+        Raises ``ValueError`` naming the sample for moments that float16 cannot hold.
         """
         shards = self.source.shards
         mine = range(rank, len(shards), world)
         left = [shard for shard in mine if self.journal.finished(shards[shard].name) is None]
-        batches = self.batches(left, batch_size)
+        encoded = ahead(self.encoded(self.batches(left, batch_size), encode_fn, device), BATCHES_AHEAD)
         with tqdm(total=sum(shards[s].samples for s in mine), desc="encoding", unit="image", disable=not progress) as bar:
             bar.update(bar.total - sum(shards[s].samples for s in left))
             for shard in left:
                 with ShardWriter(self.dest / shards[shard].name) as writer:
                     for _ in batches_of(self.source, shard, batch_size):
-                        batch = next(batches)
-                        samples = batch.samples[:, 0].numpy()
-                        moments = self.encode_batch(samples, batch.values[:, 0].to(device, non_blocking=True), encode_fn)
+                        samples, moments = next(encoded)
                         for sample, array in zip(samples.tolist(), moments, strict=True):
                             writer.write(self.source.key_of(sample), int(self.source.label[sample]), "bin", array.tobytes())
                         bar.update(len(samples))
@@ -120,6 +120,14 @@ class LatentCache:
         parts = [part for shard in shards for part in batches_of(self.source, shard, batch_size)]
         rows = [Rows(part, np.zeros_like(part), part[:, None]) for part in parts]
         return iter(DataLoader(PlannedDataset(self.source, self.data), sampler=rows, **loader_options(self.data.num_workers)))
+
+    def encoded(
+        self, batches: Iterable[Batch], encode_fn: EncodeFn, device: torch.device
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The samples [B] of each batch and their moments."""
+        for batch in batches:
+            samples = batch.samples[:, 0].numpy()
+            yield samples, self.encode_batch(samples, batch.values[:, 0].to(device, non_blocking=True), encode_fn)
 
     def encode_batch(self, samples: np.ndarray, images: Tensor, encode_fn: EncodeFn) -> np.ndarray:
         """[B, F, 2c, h, w] float16 moments of images [B, C, H, W], F = 2 with flips."""

@@ -1,12 +1,13 @@
-"""A function over many tasks in several processes."""
+"""Work that is done beside this thread: a function over many tasks in several processes, an iterator in a thread."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from lit_transdiff.config import require
@@ -46,6 +47,16 @@ def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], w
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def ahead(items: Iterator[T], number: int) -> Iterator[T]:
+    """The items, of which a thread makes up to ``number`` beforehand."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, end) for _ in range(number))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, items, end))
+            yield item  # type: ignore[misc]
 
 
 def exit_with_parent() -> None:
