@@ -52,7 +52,7 @@ def index(args: argparse.Namespace) -> None:
 def verify(args: argparse.Namespace) -> None:
     from lit_transdiff.data.index import verify as check
 
-    found = check(args.folder)
+    found = check(args.folder, args.workers)
     print(f"{len(found)} samples in {len(found.shards)} shards: every checksum is right")
 
 
@@ -193,6 +193,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
 
     sub = command(verify, "check the SHA-256 of every shard against the index")
     sub.add_argument("folder")
+    sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
     sub = command(cache, "image shards -> latent shards, with the autoencoder and image settings of a run")
     sub.add_argument("run", help="the run's YAML")

@@ -197,15 +197,20 @@ def check_sizes(index: ShardIndex) -> None:
             raise ValueError(f"{path}: {size} bytes, but {shard.bytes} in index.json: the shard is damaged or was replaced.")
 
 
-def verify(folder: str | Path) -> ShardIndex:
+def verify(folder: str | Path, workers: int = 0) -> ShardIndex:
     """Compare the SHA-256 of every shard with the index; raises ``ValueError`` naming all shards that differ."""
     index = read_index(folder)
-    damaged = [shard.name for shard in index.shards if sha256_of(index.folder / shard.name) != shard.sha256]
+    sums = in_processes(named_sum, ((index.folder / shard.name,) for shard in index.shards), workers)
+    damaged = sorted({(shard.name, shard.sha256) for shard in index.shards} - set(sums))
     if damaged:
         raise ValueError(
-            f"{folder}: {len(damaged)} of {len(index.shards)} shards differ from their SHA-256: {', '.join(damaged)}."
+            f"{folder}: {len(damaged)} of {len(index.shards)} shards differ from their SHA-256: {', '.join(name for name, _ in damaged)}."
         )
     return index
+
+
+def named_sum(path: Path) -> tuple[str, str]:
+    return path.name, sha256_of(path)
 
 
 def index_shards(
