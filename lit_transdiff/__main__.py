@@ -105,6 +105,21 @@ def run(args: argparse.Namespace) -> None:
     run_pipeline(pipeline, runs, build_fabric())
 
 
+def convert(args: argparse.Namespace) -> None:
+    from lit_transdiff.convert import convert as write
+
+    recipe = load_run(args.recipe, args.overrides) if args.recipe else None
+    report = write(
+        args.source,
+        args.dest,
+        autoencoder=args.autoencoder,
+        recipe=recipe,
+        num_heads=args.num_heads,
+        scaling_factor=args.scaling_factor,
+    )
+    print(report)
+
+
 def sample(args: argparse.Namespace) -> None:
     from lit_transdiff.distributed import default_device
     from lit_transdiff.draw import draw_fusion, draw_samples
@@ -220,6 +235,15 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub = command(run, "train, sample and score a list of runs and compare them; the same command again continues it")
     sub.add_argument("pipeline", help="the pipeline's YAML")
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
+    with_overrides(sub)
+
+    sub = command(convert, "released checkpoints (TransDiff, latent diffusion's autoencoder) <-> ours")
+    sub.add_argument("source", help="checkpoint-last.pth, its folder, or kl16.ckpt; back: an export or autoencoder folder")
+    sub.add_argument("dest", help="a folder; back: a file name ending in .pth or .ckpt")
+    sub.add_argument("--autoencoder", help="folder of the converted autoencoder that the model was trained with")
+    sub.add_argument("--recipe", help="YAML that gives all settings but the shape, such as those of sampling and evaluation")
+    sub.add_argument("--num-heads", type=int, help="of attention, where width and blocks are of no known size")
+    sub.add_argument("--scaling-factor", type=float, default=0.2325, help="latents = samples x this; default: %(default)s")
     with_overrides(sub)
 
     sub = command(sample, "draw images from a trained run: a labelled grid and single images")

@@ -131,7 +131,7 @@ def initialise_from(run: RunConfig, stage: TransDiffStage) -> str:
         return ""
     export = read_export(run.init_from)
     try:
-        return f"initialised from {export.folder}: {adapt(stage.model, export.state)}"
+        return f"initialised from {export.folder}: {adapt(stage.model, export.state, run.init_positions)}"
     except ValueError as error:
         raise ValueError(f"init_from: {export.folder}: {error}") from error
 

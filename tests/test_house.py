@@ -22,6 +22,7 @@ LAYERS = {
     "flow": 3,
     "pictures": 3,
     "sampling": 4,
+    "convert": 4,
     "draw": 5,
     "stages": 5,
     "runfolder": 3,

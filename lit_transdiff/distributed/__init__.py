@@ -81,12 +81,12 @@ def accumulation(run: RunConfig) -> int:
 
 
 def precision_of(run: RunConfig) -> str:
-    """Lightning's name of the precision; weights are float32 in both, bf16-mixed computes in bfloat16."""
+    """Lightning's name of the precision: what is computed in; the weights of bf16-true are the stage's business."""
     accelerator, _ = devices_of(run)
     wanted = run.training.precision
     if wanted == "auto":
         wanted = "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "fp32"
-    return {"fp32": "32-true", "bf16-mixed": "bf16-mixed"}[wanted]
+    return {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "fp16-mixed": "16-mixed", "bf16-true": "bf16-mixed"}[wanted]
 
 
 def trainer_settings(run: RunConfig) -> dict[str, Any]:
