@@ -23,18 +23,21 @@ AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.Argu
 def pack(args: argparse.Namespace) -> None:
     from lit_transdiff.data.pack import pack as write
 
-    names = args.class_names.split(",") if args.class_names else None
+    names = args.class_names
     print(
         write(
             args.source,
             args.dest,
             split=args.split,
             samples_per_shard=args.samples_per_shard,
+            shards=args.shards,
+            shard_size=args.shard_size,
             seed=args.seed,
             image_size=args.image_size,
             pad_to=args.pad_to,
             limit=args.limit,
-            class_names=names,
+            class_names=Path(names) if names and Path(names).is_file() else names and names.split(","),
+            workers=args.workers,
         )
     )
 
@@ -42,14 +45,14 @@ def pack(args: argparse.Namespace) -> None:
 def index(args: argparse.Namespace) -> None:
     from lit_transdiff.data.index import index_shards
 
-    found = index_shards(args.folder, args.class_names.split(",") if args.class_names else None)
+    found = index_shards(args.folder, args.class_names.split(",") if args.class_names else None, workers=args.workers)
     print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
 
 
 def verify(args: argparse.Namespace) -> None:
     from lit_transdiff.data.index import verify as check
 
-    found = check(args.folder)
+    found = check(args.folder, args.workers)
     print(f"{len(found)} samples in {len(found.shards)} shards: every checksum is right")
 
 
@@ -59,7 +62,15 @@ def cache(args: argparse.Namespace) -> None:
 
     run = load_run(args.run, args.overrides)
     fabric = build_fabric()
-    found = write(args.source, args.dest, autoencoder=run.autoencoder, data=run.data, fabric=fabric, flips=args.flips)
+    found = write(
+        args.source,
+        args.dest,
+        autoencoder=run.autoencoder,
+        data=run.data,
+        fabric=fabric,
+        flips=args.flips,
+        batch_size=args.batch_size,
+    )
     fabric.print(f"{len(found)} latents of shape {found.latents.shape if found.latents else ''} in {args.dest}")
 
 
@@ -187,25 +198,35 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("source")
     sub.add_argument("dest")
     sub.add_argument("--split", choices=("train", "t10k"), help="which of the IDX files")
-    sub.add_argument("--samples-per-shard", type=int, default=1000)
+    sizes = sub.add_mutually_exclusive_group()
+    sizes.add_argument("--samples-per-shard", type=int, help="default: 1000")
+    sizes.add_argument("--shards", type=int, help="how many shards")
+    sizes.add_argument("--shard-size", type=int, metavar="BYTES", help="about how many bytes a shard has")
     sub.add_argument("--seed", type=int, default=0, help="of the shuffle")
     sub.add_argument("--image-size", type=int, help="centre-crop and resize to this many pixels")
     sub.add_argument("--pad-to", type=int, help="pad with zeros to this many pixels")
     sub.add_argument("--limit", type=int, help="pack only so many, evenly over the classes")
-    sub.add_argument("--class-names", help="names in order of class, separated by commas")
+    sub.add_argument(
+        "--class-names",
+        help="names in order of class, separated by commas, or a file: a name a line, or class folder and name",
+    )
+    sub.add_argument("--workers", type=int, default=0, help="processes that write shards; default: this one alone")
 
     sub = command(index, "write the index of webdataset shards that you already have")
     sub.add_argument("folder")
     sub.add_argument("--class-names", help="names in order of class, separated by commas")
+    sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
     sub = command(verify, "check the SHA-256 of every shard against the index")
     sub.add_argument("folder")
+    sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
     sub = command(cache, "image shards -> latent shards, with the autoencoder and image settings of a run")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("source")
     sub.add_argument("dest")
     sub.add_argument("--flips", action="store_true", help="also the latents of the mirrored images")
+    sub.add_argument("--batch-size", type=int, default=64, help="images that are encoded together on each device")
     with_overrides(sub)
 
     sub = command(statistics, "image shards -> reference statistics, with the extractor of a run")

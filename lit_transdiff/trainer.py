@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
+from lit_transdiff.data.references import num_groups
 from lit_transdiff.distributed import accumulation, micro_batch_size, precision_of, strategy_name, trainer_settings, world_size
 from lit_transdiff.export import export_folder, read_export, write_export
 from lit_transdiff.models.adapt import match
@@ -170,7 +171,7 @@ def describe(run: RunConfig, stage: pl.LightningModule, index: ShardIndex | None
     rows, references = training.max_steps * training.global_batch_size, run.model.num_references
     epochs = ""
     if index is not None:
-        items = int((index.class_counts // references).sum())
+        items = num_groups(index.class_counts, references)
         lines.append(f"data        {run.data.train}: {len(index):,} {index.kind}, {items:,} rows of {references}")
         epochs = f" ({rows / items:.1f} epochs)"
     else:
