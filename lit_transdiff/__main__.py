@@ -192,6 +192,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command and its options; ``key=value`` settings may stand before, between and after the options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if any(item.startswith("-") or "=" not in item for item in rest) or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
     """What is done once to a data set."""
     sub = command(pack, "image folder, IDX files or list file -> webdataset shards with an index")
@@ -300,7 +311,7 @@ def quiet_libraries() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a bad setting or a missing file ends in one line and status 2, a loss that is not finite in status 1."""
-    args = build_parser().parse_args(arguments)
+    args = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that the log of a batch job shows how far it is
     quiet_libraries()
