@@ -122,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> None:
     generator = load_generator(args.checkpoint, fabric.device)
     settings = override(generator.run, args.overrides, CHANGEABLE)
     output = Path(args.output or args.checkpoint)
-    result = score(generator, settings.evaluation, settings.sampling, fabric=fabric, output=output)
+    result = score(generator, settings.evaluation, settings.sampling, fabric=fabric, output=output, save_images=args.save_images)
     for name, value in result["scores"].items():
         fabric.print(f"{name:20} {value}")
     fabric.print(result["file"])
@@ -213,7 +213,8 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
 
     sub = command(evaluate, "score a trained run and store the scores with everything that decided them")
     sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
-    sub.add_argument("--output", help="folder; default: the run folder")
+    sub.add_argument("--output", help="folder that all processes share; default: the run folder")
+    sub.add_argument("--save-images", choices=("npz", "folder", "both"), help="also keep the images: ADM .npz, PNG files")
     with_overrides(sub)
 
     sub = command(compare, "one table of all scored runs below a folder, as text, Markdown, CSV and a picture")
