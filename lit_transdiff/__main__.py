@@ -64,11 +64,12 @@ def cache(args: argparse.Namespace) -> None:
 
 
 def statistics(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import default_device
     from lit_transdiff.evaluation.features import load_extractor
     from lit_transdiff.prepare import statistics as write
 
     run = load_run(args.run, args.overrides)
-    extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights)
+    extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights, default_device())
     found = write(args.source, args.dest, data=run.data, extractor=extractor)
     print(f"{found.num_images} images, {found.mu.size} features, hash {found.hash}: {args.dest}")
 
@@ -184,7 +185,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
 
     sub = command(statistics, "image shards -> reference statistics, with the extractor of a run")
     sub.add_argument("run", help="the run's YAML")
-    sub.add_argument("source")
+    sub.add_argument("source", help="folder of image shards, or an .npz file with images as arr_0 (ADM's layout)")
     sub.add_argument("dest", help="a file name ending in .npz")
     with_overrides(sub)
 

@@ -191,7 +191,8 @@ def finish(job: Job, parts: Parts, file: Path, record: dict[str, Any], start: fl
         "wall_seconds": time.time() - start,  # of this command
     }
     shown = choose_shown(job.labels)
-    wanted, pictures = shown.flatten().tolist(), {}
+    wanted: list[int] = shown.flatten().tolist()
+    pictures: dict[int, Array] = {}
     for kept, pixels in zip(parts.each("kept"), parts.each("pixels"), strict=True):
         pictures |= {i: pixels[place].copy() for place, i in enumerate(kept.tolist()) if i in wanted}
     samples = torch.from_numpy(np.stack([pictures[i] for i in wanted])).float() / 127.5 - 1

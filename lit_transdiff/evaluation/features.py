@@ -115,8 +115,8 @@ class InceptionFeatures(FeatureExtractor):
         if not spatial:
             return Features(*self.network(pixels))
         caught: list[Tensor] = []
-        branch = self.network.Mixed_6d.branch1x1  # mixed_6 of the TensorFlow graph  # type: ignore[union-attr]
-        handle = branch.register_forward_hook(lambda module, inputs, output: caught.append(output[:, :7]))  # type: ignore[union-attr]
+        branch = self.network.get_submodule("Mixed_6d.branch1x1")  # mixed_6/conv of the TensorFlow graph
+        handle = branch.register_forward_hook(lambda module, inputs, output: caught.append(output[:, :7]))
         try:
             features, logits = self.network(pixels)
         finally:
@@ -137,6 +137,8 @@ class DinoFeatures(FeatureExtractor):
     )
     gives_logits = False
     image_size = 224
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, path: str | Path) -> None:
         needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.ls1.gamma"}

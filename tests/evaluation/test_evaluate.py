@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,9 @@ from lit_transdiff.config import EvaluationConfig, SamplingConfig
 from lit_transdiff.evaluation.evaluate import choose_labels, choose_shown, draw, evaluate, image_seeds, prepare
 from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.evaluation.results import result_name
+from lit_transdiff.evaluation.statistics import load_statistics
+from lit_transdiff.files import short_hash
 from lit_transdiff.pictures import to_bytes
 from tests.evaluation.conftest import SAMPLING, tiny_generator, tiny_settings
 
@@ -58,6 +62,94 @@ def test_equal_settings_replace_the_file_and_others_do_not(files: Path, tmp_path
 def test_scores_do_not_depend_on_the_batch_size(files: Path, tmp_path: Path) -> None:
     results = [evaluate(tiny_generator(), tiny_settings(files, batch_size=b), SAMPLING, output=tmp_path) for b in (1, 22)]
     close(results[0]["scores"], results[1]["scores"])
+
+
+@pytest.mark.parametrize("label_mode, spread", [("balanced", 1), ("random", 2)])
+def test_the_manifest_says_how_labels_were_chosen_and_what_was_kept(
+    files: Path, tmp_path: Path, label_mode: str, spread: int
+) -> None:
+    settings = tiny_settings(files, label_mode=label_mode)
+    manifest = evaluate(tiny_generator(), settings, SAMPLING, output=tmp_path, save_images="folder")["manifest"]
+    assert manifest["label_mode"] == label_mode
+    counts = choose_labels(settings, 3).bincount(minlength=3)
+    assert manifest["images_of_a_class"] == [counts.min(), counts.max()] and counts.max() - counts.min() >= spread
+    assert manifest["spatial_features"] is False and manifest["num_features"] == 64 and manifest["num_ranks"] == 1
+    assert manifest["saved_images"] == [f"{result_name(manifest)}-images"]
+    assert manifest["reference_hash"] == short_hash(files / "reference.npz")
+    assert manifest["extractor_fingerprint"] == short_hash(files / "judge.safetensors")
+
+
+def test_all_scores_of_the_adm_evaluator_from_a_file_in_its_layout(tmp_path: Path, inception_file: Path) -> None:
+    """mu, sigma, mu_s, sigma_s and arr_0 in one file; each score as its parts give it."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(256, size=(12, 16, 16, 3), dtype=np.uint8)
+    given = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.ones(2023), "sigma_s": 2 * np.eye(2023)}
+    np.savez(tmp_path / "adm.npz", arr_0=pixels, **given)
+    names = ["frechet_distance", "spatial_frechet_distance", "inception_score", "kernel_distance", "precision", "recall"]
+    settings = EvaluationConfig(num_images=8, batch_size=3, extractor_weights=str(inception_file), metrics=names)
+    settings = dataclasses.replace(settings, reference=str(tmp_path / "adm.npz"))
+    generator = tiny_generator()
+    result = evaluate(generator, settings, SAMPLING, output=tmp_path)
+    assert set(result["scores"]) == set(names) and result["manifest"]["spatial_features"] is True
+
+    found = draw(prepare(generator, settings, SAMPLING), range(8)).found
+    for name, rows, mu, scale in [
+        ("frechet_distance", found.features, 0.0, 1.0),
+        ("spatial_frechet_distance", found.spatial, 1.0, 2.0),
+    ]:
+        # Against N(mu, s I) it is |m - mu|^2 + sum (a - s^(1/2))^2 over all D deviations a, of which N - 1 are not zero.
+        wide = rows.double().numpy()
+        a = np.zeros(wide.shape[1])
+        a[:8] = np.linalg.svd(wide - wide.mean(0), compute_uv=False) / np.sqrt(7)
+        expected = ((wide.mean(0) - mu) ** 2).sum() + ((a - np.sqrt(scale)) ** 2).sum()
+        assert result["scores"][name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_are_saved_as_adm_reads_them_and_as_files(files: Path, tmp_path: Path) -> None:
+    generator, settings = tiny_generator(), tiny_settings(files)
+    result = evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="both")
+    name = Path(result["file"]).with_suffix("")
+    drawn = [draw(prepare(generator, settings, SAMPLING), range(i, min(i + 5, 22))).pixels for i in range(0, 22, 5)]
+    expected = torch.cat(drawn)[:, 0].numpy()  # [N, H, W], grey
+    saved = np.load(name.with_suffix(".npz"))
+    assert saved["arr_0"].shape == (22, 16, 16, 3) and saved["arr_0"].dtype == np.uint8
+    assert (saved["arr_0"] == expected[..., None]).all()
+    assert (saved["arr_1"] == choose_labels(settings, 3).numpy()).all()
+    files_of_images = sorted(Path(f"{name}-images").iterdir())
+    assert [file.name for file in files_of_images] == [f"{i:05d}.png" for i in range(22)]
+    assert all((np.asarray(Image.open(file)) == image).all() for file, image in zip(files_of_images, expected, strict=True))
+    kinds = {path.suffix for path in (tmp_path / "evaluations").iterdir()}
+    assert kinds == {".json", ".png", ".npz", ""} and len(list((tmp_path / "evaluations").iterdir())) == 4
+    again = load_statistics(name.with_suffix(".npz"))  # the export is a reference, too
+    assert again.images == 22
+
+
+def test_saved_images_are_part_of_what_is_reused(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, settings = tiny_generator(), tiny_settings(files, metrics=["class_accuracy"])
+    evaluate(generator, settings, SAMPLING, output=tmp_path)
+    result = evaluate(generator, settings, SAMPLING, output=tmp_path, reuse=True, save_images="npz")
+    assert Path(result["file"]).with_suffix(".npz").is_file() and result["manifest"]["saved_images"]
+    monkeypatch.setattr(generator, "images", lambda *_: pytest.fail("an image was drawn"))
+    assert evaluate(generator, settings, SAMPLING, output=tmp_path, reuse=True, save_images="npz") == result
+    with pytest.raises(ValueError, match="save_images: 'nzp' is not known"):
+        evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="nzp")
+
+
+def test_an_evaluation_that_failed_while_scoring_draws_nothing_again(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, settings = tiny_generator(), tiny_settings(files, metrics=["class_accuracy", "precision"])
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_transdiff.evaluation.evaluate.compute_scores", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="folder")
+    (parts,) = (tmp_path / "evaluations").iterdir()
+    assert "division by zero" in (parts / "failed").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, "images", lambda *_: pytest.fail("an image was drawn"))
+        result = evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="folder")
+    assert not parts.exists()
+    assert result["scores"] == evaluate(generator, settings, SAMPLING, output=tmp_path / "other")["scores"]
 
 
 def test_the_last_image_of_a_row_is_scored(files: Path, tmp_path: Path, extractor: FeatureExtractor) -> None:
