@@ -75,11 +75,12 @@ def cache(args: argparse.Namespace) -> None:
 
 
 def statistics(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import default_device
     from lit_transdiff.evaluation.features import load_extractor
     from lit_transdiff.prepare import statistics as write
 
     run = load_run(args.run, args.overrides)
-    extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights)
+    extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights, default_device())
     found = write(args.source, args.dest, data=run.data, extractor=extractor)
     print(f"{found.num_images} images, {found.mu.size} features, hash {found.hash}: {args.dest}")
 
@@ -148,7 +149,7 @@ def evaluate(args: argparse.Namespace) -> None:
     generator = load_generator(args.checkpoint, fabric.device)
     settings = override(generator.run, args.overrides, CHANGEABLE)
     output = Path(args.output or args.checkpoint)
-    result = score(generator, settings.evaluation, settings.sampling, fabric=fabric, output=output)
+    result = score(generator, settings.evaluation, settings.sampling, fabric=fabric, output=output, save_images=args.save_images)
     for name, value in result["scores"].items():
         fabric.print(f"{name:20} {value}")
     fabric.print(result["file"])
@@ -242,7 +243,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
 
     sub = command(statistics, "image shards -> reference statistics, with the extractor of a run")
     sub.add_argument("run", help="the run's YAML")
-    sub.add_argument("source")
+    sub.add_argument("source", help="folder of image shards, or an .npz file with images as arr_0 (ADM's layout)")
     sub.add_argument("dest", help="a file name ending in .npz")
     with_overrides(sub)
 
@@ -280,7 +281,8 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
 
     sub = command(evaluate, "score a trained run and store the scores with everything that decided them")
     sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
-    sub.add_argument("--output", help="folder; default: the run folder")
+    sub.add_argument("--output", help="folder that all processes share; default: the run folder")
+    sub.add_argument("--save-images", choices=("npz", "folder", "both"), help="also keep the images: ADM .npz, PNG files")
     with_overrides(sub)
 
     sub = command(

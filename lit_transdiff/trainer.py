@@ -18,6 +18,7 @@ from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.references import num_groups
 from lit_transdiff.distributed import accumulation, micro_batch_size, precision_of, strategy_name, trainer_settings, world_size
+from lit_transdiff.evaluation.online import OnlineEvaluation
 from lit_transdiff.export import export_folder, read_export, write_export
 from lit_transdiff.models.adapt import match
 from lit_transdiff.models.autoencoder import Autoencoder, check_latents, load_autoencoder
@@ -211,6 +212,8 @@ def build_trainer(parts: Parts) -> pl.Trainer:
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
         generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
         callbacks.append(SampleGrids(generator, run.folder / "samples", training.sample_every))
+        if run.evaluation.every:  # before LogTraining, which would count its time as waiting for data
+            callbacks.insert(1, OnlineEvaluation(generator, run))
     validate_every = training.validate_every or training.max_steps
     return pl.Trainer(
         **trainer_settings(run),
