@@ -175,18 +175,14 @@ class TestAdapt:
         assert sorted(report.adapted) == sized and not report.new
         assert len(report.mapped) == len(fine.state_dict()) - len(sized)
 
-    def test_a_resized_table_keeps_its_slopes_and_comes_back(self):
-        coarse, fine, again = build(1), build(1, latent_size=8), build(1)
+    def test_a_resized_table_keeps_its_slopes(self):
+        coarse, fine = build(1), build(1, latent_size=8)
         plane = torch.arange(4.0)[:, None] + 2 * torch.arange(4.0)
         state = coarse.state_dict() | {"decoder.position": plane.reshape(1, 16, 1).expand(1, 16, 16).clone()}
         adapt(fine, state, positions="interpolate")
-        table = fine.decoder.position.detach().reshape(8, 8, 16)[2:6, 2:6, 0]  # away from the border
-        torch.testing.assert_close(table.diff(dim=0), torch.full((3, 4), 0.5), atol=0.15, rtol=0)
-        torch.testing.assert_close(table.diff(dim=1), torch.full((4, 3), 1.0), atol=0.15, rtol=0)
-        adapt(again, fine.state_dict(), positions="interpolate")
-        torch.testing.assert_close(
-            again.decoder.position.detach().reshape(4, 4, 16)[1:3, 1:3, 0], plane[1:3, 1:3], atol=0.1, rtol=0
-        )
+        table = fine.decoder.position.detach().reshape(8, 8, 16)[3:5, 3:5, 0]  # away from the border
+        torch.testing.assert_close(table.diff(dim=0), torch.full((1, 2), 0.5), atol=1e-4, rtol=0)
+        torch.testing.assert_close(table.diff(dim=1), torch.full((2, 1), 1.0), atol=1e-4, rtol=0)
 
     @torch.no_grad()
     def test_a_spread_projection_sees_the_mean_of_the_finer_pixels(self):
