@@ -6,9 +6,10 @@ Image i has its own seed and label, and batches are fixed ranges of images: the 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -183,7 +184,8 @@ def finish(job: Job, parts: Parts, file: Path, record: dict[str, Any], start: fl
     """Score all batches and write the result ``file``; ``record`` gets what is known now. Rank 0 alone does this."""
     features = torch.from_numpy(np.concatenate(list(parts.each("features"))))
     logits = torch.from_numpy(np.concatenate(list(parts.each("logits")))) if job.extractor.gives_logits else None
-    scores = score(job, Features(features, logits), map(torch.from_numpy, parts.each("spatial")), file.parent)
+    job = with_reference(job, file.parent)
+    scores = score(job, Features(features, logits), map(torch.from_numpy, parts.each("spatial")))
     seconds, evaluations = np.stack(list(parts.each("cost"))).sum(axis=0).tolist()
     record |= {
         "images_per_second": job.settings.num_images / seconds,  # of one device
@@ -200,12 +202,18 @@ def finish(job: Job, parts: Parts, file: Path, record: dict[str, Any], start: fl
     return scores
 
 
-def score(job: Job, found: Features, spatial: Iterator[Tensor], folder: Path) -> dict[str, Score]:
+def with_reference(job: Job, folder: Path) -> Job:
+    """``job`` with everything that its metrics need of the reference's images (see ``completed``)."""
+    if job.reference is None:
+        return job
+    features = "reference features" in job.needs
+    reference = completed(job.reference, job.extractor, folder, features=features, spatial=job.spatial)
+    return dataclasses.replace(job, reference=reference)
+
+
+def score(job: Job, found: Features, spatial: Iterable[Tensor]) -> dict[str, Score]:
     """All scores of drawn images; ``spatial`` gives chunks [B, S] of their spatial features, and is read only where needed."""
-    settings, generator, reference = job.settings, job.generator, job.reference
-    if reference is not None:
-        wanted = {"features": "reference features" in job.needs, "spatial": job.spatial}
-        reference = completed(reference, job.extractor, folder, **wanted)
+    generator = job.generator
     scored = Scored(
         found.features.to(generator.device),
         job.labels,
@@ -214,7 +222,7 @@ def score(job: Job, found: Features, spatial: Iterator[Tensor], folder: Path) ->
         partial(generator.features, sampling=job.sampling),
         gaussian_of(spatial) if job.spatial else None,
     )
-    return compute_scores(scored, reference, settings)
+    return compute_scores(scored, job.reference, job.settings)
 
 
 def choose_labels(settings: EvaluationConfig, num_classes: int) -> Tensor:

@@ -19,10 +19,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.evaluation.evaluate import draw, prepare, score
+from lit_transdiff.evaluation.evaluate import draw, prepare, score, with_reference
 from lit_transdiff.evaluation.features import Features
 from lit_transdiff.evaluation.results import FOLDER
-from lit_transdiff.evaluation.statistics import completed
 from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now
 from lit_transdiff.stages.optim import averaged_weights
@@ -45,12 +44,9 @@ class OnlineEvaluation(pl.Callback):
         self.job = prepare(generator, settings, run.sampling)
 
     def on_fit_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        job = self.job
-        job.extractor.to(stage.device)
-        job.generator.autoencoder.to(stage.device)
-        if job.reference is not None:
-            wanted = {"features": "reference features" in job.needs, "spatial": job.spatial}
-            self.job = dataclasses.replace(job, reference=completed(job.reference, job.extractor, self.folder, **wanted))
+        self.job.extractor.to(stage.device)
+        self.job.generator.autoencoder.to(stage.device)
+        self.job = with_reference(self.job, self.folder)
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
         step = trainer.global_step
@@ -77,7 +73,7 @@ class OnlineEvaluation(pl.Callback):
 
         features, logits, spatial = map(all_ranks, map(list, zip(*drawn, strict=True)))
         assert features is not None
-        found = score(job, Features(features, logits), iter([] if spatial is None else [spatial]), self.folder)
+        found = score(job, Features(features, logits), [] if spatial is None else [spatial])
         return {name: value["mean"] if isinstance(value, dict) else value for name, value in found.items()}
 
 
