@@ -31,6 +31,7 @@ LAYERS = {
     "trainer": 7,
     "evaluation": 6,
     "prepare": 9,
+    "reproduce": 9,
     "pipeline": 10,
     "__main__": 11,
 }

@@ -74,9 +74,17 @@ OPTIONAL = ("encoder.reference_projection.",)
 
 
 def adapt(model: TransDiff, state: Mapping[str, Tensor], positions: str = "new") -> AdaptReport:
-    """Load ``state`` into ``model``; with ``positions`` "interpolate" tables of another latent size are resized, not made anew.
+    """Load ``state`` into ``model`` as ``match`` says."""
+    result, report = match(model, state, positions)
+    model.load_state_dict(result)
+    return report
 
-    Raises ``ValueError`` listing every tensor that fits neither as it is nor by a rule; nothing is loaded then.
+
+def match(model: TransDiff, state: Mapping[str, Tensor], positions: str = "new") -> tuple[dict[str, Tensor], AdaptReport]:
+    """What ``model`` takes of ``state``, with a report; it may be on the meta device.
+
+    With ``positions`` "interpolate" tables of another latent size are resized, not made anew. Raises ``ValueError`` listing every
+    tensor that fits neither as it is nor by a rule.
     """
     report, result, misfits = AdaptReport(), {}, []
     own = model.state_dict()
@@ -106,5 +114,4 @@ def adapt(model: TransDiff, state: Mapping[str, Tensor], positions: str = "new")
             misfits.append(f"{name}: {list(state[name].shape)} in the checkpoint, missing here")
     if misfits:
         raise ValueError("the checkpoint is of another shape:\n  " + "\n  ".join(sorted(misfits)))
-    model.load_state_dict(result)
-    return report
+    return result, report
