@@ -21,6 +21,6 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["lit_transdiff", "lit_transdiff.*"]),
     install_requires=REQUIREMENTS,
-    extras_require={"dev": ["pytest>=8", "pytest-xdist", "ruff", "mypy", "pre-commit"]},
+    extras_require={"dev": ["pytest>=8", "pytest-xdist", "nbclient", "nbformat", "ipykernel", "playwright", "ruff", "mypy", "pre-commit"]},
     entry_points={"console_scripts": ["lit-transdiff=lit_transdiff.__main__:main"]},
 )

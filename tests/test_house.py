@@ -22,6 +22,7 @@ LAYERS = {
     "flow": 3,
     "pictures": 3,
     "sampling": 4,
+    "convert": 4,
     "draw": 5,
     "stages": 5,
     "runfolder": 3,
@@ -33,6 +34,7 @@ LAYERS = {
     "figures": 8,
     "report": 8,
     "prepare": 9,
+    "reproduce": 9,
     "pipeline": 10,
     "__main__": 11,
 }

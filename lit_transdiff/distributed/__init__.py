@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.fabric import Fabric
 
 from lit_transdiff.config import RunConfig, require, unknown
 
+log = logging.getLogger(__name__)
 # Name -> the name that Lightning's Trainer takes.
 STRATEGIES: dict[str, str] = {"single": "auto", "ddp": "ddp"}
 
@@ -81,12 +83,15 @@ def accumulation(run: RunConfig) -> int:
 
 
 def precision_of(run: RunConfig) -> str:
-    """Lightning's name of the precision; weights are float32 in both, bf16-mixed computes in bfloat16."""
+    """Lightning's name of the precision: what is computed in; the weights of bf16-true are the stage's business."""
     accelerator, _ = devices_of(run)
     wanted = run.training.precision
     if wanted == "auto":
         wanted = "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "fp32"
-    return {"fp32": "32-true", "bf16-mixed": "bf16-mixed"}[wanted]
+    if wanted == "fp16-mixed" and accelerator == "cpu":
+        log.warning("training.precision: CPUs have no fp16-mixed; bf16-mixed is used")
+        wanted = "bf16-mixed"
+    return {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "fp16-mixed": "16-mixed", "bf16-true": "bf16-mixed"}[wanted]
 
 
 def trainer_settings(run: RunConfig) -> dict[str, Any]:
