@@ -34,7 +34,7 @@ def wandb_command(stub: Stub, folder: Path, *words: str) -> str:
     environment |= {
         "WANDB_SILENT": "false",
         "WANDB_AGENT_DISABLE_FLAPPING": "true",
-        "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the agent's ${interpreter} is "python"
     }
     command = [sys.executable, "-m", "wandb", *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
