@@ -23,10 +23,13 @@ def is_setting(name: str) -> bool:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Dotted names of the settings in which the runs differ, seeds left out."""
+    """Dotted names of the settings in which the runs differ, seeds left out.
+
+    A setting that a run does not have (an earlier version's run has fewer) is no difference.
+    """
     settings = [run.settings for run in runs]
     names = dict.fromkeys(name for config in settings for name in config if is_setting(name))
-    return [name for name in names if len({repr(config.get(name)) for config in settings}) > 1]
+    return [name for name in names if len({repr(config[name]) for config in settings if name in config}) > 1]
 
 
 def higher_is_better(metric: str) -> bool:
