@@ -90,7 +90,7 @@ def test_an_agent_starts_torchrun_and_two_ranks_are_one_run(stub: Stub, tmp_path
 def test_hyperband_at_the_server_ends_a_run(stub: Stub, tmp_path: Path) -> None:
     """The second trial is worse at the first band: its agent ends it."""
     long = [word for word in TINY if "max_steps" not in word and "validate_every" not in word]
-    long += ["training.max_steps=400", "training.validate_every=4"]
+    long += ["training.max_steps=200", "training.validate_every=4"]
     command = [
         "${env}",
         "${interpreter}",
@@ -102,7 +102,7 @@ def test_hyperband_at_the_server_ends_a_run(stub: Stub, tmp_path: Path) -> None:
         "${args_no_hyphens}",
     ]
     parameters = {"training.max_steps": {"value": 40}, "optimizer.lr": {"values": [0.001, 1e-9]}}
-    second = {"parameters": parameters, "early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 2}}
+    second = {"parameters": parameters, "early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 3}}
     parameters["training.max_steps"] = {"value": 400}
     made = sweep_and_agent(stub, tmp_path, method="grid", command=command, **second)
     assert made[0]["state"] == "finished" and made[1]["stopped"]
