@@ -95,10 +95,11 @@ def read_evaluation(file: Path) -> Evaluation:
 
 
 def pictures_of(folder: Path) -> Pictures:
-    """``step-...`` through training; ``final``, ``references`` and others by their folder, and single files by their name."""
+    """``step-...`` through training; grids by the name of their folder (``final``, ``references``), others by their own."""
     samples = folder / "samples"
     steps: Pictures = {file.stem: opener(file) for file in sorted(samples.glob("*.png"))}
-    return steps | {file.parent.name: opener(file) for file in sorted(samples.glob("*/grid.png"))}
+    others = sorted(samples.glob("*/*.png"))
+    return steps | {file.parent.name if file.stem == "grid" else file.stem: opener(file) for file in others}
 
 
 def opener(file: Path) -> Callable[[], Image.Image]:

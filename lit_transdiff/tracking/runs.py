@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from lit_transdiff.config import require
 from lit_transdiff.tracking.folders import read_folder, run_folders
@@ -15,7 +18,8 @@ from lit_transdiff.tracking.records import Run, fits
 from lit_transdiff.tracking.wandb_logs import log_files, read_log, read_server
 
 KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run folder, in an archive
-PICTURES = ("evaluations/*.json", "evaluations/*.png", "samples/*.png", "samples/*/grid.png")
+RESULTS, PICTURES = ("evaluations/*.json",), ("evaluations/*.png", "samples/*.png", "samples/*/*.png")
+SHRUNK, COLOURS = 420, 64  # width and number of colours of a picture in an archive
 
 
 def runs(where: str | Path, filters: Mapping[str, Any] | None = None) -> list[Run]:
@@ -52,14 +56,30 @@ def unpacked(file: Path, changed: float) -> Path:
     return folder
 
 
-def archive(folder: str | Path, file: str | Path, *, pictures: bool = True) -> Path:
-    """Write what ``runs`` reads of the run folders below ``folder`` into one ``.zip``: no weights, no checkpoints."""
+def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path], bool] = lambda run: True) -> Path:
+    """Write what ``runs`` reads of the run folders below ``folder`` into one small ``.zip``: no weights, no checkpoints.
+
+    Pictures are made smaller, and kept of the run folders for which ``pictures_of`` is true.
+    """
     folder, file = Path(folder), Path(file)
     require(file.suffix == ".zip", "file", str(file), "a name ending in .zip")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
         for run in run_folders(folder):
-            wanted = [run / name for name in KEPT] + [f for p in PICTURES[: None if pictures else 1] for f in sorted(run.glob(p))]
-            for part in wanted:
+            for part in [run / name for name in KEPT] + [f for pattern in RESULTS for f in sorted(run.glob(pattern))]:
                 if part.is_file():
                     packed.write(part, part.relative_to(folder))
+            for picture in [f for pattern in PICTURES for f in sorted(run.glob(pattern))] if pictures_of(run) else []:
+                packed.writestr(str(picture.relative_to(folder)), shrunk(picture))
     return file
+
+
+def shrunk(file: Path) -> bytes:
+    """A picture as a small PNG."""
+    buffer = io.BytesIO()
+    with Image.open(file) as opened:
+        picture = opened.convert("RGB")
+    if picture.width > SHRUNK:
+        size = (SHRUNK, round(picture.height * SHRUNK / picture.width))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    picture.quantize(COLOURS).save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
