@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 import wandb
 
+from lit_transdiff.__main__ import main
+from lit_transdiff.distributed import build_fabric
+from lit_transdiff.pipeline import train_and_score
 from lit_transdiff.stages.callbacks import NonFiniteLoss
+from lit_transdiff.tracking.runs import runs
 from lit_transdiff.tracking.wandb_run import WandbRun
 from lit_transdiff.trainer import train
-from tests.small import small_run
+from tests.small import FASHION, small_run
 from tests.wandb_stub import Stub
 
 TRACKED = {"wandb": True, "project": "p", "group": "g", "tags": ["t"]}
@@ -77,6 +81,44 @@ def test_a_restarted_run_is_one_run(stub: Stub, tmp_path: Path) -> None:
     train(small_run(tmp_path, tracking=TRACKED))
     train(small_run(tmp_path, tracking=TRACKED, training={"max_steps": 10}))
     assert [row["trainer/global_step"] for row in rows_of(stub, "train/loss")] == [2, 4, 6, 8, 10]
+
+
+def test_a_run_restarted_offline_is_synced_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    for steps in ((1, 2, 3), (4, 5)):
+        log = WandbRun(small_run(tmp_path, tracking=TRACKED))
+        for step in steps:
+            log.log_metrics({"train/loss": float(step)}, step)
+        log.finish()
+    with Stub() as server:
+        sync(server, tmp_path / "small")
+        assert [row["train/loss"] for row in rows_of(server, "train/loss")] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+JUDGED = {"extractor": "classifier", "extractor_weights": str(FASHION.parent / "fashion" / "classifier.safetensors")}
+JUDGED |= {"metrics": ["class_accuracy", "inception_score"], "num_images": 20}
+
+
+def test_scores_go_to_their_run_and_other_evaluations_are_runs_of_their_own(stub: Stub, tmp_path: Path) -> None:
+    """The lineage: data index -> model -> evaluation."""
+    train_and_score(small_run(tmp_path, tracking=TRACKED, evaluation=JUDGED), build_fabric())
+    trained = stub.state.only_run()
+    assert 0 <= trained["summary"]["eval/class_accuracy"] <= 1 and "eval/inception_score_std" in trained["summary"]
+    assert trained["config"]["manifest"]["value"]["num_images"] == 20
+    assert main(["evaluate", "--checkpoint", str(tmp_path / "small"), "sampling.num_steps=3"]) == 0
+    (scored,) = [run for run in stub.state.runs.values() if run is not trained]
+    assert (scored["jobType"], scored["group"], scored["config"]["sampling"]["value"]["num_steps"]) == ("evaluate", "g", 3)
+    until(lambda: len(stub.state.used) == 2)
+    model = next(artifact["name"] for artifact in stub.state.artifacts.values() if artifact["type"] == "model")
+    assert stub.state.used == [(trained["name"], "data-train"), (scored["name"], model)]
+    assert len([artifact for artifact in stub.state.artifacts.values() if artifact["type"] == "evaluation"]) == 2
+    assert [alert["title"] for alert in stub.state.alerts] == ["small: evaluated"] * 2
+    (run,) = runs(tmp_path)
+    assert len(run.evaluations) == 2 and run.summary["eval/class_accuracy"] == trained["summary"]["eval/class_accuracy"]
+    by_stage = {run.stage: run for run in runs("team/p")}
+    assert set(by_stage) == {"ar_pretrain", "evaluate"}
+    assert by_stage["evaluate"].evaluations[0].manifest["sampling"]["num_steps"] == 3
 
 
 def test_a_loss_that_is_not_finite_is_told(stub: Stub, tmp_path: Path) -> None:
