@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import time
+import os
 import zlib
 from pathlib import Path
 
@@ -106,11 +106,16 @@ def write_long(folder: Path, steps: int) -> Path:
     return folder
 
 
+def cpu_seconds() -> float:
+    """Of this process and of the children that it has waited for: other load on the machine does not count."""
+    return sum(os.times()[:4])
+
+
 def test_ten_thousand_steps_of_a_folder_are_read_in_five_seconds(tmp_path: Path) -> None:
     folder = write_long(tmp_path, 10_000)
-    start = time.process_time()
+    start = cpu_seconds()
     (run,) = runs(folder)
-    assert len(run.history()) == 10_000 and time.process_time() - start < 5
+    assert len(run.history()) == 10_000 and cpu_seconds() - start < 5
 
 
 TRACKED = {"wandb": True, "project": "p", "group": "g", "tags": ["a"]}
@@ -155,9 +160,9 @@ def test_ten_thousand_steps_of_an_offline_log_are_read_in_five_seconds(tmp_path:
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
     log_some(tmp_path, 10_000)
-    start = time.process_time()
+    start = cpu_seconds()
     (run,) = runs(tmp_path)
-    assert len(run.history()) == 10_000 and time.process_time() - start < 5
+    assert len(run.history()) == 10_000 and cpu_seconds() - start < 5
 
 
 def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
