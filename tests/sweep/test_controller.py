@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_transdiff.sweep.controller import run_sweep
+from lit_transdiff.sweep.controller import run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.tracking.runs import runs
 from lit_transdiff.tracking.wandb_logs import log_files, read_log
@@ -68,6 +68,29 @@ def test_every_trial_runs_once_and_three_at_once(tmp_path: Path) -> None:
     assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "out").glob("pace*")} == {f"pace_0.05-x_{x}" for x in (1, 2, 3)}
     assert run_sweep(load_sweep(file), tmp_path / "out", say=quiet) == trials  # all done: nothing is started
     assert len(journal(tmp_path / "out", "start")) == 3
+
+
+@pytest.mark.parametrize(
+    "gpus, agents, each, slots",
+    [
+        (0, None, 1, [()]),
+        (0, 3, 1, [()] * 3),
+        (4, None, 1, [(0,), (1,), (2,), (3,)]),
+        (5, None, 2, [(0, 1), (2, 3)]),
+        (4, 1, 2, [(0, 1)]),
+    ],
+)
+def test_trials_share_the_gpus_out(monkeypatch: pytest.MonkeyPatch, gpus, agents, each, slots) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert slots_of(agents, each) == slots
+
+
+def test_more_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(ValueError, match="--devices-per-run: got 9; allowed: at most the 4 GPUs"):
+        slots_of(None, 9)
+    with pytest.raises(ValueError, match="--agents: got 3; allowed: at most 2"):
+        slots_of(3, 2)
 
 
 def test_hyperband_ends_the_poor_ones(tmp_path: Path) -> None:
