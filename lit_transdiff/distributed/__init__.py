@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.strategies import Strategy
 
 from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.distributed.strategies import DDP, FSDP, Single
+from lit_transdiff.stages import PREPARATORY
 
-# Name -> the name that Lightning's Trainer takes.
-STRATEGIES: dict[str, str] = {"single": "auto", "ddp": "ddp"}
+
+def build_single(run: RunConfig) -> Strategy:
+    return Single(torch.device("cuda", 0) if devices_of(run)[0] == "gpu" else torch.device("cpu"))
+
+
+def build_ddp(run: RunConfig) -> Strategy:
+    return DDP(timeout=timeout_of(run))
+
+
+def build_fsdp(run: RunConfig) -> Strategy:
+    return FSDP(data_parallel_size=world_size(run), tensor_parallel_size=1, timeout=timeout_of(run))
+
+
+def build_zero(stage: int, run: RunConfig) -> Strategy:
+    from lit_transdiff.distributed.zero import ZeRO  # DeepSpeed takes seconds to import
+
+    on_cpu, bf16 = devices_of(run)[0] == "cpu", precision_of(run) != "32-true"
+    return ZeRO(stage, run.distributed, on_cpu=on_cpu, bf16=bf16, timeout=timeout_of(run))
+
+
+STRATEGIES: dict[str, Callable[[RunConfig], Strategy]] = {
+    "single": build_single,
+    "ddp": build_ddp,
+    "zero1": partial(build_zero, 1),
+    "zero2": partial(build_zero, 2),
+    "zero3": partial(build_zero, 3),
+    "fsdp": build_fsdp,
+}
+WHOLE = ("single", "ddp")  # strategies that keep whole parameters on every device
 
 
 def devices_of(run: RunConfig) -> tuple[str, int]:
@@ -58,6 +91,10 @@ def strategy_name(run: RunConfig) -> str:
     if name not in STRATEGIES:
         raise unknown("distributed.strategy", name, ["auto", *STRATEGIES])
     require(name != "single" or world == 1, "distributed.strategy", name, f"ddp on {world} devices")
+    allowed = f"{' or '.join(WHOLE)} in stage {run.stage}"
+    require(name in WHOLE or run.stage not in PREPARATORY, "distributed.strategy", name, allowed)
+    offload = run.distributed.offload
+    require(offload == "none" or name.startswith("zero"), "distributed.offload", offload, f"'none' with strategy {name}")
     return name
 
 
@@ -80,6 +117,11 @@ def accumulation(run: RunConfig) -> int:
     return run.training.global_batch_size // (micro_batch_size(run) * world_size(run))
 
 
+def timeout_of(run: RunConfig) -> timedelta:
+    """How long a collective may take."""
+    return timedelta(minutes=run.distributed.timeout_minutes)
+
+
 def precision_of(run: RunConfig) -> str:
     """Lightning's name of the precision; weights are float32 in both, bf16-mixed computes in bfloat16."""
     accelerator, _ = devices_of(run)
@@ -92,12 +134,13 @@ def precision_of(run: RunConfig) -> str:
 def trainer_settings(run: RunConfig) -> dict[str, Any]:
     """The part of the Trainer's arguments that depends on devices."""
     accelerator, devices = devices_of(run)
+    name = strategy_name(run)
     return dict(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes(run),
-        strategy=STRATEGIES[strategy_name(run)],
-        precision=precision_of(run),
+        strategy=STRATEGIES[name](run),
+        precision="32-true" if name.startswith("zero") else precision_of(run),  # ZeRO does its own autocast
         accumulate_grad_batches=accumulation(run),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from tqdm import tqdm
 from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.loading import to_dict
+from lit_transdiff.models.autoencoder import Autoencoder
 from lit_transdiff.pictures import grid
 from lit_transdiff.runfolder import environment
 from lit_transdiff.sampling import Generator
-from lit_transdiff.stages.base import TransDiffStage, log_now
-from lit_transdiff.stages.optim import averaged_weights
+from lit_transdiff.stages.base import TransDiffStage, log_now, sharding
 
 TIME_BINS = 10
 
@@ -36,16 +37,23 @@ class StopOnNonFinite(pl.Callback):
     for nothing. All ranks stop when one has met one.
     """
 
-    def __init__(self, every: int, checkpoint_every: int) -> None:
+    def __init__(self, every: int, checkpoint_every: int, folder: Path) -> None:
         self.every = every
         self.checkpoint_every = checkpoint_every
+        self.folder = folder
         self.recent: deque[tuple[int, Tensor, Tensor]] = deque()
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
         step = trainer.global_step
         self.recent.append((step, outputs["loss"].detach(), batch.samples))
-        if step % self.every and step % self.checkpoint_every and step < trainer.max_steps:
+        if not (step % self.every and step % self.checkpoint_every and step < trainer.max_steps):
+            self.look(trainer)
+
+    def look(self, trainer: pl.Trainer) -> None:
+        """Stop if one of the recent losses is not finite. All ranks call this together."""
+        if not self.recent:
             return
+        step = self.recent[-1][0]
         finite = torch.stack([loss for _, loss, _ in self.recent]).isfinite().tolist()
         message = next((self.describe(trainer, *self.recent[i]) for i, ok in enumerate(finite) if not ok), None)
         self.recent.clear()
@@ -55,10 +63,9 @@ class StopOnNonFinite(pl.Callback):
     def describe(self, trainer: pl.Trainer, step: int, loss: Tensor, samples: Tensor) -> str:
         keys = trainer.datamodule.keys(samples)  # type: ignore[attr-defined]
         shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
-        kept = getattr(trainer.checkpoint_callback, "best_model_path", "") or "none yet"
         return (
             f"the loss is {loss.item()} at step {step} on rank {trainer.global_rank}. Samples of that batch: {shown}. "
-            f"Training has stopped; the last good checkpoint is {kept}."
+            f"Training has stopped; the last checkpoint in {self.folder} is from before."
         )
 
 
@@ -79,7 +86,8 @@ class LogTraining(pl.Callback):
 
     def reset(self, stage: pl.LightningModule) -> None:
         self.sums = torch.zeros(2, TIME_BINS, device=stage.device)
-        self.loss, self.passes, self.waited, self.norm = torch.zeros((), device=stage.device), 0, 0.0, None
+        self.loss, self.passes, self.waited = torch.zeros((), device=stage.device), 0, 0.0
+        self.norm: Tensor | None = None
         self.window_start = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch, i: int) -> None:
@@ -87,8 +95,7 @@ class LogTraining(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if (trainer.global_step + 1) % self.every == 0:
-            grads = [p.grad for p in stage.parameters() if p.grad is not None]
-            self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+            self.norm = sharding(trainer).gradient_norm()
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
         self.loss += outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning has divided it
@@ -116,8 +123,9 @@ class LogTraining(pl.Callback):
             "throughput/images_per_second": images / elapsed,
             "throughput/data_wait_fraction": self.waited / elapsed,
         }
-        if self.norm is not None:
-            result["train/gradient_norm"] = self.norm.item()
+        norm = self.norm if self.norm is not None else sharding(trainer).gradient_norm_of_step()
+        if norm is not None:
+            result["train/gradient_norm"] = norm.item()
         for b, (total, rows) in enumerate(zip(bins[:TIME_BINS], bins[TIME_BINS:], strict=True)):
             if rows > 0:
                 result[f"train/loss_t{b / TIME_BINS:.1f}"] = total / rows
@@ -125,14 +133,17 @@ class LogTraining(pl.Callback):
 
 
 class SaveOrigin(pl.Callback):
-    """Every checkpoint says what made it: the resolved configuration, the commit and the package versions."""
+    """Every checkpoint says what made it: the resolved configuration, the commit, the package versions, what an export says."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, info: dict[str, Any]) -> None:
         self.run = run
+        self.info = info
+        self.environment = environment()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = to_dict(self.run)
-        checkpoint["environment"] = environment()
+        checkpoint["environment"] = self.environment
+        checkpoint["info"] = self.info
 
 
 class Progress(pl.Callback):
@@ -165,28 +176,30 @@ class Progress(pl.Callback):
 class SampleGrids(pl.Callback):
     """A labelled grid of images from the averaged weights, with the same seeds throughout training: ``samples/step-*.png``."""
 
-    def __init__(self, generator: Generator, folder: Path, every: int, per_class: int = 6) -> None:
-        self.generator = generator
+    def __init__(
+        self, autoencoder: Autoencoder, class_names: Sequence[str], folder: Path, every: int, per_class: int = 6
+    ) -> None:
+        self.autoencoder = autoencoder
         self.folder = folder
         self.every = every
-        self.class_names = generator.class_names[:10]
+        self.class_names = list(class_names[:10])
         self.per_class = per_class
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
         step = trainer.global_step
         whole_step = (i + 1) % trainer.accumulate_grad_batches == 0
-        if whole_step and trainer.is_global_zero and (step == trainer.max_steps or (self.every and step % self.every == 0)):
+        if whole_step and (step == trainer.max_steps or (self.every and step % self.every == 0)):
             self.draw(trainer, stage, step)
 
     def draw(self, trainer: pl.Trainer, stage: pl.LightningModule, step: int) -> None:
         assert isinstance(stage, TransDiffStage)
         classes = range(len(self.class_names))
         labels = torch.tensor([c for c in classes for _ in range(self.per_class)])
-        training = stage.model.training
-        stage.model.eval()
-        with averaged_weights(stage.averaging_optimizer):
-            images = self.generator.images(labels, list(range(len(labels))))[:, -1]
-        stage.model.train(training)
+        model = stage.averaged_model()  # all ranks give their part
+        if not trainer.is_global_zero:
+            return
+        generator = Generator(model, self.autoencoder, stage.run, self.class_names).to(stage.device)
+        images = generator.images(labels, list(range(len(labels))))[:, -1]
         self.folder.mkdir(parents=True, exist_ok=True)
         scale = max(1, 96 // images.shape[-1])
         picture = grid(images, self.per_class, row_labels=self.class_names, scale=scale, title=f"step {step}")
