@@ -33,7 +33,8 @@ def build_zero(stage: int, run: RunConfig) -> Strategy:
     from lit_transdiff.distributed.zero import ZeRO  # DeepSpeed takes seconds to import
 
     on_cpu, bf16 = devices_of(run)[0] == "cpu", precision_of(run) != "32-true"
-    return ZeRO(stage, run.distributed, on_cpu=on_cpu, bf16=bf16, timeout=timeout_of(run))
+    micro = micro_batch_size(run)
+    return ZeRO(stage, run.distributed, micro_batch=micro, on_cpu=on_cpu, bf16=bf16, timeout=timeout_of(run))
 
 
 STRATEGIES: dict[str, Callable[[RunConfig], Strategy]] = {

@@ -29,8 +29,10 @@ CPU_BUCKET = 1_000_000  # elements; DeepSpeed's default allocates gigabytes at o
 class ZeRO(Sharding, DeepSpeedStrategy):
     """ZeRO ``stage`` 1 (optimizer and averages sharded), 2 (and gradients), 3 (and parameters)."""
 
-    def __init__(self, stage: int, config: DistributedConfig, *, on_cpu: bool, bf16: bool, timeout: timedelta) -> None:
-        on_gpu: dict[str, Any] = {} if not on_cpu else dict(reduce_bucket_size=CPU_BUCKET, allgather_bucket_size=CPU_BUCKET)
+    def __init__(
+        self, stage: int, config: DistributedConfig, *, micro_batch: int, on_cpu: bool, bf16: bool, timeout: timedelta
+    ) -> None:
+        buckets: dict[str, Any] = {} if not on_cpu else dict(reduce_bucket_size=CPU_BUCKET, allgather_bucket_size=CPU_BUCKET)
         offload = config.offload != "none"
         super().__init__(
             stage=stage,
@@ -40,8 +42,9 @@ class ZeRO(Sharding, DeepSpeedStrategy):
             offload_parameters=config.offload_parameters,
             offload_params_device=config.offload if offload else "cpu",
             nvme_path=config.nvme_path or "",
+            logging_batch_size_per_gpu=micro_batch,
             timeout=timeout,
-            **on_gpu,
+            **buckets,
         )
         assert isinstance(self.config, dict)
         self.zero_stage = stage
