@@ -19,7 +19,7 @@ from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.distributed import accumulation, micro_batch_size, precision_of, strategy_name, trainer_settings, world_size
-from lit_transdiff.distributed.saving import Checkpoints, spread, what_changes
+from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_checkpoint, spread, what_changes
 from lit_transdiff.export import export_checkpoint, export_folder, read_export, write_export
 from lit_transdiff.models.adapt import adapt
 from lit_transdiff.models.autoencoder import Autoencoder, check_latents, load_autoencoder
@@ -183,8 +183,8 @@ def count(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def build_trainer(parts: Parts) -> pl.Trainer:
-    """Lightning's Trainer for a run. The whole run is one epoch of max_steps; the data order has its own."""
+def build_trainer(parts: Parts, start: int = 0) -> pl.Trainer:
+    """Lightning's Trainer for a run that begins at ``start``. The run is one epoch of max_steps; the data order has its own."""
     run, training = parts.run, parts.run.training
     finite = StopOnNonFinite(training.log_every, training.checkpoint_every, run.folder / "checkpoints")
     numbers = LogTraining(training.log_every, run.images_per_step)
@@ -193,7 +193,7 @@ def build_trainer(parts: Parts) -> pl.Trainer:
         numbers,
         Progress(run.name, numbers),
         SaveOrigin(run, export_info(parts)),
-        Checkpoints(run, spread_of(run), before_save=finite.look),
+        Checkpoints(run, start, spread_of(run), before_save=finite.look),
     ]
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
         grids = SampleGrids(parts.autoencoder, parts.data.class_names, run.folder / "samples", training.sample_every)
@@ -230,14 +230,16 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
         step = trained_steps(run)
         say(f"{run.name}: already trained to step {step} in {run.folder}")
         return TrainResult(run.folder, step, {})
-    pl.seed_everything(run.seed, verbose=False)
-    parts = build(run)
-    say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
-    rank_zero_only(open_folder)(run)
-    checkpoint = last_checkpoint(run)
-    metrics: dict[str, float] = {}
-    if checkpoint is None or checkpoint.step < run.training.max_steps:
-        metrics = fit(parts, checkpoint, say)
+    while True:
+        pl.seed_everything(run.seed, verbose=False)
+        parts = build(run)
+        say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
+        rank_zero_only(open_folder)(run)
+        try:
+            metrics = fit(parts, agreed_checkpoint(run), say)
+            break
+        except TryAgain as reason:
+            say(f"{run.name}: {reason}")
     rank_zero_only(write_model)(parts)
     wait_for_export(run)
     return TrainResult(run.folder, run.training.max_steps, metrics)
@@ -246,7 +248,10 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
 def fit(parts: Parts, checkpoint: Checkpoint | None, say: Callable[[str], None]) -> dict[str, float]:
     """Train from a checkpoint, or from the beginning, to the end; the last values of the metrics."""
     run = parts.run
-    trainer = build_trainer(parts)
+    start = checkpoint.step if checkpoint else 0
+    if start >= run.training.max_steps:
+        return {}
+    trainer = build_trainer(parts, start)
     if checkpoint is not None:
         changes = what_changes(checkpoint, spread_of(run))
         say(f"continuing from {checkpoint.folder}" + (f"; {changes}" if changes else ""))

@@ -6,6 +6,7 @@ import errno
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -25,26 +26,61 @@ from lit_transdiff.checkpoint import (
 )
 from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed.sharding import Sharding, parameter_shapes
+from lit_transdiff.runfolder import last_checkpoint
 
 log = logging.getLogger(__name__)
+
+
+class TryAgain(Exception):
+    """This attempt cannot go on, but the next one from the last checkpoint can."""
+
+
+def agreed_checkpoint(run: RunConfig, patience: float = 120.0) -> Checkpoint | None:
+    """The newest complete checkpoint; where ranks already talk to each other, the one that the first rank sees.
+
+    A shared file system may show a new folder later on other nodes: they wait for it.
+    """
+    found = last_checkpoint(run)
+    if not torch.distributed.is_initialized():
+        return found  # Checkpoints.setup compares
+    choice = [found.step if found else None]
+    torch.distributed.broadcast_object_list(choice, src=0)
+    deadline = time.monotonic() + patience
+    while (found.step if found else None) != choice[0]:
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                errno.ESTALE, f"{run.folder}: the first rank sees the checkpoint of step {choice[0]}, not {found}."
+            )
+        time.sleep(0.5)
+        found = last_checkpoint(run)
+    return found
 
 
 class Checkpoints(pl.Callback):
     """Saves between two steps, after the validation that belongs to the first, so that a resumed run repeats nothing.
 
     Tensors are copied to CPU memory; with ``checkpoint.asynchronous`` a thread then writes the files while training goes on, and
-    a failure is noticed by all ranks together at the next save or at the end. ``identity`` says how the run is spread;
-    ``before_save`` may refuse a save by raising.
+    a failure is noticed by all ranks together at the next save or at the end. ``start`` is the step of the
+    checkpoint that this rank is about to load; ``identity`` says how the run is spread; ``before_save`` may refuse by raising.
     """
 
-    def __init__(self, run: RunConfig, identity: dict[str, Any], before_save: Callable[[pl.Trainer], None]) -> None:
+    def __init__(self, run: RunConfig, start: int, identity: dict[str, Any], before_save: Callable[[pl.Trainer], None]) -> None:
         self.run = run
+        self.start = start
         self.identity = identity
         self.before_save = before_save
         self.folder = run.folder / "checkpoints"
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
         self.saved_step = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse to start from different checkpoints: the next attempt agrees on one."""
+        steps: list[Any] = [self.start] * trainer.world_size
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(steps, self.start)
+        if len(set(steps)) > 1:
+            raise TryAgain(f"ranks saw different last checkpoints (steps {steps}); they agree now")
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.saved_step = trainer.global_step
