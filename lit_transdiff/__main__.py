@@ -23,18 +23,21 @@ AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.Argu
 def pack(args: argparse.Namespace) -> None:
     from lit_transdiff.data.pack import pack as write
 
-    names = args.class_names.split(",") if args.class_names else None
+    names = args.class_names
     print(
         write(
             args.source,
             args.dest,
             split=args.split,
             samples_per_shard=args.samples_per_shard,
+            shards=args.shards,
+            shard_size=args.shard_size,
             seed=args.seed,
             image_size=args.image_size,
             pad_to=args.pad_to,
             limit=args.limit,
-            class_names=names,
+            class_names=Path(names) if names and Path(names).is_file() else names and names.split(","),
+            workers=args.workers,
         )
     )
 
@@ -42,14 +45,14 @@ def pack(args: argparse.Namespace) -> None:
 def index(args: argparse.Namespace) -> None:
     from lit_transdiff.data.index import index_shards
 
-    found = index_shards(args.folder, args.class_names.split(",") if args.class_names else None)
+    found = index_shards(args.folder, args.class_names.split(",") if args.class_names else None, workers=args.workers)
     print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
 
 
 def verify(args: argparse.Namespace) -> None:
     from lit_transdiff.data.index import verify as check
 
-    found = check(args.folder)
+    found = check(args.folder, args.workers)
     print(f"{len(found)} samples in {len(found.shards)} shards: every checksum is right")
 
 
@@ -59,7 +62,15 @@ def cache(args: argparse.Namespace) -> None:
 
     run = load_run(args.run, args.overrides)
     fabric = build_fabric()
-    found = write(args.source, args.dest, autoencoder=run.autoencoder, data=run.data, fabric=fabric, flips=args.flips)
+    found = write(
+        args.source,
+        args.dest,
+        autoencoder=run.autoencoder,
+        data=run.data,
+        fabric=fabric,
+        flips=args.flips,
+        batch_size=args.batch_size,
+    )
     fabric.print(f"{len(found)} latents of shape {found.latents.shape if found.latents else ''} in {args.dest}")
 
 
@@ -92,6 +103,21 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         return dry_run(runs, pipeline)
     run_pipeline(pipeline, runs, build_fabric())
+
+
+def convert(args: argparse.Namespace) -> None:
+    from lit_transdiff.convert import convert as write
+
+    recipe = load_run(args.recipe, args.overrides) if args.recipe else None
+    report = write(
+        args.source,
+        args.dest,
+        autoencoder=args.autoencoder,
+        recipe=recipe,
+        num_heads=args.num_heads,
+        scaling_factor=args.scaling_factor,
+    )
+    print(report)
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -128,6 +154,17 @@ def evaluate(args: argparse.Namespace) -> None:
     fabric.print(result["file"])
 
 
+def reproduce(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.reproduce import Files
+    from lit_transdiff.reproduce import reproduce as redo
+
+    files = Files(Path(args.weights), Path(args.vae), Path(args.inception), Path(args.reference))
+    fabric = build_fabric()
+    output, experiments = Path(args.output), Path(args.experiments)
+    fabric.print(redo(args.row, files, output, fabric=fabric, experiments=experiments, overrides=args.overrides))
+
+
 def compare(args: argparse.Namespace) -> None:
     from lit_transdiff.evaluation.compare import compare as table
 
@@ -161,25 +198,35 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("source")
     sub.add_argument("dest")
     sub.add_argument("--split", choices=("train", "t10k"), help="which of the IDX files")
-    sub.add_argument("--samples-per-shard", type=int, default=1000)
+    sizes = sub.add_mutually_exclusive_group()
+    sizes.add_argument("--samples-per-shard", type=int, help="default: 1000")
+    sizes.add_argument("--shards", type=int, help="how many shards")
+    sizes.add_argument("--shard-size", type=int, metavar="BYTES", help="about how many bytes a shard has")
     sub.add_argument("--seed", type=int, default=0, help="of the shuffle")
     sub.add_argument("--image-size", type=int, help="centre-crop and resize to this many pixels")
     sub.add_argument("--pad-to", type=int, help="pad with zeros to this many pixels")
     sub.add_argument("--limit", type=int, help="pack only so many, evenly over the classes")
-    sub.add_argument("--class-names", help="names in order of class, separated by commas")
+    sub.add_argument(
+        "--class-names",
+        help="names in order of class, separated by commas, or a file: a name a line, or class folder and name",
+    )
+    sub.add_argument("--workers", type=int, default=0, help="processes that write shards; default: this one alone")
 
     sub = command(index, "write the index of webdataset shards that you already have")
     sub.add_argument("folder")
     sub.add_argument("--class-names", help="names in order of class, separated by commas")
+    sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
     sub = command(verify, "check the SHA-256 of every shard against the index")
     sub.add_argument("folder")
+    sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
     sub = command(cache, "image shards -> latent shards, with the autoencoder and image settings of a run")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("source")
     sub.add_argument("dest")
     sub.add_argument("--flips", action="store_true", help="also the latents of the mirrored images")
+    sub.add_argument("--batch-size", type=int, default=64, help="images that are encoded together on each device")
     with_overrides(sub)
 
     sub = command(statistics, "image shards -> reference statistics, with the extractor of a run")
@@ -201,6 +248,15 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
     with_overrides(sub)
 
+    sub = command(convert, "released checkpoints (TransDiff, latent diffusion's autoencoder) <-> ours")
+    sub.add_argument("source", help="checkpoint-last.pth, its folder, or kl16.ckpt; back: an export or autoencoder folder")
+    sub.add_argument("dest", help="a folder; back: a file name ending in .pth or .ckpt")
+    sub.add_argument("--autoencoder", help="folder of the converted autoencoder that the model was trained with")
+    sub.add_argument("--recipe", help="YAML that gives all settings but the shape, such as those of sampling and evaluation")
+    sub.add_argument("--num-heads", type=int, help="of attention, where width and blocks are of no known size")
+    sub.add_argument("--scaling-factor", type=float, default=0.2325, help="latents = samples x this; default: %(default)s")
+    with_overrides(sub)
+
     sub = command(sample, "draw images from a trained run: a labelled grid and single images")
     sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
     sub.add_argument("--classes", help="numbers separated by commas; default: the first ten")
@@ -214,6 +270,18 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub = command(evaluate, "score a trained run and store the scores with everything that decided them")
     sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
     sub.add_argument("--output", help="folder; default: the run folder")
+    with_overrides(sub)
+
+    sub = command(
+        reproduce, "a row of the paper's table from the released files: convert, generate, score, ours beside the paper's"
+    )
+    sub.add_argument("row", help="a name in experiments/baselines.json, as in L-MRAR")
+    sub.add_argument("--weights", required=True, help="checkpoint-last.pth, or its folder")
+    sub.add_argument("--vae", required=True, help="kl16.ckpt")
+    sub.add_argument("--inception", required=True, help="InceptionV3's weights file, in torch-fidelity's layout")
+    sub.add_argument("--reference", required=True, help="statistics of the real images (.npz), as in adm_in256_stats.npz")
+    sub.add_argument("--output", default="runs/reproduce", help="folder; default: %(default)s")
+    sub.add_argument("--experiments", default="experiments", help="folder of the recipes; default: %(default)s")
     with_overrides(sub)
 
     sub = command(compare, "one table of all scored runs below a folder, as text, Markdown, CSV and a picture")

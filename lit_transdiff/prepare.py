@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lit_transdiff.config import AutoencoderConfig, DataConfig
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex, read_index
-from lit_transdiff.data.latents import finish_latent_index, write_latent_shards
+from lit_transdiff.data.latents import LatentCache, latent_info
 from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.statistics import Statistics, reference_statistics, save_statistics
 from lit_transdiff.models.autoencoder import load_autoencoder
@@ -31,39 +31,30 @@ def cache(
 ) -> ShardIndex:
     """Write the autoencoder's moments of the image shards ``source`` as latent shards ``dest``, over all ranks of ``fabric``.
 
-    A finished cache of the same autoencoder is left as it is; one of another autoencoder is refused.
+    A cache that was stopped is continued, on any number of ranks; a finished one is left as it is; one of another
+    autoencoder, other images, or another crop, size or number of flips is refused.
     """
     network = load_autoencoder(autoencoder.kind, autoencoder.path, data.image_channels).to(fabric.device)
-    if (Path(dest) / "index.json").exists():
-        return check_cache(dest, network.fingerprint)
-    info = write_latent_shards(
-        source,
-        dest,
-        lambda images: network.encode(images.to(fabric.device)),
-        fingerprint=network.fingerprint,
-        flips=flips,
+    info = latent_info(network.encode, data, fingerprint=network.fingerprint, flips=flips, device=fabric.device)
+    work = LatentCache(source, dest, info, data)
+    if work.is_finished:
+        return read_index(dest)
+    if fabric.is_global_zero:
+        work.begin()
+    fabric.barrier()
+    work.write(
+        network.encode,
         batch_size=batch_size,
-        data=data,
+        device=fabric.device,
         rank=fabric.global_rank,
         world=fabric.world_size,
         progress=fabric.is_global_zero,
     )
     fabric.barrier()
-    if fabric.is_global_zero and info is not None:  # the first rank always has a shard
-        finish_latent_index(source, dest, info, progress=False)
+    if fabric.is_global_zero:
+        work.finish()
     fabric.barrier()
     return read_index(dest)
-
-
-def check_cache(dest: str | Path, fingerprint: str) -> ShardIndex:
-    """The index of a finished cache; raises ``ValueError`` when another autoencoder made it."""
-    index = read_index(dest)
-    made_with = index.latents.fingerprint if index.latents else "no autoencoder: it holds images"
-    if made_with != fingerprint:
-        raise ValueError(
-            f"{dest} was made with another autoencoder ({made_with}; this one is {fingerprint}). Choose another folder."
-        )
-    return index
 
 
 def statistics(

@@ -18,10 +18,11 @@ from lit_transdiff.checkpoint import Checkpoint
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
+from lit_transdiff.data.references import num_groups
 from lit_transdiff.distributed import accumulation, micro_batch_size, precision_of, strategy_name, trainer_settings, world_size
 from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_checkpoint, spread, what_changes
 from lit_transdiff.export import export_checkpoint, export_folder, read_export, write_export
-from lit_transdiff.models.adapt import adapt
+from lit_transdiff.models.adapt import match
 from lit_transdiff.models.autoencoder import Autoencoder, check_latents, load_autoencoder
 from lit_transdiff.runfolder import check_folder, last_checkpoint, open_folder, trained_steps
 from lit_transdiff.sampling import check_sampling
@@ -127,15 +128,21 @@ def to_latents(autoencoder: Autoencoder, kind: str) -> ToLatents:
     return convert
 
 
-def initialise_from(run: RunConfig, stage: TransDiffStage) -> str:
-    """Load the (averaged) weights of ``init_from``; the report says what was copied, adapted, dropped and newly made."""
+def initialise_from(run: RunConfig, stage: TransDiffStage, load: bool = True) -> str:
+    """Load the (averaged) weights of ``init_from``; the report says what was copied, adapted, dropped and newly made.
+
+    With ``load`` false only the report is made; the model may then be on the meta device.
+    """
     if run.init_from is None:
         return ""
     export = read_export(run.init_from)
     try:
-        return f"initialised from {export.folder}: {adapt(stage.model, export.state)}"
+        found, report = match(stage.model, export.state, run.init_positions)
     except ValueError as error:
         raise ValueError(f"init_from: {export.folder}: {error}") from error
+    if load:
+        stage.model.load_state_dict(found)
+    return f"initialised from {export.folder}: {report}"
 
 
 def plan(run: RunConfig, made: Collection[str] = ()) -> str:
@@ -146,8 +153,9 @@ def plan(run: RunConfig, made: Collection[str] = ()) -> str:
     index = None if run.data.train in made else build_data(run, autoencoder).index_of("data.train")
     if run.stage in PREPARATORY:
         return describe(run, PREPARATORY[run.stage](run), index)
-    stage = STAGES[run.stage](run, lambda values, noise: values)
-    report = f"initialised from {run.init_from}" if run.init_from in made else initialise_from(run, stage)
+    with torch.device("meta"):  # shapes are enough, and a large model takes neither time nor memory
+        stage = STAGES[run.stage](run, lambda values, noise: values)
+    report = f"initialised from {run.init_from}" if run.init_from in made else initialise_from(run, stage, load=False)
     return describe(run, stage, index, report)
 
 
@@ -166,7 +174,7 @@ def describe(run: RunConfig, stage: pl.LightningModule, index: ShardIndex | None
     rows, references = training.max_steps * training.global_batch_size, run.model.num_references
     epochs = ""
     if index is not None:
-        items = int((index.class_counts // references).sum())
+        items = num_groups(index.class_counts, references)
         lines.append(f"data        {run.data.train}: {len(index):,} {index.kind}, {items:,} rows of {references}")
         epochs = f" ({rows / items:.1f} epochs)"
     else:

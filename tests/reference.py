@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_transdiff.config import ModelConfig
-from lit_transdiff.models.official import from_released
+from lit_transdiff.models.official import from_released, read_shape
 from lit_transdiff.models.transdiff import TransDiff
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -24,21 +24,11 @@ def load(name: str) -> dict[str, Tensor]:
 def model(case: str) -> TransDiff:
     """A model of the case's shape with its weights, in evaluation mode."""
     theirs = CASES[case]["config"]
-    config = ModelConfig(
-        width=theirs["encoder_embed_dim"],
-        num_heads=theirs["encoder_num_heads"],
-        encoder_blocks=theirs["encoder_blocks"],
-        decoder_blocks=theirs["decoder_blocks"],
-        num_classes=theirs["class_num"],
-        num_class_tokens=theirs["buffer_size"],
-        latent_channels=theirs["vae_embed_dim"],
-        num_references=4 if theirs["model"] == "mrar" else 1,
-        attention_dropout=theirs["attn_dropout"],
-        projection_dropout=theirs["proj_dropout"],
-    )
-    state, _ = from_released(load(CASES[case]["weights"]))
+    weights = load(CASES[case]["weights"])
+    dropout = dict(attention_dropout=theirs["attn_dropout"], projection_dropout=theirs["proj_dropout"])
+    config = ModelConfig(**read_shape(weights, theirs["encoder_num_heads"]), **dropout)
     result = TransDiff(config).eval()
-    result.load_state_dict(state)
+    result.load_state_dict(from_released(weights, config).state)
     return result
 
 

@@ -23,6 +23,7 @@ LAYERS = {
     "flow": 3,
     "pictures": 3,
     "sampling": 4,
+    "convert": 4,
     "draw": 5,
     "stages": 5,
     "runfolder": 3,
@@ -31,6 +32,7 @@ LAYERS = {
     "trainer": 7,
     "evaluation": 6,
     "prepare": 9,
+    "reproduce": 9,
     "pipeline": 10,
     "__main__": 11,
 }

@@ -17,9 +17,9 @@ class DataConfig:
     index: Optional[str] = None  # index.json of ``train`` when ``train`` is a URL
     image_size: int = 256  # pixels; images are cropped to a square and resized to it
     image_channels: int = 3
-    crop: Literal["none", "center", "random"] = "center"
+    crop: Literal["none", "center", "random", "random-square"] = "center"
     horizontal_flip: bool = True  # flip half of the images (the other half of a cache made with both flips)
-    groups: Optional[str] = None  # JSON lines, one list of sample keys a line: the groups of an MRAR run, instead of regrouping
+    groups: Optional[str] = None  # JSON lines, a list of sample keys or {"cate", "files"} each: the groups of an MRAR run
     shuffle_block: int = 64  # shards whose samples are shuffled together: bounds how many files are open at a time
     on_bad_sample: Literal["refuse", "skip"] = "refuse"
     num_workers: int = 0
@@ -29,6 +29,11 @@ class DataConfig:
         require(self.image_channels in (1, 3), "data.image_channels", self.image_channels, "1 (grey) or 3 (RGB)")
         require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "an integer of at least 1")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+
+    @property
+    def crops_at_random(self) -> bool:
+        """Whether training sees another crop of an image each time; evaluation then takes the centre crop."""
+        return self.crop in ("random", "random-square")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 from lit_transdiff.config.checks import require
 from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
@@ -24,6 +24,9 @@ class RunConfig:
     output_dir: str = "runs"  # the run folder is output_dir/name
     seed: int = 0
     init_from: Optional[str] = None  # run folder or export folder whose (EMA) weights this run starts from
+    init_positions: Literal["new", "interpolate"] = (
+        "new"  # what depends on the latent's size, where that differs: made anew, or resized
+    )
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(kind="identity"))
     autoencoder_training: AutoencoderTraining = field(default_factory=AutoencoderTraining)
@@ -52,6 +55,18 @@ class RunConfig:
             "training.validate_every",
             validated,
             f"a multiple of training.checkpoint_every={rhythm} when checkpoint.keep_best is given",
+        )
+        require(
+            self.init_positions == "new" or self.init_from is not None,
+            "init_positions",
+            self.init_positions,
+            "'new' without init_from, from which they would be resized",
+        )
+        require(
+            not self.training.frozen_dropout or self.stage == "diffusion_head",
+            "training.frozen_dropout",
+            self.training.frozen_dropout,
+            f"false in stage {self.stage}, which freezes nothing",
         )
         scales = self.sampling.reference_guidance
         require(

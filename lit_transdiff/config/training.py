@@ -37,9 +37,11 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.02
     warmup_steps: int = 0
+    warmup_offset: float = 1.0  # step s warms up to (s + offset) / warmup_steps; the reference: 1 - 1 / accumulated passes
     schedule: str = "constant"  # a name in stages.optim.SCHEDULES
     min_lr: float = 0.0
     gradient_clip: float = 3.0
+    gradient_scale: float = 1.0  # of the loss's mean, before clipping; the reference sums its accumulated passes: their number
     ema_decay: float = 0.9999
     more_ema_decays: list[float] = field(default_factory=list)  # further averages, kept and exported beside the first
 
@@ -48,6 +50,8 @@ class OptimizerConfig:
         for decay in (self.ema_decay, *self.more_ema_decays):
             require(0 <= decay < 1, "optimizer.ema_decay", decay, "0 <= decay < 1")
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= self.warmup_offset <= 1, "optimizer.warmup_offset", self.warmup_offset, "0 to 1")
+        require(self.gradient_scale > 0, "optimizer.gradient_scale", self.gradient_scale, "above 0")
         require(self.gradient_clip >= 0, "optimizer.gradient_clip", self.gradient_clip, "0 (off) or more")
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two values in [0, 1)"
@@ -61,7 +65,10 @@ class TrainingConfig:
     max_steps: int = 1000
     global_batch_size: int = 256
     micro_batch_size: Optional[int] = None  # images a device and forward pass; nothing: global batch / devices
-    precision: Literal["auto", "fp32", "bf16-mixed"] = "auto"  # auto: bf16-mixed on GPUs that have it, fp32 on CPUs
+    precision: Literal["auto", "fp32", "bf16-mixed", "fp16-mixed", "bf16-true"] = "auto"
+    # auto: bf16-mixed on GPUs that have it, else fp32. Weights and their average are float32 in all but bf16-true, where the
+    # weights and the optimizer are bfloat16 as in the reference's fine-tuning: small updates are then lost to rounding.
+    frozen_dropout: bool = False  # in stage diffusion_head: dropout in the frozen encoder, as in the reference
     log_every: int = 10
     validate_every: int = 0  # steps; 0: only at the end
     checkpoint_every: int = 500

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from lit_transdiff.config import DataConfig, require
-from lit_transdiff.data.dataset import Batch, PlannedDataset, as_is
+from lit_transdiff.data.dataset import Batch, PlannedDataset, loader_options
 from lit_transdiff.data.index import ShardIndex, read_index
 from lit_transdiff.data.plan import BatchLayout, Rows, TrainPlan, evaluation_batches
 from lit_transdiff.data.references import read_groups
@@ -144,12 +143,15 @@ class DataModule(pl.LightningDataModule):
         if is_url(self.data.train):
             stream = StreamDataset(index, self.data, self.seed, layout, total)
             identity |= {"world": layout.world, "micro_batch_size": layout.micro_batch, "num_workers": self.data.num_workers}
-            return TrainLoader(stream, lambda: self.start(layout), identity, **self.loader_options())
+            return TrainLoader(stream, lambda: self.start(layout), identity, **loader_options(self.data.num_workers))
         groups = None if self.data.groups is None else read_groups(self.data.groups, index, self.num_references)
         plan = TrainPlan(index, self.seed, num_references=self.num_references, block=self.data.shuffle_block, groups=groups)
+        identity["number of groups"] = plan.num_items
         sampler = PlanSampler(plan, layout, total, lambda: self.start(layout))
         dataset = PlannedDataset(index, self.data, self.seed, training=True)
-        return TrainLoader(dataset, lambda: self.start(layout), identity, sampler=sampler, **self.loader_options())
+        return TrainLoader(
+            dataset, lambda: self.start(layout), identity, sampler=sampler, **loader_options(self.data.num_workers)
+        )
 
     def check_trainer(self, layout: BatchLayout) -> None:
         """The trainer counts as this module does."""
@@ -176,7 +178,7 @@ class DataModule(pl.LightningDataModule):
             seed=self.seed,
             num_samples=self.num_validation_samples,
         )
-        options = self.loader_options()
+        options = loader_options(self.data.num_workers)
         return DataLoader(
             PlannedDataset(index, self.data), sampler=batches, persistent_workers=self.data.num_workers > 0, **options
         )
@@ -184,20 +186,6 @@ class DataModule(pl.LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """From pinned memory the copy runs beside the computation."""
         return batch.to(device, non_blocking=True)
-
-    def loader_options(self) -> dict[str, Any]:
-        """Batches come whole from the dataset. Workers come from a clean server process: a fork of this one may hang."""
-        context = None
-        if self.data.num_workers > 0:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["lit_transdiff.data.stream"])  # the slow imports, once for all workers
-        return {
-            "batch_size": None,
-            "collate_fn": as_is,
-            "num_workers": self.data.num_workers,
-            "multiprocessing_context": context,
-            "pin_memory": torch.cuda.is_available(),
-        }
 
     def keys(self, samples: Tensor, evaluation: bool = False) -> list[str]:
         """``shard/key`` of each sample (any shape, flattened), for messages."""

@@ -1,13 +1,14 @@
 """Planned rows -> batches: reads, decodes and augments the samples of local shards.
 
-Shapes: B rows, R references, C channels; images [B, R, C, H, W] in [-1, 1], latents (moments) [B, R, 2c, h, w].
+Shapes: B rows, R references, C channels; images [B, R, C, H, W] float32 in [-1, 1], latents (moments) [B, R, 2c, h, w]
+float16, as they are stored: half as much to move, and the stages compute in float32.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_transdiff.config import DataConfig, require
-from lit_transdiff.data.decode import crop_to_square, decode_latents, image_tensor, open_image
+from lit_transdiff.data.decode import crop_to_square, decode_latents, drawing_from, image_tensor, open_image
 from lit_transdiff.data.index import ShardIndex
-from lit_transdiff.data.plan import Rows, generator
+from lit_transdiff.data.plan import Rows, coin_flips, generator
+from lit_transdiff.data.processes import clean_context
 from lit_transdiff.data.shards import ShardReader
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 class Batch:
     """What a stage is given."""
 
-    values: Tensor  # [B, R, C, H, W] images in [-1, 1], or autoencoder moments [B, R, 2c, h, w]
+    values: Tensor  # [B, R, C, H, W] float32 images in [-1, 1], or float16 autoencoder moments [B, R, 2c, h, w]
     labels: Tensor  # [B] int64
     samples: Tensor  # [B, R] int64, index of each sample in the shard index
     positions: Tensor  # [B] int64, position of the row in the run's endless stream (evaluation: index of the first sample)
@@ -47,6 +49,17 @@ def as_is(batch: Batch) -> Batch:
     return batch
 
 
+def loader_options(num_workers: int) -> dict[str, Any]:
+    """Of every DataLoader here: batches come whole from the dataset, workers from a clean server process."""
+    return {
+        "batch_size": None,
+        "collate_fn": as_is,
+        "num_workers": num_workers,
+        "multiprocessing_context": clean_context() if num_workers else None,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
 class SampleDecoder:
     """Bytes of a sample -> values [C, H, W], augmented by (seed, epoch, sample) when training."""
 
@@ -58,9 +71,8 @@ class SampleDecoder:
                 True,
                 f"false, because the latents in {index.folder} were cached without flips (or cache them again with flips)",
             )
-            require(
-                data.crop != "random", "data.crop", data.crop, "'center' or 'none' for cached latents, which cannot be cropped"
-            )
+            allowed = "'center' or 'none' for cached latents, which cannot be cropped"
+            require(not data.crops_at_random, "data.crop", data.crop, allowed)
         self.index, self.data, self.seed, self.training = index, data, seed, training
 
     def __call__(self, content: bytes, sample: int, epoch: int) -> Tensor:
@@ -70,11 +82,12 @@ class SampleDecoder:
         try:
             if self.index.latents is not None:
                 return decode_latents(content, self.index.latents, flip)
-            crop = "center" if self.data.crop == "random" and not self.training else self.data.crop
-            image = crop_to_square(open_image(content), self.data.image_size, crop, rng)
+            crop = "center" if self.data.crops_at_random and not self.training else self.data.crop
+            image = open_image(content).convert("L" if self.data.image_channels == 1 else "RGB")  # before it is resized
+            image = crop_to_square(image, self.data.image_size, crop, None if rng is None else drawing_from(rng))
         except ValueError as error:
             raise ValueError(f"{self.index.name_of(sample)}: {error}") from error
-        values = image_tensor(image, self.data.image_channels)
+        values = image_tensor(image)
         return values.flip(-1) if flip else values
 
 
@@ -89,19 +102,40 @@ class PlannedDataset(Dataset):
         self.num_skipped = 0
 
     def __getitem__(self, rows: Rows) -> Batch:
+        samples, values = self.read_latents(rows) if self.index.latents else self.read_one_by_one(rows)
+        return Batch(
+            values=values.view(*samples.shape, *values.shape[1:]),
+            labels=torch.from_numpy(self.index.label[samples[:, 0]].astype(np.int64)),
+            samples=torch.from_numpy(samples),
+            positions=torch.from_numpy(rows.positions.astype(np.int64)),
+        )
+
+    def read_one_by_one(self, rows: Rows) -> tuple[np.ndarray, Tensor]:
+        """The samples [B, R] that were read and their values [B R, ...]."""
         samples = rows.samples.copy()
         values = []
         for row, epoch in enumerate(rows.epochs):
             for r in range(samples.shape[1]):
                 samples[row, r], value = self.load(int(samples[row, r]), int(epoch), samples[row])
                 values.append(value)
-        stacked = torch.stack(values)
-        return Batch(
-            values=stacked.view(*samples.shape, *stacked.shape[1:]),
-            labels=torch.from_numpy(self.index.label[samples[:, 0]].astype(np.int64)),
-            samples=torch.from_numpy(samples),
-            positions=torch.from_numpy(rows.positions.astype(np.int64)),
-        )
+        return samples, torch.stack(values)
+
+    def read_latents(self, rows: Rows) -> tuple[np.ndarray, Tensor]:
+        """The same for latents: all of them straight from the files into the batch, shard by shard."""
+        info = self.index.latents
+        assert info is not None
+        samples = rows.samples.reshape(-1)
+        length = info.sample_bytes // info.flips
+        first = np.zeros(len(samples), np.int64)
+        if self.decode.training and self.decode.data.horizontal_flip:
+            epochs = np.repeat(rows.epochs, rows.samples.shape[1])
+            first = coin_flips(self.decode.seed, epochs, samples) * np.int64(length)
+        content = np.empty((len(samples), length), np.uint8)
+        try:
+            self.reader.read_parts(samples, first, content)
+        except ValueError:
+            return self.read_one_by_one(rows)  # which says what is wrong, or takes others instead
+        return rows.samples, torch.from_numpy(content.view(np.float16)).view(-1, *info.shape)
 
     def load(self, sample: int, epoch: int, group: np.ndarray) -> tuple[int, Tensor]:
         """The sample and its values; with ``on_bad_sample: skip`` the next readable one of its class that is not in ``group``."""

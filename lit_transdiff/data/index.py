@@ -19,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from lit_transdiff.config import require
+from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import ScannedSample, scan_shard
-from lit_transdiff.files import replace_file, sha256_of
+from lit_transdiff.files import replace_file, sha256_of, sha256_of_lines
 
 FORMAT = "lit_transdiff shards"
 VERSION = 1
@@ -36,6 +37,14 @@ class Shard:
     bytes: int
     sha256: str
     classes: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShardRows:
+    """One shard and its rows of the index: an array of each of ``COLUMNS``, and ``key``."""
+
+    shard: Shard
+    columns: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,12 @@ class ShardIndex:
     def class_counts(self) -> np.ndarray:
         """[num_classes] int64: samples of each class."""
         return np.bincount(self.label, minlength=self.num_classes)
+
+    @property
+    def identity(self) -> str:
+        """A hash of the shards' checksums and class names: the same for the same data."""
+        lines = [*(f"{shard.name} {shard.sha256}" for shard in self.shards), *self.class_names]
+        return sha256_of_lines(lines)[:16]
 
     def shard_of(self, sample: int) -> int:
         return int(np.searchsorted(self.starts, sample, side="right")) - 1
@@ -182,15 +197,20 @@ def check_sizes(index: ShardIndex) -> None:
             raise ValueError(f"{path}: {size} bytes, but {shard.bytes} in index.json: the shard is damaged or was replaced.")
 
 
-def verify(folder: str | Path) -> ShardIndex:
+def verify(folder: str | Path, workers: int = 0) -> ShardIndex:
     """Compare the SHA-256 of every shard with the index; raises ``ValueError`` naming all shards that differ."""
     index = read_index(folder)
-    damaged = [shard.name for shard in index.shards if sha256_of(index.folder / shard.name) != shard.sha256]
+    sums = in_processes(named_sum, ((index.folder / shard.name,) for shard in index.shards), workers)
+    damaged = sorted({(shard.name, shard.sha256) for shard in index.shards} - set(sums))
     if damaged:
         raise ValueError(
-            f"{folder}: {len(damaged)} of {len(index.shards)} shards differ from their SHA-256: {', '.join(damaged)}."
+            f"{folder}: {len(damaged)} of {len(index.shards)} shards differ from their SHA-256: {', '.join(name for name, _ in damaged)}."
         )
     return index
+
+
+def named_sum(path: Path) -> tuple[str, str]:
+    return path.name, sha256_of(path)
 
 
 def index_shards(
@@ -198,9 +218,10 @@ def index_shards(
     class_names: Optional[Sequence[str]] = None,
     seed: Optional[int] = None,
     latents: Optional[LatentInfo] = None,
+    workers: int = 0,
     progress: bool = True,
 ) -> ShardIndex:
-    """Scan the tars of a folder (in name order) and write their index.
+    """Scan the tars of a folder (in name order, in ``workers`` processes) and write their index.
 
     Without ``class_names`` the classes are called by their numbers, 0 to the largest label. Raises ``ValueError`` naming
     shard and key for whatever ``scan_shard`` refuses, and for a key that two shards share.
@@ -209,48 +230,45 @@ def index_shards(
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise FileNotFoundError(f"{folder} has no *.tar (compressed tars cannot be read at an offset; unpack them first).")
-    rows: list[ScannedSample] = []
-    shards: list[Shard] = []
-    owner: dict[str, str] = {}  # key -> shard
-    for path in tqdm(paths, desc="indexing", unit="shard", disable=not progress):
-        scanned = scan_shard(path)
-        for sample in scanned:
-            if sample.key in owner:
-                raise ValueError(f"{path.name}: key {sample.key!r} is also in {owner[sample.key]}; keys must differ.")
-            owner[sample.key] = path.name
-            check_sample(path.name, sample, latents)
-        classes = len({sample.label for sample in scanned})
-        shards.append(Shard(path.name, len(scanned), path.stat().st_size, sha256_of(path), classes))
-        rows.extend(scanned)
-    index = index_of_rows(folder, shards, rows, class_names, seed, latents)
+    tasks = ((path, latents) for path in paths)
+    scanned = tqdm(in_processes(rows_of, tasks, workers), desc="indexing", unit="shard", total=len(paths), disable=not progress)
+    rows = sorted(scanned, key=lambda found: found.shard.name)
+    index = join_rows(folder, rows, class_names, seed, latents)
     index.save()
     return index
 
 
-def index_of_rows(
+def rows_of(path: Path, latents: Optional[LatentInfo]) -> ShardRows:
+    """Scan one shard: its checksum and where its samples lie. ``latents`` says what they are expected to be."""
+    scanned = scan_shard(path)
+    for sample in scanned:
+        check_sample(path.name, sample, latents)
+    columns = {name: np.array([getattr(sample, name) for sample in scanned], kind) for name, kind in COLUMNS.items()}
+    columns["key"] = np.array([sample.key.encode() for sample in scanned], np.bytes_)
+    classes = len({sample.label for sample in scanned})
+    return ShardRows(Shard(path.name, len(scanned), path.stat().st_size, sha256_of(path), classes), columns)
+
+
+def join_rows(
     folder: Path,
-    shards: list[Shard],
-    rows: list[ScannedSample],
+    rows: Sequence[ShardRows],
     class_names: Optional[Sequence[str]],
     seed: Optional[int],
     latents: Optional[LatentInfo],
 ) -> ShardIndex:
-    """The index of samples that were scanned in shard order."""
+    """The index of shards that were scanned one by one, in their order; a shard without samples is left out."""
+    rows = [found for found in rows if found.shard.samples]
     require(len(rows) > 0, str(folder), "shards without a sample", "at least one sample")
-    label = np.array([row.label for row in rows], COLUMNS["label"])
-    names = tuple(str(c) for c in range(int(label.max()) + 1)) if class_names is None else tuple(class_names)
-    require(int(label.max()) < len(names), f"{folder}: label", int(label.max()), f"0 to {len(names) - 1} (class names)")
-    return ShardIndex(
-        folder=folder,
-        class_names=names,
-        shards=tuple(shards),
-        offset=np.array([row.offset for row in rows], COLUMNS["offset"]),
-        size=np.array([row.size for row in rows], COLUMNS["size"]),
-        label=label,
-        key=np.array([row.key.encode() for row in rows]),
-        seed=seed,
-        latents=latents,
-    )
+    columns = {name: np.concatenate([found.columns[name] for found in rows]) for name in (*COLUMNS, "key")}
+    highest = int(columns["label"].max())
+    names = tuple(str(c) for c in range(highest + 1)) if class_names is None else tuple(class_names)
+    require(highest < len(names), f"{folder}: label", highest, f"0 to {len(names) - 1} (class names)")
+    index = ShardIndex(folder, names, tuple(found.shard for found in rows), seed=seed, latents=latents, **columns)
+    by_key = np.argsort(index.key, kind="stable")
+    for place in np.flatnonzero(index.key[by_key[1:]] == index.key[by_key[:-1]]):
+        one, other = (index.shards[index.shard_of(sample)].name for sample in by_key[place : place + 2])
+        raise ValueError(f"{other}: key {index.key_of(by_key[place])!r} is also in {one}; keys must differ.")
+    return index
 
 
 def check_sample(shard: str, sample: ScannedSample, latents: Optional[LatentInfo]) -> None:

@@ -6,96 +6,167 @@ as raw float16, one ``.bin`` a sample: the moments of the image and, with flips,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lit_transdiff.config import DataConfig, require
-from lit_transdiff.data.dataset import PlannedDataset
-from lit_transdiff.data.index import LatentInfo, ShardIndex, index_shards, read_index
+from lit_transdiff.data.dataset import Batch, PlannedDataset, loader_options
+from lit_transdiff.data.index import LatentInfo, ShardIndex, join_rows, read_index, rows_of
+from lit_transdiff.data.journal import Journal
 from lit_transdiff.data.plan import Rows
-from lit_transdiff.data.shards import ShardWriter
+from lit_transdiff.data.processes import ahead
+from lit_transdiff.data.shards import ShardWriter, tar_bytes
+from lit_transdiff.files import free_bytes, readable, require_space
 
-EncodeFn = Callable[[Tensor], Tensor]
+PLAN_FILE = "caching.json"
+BATCHES_AHEAD = 2  # that are encoded before they are written
+EncodeFn = Callable[[Tensor], Tensor]  # images on the device -> moments on it
 
 
-def write_latent_shards(
-    source_folder: str | Path,
-    dest: str | Path,
-    encode_fn: EncodeFn,
-    *,
-    fingerprint: str,
-    flips: bool,
-    batch_size: int,
-    data: DataConfig,
-    rank: int = 0,
-    world: int = 1,
-    progress: bool = True,
-) -> Optional[LatentInfo]:
-    """Write the latent shards ``rank``, ``rank + world``, ...; when all ranks are done, one calls ``finish_latent_index``.
+def latent_info(encode_fn: EncodeFn, data: DataConfig, *, fingerprint: str, flips: bool, device: torch.device) -> LatentInfo:
+    """What the latents will be, found out with one black image."""
+    image = torch.full((1, data.image_channels, data.image_size, data.image_size), -1.0, device=device)
+    moments = encode(encode_fn, image)
+    _, channels, height, width = moments.shape
+    require(channels % 2 == 0, "encode_fn: shape", tuple(moments.shape), "(B, 2c, h, w)")
+    return LatentInfo((channels, height, width), 2 if flips else 1, fingerprint, data.image_size)
 
-    Images are read as in evaluation (``data.image_size``, ``data.image_channels``, ``data.crop``; never flipped at random).
-    ``encode_fn`` takes images and gives moments on any device. A rank that has no shard writes nothing and gives nothing.
-    Raises ``ValueError`` naming the sample for moments that float16 cannot hold, and for a ``dest`` that already has an index.
+
+class LatentCache:
+    """The latents of ``source``, to be made in ``dest``, and how far that is. Every rank has one, with the same arguments.
+
+    One rank calls ``begin``, then each ``write``, then one ``finish``; all wait for each other in between.
     """
-    index, dest = read_index(source_folder), Path(dest)
-    require(index.kind == "images", f"{source_folder}: kind", index.kind, "images")
-    require(data.crop != "random", "data.crop", data.crop, "'center' or 'none': a cache holds one crop of each image")
-    require(not (dest / "index.json").exists(), str(dest), "a folder with an index", "a new folder")
-    dest.mkdir(parents=True, exist_ok=True)
-    dataset = PlannedDataset(index, replace(data, on_bad_sample="refuse"))  # a substitute would be stored under another's key
-    mine = range(rank, len(index.shards), world)
-    with tqdm(total=sum(index.shards[s].samples for s in mine), desc="encoding", unit="image", disable=not progress) as bar:
-        for shard in mine:
-            with ShardWriter(dest / index.shards[shard].name) as writer:
-                for samples in batches_of(index, shard, batch_size):
-                    moments = encode_batch(dataset, samples, encode_fn, flips)
-                    for sample, array in zip(samples.tolist(), moments, strict=True):
-                        writer.write(index.key_of(sample), int(index.label[sample]), "bin", array.tobytes())
-                    bar.update(len(samples))
-    return LatentInfo(moments.shape[2:], 2 if flips else 1, fingerprint, data.image_size) if mine else None
+
+    def __init__(self, source: str | Path, dest: str | Path, info: LatentInfo, data: DataConfig) -> None:
+        """Raises ``ValueError`` for a ``dest`` that was begun with other latents or holds something else."""
+        self.source, self.dest, self.info = read_index(source), Path(dest), info
+        require(self.source.kind == "images", f"{source}: kind", self.source.kind, "images")
+        require(not data.crops_at_random, "data.crop", data.crop, "'center' or 'none': a cache holds one crop of each image")
+        self.data = replace(data, on_bad_sample="refuse")  # a substitute would be stored under another's key
+        self.journal = Journal(self.dest, PLAN_FILE)
+        self.journal.check(self.plan())
+
+    def plan(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the shards."""
+        return {
+            "source": self.source.identity,
+            "autoencoder": self.info.fingerprint,
+            "image_size": self.data.image_size,
+            "image_channels": self.data.image_channels,
+            "crop": self.data.crop,
+            "flips": self.info.flips,
+            "shape": self.info.shape,
+            "dtype": self.info.dtype,
+        }
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.dest / "index.json").exists()
+
+    def begin(self, say: Callable[[str], None] = tqdm.write) -> None:
+        """Say what will be written, check that there is room for it, and write the plan."""
+        shards, sample = self.source.shards, np.array([self.info.sample_bytes])
+        sizes = {shard.name: tar_bytes(sample.repeat(shard.samples)) for shard in shards}
+        left = [name for name in sizes if self.journal.finished(name) is None]
+        some = "" if len(left) == len(shards) else f"; {len(shards) - len(left)} of them are there already"
+        say(
+            f"{len(self.source)} x {self.info.flips} latents of shape {self.info.shape} in {self.info.dtype} -> {len(shards)} "
+            f"shards in {self.dest}, {readable(sum(sizes.values()))}{some}; {readable(free_bytes(self.dest))} are free"
+        )
+        require_space(self.dest, sum(sizes[name] for name in left))
+        self.journal.begin(self.plan())
+
+    def write(
+        self,
+        encode_fn: EncodeFn,
+        *,
+        batch_size: int,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = True,
+    ) -> None:
+        """Write the shards ``rank``, ``rank + world``, ... that are not there yet.
+
+        Images are read as in evaluation, by ``data.num_workers`` processes; a thread encodes them while this one writes.
+        Raises ``ValueError`` naming the sample for moments that float16 cannot hold.
+        """
+        shards = self.source.shards
+        mine = range(rank, len(shards), world)
+        left = [shard for shard in mine if self.journal.finished(shards[shard].name) is None]
+        encoded = ahead(self.encoded(self.batches(left, batch_size), encode_fn, device), BATCHES_AHEAD)
+        with tqdm(total=sum(shards[s].samples for s in mine), desc="encoding", unit="image", disable=not progress) as bar:
+            bar.update(bar.total - sum(shards[s].samples for s in left))
+            for shard in left:
+                with ShardWriter(self.dest / shards[shard].name) as writer:
+                    for _ in batches_of(self.source, shard, batch_size):
+                        samples, moments = next(encoded)
+                        for sample, array in zip(samples.tolist(), moments, strict=True):
+                            writer.write(self.source.key_of(sample), int(self.source.label[sample]), "bin", array.tobytes())
+                        bar.update(len(samples))
+                self.journal.add(rows_of(self.dest / shards[shard].name, self.info))
+
+    def batches(self, shards: list[int], batch_size: int) -> Iterator[Batch]:
+        """The images of the shards in order; no batch holds those of two shards."""
+        parts = [part for shard in shards for part in batches_of(self.source, shard, batch_size)]
+        rows = [Rows(part, np.zeros_like(part), part[:, None]) for part in parts]
+        return iter(DataLoader(PlannedDataset(self.source, self.data), sampler=rows, **loader_options(self.data.num_workers)))
+
+    def encoded(
+        self, batches: Iterable[Batch], encode_fn: EncodeFn, device: torch.device
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The samples [B] of each batch and their moments."""
+        for batch in batches:
+            samples = batch.samples[:, 0].numpy()
+            yield samples, self.encode_batch(samples, batch.values[:, 0].to(device, non_blocking=True), encode_fn)
+
+    def encode_batch(self, samples: np.ndarray, images: Tensor, encode_fn: EncodeFn) -> np.ndarray:
+        """[B, F, 2c, h, w] float16 moments of images [B, C, H, W], F = 2 with flips."""
+        views = [images, images.flip(-1)][: self.info.flips]
+        moments = torch.stack([encode(encode_fn, view) for view in views], dim=1)
+        expected = (len(images), self.info.flips, *self.info.shape)
+        require(moments.shape == expected, "encode_fn: shape", tuple(moments.shape), f"{expected}")
+        stored = moments.to(torch.float16)
+        bad = ~torch.isfinite(stored).flatten(1).all(dim=1)
+        for row in torch.nonzero(bad).flatten().tolist():
+            name, largest = self.source.name_of(samples[row]), float(moments[row].abs().max())
+            raise ValueError(f"{name}: moments up to {largest:g}; float16 holds at most 65504.")
+        return stored.cpu().numpy()
+
+    def finish(self) -> ShardIndex:
+        """Index the latent shards and check that they hold the samples of the source, in its order."""
+        source, records = self.source, [self.journal.finished(shard.name) for shard in self.source.shards]
+        missing = [shard.name for shard, record in zip(source.shards, records, strict=True) if record is None]
+        if missing:
+            raise ValueError(
+                f"{self.dest}: {len(missing)} of {len(records)} latent shards are missing: {', '.join(missing[:10])}."
+            )
+        rows = [record.rows for record in records if record is not None]
+        index = join_rows(self.dest, rows, source.class_names, source.seed, self.info)
+        if not (np.array_equal(index.key, source.key) and np.array_equal(index.label, source.label)):
+            raise ValueError(f"{self.dest}: keys or labels differ from the source's; make the latents again in a new folder.")
+        index.save()
+        self.journal.close()
+        return index
+
+
+@torch.no_grad()
+def encode(encode_fn: EncodeFn, images: Tensor) -> Tensor:
+    """Moments in float32, whatever autocast is on."""
+    with torch.autocast(images.device.type, enabled=False):
+        return encode_fn(images).float()
 
 
 def batches_of(index: ShardIndex, shard: int, batch_size: int) -> list[np.ndarray]:
     """The samples of a shard in order, cut into batches."""
     samples = np.arange(index.starts[shard], index.starts[shard + 1])
     return np.split(samples, range(batch_size, len(samples), batch_size))
-
-
-@torch.no_grad()
-def encode_batch(dataset: PlannedDataset, samples: np.ndarray, encode_fn: EncodeFn, flips: bool) -> np.ndarray:
-    """[B, F, 2c, h, w] float16 moments of the samples, F = 2 with flips."""
-    images = dataset[Rows(samples, np.zeros_like(samples), samples[:, None])].values[:, 0]  # B C H W
-    both = [images, images.flip(-1)] if flips else [images]
-    moments = torch.stack([encode_fn(view).to("cpu", torch.float32) for view in both], dim=1)  # B F 2c h w
-    require(
-        moments.dim() == 5 and len(moments) == len(samples) and moments.shape[2] % 2 == 0,
-        "encode_fn: shape",
-        tuple(moments.shape[:1] + moments.shape[2:]),
-        f"({len(samples)}, 2c, h, w)",
-    )
-    stored = moments.to(torch.float16)
-    bad = ~torch.isfinite(stored).flatten(1).all(dim=1)
-    for row in torch.nonzero(bad).flatten().tolist():
-        largest = float(moments[row].abs().max())
-        raise ValueError(f"{dataset.index.name_of(samples[row])}: moments up to {largest:g}; float16 holds at most 65504.")
-    return stored.numpy()
-
-
-def finish_latent_index(source_folder: str | Path, dest: str | Path, info: LatentInfo, progress: bool = True) -> ShardIndex:
-    """Index the latent shards and check that they hold the samples of the source, in its order."""
-    source, dest = read_index(source_folder), Path(dest)
-    missing = [shard.name for shard in source.shards if not (dest / shard.name).is_file()]
-    if missing:
-        raise ValueError(f"{dest}: {len(missing)} of {len(source.shards)} latent shards are missing: {', '.join(missing)}.")
-    index = index_shards(dest, source.class_names, source.seed, info, progress)
-    if not (np.array_equal(index.key, source.key) and np.array_equal(index.label, source.label)):
-        (dest / "index.json").unlink()
-        raise ValueError(f"{dest}: keys or labels differ from those of {source_folder}; make the latents again in a new folder.")
-    return index

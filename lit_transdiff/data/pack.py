@@ -1,26 +1,32 @@
-"""Images of any supported source -> shuffled webdataset shards with their index."""
+"""Images of any supported source -> shuffled webdataset shards with their index.
+
+Shard k holds the k-th piece of the shuffled order, so shards are independent: several processes write them, and a pack
+that was killed is continued by the same command.
+"""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count, islice
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
-from PIL import Image
+import PIL
 from tqdm import tqdm
 
 from lit_transdiff.config import require
-from lit_transdiff.data.decode import FORMATS, crop_to_square, open_image
-from lit_transdiff.data.index import ShardIndex, index_shards
-from lit_transdiff.data.shards import ShardWriter
-from lit_transdiff.data.sources import ImageSource, open_source
+from lit_transdiff.data.encode import Encoding, encode_sample
+from lit_transdiff.data.index import ShardIndex, join_rows, read_index, rows_of
+from lit_transdiff.data.journal import Journal, Skipped
+from lit_transdiff.data.processes import in_processes
+from lit_transdiff.data.shards import ShardWriter, tar_bytes
+from lit_transdiff.data.sources import ClassNames, ImageSource, open_source
+from lit_transdiff.files import free_bytes, readable, replace_file, require_space
 
-JPEG_QUALITY = 95  # of images that are cropped before packing
-Encoded = tuple[str, int, str, bytes]  # key, label, extension, data
+PLAN_FILE = "packing.json"
+SKIPPED_FILE = "skipped.txt"
+ESTIMATED_FROM = 64  # images that are encoded to estimate the size of all
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,45 @@ class PackReport:
     """What was packed, and the ``(name, reason)`` of each image that could not be read."""
 
     index: ShardIndex
-    skipped: list[tuple[str, str]]
+    skipped: Skipped
 
     def __str__(self) -> str:
         total = sum(shard.bytes for shard in self.index.shards)
         text = f"{len(self.index)} images of {self.index.num_classes} classes in {len(self.index.shards)} shards, {total:,} bytes"
-        return text + (f"; {len(self.skipped)} unreadable images skipped, listed in skipped.txt" if self.skipped else "")
+        return text + (f"; {len(self.skipped)} unreadable images skipped, listed in {SKIPPED_FILE}" if self.skipped else "")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many shards: by the samples or the bytes of each, or by their number. One of them, or 1000 samples each."""
+
+    samples_per_shard: Optional[int] = None
+    shards: Optional[int] = None
+    shard_size: Optional[int] = None  # bytes
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        require(len(given) <= 1, " and ".join(given), tuple(given.values()), "one of them")
+        for name, value in given.items():
+            require(value >= 1, name, value, "an integer of at least 1")
+
+    def __call__(self, order: np.ndarray, total_bytes: int) -> list[np.ndarray]:
+        """``order`` in pieces, one a shard; as even as can be, except that ``samples_per_shard`` leaves a smaller last one."""
+        if self.shards is None and self.shard_size is None:
+            each = self.samples_per_shard or 1000
+            return np.split(order, range(each, len(order), each))
+        number = self.shards or -(-total_bytes // (self.shard_size or 1))
+        require(number <= len(order), "shards", number, f"at most {len(order)}, the number of images")
+        return np.array_split(order, number)
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """All that a process needs to write one shard."""
+
+    path: Path
+    images: list[tuple[str, int, str, Path | np.ndarray]]  # key, label, what to call it, file or pixels
+    encoding: Encoding
 
 
 def pack(
@@ -41,65 +80,141 @@ def pack(
     dest: str | Path,
     *,
     split: Optional[str] = None,
-    samples_per_shard: int = 1000,
+    samples_per_shard: Optional[int] = None,
+    shards: Optional[int] = None,
+    shard_size: Optional[int] = None,
     seed: int = 0,
     image_size: Optional[int] = None,
     pad_to: Optional[int] = None,
     limit: Optional[int] = None,
-    class_names: Optional[Sequence[str]] = None,
+    class_names: ClassNames = None,
     name: Optional[str] = None,
+    workers: int = 0,
     progress: bool = True,
 ) -> PackReport:
     """Pack an image folder (``class/image.*``), IDX files (``split``: "train" or "t10k") or a list file into ``dest``.
 
     Samples are shuffled once with ``seed``; ``limit`` draws that many, evenly over the classes. Files are stored as they
     are, unless ``image_size`` (pixels: centre crop, resize) or ``pad_to`` (pixels: zeros around) is given. Shards are
-    called ``name-000000.tar`` (``name``: that of ``dest``). Every image is decoded; those that cannot be are skipped,
-    reported, and listed in ``skipped.txt``. The same arguments give the same bytes.
-    Raises ``ValueError`` for a ``dest`` that already holds shards or an index.
+    called ``name-000000.tar`` (``name``: that of ``dest``); ``workers`` processes write them. Every image is decoded;
+    those that cannot be are skipped, reported, and listed in ``skipped.txt``. The same arguments give the same bytes, and
+    go on where a pack was killed. Raises ``ValueError`` for a ``dest`` that holds other shards, or too little disk.
     """
-    dest = Path(dest)
-    require(samples_per_shard >= 1, "samples_per_shard", samples_per_shard, "an integer of at least 1")
-    require(image_size is None or pad_to is None, "pad_to", pad_to, "nothing when image_size is given")
-    for size, field in ((image_size, "image_size"), (pad_to, "pad_to")):
-        require(size is None or size >= 1, field, size, "pixels, 1 and more")
-    refuse_to_overwrite(dest)
+    dest, encoding, cut = Path(dest), Encoding(image_size, pad_to), Cut(samples_per_shard, shards, shard_size)
     images = open_source(source, split, class_names)
     order = draw(images, limit, seed)
+    journal, total_bytes = Journal(dest, PLAN_FILE), estimated_bytes(images, order, encoding)
+    pieces = cut(order, total_bytes)
+    names = [f"{name or dest.resolve().name}-{number:06d}.tar" for number in range(len(pieces))]
+    plan = plan_of(images, pieces, seed, encoding, names[0])
+    journal.check(plan)
+    if (dest / "index.json").exists():
+        return PackReport(read_index(dest), read_skipped(dest))
+    missing = [number for number, shard in enumerate(names) if journal.finished(shard) is None]
+    announce(images, len(order), len(missing), len(names), total_bytes, encoding, dest, progress)
+    journal.begin(plan)
+    tasks = ((journal, task_of(images, pieces[number], dest / names[number], encoding)) for number in missing)
+    with tqdm(total=len(order), desc="packing", unit="image", disable=not progress) as bar:
+        bar.update(len(order) - sum(len(pieces[number]) for number in missing))
+        for done in in_processes(pack_shard, tasks, workers):
+            bar.update(done)
+    return finish(journal, names, images, seed, str(source))
+
+
+def plan_of(images: ImageSource, pieces: Sequence[np.ndarray], seed: int, encoding: Encoding, first: str) -> dict[str, Any]:
+    """Everything that decides the bytes of the shards."""
+    return {
+        "files": images.identity,
+        "seed": seed,
+        **vars(encoding),
+        "encoder": None if encoding.keeps_files else f"Pillow {PIL.__version__}",
+        "images": sum(len(piece) for piece in pieces),
+        "shards": len(pieces),
+        "images in the first and the last": [len(pieces[0]), len(pieces[-1])],
+        "name of the first": first,
+        "class_names": images.class_names,
+    }
+
+
+def announce(
+    images: ImageSource, num: int, missing: int, shards: int, total: int, encoding: Encoding, dest: Path, progress: bool
+) -> None:
+    """Say what will be written, before anything is; raises ``ValueError`` when the disk has no room for it."""
+    left = total * missing // shards
     if progress:
-        shards = -(-len(order) // samples_per_shard)
-        share = round(images.num_bytes * len(order) / len(images.labels))
+        some = "" if missing == shards else f"; {shards - missing} of them are there already, {readable(left)} to write"
         tqdm.write(
-            f"{len(order)} of {len(images.labels)} images (about {share:,} bytes as they are) -> {shards} shards in {dest}"
+            f"{num} of {len(images.labels)} images of {len(images.class_names)} classes -> {shards} shards in {dest}, "
+            f"{'' if encoding.keeps_files else 'about '}{readable(total)}{some}; {readable(free_bytes(dest))} are free"
         )
-    dest.mkdir(parents=True, exist_ok=True)
-    skipped: list[tuple[str, str]] = []
-    samples = encode_all(images, tqdm(order, desc="packing", unit="image", disable=not progress), image_size, pad_to, skipped)
-    write_shards(samples, dest, name or dest.name, samples_per_shard)
+    require_space(dest, left)
+
+
+def estimated_bytes(images: ImageSource, order: np.ndarray, encoding: Encoding) -> int:
+    """The bytes of all shards together: from the sizes of the files, or from some that are encoded."""
+    if encoding.keeps_files and isinstance(images.read(0), Path):
+        return tar_bytes(images.sizes[order])
+    sizes = []
+    for i in order[:ESTIMATED_FROM].tolist():
+        try:
+            sizes.append(len(encode_sample(images.read(i), encoding)[1]))
+        except ValueError:
+            continue
+    return tar_bytes(np.array(sizes)) * len(order) // max(1, len(sizes))
+
+
+def task_of(images: ImageSource, piece: np.ndarray, path: Path, encoding: Encoding) -> ShardTask:
+    chosen = [(images.keys[i], int(images.labels[i]), images.origins[i], images.read(i)) for i in piece.tolist()]
+    return ShardTask(path, chosen, encoding)
+
+
+def pack_shard(journal: Journal, task: ShardTask) -> int:
+    """Write one shard and its record; gives the number of images that are done with."""
+    skipped: Skipped = []
+    with ShardWriter(task.path) as writer:
+        for key, label, extension, data in encoded(task, skipped):
+            writer.write(key, label, extension, data)
+    rows = rows_of(task.path, None)
+    if not rows.shard.samples:
+        task.path.unlink()
+    journal.add(rows, skipped)
+    return len(task.images)
+
+
+def encoded(task: ShardTask, skipped: Skipped) -> Iterator[tuple[str, int, str, bytes]]:
+    """(key, label, extension, data) of the images that can be read; the others go to ``skipped``."""
+    for key, label, origin, image in task.images:
+        try:
+            extension, data = encode_sample(image, task.encoding)
+        except ValueError as error:
+            skipped.append((origin, str(error)))
+            continue
+        yield key, label, extension, data
+
+
+def finish(journal: Journal, names: Sequence[str], images: ImageSource, seed: int, source: str) -> PackReport:
+    """Index the shards and list the skipped images, when all shards are there."""
+    records = [record for name in names if (record := journal.finished(name)) is not None]
+    skipped = [image for record in records for image in record.skipped]
+    write_skipped(journal.folder, skipped)
+    readable_images = sum(record.rows.shard.samples for record in records)
+    require(readable_images > 0, source, f"{len(skipped)} unreadable images", "at least one readable image")
+    index = join_rows(journal.folder, [record.rows for record in records], images.class_names, seed, None)
+    index.save()
+    journal.close()
+    return PackReport(index, skipped)
+
+
+def write_skipped(folder: Path, skipped: Skipped) -> None:
     if skipped:
-        (dest / "skipped.txt").write_text("".join(f"{origin}\t{reason}\n" for origin, reason in skipped))
-    require(
-        len(skipped) < len(order), str(source), f"{len(skipped)} unreadable images of {len(order)}", "at least one readable image"
-    )
-    return PackReport(index_shards(dest, images.class_names, seed, progress=progress), skipped)
+        lines = (f"{origin}\t{reason}\n" for origin, reason in skipped)
+        replace_file(folder / SKIPPED_FILE, "".join(lines).encode())
 
 
-def write_shards(samples: Iterator[Encoded], dest: Path, name: str, samples_per_shard: int) -> None:
-    """``name-000000.tar``, ``name-000001.tar``, ... until there are no more samples."""
-    for number in count():
-        first = next(samples, None)
-        if first is None:
-            break
-        with ShardWriter(dest / f"{name}-{number:06d}.tar") as writer:
-            for sample in chain([first], islice(samples, samples_per_shard - 1)):
-                writer.write(*sample)
-
-
-def refuse_to_overwrite(dest: Path) -> None:
-    """``ValueError`` if ``dest`` holds an index or shards, which may be those of another data set."""
-    present = sorted(path.name for pattern in ("index.json", "*.tar") for path in dest.glob(pattern))
-    if present:
-        raise ValueError(f"{dest} already holds {present[0]} ({len(present)} files of shards and index); choose an empty folder.")
+def read_skipped(folder: Path) -> Skipped:
+    path = folder / SKIPPED_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(origin, reason) for origin, _, reason in (line.partition("\t") for line in lines)]
 
 
 def draw(images: ImageSource, limit: Optional[int], seed: int) -> np.ndarray:
@@ -116,45 +231,3 @@ def draw(images: ImageSource, limit: Optional[int], seed: int) -> np.ndarray:
     labels = images.labels[order]
     kept = [order[labels == c][: quota[c]] for c in range(num_classes)]
     return order[np.isin(order, np.concatenate(kept))]
-
-
-def encode_all(
-    images: ImageSource, order: Iterator[int], image_size: Optional[int], pad_to: Optional[int], skipped: list[tuple[str, str]]
-) -> Iterator[Encoded]:
-    """Encode the samples of ``order``; those that cannot be read go to ``skipped``."""
-    for i in order:
-        try:
-            extension, data = encode_sample(images.read(i), image_size, pad_to)
-        except ValueError as error:
-            skipped.append((images.origins[i], str(error)))
-            continue
-        yield images.keys[i], int(images.labels[i]), extension, data
-
-
-def encode_sample(origin: Path | np.ndarray, image_size: Optional[int], pad_to: Optional[int]) -> tuple[str, bytes]:
-    """(extension, file content) of one image; a file that needs no change is taken over byte by byte."""
-    image = open_image(origin) if isinstance(origin, Path) else Image.fromarray(origin)
-    if isinstance(origin, Path) and image_size is None and pad_to is None:
-        return FORMATS[image.format or ""], origin.read_bytes()
-    extension = "jpg" if image.format in ("JPEG", "MPO") and pad_to is None else "png"
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")
-    if image_size is not None:
-        image = crop_to_square(image, image_size, "center")
-    if pad_to is not None:
-        image = pad(image, pad_to)
-    buffer = io.BytesIO()
-    if extension == "jpg":
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    else:
-        image.save(buffer, "PNG")
-    return extension, buffer.getvalue()
-
-
-def pad(image: Image.Image, size: int) -> Image.Image:
-    """``image`` in the middle of ``size`` x ``size`` zeros."""
-    if max(image.size) > size:
-        raise ValueError(f"pad_to: got {size} for an image of {image.width} x {image.height}; allowed: at least its size")
-    padded = Image.new(image.mode, (size, size))
-    padded.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
-    return padded

@@ -1,8 +1,9 @@
 """Who reads which sample when: a pure function of (seed, epoch), cut by position.
 
 The items of an epoch (samples, or groups of R) follow those of the epoch before, without end: position p is item
-``p % n`` of epoch ``p // n``. Every item is used exactly once an epoch and none is dropped; a batch may straddle two
-epochs. Global batch k is positions [k G, (k + 1) G), whatever the number of ranks, workers and accumulated micro-batches.
+``p % n`` of epoch ``p // n``. Every item is used exactly once an epoch and none is dropped (the last group of a class may
+share images with another); a batch may straddle two epochs. Global batch k is positions [k G, (k + 1) G), whatever the
+number of ranks, workers and accumulated micro-batches.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import numpy as np
 
 from lit_transdiff.config import require
 from lit_transdiff.data.index import ShardIndex
-from lit_transdiff.data.references import check_class_sizes, group_references
+from lit_transdiff.data.references import check_class_sizes, group_references, num_groups
 
 log = logging.getLogger(__name__)
 MASK = 2**64 - 1
+PHILOX_MULTIPLIERS = (np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157))
+PHILOX_WEYL = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B))
 
 
 class Rows(NamedTuple):
@@ -65,6 +68,33 @@ def generator(seed: int, epoch: int, sample: int = -1) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+def coin_flips(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """[n] bool: ``generator(seed, epoch, sample).integers(2)`` of many samples at once.
+
+    It is the top bit of the generator's first 32 bits: of Philox 4x64 with 10 rounds (Salmon et al., 2011), whose counter
+    is one higher before it draws.
+    """
+    zeros = np.zeros(len(samples), np.uint64)
+    x0, x1, x2, x3 = zeros + np.uint64(1), zeros, zeros, samples.astype(np.uint64) + np.uint64(1)
+    key0, key1 = zeros + np.uint64(seed & MASK), epochs.astype(np.uint64)
+    with np.errstate(over="ignore"):  # all of it is modulo 2^64
+        for _ in range(10):
+            high0, low0 = wide_product(PHILOX_MULTIPLIERS[0], x0)
+            high1, low1 = wide_product(PHILOX_MULTIPLIERS[1], x2)
+            x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
+            key0, key1 = key0 + PHILOX_WEYL[0], key1 + PHILOX_WEYL[1]
+    return (x0 >> np.uint64(31)) & np.uint64(1) == 1
+
+
+def wide_product(a: np.uint64, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The high and the low 64 bits of a x b, from products of 32-bit halves."""
+    half, low_half = np.uint64(32), np.uint64(2**32 - 1)
+    a0, a1, b0, b1 = a & low_half, a >> half, b & low_half, b >> half
+    middle = a1 * b0 + (a0 * b0 >> half)
+    other = a0 * b1 + (middle & low_half)
+    return a1 * b1 + (middle >> half) + (other >> half), a * b
+
+
 def epoch_order(starts: np.ndarray, seed: int, epoch: int, block: int) -> np.ndarray:
     """[N] int64: the samples in the order of an epoch: shards permuted, then samples inside blocks of ``block`` shards.
 
@@ -88,8 +118,15 @@ class TrainPlan:
         if groups is None:
             check_class_sizes(index, num_references)
         self.index, self.seed, self.num_references, self.block, self.groups = index, seed, num_references, block, groups
-        counts = index.class_counts // num_references
-        self.num_items = int(counts.sum()) if groups is None else len(groups)
+        self.num_items = num_groups(index.class_counts, num_references) if groups is None else len(groups)
+        repeated = 0 if groups is not None else self.num_items * num_references - len(index)
+        if repeated:
+            log.info(
+                "%d groups of %d images; %d fill up the last groups and are used twice an epoch",
+                self.num_items,
+                num_references,
+                repeated,
+            )
         self.epoch_items: Callable[[int], np.ndarray] = lru_cache(maxsize=2)(self.make_epoch)
 
     def make_epoch(self, epoch: int) -> np.ndarray:
@@ -97,10 +134,7 @@ class TrainPlan:
         if self.groups is not None:
             return generator(self.seed, epoch).permutation(self.groups)
         order = epoch_order(self.index.starts, self.seed, epoch, self.block)
-        items, left_over = group_references(self.index.label, order, self.num_references)
-        if left_over:
-            log.info("epoch %d: %d groups of %d images; %d images left over", epoch, len(items), self.num_references, left_over)
-        return items
+        return group_references(self.index.label, order, self.num_references)[0]
 
     def rows(self, start: int, stop: int) -> Rows:
         """The items at positions [start, stop)."""
@@ -125,7 +159,7 @@ def evaluation_batches(
     """
     check_class_sizes(index, num_references)
     order = np.arange(len(index)) if num_samples is None else generator(seed, 0).permutation(len(index))
-    items, _ = group_references(index.label, order, num_references)
+    items, _ = group_references(index.label, order, num_references, fill_up=False)
     if num_samples is not None:
         items = items[: max(1, num_samples // num_references)]
     require(len(items) >= world, "data.evaluation", f"{len(items)} items", f"at least one for each of {world} ranks")

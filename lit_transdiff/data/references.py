@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lit_transdiff.config import require
 from lit_transdiff.data.index import ShardIndex
+from lit_transdiff.data.sources import key_of
+
+log = logging.getLogger(__name__)
+LINES_AT_A_TIME = 10_000  # of a file of groups
 
 
-def group_references(labels: np.ndarray, order: np.ndarray, num_references: int) -> tuple[np.ndarray, int]:
-    """Groups [n, R] int64 of samples of one class, and how many samples are left over.
+def num_groups(class_counts: np.ndarray, num_references: int) -> int:
+    """How many groups an epoch has: for each class as many as it takes to use all of its images."""
+    return int((-(-class_counts // num_references)).sum())
+
+
+def group_references(labels: np.ndarray, order: np.ndarray, num_references: int, fill_up: bool = True) -> tuple[np.ndarray, int]:
+    """Groups [n, R] int64 of different samples of one class, and how many samples are left over.
 
     ``labels`` [N] of all samples, ``order`` [M] the samples in the order of an epoch. Along ``order`` each R samples of a
     class form a group, and groups follow each other by their last member; so neighbours in ``order`` (that lie in the
-    same shards) stay together, no sample is used twice, and n = sum over classes of floor(count / R) in every epoch.
+    same shards) stay together. With ``fill_up`` no sample is left over: the last group of a class is its last R samples,
+    some of which are then in two groups, and n is the sum over classes of ceil(count / R). Without it no sample is used
+    twice. Every class that is there must have at least R samples.
     """
     order = order.astype(np.int64)
     if num_references == 1:
         return order[:, None], 0
-    by_class = np.argsort(labels[order], kind="stable")  # places in order, class by class
-    counts = np.bincount(labels[order])
-    first = np.repeat(np.cumsum(counts) - counts, counts)  # where the class of each place begins
-    rank = np.arange(len(order)) - first
-    whole = np.repeat(counts - counts % num_references, counts)
-    places = by_class[rank < whole].reshape(-1, num_references)
+    found = labels[order]
+    counts = np.bincount(found)
+    if len(counts) <= 2**16:
+        found = found.astype(np.uint16)  # which numpy sorts in linear time
+    by_class = np.argsort(found, kind="stable")  # places in order, class by class
+    groups_of = (counts + num_references - 1) // num_references if fill_up else counts // num_references
+    of_class = np.repeat(np.arange(len(counts)), groups_of)  # n
+    number = np.arange(len(of_class)) - np.repeat(np.cumsum(groups_of) - groups_of, groups_of)  # of the group in its class
+    first = np.minimum(number * num_references, counts[of_class] - num_references) + (np.cumsum(counts) - counts)[of_class]
+    places = by_class[first[:, None] + np.arange(num_references)]  # n R
     groups = order[places[np.argsort(places[:, -1])]]
-    return groups, len(order) - groups.size
+    return groups, 0 if fill_up else len(order) - groups.size
 
 
 def check_class_sizes(index: ShardIndex, num_references: int) -> None:
@@ -41,27 +60,65 @@ def check_class_sizes(index: ShardIndex, num_references: int) -> None:
 
 
 def read_groups(path: str | Path, index: ShardIndex, num_references: int) -> np.ndarray:
-    """Groups [n, R] int64 from JSON lines, each a list of R sample keys of one class.
+    """Groups [n, R] int64 from JSON lines.
 
+    A line is a list of R sample keys of one class, or ``{"cate": class folder, "files": [file names]}`` as in the index
+    file that goes with the released TransDiff: the first R files count, under the keys that ``pack`` gives them.
     Raises ``ValueError`` naming the line for an unknown key, another number of keys, an image that is there twice in a
     group, or two classes.
     """
-    sample_of = {key.decode(): sample for sample, key in enumerate(index.key)}
-    groups = []
-    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+    by_key = np.argsort(index.key, kind="stable")
+    ordered_keys = index.key[by_key]
+    groups = [np.empty((0, num_references), np.int64)]
+    with open(path, encoding="utf-8") as lines:
+        keys = keys_of_lines(path, lines, num_references)
+        while chunk := list(islice(keys, LINES_AT_A_TIME)):
+            wanted = np.array([line for _, line in chunk], np.bytes_)  # n R
+            places = np.minimum(np.searchsorted(ordered_keys, wanted), len(ordered_keys) - 1)
+            found = by_key[places].astype(np.int64)
+            check_groups(path, [number for number, _ in chunk], wanted, found, index)
+            groups.append(found)
+    joined = np.concatenate(groups)
+    require(len(joined) > 0, str(path), "no groups", "at least one line")
+    log.info("%s: %d groups of %d; %d of %d images are in them", path, *joined.shape, len(np.unique(joined)), len(index))
+    return joined
+
+
+def keys_of_lines(path: str | Path, lines: Iterable[str], num_references: int) -> Iterator[tuple[int, list[bytes]]]:
+    """(line number, R keys) of each line that is not empty."""
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
         where = f"{path}: line {number}"
         try:
-            keys = json.loads(text)
+            value = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
-        require(isinstance(keys, list) and all(isinstance(key, str) for key in keys), where, keys, "a list of sample keys")
+        keys = keys_of(value, where, num_references)
         require(len(keys) == num_references, f"{where}: number of keys", len(keys), f"model.num_references={num_references}")
-        for key in keys:
-            require(key in sample_of, f"{where}: key", key, f"keys of {index.folder}")
-        require(len(set(keys)) == len(keys), where, keys, "different images")
-        group = [sample_of[key] for key in keys]
-        classes = sorted({index.class_names[index.label[sample]] for sample in group})
-        require(len(classes) == 1, f"{where}: classes", classes, "one class")
-        groups.append(group)
-    require(len(groups) > 0, str(path), "no groups", "at least one line")
-    return np.array(groups, np.int64)
+        yield number, [key.encode() for key in keys]
+
+
+def keys_of(value: Any, where: str, num_references: int) -> list[str]:
+    """The keys that a line asks for."""
+    files: Any = value.get("files") if isinstance(value, dict) else value
+    require(
+        isinstance(files, list) and all(isinstance(f, str) for f in files), where, value, "a list of sample keys or file names"
+    )
+    if not isinstance(value, dict):
+        return files
+    require(isinstance(value.get("cate"), str), f"{where}: cate", value.get("cate"), "the name of a class folder")
+    return [key_of(value["cate"], file) for file in files[:num_references]]
+
+
+def check_groups(path: str | Path, numbers: list[int], wanted: np.ndarray, found: np.ndarray, index: ShardIndex) -> None:
+    """The samples [n, R] that were found have the keys [n, R] that were wanted, and are different images of one class."""
+    for row, column in zip(*np.nonzero(index.key[found] != wanted), strict=True):
+        require(False, f"{path}: line {numbers[row]}: key", wanted[row, column].decode(), f"keys of {index.folder}")
+    ordered = np.sort(found, axis=1)
+    for row in np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)):
+        require(False, f"{path}: line {numbers[row]}", [key.decode() for key in wanted[row]], "different images")
+    labels = index.label[found]
+    for row in np.flatnonzero((labels != labels[:, :1]).any(axis=1)):
+        classes = sorted({index.class_names[label] for label in labels[row]})
+        require(False, f"{path}: line {numbers[row]}: classes", classes, "one class")

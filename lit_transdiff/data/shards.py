@@ -8,17 +8,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Optional
 
+import numpy as np
 import webdataset as wds
 
 from lit_transdiff.data.index import ShardIndex
 
+TAR_BLOCK, TAR_RECORD = 512, 10240  # bytes that a member, and a whole tar, are filled up to
+
+
+def tar_bytes(sizes: np.ndarray) -> int:
+    """The size of a shard that ``ShardWriter`` writes of samples of these sizes: a header each, the label, the end."""
+    blocks = int((-(-sizes.astype(np.int64) // TAR_BLOCK) + 3).sum()) + 2
+    return -(-blocks * TAR_BLOCK // TAR_RECORD) * TAR_RECORD
+
 
 class ShardWriter:
-    """Writes one shard under a temporary name and renames it when it is whole. The same samples give the same bytes."""
+    """Writes one shard under a temporary name and renames it when it is whole. The same samples give the same bytes.
+
+    The temporary name is this process's own, so that one which was left behind cannot spoil what another writes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
 
     def __enter__(self) -> ShardWriter:
         self.file = self.partial.open("wb")
@@ -78,3 +90,13 @@ class ShardReader:
         if len(data) != size:
             raise ValueError(f"{self.index.name_of(sample)}: {len(data)} of {size} bytes read: the shard is truncated.")
         return data
+
+    def read_parts(self, samples: np.ndarray, first: np.ndarray, out: np.ndarray) -> None:
+        """Read straight into ``out`` [n, bytes] uint8, shard by shard: of each sample as many bytes, from byte ``first`` on."""
+        length, view = out.shape[1], out.reshape(-1).data
+        shards = (np.searchsorted(self.index.starts, samples, side="right") - 1).tolist()
+        offsets = (self.index.offset[samples] + first).tolist()
+        for i in np.argsort(samples, kind="stable").tolist():
+            found = os.preadv(self.descriptor(shards[i]), [view[i * length : (i + 1) * length]], offsets[i])
+            if found != length:
+                raise ValueError(f"{self.index.name_of(samples[i])}: {found} of {length} bytes read: the shard is truncated.")

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import csv
 import gzip
+import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import numpy as np
 
 from lit_transdiff.config import require, unknown
 from lit_transdiff.data.scan import IMAGE_MEMBERS
+from lit_transdiff.files import sha256_of_lines
 
 IDX_IMAGES, IDX_LABELS = 2051, 2049  # magic numbers
 MAX_KEY_BYTES = 80  # a plain tar header holds 100 with the extension
+UNFIT = re.compile(r"[./\s]")  # for a key: webdataset cuts names at the dot
+LISTING_THREADS = 16  # a network disk answers many questions at once
+ClassNames = Optional[Union[Sequence[str], Path]]  # in label order, or a file of them
 
 
 @dataclass(frozen=True)
@@ -27,12 +34,19 @@ class ImageSource:
     labels: np.ndarray  # [N] int64
     keys: list[str]  # one a sample, all different, no dots
     origins: list[str]  # what to call a sample in messages
+    sizes: np.ndarray  # [N] int64, bytes
     class_names: tuple[str, ...]
-    num_bytes: int
     read: Callable[[int], Path | np.ndarray]
 
+    @property
+    def identity(self) -> str:
+        """A hash of the names, labels and sizes of all samples, whatever folder they lie in."""
+        names = (origin.rpartition("/")[2] for origin in self.origins)
+        rows = zip(self.keys, names, self.labels.tolist(), self.sizes.tolist(), strict=True)
+        return sha256_of_lines(f"{key} {name} {label} {size}" for key, name, label, size in rows)[:16]
 
-def open_source(source: str | Path, split: Optional[str] = None, class_names: Optional[Sequence[str]] = None) -> ImageSource:
+
+def open_source(source: str | Path, split: Optional[str] = None, class_names: ClassNames = None) -> ImageSource:
     """Find out what ``source`` is: a list file, a folder of IDX files (``split``: "train" or "t10k"), or class folders."""
     source = Path(source)
     if source.is_file():
@@ -47,24 +61,41 @@ def open_source(source: str | Path, split: Optional[str] = None, class_names: Op
     return found
 
 
-def folder_source(folder: Path, class_names: Optional[Sequence[str]]) -> ImageSource:
+def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
     """``folder/class/image.jpg``: classes are the sorted folder names, as in ImageNet."""
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    with os.scandir(folder) as entries:
+        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     require(len(classes) > 0, str(folder), "a folder without class folders", "folder/class/image.jpg, or IDX files")
-    names = checked_names(class_names, [path.name for path in classes])
-    paths, labels, keys = [], [], []
-    for label, directory in enumerate(classes):
-        images = [path for path in sorted(directory.iterdir()) if path.suffix.lower().lstrip(".") in IMAGE_MEMBERS]
-        require(len(images) > 0, str(directory), "no images", f"files ending in .{', .'.join(IMAGE_MEMBERS)}")
-        for path in images:
-            stem = path.stem if path.stem.startswith(directory.name) else f"{directory.name}_{path.stem}"
-            paths.append(path)
-            labels.append(label)
-            keys.append(stem)
-    return file_source(paths, labels, keys, names)
+    names = checked_names(class_names, classes)
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:
+        listed = list(threads.map(images_in, [f"{folder}/{name}" for name in classes]))
+    origins = [f"{folder}/{name}/{image}" for name, images in zip(classes, listed, strict=True) for image, _ in images]
+    keys = [key_of(name, image) for name, images in zip(classes, listed, strict=True) for image, _ in images]
+    sizes = [size for images in listed for _, size in images]
+    labels = np.repeat(np.arange(len(classes)), [len(images) for images in listed])
+    return file_source(origins, sizes, labels, keys, names)
 
 
-def list_source(path: Path, class_names: Optional[Sequence[str]]) -> ImageSource:
+def images_in(directory: str) -> list[tuple[str, int]]:
+    """(file name, bytes) of the images in a folder, by name."""
+    with os.scandir(directory) as entries:
+        images = [e for e in entries if e.name.rpartition(".")[2].lower() in IMAGE_MEMBERS]
+        found = sorted((entry.name, entry.stat().st_size) for entry in images)
+    require(len(found) > 0, directory, "no images", f"files ending in .{', .'.join(IMAGE_MEMBERS)}")
+    return found
+
+
+def key_of(class_folder: str, file_name: str) -> str:
+    """The key of an image before doubles are told apart: its stem, which begins with the name of its class folder."""
+    stem = file_name.rpartition(".")[0]
+    return plain_key(stem if stem.startswith(class_folder) else f"{class_folder}_{stem}")
+
+
+def plain_key(stem: str) -> str:
+    return UNFIT.sub("_", stem)
+
+
+def list_source(path: Path, class_names: ClassNames) -> ImageSource:
     """Lines ``path<tab>label`` or ``path,label``; relative to the list file; labels are numbers, or names (then sorted)."""
     text = path.read_text()
     delimiter = "\t" if "\t" in text else ","
@@ -78,26 +109,31 @@ def list_source(path: Path, class_names: Optional[Sequence[str]]) -> ImageSource
         found = [str(c) for c in range(max(labels) + 1)]
     else:
         found = sorted(set(given))
-        labels = [found.index(label) for label in given]
+        number_of = {name: c for c, name in enumerate(found)}
+        labels = [number_of[label] for label in given]
     names = checked_names(class_names, found)
-    paths = [path.parent / row[0].strip() for _, row in rows]
-    for (number, _), image in zip(rows, paths, strict=True):
-        require(image.is_file(), f"{path}: line {number}", str(image), "a file that exists")
-    return file_source(paths, labels, [f"{i:08d}" for i in range(len(paths))], names)
+    origins = [str(path.parent / row[0].strip()) for _, row in rows]
+    for (number, _), origin in zip(rows, origins, strict=True):
+        require(os.path.isfile(origin), f"{path}: line {number}", origin, "a file that exists")
+    sizes = [os.path.getsize(origin) for origin in origins]
+    return file_source(origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names)
 
 
-def file_source(paths: list[Path], labels: list[int], keys: list[str], class_names: tuple[str, ...]) -> ImageSource:
+def file_source(
+    origins: list[str], sizes: list[int], labels: np.ndarray, keys: list[str], class_names: tuple[str, ...]
+) -> ImageSource:
+    """Images that are files of their own."""
     return ImageSource(
-        labels=np.array(labels, np.int64),
+        labels=labels.astype(np.int64),
         keys=distinct_keys(keys),
-        origins=[str(path) for path in paths],
+        origins=origins,
+        sizes=np.array(sizes, np.int64),
         class_names=class_names,
-        num_bytes=sum(path.stat().st_size for path in paths),
-        read=paths.__getitem__,
+        read=lambda i: Path(origins[i]),
     )
 
 
-def idx_source(folder: Path, split: Optional[str], class_names: Optional[Sequence[str]]) -> ImageSource:
+def idx_source(folder: Path, split: Optional[str], class_names: ClassNames) -> ImageSource:
     """``<split>-images-idx3-ubyte[.gz]`` and ``<split>-labels-idx1-ubyte[.gz]``, the format of MNIST and its kin."""
     splits = {path.name.split("-")[0]: path for path in sorted(folder.glob("*-images-idx3-ubyte*"))}
     if split is None:
@@ -111,7 +147,8 @@ def idx_source(folder: Path, split: Optional[str], class_names: Optional[Sequenc
     names = checked_names(class_names, [str(c) for c in range(int(labels.max()) + 1)])
     keys = [f"{i:06d}" for i in range(len(images))]
     origins = [f"{splits[split].name}[{i}]" for i in range(len(images))]
-    return ImageSource(labels, keys, origins, names, images.nbytes, images.__getitem__)
+    sizes = np.full(len(images), images[0].nbytes)
+    return ImageSource(labels, keys, origins, sizes, names, images.__getitem__)
 
 
 def read_idx(path: Path, magic: int) -> np.ndarray:
@@ -126,22 +163,39 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
     return values.reshape(shape)
 
 
-def checked_names(given: Optional[Sequence[str]], found: list[str]) -> tuple[str, ...]:
+def checked_names(given: ClassNames, found: list[str]) -> tuple[str, ...]:
     """The names to use for the classes that were found, in label order."""
+    if isinstance(given, Path):
+        given = names_from(given, found)
     names = tuple(found if given is None else given)
     require(len(names) == len(found), "class_names", len(names), f"{len(found)} names, one for each class")
     require(len(set(names)) == len(names), "class_names", names, "names that differ")
     return names
 
 
-def distinct_keys(stems: list[str]) -> list[str]:
-    """Keys without dots, slashes or spaces; those that are taken get ``-2``, ``-3``, ..., those too long for a tar a number."""
-    keys: dict[str, None] = {}  # an ordered set
-    for i, stem in enumerate(stems):
-        base = key = re.sub(r"[./\s]", "_", stem) if len(stem.encode()) <= MAX_KEY_BYTES else f"{i:08d}"
+def names_from(path: Path, found: list[str]) -> list[str]:
+    """The names in a file: one a line in label order, or ``class name`` lines when all classes begin a line.
+
+    Of the latter kind is ImageNet's list of synsets, where two birds and machines share a name: such names get their
+    class in brackets.
+    """
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    parts = [line.split(maxsplit=1) for line in lines]
+    named = {part[0]: part[1] for part in parts if len(part) == 2}
+    if not all(name in named for name in found):
+        return lines
+    count = Counter(named[name] for name in found)
+    return [named[name] if count[named[name]] == 1 else f"{named[name]} ({name})" for name in found]
+
+
+def distinct_keys(keys: list[str]) -> list[str]:
+    """Keys that are taken get ``-2``, ``-3``, ..., those too long for a tar a number."""
+    found: dict[str, None] = {}  # an ordered set
+    for i, wanted in enumerate(keys):
+        base = key = wanted if len(wanted.encode()) <= MAX_KEY_BYTES else f"{i:08d}"
         copies = 1
-        while key in keys:
+        while key in found:
             copies += 1
             key = f"{base}-{copies}"
-        keys[key] = None
-    return list(keys)
+        found[key] = None
+    return list(found)

@@ -94,6 +94,8 @@ def strategy_name(run: RunConfig) -> str:
     require(name != "single" or world == 1, "distributed.strategy", name, f"ddp on {world} devices")
     allowed = f"{' or '.join(WHOLE)} in stage {run.stage}"
     require(name in WHOLE or run.stage not in PREPARATORY, "distributed.strategy", name, allowed)
+    precision, everywhere = run.training.precision, ("auto", "fp32", "bf16-mixed")
+    require(name in WHOLE or precision in everywhere, "training.precision", precision, f"{everywhere} with strategy {name}")
     offload = run.distributed.offload
     require(offload == "none" or name.startswith("zero"), "distributed.offload", offload, f"'none' with strategy {name}")
     return name
@@ -124,12 +126,12 @@ def timeout_of(run: RunConfig) -> timedelta:
 
 
 def precision_of(run: RunConfig) -> str:
-    """Lightning's name of the precision; weights are float32 in both, bf16-mixed computes in bfloat16."""
+    """Lightning's name of the precision: what is computed in; the weights of bf16-true are the stage's business."""
     accelerator, _ = devices_of(run)
     wanted = run.training.precision
     if wanted == "auto":
         wanted = "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "fp32"
-    return {"fp32": "32-true", "bf16-mixed": "bf16-mixed"}[wanted]
+    return {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "fp16-mixed": "16-mixed", "bf16-true": "bf16-mixed"}[wanted]
 
 
 def trainer_settings(run: RunConfig) -> dict[str, Any]:

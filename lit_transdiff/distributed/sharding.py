@@ -170,8 +170,8 @@ class Sharding:
         """A state of the optimizer, made if it is not there yet."""
         states = self.optimizer.state[tensor]
         if state not in states:
-            made = torch.zeros(()) if state == "step" else torch.zeros_like(tensor, dtype=torch.float32)
-            states[state] = made
+            dtype = torch.float32 if state.startswith(EMA) else tensor.dtype
+            states[state] = torch.zeros(()) if state == "step" else torch.zeros_like(tensor, dtype=dtype)
         return cast(Tensor, states[state])
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

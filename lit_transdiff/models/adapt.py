@@ -1,15 +1,21 @@
 """Start one model from another of a different shape, with a report of every tensor.
 
-One-step -> MRAR, other grids and another number of classes change a few tensors only; everything else is copied. Nothing is
-loaded loosely: each tensor of the new model is mapped, adapted by a named rule, or newly made, and the result loads strictly.
+One-step -> MRAR and another size of the latent change a few tensors only; everything else is copied. Nothing is loaded loosely:
+each tensor of the new model is copied, adapted by a named rule, or newly made, and the result loads strictly.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from lit_transdiff.config import ModelConfig
+from lit_transdiff.models.transdiff import TransDiff
 
 
 @dataclass
@@ -29,37 +35,75 @@ class AdaptReport:
         return "\n".join(lines)
 
 
-def broadcast_mask_tokens(old: Tensor, new: Tensor) -> Tensor | None:
+def broadcast_mask_tokens(old: Tensor, new: Tensor, config: ModelConfig) -> Tensor | None:
     """One-step AR has one mask token for all positions; MRAR has one for each position of a group."""
     return old.expand_as(new).clone() if old.shape[1] == 1 and old.shape[2] == new.shape[2] else None
 
 
+def resize_positions(old: Tensor, new: Tensor, config: ModelConfig) -> Tensor | None:
+    """The table [1, n n, D] of a square grid, bicubically for another grid."""
+    before, after = math.isqrt(old.shape[1]), math.isqrt(new.shape[1])
+    if (before**2, after**2, old.shape[2]) != (old.shape[1], new.shape[1], new.shape[2]):
+        return None
+    grid = rearrange(old.float(), "1 (h w) d -> 1 d h w", h=before)
+    resized = F.interpolate(grid, size=(after, after), mode="bicubic", antialias=after < before)
+    return rearrange(resized, "1 d h w -> 1 (h w) d").to(new.dtype)
+
+
+def spread_patch(old: Tensor, new: Tensor, config: ModelConfig) -> Tensor | None:
+    """The projection of p x p patches [D, c p p] for patches of k p x k p: of their k x k means."""
+    before, after = (math.isqrt(weight.shape[1] // config.latent_channels) for weight in (old, new))
+    if after % before or old.shape[0] != new.shape[0] or old.shape[1] != config.latent_channels * before**2:
+        return None
+    k = after // before
+    return repeat(old, "d (c p q) -> d (c p i q j)", p=before, q=before, i=k, j=k) / k**2
+
+
+Rule = Callable[[Tensor, Tensor, ModelConfig], "Tensor | None"]
 # Tensor name -> (rule, description); a rule returns nothing when the shapes do not allow it.
-RULES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor | None], str]] = {
+RULES: dict[str, tuple[Rule, str]] = {
     "encoder.mask_tokens": (broadcast_mask_tokens, "one mask token repeated for every position"),
+}
+# The same for what depends on the size of the latent: by the rule when positions are interpolated, else newly made.
+SIZED: dict[str, tuple[Rule, str]] = {
+    "decoder.position": (resize_positions, "bicubic interpolation"),
+    "encoder.reference_projection.weight": (spread_patch, "of the mean over the finer pixels"),
 }
 # Tensors that a model may have while the one it starts from has none, and the reverse.
 OPTIONAL = ("encoder.reference_projection.",)
 
 
-def adapt(model: nn.Module, state: Mapping[str, Tensor]) -> AdaptReport:
-    """Load ``state`` into ``model``; raises ``ValueError`` listing every tensor that fits neither as it is nor by a rule."""
+def adapt(model: TransDiff, state: Mapping[str, Tensor], positions: str = "new") -> AdaptReport:
+    """Load ``state`` into ``model`` as ``match`` says."""
+    result, report = match(model, state, positions)
+    model.load_state_dict(result)
+    return report
+
+
+def match(model: TransDiff, state: Mapping[str, Tensor], positions: str = "new") -> tuple[dict[str, Tensor], AdaptReport]:
+    """What ``model`` takes of ``state``, with a report; it may be on the meta device.
+
+    With ``positions`` "interpolate" tables of another latent size are resized, not made anew. Raises ``ValueError`` listing every
+    tensor that fits neither as it is nor by a rule.
+    """
     report, result, misfits = AdaptReport(), {}, []
     own = model.state_dict()
+    rules = RULES | SIZED if positions == "interpolate" else RULES
     for name, new in own.items():
         old = state.get(name)
-        adapted = None
         if old is not None and old.shape == new.shape:
             report.mapped.append(name)
             result[name] = old
             continue
-        if old is not None and name in RULES:
-            adapted = RULES[name][0](old, new)
-        if adapted is not None:
-            report.adapted[name] = f"{RULES[name][1]}, {list(old.shape)} -> {list(new.shape)}"  # type: ignore[union-attr]
+        adapted = rules[name][0](old, new, model.config) if old is not None and name in rules else None
+        if adapted is not None and old is not None:
+            report.adapted[name] = f"{rules[name][1]}, {list(old.shape)} -> {list(new.shape)}"
             result[name] = adapted
         elif old is None and name.startswith(OPTIONAL):
             report.new.append(name)
+            result[name] = new
+        elif old is not None and name in SIZED and old.ndim == new.ndim and positions == "new":
+            report.new.append(f"{name} {list(new.shape)}, which was {list(old.shape)}")
             result[name] = new
         else:
             misfits.append(f"{name}: {list(new.shape)} here, {'missing' if old is None else list(old.shape)} in the checkpoint")
@@ -70,5 +114,4 @@ def adapt(model: nn.Module, state: Mapping[str, Tensor]) -> AdaptReport:
             misfits.append(f"{name}: {list(state[name].shape)} in the checkpoint, missing here")
     if misfits:
         raise ValueError("the checkpoint is of another shape:\n  " + "\n  ".join(sorted(misfits)))
-    model.load_state_dict(result)
-    return report
+    return result, report

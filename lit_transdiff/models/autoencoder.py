@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,9 +19,12 @@ from einops import pack, unpack
 from torch import Tensor, nn
 
 from lit_transdiff.config import AutoencoderTraining, require, unknown
+from lit_transdiff.models.ldm import from_diffusers, read_architecture, to_diffusers
+from lit_transdiff.models.official import check_layout
 
 LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior, as in latent diffusion
 CONFIG_FILE = "config.json"
+LDM_NORM_GROUPS = 32  # of every normalisation in the autoencoders of latent diffusion
 
 
 def posterior(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,6 +177,26 @@ class KLAutoencoder(Autoencoder):
             keys = sorted(report[problem])[:3]
             require(not keys, f"{folder}: {problem}", keys, "exactly the weights that config.json describes")
         return cls(model, mean, std)
+
+    @classmethod
+    def from_ldm(cls, state: Mapping[str, Tensor], scaling_factor: float) -> tuple[KLAutoencoder, list[str]]:
+        """An autoencoder from a state dict of latent diffusion, and the keys that only its training needed.
+
+        Normalised latents are the posterior's samples times ``scaling_factor``. Raises ``ValueError`` listing every key that is
+        missing, unexpected or of another shape.
+        """
+        from diffusers import AutoencoderKL
+
+        mapped = to_diffusers(state)
+        model: Any = AutoencoderKL(**read_architecture(state), norm_num_groups=LDM_NORM_GROUPS, scaling_factor=scaling_factor)
+        check_layout(mapped.state, {key: tuple(value.shape) for key, value in model.state_dict().items()})
+        model.load_state_dict(mapped.state)
+        channels = model.config.latent_channels
+        return cls(model, torch.zeros(channels), torch.full((channels,), 1 / scaling_factor)), sorted(mapped.left_over)
+
+    def to_ldm(self) -> dict[str, Tensor]:
+        """The weights in the layout of latent diffusion (which holds no normalisation)."""
+        return from_diffusers(self.model.state_dict())
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write diffusers' layout, weights stored as ``dtype``, the normalisation as ``latents_mean`` / ``latents_std``."""

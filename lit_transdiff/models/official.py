@@ -1,14 +1,22 @@
-"""Key names of the released TransDiff checkpoints <-> ours.
+"""The released TransDiff checkpoints: their layout by a model's shape, and their key names <-> ours.
 
-The released layout is described by its state dict (arXiv 2506.09482, github.com/TransDiff/TransDiff). One tensor has no
-place here: a one-step checkpoint's ``z_proj`` projects zeros that are then overwritten, so it is dropped and reported.
+The layout is that of the released state dicts (arXiv 2506.09482, github.com/TransDiff/TransDiff). Two tensors have no place
+here: a one-step checkpoint's ``z_proj`` projects zeros that are then overwritten, so it is set aside by name.
+
+Shapes: D width, T features of a reference token, M mask tokens, K classes.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+
+from lit_transdiff.config import SIZES, ModelConfig
 
 # (released, ours), tried in order; a released name that starts with the left side gets the right side instead.
 PREFIXES: tuple[tuple[str, str], ...] = (
@@ -38,6 +46,32 @@ PARTS: tuple[tuple[str, str], ...] = (
     (".attn2.", ".cross_attention."),
     (".attn.", ".attention."),
 )
+DEAD = ("z_proj.weight", "z_proj.bias")  # of a one-step checkpoint: they get no gradient
+# What every released checkpoint has, and its shape is read from.
+TELLING = (
+    "fake_latent",
+    "mask_token",
+    "encoder_pos_embed_learned",
+    "diffusion_pos_embed_learned",
+    "class_emb.weight",
+    "encoder_blocks.0.mlp.fc1.weight",
+    "diffdecoder.net.diffusion_pos_embed_learned",
+    "diffdecoder.net.res_blocks.0.mlp.fc1.weight",
+    "diffdecoder.net.final_layer.linear.weight",
+)
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A state dict under other names, and what has no place in it."""
+
+    state: dict[str, Tensor]
+    left_over: dict[str, Tensor]
+
+
+def is_released(state: Mapping[str, Any]) -> bool:
+    """Whether a state dict has the keys of a released TransDiff checkpoint."""
+    return "encoder_pos_embed_learned" in state and any(key.startswith("diffdecoder.") for key in state)
 
 
 def our_name(released: str) -> str:
@@ -51,8 +85,131 @@ def our_name(released: str) -> str:
     raise KeyError(f"{released!r} is not a key of the released checkpoints.")
 
 
-def from_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Our state dict of a released one, and the released keys that have no place in it."""
-    one_step = state["mask_token"].shape[1] == 1
-    dropped = [key for key in state if one_step and key.startswith("z_proj.")]
-    return {our_name(key): value for key, value in state.items() if key not in dropped}, dropped
+def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
+    """The settings of ``ModelConfig`` that a released state dict has by its shapes.
+
+    The number of heads leaves no trace in them: it is that of the row of ``SIZES`` with the same width and blocks, or
+    ``num_heads``. Raises ``ValueError`` for missing keys, and for an unknown size without ``num_heads``.
+    """
+    missing = [key for key in TELLING if key not in state]
+    if missing:
+        raise ValueError(f"not a released TransDiff checkpoint; missing: {', '.join(missing)}")
+    width, channels = state["fake_latent"].shape[1], state["diffdecoder.net.final_layer.linear.weight"].shape[0]
+    context, masks = state["diffusion_pos_embed_learned"].shape[1], state["mask_token"].shape[1]
+    blocks = {"encoder_blocks": r"encoder_blocks\.(\d+)\.", "decoder_blocks": r"diffdecoder\.net\.res_blocks\.(\d+)\."}
+    counts = {name: len({m[1] for key in state if (m := re.match(pattern, key))}) for name, pattern in blocks.items()}
+    size, row = next(
+        ((name, row) for name, row in SIZES.items() if row["width"] == width and {k: row[k] for k in counts} == counts), ("", {})
+    )
+    heads = num_heads or row.get("num_heads")
+    if heads is None:
+        raise ValueError(f"model.num_heads: a model of width {width} and {counts} is of no known size; say how many heads it has")
+    return {
+        **({"size": size} if size else {}),
+        "width": width,
+        "num_heads": heads,
+        **counts,
+        "mlp_ratio": state["encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "num_classes": state["class_emb.weight"].shape[0],
+        "num_class_tokens": state["encoder_pos_embed_learned"].shape[1] - context,
+        "latent_channels": channels,
+        "latent_size": math.isqrt(state["diffdecoder.net.diffusion_pos_embed_learned"].shape[1]),
+        "patch_size": 1,
+        "num_context_tokens": context,
+        "num_references": 1 if masks == 1 else context // masks,
+    }
+
+
+def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every key of the released layout with its shape, in the order of the released parameters.
+
+    Raises ``ValueError`` for a model that the layout cannot hold: decoder patches above 1, or references at another resolution
+    than the context's (the released MRAR is bound to 256 px).
+    """
+    multi = config.num_references > 1
+    patch = config.reference_patch_size if multi else 1
+    if config.patch_size != 1 or (multi and config.latent_size**2 != config.num_context_tokens):
+        raise ValueError(
+            f"the released layout has model.patch_size=1 and, for MRAR, as many context tokens as the latent has pixels; got "
+            f"patch_size={config.patch_size}, num_references={config.num_references}, "
+            f"{config.num_context_tokens} context tokens for {config.latent_size} x {config.latent_size} pixels"
+        )
+    d, hidden, tokens = config.width, int(config.width * config.mlp_ratio), config.num_context_tokens
+    mlp = {"mlp.fc1": (hidden, d), "mlp.fc2": (d, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "fake_latent": (1, d),
+        "mask_token": (1, config.tokens_per_reference if multi else 1, d),
+        "encoder_pos_embed_learned": (1, config.num_class_tokens + tokens, d),
+        "diffusion_pos_embed_learned": (1, tokens, d),
+        "class_emb.weight": (config.num_classes, d),
+        **linear("z_proj", d, config.latent_channels * patch**2),
+        **norm("z_proj_ln", d),
+    }
+    for i in range(config.encoder_blocks):
+        name = f"encoder_blocks.{i}."
+        shapes |= norm(f"{name}norm1", d) | linear(f"{name}attn.qkv", 3 * d, d) | linear(f"{name}attn.proj", d, d)
+        shapes |= norm(f"{name}norm2", d)
+        for part, shape in mlp.items():
+            shapes |= linear(name + part, *shape)
+    shapes |= norm("encoder_norm", d)
+    net = "diffdecoder.net."
+    shapes[f"{net}diffusion_pos_embed_learned"] = (1, config.num_decoder_tokens, d)
+    shapes |= linear(f"{net}time_embed.time_embedder.linear_1", d, 256) | linear(f"{net}time_embed.time_embedder.linear_2", d, d)
+    shapes |= linear(f"{net}time_embed.time_proj", 6 * d, d) | linear(f"{net}cond_embed", d, d)
+    shapes |= linear(f"{net}input_proj", d, config.latent_channels)
+    for i in range(config.decoder_blocks):
+        name = f"{net}res_blocks.{i}."
+        shapes[f"{name}scale_shift_table"] = (1, 6, d)
+        shapes |= norm(f"{name}norm1", d) | linear(f"{name}attn1.qkv", 3 * d, d) | linear(f"{name}attn1.proj", d, d)
+        shapes |= norm(f"{name}norm2", d)
+        for part in ("wq", "wk", "wv", "proj"):
+            shapes |= linear(f"{name}attn2.{part}", d, d)
+        shapes |= norm(f"{name}norm3", d)
+        for part, shape in mlp.items():
+            shapes |= linear(name + part, *shape)
+    shapes[f"{net}final_layer.scale_shift_table"] = (1, 2, d)
+    return shapes | linear(f"{net}final_layer.linear", config.latent_channels, d)
+
+
+def linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def check_layout(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ``ValueError`` listing every key that is missing, unexpected or of another shape."""
+    problems = [f"missing: {key} {list(shape)}" for key, shape in shapes.items() if key not in state]
+    problems += [f"unexpected: {key} {list(value.shape)}" for key, value in state.items() if key not in shapes]
+    problems += [
+        f"of another shape: {key} {list(state[key].shape)}, expected {list(shape)}"
+        for key, shape in shapes.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if problems:
+        raise ValueError("the checkpoint does not fit:\n  " + "\n  ".join(problems))
+
+
+def from_released(state: Mapping[str, Tensor], config: ModelConfig) -> Mapped:
+    """Our state dict of a released one, tensors as they are. Raises ``ValueError`` listing every key that does not fit."""
+    check_layout(state, released_shapes(config))
+    dead = DEAD if config.num_references == 1 else ()
+    return Mapped({our_name(key): value for key, value in state.items() if key not in dead}, {key: state[key] for key in dead})
+
+
+def to_released(state: Mapping[str, Tensor], config: ModelConfig, left_over: Mapping[str, Tensor]) -> Mapped:
+    """The released state dict of ours, in the released order, with ``left_over`` put back; zeros stand for what was never there.
+
+    What was made of zeros is the ``left_over`` of the result. Raises ``ValueError`` listing every key that does not fit.
+    """
+    shapes = released_shapes(config)
+    dead = DEAD if config.num_references == 1 else ()
+    names = {key: our_name(key) for key in shapes if key not in dead}
+    kind = next(iter(state.values()))
+    made = {key: kind.new_zeros(shapes[key]) for key in dead if key not in left_over}
+    result = {key: state[names[key]] for key in names if names[key] in state} | dict(left_over) | made
+    extra = {f"{key} (ours)": value for key, value in state.items() if key not in names.values()}
+    check_layout(result | extra, shapes)
+    return Mapped({key: result[key] for key in shapes}, made)

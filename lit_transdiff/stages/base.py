@@ -71,6 +71,8 @@ class TransDiffStage(pl.LightningModule):
         self.model = TransDiff(run.model)
         if run.training.activation_checkpointing:
             recompute_blocks(self.model)
+        if run.training.precision == "bf16-true":
+            self.model.to(torch.bfloat16)
         self.prepare()
 
     @classmethod
@@ -110,7 +112,7 @@ class TransDiffStage(pl.LightningModule):
         torch.manual_seed(mix(self.run.seed, "dropout", step, micro_step, self.global_rank))
         normal = GlobalBatchNormal(mix(self.run.seed, "training", step), size, batch.positions % size)
         rows, t = self.objective(batch, normal)
-        return {"loss": rows.mean(), "rows": rows.detach(), "t": t}
+        return {"loss": rows.mean() * self.run.optimizer.gradient_scale, "rows": rows.detach(), "t": t}
 
     def on_validation_epoch_start(self) -> None:
         self.swap_average()

@@ -98,12 +98,14 @@ class LogTraining(pl.Callback):
             self.norm = sharding(trainer).gradient_norm()
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
-        self.loss += outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning has divided it
         self.passes += 1
         if "rows" in outputs:
             bins = (outputs["t"] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
             self.sums[0].index_add_(0, bins, outputs["rows"].float())
             self.sums[1].index_add_(0, bins, torch.ones_like(outputs["rows"], dtype=torch.float32))
+            self.loss += outputs["rows"].mean()
+        else:
+            self.loss += outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning has divided it
         steps_done = trainer.global_step
         if steps_done % self.every == 0 and (i + 1) % trainer.accumulate_grad_batches == 0:
             self.last = self.metrics(trainer)

@@ -10,7 +10,7 @@ from lit_transdiff.stages.base import TransDiffStage
 
 
 class DiffusionHead(TransDiffStage):
-    """The encoder's weights, with its position embedding of the context, do not move, and its dropout is off.
+    """The encoder's weights, with its position embedding of the context, do not move; its dropout is off unless asked for.
 
     The label is still dropped, so that the decoder keeps learning the unconditional velocity.
     """
@@ -30,4 +30,4 @@ class DiffusionHead(TransDiffStage):
             return super().context(labels, references, drop)
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
-        self.model.encoder.eval()
+        self.model.encoder.train(self.run.training.frozen_dropout)

@@ -9,7 +9,6 @@ from PIL import Image
 
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.dataset import PlannedDataset
-from lit_transdiff.data.decode import crop_to_square
 from lit_transdiff.data.index import read_index, verify
 from lit_transdiff.data.pack import pack
 from lit_transdiff.data.plan import Rows
@@ -45,7 +44,13 @@ def test_same_bytes_each_time_and_no_overwriting(image_folder, tmp_path):
     assert (tmp_path / "one/index.npz").read_bytes() == (tmp_path / "two/index.npz").read_bytes()
     other = pack(image_folder, tmp_path / "three", samples_per_shard=20, seed=4, name="x", progress=False)
     assert [shard.sha256 for shard in other.index.shards] != sums[0]
-    with pytest.raises(ValueError, match=r"already holds index\.json"):
+    with pytest.raises(ValueError, match=r"made with other settings \(seed was 3, now 4\)"):
+        pack(image_folder, tmp_path / "one", samples_per_shard=20, seed=4, name="x", progress=False)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
+    again = pack(image_folder, tmp_path / "one", samples_per_shard=20, seed=3, name="x", progress=False)
+    assert str(again) == str(report) and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
+    (tmp_path / "one/packing.json").unlink()
+    with pytest.raises(ValueError, match=r"already holds index\.json .* but no packing\.json"):
         pack(image_folder, tmp_path / "one", progress=False)
 
 
@@ -100,18 +105,6 @@ def test_list_file(image_folder, tmp_path):
     (image_folder.parent / "list.csv").write_text("small/ant/1.png,2\nsmall/ant/missing.png,0\n")
     with pytest.raises(ValueError, match=r"line 2: got '.*missing\.png'"):
         pack(image_folder.parent / "list.csv", tmp_path / "b", progress=False)
-
-
-def test_crops():
-    image = Image.fromarray(np.tile(np.arange(30, dtype=np.uint8), (10, 1)))  # 30 wide, 10 high
-    assert np.array_equal(np.array(crop_to_square(image, 10, "center")), np.array(image)[:, 10:20])
-    with pytest.raises(ValueError, match=r"data\.crop: got 'none' for an image of 30 x 10"):
-        crop_to_square(image, 10, "none")
-    cuts = {crop_to_square(image, 10, "random", np.random.default_rng(i)).tobytes() for i in range(20)}
-    assert len(cuts) > 10
-    for size in (3, 7, 10, 24):
-        assert crop_to_square(image, size, "center").size == (size, size)
-        assert crop_to_square(image, size, "random", np.random.default_rng(size)).size == (size, size)
 
 
 @pytest.mark.parametrize(("folder", "each"), [("train", 400), ("evaluation", 200)])

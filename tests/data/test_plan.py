@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lit_transdiff.data.index import read_index
-from lit_transdiff.data.plan import BatchLayout, TrainPlan, epoch_order, evaluation_batches, generator
+from lit_transdiff.data.plan import BatchLayout, TrainPlan, coin_flips, epoch_order, evaluation_batches, generator
 
 
 def global_batches(plan, global_batch, world, micro_batch, steps):
@@ -16,6 +16,14 @@ def global_batches(plan, global_batch, world, micro_batch, steps):
             parts += [plan.rows(start, start + micro_batch) for start in starts]
         batches.append([np.concatenate(column) for column in zip(*parts, strict=True)])
     return batches
+
+
+def test_coin_flips_are_those_of_the_generator():
+    rng = np.random.default_rng(0)
+    for seed in (0, 1, -5, 2**63 + 3):
+        epochs, samples = rng.integers(0, 1000, 300), rng.integers(0, 2_000_000, 300)
+        expected = [bool(generator(seed, e, s).integers(2)) for e, s in zip(epochs.tolist(), samples.tolist(), strict=True)]
+        assert coin_flips(seed, epochs, samples).tolist() == expected
 
 
 @pytest.mark.parametrize("num_references", [1, 3])

@@ -4,34 +4,49 @@ import numpy as np
 import pytest
 
 from lit_transdiff.data.index import read_index
-from lit_transdiff.data.plan import TrainPlan
-from lit_transdiff.data.references import group_references, read_groups
+from lit_transdiff.data.plan import TrainPlan, epoch_order
+from lit_transdiff.data.references import group_references, num_groups, read_groups
 
 
 @pytest.mark.parametrize("num_references", [2, 4, 7])
-def test_groups_are_of_one_class_without_repeats(num_references):
+def test_groups_use_every_image_and_are_of_different_images_of_one_class(num_references):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 20, 3000)
-    expected = int((np.bincount(labels) // num_references).sum())
+    counts = np.bincount(labels)
     for _ in range(3):
         groups, left_over = group_references(labels, rng.permutation(3000), num_references)
-        assert groups.shape == (expected, num_references) and groups.dtype == np.int64
+        assert len(groups) == sum(-(-count // num_references) for count in counts) == num_groups(counts, num_references)
+        assert groups.shape[1] == num_references and groups.dtype == np.int64 and left_over == 0
         assert (labels[groups] == labels[groups[:, :1]]).all()
-        assert len(np.unique(groups)) == groups.size
-        assert left_over == 3000 - groups.size
+        assert all(len(set(group)) == num_references for group in groups.tolist())
+        used = np.bincount(groups.reshape(-1), minlength=3000)
+        assert used.min() == 1 and used.max() <= 2
+        assert [used[labels == c].sum() - counts[c] for c in range(20)] == [-count % num_references for count in counts]
+
+
+@pytest.mark.parametrize("num_references", [2, 4, 7])
+def test_groups_without_repeats(num_references):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 20, 3000)
+    groups, left_over = group_references(labels, rng.permutation(3000), num_references, fill_up=False)
+    assert len(groups) == sum(count // num_references for count in np.bincount(labels))
+    assert (labels[groups] == labels[groups[:, :1]]).all()
+    assert len(np.unique(groups)) == groups.size == 3000 - left_over
 
 
 def test_groups_follow_the_order_one_by_one():
-    """The same groups as a plain loop with one open group a class."""
+    """The same groups as a plain loop with one open group a class, the last one filled up with those before it."""
     rng = np.random.default_rng(1)
     labels, order = rng.integers(0, 5, 200), rng.permutation(200)
-    waiting, expected = {c: [] for c in range(5)}, []
-    for sample in order:
-        waiting[labels[sample]].append(sample)
-        if len(waiting[labels[sample]]) == 4:
-            expected.append(waiting[labels[sample]])
-            waiting[labels[sample]] = []
-    assert group_references(labels, order, 4)[0].tolist() == expected
+    seen, whole, places = {c: [] for c in range(5)}, [], {}
+    for place, sample in enumerate(order.tolist()):
+        seen[labels[sample]].append(sample)
+        places[sample] = place
+        if len(seen[labels[sample]]) % 4 == 0:
+            whole.append(seen[labels[sample]][-4:])
+    assert group_references(labels, order, 4, fill_up=False)[0].tolist() == whole
+    rest = [samples[-4:] for samples in seen.values() if len(samples) % 4]
+    assert rest and group_references(labels, order, 4)[0].tolist() == sorted(whole + rest, key=lambda group: places[group[-1]])
 
 
 def test_one_reference_passes_through():
@@ -42,8 +57,15 @@ def test_one_reference_passes_through():
 
 def test_imagenet_scale():
     rng = np.random.default_rng(0)
-    groups, _ = group_references(rng.integers(0, 1000, 1_281_167).astype(np.int32), rng.permutation(1_281_167), 4)
-    assert len(groups) > 319_000
+    labels = rng.integers(0, 1000, 1_281_167).astype(np.int32)
+    starts = np.linspace(0, len(labels), 1001).astype(np.int64)
+    order = epoch_order(starts, 0, 0, 64)
+    groups, _ = group_references(labels, order, 4)
+    assert len(np.unique(groups)) == len(labels) and groups.size - len(labels) < 3000
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    span = (place[groups].max(axis=1) - place[groups].min(axis=1)) / 1281
+    assert np.median(span) < 3  # shards: the images of a group are read from neighbouring shards of the order
 
 
 def test_a_class_smaller_than_a_group_is_an_error(shards):
@@ -70,6 +92,33 @@ def test_fixed_groups(shards, tmp_path):
         path.write_text(json.dumps([a, b, c]) + "\n" + json.dumps(line))
         with pytest.raises(ValueError, match=f"line 2.*{message}"):
             read_groups(path, index, 3)
+    path.write_text("\n\n" + json.dumps([a, b, "zzz" * 40]))
+    with pytest.raises(ValueError, match=r"line 3: key: got 'zzz"):
+        read_groups(path, index, 3)
     path.write_text("[")
     with pytest.raises(ValueError, match="line 1: not JSON"):
         read_groups(path, index, 3)
+
+
+def test_the_released_index_file(shards, tmp_path):
+    """Lines of ``cate`` and ``files``; more files than R are allowed, the first R count."""
+    index = read_index(shards)
+    lines = [
+        {"cate": "cat", "files": [f"{i}.png" for i in (3, 1, 4, 0)]},
+        {"cate": "dog", "files": ["dog_5.JPEG", "9.x.png", "2.png"]},
+    ]
+    path = tmp_path / "files.txt"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:1] * 20_000))
+    assert len(read_groups(path, index, 3)) == 20_000
+    path.write_text(json.dumps(lines[0]))
+    assert [index.key_of(sample) for sample in read_groups(path, index, 3)[0]] == ["cat_3", "cat_1", "cat_4"]
+    for line, message in [
+        (lines[1], r"line 2: key: got 'dog_9_x'"),
+        ({"cate": "cat", "files": ["1.png"]}, "line 2: number of keys: got 1"),
+        ({"cate": "cow", "files": ["1.png", "2.png", "3.png"]}, "line 2: key: got 'cow_1'"),
+        ({"files": ["1.png", "2.png", "3.png"]}, "line 2: cate: got None"),
+        ({"cate": "cat"}, "line 2: got .*a list of sample keys or file names"),
+    ]:
+        path.write_text(json.dumps(lines[0]) + "\n" + json.dumps(line) + "\n")
+        with pytest.raises(ValueError, match=message):
+            read_groups(path, index, 3)

@@ -22,16 +22,22 @@ RUNS = {
 }
 
 
-def start(processes: int, *command: str) -> None:
-    """Run ``lit-transdiff`` in one or several processes; fails with its output."""
+def command_line(processes: int, *command: str) -> list[str]:
+    """``lit-transdiff`` in one or several processes, with torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     torchrun += ["--master_addr", "127.0.0.1", "--master_port", port]
+    return [sys.executable, *(torchrun if processes > 1 else []), "-m", "lit_transdiff", *command]
+
+
+def start(processes: int, *command: str) -> None:
+    """Run ``lit-transdiff`` in one or several processes; fails with its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, *(torchrun if processes > 1 else []), "-m", "lit_transdiff", *command]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command_line(processes, *command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

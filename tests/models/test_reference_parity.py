@@ -143,7 +143,7 @@ def test_mrar_encoder_prefixes():
 @pytest.mark.parametrize("size", ["base", "large", "huge"])
 @pytest.mark.parametrize("kind", ["onestep_256", "onestep_512", "mrar_256"])
 def test_parameter_counts(size: str, kind: str):
-    counts = json.loads((FIXTURES / "param_counts.json").read_text())["param_counts"]
+    counts = json.loads((FIXTURES / "state_dict_shapes.json").read_text())["param_counts"]
     family, resolution = kind.split("_")
     row = counts[f"{family}_{size}_{resolution}"]
     config = ModelConfig(

@@ -1,0 +1,277 @@
+"""Released checkpoints <-> ours: TransDiff's ``checkpoint-last.pth`` and latent diffusion's ``kl16.ckpt``, bit for bit both ways.
+
+A converted TransDiff is an export folder of the averaged weights (``model_ema``), with ``raw``, an export folder of the last
+ones (``model``), in it. What has no place in our model lies beside the weights in ``left_over.safetensors``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_transdiff.config import RunConfig, require
+from lit_transdiff.export import export_folder, read_export, write_export
+from lit_transdiff.files import short_hash
+from lit_transdiff.loading import run_from, to_dict
+from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
+from lit_transdiff.models.ldm import is_ldm
+from lit_transdiff.models.official import Mapped, from_released, is_released, read_shape, released_shapes, to_released
+
+LEFT_OVER = "left_over.safetensors"
+LATENT_SCALE = 0.2325  # of the released TransDiff models (and MAR's): latents = samples x 0.2325
+CHECKPOINT = "checkpoint-last.pth"
+KNOWN = {"model", "model_ema", "optimizer", "scaler", "epoch", "args"}  # what the released training writes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A released file, read: its state dicts, and the rest by name."""
+
+    path: Path
+    model: dict[str, Tensor]
+    model_ema: dict[str, Tensor] | None
+    epoch: int | None
+    args: dict[str, Any]
+    ignored: list[str]  # entries that are not converted
+
+
+def convert(
+    source: str | Path,
+    dest: str | Path,
+    *,
+    autoencoder: str | Path | None = None,
+    recipe: RunConfig | None = None,
+    num_heads: int | None = None,
+    scaling_factor: float = LATENT_SCALE,
+) -> str:
+    """Convert ``source`` to ``dest``, in the direction that ``source`` tells, and say what became of every tensor.
+
+    A released TransDiff file (or its folder) becomes an export folder; ``autoencoder`` is the folder of its converted
+    autoencoder, ``recipe`` gives all settings but the model's shape (sampling, evaluation, ...), which must agree with the
+    file's. A latent-diffusion autoencoder becomes a folder of diffusers. An export folder, run folder or autoencoder folder
+    becomes a file again. Raises ``ValueError`` for anything that does not fit, and for a ``dest`` that exists.
+    """
+    source, dest = Path(source), Path(dest)
+    require(source.exists(), "source", str(source), "a file or folder that exists")
+    require(not dest.exists(), "dest", str(dest), "a name that does not exist yet: nothing is overwritten")
+    file = source / CHECKPOINT if (source / CHECKPOINT).is_file() else source
+    if file.is_dir():
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        return autoencoder_to_ldm(file, dest) if (file / CONFIG_FILE).is_file() else export_to_released(file, dest)
+    content = read_file(file)
+    state = content.get("model", content)
+    if is_ldm(state):
+        return autoencoder_from_ldm(state, dest, scaling_factor)
+    require(is_released(state), "source", str(file), "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
+    if autoencoder is None:
+        raise ValueError("autoencoder: got nothing; allowed: the folder of the autoencoder that the model was trained with.")
+    network = load_autoencoder("kl", autoencoder, image_channels=3)
+    return released_to_export(open_checkpoint(file, content), dest, network, Path(autoencoder), recipe, num_heads)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The dictionary in a ``torch.save`` file, without running code from it: tensors, plain values and argparse's Namespace."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: not a checkpoint that can be read without running code from it: {reason}") from error
+    require(isinstance(content, dict), str(path), type(content).__name__, "a dictionary of state dicts")
+    return content
+
+
+def open_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
+    """The parts of a released file; a bare state dict counts as its ``model``."""
+    bare = "model" not in content
+    args = content.get("args")
+    return Checkpoint(
+        path=path,
+        model=dict(content if bare else content["model"]),
+        model_ema=None if bare or content.get("model_ema") is None else dict(content["model_ema"]),
+        epoch=None if bare else content.get("epoch"),
+        args=dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
+        ignored=[] if bare else sorted((content.keys() - KNOWN) | (content.keys() & {"optimizer", "scaler"})),
+    )
+
+
+def released_to_export(
+    checkpoint: Checkpoint,
+    dest: Path,
+    autoencoder: Autoencoder,
+    autoencoder_path: Path,
+    recipe: RunConfig | None,
+    num_heads: int | None,
+) -> str:
+    """Write the export folder of a released checkpoint."""
+    run = run_of(checkpoint, dest.name, autoencoder, autoencoder_path, recipe, num_heads)
+    averaged = {"ema": checkpoint.model_ema} if checkpoint.model_ema is not None else {}
+    states: dict[str, dict[str, Tensor]] = averaged | {"last": checkpoint.model}
+    mapped = {kind: map_state(kind, state, run) for kind, state in states.items()}
+    info = {
+        "name": run.name,
+        "stage": run.stage,
+        "step": None,
+        "images_seen": None,
+        "autoencoder": autoencoder.fingerprint,
+        "class_names": [str(c) for c in range(run.model.num_classes)],
+        "released": {
+            "file": checkpoint.path.name,
+            "hash": short_hash(checkpoint.path),
+            "epoch": checkpoint.epoch,
+            "args": {
+                key: value if isinstance(value, (int, float, str, list)) else str(value) for key, value in checkpoint.args.items()
+            },
+        },
+    }
+    best, *others = mapped
+
+    def write_all(folder: Path) -> None:
+        write_weights(mapped[best], folder)
+        for kind in others:
+            write_export(folder / "raw", run, {**info, "weights": kind}, partial(write_weights, mapped[kind]))
+
+    write_export(dest, run, {**info, "weights": best}, write_all)
+    return report(checkpoint, dest, run, mapped)
+
+
+def map_state(kind: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
+    """Our names for a released state; errors say which of the file's states they are about."""
+    try:
+        return from_released(state, run.model)
+    except ValueError as error:
+        raise ValueError(f"{'model_ema' if kind == 'ema' else 'model'}: {error}") from error
+
+
+def write_weights(mapped: Mapped, folder: Path) -> None:
+    """``model.safetensors`` in the dtype of the file, and what has no place in our model."""
+    save_file({key: value.contiguous() for key, value in mapped.state.items()}, folder / "model.safetensors")
+    if mapped.left_over:
+        save_file({key: value.contiguous() for key, value in mapped.left_over.items()}, folder / LEFT_OVER)
+
+
+def run_of(
+    checkpoint: Checkpoint,
+    name: str,
+    autoencoder: Autoencoder,
+    autoencoder_path: Path,
+    recipe: RunConfig | None,
+    num_heads: int | None,
+) -> RunConfig:
+    """The run of a released checkpoint: its shape, the autoencoder's, and everything else from ``recipe``."""
+    if recipe is not None and num_heads is None:
+        num_heads = recipe.model.num_heads
+    shape = read_shape(checkpoint.model, num_heads)
+    if recipe is not None:
+        wrong = {key: value for key, value in shape.items() if key != "size" and getattr(recipe.model, key) != value}
+        listed = "; ".join(
+            f"model.{key}: {value} in the checkpoint, {getattr(recipe.model, key)} in the recipe" for key, value in wrong.items()
+        )
+        if wrong:
+            raise ValueError(f"{checkpoint.path} is of another shape than the recipe: {listed}")
+    channels = shape["latent_channels"]
+    require(autoencoder.latent_channels == channels, "autoencoder: latent channels", autoencoder.latent_channels, f"{channels}")
+    one_step = shape["num_references"] == 1
+    wide = shape["latent_size"] ** 2 > shape["num_context_tokens"]
+    settings = to_dict(recipe or RunConfig())
+    settings |= {
+        "name": name,
+        "stage": "mrar_finetune" if not one_step else "diffusion_head" if wide else "ar_pretrain",
+        "init_from": None,
+        "model": settings["model"] | shape,
+        "autoencoder": {"kind": "kl", "path": str(autoencoder_path)},
+        "data": settings["data"] | {"image_size": shape["latent_size"] * autoencoder.downsampling, "image_channels": 3},
+    }
+    return run_from(settings, source=str(checkpoint.path))
+
+
+def report(checkpoint: Checkpoint, dest: Path, run: RunConfig, mapped: Mapping[str, Mapped]) -> str:
+    """What became of every entry and tensor."""
+    model = run.model
+    kind = "one-step" if model.num_references == 1 else f"MRAR with {model.num_references} references"
+    lines = [
+        f"{checkpoint.path} -> {dest}: {kind}, width {model.width}, {model.encoder_blocks} + {model.decoder_blocks} blocks, "
+        f"{model.num_classes} classes, latents of {model.latent_size} x {model.latent_size} x {model.latent_channels}"
+    ]
+    for name, part in mapped.items():
+        entry = "model_ema" if name == "ema" else "model"
+        place = dest if part is next(iter(mapped.values())) else dest / "raw"
+        count = sum(value.numel() for value in [*part.state.values(), *part.left_over.values()])
+        lines.append(f"{entry}: {len(part.state)} tensors mapped, {count:,} parameters -> {place}")
+        lines += [
+            f"  kept aside: {key} {list(value.shape)}, which gets no gradient in a one-step model"
+            for key, value in part.left_over.items()
+        ]
+    if "ema" not in mapped:
+        lines.append("model_ema: not in the file; model stands for it")
+    return "\n".join(lines + [f"not converted: {name}" for name in checkpoint.ignored])
+
+
+def export_to_released(source: Path, dest: Path) -> str:
+    """Write an export (of ours, or converted) as a released checkpoint."""
+    require(dest.suffix == ".pth", "dest", str(dest), "a file name ending in .pth")
+    folder = export_folder(source)
+    export = read_export(folder)
+    released_shapes(export.run.model)  # refuses a shape that the layout cannot hold
+    raw = folder / "raw" if (folder / "raw" / "model.safetensors").is_file() else folder
+    states = {"model": state_of(raw), "model_ema": state_of(folder)}
+    if export.info["weights"] == "last":  # the file had no average
+        del states["model_ema"]
+    origin = export.info.get("released", {})
+    content: dict[str, Any] = {key: mapped.state for key, mapped in states.items()}
+    content |= {"epoch": origin["epoch"]} if origin.get("epoch") is not None else {}
+    content |= {"args": argparse.Namespace(**origin["args"])} if origin.get("args") else {}
+    write_whole(dest, partial(torch.save, content))
+    lines = [f"{folder} -> {dest}: {', '.join(f'{key} ({len(mapped.state)} tensors)' for key, mapped in states.items())}"]
+    lines += [
+        f"  made of zeros: {key} (the model has none; it has no effect)"
+        for key in states["model_ema" if "model_ema" in states else "model"].left_over
+    ]
+    lines += ["  model: the averaged weights, as the export has no others"] if raw == folder and "model_ema" in states else []
+    return "\n".join(lines)
+
+
+def state_of(folder: Path) -> Mapped:
+    """The released state dict of an export folder."""
+    left_over = load_file(folder / LEFT_OVER) if (folder / LEFT_OVER).is_file() else {}
+    export = read_export(folder)
+    return to_released(export.state, export.run.model, left_over)
+
+
+def autoencoder_from_ldm(state: Mapping[str, Tensor], dest: Path, scaling_factor: float) -> str:
+    """Write an autoencoder of latent diffusion as a folder of diffusers."""
+    network, dropped = KLAutoencoder.from_ldm(state, scaling_factor)
+    write_whole(dest, network.save)
+    count = sum(p.numel() for p in network.model.parameters())
+    lines = [f"autoencoder -> {dest}: {len(network.model.state_dict())} tensors mapped, {count:,} parameters, "]
+    lines[0] += (
+        f"latents = samples x {scaling_factor:g}, {network.latent_channels} channels, 1/{network.downsampling} of the size"
+    )
+    return "\n".join(lines + [f"dropped: {key} (of its training)" for key in dropped])
+
+
+def autoencoder_to_ldm(source: Path, dest: Path) -> str:
+    """Write a folder of diffusers as a checkpoint of latent diffusion."""
+    channels = json.loads((source / CONFIG_FILE).read_text()).get("in_channels")
+    network = KLAutoencoder.load(source, channels)
+    state = network.to_ldm()
+    write_whole(dest, partial(torch.save, {"model": state}))
+    return f"{source} -> {dest}: {len(state)} tensors; the layout holds no normalisation (mean and std of the latents)"
+
+
+def write_whole(dest: Path, write: Callable[[Path], None]) -> None:
+    """Write a file or folder under a temporary name, then give it its own."""
+    partial_dest = dest.with_name(dest.name + ".partial")
+    write(partial_dest)
+    partial_dest.rename(dest)

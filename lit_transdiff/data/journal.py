@@ -1,0 +1,101 @@
+"""What makes packing and caching resumable: a plan that is written before the first shard, and a record of each shard.
+
+The plan (``packing.json``, ``caching.json``) says everything that decides the bytes of the shards and stays beside them;
+the records, in the folder ``finished``, hold the shards' rows of the index and go when the index is written.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from lit_transdiff.data.index import Shard, ShardRows
+from lit_transdiff.files import replace_file
+
+RECORDS = "finished"
+Skipped = list[tuple[str, str]]  # of images that could not be read: what it is called, and why
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard and the images that are not in it because they could not be read."""
+
+    rows: ShardRows
+    skipped: Skipped
+
+
+class Journal:
+    """The plan and the records of the shards that are made in ``folder``."""
+
+    def __init__(self, folder: Path, plan_file: str) -> None:
+        self.folder, self.plan_file = folder, plan_file
+
+    def check(self, plan: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless the folder is new, or was begun with this plan; the error names what differs."""
+        path = self.folder / self.plan_file
+        if not path.exists():
+            present = sorted(found.name for pattern in ("index.json", "*.tar") for found in self.folder.glob(pattern))
+            if present:
+                raise ValueError(
+                    f"{self.folder} already holds {present[0]} ({len(present)} files of shards and index) but no "
+                    f"{self.plan_file}, which says how they were made; choose an empty folder."
+                )
+            return
+        before, now = json.loads(path.read_text()), json.loads(json.dumps(plan))
+        differences = [
+            f"{name} was {brief(before.get(name))}, now {brief(now.get(name))}"
+            for name in dict.fromkeys([*before, *now])
+            if before.get(name) != now.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"{self.folder} was made with other settings ({'; '.join(differences)}); choose an empty folder, or go on with "
+                f"the settings in {self.plan_file}."
+            )
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Write the plan, unless it is there, and remove what a killed process left unfinished."""
+        (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
+        for partial in self.folder.glob("*.partial-*"):
+            partial.unlink()
+        if not (self.folder / self.plan_file).exists():
+            replace_file(self.folder / self.plan_file, (json.dumps(plan, indent=1) + "\n").encode())
+
+    def add(self, rows: ShardRows, skipped: Sequence[tuple[str, str]] = ()) -> None:
+        """Note that a shard is finished; to be called when it has its name."""
+        buffer = io.BytesIO()
+        about = json.dumps({"shard": asdict(rows.shard), "skipped": list(skipped)})
+        columns: dict[str, Any] = {**rows.columns, "about": np.array(about)}
+        np.savez(buffer, **columns)
+        replace_file(self.record_path(rows.shard.name), buffer.getvalue())
+
+    def finished(self, name: str) -> Optional[ShardRecord]:
+        """The record of a shard that is there as it was recorded; a shard without samples has no file."""
+        if not self.record_path(name).exists():
+            return None
+        with np.load(self.record_path(name), allow_pickle=False) as stored:
+            about = json.loads(str(stored["about"]))
+            columns = {column: stored[column] for column in stored.files if column != "about"}
+        shard, path = Shard(**about["shard"]), self.folder / name
+        if shard.samples and not (path.exists() and path.stat().st_size == shard.bytes):
+            return None
+        return ShardRecord(ShardRows(shard, columns), [(origin, reason) for origin, reason in about["skipped"]])
+
+    def close(self) -> None:
+        """Remove the records, when the index has been written."""
+        shutil.rmtree(self.folder / RECORDS, ignore_errors=True)
+
+    def record_path(self, name: str) -> Path:
+        return self.folder / RECORDS / f"{name}.npz"
+
+
+def brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

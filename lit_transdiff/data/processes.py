@@ -1,0 +1,71 @@
+"""Work that is done beside this thread: a function over many tasks in several processes, an iterator in a thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+from lit_transdiff.config import require
+
+T = TypeVar("T")
+PRELOAD = ["lit_transdiff.data.stream", "lit_transdiff.data.pack"]  # the slow imports of this room, once for all processes
+
+
+def clean_context() -> Any:
+    """How processes are started here: by a clean server process, because a fork of this one may hang."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
+    """``function(*task)`` of every task, in the order in which they end; with 0 workers here, one after the other.
+
+    ``tasks`` may be an iterator: few of them wait at a time. An exception in a task is raised here. The processes end when
+    this one is killed.
+    """
+    require(workers >= 0, "workers", workers, "0 (this process alone) and more")
+    if workers == 0:
+        yield from (function(*task) for task in tasks)
+        return
+    with ProcessPoolExecutor(workers, mp_context=clean_context(), initializer=exit_with_parent) as pool:
+        waiting: set[Future[T]] = set()
+        try:
+            for task in tasks:
+                waiting.add(pool.submit(function, *task))
+                if len(waiting) >= 2 * workers:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def ahead(items: Iterator[T], number: int) -> Iterator[T]:
+    """The items, of which a thread makes up to ``number`` beforehand."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, end) for _ in range(number))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, items, end))
+            yield item  # type: ignore[misc]
+
+
+def exit_with_parent() -> None:
+    """End this process when the one that started it dies; it would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,112 @@
+"""A row of the paper's table with one command: convert the released files, generate, score, and print ours beside the paper's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+
+from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.convert import CHECKPOINT, convert
+from lit_transdiff.evaluation.evaluate import evaluate
+from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.export import read_export
+from lit_transdiff.files import short_hash
+from lit_transdiff.loading import load_run
+from lit_transdiff.sampling import load_generator
+
+BASELINES = "baselines.json"
+PUBLISHED = {"frechet_distance": "fid", "inception_score": "inception_score"}  # metric -> field of a row
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a lab has of the released files: the checkpoint's folder, the autoencoder, InceptionV3, the reference statistics."""
+
+    weights: Path
+    vae: Path
+    inception: Path
+    reference: Path
+
+    def check(self) -> None:
+        """Refuse names that do not exist, all at once."""
+        missing = [f"{name}: {path}" for name, path in vars(self).items() if not path.exists()]
+        require(not missing, "files", "; ".join(missing), "files and folders that exist")
+
+
+def read_row(name: str, experiments: Path) -> dict[str, Any]:
+    """The published row ``name`` of ``baselines.json`` that has a recipe."""
+    file = experiments / BASELINES
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; run this in the project's folder, or say --experiments FOLDER.")
+    rows = {key: row for key, row in json.loads(file.read_text())["rows"].items() if "recipe" in row}
+    if name not in rows:
+        raise unknown("row", name, rows)
+    return rows[name]
+
+
+def reproduce(
+    name: str,
+    files: Files,
+    output: Path,
+    *,
+    fabric: Fabric,
+    experiments: Path = Path("experiments"),
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> str:
+    """Do the row ``name`` (as in ``L-MRAR``) in ``output``; what is already there is not done again. Returns the table.
+
+    All settings are the recipe's; ``overrides`` change them, and the table then says so.
+    """
+    files.check()
+    row = read_row(name, experiments)
+    paths = [f"evaluation.extractor_weights={files.inception}", f"evaluation.reference={files.reference}"]
+    recipe = load_run(experiments / row["recipe"], [*paths, *overrides])
+    if fabric.is_global_zero:
+        prepare(name, files, output, recipe, say)
+    fabric.barrier()
+    model = output / name
+    generator = load_generator(model, fabric.device)
+    result = evaluate(generator, recipe.evaluation, recipe.sampling, output=model, fabric=fabric, reuse=True)
+    return table(name, row, result, overrides)
+
+
+def prepare(name: str, files: Files, output: Path, recipe: RunConfig, say: Callable[[str], None]) -> None:
+    """Convert the autoencoder and the model, unless they were converted before from the same file."""
+    autoencoder, model = output / "autoencoder", output / name
+    if not autoencoder.exists():
+        say(convert(files.vae, autoencoder))
+    if not model.exists():
+        say(convert(files.weights, model, autoencoder=autoencoder, recipe=recipe))
+    released = read_export(model).info["released"]
+    file = files.weights / CHECKPOINT if files.weights.is_dir() else files.weights
+    require(
+        released["hash"] == short_hash(file),
+        str(model),
+        f"converted from {released['file']}, another file than {file}",
+        "that file",
+    )
+
+
+def table(name: str, row: dict[str, Any], result: dict[str, Any], overrides: Sequence[str]) -> str:
+    """Our scores beside the published ones, with what decided ours."""
+    made = result["manifest"]
+    lines = [f"{row['model']}, {row['resolution']} x {row['resolution']}", f"{'':22} {'ours':>10} {'published':>10}"]
+    for metric, score in result["scores"].items():
+        ours = score["mean"] if isinstance(score, dict) else score
+        published = row.get(PUBLISHED.get(metric, ""))
+        lines.append(f"{METRICS[metric].title:22} {ours:10.4g} {published if published is not None else '-':>10}")
+    sampling = made["sampling"]
+    guidance = sampling["reference_guidance"] or sampling["guidance_scale"]
+    lines += [
+        f"{made['num_images']:,} images, {made['label_mode']} labels, {sampling['solver']} {sampling['num_steps']} steps, "
+        f"guidance {guidance}, scales {sampling['drift_scale']} and {sampling['noise_scale']}, {made['precision']}",
+        f"published: {row['source']}",
+        f"ours: {result['file']}",
+    ]
+    return "\n".join(lines + ([f"not the paper's settings: {' '.join(overrides)}"] if overrides else []))
