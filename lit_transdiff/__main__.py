@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lit_transdiff import __version__
+from lit_transdiff.endings import EXIT_REQUEUE, CheckpointError, Preempted
 from lit_transdiff.loading import load_run, override
 
 CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
@@ -299,7 +300,7 @@ def quiet_libraries() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; a bad setting or a missing file ends in one line and status 2, a loss that is not finite in status 1."""
+    """Run a command; a bad setting or a missing file ends in one line and a status of ``endings``."""
     args = build_parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that the log of a batch job shows how far it is
@@ -309,7 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"lit-transdiff: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except Preempted as reason:
+        print(f"lit-transdiff: {reason}", file=sys.stderr)
+        return EXIT_REQUEUE
+    except (FloatingPointError, CheckpointError) as error:
         print(f"lit-transdiff: {error}", file=sys.stderr)
         return 1
     return 0

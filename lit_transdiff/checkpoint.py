@@ -26,16 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_transdiff.config import CheckpointConfig
+from lit_transdiff.endings import CheckpointError
 from lit_transdiff.files import replace_file
 
 MARKER = "COMPLETE.json"
 TRAINING = "training.pt"
 WEIGHT = "weight"  # the "state" that is the parameter itself, float32
 PARTIAL = ".partial"
-
-
-class CheckpointError(OSError):
-    """A checkpoint could not be written."""
 
 
 @dataclass(frozen=True)

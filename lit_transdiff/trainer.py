@@ -20,7 +20,10 @@ from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.references import num_groups
 from lit_transdiff.distributed import accumulation, micro_batch_size, precision_of, strategy_name, trainer_settings, world_size
+from lit_transdiff.distributed.preemption import StopOnRequest, StopRequest, stop_request
 from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_checkpoint, spread, what_changes
+from lit_transdiff.distributed.watchdog import Pause, Watchdog
+from lit_transdiff.endings import Preempted
 from lit_transdiff.export import export_checkpoint, export_folder, read_export, write_export
 from lit_transdiff.models.adapt import match
 from lit_transdiff.models.autoencoder import Autoencoder, check_latents, load_autoencoder
@@ -30,6 +33,7 @@ from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.autoencoder import AutoencoderStage
 from lit_transdiff.stages.base import ToLatents, TransDiffStage
 from lit_transdiff.stages.callbacks import LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
+from lit_transdiff.stages.guard import GuardSteps, RollBack
 from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, finish
 
 
@@ -191,21 +195,33 @@ def count(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def build_trainer(parts: Parts, start: int = 0) -> pl.Trainer:
-    """Lightning's Trainer for a run that begins at ``start``. The run is one epoch of max_steps; the data order has its own."""
+def build_callbacks(parts: Parts, start: int, request: StopRequest) -> list[Callback]:
+    """What watches a run and saves it; the order matters where it is said."""
     run, training = parts.run, parts.run.training
+    guarded = isinstance(parts.stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
     finite = StopOnNonFinite(training.log_every, training.checkpoint_every, run.folder / "checkpoints")
     numbers = LogTraining(training.log_every, run.images_per_step)
+    checkpoints = Checkpoints(run, start, spread_of(run), before_save=finite.look)
     callbacks: list[Callback] = [
-        finite,
+        GuardSteps(run.safety, run.folder) if guarded else finite,
         numbers,
         Progress(run.name, numbers),
         SaveOrigin(run, export_info(parts)),
-        Checkpoints(run, start, spread_of(run), before_save=finite.look),
+        checkpoints,
+        StopOnRequest(request, checkpoints),
     ]
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
         grids = SampleGrids(parts.autoencoder, parts.data.class_names, run.folder / "samples", training.sample_every)
         callbacks.append(grids)
+    if run.safety.stall_seconds > 0:
+        watchdog = Watchdog(run.safety.stall_seconds)
+        callbacks = [Pause(watchdog), *callbacks, watchdog]
+    return callbacks
+
+
+def build_trainer(parts: Parts, callbacks: list[Callback]) -> pl.Trainer:
+    """Lightning's Trainer for a run. The whole run is one epoch of max_steps; the data order has its own."""
+    run, training = parts.run, parts.run.training
     validate_every = training.validate_every or training.max_steps
     return pl.Trainer(
         **trainer_settings(run),
@@ -244,29 +260,34 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
         say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
         rank_zero_only(open_folder)(run)
         try:
-            metrics = fit(parts, agreed_checkpoint(run), say)
+            with stop_request() as request:
+                metrics = fit(parts, agreed_checkpoint(run), request, say)
             break
-        except TryAgain as reason:
+        except (TryAgain, RollBack) as reason:
             say(f"{run.name}: {reason}")
     rank_zero_only(write_model)(parts)
     wait_for_export(run)
     return TrainResult(run.folder, run.training.max_steps, metrics)
 
 
-def fit(parts: Parts, checkpoint: Checkpoint | None, say: Callable[[str], None]) -> dict[str, float]:
+def fit(parts: Parts, checkpoint: Checkpoint | None, request: StopRequest, say: Callable[[str], None]) -> dict[str, float]:
     """Train from a checkpoint, or from the beginning, to the end; the last values of the metrics."""
     run = parts.run
     start = checkpoint.step if checkpoint else 0
     if start >= run.training.max_steps:
         return {}
-    trainer = build_trainer(parts, start)
+    trainer = build_trainer(parts, build_callbacks(parts, start, request))
     if checkpoint is not None:
         changes = what_changes(checkpoint, spread_of(run))
         say(f"continuing from {checkpoint.folder}" + (f"; {changes}" if changes else ""))
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
             logger.drop_after(checkpoint.step if checkpoint else -1)
-    trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint.folder if checkpoint else None)
+    try:
+        trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint.folder if checkpoint else None)
+    except Preempted:
+        finish(trainer.loggers)
+        raise
     if trainer.global_step != run.training.max_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} of {run.training.max_steps}.")
     finish(trainer.loggers)

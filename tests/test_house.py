@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "config": 0,
     "files": 0,
+    "endings": 0,
     "loading": 1,
     "randomness": 1,
     "checkpoint": 2,

@@ -17,7 +17,6 @@ import torch
 from lit_transdiff.checkpoint import (
     PARTIAL,
     Checkpoint,
-    CheckpointError,
     checkpoint_folder,
     complete_checkpoints,
     finish_checkpoint,
@@ -26,6 +25,7 @@ from lit_transdiff.checkpoint import (
 )
 from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed.sharding import Sharding, parameter_shapes
+from lit_transdiff.endings import CheckpointError
 from lit_transdiff.runfolder import last_checkpoint
 
 log = logging.getLogger(__name__)
