@@ -172,6 +172,24 @@ def compare(args: argparse.Namespace) -> None:
     print(table(args.folder, args.output or args.folder))
 
 
+def export(args: argparse.Namespace) -> None:
+    from lit_transdiff.export import export_run
+
+    print(export_run(Path(args.run_folder), args.step, args.average, args.output))
+
+
+def plan(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed.planner import plan as outline
+
+    print(outline(load_run(args.run, args.overrides), args.gpus, args.gpu, args.mfu))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed.doctor import examine
+
+    sys.exit(examine(Path(args.folder), Path(args.shards) if args.shards else None))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = argparse.ArgumentParser(
@@ -190,6 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_commands(command, with_overrides)
     add_model_commands(command, with_overrides)
+    add_machine_commands(command, with_overrides)
     return parser
 
 
@@ -288,6 +307,26 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub = command(compare, "one table of all scored runs below a folder, as text, Markdown, CSV and a picture")
     sub.add_argument("folder")
     sub.add_argument("--output", help="folder; default: the same")
+
+
+def add_machine_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
+    """What is asked of machines before and after a run."""
+    sub = command(plan, "memory, time and network of a run for every strategy, before it is started")
+    sub.add_argument("run", help="the run's YAML")
+    sub.add_argument("--gpus", type=int, required=True)
+    sub.add_argument("--gpu", required=True, help="as in h200, h100, a100-80gb")
+    sub.add_argument("--mfu", type=float, default=0.35, help="share of the peak that is reached; default: %(default)s")
+    with_overrides(sub)
+
+    sub = command(doctor, "check this machine, or under torchrun an allocation: devices, network, file system, versions")
+    sub.add_argument("--folder", default="runs", help="a folder that all nodes must see; default: %(default)s")
+    sub.add_argument("--shards", help="a folder of shards whose reading is timed")
+
+    sub = command(export, "a checkpoint of any strategy -> plain averaged weights (safetensors) and config.yaml")
+    sub.add_argument("run_folder")
+    sub.add_argument("--step", type=int, help="default: the last checkpoint")
+    sub.add_argument("--average", default="ema", help="ema, ema_DECAY of optimizer.more_ema_decays, or last for the weights")
+    sub.add_argument("--output", help="folder; default: export-STEP in the run folder")
 
 
 def quiet_libraries() -> None:

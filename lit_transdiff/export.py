@@ -16,8 +16,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_transdiff.checkpoint import Checkpoint
-from lit_transdiff.config import RunConfig, unknown
+from lit_transdiff.checkpoint import Checkpoint, complete_checkpoints
+from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.files import short_hash
 from lit_transdiff.loading import load_run, run_from, save_yaml
 
@@ -57,6 +57,18 @@ def read_export(path: str | Path) -> Export:
     folder = export_folder(path)
     info = json.loads((folder / "export.json").read_text())
     return Export(folder, load_run(folder / "config.yaml"), load_file(folder / "model.safetensors"), info)
+
+
+def export_run(run_folder: Path, step: int | None, average: str, output: str | None) -> Path:
+    """Export a checkpoint of a run folder (the last one, if ``step`` is nothing) and return the folder."""
+    found = {checkpoint.step: checkpoint for checkpoint in complete_checkpoints(run_folder / "checkpoints")}
+    if not found:
+        raise FileNotFoundError(f"{run_folder} holds no complete checkpoint.")
+    chosen = max(found) if step is None else step
+    require(chosen in found, "--step", chosen, f"one of {sorted(found)}")
+    folder = Path(output) if output else run_folder / f"export-{chosen:08d}"
+    export_checkpoint(found[chosen].index(), folder, average)
+    return folder
 
 
 def export_checkpoint(checkpoint: Checkpoint, folder: Path, average: str = "ema") -> None:

@@ -60,24 +60,26 @@ class Watchdog(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
         self.stop.set()
+        if "DataLoader worker" in str(exception) and self.busy_with is not None:
+            print(self.describe(trainer, "lost a data worker", *self.busy_with), file=sys.stderr, flush=True)
 
     def look(self, trainer: pl.Trainer) -> None:
         """The thread: every ``poll`` seconds."""
         while not self.stop.wait(self.poll):
             busy = self.busy_with
             if busy is not None and time.monotonic() - self.since > self.seconds:
-                print(self.describe(trainer, *busy), file=sys.stderr, flush=True)
+                problem = f"stalled for {self.seconds:.0f} s (safety.stall_seconds)"
+                print(self.describe(trainer, problem, *busy), file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(EXIT_STALLED)
 
-    def describe(self, trainer: pl.Trainer, what: str, micro_step: int) -> str:
+    def describe(self, trainer: pl.Trainer, problem: str, what: str, micro_step: int) -> str:
         keys = trainer.datamodule.planned_keys(micro_step)  # type: ignore[attr-defined]
         shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
         step = micro_step // trainer.accumulate_grad_batches + 1
         return (
-            f"lit-transdiff: stalled: rank {trainer.global_rank} on {platform.node()} has been {what} in step {step} for "
-            f"{self.seconds:.0f} s (safety.stall_seconds). Samples of that batch: {shown or 'unknown'}. It ends now; where each "
-            "thread stands follows."
+            f"lit-transdiff: rank {trainer.global_rank} on {platform.node()}: {problem} while {what} in step {step}. "
+            f"Samples of that batch: {shown or 'unknown'}. This process ends now."
         )
 
 
