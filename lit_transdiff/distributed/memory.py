@@ -29,17 +29,18 @@ class PassCost:
     """A forward and backward pass of a micro-batch: bytes that stay until the backward pass, and operations.
 
     ``fixed_bytes`` (copies of the weights in bfloat16) and ``row_bytes`` for each row; with recomputation only the inputs of the
-    blocks and what is outside of them stay. ``block_bytes``: of the largest block a row, which the backward pass works on.
+    blocks and what is outside of them stay. ``work_bytes`` a row are held for a moment: with recomputation a whole block, else
+    gradients of activations, for which an eighth of the largest block is counted (more than was measured).
     """
 
     fixed_bytes: float
     row_bytes: float
-    block_bytes: float
+    work_bytes: float
     row_flops: float
 
     def kept(self, rows: int) -> float:
         """Bytes at the worst moment."""
-        return self.fixed_bytes + rows * (self.row_bytes + self.block_bytes)
+        return self.fixed_bytes + rows * (self.row_bytes + self.work_bytes)
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ def pass_cost(run: RunConfig, bf16: bool) -> PassCost:
     largest = counts[(1, 1), 2][3] - counts[(1, 1), 1][3]
     row = two - one
     fixed = one[0] - row[0]
+    work = largest / 8
     if run.training.activation_checkpointing:  # the inputs stay instead of the blocks, which are computed a second time
-        row[0], row[4] = row[0] - row[1] + row[2], row[4] * 4 / 3
-    return PassCost(float(fixed), float(row[0]), float(largest), float(row[4]))
+        row[0], row[4], work = row[0] - row[1] + row[2], row[4] * 4 / 3, largest
+    return PassCost(float(fixed), float(row[0]), float(work), float(row[4]))
 
 
 def with_blocks(run: RunConfig, encoder_blocks: int, decoder_blocks: int) -> RunConfig:
