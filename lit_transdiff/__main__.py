@@ -76,11 +76,12 @@ def cache(args: argparse.Namespace) -> None:
 
 
 def statistics(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import default_device
     from lit_transdiff.evaluation.features import load_extractor
     from lit_transdiff.prepare import statistics as write
 
     run = load_run(args.run, args.overrides)
-    extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights)
+    extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights, default_device())
     found = write(args.source, args.dest, data=run.data, extractor=extractor)
     print(f"{found.num_images} images, {found.mu.size} features, hash {found.hash}: {args.dest}")
 
@@ -149,7 +150,7 @@ def evaluate(args: argparse.Namespace) -> None:
     generator = load_generator(args.checkpoint, fabric.device)
     settings = override(generator.run, args.overrides, CHANGEABLE)
     output = Path(args.output or args.checkpoint)
-    result = score(generator, settings.evaluation, settings.sampling, fabric=fabric, output=output)
+    result = score(generator, settings.evaluation, settings.sampling, fabric=fabric, output=output, save_images=args.save_images)
     for name, value in result["scores"].items():
         fabric.print(f"{name:20} {value}")
     fabric.print(result["file"])
@@ -212,6 +213,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command and its options; ``key=value`` settings may stand before, between and after the options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if any(item.startswith("-") or "=" not in item for item in rest) or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
     """What is done once to a data set."""
     sub = command(pack, "image folder, IDX files or list file -> webdataset shards with an index")
@@ -251,7 +263,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
 
     sub = command(statistics, "image shards -> reference statistics, with the extractor of a run")
     sub.add_argument("run", help="the run's YAML")
-    sub.add_argument("source")
+    sub.add_argument("source", help="folder of image shards, or an .npz file with images as arr_0 (ADM's layout)")
     sub.add_argument("dest", help="a file name ending in .npz")
     with_overrides(sub)
 
@@ -289,7 +301,8 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
 
     sub = command(evaluate, "score a trained run and store the scores with everything that decided them")
     sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
-    sub.add_argument("--output", help="folder; default: the run folder")
+    sub.add_argument("--output", help="folder that all processes share; default: the run folder")
+    sub.add_argument("--save-images", choices=("npz", "folder", "both"), help="also keep the images: ADM .npz, PNG files")
     with_overrides(sub)
 
     sub = command(
@@ -340,7 +353,7 @@ def quiet_libraries() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a bad setting or a missing file ends in one line and a status of ``endings``."""
-    args = build_parser().parse_args(arguments)
+    args = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that the log of a batch job shows how far it is
     quiet_libraries()

@@ -25,7 +25,7 @@ from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import EXTRACTORS, load_extractor
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.loading import check_keys, load_run, plain, read_yaml, to_yaml
-from lit_transdiff.prepare import cache, statistics
+from lit_transdiff.prepare import cache, check_statistics, statistics
 from lit_transdiff.sampling import load_generator
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.trainer import plan, train
@@ -151,13 +151,14 @@ Try next:  {command} sample --checkpoint {checkpoint} --classes 0,7 --per-class 
 
 
 def prepare_reference(source: str, run: RunConfig, fabric: Fabric) -> None:
-    """Make the reference statistics of a run's evaluations, unless they exist."""
+    """Make the reference statistics of a run's evaluations, unless they exist; those of something else are refused."""
     settings = run.evaluation
     if settings.reference is None:
         raise ValueError("reference_images: the runs say no evaluation.reference, the file that the statistics go to.")
-    if fabric.is_global_zero and not Path(settings.reference).exists():
+    if fabric.is_global_zero:
         extractor = load_extractor(settings.extractor, settings.extractor_weights, fabric.device)
-        statistics(source, settings.reference, data=run.data, extractor=extractor)
+        make = check_statistics if Path(settings.reference).exists() else statistics
+        make(source, settings.reference, data=run.data, extractor=extractor)
     fabric.barrier()
 
 

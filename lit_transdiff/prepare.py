@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -15,7 +17,15 @@ from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex, read_index
 from lit_transdiff.data.latents import LatentCache, latent_info
 from lit_transdiff.evaluation.features import FeatureExtractor
-from lit_transdiff.evaluation.statistics import Statistics, reference_statistics, save_statistics
+from lit_transdiff.evaluation.images import image_batches, images_shape
+from lit_transdiff.evaluation.statistics import (
+    Statistics,
+    check_extractor,
+    load_statistics,
+    reference_statistics,
+    save_statistics,
+)
+from lit_transdiff.files import short_hash
 from lit_transdiff.models.autoencoder import load_autoencoder
 
 
@@ -60,13 +70,47 @@ def cache(
 def statistics(
     source: str | Path, dest: str | Path, *, data: DataConfig, extractor: FeatureExtractor, batch_size: int = 100
 ) -> Statistics:
-    """Reference statistics of all images of the shards ``source``, written to the file ``dest``."""
-    settings = {"image_size": data.image_size, "image_channels": data.image_channels, "crop": data.crop}
-    batches = tqdm(
-        images_of(source, data, batch_size), desc="statistics", unit="batch", total=-(-len(read_index(source)) // batch_size)
-    )
-    found = reference_statistics(batches, extractor, source=str(source), settings=settings)
+    """Reference statistics of all images of the shards ``source``, written to the file ``dest``.
+
+    ``source`` may also be an ``.npz`` file of images in the ADM evaluator's layout, which are taken as they are.
+    """
+    batches, count = batches_of(source, data, batch_size)
+    progress = tqdm(batches, desc="statistics", unit="batch", total=math.ceil(count / batch_size))
+    found = reference_statistics(progress, extractor, source=str(source), settings=made_of(source, data))
     return save_statistics(found, dest)
+
+
+def batches_of(source: str | Path, data: DataConfig, batch_size: int) -> tuple[Iterator[Tensor], int]:
+    """Batches [B, C, H, W] in [-1, 1] of all images of shards or of an ``.npz`` file, and the number of images."""
+    if Path(source).suffix == ".npz":
+        return image_batches(source, batch_size), images_shape(source)[0]
+    return images_of(source, data, batch_size), len(read_index(source))
+
+
+def made_of(source: str | Path, data: DataConfig) -> dict[str, Any]:
+    """What decides the images that statistics are made of, besides the extractor."""
+    if Path(source).suffix == ".npz":
+        return {"source_hash": short_hash(Path(source))}
+    settings = {"image_size": data.image_size, "image_channels": data.image_channels, "crop": data.crop}
+    return {**settings, "source_hash": short_hash(Path(source) / "index.json")}
+
+
+def check_statistics(source: str | Path, dest: str | Path, *, data: DataConfig, extractor: FeatureExtractor) -> Statistics:
+    """The statistics of an existing file; raises ``ValueError`` when they are of other images or of another extractor.
+
+    A file in a public layout does not say what it was made of, and is taken as it is.
+    """
+    found = load_statistics(dest)
+    check_extractor(found, extractor)
+    said, wanted = found.about.get("settings", {}), made_of(source, data)
+    different = [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]
+    other = [f"{name}: {said[name]!r} there, {wanted[name]!r} wanted" for name in different]
+    if different:
+        why = "; ".join(other)
+        raise ValueError(
+            f"evaluation.reference: {dest} was made of other images ({why}). Choose another name, or remove that file."
+        )
+    return found
 
 
 def images_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterator[Tensor]:

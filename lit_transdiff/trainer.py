@@ -24,11 +24,12 @@ from lit_transdiff.distributed.preemption import StopOnRequest, StopRequest, sto
 from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_checkpoint, spread, what_changes
 from lit_transdiff.distributed.watchdog import Pause, Watchdog
 from lit_transdiff.endings import Preempted
+from lit_transdiff.evaluation.online import OnlineEvaluation
 from lit_transdiff.export import export_checkpoint, export_folder, read_export, write_export
 from lit_transdiff.models.adapt import match
 from lit_transdiff.models.autoencoder import Autoencoder, check_latents, load_autoencoder
 from lit_transdiff.runfolder import check_folder, last_checkpoint, open_folder, trained_steps
-from lit_transdiff.sampling import check_sampling
+from lit_transdiff.sampling import Generator, check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.autoencoder import AutoencoderStage
 from lit_transdiff.stages.base import ToLatents, TransDiffStage
@@ -213,6 +214,9 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest) -> list[Call
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
         grids = SampleGrids(parts.autoencoder, parts.data.class_names, run.folder / "samples", training.sample_every)
         callbacks.append(grids)
+        if run.evaluation.every:  # before LogTraining, which would count its time as waiting for data
+            generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
+            callbacks.insert(1, OnlineEvaluation(generator, run))
     if run.safety.stall_seconds > 0:
         watchdog = Watchdog(run.safety.stall_seconds)
         callbacks = [Pause(watchdog), *callbacks, watchdog]

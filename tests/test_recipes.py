@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_transdiff.__main__ import build_parser, main
+from lit_transdiff.__main__ import main, parse
 from lit_transdiff.config import SIZES, ModelConfig
 from lit_transdiff.loading import load_run, read_yaml, run_from
 from lit_transdiff.pipeline import dry_run, load_pipeline
@@ -107,7 +107,7 @@ def commands(path: Path) -> list[str]:
 def test_documented_commands_parse(path: Path):
     for command in commands(path):
         words = shlex.split(command.split(" #")[0].replace("<folder with the IDX files>", "IDX"))[1:]
-        args = build_parser().parse_args(words)
+        args = parse(words)
         for given in (getattr(args, "run", None), getattr(args, "pipeline", None)):
             if isinstance(given, str) and given != "RUN.yaml":
                 assert (ROOT / given).is_file(), f"{path.name} names {given}"

@@ -17,7 +17,7 @@ class DataConfig:
     index: Optional[str] = None  # index.json of ``train`` when ``train`` is a URL
     image_size: int = 256  # pixels; images are cropped to a square and resized to it
     image_channels: int = 3
-    crop: Literal["none", "center", "random", "random-square"] = "center"
+    crop: Literal["none", "center", "random", "random-square"] = "center"  # center, random: of ADM; random-square: of TransDiff
     horizontal_flip: bool = True  # flip half of the images (the other half of a cache made with both flips)
     groups: Optional[str] = None  # JSON lines, a list of sample keys or {"cate", "files"} each: the groups of an MRAR run
     shuffle_block: int = 64  # shards whose samples are shuffled together: bounds how many files are open at a time

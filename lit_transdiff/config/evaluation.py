@@ -20,11 +20,18 @@ class EvaluationConfig:
     extractor_weights: Optional[str] = None
     reference: Optional[str] = None  # statistics file (.npz) of the real images
     metrics: list[str] = field(
-        default_factory=lambda: ["frechet_distance", "inception_score", "kernel_distance", "precision", "recall"]
+        default_factory=lambda: [
+            *("frechet_distance", "spatial_frechet_distance", "inception_score"),
+            *("kernel_distance", "precision", "recall"),
+        ]
     )  # names in evaluation.metrics.METRICS
     num_neighbours: int = 3  # of precision and recall
+    every: int = 0  # steps of training between two evaluations of the averaged weights; 0: none
+    online_images: int = 2000  # images of such an evaluation
 
     def __post_init__(self) -> None:
         require(self.num_images >= 2, "evaluation.num_images", self.num_images, "an integer of at least 2")
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "an integer of at least 1")
+        require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
+        require(self.online_images >= 2, "evaluation.online_images", self.online_images, "an integer of at least 2")
         require(self.num_neighbours >= 1, "evaluation.num_neighbours", self.num_neighbours, "an integer of at least 1")

@@ -35,7 +35,10 @@ class Encoding:
 
 
 def encode_sample(origin: Path | np.ndarray, encoding: Encoding) -> tuple[str, bytes]:
-    """(extension, file content) of one image, which is decoded in any case. Raises ``ValueError`` when it cannot be."""
+    """(extension, file content) of one image, which is decoded in any case. Raises ``ValueError`` when it cannot be.
+
+    An ``OSError`` is the disk's, not the image's: it stops everything, rather than that an image is left out for it.
+    """
     content = origin.read_bytes() if isinstance(origin, Path) else b""
     image = open_image(content) if isinstance(origin, Path) else Image.fromarray(origin)
     if isinstance(origin, Path) and encoding.keeps_files:

@@ -203,9 +203,8 @@ def verify(folder: str | Path, workers: int = 0) -> ShardIndex:
     sums = in_processes(named_sum, ((index.folder / shard.name,) for shard in index.shards), workers)
     damaged = sorted({(shard.name, shard.sha256) for shard in index.shards} - set(sums))
     if damaged:
-        raise ValueError(
-            f"{folder}: {len(damaged)} of {len(index.shards)} shards differ from their SHA-256: {', '.join(name for name, _ in damaged)}."
-        )
+        names = ", ".join(name for name, _ in damaged)
+        raise ValueError(f"{folder}: {len(damaged)} of {len(index.shards)} shards differ from their SHA-256: {names}.")
     return index
 
 

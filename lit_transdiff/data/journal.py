@@ -88,6 +88,15 @@ class Journal:
             return None
         return ShardRecord(ShardRows(shard, columns), [(origin, reason) for origin, reason in about["skipped"]])
 
+    def all_finished(self, names: Sequence[str]) -> list[ShardRecord]:
+        """The records of these shards; raises ``ValueError`` naming those that are missing."""
+        records = {name: record for name in names if (record := self.finished(name)) is not None}
+        missing = [name for name in names if name not in records]
+        if missing:
+            some = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+            raise ValueError(f"{self.folder}: {len(missing)} of {len(names)} shards are missing: {some}.")
+        return list(records.values())
+
     def close(self) -> None:
         """Remove the records, when the index has been written."""
         shutil.rmtree(self.folder / RECORDS, ignore_errors=True)

@@ -144,14 +144,8 @@ class LatentCache:
 
     def finish(self) -> ShardIndex:
         """Index the latent shards and check that they hold the samples of the source, in its order."""
-        source, records = self.source, [self.journal.finished(shard.name) for shard in self.source.shards]
-        missing = [shard.name for shard, record in zip(source.shards, records, strict=True) if record is None]
-        if missing:
-            raise ValueError(
-                f"{self.dest}: {len(missing)} of {len(records)} latent shards are missing: {', '.join(missing[:10])}."
-            )
-        rows = [record.rows for record in records if record is not None]
-        index = join_rows(self.dest, rows, source.class_names, source.seed, self.info)
+        source, records = self.source, self.journal.all_finished([shard.name for shard in self.source.shards])
+        index = join_rows(self.dest, [record.rows for record in records], source.class_names, source.seed, self.info)
         if not (np.array_equal(index.key, source.key) and np.array_equal(index.label, source.label)):
             raise ValueError(f"{self.dest}: keys or labels differ from the source's; make the latents again in a new folder.")
         index.save()

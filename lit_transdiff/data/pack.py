@@ -193,8 +193,8 @@ def encoded(task: ShardTask, skipped: Skipped) -> Iterator[tuple[str, int, str, 
 
 
 def finish(journal: Journal, names: Sequence[str], images: ImageSource, seed: int, source: str) -> PackReport:
-    """Index the shards and list the skipped images, when all shards are there."""
-    records = [record for name in names if (record := journal.finished(name)) is not None]
+    """Index the shards and list the skipped images."""
+    records = journal.all_finished(names)
     skipped = [image for record in records for image in record.skipped]
     write_skipped(journal.folder, skipped)
     readable_images = sum(record.rows.shard.samples for record in records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +16,8 @@ from lightning.pytorch.strategies import Strategy
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.distributed.strategies import DDP, FSDP, Single
 from lit_transdiff.stages import PREPARATORY
+
+log = logging.getLogger(__name__)
 
 
 def build_single(run: RunConfig) -> Strategy:
@@ -131,6 +134,9 @@ def precision_of(run: RunConfig) -> str:
     wanted = run.training.precision
     if wanted == "auto":
         wanted = "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "fp32"
+    if wanted == "fp16-mixed" and accelerator == "cpu":
+        log.warning("training.precision: CPUs have no fp16-mixed; bf16-mixed is used")
+        wanted = "bf16-mixed"
     return {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "fp16-mixed": "16-mixed", "bf16-true": "bf16-mixed"}[wanted]
 
 

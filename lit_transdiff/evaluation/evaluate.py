@@ -1,15 +1,15 @@
 """Draw images from a trained model, score them, and write the scores with everything that decided them.
 
-Shapes: N images, R references, C channels, H W pixels, D features, K classes; W ranks, M images of one rank.
-Image i has its own seed and label and rank i mod W draws it: the scores do not depend on W or on the batch size.
+Shapes: N images, B images of a batch, R references, C channels, H W pixels, D features, K classes.
+Image i has its own seed and label, and batches are fixed ranges of images: the numbers do not depend on how many ranks draw them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,35 +18,56 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_transdiff.config import EvaluationConfig, SamplingConfig, require
-from lit_transdiff.evaluation.features import FeatureExtractor, load_extractor
-from lit_transdiff.evaluation.metrics import Scored, check_metrics, compute_scores, there
+from lit_transdiff.config import EvaluationConfig, SamplingConfig, require, unknown
+from lit_transdiff.evaluation.features import FeatureExtractor, Features, load_extractor
+from lit_transdiff.evaluation.images import write_npz, write_pngs
+from lit_transdiff.evaluation.metrics import Score, Scored, check_metrics, compute_scores, needed_by, there
+from lit_transdiff.evaluation.moments import gaussian_of
+from lit_transdiff.evaluation.parts import Parts, open_parts, wait_for_batches, wait_for_scores
 from lit_transdiff.evaluation.results import manifest, result_file, write_result
-from lit_transdiff.evaluation.statistics import Statistics, check_extractor, load_statistics
-from lit_transdiff.pictures import grid
+from lit_transdiff.evaluation.statistics import Statistics, check_extractor, completed, load_statistics
+from lit_transdiff.pictures import grid, to_bytes
 from lit_transdiff.sampling import Generator, check_sampling
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+Array = np.ndarray
 SHOWN_CLASSES, SHOWN_IMAGES = 10, 8  # rows and columns of the picture
 SHOWN_PIXELS = 96  # smaller images are enlarged towards this size
+# What --save-images says -> the files that the images are written to.
+SAVE_IMAGES: dict[str, tuple[str, ...]] = {"npz": ("npz",), "folder": ("folder",), "both": ("npz", "folder")}
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one rank drew, and after ``gather`` what all drew."""
+class Job:
+    """One evaluation, loaded and checked: what draws, what judges, and what it is compared with."""
 
-    features: Tensor  # [M, D]
-    logits: Tensor | None  # [M, K]
-    samples: Tensor  # [rows * columns, C, H, W], zero where another rank drew the image
+    generator: Generator
+    settings: EvaluationConfig
+    sampling: SamplingConfig
+    extractor: FeatureExtractor
+    reference: Statistics | None
+    labels: Tensor  # [N]
+    needs: set[str]  # of the metrics, as in metrics.NEEDS
+
+    @property
+    def spatial(self) -> bool:
+        return "spatial features" in self.needs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is known of drawn images."""
+
+    found: Features
+    pixels: Tensor  # [B, C, H, W] uint8, as a file holds them
     seconds: float  # spent on drawing and decoding
-    evaluations: float  # images that went through the diffusion decoder
+    evaluations: int  # images that went through the diffusion decoder
 
 
 def evaluate(
@@ -57,63 +78,151 @@ def evaluate(
     output: Path,
     fabric: Fabric | None = None,
     reuse: bool = False,
+    save_images: str | None = None,
 ) -> dict[str, Any]:
     """Score ``settings.num_images`` images and write ``output/evaluations/<run>-<hash>.json`` and its picture ``.png``.
 
     The hash is of all settings that decide the scores: the same settings replace the file (with ``reuse`` what it says is
-    returned and nothing drawn), others make another. Of an MRAR row (R > 1) the last image is scored. Every rank of
-    ``fabric`` calls this, with the generator on its device, and gets ``{"scores", "manifest", "file"}``.
+    returned and nothing drawn), others make another. Of an MRAR row (R > 1) the last image is scored. ``save_images`` (a name
+    in SAVE_IMAGES) also keeps the images, as ``<run>-<hash>.npz`` and in ``<run>-<hash>-images/``.
+
+    Every rank of ``fabric`` calls this, with the generator on its device, and gets ``{"scores", "manifest", "file"}``. Finished
+    batches wait in a folder beside the result, which all ranks must share: the same call on any number of ranks continues an
+    evaluation that was stopped.
 
     Raises ``ValueError`` before any image is drawn for a metric that lacks what it needs, or a reference made
     with another extractor.
     """
     start = time.time()
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
-    extractor, reference = prepare(generator, settings, sampling, world)
-    record = manifest(generator, settings, sampling, extractor, reference)
+    if save_images is not None and save_images not in SAVE_IMAGES:
+        raise unknown("save_images", save_images, SAVE_IMAGES)
+    saved = SAVE_IMAGES[save_images] if save_images else ()
+    job = prepare(generator, settings, sampling)
+    record = manifest(generator, settings, sampling, job.extractor, job.reference)
+    record |= {
+        "spatial_features": job.spatial,
+        "images_of_a_class": images_of_a_class(job.labels, generator.run.model.num_classes),
+    }
     file = result_file(output, record)
-    if reuse and (fabric.broadcast(file.exists()) if fabric else file.exists()):
+    places = {"npz": file.with_suffix(".npz"), "folder": file.with_name(f"{file.stem}-images")}
+    there_already = file.exists() and all(places[kind].exists() for kind in saved)
+    if reuse and (fabric.broadcast(there_already) if fabric else there_already):
         return {**json.loads(file.read_text()), "file": str(file)}
-    num_classes = generator.run.model.num_classes
-    labels = choose_labels(settings, num_classes)
-    shown = choose_shown(labels)
-    share = gather(draw(generator, extractor, settings, sampling, labels, shown, rank, world), settings.num_images, fabric)
-    result: dict[str, Any] = {}
-    if rank == 0:
-        features, semantic = share.features.to(generator.device), partial(generator.features, sampling=sampling)
-        generated = Scored(features, labels, share.logits, extractor.num_classes == num_classes, semantic)
-        scores = compute_scores(generated, reference, settings)
-        record |= {
-            "images_per_second": settings.num_images / share.seconds,
-            "decoder_evaluations_per_image": share.evaluations / settings.num_images,
-            "wall_seconds": time.time() - start,
-            "num_ranks": world,
-        }
-        picture = sample_picture(share.samples, labels[shown], generator.class_names, file.stem)
-        file = write_result(output, scores, record, picture)
-        result = {"scores": scores, "manifest": record, "file": str(file)}
-    return fabric.broadcast(result) if fabric else result
+    kept = "-spatial" * job.spatial + "".join(f"-{kind}" for kind in saved)
+    folder = file.with_name(f"{file.stem}-parts-{settings.batch_size}{kept}")
+    parts = Parts(folder, settings.num_images, settings.batch_size, "folder" in saved, places["folder"])
+    batches = open_parts(parts, fabric)[rank::world]
+    try:
+        draw_missing(job, parts, batches, saved, progress=rank == 0)
+        if rank > 0:
+            wait_for_scores(parts, file)
+            return {**json.loads(file.read_text()), "file": str(file)}
+        wait_for_batches(parts)
+        record |= {"saved_images": [places[kind].name for kind in saved], "num_ranks": world}
+        scores = finish(job, parts, file, record, start)
+        if "npz" in saved:
+            write_npz(places["npz"], parts.each("pixels"), job.labels.numpy())
+        parts.publish_images()
+    except BaseException as error:
+        parts.fail(f"rank {rank}: {type(error).__name__}: {error}")
+        raise
+    parts.remove()
+    return {"scores": scores, "manifest": record, "file": str(file)}
 
 
-def prepare(
-    generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig, world: int
-) -> tuple[FeatureExtractor, Statistics | None]:
+def prepare(generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig) -> Job:
     """Load the extractor and the reference, and refuse whatever could not be scored after the images are drawn."""
     check_sampling(sampling)
-    require(
-        settings.num_images >= world, "evaluation.num_images", settings.num_images, f"at least one for each of {world} processes"
-    )
     extractor = load_extractor(settings.extractor, settings.extractor_weights, generator.device)
     reference = load_statistics(settings.reference) if settings.reference else None
     if reference is not None:
         check_extractor(reference, extractor)
-    names_classes = extractor.num_classes == generator.run.model.num_classes
-    check_metrics(settings.metrics, there(reference, logits=True, class_logits=names_classes, semantic=True))
+    num_classes = generator.run.model.num_classes
+    have = there(
+        reference,
+        logits=extractor.gives_logits,
+        class_logits=extractor.num_classes == num_classes,
+        semantic=True,
+        spatial=extractor.num_spatial is not None,
+    )
+    check_metrics(settings.metrics, have)
     neighbours = settings.num_neighbours
     require(
         neighbours < settings.num_images, "evaluation.num_neighbours", neighbours, f"less than num_images={settings.num_images}"
     )
-    return extractor, reference
+    labels = choose_labels(settings, num_classes)
+    return Job(generator, settings, sampling, extractor, reference, labels, needed_by(settings.metrics))
+
+
+def draw_missing(job: Job, parts: Parts, batches: Sequence[range], saved: Sequence[str], progress: bool) -> None:
+    """Draw ``batches`` and write each to ``parts``: features, numbers, and of the images those that are shown or saved."""
+    shown = set(choose_shown(job.labels).flatten().tolist())
+    with tqdm(total=sum(map(len, batches)), desc="images", disable=not progress) as bar:
+        for batch in batches:
+            drawn = draw(job, batch)
+            if "folder" in saved:
+                write_pngs(parts.images, drawn.pixels, batch)
+            keep = [i for i in batch if "npz" in saved or i in shown]
+            arrays = {name: value.cpu().numpy() for name, value in drawn.found._asdict().items() if value is not None}
+            arrays |= {"kept": np.array(keep, dtype=np.int64), "pixels": drawn.pixels[[i - batch.start for i in keep]].numpy()}
+            parts.write(batch, arrays | {"cost": np.array([drawn.seconds, drawn.evaluations])})
+            bar.update(len(batch))
+
+
+def draw(job: Job, batch: Sequence[int]) -> Batch:
+    """Draw the images of the indices ``batch`` and extract their features."""
+    generator = job.generator
+    with counted_rows(generator.model.decoder) as rows:
+        started = clock(generator.device)
+        images = generator.images(job.labels[list(batch)], image_seeds(job.settings, batch), job.sampling)[:, -1]  # [B, C, H, W]
+        seconds = clock(generator.device) - started
+    return Batch(job.extractor(images, spatial=job.spatial), to_bytes(images).cpu(), seconds, sum(rows))
+
+
+def finish(job: Job, parts: Parts, file: Path, record: dict[str, Any], start: float) -> dict[str, Score]:
+    """Score all batches and write the result ``file``; ``record`` gets what is known now. Rank 0 alone does this."""
+    features = torch.from_numpy(np.concatenate(list(parts.each("features"))))
+    logits = torch.from_numpy(np.concatenate(list(parts.each("logits")))) if job.extractor.gives_logits else None
+    job = with_reference(job, file.parent)
+    scores = score(job, Features(features, logits), map(torch.from_numpy, parts.each("spatial")))
+    seconds, evaluations = np.stack(list(parts.each("cost"))).sum(axis=0).tolist()
+    record |= {
+        "images_per_second": job.settings.num_images / seconds,  # of one device
+        "decoder_evaluations_per_image": evaluations / job.settings.num_images,
+        "wall_seconds": time.time() - start,  # of this command
+    }
+    shown = choose_shown(job.labels)
+    wanted: list[int] = shown.flatten().tolist()
+    pictures: dict[int, Array] = {}
+    for kept, pixels in zip(parts.each("kept"), parts.each("pixels"), strict=True):
+        pictures |= {i: pixels[place].copy() for place, i in enumerate(kept.tolist()) if i in wanted}
+    samples = torch.from_numpy(np.stack([pictures[i] for i in wanted])).float() / 127.5 - 1
+    write_result(file, scores, record, sample_picture(samples, job.labels[shown], job.generator.class_names, file.stem))
+    return scores
+
+
+def with_reference(job: Job, folder: Path) -> Job:
+    """``job`` with everything that its metrics need of the reference's images (see ``completed``)."""
+    if job.reference is None:
+        return job
+    features = "reference features" in job.needs
+    reference = completed(job.reference, job.extractor, folder, features=features, spatial=job.spatial)
+    return dataclasses.replace(job, reference=reference)
+
+
+def score(job: Job, found: Features, spatial: Iterable[Tensor]) -> dict[str, Score]:
+    """All scores of drawn images; ``spatial`` gives chunks [B, S] of their spatial features, and is read only where needed."""
+    generator = job.generator
+    scored = Scored(
+        found.features.to(generator.device),
+        job.labels,
+        found.logits,
+        job.extractor.num_classes == generator.run.model.num_classes,
+        partial(generator.features, sampling=job.sampling),
+        gaussian_of(spatial) if job.spatial else None,
+    )
+    return compute_scores(scored, job.reference, job.settings)
 
 
 def choose_labels(settings: EvaluationConfig, num_classes: int) -> Tensor:
@@ -121,6 +230,12 @@ def choose_labels(settings: EvaluationConfig, num_classes: int) -> Tensor:
     if settings.label_mode == "balanced":
         return torch.arange(settings.num_images) * num_classes // settings.num_images
     return torch.from_numpy(np.random.default_rng(settings.seed).integers(num_classes, size=settings.num_images))
+
+
+def images_of_a_class(labels: Tensor, num_classes: int) -> list[int]:
+    """Fewest and most images that a class has."""
+    counts = labels.bincount(minlength=num_classes)
+    return [int(counts.min()), int(counts.max())]
 
 
 def image_seeds(settings: EvaluationConfig, indices: Sequence[int]) -> list[int]:
@@ -142,67 +257,6 @@ def sample_picture(samples: Tensor, labels: Tensor, class_names: Sequence[str], 
     rows = [class_names[c] if class_names else str(c) for c in labels[:, 0].tolist()]
     scale = max(1, SHOWN_PIXELS // samples.shape[-1])
     return grid(samples, labels.shape[1], row_labels=rows, scale=scale, title=title)
-
-
-def draw(
-    generator: Generator,
-    extractor: FeatureExtractor,
-    settings: EvaluationConfig,
-    sampling: SamplingConfig,
-    labels: Tensor,
-    shown: Tensor,
-    rank: int = 0,
-    world: int = 1,
-) -> Share:
-    """Draw the images ``rank``, ``rank + world``, ... in batches; keep their features, not the images (but for ``shown``)."""
-    mine = list(range(rank, settings.num_images, world))
-    place = {index: i for i, index in enumerate(shown.flatten().tolist())}
-    features, logits, samples, seconds = [], [], torch.empty(0), 0.0
-    with counted_rows(generator.model.decoder) as rows, tqdm(total=len(mine), desc="images", disable=rank != 0) as progress:
-        for first in range(0, len(mine), settings.batch_size):
-            indices = mine[first : first + settings.batch_size]
-            started = clock(generator.device)
-            images = generator.images(labels[indices], image_seeds(settings, indices), sampling)[:, -1]  # [B, C, H, W]
-            seconds += clock(generator.device) - started
-            found = extractor(images)
-            features.append(found.features.cpu())
-            logits.append(found.logits.cpu() if found.logits is not None else None)
-            if first == 0:
-                samples = torch.zeros(len(place), *images.shape[1:])
-            for index, image in zip(indices, images, strict=True):
-                if index in place:
-                    samples[place[index]] = image.float().cpu()
-            progress.update(len(indices))
-    kept = [part for part in logits if part is not None]
-    return Share(torch.cat(features), torch.cat(kept) if kept else None, samples, seconds, float(sum(rows)))
-
-
-def gather(share: Share, num_images: int, fabric: Fabric | None) -> Share:
-    """The shares of all ranks as one, rows in the order of the images' indices; the time is that of the slowest rank."""
-    if fabric is None or fabric.world_size == 1:
-        return share
-    totals = of_all_ranks(torch.tensor([share.seconds, share.evaluations], dtype=torch.float64), fabric)
-    return Share(
-        features=in_order(share.features, num_images, fabric),
-        logits=None if share.logits is None else in_order(share.logits, num_images, fabric),
-        samples=of_all_ranks(share.samples, fabric).sum(dim=0),
-        seconds=float(totals[:, 0].max()),
-        evaluations=float(totals[:, 1].sum()),
-    )
-
-
-def in_order(rows: Tensor, num_images: int, fabric: Fabric) -> Tensor:
-    """[M, D] of each rank -> [N, D]: row m of rank w is image m W + w; shorter shares are padded, and that lies at the end."""
-    longest = math.ceil(num_images / fabric.world_size)
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, longest - len(rows)))
-    return rearrange(of_all_ranks(padded, fabric), "w m d -> (m w) d")[:num_images]
-
-
-def of_all_ranks(tensor: Tensor, fabric: Fabric) -> Tensor:
-    """A tensor of one shape on every rank -> [W, ...] on the CPU."""
-    gathered = fabric.all_gather(tensor)
-    assert isinstance(gathered, Tensor)
-    return gathered.cpu()
 
 
 def clock(device: torch.device) -> float:

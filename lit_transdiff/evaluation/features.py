@@ -1,42 +1,53 @@
 """The networks whose features and logits the scores are computed from.
 
-Shapes: B images, C channels, H W pixels, D features, K classes. Images are in [-1, 1].
+Shapes: B images, C channels, H W pixels, D features, K classes, S spatial features. Images are in [-1, 1].
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from einops import repeat
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import get_pretrained_cfg
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from lit_transdiff.config import require, unknown
 from lit_transdiff.files import short_hash
 from lit_transdiff.models.classifier import load_classifier
 from lit_transdiff.pictures import to_bytes
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth (also published as pt_inception-2015-12-05-6726825d.pth)"
+State = dict[str, Tensor]
 
 
 class Features(NamedTuple):
     """What an extractor says of a batch."""
 
     features: Tensor  # [B, D] float32
-    logits: Tensor | None  # [B, K] float32
+    logits: Tensor | None = None  # [B, K] float32
+    spatial: Tensor | None = None  # [B, S] float32, when asked for
 
 
 class FeatureExtractor(nn.Module, ABC):
-    """Images [B, C, H, W] -> features and logits, without gradients and always in evaluation mode.
+    """Images [B, C, H, W] -> features, logits and spatial features, without gradients and always in evaluation mode.
 
     Images are first rounded to the 8 bits that a file would hold, so that generated images and the files that
     a reference was made of are seen alike.
     """
+
+    weights_file = ""  # what the file of weights is, and where it is to be had
+    num_spatial: int | None = None  # numbers in the spatial features; nothing without them
+    gives_logits = True
 
     def __init__(self, name: str, network: nn.Module, fingerprint: str, num_features: int, num_classes: int | None) -> None:
         super().__init__()
@@ -47,13 +58,14 @@ class FeatureExtractor(nn.Module, ABC):
         self.num_classes = num_classes  # of the data set, when the logits name its classes; else nothing
 
     @abstractmethod
-    def extract(self, pixels: Tensor) -> Features:
-        """Features of ``pixels`` [B, C, H, W], uint8."""
+    def extract(self, pixels: Tensor, spatial: bool) -> Features:
+        """Features of ``pixels`` [B, C, H, W], uint8; with ``spatial`` also the spatial ones."""
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor, spatial: bool = False) -> Features:
+        require(not spatial or self.num_spatial is not None, "evaluation.extractor", self.name, "inception, for spatial features")
         with torch.autocast(images.device.type, enabled=False):
-            return self.extract(to_bytes(images))
+            return self.extract(to_bytes(images), spatial)
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         return super().train(False)
@@ -62,64 +74,157 @@ class FeatureExtractor(nn.Module, ABC):
 class ClassifierFeatures(FeatureExtractor):
     """The small classifier of small-image runs: its last hidden layer, and logits over the data set's own classes."""
 
-    weights_file = "a classifier of the data set's classes, written by save_classifier"
+    weights_file = "a classifier of the data set's classes, which a run of the stage 'classifier' exports"
 
     def __init__(self, path: str | Path) -> None:
         network = load_classifier(path)
         super().__init__("classifier", network, short_hash(Path(path)), network.head.in_features, network.num_classes)
 
-    def extract(self, pixels: Tensor) -> Features:
+    def extract(self, pixels: Tensor, spatial: bool) -> Features:
         images = pixels.float() / 127.5 - 1
         features = self.network.features(images)  # type: ignore[operator]
         return Features(features, self.network.head(features))  # type: ignore[operator]
 
 
 class InceptionFeatures(FeatureExtractor):
-    """InceptionV3 as FID uses it: 2048 pooled features and the 1008 logits without bias of the TensorFlow graph.
+    """InceptionV3 as the ADM evaluator uses it: 2048 pooled features (pool_3), the 1008 logits without bias of the TensorFlow
+    graph, and as spatial features the first 7 channels of the 1x1 branch of mixed_6 (17 x 17, ordered height, width, channel).
 
     Images are resized to 299 pixels as TensorFlow 1 does, without antialiasing. Its classes are not in the order
     of ImageNet's folders, so they name no class of a data set.
     """
 
-    weights_file = f"{INCEPTION_FILE}, of torch-fidelity's releases"
+    weights_file = f"InceptionV3 in the layout of torch-fidelity, published as {URL_INCEPTION_V3}"
+    num_spatial = 17 * 17 * 7
 
     def __init__(self, path: str | Path) -> None:
-        layers = ["2048", "logits_unbiased"]
-        network = FeatureExtractorInceptionV3("inception-v3-compat", layers, safe_copy(path))
+        state = read_weights(
+            path, self.weights_file, {"Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch1x1.conv.weight", "fc.weight"}
+        )
+        copy = io.BytesIO()  # torch-fidelity reads a file, and would unpickle anything in it
+        torch.save(state, copy)
+        copy.seek(0)
+        try:
+            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], copy)
+        except RuntimeError as error:
+            raise wrong_file(path, self.weights_file, error) from error
         super().__init__("inception", network, short_hash(Path(path)), num_features=2048, num_classes=None)
 
-    def extract(self, pixels: Tensor) -> Features:
-        if pixels.shape[1] == 1:
-            pixels = repeat(pixels, "b 1 h w -> b c h w", c=3)
-        return Features(*self.network(pixels))
+    def extract(self, pixels: Tensor, spatial: bool) -> Features:
+        pixels = colour(pixels)
+        if not spatial:
+            return Features(*self.network(pixels))
+        caught: list[Tensor] = []
+        branch = self.network.get_submodule("Mixed_6d.branch1x1")  # mixed_6/conv of the TensorFlow graph
+        handle = branch.register_forward_hook(lambda module, inputs, output: caught.append(output[:, :7]))
+        try:
+            features, logits = self.network(pixels)
+        finally:
+            handle.remove()
+        return Features(features, logits, rearrange(caught[0], "b c h w -> b (h w c)").contiguous())
 
 
-def safe_copy(path: str | Path) -> io.BytesIO:
-    """A weights file, read with ``weights_only``, written again to memory (torch-fidelity itself unpickles anything)."""
+class DinoFeatures(FeatureExtractor):
+    """DINOv2: the class token after the last norm, for FD-DINOv2 (arXiv 2306.04675), which uses ViT-L/14.
+
+    Images are resized to 224 pixels (bicubic, antialiased) and normalised as for ImageNet. The size of the network is that of the
+    weights; the position embedding is resampled to 16 x 16 as in the released code, offset and all, not as timm does by default.
+    """
+
+    weights_file = (
+        "DINOv2 ViT-L/14 as .pth in the released layout or .safetensors in timm's (vit_large_patch14_dinov2.lvd142m), "
+        f"published as {getattr(get_pretrained_cfg('vit_large_patch14_dinov2.lvd142m'), 'url', '')}"
+    )
+    gives_logits = False
+    image_size = 224
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, path: str | Path) -> None:
+        needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.ls1.gamma"}
+        state = read_weights(path, self.weights_file, needed)
+        try:
+            network = dino_network({key: value for key, value in state.items() if key != "mask_token"}, self.image_size)
+        except RuntimeError as error:
+            raise wrong_file(path, self.weights_file, error) from error
+        super().__init__("dinov2", network, short_hash(Path(path)), network.embed_dim, num_classes=None)
+        for name, value in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(value)[:, None, None])
+
+    def extract(self, pixels: Tensor, spatial: bool) -> Features:
+        size = (self.image_size, self.image_size)
+        images = F.interpolate(colour(pixels).float(), size=size, mode="bicubic", antialias=True) / 255
+        return Features(self.network((images - self.mean) / self.std))
+
+
+def dino_network(state: State, image_size: int) -> VisionTransformer:
+    """timm's vision transformer of the shapes in ``state``, with its weights. Raises ``RuntimeError`` for other keys.
+
+    All released sizes have heads of 64 numbers.
+    """
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    network = VisionTransformer(
+        img_size=image_size,
+        patch_size=patch,
+        embed_dim=width,
+        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        num_heads=width // 64,
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        init_values=1e-5,
+        num_classes=0,
+        global_pool="token",
+    )
+    network.load_state_dict({**state, "pos_embed": resampled(state["pos_embed"], image_size // patch)})
+    return network
+
+
+def resampled(position: Tensor, size: int) -> Tensor:
+    """The position embedding [1, 1 + M M, D] on a grid of ``size``: bicubic, with the released code's scale (size + 0.1) / M."""
+    old = math.isqrt(position.shape[1] - 1)
+    if old == size:
+        return position
+    grid = rearrange(position[:, 1:].float(), "1 (h w) d -> 1 d h w", h=old)
+    grid = F.interpolate(grid, scale_factor=(size + 0.1) / old, mode="bicubic")
+    return torch.cat([position[:, :1].float(), rearrange(grid, "1 d h w -> 1 (h w) d")], dim=1)
+
+
+def colour(pixels: Tensor) -> Tensor:
+    """Grey images as three equal channels."""
+    return repeat(pixels, "b 1 h w -> b c h w", c=3) if pixels.shape[1] == 1 else pixels
+
+
+def read_weights(path: str | Path, expected: str, needed: set[str]) -> State:
+    """The state dict of a .safetensors file, or of any other read with ``weights_only``; it must have the keys ``needed``."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"evaluation.extractor_weights: {path} is not a file of weights ({error}); expected {INCEPTION_FILE}."
-        ) from error
-    is_inception = isinstance(state, dict) and {"Conv2d_1a_3x3.conv.weight", "fc.weight"} <= set(state)
-    require(is_inception, "evaluation.extractor_weights", str(path), f"a state dict in the layout of {INCEPTION_FILE}")
-    copy = io.BytesIO()
-    torch.save(state, copy)
-    copy.seek(0)
-    return copy
+        if Path(path).suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, SafetensorError) as error:
+        raise wrong_file(path, expected, error) from error
+    lacks = sorted(needed - set(state)) if isinstance(state, dict) else ["a state dict"]
+    if lacks:
+        raise wrong_file(path, expected, f"it lacks {', '.join(lacks[:3])}")
+    return state
 
 
-EXTRACTORS: dict[str, type[ClassifierFeatures] | type[InceptionFeatures]] = {
+def wrong_file(path: str | Path, expected: str, why: object) -> ValueError:
+    """The one wording for a file of weights that is not the network's."""
+    reason = " ".join(str(why).split())[:300]
+    return ValueError(f"evaluation.extractor_weights: {path} is not the file of weights ({reason}); expected {expected}.")
+
+
+EXTRACTORS: dict[str, type[ClassifierFeatures] | type[InceptionFeatures] | type[DinoFeatures]] = {
     "classifier": ClassifierFeatures,
     "inception": InceptionFeatures,
+    "dinov2": DinoFeatures,
 }
 
 
 def load_extractor(name: str, weights: str | Path | None, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """The extractor ``name`` with the weights of a file, on ``device``.
+    """The extractor ``name`` with the weights of a file, on ``device``; nothing is ever downloaded.
 
-    Raises ``ValueError`` for an unknown name or without a file, ``FileNotFoundError`` when the file does not exist.
+    Raises ``ValueError`` for an unknown name, without a file or for a wrong one, ``FileNotFoundError`` when it does not exist.
     """
     if name not in EXTRACTORS:
         raise unknown("evaluation.extractor", name, EXTRACTORS)

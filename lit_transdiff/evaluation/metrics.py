@@ -5,6 +5,7 @@ Shapes: N generated images, M reference images, D features, K classes, S context
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from lit_transdiff.config import EvaluationConfig, require, unknown
+from lit_transdiff.evaluation.moments import Gaussian, frechet, gaussian_of
 from lit_transdiff.evaluation.statistics import Statistics, reference_tensor
 from lit_transdiff.models.tokens import token_similarity
 
 Score = float | dict[str, float]
+INCEPTION_PART = 5000  # images of a part of the inception score, as in the ADM evaluator
+DISTANCES = 1 << 26  # distances that are held at a time
 # One rank computes the scores of all images; by default torchmetrics would wait for the others to join.
 ALONE: dict[str, Any] = {"sync_on_compute": False}
 
@@ -36,6 +38,7 @@ class Scored:
     logits: Tensor | None = None  # [N, K]
     logits_name_classes: bool = False  # the logits are over the classes of ``labels``
     semantic_features: Callable[[Tensor], Tensor] | None = None  # labels [B] -> the model's context tokens [B, S, D]
+    spatial: Gaussian | None = None  # of the spatial features
 
 
 class Given(nn.Module):
@@ -50,27 +53,31 @@ class Given(nn.Module):
 
 
 def frechet_distance(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
-    """|mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2)): FID, with Inception's features (arXiv 1706.08500)."""
-    metric = FrechetInceptionDistance(feature=Given(generated.features.shape[1]), **ALONE)
-    metric.update(generated.features.double().cpu(), real=False)
-    mu, sigma = torch.from_numpy(reference.mu), torch.from_numpy(reference.sigma)
-    count = reference.num_images or 50_000  # cancels; the metric wants sums
-    metric.real_features_sum = mu * count
-    metric.real_features_cov_sum = sigma * (count - 1) + count * torch.outer(mu, mu)
-    metric.real_features_num_samples = torch.tensor(count)
-    return float(metric.compute())
+    """The Frechet distance of the features: FID, with Inception's (arXiv 1706.08500), FD-DINOv2 with DINOv2's."""
+    return frechet(gaussian_of([generated.features]), reference.gaussian)
+
+
+def spatial_frechet_distance(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
+    """The Frechet distance of Inception's spatial features: sFID (arXiv 2103.03841)."""
+    assert generated.spatial is not None and reference.spatial is not None
+    return frechet(generated.spatial, reference.spatial)
 
 
 def inception_score(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> Score:
-    """exp of the mean KL divergence of an image's class distribution from the mean one, over 10 parts (arXiv 1606.03498).
+    """exp of the mean KL divergence of an image's class distribution from the mean one (arXiv 1606.03498).
 
+    Mean and std over parts of 5,000 images, shuffled first, as images come in order of class; fewer images are one part.
     With the logits of the small classifier it is an analogue: comparable only with scores of the same classifier.
     """
     assert generated.logits is not None
-    with quiet():
-        metric = InceptionScore(feature=Given(generated.logits.shape[1]), splits=min(10, len(generated.logits)), **ALONE)
-    metric.update(generated.logits.double().cpu())
-    return seeded(metric.compute, settings.seed)
+    order = torch.randperm(len(generated.logits), generator=torch.Generator().manual_seed(settings.seed))
+    scores = []
+    for part in generated.logits.cpu()[order].split(INCEPTION_PART):
+        log_p = part.double().log_softmax(dim=1)
+        log_mean = torch.logsumexp(log_p, dim=0) - math.log(len(part))
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp())
+    values = torch.stack(scores)
+    return {"mean": float(values.mean()), "std": float(values.std(correction=0))}
 
 
 def kernel_distance(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> Score:
@@ -90,13 +97,13 @@ def kernel_distance(generated: Scored, reference: Statistics, settings: Evaluati
 def precision(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
     """The share of generated images that lie in the manifold of the real ones (arXiv 1904.06991)."""
     real = reference_tensor(reference).to(generated.features.device)
-    return covered(generated.features.double(), real, settings.num_neighbours)
+    return covered(generated.features, real, settings.num_neighbours)
 
 
 def recall(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
     """The share of real images that lie in the manifold of the generated ones (arXiv 1904.06991)."""
     real = reference_tensor(reference).to(generated.features.device)
-    return covered(real, generated.features.double(), settings.num_neighbours)
+    return covered(real, generated.features, settings.num_neighbours)
 
 
 def class_accuracy(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> float:
@@ -119,18 +126,20 @@ def feature_diversity(generated: Scored, reference: Statistics | None, settings:
     return float((similarity.cpu() * counts.cpu()).sum() / counts.sum())
 
 
-def covered(points: Tensor, manifold: Tensor, neighbours: int, chunk: int = 4096) -> float:
+def covered(points: Tensor, manifold: Tensor, neighbours: int, chunk: int | None = None) -> float:
     """The share of ``points`` [N, D] that lie in a ball around some row of ``manifold`` [M, D].
 
-    The ball around a row reaches to its ``neighbours``-th nearest other row. Work is in chunks of rows.
+    The ball around a row reaches to its ``neighbours``-th nearest other row. Distances are in float64, ``chunk`` rows at a time.
     """
     require(
         len(manifold) > neighbours, "evaluation.num_neighbours", neighbours, f"fewer than the {len(manifold)} images of a set"
     )
+    chunk = chunk or max(1, DISTANCES // len(manifold))
+    manifold = manifold.double()
     centre = manifold.mean(dim=0)  # distances stay, and lose fewer digits
-    points, manifold = points - centre, manifold - centre
+    manifold = manifold - centre
     radii = torch.cat([torch.cdist(rows, manifold).kthvalue(neighbours + 1).values for rows in manifold.split(chunk)])
-    inside = [(torch.cdist(rows, manifold) <= radii).any(dim=1) for rows in points.split(chunk)]
+    inside = [(torch.cdist(rows.double() - centre, manifold) <= radii).any(dim=1) for rows in points.split(chunk)]
     return float(torch.cat(inside).double().mean())
 
 
@@ -161,7 +170,13 @@ class Metric:
 
     def __call__(self, generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> Score:
         self.check(
-            there(reference, generated.logits is not None, generated.logits_name_classes, generated.semantic_features is not None)
+            there(
+                reference,
+                logits=generated.logits is not None,
+                class_logits=generated.logits_name_classes,
+                semantic=generated.semantic_features is not None,
+                spatial=generated.spatial is not None,
+            )
         )
         return self.function(generated, reference, settings)
 
@@ -174,6 +189,9 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "frechet_distance": Metric(frechet_distance, "Frechet distance", False, ("reference",)),
+    "spatial_frechet_distance": Metric(
+        spatial_frechet_distance, "spatial Frechet distance", False, ("reference", "reference spatial", "spatial features")
+    ),
     "inception_score": Metric(inception_score, "inception score", True, ("logits",)),
     "kernel_distance": Metric(kernel_distance, "kernel distance", False, ("reference", "reference features")),
     "precision": Metric(precision, "precision", True, ("reference", "reference features")),
@@ -184,23 +202,33 @@ METRICS: dict[str, Metric] = {
 
 NEEDS: dict[str, str] = {
     "reference": "the statistics of real images: set evaluation.reference to a statistics file (.npz)",
-    "reference features": "features of real images, which evaluation.reference does not hold: make it with max_features above 0",
+    "reference features": "features of real images, which evaluation.reference does not hold: make it with max_features above 0, "
+    "or take a file with the images themselves (arr_0)",
+    "reference spatial": "spatial statistics of real images (mu_s, sigma_s), which evaluation.reference does not hold",
+    "spatial features": "spatial features: set evaluation.extractor to 'inception'",
     "logits": "logits: set evaluation.extractor to a network that has them",
     "class logits": "logits over the model's own classes: set evaluation.extractor to 'classifier', trained on the same classes",
     "semantic features": "the semantic features of the model that made the images",
 }
 
 
-def there(reference: Statistics | None, logits: bool, class_logits: bool, semantic: bool) -> set[str]:
+def there(reference: Statistics | None, *, logits: bool, class_logits: bool, semantic: bool, spatial: bool) -> set[str]:
     """Which of NEEDS are met."""
     have = {
         "reference": reference is not None,
-        "reference features": reference is not None and reference.features is not None,
+        "reference features": reference is not None and reference.has_features,
+        "reference spatial": reference is not None and reference.has_spatial,
+        "spatial features": spatial,
         "logits": logits,
         "class logits": class_logits,
         "semantic features": semantic,
     }
     return {need for need, met in have.items() if met}
+
+
+def needed_by(names: Sequence[str]) -> set[str]:
+    """Which of NEEDS the metrics have together."""
+    return {need for name in names for need in METRICS[name].needs}
 
 
 def check_metrics(names: Sequence[str], have: set[str]) -> None:

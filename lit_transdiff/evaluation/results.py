@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
+from lit_transdiff.evaluation.metrics import INCEPTION_PART, Score
 from lit_transdiff.export import export_folder
 from lit_transdiff.runfolder import git_commit
 
 if TYPE_CHECKING:
     from lit_transdiff.evaluation.features import FeatureExtractor
-    from lit_transdiff.evaluation.metrics import Score
     from lit_transdiff.evaluation.statistics import Statistics
     from lit_transdiff.sampling import Generator
 
@@ -29,7 +29,7 @@ PACKAGES = ("lit-transdiff", "torch", "lightning", "torchmetrics", "torch-fideli
 # The part of a manifest that decides the scores; the rest (date, speed, paths) may differ between equal evaluations.
 DECIDING = [
     *("run", "weights_fingerprint", "scored_reference", "sampling", "precision", "num_images", "seed", "label_mode"),
-    *("metrics", "num_neighbours", "extractor", "extractor_fingerprint", "reference_hash"),
+    *("metrics", "num_neighbours", "inception_score_part", "extractor", "extractor_fingerprint", "reference_hash"),
 ]
 
 
@@ -57,6 +57,7 @@ def manifest(
         "label_mode": settings.label_mode,
         "metrics": list(settings.metrics),
         "num_neighbours": settings.num_neighbours,
+        "inception_score_part": INCEPTION_PART,
         "sampling": dataclasses.asdict(sampling),
         "precision": str(next(generator.model.parameters()).dtype).removeprefix("torch."),
         "matmul_precision": torch.get_float32_matmul_precision(),
@@ -65,6 +66,7 @@ def manifest(
         "extractor": extractor.name,
         "extractor_weights": settings.extractor_weights,
         "extractor_fingerprint": extractor.fingerprint,
+        "num_features": extractor.num_features,
         "reference": reference.path if reference else None,
         "reference_hash": reference.hash if reference else None,
         "reference_images": reference.num_images if reference else None,
@@ -96,13 +98,10 @@ def result_file(output: Path, record: dict[str, Any]) -> Path:
     return Path(output) / FOLDER / f"{result_name(record)}.json"
 
 
-def write_result(output: Path, scores: dict[str, Score], record: dict[str, Any], picture: Image.Image) -> Path:
-    """Write the picture, then the JSON file, each under a temporary name first; returns the JSON file's path."""
-    file = result_file(output, record)
-    file.parent.mkdir(parents=True, exist_ok=True)
+def write_result(file: Path, scores: dict[str, Score], record: dict[str, Any], picture: Image.Image) -> None:
+    """Write the picture, then the JSON ``file``, each under a temporary name first."""
     partial = file.with_name(f".{file.stem}.{os.getpid()}")
     picture.save(partial, format="png")
     os.replace(partial, file.with_suffix(".png"))
     partial.write_text(json.dumps({"scores": scores, "manifest": record}, indent=2) + "\n")
     os.replace(partial, file)
-    return file

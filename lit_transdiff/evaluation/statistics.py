@@ -1,11 +1,17 @@
 """Statistics of real images that generated ones are compared with, as ``.npz`` files.
 
-Shapes: N images, D features. A file holds ``mu`` [D] and ``sigma`` [D, D] in float64 (the public layout has only these), and
-ours also ``num_images``, ``features`` [n, D] float32 of at most n kept images, and ``about``, a JSON text.
+Shapes: N images, D features, S spatial features. What a file may hold:
+
+- ``mu`` [D], ``sigma`` [D, D]: the features' mean and covariance (the public layout);
+- ``mu_s`` [S], ``sigma_s`` [S, S]: those of Inception's spatial features (the ADM evaluator's layout);
+- ``arr_0`` [N, H, W, 3], uint8: images themselves (the ADM evaluator's layout). Their features serve where kept features are
+  wanted, and their statistics where the file has none; they are computed once and kept in a file beside it;
+- ours also ``num_images``, ``features`` [n, D] float32 of at most n kept images, and ``about``, a JSON text.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import zipfile
@@ -17,35 +23,61 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.features import FeatureExtractor
+from lit_transdiff.evaluation.images import image_batches, images_shape
+from lit_transdiff.evaluation.moments import Gaussian, Moments
 from lit_transdiff.files import short_hash
 
 Array = np.ndarray
+NAMES = ("mu", "sigma", "mu_s", "sigma_s", "num_images", "features", "about")
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Mean, covariance (over N - 1) and a sample of the features of real images."""
 
-    mu: Array  # [D] float64
+    mu: Array  # [D] float64; [0] where the file has only images
     sigma: Array  # [D, D] float64
     num_images: int | None = None  # nothing in the public layout
     features: Array | None = None  # [n, D] float32, in the order read
     about: dict[str, Any] = field(default_factory=dict)  # extractor, fingerprint, source, settings
     path: str | None = None
     hash: str | None = None  # of the file
+    spatial: Gaussian | None = None  # of the spatial features
+    images: int = 0  # as many images are in the file
 
     def __post_init__(self) -> None:
-        size = self.mu.size
-        require(self.mu.ndim == 1, "mu", self.mu.shape, "[D]")
-        require(self.sigma.shape == (size, size), "sigma", self.sigma.shape, f"[D, D] with D = {size}")
-        require(
-            bool(np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()), "mu and sigma", "NaN or Inf", "finite numbers"
-        )
-        shape = None if self.features is None else self.features.shape
+        check_gaussian(self.mu, self.sigma, ("mu", "sigma"))
+        if self.spatial is not None:
+            check_gaussian(*self.spatial, ("mu_s", "sigma_s"))
+        size, shape = self.mu.size, None if self.features is None else self.features.shape
         require(shape is None or (len(shape) == 2 and shape[1] == size), "features", shape, f"[n, D] with D = {size}")
+
+    @property
+    def gaussian(self) -> Gaussian:
+        return Gaussian(self.mu, self.sigma)
+
+    @property
+    def has_features(self) -> bool:
+        """Features are kept, or can be made of the file's images."""
+        return self.features is not None or self.images > 0
+
+    @property
+    def has_spatial(self) -> bool:
+        """Spatial statistics are there, or can be made of the file's images."""
+        return self.spatial is not None or self.images > 0
+
+
+def check_gaussian(mu: Array, sigma: Array, names: tuple[str, str]) -> None:
+    """Refuse shapes that are no mean and covariance, and numbers that are not finite."""
+    size = mu.size
+    require(mu.ndim == 1, names[0], mu.shape, "[D]")
+    require(sigma.shape == (size, size), names[1], sigma.shape, f"[D, D] with D = {size}")
+    finite = bool(np.isfinite(mu).all() and np.isfinite(sigma).all())
+    require(finite, " and ".join(names), "NaN or Inf", "finite numbers")
 
 
 class Reservoir:
@@ -78,31 +110,33 @@ def reference_statistics(
     source: str = "",
     settings: dict[str, Any] | None = None,
 ) -> Statistics:
-    """Statistics of images [B, C, H, W] in [-1, 1]; sums in float64.
+    """Statistics of images [B, C, H, W] in [-1, 1], in float64; with Inception also the spatial ones.
 
     The features of a uniform sample of ``max_features`` images are kept for the metrics that need them (0: none).
     """
-    total, outer = np.zeros(extractor.num_features), np.zeros((extractor.num_features, extractor.num_features))
-    kept = Reservoir(max_features, seed)
+    with_spatial = extractor.num_spatial is not None
+    moments, spatial, kept = Moments(), Moments(), Reservoir(max_features, seed)
     device = next(extractor.parameters()).device
-    count = 0
     for images in batches:
-        features = extractor(images.to(device)).features.cpu().numpy()
-        wide = features.astype(np.float64)
-        total += wide.sum(axis=0)
-        outer += wide.T @ wide
-        count += len(wide)
-        kept.add(features)
-    require(count >= 2, "reference images", count, "at least 2")
-    mu = total / count
-    sigma = (outer - count * np.outer(mu, mu)) / (count - 1)
+        found = extractor(images.to(device), spatial=with_spatial)
+        moments.add(found.features)
+        if found.spatial is not None:
+            spatial.add(found.spatial)
+        kept.add(found.features.cpu().numpy())
+    require(moments.count >= 2, "reference images", moments.count, "at least 2")
     about = {
         "extractor": extractor.name,
         "fingerprint": extractor.fingerprint,
         "source": source,
         "settings": {"max_features": max_features, "seed": seed, **(settings or {})},
     }
-    return Statistics(mu, sigma, count, kept.stacked() if max_features else None, about)
+    return Statistics(
+        *moments.gaussian(),
+        num_images=moments.count,
+        features=kept.stacked() if max_features else None,
+        about=about,
+        spatial=spatial.gaussian() if with_spatial else None,
+    )
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
@@ -110,6 +144,8 @@ def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
     path = Path(path)
     require(path.suffix == ".npz", "statistics file", str(path), "a name that ends in .npz")
     arrays = {"mu": statistics.mu, "sigma": statistics.sigma, "about": np.array(json.dumps(statistics.about, sort_keys=True))}
+    if statistics.spatial is not None:
+        arrays |= {"mu_s": statistics.spatial.mu, "sigma_s": statistics.spatial.sigma}
     if statistics.num_images is not None:
         arrays["num_images"] = np.array(statistics.num_images)
     if statistics.features is not None:
@@ -122,7 +158,7 @@ def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
 
 
 def load_statistics(path: str | Path) -> Statistics:
-    """Read a statistics file, ours or one that has only ``mu`` and ``sigma``.
+    """Read a statistics file in our layout or a public one; images in it are counted, not read.
 
     Raises ``FileNotFoundError`` without the file and ``ValueError`` when it is not one.
     """
@@ -133,36 +169,74 @@ def load_statistics(path: str | Path) -> Statistics:
         file = np.load(path, allow_pickle=False)
         require(isinstance(file, np.lib.npyio.NpzFile), "evaluation.reference", str(path), "an .npz file")
         with file:
-            names = set(file.files) & {"mu", "sigma", "num_images", "features", "about"}
-            require({"mu", "sigma"} <= names, f"{path}: arrays", sorted(file.files), "at least mu and sigma")
-            arrays = {name: file[name] for name in names}
+            names = set(file.files)
+            both = all({mu, sigma} <= names or not {mu, sigma} & names for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")))
+            complete = both and bool({"mu", "arr_0"} & names)
+            require(complete, f"{path}: arrays", sorted(names), "at least mu and sigma, or images as arr_0; mu_s with sigma_s")
+            arrays = {name: file[name] for name in NAMES if name in names}
+        images = images_shape(path)[0] if "arr_0" in names else 0
     except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"evaluation.reference: {path} is not an .npz file ({error}).") from error
+    wide = {name: arrays[name].astype(np.float64) for name in NAMES[:4] if name in arrays}
     return Statistics(
-        mu=arrays["mu"].astype(np.float64),
-        sigma=arrays["sigma"].astype(np.float64),
+        mu=wide.get("mu", np.zeros(0)),
+        sigma=wide.get("sigma", np.zeros((0, 0))),
         num_images=int(arrays["num_images"]) if "num_images" in arrays else None,
         features=arrays.get("features"),
         about=json.loads(str(arrays["about"])) if "about" in arrays else {},
         path=str(path),
         hash=short_hash(path),
+        spatial=Gaussian(wide["mu_s"], wide["sigma_s"]) if "mu_s" in wide else None,
+        images=images,
+    )
+
+
+def completed(statistics: Statistics, extractor: FeatureExtractor, folder: Path, *, features: bool, spatial: bool) -> Statistics:
+    """``statistics`` with what is wanted and only its images can give: kept features, spatial or all statistics.
+
+    They are computed once and kept in a file beside the reference (in ``folder`` where that place cannot be written to), whose
+    name holds the hash of the reference and the fingerprint of the extractor's weights.
+    """
+    lacking = (features and statistics.features is None) or (spatial and statistics.spatial is None) or not statistics.mu.size
+    if not lacking:
+        return statistics
+    path = Path(str(statistics.path))
+    name = f"{path.stem}-{statistics.hash}-{extractor.name}-{extractor.fingerprint}.npz"
+    folder = path.parent if os.access(path.parent, os.W_OK) else folder
+    if not (folder / name).is_file():
+        batches = tqdm(image_batches(path), desc=f"features of {path.name}", unit="batch", leave=False)
+        made = reference_statistics(batches, extractor, max_features=statistics.images, source=f"arr_0 of {path}")
+        save_statistics(made, folder / name)
+    of_images = load_statistics(folder / name)
+    given = statistics if statistics.mu.size else of_images
+    return dataclasses.replace(
+        statistics,
+        mu=given.mu,
+        sigma=given.sigma,
+        num_images=given.num_images,
+        features=of_images.features if statistics.features is None else statistics.features,
+        spatial=statistics.spatial or of_images.spatial,
     )
 
 
 def check_extractor(statistics: Statistics, extractor: FeatureExtractor) -> None:
     """Refuse a reference made with another network than ``extractor``: their features are not comparable.
 
-    The public layout names no network; it is taken to be Inception's.
+    The public layout names no network; its statistics are taken to be Inception's, its images are anybody's.
     """
-    made_with = statistics.about.get("extractor", "inception")
+    made_with = statistics.about.get("extractor", "inception" if statistics.mu.size else extractor.name)
     where = f"evaluation.reference {statistics.path}"
     require(made_with == extractor.name, f"{where}: extractor", made_with, f"{extractor.name} (evaluation.extractor)")
     fingerprint = statistics.about.get("fingerprint", extractor.fingerprint)
     require(fingerprint == extractor.fingerprint, f"{where}: weights of the extractor", fingerprint, extractor.fingerprint)
     size = statistics.mu.size
-    require(
-        size == extractor.num_features, f"{where}: features", size, f"{extractor.num_features} of extractor {extractor.name!r}"
-    )
+    allowed = f"{extractor.num_features} of extractor {extractor.name!r}"
+    require(size in (0, extractor.num_features), f"{where}: features", size, allowed)
+    if statistics.spatial is not None and extractor.num_spatial is not None:
+        size, allowed = statistics.spatial.mu.size, f"{extractor.num_spatial} of extractor {extractor.name!r}"
+        require(size == extractor.num_spatial, f"{where}: spatial features (mu_s)", size, allowed)
+    if statistics.images:
+        extractor(next(image_batches(str(statistics.path), 1)).to(next(extractor.parameters()).device))
 
 
 def reference_tensor(statistics: Statistics) -> Tensor:

@@ -46,7 +46,7 @@ def resize_positions(old: Tensor, new: Tensor, config: ModelConfig) -> Tensor | 
     if (before**2, after**2, old.shape[2]) != (old.shape[1], new.shape[1], new.shape[2]):
         return None
     grid = rearrange(old.float(), "1 (h w) d -> 1 d h w", h=before)
-    resized = F.interpolate(grid, size=(after, after), mode="bicubic", antialias=after < before)
+    resized = F.interpolate(grid, size=(after, after), mode="bicubic", antialias=True)
     return rearrange(resized, "1 d h w -> 1 (h w) d").to(new.dtype)
 
 

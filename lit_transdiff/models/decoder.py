@@ -109,8 +109,12 @@ class DiffusionDecoder(nn.Module):
         return Memory(tuple(keys_values), visible)
 
     def forward(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
-        """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or [1]; same shape."""
-        x = self.input_projection(patchify(x_t, self.patch_size)) + self.position
+        """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or [1]; same shape.
+
+        ``x_t`` may be more precise than the weights.
+        """
+        tokens = patchify(x_t, self.patch_size).to(self.input_projection.weight.dtype)
+        x = self.input_projection(tokens) + self.position
         embedding, modulation = self.time_embedding(t)
         for block, keys_values in zip(self.blocks, memory.keys_values, strict=True):
             x = block(x, modulation, keys_values, memory.visible)

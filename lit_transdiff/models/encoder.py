@@ -109,4 +109,5 @@ class ARTransformer(nn.Module):
         if self.reference_projection is None or references.shape[1] >= self.num_references:
             raise ValueError(f"references: got {references.shape[1]}; allowed: at most {self.num_references - 1}.")
         tokens = rearrange(patchify(references, self.reference_patch_size), "b r l c -> b (r l) c")
-        return torch.cat([mask_tokens, self.reference_projection(tokens)], dim=1)
+        projected = self.reference_projection(tokens.to(self.reference_projection.weight.dtype))
+        return torch.cat([mask_tokens, projected], dim=1)

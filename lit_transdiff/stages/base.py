@@ -137,7 +137,8 @@ class TransDiffStage(pl.LightningModule):
     def averaged_model(self) -> TransDiff:
         """A plain whole copy of the model with the averaged weights, in evaluation mode. All ranks call it together."""
         state = sharding(self.trainer).averaged_state()
-        model = TransDiff(self.run.model).to(self.device).eval().requires_grad_(False)
+        with self.device:
+            model = TransDiff(self.run.model).eval().requires_grad_(False)
         model.load_state_dict({name.removeprefix(PREFIX): value for name, value in state.items()})
         return model
 

@@ -92,7 +92,7 @@ def test_values_that_float16_cannot_hold_are_refused(shards, tmp_path):
 def test_missing_latent_shards_are_named(shards, tmp_path):
     work = begun(shards, tmp_path / "a")
     work.write(encode, batch_size=64, device=CPU, rank=0, world=2, progress=False)
-    with pytest.raises(ValueError, match=r"5 of 10 latent shards are missing: train-000001\.tar"):
+    with pytest.raises(ValueError, match=r"5 of 10 shards are missing: train-000001\.tar"):
         work.finish()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from lit_transdiff.config import EvaluationConfig, RunConfig, SamplingConfig
 from lit_transdiff.evaluation.features import FeatureExtractor, load_extractor
@@ -62,6 +63,23 @@ def tiny_files(folder: Path) -> Path:
     extractor = load_extractor("classifier", folder / "judge.safetensors")
     save_statistics(reference_statistics(random_images(40).split(7), extractor), folder / "reference.npz")
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the layout of torch-fidelity's InceptionV3."""
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
+        torch.manual_seed(0)
+        torch.save(FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def inception(inception_file: Path) -> FeatureExtractor:
+    return load_extractor("inception", inception_file)
 
 
 @pytest.fixture(scope="session")

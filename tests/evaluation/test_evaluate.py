@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
-from lit_transdiff.evaluation.evaluate import choose_labels, choose_shown, draw, evaluate, image_seeds
+from lit_transdiff.evaluation.evaluate import choose_labels, choose_shown, draw, evaluate, image_seeds, prepare
 from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.evaluation.results import result_name
+from lit_transdiff.evaluation.statistics import load_statistics
+from lit_transdiff.files import short_hash
+from lit_transdiff.pictures import to_bytes
 from tests.evaluation.conftest import SAMPLING, tiny_generator, tiny_settings
-
-TWO_PROCESSES = """
-import json, sys
-from pathlib import Path
-from lightning.fabric import Fabric
-import torch
-torch.set_num_threads(1)
-from lit_transdiff.evaluation.evaluate import evaluate
-from tests.evaluation.conftest import SAMPLING, tiny_generator, tiny_settings
-files, output = Path(sys.argv[1]), Path(sys.argv[2])
-fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
-fabric.launch()
-result = evaluate(tiny_generator(), tiny_settings(files, num_images=23), SAMPLING, output=output, fabric=fabric)
-(output / f"rank{fabric.global_rank}.json").write_text(json.dumps(result))
-fabric.barrier()
-torch.distributed.destroy_process_group()
-"""
 
 
 def close(first: dict, second: dict) -> None:
@@ -50,7 +34,7 @@ def test_the_result_file_holds_all_scores_and_what_decided_them(files: Path, tmp
     result = evaluate(generator, settings, SAMPLING, output=tmp_path)
     written = json.loads(Path(result["file"]).read_text())
     assert written == {"scores": result["scores"], "manifest": result["manifest"]}
-    assert set(written["scores"]) == set(METRICS)
+    assert set(written["scores"]) == set(METRICS) - {"spatial_frechet_distance"}
     manifest = written["manifest"]
     assert manifest["sampling"] == dataclasses.asdict(SAMPLING)
     assert manifest["weights_fingerprint"] == generator.fingerprint and manifest["extractor"] == "classifier"
@@ -80,48 +64,104 @@ def test_scores_do_not_depend_on_the_batch_size(files: Path, tmp_path: Path) -> 
     close(results[0]["scores"], results[1]["scores"])
 
 
-def test_shares_of_ranks_interleave_to_the_whole(files: Path, extractor: FeatureExtractor) -> None:
-    settings, generator = tiny_settings(files), tiny_generator()
-    labels = choose_labels(settings, 3)
-    shown = choose_shown(labels)
-    whole = draw(generator, extractor, settings, SAMPLING, labels, shown)
-    shares = [draw(generator, extractor, settings, SAMPLING, labels, shown, rank, 3) for rank in range(3)]
-    for rank, share in enumerate(shares):
-        assert torch.allclose(share.features, whole.features[rank::3], atol=1e-5)
-    assert torch.allclose(sum(share.samples for share in shares), whole.samples, atol=1e-5)
-    assert sum(share.evaluations for share in shares) == whole.evaluations
+@pytest.mark.parametrize("label_mode, spread", [("balanced", 1), ("random", 2)])
+def test_the_manifest_says_how_labels_were_chosen_and_what_was_kept(
+    files: Path, tmp_path: Path, label_mode: str, spread: int
+) -> None:
+    settings = tiny_settings(files, label_mode=label_mode)
+    manifest = evaluate(tiny_generator(), settings, SAMPLING, output=tmp_path, save_images="folder")["manifest"]
+    assert manifest["label_mode"] == label_mode
+    counts = choose_labels(settings, 3).bincount(minlength=3)
+    assert manifest["images_of_a_class"] == [counts.min(), counts.max()] and counts.max() - counts.min() >= spread
+    assert manifest["spatial_features"] is False and manifest["num_features"] == 64 and manifest["num_ranks"] == 1
+    assert manifest["saved_images"] == [f"{result_name(manifest)}-images"]
+    assert manifest["reference_hash"] == short_hash(files / "reference.npz")
+    assert manifest["extractor_fingerprint"] == short_hash(files / "judge.safetensors")
 
 
-def test_two_processes_give_the_scores_of_one(files: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    root = Path(__file__).parents[2]
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", TWO_PROCESSES, str(files), str(tmp_path)]
-    processes = [
-        subprocess.Popen(command, cwd=root, env=common | {"RANK": r, "LOCAL_RANK": r, "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"})
-        for r in "01"
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2)]
-    assert ranks[0] == ranks[1] and ranks[0]["manifest"]["num_ranks"] == 2
-    alone = evaluate(tiny_generator(), tiny_settings(files, num_images=23), SAMPLING, output=tmp_path)
-    assert Path(alone["file"]) == Path(ranks[0]["file"])
-    close(alone["scores"], ranks[0]["scores"])
+def test_all_scores_of_the_adm_evaluator_from_a_file_in_its_layout(tmp_path: Path, inception_file: Path) -> None:
+    """mu, sigma, mu_s, sigma_s and arr_0 in one file; each score as its parts give it."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(256, size=(12, 16, 16, 3), dtype=np.uint8)
+    given = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.ones(2023), "sigma_s": 2 * np.eye(2023)}
+    np.savez(tmp_path / "adm.npz", arr_0=pixels, **given)
+    names = ["frechet_distance", "spatial_frechet_distance", "inception_score", "kernel_distance", "precision", "recall"]
+    settings = EvaluationConfig(num_images=8, batch_size=3, extractor_weights=str(inception_file), metrics=names)
+    settings = dataclasses.replace(settings, reference=str(tmp_path / "adm.npz"))
+    generator = tiny_generator()
+    result = evaluate(generator, settings, SAMPLING, output=tmp_path)
+    assert set(result["scores"]) == set(names) and result["manifest"]["spatial_features"] is True
+
+    found = draw(prepare(generator, settings, SAMPLING), range(8)).found
+    for name, rows, mu, scale in [
+        ("frechet_distance", found.features, 0.0, 1.0),
+        ("spatial_frechet_distance", found.spatial, 1.0, 2.0),
+    ]:
+        # Against N(mu, s I) it is |m - mu|^2 + sum (a - s^(1/2))^2 over all D deviations a, of which N - 1 are not zero.
+        wide = rows.double().numpy()
+        a = np.zeros(wide.shape[1])
+        a[:8] = np.linalg.svd(wide - wide.mean(0), compute_uv=False) / np.sqrt(7)
+        expected = ((wide.mean(0) - mu) ** 2).sum() + ((a - np.sqrt(scale)) ** 2).sum()
+        assert result["scores"][name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_are_saved_as_adm_reads_them_and_as_files(files: Path, tmp_path: Path) -> None:
+    generator, settings = tiny_generator(), tiny_settings(files)
+    result = evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="both")
+    name = Path(result["file"]).with_suffix("")
+    drawn = [draw(prepare(generator, settings, SAMPLING), range(i, min(i + 5, 22))).pixels for i in range(0, 22, 5)]
+    expected = torch.cat(drawn)[:, 0].numpy()  # [N, H, W], grey
+    saved = np.load(name.with_suffix(".npz"))
+    assert saved["arr_0"].shape == (22, 16, 16, 3) and saved["arr_0"].dtype == np.uint8
+    assert (saved["arr_0"] == expected[..., None]).all()
+    assert (saved["arr_1"] == choose_labels(settings, 3).numpy()).all()
+    files_of_images = sorted(Path(f"{name}-images").iterdir())
+    assert [file.name for file in files_of_images] == [f"{i:05d}.png" for i in range(22)]
+    assert all((np.asarray(Image.open(file)) == image).all() for file, image in zip(files_of_images, expected, strict=True))
+    kinds = {path.suffix for path in (tmp_path / "evaluations").iterdir()}
+    assert kinds == {".json", ".png", ".npz", ""} and len(list((tmp_path / "evaluations").iterdir())) == 4
+    again = load_statistics(name.with_suffix(".npz"))  # the export is a reference, too
+    assert again.images == 22
+
+
+def test_saved_images_are_part_of_what_is_reused(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, settings = tiny_generator(), tiny_settings(files, metrics=["class_accuracy"])
+    evaluate(generator, settings, SAMPLING, output=tmp_path)
+    result = evaluate(generator, settings, SAMPLING, output=tmp_path, reuse=True, save_images="npz")
+    assert Path(result["file"]).with_suffix(".npz").is_file() and result["manifest"]["saved_images"]
+    monkeypatch.setattr(generator, "images", lambda *_: pytest.fail("an image was drawn"))
+    assert evaluate(generator, settings, SAMPLING, output=tmp_path, reuse=True, save_images="npz") == result
+    with pytest.raises(ValueError, match="save_images: 'nzp' is not known"):
+        evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="nzp")
+
+
+def test_an_evaluation_that_failed_while_scoring_draws_nothing_again(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, settings = tiny_generator(), tiny_settings(files, metrics=["class_accuracy", "precision"])
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_transdiff.evaluation.evaluate.compute_scores", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="folder")
+    (parts,) = (tmp_path / "evaluations").iterdir()
+    assert "division by zero" in (parts / "failed").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, "images", lambda *_: pytest.fail("an image was drawn"))
+        result = evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="folder")
+    assert not parts.exists()
+    assert result["scores"] == evaluate(generator, settings, SAMPLING, output=tmp_path / "other")["scores"]
 
 
 def test_the_last_image_of_a_row_is_scored(files: Path, tmp_path: Path, extractor: FeatureExtractor) -> None:
     generator, settings = tiny_generator(references=4), tiny_settings(files, num_images=6)
-    labels = choose_labels(settings, 3)
-    share = draw(generator, extractor, settings, SAMPLING, labels, choose_shown(labels))
-    images = generator.images(labels, image_seeds(settings, range(6)), SAMPLING)
+    job = prepare(generator, settings, SAMPLING)
+    images = generator.images(job.labels, image_seeds(settings, range(6)), SAMPLING)
     assert images.shape[1] == 4
-    assert torch.allclose(share.features, extractor(images[:, 3]).features, atol=1e-5)
+    drawn = draw(job, range(2, 6))
+    assert torch.allclose(drawn.found.features, extractor(images[2:, 3]).features, atol=1e-5)
+    assert torch.equal(
+        drawn.pixels, to_bytes(generator.images(job.labels[2:], image_seeds(settings, range(2, 6)), SAMPLING)[:, 3])
+    )
     manifest = evaluate(generator, settings, SAMPLING, output=tmp_path)["manifest"]
     assert manifest["scored_reference"] == 3 and manifest["decoder_evaluations_per_image"] == 16
 

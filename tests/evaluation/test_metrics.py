@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from lit_transdiff.config import EvaluationConfig
+from lit_transdiff.evaluation import metrics
 from lit_transdiff.evaluation.metrics import METRICS, NEEDS, Scored, check_metrics, covered
+from lit_transdiff.evaluation.moments import Gaussian
 from lit_transdiff.evaluation.statistics import Statistics
 
 SETTINGS = EvaluationConfig(num_images=10)
@@ -32,43 +38,49 @@ def whitened(count: int, size: int) -> Tensor:
     return x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / (count - 1))).T
 
 
-def test_frechet_distance_of_gaussians_in_closed_form() -> None:
+def test_frechet_distance_of_features_in_closed_form() -> None:
     """For N(m, diag(a^2)) and N(0, diag(b^2)): |m|^2 + sum (a - b)^2."""
-    a, b, m = (
-        torch.tensor([1.0, 2.0, 0.5]).double(),
-        torch.tensor([3.0, 1.0, 0.5]).double(),
-        torch.tensor([0.1, -2.0, 0.7]).double(),
-    )
+    a, b, m = (torch.tensor(v).double() for v in ([1.0, 2.0, 0.5], [3.0, 1.0, 0.5], [0.1, -2.0, 0.7]))
     x = whitened(200, 3)
     reference = Statistics(np.zeros(3), np.diag((b**2).numpy()))
     expected = float((m**2).sum() + ((a - b) ** 2).sum())
     assert METRICS["frechet_distance"](scored(x * a + m), reference, SETTINGS) == pytest.approx(expected, rel=1e-12)
 
 
-def test_frechet_distance_as_numpy_computes_it() -> None:
-    """tr (A B)^(1/2) by symmetric roots: the eigenvalues of A^(1/2) B A^(1/2)."""
-    fake, real = torch.randn(300, 16) @ torch.randn(16, 16) + 1, torch.randn(500, 16) @ torch.randn(16, 16)
-    reference = statistics(real)
-    mu, sigma = fake.double().numpy().mean(0), np.cov(fake.double().numpy(), rowvar=False)
-    values, vectors = np.linalg.eigh(sigma)
-    root = vectors * np.sqrt(values) @ vectors.T
-    trace = np.sqrt(np.linalg.eigvalsh(root @ reference.sigma @ root)).sum()
-    expected = ((mu - reference.mu) ** 2).sum() + np.trace(sigma) + np.trace(reference.sigma) - 2 * trace
-    assert METRICS["frechet_distance"](scored(fake), reference, SETTINGS) == pytest.approx(expected, rel=1e-9)
-
-
-def test_frechet_distance_of_a_set_with_itself_is_zero() -> None:
-    features = torch.randn(100, 8)
-    assert METRICS["frechet_distance"](scored(features), statistics(features), SETTINGS) == pytest.approx(0, abs=1e-9)
+def test_spatial_frechet_distance_is_that_of_the_spatial_statistics() -> None:
+    generated, real = Gaussian(np.zeros(2), np.diag([1.0, 4.0])), Gaussian(np.array([3.0, 4.0]), np.diag([4.0, 4.0]))
+    reference = Statistics(np.zeros(3), np.eye(3), spatial=real)
+    given = scored(torch.randn(10, 3), spatial=generated)
+    assert METRICS["spatial_frechet_distance"](given, reference, SETTINGS) == pytest.approx(25 + 1)
 
 
 def test_inception_score_in_closed_form() -> None:
     """Certain and evenly spread over K classes: K. Uncertain everywhere: 1."""
     certain = 100 * torch.eye(4).repeat_interleave(250, 0)
-    # Each of the ten parts is a random hundred, so its classes are only nearly even.
-    assert METRICS["inception_score"](scored(certain, logits=certain), None, SETTINGS)["mean"] == pytest.approx(4, rel=0.03)  # type: ignore[index]
+    found = METRICS["inception_score"](scored(certain, logits=certain), None, SETTINGS)
+    assert found == {"mean": pytest.approx(4, rel=1e-12), "std": 0.0}
     unsure = torch.zeros(100, 4)
-    assert METRICS["inception_score"](scored(unsure, logits=unsure), None, SETTINGS) == {"mean": 1.0, "std": 0.0}
+    assert METRICS["inception_score"](scored(unsure, logits=unsure), None, SETTINGS)["mean"] == pytest.approx(1)  # type: ignore[index]
+
+
+def test_inception_score_of_parts_as_torch_fidelity_computes_it() -> None:
+    """Images in order of class: the parts are of 5,000 and shuffled, else every part would hold few classes."""
+    logits = (torch.randn(15_000, 6) + 4 * torch.eye(6).repeat_interleave(2500, 0)).float()
+    found = METRICS["inception_score"](scored(logits, logits=logits), None, SETTINGS)
+    order = torch.randperm(15_000, generator=torch.Generator().manual_seed(SETTINGS.seed))
+    theirs = isc_features_to_metric(logits[order], splits=3, shuffle=False)
+    assert found["mean"] == pytest.approx(theirs["inception_score_mean"], rel=1e-9)  # type: ignore[index]
+    assert found["std"] == pytest.approx(theirs["inception_score_std"], rel=1e-6)  # type: ignore[index]
+    in_order = isc_features_to_metric(logits, splits=3, shuffle=False)["inception_score_mean"]
+    assert found["mean"] > 1.2 * in_order  # type: ignore[index]
+
+
+def test_precision_and_recall_as_torch_fidelity_computes_them() -> None:
+    fake, real = torch.randn(300, 6), torch.randn(400, 6) * 0.8 + 0.3
+    theirs = calculate_precision_recall_full(fake.double(), real.double(), neighborhood=3)
+    given = scored(fake), statistics(real), SETTINGS
+    assert (METRICS["precision"](*given), METRICS["recall"](*given)) == pytest.approx(theirs, abs=1e-6)
+    assert 0 < theirs[0] < 1 and 0 < theirs[1] < 1
 
 
 def test_kernel_distance_of_whole_sets_is_the_unbiased_estimate() -> None:
@@ -87,7 +99,8 @@ def test_kernel_distance_of_whole_sets_is_the_unbiased_estimate() -> None:
 
 
 @pytest.mark.parametrize("name", ["kernel_distance", "inception_score"])
-def test_scores_with_random_parts_repeat_and_leave_the_global_generator(name: str) -> None:
+def test_scores_with_random_parts_repeat_and_leave_the_global_generator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "INCEPTION_PART", 50)
     fake, real = torch.randn(200, 4), torch.randn(300, 4)
     given = scored(fake, logits=fake), statistics(real)
     before = torch.random.get_rng_state()
@@ -138,11 +151,12 @@ def test_feature_diversity_is_the_mean_cosine_of_all_pairs() -> None:
 @pytest.mark.parametrize("name", METRICS)
 def test_what_a_metric_lacks_is_named(name: str) -> None:
     given = scored(torch.randn(10, 3))
+    assert METRICS[name].needs
     with pytest.raises(ValueError, match=METRICS[name].title):
         METRICS[name](given, None, SETTINGS)
     check_metrics([name], set(NEEDS))
     for need in METRICS[name].needs:
-        with pytest.raises(ValueError, match=NEEDS[need].split(":")[0]):
+        with pytest.raises(ValueError, match=re.escape(NEEDS[need])):
             check_metrics([name], set(NEEDS) - {need})
 
 
@@ -155,8 +169,10 @@ def test_an_unknown_metric_and_too_few_images_are_refused() -> None:
 
 def test_scores_are_plain_numbers() -> None:
     features = torch.randn(20, 3)
-    given = Scored(features, torch.zeros(20).long(), features, True, lambda labels: torch.randn(len(labels), 4, 2))
+    spatial = Gaussian(np.zeros(2), np.eye(2))
+    given = Scored(features, torch.zeros(20).long(), features, True, lambda labels: torch.randn(len(labels), 4, 2), spatial)
+    reference = dataclasses.replace(statistics(features), spatial=spatial)
     for metric in METRICS.values():
-        score = metric(given, statistics(features), SETTINGS)
+        score = metric(given, reference, SETTINGS)
         numbers = score.values() if isinstance(score, dict) else [score]
         assert all(type(number) is float and math.isfinite(number) for number in numbers)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lit_transdiff.evaluation.features import FeatureExtractor
+from lit_transdiff.evaluation.moments import Gaussian
 from lit_transdiff.evaluation.statistics import (
     Reservoir,
     Statistics,
     check_extractor,
+    completed,
     load_statistics,
     reference_statistics,
     save_statistics,
@@ -55,11 +59,72 @@ def test_a_file_reads_back_equal_and_the_same_content_has_the_same_hash(tmp_path
 
 
 def test_the_public_layout_is_inceptions(tmp_path: Path, extractor: FeatureExtractor) -> None:
-    np.savez(tmp_path / "public.npz", mu=np.zeros(64), sigma=np.eye(64), mu_s=np.zeros(3), arr_0=np.zeros((2, 2)))
+    np.savez(tmp_path / "public.npz", mu=np.zeros(64), sigma=np.eye(64))
     found = load_statistics(tmp_path / "public.npz")
-    assert found.num_images is None and found.features is None and found.about == {}
+    assert found.num_images is None and not found.has_features and not found.has_spatial and found.about == {}
     with pytest.raises(ValueError, match=r"extractor: got 'inception'; allowed: classifier"):
         check_extractor(found, extractor)
+
+
+def colour_images(count: int, size: int = 12) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=(count, size, size, 3), dtype=np.uint8)
+
+
+def test_a_file_with_everything_serves_each_score_its_part(tmp_path: Path, inception: FeatureExtractor) -> None:
+    """mu, sigma and mu_s, sigma_s are taken as they are, kept features are made of the images, once."""
+    random, pixels = np.random.default_rng(1), colour_images(9)
+    given = {"mu": random.standard_normal(2048), "mu_s": random.standard_normal(2023)}
+    np.savez(tmp_path / "adm.npz", arr_0=pixels, sigma=np.eye(2048), sigma_s=2 * np.eye(2023), **given)
+    found = load_statistics(tmp_path / "adm.npz")
+    check_extractor(found, inception)
+    assert found.images == 9 and found.features is None and found.has_features and found.spatial is not None
+    assert completed(found, inception, tmp_path, features=False, spatial=True) is found
+    full = completed(found, inception, tmp_path, features=True, spatial=True)
+    assert (full.mu == given["mu"]).all() and (full.spatial.mu == given["mu_s"]).all() and (full.sigma == np.eye(2048)).all()
+    expected = inception(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).features
+    np.testing.assert_allclose(full.features, expected.numpy(), atol=1e-5)
+    (cache,) = set(tmp_path.iterdir()) - {tmp_path / "adm.npz"}
+    assert found.hash in cache.name and inception.fingerprint in cache.name
+    before = cache.stat().st_mtime_ns
+    again = completed(found, inception, tmp_path, features=True, spatial=True)
+    assert cache.stat().st_mtime_ns == before and (again.features == full.features).all()
+
+
+def test_images_alone_are_a_reference(tmp_path: Path, inception: FeatureExtractor) -> None:
+    """What is computed of ``arr_0`` is what reference_statistics makes of the same images."""
+    pixels = colour_images(7)
+    np.savez_compressed(tmp_path / "images.npz", arr_0=pixels, arr_1=np.arange(7))
+    found = load_statistics(tmp_path / "images.npz")
+    check_extractor(found, inception)
+    full = completed(found, inception, tmp_path, features=False, spatial=False)
+    expected = reference_statistics([torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1], inception)
+    for a, b in [(full.mu, expected.mu), (full.sigma, expected.sigma), (full.features, expected.features)]:
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    np.testing.assert_allclose(full.spatial.mu, expected.spatial.mu, atol=1e-5)
+    assert full.num_images == 7 and full.path == str(tmp_path / "images.npz")
+
+
+def test_spatial_statistics_are_written_and_read_in_the_public_layout(tmp_path: Path, inception: FeatureExtractor) -> None:
+    images = torch.rand(6, 3, 12, 12) * 2 - 1
+    made = save_statistics(reference_statistics(images.split(4), inception), tmp_path / "ours.npz")
+    spatial = inception(images, spatial=True).spatial.double().numpy()
+    with np.load(tmp_path / "ours.npz") as file:
+        assert {"mu", "sigma", "mu_s", "sigma_s"} <= set(file.files)
+        np.testing.assert_allclose(file["mu_s"], spatial.mean(0), atol=1e-6)
+        np.testing.assert_allclose(file["sigma_s"], np.cov(spatial, rowvar=False), atol=1e-6)
+    assert made.has_spatial and made.spatial.mu.shape == (2023,)
+    with pytest.raises(ValueError, match=r"spatial features \(mu_s\): got 3; allowed: 2023"):
+        check_extractor(dataclasses.replace(made, spatial=Gaussian(np.zeros(3), np.eye(3))), inception)
+
+
+def test_images_that_the_extractor_cannot_take_are_refused_early(tmp_path: Path, extractor: FeatureExtractor) -> None:
+    np.savez(tmp_path / "colour.npz", arr_0=colour_images(4))
+    with pytest.raises(ValueError, match="images: got"):
+        check_extractor(load_statistics(tmp_path / "colour.npz"), extractor)
+    for i, wrong in enumerate([np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((2, 3, 8, 8), np.uint8)]):
+        np.savez(tmp_path / f"{i}.npz", arr_0=wrong)
+        with pytest.raises(ValueError, match=r"arr_0: got .* uint8 images of shape"):
+            load_statistics(tmp_path / f"{i}.npz")
 
 
 def test_another_extractor_is_refused(extractor: FeatureExtractor) -> None:
@@ -77,6 +142,9 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "half.npz", mu=np.zeros(3))
     with pytest.raises(ValueError, match="at least mu and sigma"):
         load_statistics(tmp_path / "half.npz")
+    np.savez(tmp_path / "half_spatial.npz", mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(3))
+    with pytest.raises(ValueError, match="mu_s with sigma_s"):
+        load_statistics(tmp_path / "half_spatial.npz")
     np.savez(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.eye(2))
     with pytest.raises(ValueError, match="sigma: got"):
         load_statistics(tmp_path / "shape.npz")

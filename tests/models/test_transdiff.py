@@ -160,3 +160,34 @@ class TestAdapt:
         ):
             assert part in str(error.value)
         assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+    @pytest.mark.parametrize("num_references", [1, 4])
+    def test_another_size_of_the_latent_is_made_anew_or_resized(self, num_references: int):
+        """Only the decoder's table depends on it and, for MRAR, the projection of the references' larger patches."""
+        coarse = build(num_references)
+        sized = ["decoder.position"] + ["encoder.reference_projection.weight"] * (num_references > 1)
+        fine = build(num_references, latent_size=8)
+        fresh = {name: fine.state_dict()[name].clone() for name in sized}
+        report = adapt(fine, coarse.state_dict())
+        assert [line.split()[0] for line in sorted(report.new)] == sized and "[1, 64, 16], which was [1, 16, 16]" in str(report)
+        assert all(torch.equal(fine.state_dict()[name], fresh[name]) for name in sized)
+        report = adapt(fine, coarse.state_dict(), positions="interpolate")
+        assert sorted(report.adapted) == sized and not report.new
+        assert len(report.mapped) == len(fine.state_dict()) - len(sized)
+
+    def test_a_resized_table_keeps_its_slopes(self):
+        coarse, fine = build(1), build(1, latent_size=8)
+        plane = torch.arange(4.0)[:, None] + 2 * torch.arange(4.0)
+        state = coarse.state_dict() | {"decoder.position": plane.reshape(1, 16, 1).expand(1, 16, 16).clone()}
+        adapt(fine, state, positions="interpolate")
+        table = fine.decoder.position.detach().reshape(8, 8, 16)[3:5, 3:5, 0]  # away from the border
+        torch.testing.assert_close(table.diff(dim=0), torch.full((1, 2), 0.5), atol=1e-4, rtol=0)
+        torch.testing.assert_close(table.diff(dim=1), torch.full((2, 1), 1.0), atol=1e-4, rtol=0)
+
+    @torch.no_grad()
+    def test_a_spread_projection_sees_the_mean_of_the_finer_pixels(self):
+        coarse, fine = build(4), build(4, latent_size=8)
+        adapt(fine, coarse.state_dict(), positions="interpolate")
+        labels, references = torch.tensor([1, 2]), torch.randn(2, 3, 2, 8, 8)
+        means = torch.nn.functional.avg_pool2d(references.flatten(0, 1), 2).view(2, 3, 2, 4, 4)
+        torch.testing.assert_close(fine.encode(labels, references), coarse.encode(labels, means))

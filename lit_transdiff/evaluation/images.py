@@ -1,0 +1,85 @@
+"""Images as files: ``.npz`` in the ADM evaluator's layout (``arr_0`` [N, H, W, 3] uint8), and folders of PNG.
+
+Shapes: N images, B images of a batch, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from lit_transdiff.config import require
+from lit_transdiff.pictures import picture
+
+Array = np.ndarray
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """The bytes of ``arr_0`` and its shape [N, H, W, 3]. Raises ``ValueError`` for anything but such uint8 images."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
+        ok = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and not fortran_order
+        require(ok, f"{path}: arr_0", f"{dtype} of shape {shape}", "uint8 images of shape [N, H, W, 3]")
+        yield file, shape
+
+
+def images_shape(path: str | Path) -> tuple[int, ...]:
+    """The shape [N, H, W, 3] of a file's images, from its header."""
+    with opened(Path(path)) as (_, shape):
+        return shape
+
+
+def image_batches(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
+    """The images of ``arr_0`` as batches [B, 3, H, W] in [-1, 1]; only one batch is in memory, also of a compressed file."""
+    with opened(Path(path)) as (file, (count, *size)):
+        for first in range(0, count, batch_size):
+            images = min(batch_size, count - first)
+            content = file.read(images * int(np.prod(size)))
+            pixels = np.frombuffer(content, dtype=np.uint8).reshape(images, *size)
+            yield rearrange(torch.from_numpy(pixels.copy()), "b h w c -> b c h w").float() / 127.5 - 1
+
+
+def write_npz(path: Path, batches: Iterable[Array], labels: Array) -> None:
+    """Write ``arr_0`` of uint8 ``batches`` [B, C, H, W], grey ones as three equal channels, and ``arr_1``, their ``labels`` [N].
+
+    The file is written whole or not at all, batch by batch, uncompressed like that of ``numpy.savez``.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for i, batch in enumerate(batches):
+                colour = (
+                    repeat(batch, "b 1 h w -> b h w c", c=3) if batch.shape[1] == 1 else rearrange(batch, "b c h w -> b h w c")
+                )
+                if i == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *colour.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(colour).tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels)
+    os.replace(partial, path)
+
+
+def write_pngs(folder: Path, pixels: Tensor, indices: Sequence[int]) -> None:
+    """Write each of ``pixels`` [B, C, H, W] uint8 as ``00000.png``, numbered by ``indices``; grey when C = 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for image, index in zip(pixels, indices, strict=True):
+        shown = picture(rearrange(image, "c h w -> h w c"))
+        (shown.convert("L") if len(image) == 1 else shown).save(png(folder, index))
+
+
+def png(folder: Path, index: int) -> Path:
+    """Where the image of an index lies."""
+    return folder / f"{index:05d}.png"

@@ -1,0 +1,149 @@
+"""The drawn batches of an evaluation, as files in a folder that all ranks share: what a stopped evaluation continues from.
+
+A batch is a fixed range of image indices, so that its numbers depend neither on the number of ranks nor on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lit_transdiff.config import require
+from lit_transdiff.evaluation.images import png
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Array = np.ndarray
+FAILED, TOKEN, IMAGES = "failed", "token", "images"
+PAUSE = 0.2  # seconds between two looks at the folder
+SHARED_LIMIT = 20.0  # seconds that a file of one rank may take to be seen by the others
+PART_LIMIT = 3600.0  # seconds without a new batch after which rank 0 gives up
+SCORES_LIMIT = 12 * 3600.0  # seconds that the other ranks wait for the remaining batches and the scores
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One ``.npz`` file a batch, written whole or not at all, and ``images/`` where the images go to a folder."""
+
+    folder: Path
+    num_images: int
+    batch_size: int
+    with_images: bool  # a batch is done when its PNGs are there, too
+    published: Path  # where the folder of images goes in the end
+
+    def batches(self) -> list[range]:
+        """The indices of every batch."""
+        ends = range(0, self.num_images, self.batch_size)
+        return [range(first, min(first + self.batch_size, self.num_images)) for first in ends]
+
+    def path(self, batch: range) -> Path:
+        return self.folder / f"{batch.start:08d}.npz"
+
+    def done(self, batch: range) -> bool:
+        """The batch has been drawn and its file is whole."""
+        if not zipfile.is_zipfile(self.path(batch)):
+            return False
+        return not self.with_images or any(png(f, batch[-1]).is_file() for f in (self.images, self.published))
+
+    def missing(self) -> list[range]:
+        return [batch for batch in self.batches() if not self.done(batch)]
+
+    @property
+    def images(self) -> Path:
+        return self.folder / IMAGES
+
+    def write(self, batch: range, arrays: dict[str, Array]) -> None:
+        partial = self.folder / f".{batch.start:08d}.{os.getpid()}.npz"
+        np.savez(partial, **arrays)  # type: ignore[arg-type]
+        os.replace(partial, self.path(batch))
+
+    def each(self, name: str) -> Iterator[Array]:
+        """The array ``name`` of every batch, in order of the images' indices."""
+        for batch in self.batches():
+            with np.load(self.path(batch), allow_pickle=False) as part:
+                yield part[name]
+
+    def publish_images(self) -> None:
+        """Move the folder of images to its place, over an earlier one of the same settings."""
+        if self.images.is_dir():
+            if self.published.is_dir():
+                shutil.rmtree(self.published)
+            os.replace(self.images, self.published)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def fail(self, why: str) -> None:
+        """Tell the waiting ranks that this one has failed; the first to fail is the one that is named."""
+        if self.folder.is_dir() and not (self.folder / FAILED).exists():
+            (self.folder / FAILED).write_text(why)
+
+    def check(self) -> None:
+        """Raise ``RuntimeError`` when a rank has failed."""
+        if (self.folder / FAILED).is_file():
+            raise RuntimeError((self.folder / FAILED).read_text())
+
+
+def open_parts(parts: Parts, fabric: Fabric | None) -> list[range]:
+    """Make the folder; the batches that are still to be drawn, the same on every rank.
+
+    Raises ``ValueError`` on every rank when they do not share the folder.
+    """
+    token, missing = "", []
+    if fabric is None or fabric.is_global_zero:
+        parts.folder.mkdir(parents=True, exist_ok=True)
+        (parts.folder / FAILED).unlink(missing_ok=True)
+        token, missing = secrets.token_hex(8), parts.missing()
+        (parts.folder / TOKEN).write_text(token)
+    if fabric is None or fabric.world_size == 1:
+        return missing
+    token, missing = fabric.broadcast((token, missing))
+    file = parts.folder / TOKEN
+    seen = wait_until(lambda: file.is_file() and file.read_text() == token, SHARED_LIMIT)
+    all_see = all(fabric.broadcast(seen, src=rank) for rank in range(fabric.world_size))
+    place = str(parts.folder.parent)
+    require(all_see, "output", place, "a folder that the processes of all nodes share; name another with --output")
+    return missing
+
+
+def wait_for_batches(parts: Parts) -> None:
+    """Return when every batch is there; the ranks are not equally fast, and this needs no collective that could time out."""
+    remaining, since = parts.missing(), time.monotonic()
+    while remaining:
+        parts.check()
+        still = [batch for batch in remaining if not parts.done(batch)]
+        if len(still) < len(remaining):
+            remaining, since = still, time.monotonic()
+        elif time.monotonic() - since > PART_LIMIT:
+            raise RuntimeError(f"{len(still)} batches of images did not come within {PART_LIMIT:.0f} s; start the command again.")
+        else:
+            time.sleep(PAUSE)
+
+
+def wait_for_scores(parts: Parts, result: Path) -> None:
+    """Return when rank 0 has written ``result`` and removed the parts."""
+    failed = parts.folder / FAILED
+    ended = wait_until(lambda: failed.is_file() or not parts.folder.is_dir(), SCORES_LIMIT)
+    parts.check()
+    if not ended:
+        raise RuntimeError(f"rank 0 wrote no scores to {result} within {SCORES_LIMIT:.0f} s.")
+
+
+def wait_until(condition: Callable[[], bool], limit: float) -> bool:
+    """Look until ``condition`` holds, at most ``limit`` seconds; whether it does."""
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > limit:
+            return False
+        time.sleep(PAUSE)
+    return True

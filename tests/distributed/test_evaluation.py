@@ -1,0 +1,109 @@
+"""Evaluation over processes: killed and continued, one process or two, the same bits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lit_transdiff.evaluation.evaluate import evaluate
+from lit_transdiff.loading import save_yaml
+from tests.distributed.test_two_processes import NO_DROPOUT, start
+from tests.evaluation.conftest import SAMPLING, tiny_files, tiny_generator, tiny_settings
+from tests.small import FASHION, ROOT, small_run
+
+SETTINGS = {"num_images": 43, "batch_size": 4, "label_mode": "random"}
+RANK = """
+import json, sys, time
+from pathlib import Path
+from lightning.fabric import Fabric
+import torch
+torch.set_num_threads(1)
+from lit_transdiff.evaluation.evaluate import evaluate
+from tests.distributed.test_evaluation import SETTINGS
+from tests.evaluation.conftest import SAMPLING, tiny_generator, tiny_settings
+files, output, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+fabric.launch()
+generator = tiny_generator()
+plain, drawn = generator.images, 0
+def slowly(*arguments):
+    global drawn
+    drawn += 1
+    time.sleep(pause)
+    return plain(*arguments)
+generator.images = slowly
+result = evaluate(generator, tiny_settings(files, **SETTINGS), SAMPLING, output=output, fabric=fabric, save_images="both")
+(output / f"rank{fabric.global_rank}.json").write_text(json.dumps([drawn, result]))
+fabric.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def two_ranks(files: Path, output: Path, pause: float) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    common |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", RANK, str(files), str(output), str(pause)]
+    return [subprocess.Popen(command, cwd=ROOT, env=common | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
+
+
+def test_killed_in_the_middle_and_continued_by_two_processes_as_one_uninterrupted(tmp_path: Path) -> None:
+    """Scores, images and picture, bit for bit; the second start draws only what the first had not."""
+    files, halved, whole = tiny_files(tmp_path), tmp_path / "halved", tmp_path / "whole"
+    processes = two_ranks(files, halved, pause=0.4)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(halved.glob("evaluations/*/[0-9]*.npz"))) < 4:
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert not list(halved.glob("evaluations/*.json"))
+    done = len(list(halved.glob("evaluations/*/[0-9]*.npz")))
+    assert 4 <= done < 11
+
+    processes = two_ranks(files, halved, pause=0)
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    (first, result), (second, of_other_rank) = (json.loads((halved / f"rank{r}.json").read_text()) for r in range(2))
+    assert first + second == 11 - done and result == of_other_rank
+    alone = evaluate(tiny_generator(), tiny_settings(files, **SETTINGS), SAMPLING, output=whole, save_images="both")
+    assert result["scores"] == alone["scores"]
+    assert result["manifest"]["num_ranks"] == 2 and alone["manifest"]["num_ranks"] == 1
+    mine, theirs = ({p.relative_to(f): p for p in f.glob("evaluations/**/*") if p.is_file()} for f in (halved, whole))
+    assert mine.keys() == theirs.keys() and len(mine) == 43 + 3  # the images, the scores, the picture, the .npz
+    for name in mine:
+        assert name.suffix == ".json" or mine[name].read_bytes() == theirs[name].read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_score_while_they_train_as_one_does(tmp_path: Path) -> None:
+    evaluation = {"every": 3, "online_images": 50, "batch_size": 16, "extractor": "classifier", "num_images": 50}
+    evaluation |= {"extractor_weights": str(FASHION / "classifier.safetensors"), "metrics": ["class_accuracy", "inception_score"]}
+    for processes in (1, 2):
+        run = small_run(tmp_path, name=f"on-{processes}", model=NO_DROPOUT, evaluation=evaluation)
+        save_yaml(run, tmp_path / "run.yaml")
+        start(processes, "train", str(tmp_path / "run.yaml"))
+
+    def scores(folder: Path) -> list[float]:
+        with open(folder / "metrics.csv", newline="") as file:
+            return [float(row["value"]) for row in csv.DictReader(file) if row["metric"].startswith("eval/")]
+
+    one, two = scores(tmp_path / "on-1"), scores(tmp_path / "on-2")
+    assert len(one) == 4 and one == pytest.approx(two, rel=1e-3)

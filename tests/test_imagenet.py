@@ -1,0 +1,177 @@
+"""The ImageNet recipes and ``reproduce``, on tiny images of 1,000 classes and random weights of the released layouts."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from lit_transdiff.__main__ import main
+from lit_transdiff.config import RunConfig
+from lit_transdiff.convert import convert
+from lit_transdiff.data.index import index_shards
+from lit_transdiff.data.shards import ShardWriter
+from lit_transdiff.export import read_export
+from lit_transdiff.loading import load_run
+from lit_transdiff.models.official import released_shapes
+from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.trainer import plan, train
+from tests import plain_autoencoder
+from tests.reference import FIXTURES
+from tests.small import ROOT
+
+FOLDERS = ("imagenet256", "imagenet512")
+SHARED = ("common.yaml", "ar.yaml", "mrar.yaml")
+RECIPES = [
+    path for folder in FOLDERS for path in sorted((ROOT / "experiments" / folder).glob("*.yaml")) if path.name not in SHARED
+]
+BASELINES = json.loads((ROOT / "experiments" / "baselines.json").read_text())["rows"]
+# A copy of reduced width: all tokens and latents are as in the recipe, but one pixel of the image is one of the latent.
+NARROW = ["model.width=16", "model.num_heads=2", "model.encoder_blocks=1", "model.decoder_blocks=1"]
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 1,000 classes with four tiny images each, and autoencoders of 16 channels: of factor 16 and of factor 1."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    (folder / "shards").mkdir()
+    random = np.random.default_rng(0)
+    with ShardWriter(folder / "shards" / "train-000000.tar") as writer:
+        for i in range(4000):
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (12, 10, 3), np.uint8)).save(buffer, "PNG")
+            writer.write(f"{i:06d}", i % 1000, "png", buffer.getvalue())
+    index_shards(folder / "shards", progress=False)
+    for name, channels in (("autoencoder", (32,) * 5), ("same_size", (32,))):
+        torch.save({"model": plain_autoencoder.make(latent=16, channels=channels)}, folder / f"{name}.ckpt")
+        convert(folder / f"{name}.ckpt", folder / name, scaling_factor=1.0)
+    return folder
+
+
+def overrides(imagenet: Path, output: Path, autoencoder: str = "autoencoder") -> list[str]:
+    data = [f"data.train={imagenet / 'shards'}", "data.num_workers=0", "tracking.wandb=false"]
+    return [*data, f"autoencoder.path={imagenet / autoencoder}", f"output_dir={output}"]
+
+
+def narrow(path: Path, imagenet: Path, output: Path, *more: str) -> RunConfig:
+    """The recipe with less width, depth and length; precision, optimizer and token counts stay."""
+    size = load_run(path).model.latent_size
+    short = [
+        "training.max_steps=1",
+        "training.log_every=1",
+        "optimizer.warmup_steps=1",
+        "training.global_batch_size=4",
+        "training.micro_batch_size=2",
+    ]
+    settings = [*overrides(imagenet, output, "same_size"), *NARROW, *short, f"data.image_size={size}", "sampling.num_steps=1"]
+    return load_run(path, [*settings, *more])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_dry_runs_with_the_published_number_of_parameters(path: Path, imagenet: Path, tmp_path: Path):
+    run = load_run(path, overrides(imagenet, tmp_path))
+    text = plan(run, made=[run.init_from] if run.init_from else [])
+    counts = json.loads((FIXTURES / "state_dict_shapes.json").read_text())["param_counts"]
+    kind = "mrar" if run.model.num_references > 1 else "onestep"
+    released = counts.get(f"{kind}_{run.model.size}_{run.data.image_size}")
+    with torch.device("meta"):
+        total = sum(p.numel() for p in TransDiff(run.model).parameters())
+    assert f"{total:,}" in text
+    if released is None:
+        assert name_of(path) == "imagenet512/mrar_large.yaml"  # not in the paper
+    else:
+        dead = 17 * run.model.width if kind == "onestep" else 0  # the released one-step z_proj, which has no gradient
+        assert total == released["total"] - dead
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_says_what_it_takes_and_what_to_expect(path: Path):
+    text, run = path.read_text(), load_run(path)
+    for part in ("torchrun", "64 A100: about", "Expected: FID" if "512/mrar" not in str(path) else "no expected score"):
+        assert part in text
+    row = next((row for row in BASELINES.values() if row["recipe"] == name_of(path)), None)
+    if row is not None:
+        assert f"Expected: FID {row['fid']}, IS {row['inception_score']}" in text
+        assert row["resolution"] == run.data.image_size
+        released = 17 * run.model.width if run.model.num_references == 1 else 0
+        with torch.device("meta"):
+            assert row["parameters"] == sum(p.numel() for p in TransDiff(run.model).parameters()) + released
+    assert run.evaluation.num_images == 50_000 and run.sampling.num_steps == 100 and run.optimizer.gradient_clip == 3.0
+
+
+def test_every_published_row_has_its_recipe():
+    assert {row["recipe"] for row in BASELINES.values()} | {"imagenet512/mrar_large.yaml"} == {name_of(path) for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_one_optimizer_step_of_a_narrow_copy(path: Path, imagenet: Path, tmp_path: Path):
+    """In the precision of the recipe; a fine-tuning starts from a narrow copy of what it starts from."""
+    more = []
+    if load_run(path).init_from:
+        first = ROOT / "experiments/imagenet256/ar_base.yaml"
+        start = train(narrow(first, imagenet, tmp_path, "name=start", "training.precision=fp32"), say=lambda text: None)
+        more = [f"init_from={start.folder}", "init_positions=interpolate"]
+    said: list[str] = []
+    result = train(narrow(path, imagenet, tmp_path, *more), say=said.append)
+    assert result.step == 1 and np.isfinite(result.metrics["train/loss"])
+    assert all(value.isfinite().all() for value in read_export(result.folder).state.values())
+    if "imagenet512" in str(path):
+        assert any("adapted: decoder.position (bicubic interpolation, [1, 256, 16] -> [1, 1024, 16])" in text for text in said)
+
+
+def released_files(folder: Path, recipe: RunConfig) -> None:
+    """What a lab has, with random weights: checkpoint, autoencoder, InceptionV3, reference statistics."""
+    state = {key: 0.05 * torch.randn(shape) for key, shape in released_shapes(recipe.model).items()}
+    torch.save(
+        {"model": state, "model_ema": state, "epoch": 39, "args": argparse.Namespace(mrar=True)}, folder / "checkpoint-last.pth"
+    )
+    torch.save({"model": plain_autoencoder.make(latent=16, channels=(32,))}, folder / "kl16.ckpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
+        torch.save(FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), folder / "inception.pth")
+    np.savez(folder / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+
+
+@pytest.mark.slow
+def test_reproduce_from_released_files_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    """Reduced in width, steps and images; everything else as a lab starts it."""
+    monkeypatch.chdir(ROOT)
+    small = [*NARROW, "data.image_size=16", "sampling.num_steps=2", "evaluation.num_images=10", "evaluation.batch_size=5"]
+    released_files(tmp_path, load_run(ROOT / "experiments/imagenet256/mrar_large.yaml", small))
+    names = {"weights": tmp_path, "vae": "kl16.ckpt", "inception": "inception.pth", "reference": "reference.npz"}
+    files = [word for option, name in names.items() for word in (f"--{option}", str(tmp_path / name))]
+    command = ["reproduce", "L-MRAR", *files, "--output", str(tmp_path / "out"), *small]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "TransDiff-L, MRAR, 256 x 256" in said and "1.49" in said and "282.2" in said
+    assert "10 images, balanced labels, euler_maruyama 2 steps, guidance 1.3, scales 0.925 and 0.95" in said
+    assert "not the paper's settings: model.width=16" in said
+    assert main(command) == 0  # everything is there: nothing is converted or drawn again
+    assert said.splitlines()[-6:] == capsys.readouterr().out.splitlines()[-6:]
+
+
+@pytest.mark.parametrize(
+    "row, vae, message",
+    [("L-MRA", "here", "Did you mean 'L-MRAR'"), ("L-MRAR", "nowhere.ckpt", r"files: got 'vae: .*nowhere\.ckpt'")],
+)
+def test_reproduce_refuses_before_it_starts(row: str, vae: str, message: str, tmp_path: Path, monkeypatch: Any, capsys: Any):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "here").touch()
+    files = [word for name in ("weights", "inception", "reference") for word in (f"--{name}", str(tmp_path / "here"))]
+    assert main(["reproduce", row, *files, "--vae", str(tmp_path / vae), "--output", str(tmp_path / "out")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
