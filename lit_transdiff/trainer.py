@@ -201,7 +201,7 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest) -> list[Call
     run, training = parts.run, parts.run.training
     guarded = isinstance(parts.stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
     finite = StopOnNonFinite(training.log_every, training.checkpoint_every, run.folder / "checkpoints")
-    numbers = LogTraining(training.log_every, run.images_per_step)
+    numbers = LogTraining(run)
     checkpoints = Checkpoints(run, start, spread_of(run), before_save=finite.look)
     callbacks: list[Callback] = [
         GuardSteps(run.safety, run.folder) if guarded else finite,

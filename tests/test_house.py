@@ -15,6 +15,7 @@ LAYERS = {
     "config": 0,
     "files": 0,
     "endings": 0,
+    "hardware": 0,
     "loading": 1,
     "randomness": 1,
     "checkpoint": 2,

@@ -12,36 +12,15 @@ from pathlib import Path
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.data.index import read_index
 from lit_transdiff.distributed.memory import ModelCost, PassCost, model_cost, pass_cost
+from lit_transdiff.hardware import DEVICES, GB, Device
 from lit_transdiff.stages import STAGES
 
-GB = 1e9
 FLOAT = 4
 HALF = 2
 BUCKET = 200_000_000 * FLOAT  # DeepSpeed's buffer for gradients on their way, of which it holds two
 AUTOENCODER = 83_700_000 * FLOAT  # the KL autoencoder of 256-pixel images; only a run on images holds it
 OVERHEAD = 1.5 * GB  # CUDA's context, the communication library, workspaces
 USABLE = 0.92  # of the memory, as the allocator cannot fill all gaps
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU: memory, dense bfloat16 operations, and the network's bytes, all as the maker states them."""
-
-    memory: float
-    flops: float
-    network: float  # of one GPU between nodes, one direction
-
-
-# Data sheets of the makers; network: one 400 Gb/s card a GPU for H100 and later, 200 Gb/s for A100, and 100 Gb/s for the rest.
-DEVICES: dict[str, Device] = {
-    "b200": Device(180 * GB, 2250e12, 50 * GB),
-    "h200": Device(141 * GB, 989e12, 50 * GB),
-    "h100": Device(80 * GB, 989e12, 50 * GB),
-    "a100-80gb": Device(80 * GB, 312e12, 25 * GB),
-    "a100-40gb": Device(40 * GB, 312e12, 25 * GB),
-    "l40s": Device(48 * GB, 362e12, 12.5 * GB),
-    "rtx4090": Device(24 * GB, 165e12, 12.5 * GB),
-}
 
 
 @dataclass(frozen=True)
@@ -213,7 +192,7 @@ def describe_time(run: RunConfig, gpus: int, gpu: str, device: Device, cost: Pas
     """Steps, hours and what the network must carry, at the stated share of the peak."""
     training = run.training
     operations = cost.row_flops * training.global_batch_size / gpus
-    seconds = operations / (device.flops * mfu)
+    seconds = operations * (4 / 3 if training.activation_checkpointing else 1) / (device.flops * mfu)
     images = training.global_batch_size * run.model.num_references / seconds
     hours = seconds * training.max_steps / 3600
     sent = communication("ddp" if gpus > 1 else "single", gpus, 1, model) / device.network

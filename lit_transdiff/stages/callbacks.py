@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.hardware import GB, peak_flops, peak_memory
 from lit_transdiff.loading import to_dict
 from lit_transdiff.models.autoencoder import Autoencoder
+from lit_transdiff.models.flops import tokens_of, training_flops
 from lit_transdiff.pictures import grid
 from lit_transdiff.runfolder import environment
 from lit_transdiff.sampling import Generator
@@ -75,9 +77,10 @@ class LogTraining(pl.Callback):
     Sums stay on the device; everything is fetched and reduced once every ``every`` steps.
     """
 
-    def __init__(self, every: int, images_per_step: int) -> None:
-        self.every = every
-        self.images_per_step = images_per_step
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.every = run.training.log_every
+        self.images_per_step = run.images_per_step
         self.last: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
@@ -124,7 +127,10 @@ class LogTraining(pl.Callback):
             "train/images_seen": float(trainer.global_step * self.images_per_step),
             "throughput/images_per_second": images / elapsed,
             "throughput/data_wait_fraction": self.waited / elapsed,
+            "throughput/peak_memory_gb": peak_memory(trainer.lightning_module.device) / GB,  # of the first rank
         }
+        if isinstance(trainer.lightning_module, TransDiffStage):
+            result |= self.rates(trainer, images / elapsed)
         norm = self.norm if self.norm is not None else sharding(trainer).gradient_norm_of_step()
         if norm is not None:
             result["train/gradient_norm"] = norm.item()
@@ -132,6 +138,14 @@ class LogTraining(pl.Callback):
             if rows > 0:
                 result[f"train/loss_t{b / TIME_BINS:.1f}"] = total / rows
         return result
+
+    def rates(self, trainer: pl.Trainer, images_per_second: float) -> dict[str, float]:
+        """Tokens a second through the blocks, and the share of the devices' best that the model's operations are."""
+        model, draws = self.run.model, self.run.flow.num_noise_draws
+        rows = images_per_second / model.num_references
+        flops = rows * training_flops(model, draws, frozen_encoder=self.run.stage == "diffusion_head")
+        best = trainer.world_size * peak_flops(trainer.lightning_module.device)
+        return {"throughput/tokens_per_second": rows * tokens_of(model, draws), "throughput/mfu": flops / best}
 
 
 class SaveOrigin(pl.Callback):
