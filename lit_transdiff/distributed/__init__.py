@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import Strategy
 
 from lit_transdiff.config import RunConfig, require, unknown
@@ -54,22 +55,31 @@ WHOLE = ("single", "ddp")  # strategies that keep whole parameters on every devi
 def devices_of(run: RunConfig) -> tuple[str, int]:
     """Accelerator ("gpu" or "cpu") and devices a node.
 
-    What the run does not say: as many as torchrun started, and one without torchrun.
+    What the run does not say: as many as torchrun or srun started, else one.
     """
     config = run.distributed
     gpus = torch.cuda.device_count()
     accelerator = ("gpu" if gpus else "cpu") if config.accelerator == "auto" else config.accelerator
     require(accelerator == "cpu" or gpus > 0, "distributed.accelerator", config.accelerator, "cpu, as there is no GPU here")
-    devices = config.devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    devices = config.devices or launched()[0]
     require(accelerator == "cpu" or devices <= gpus, "distributed.devices", devices, f"at most the {gpus} GPUs of this node")
     return accelerator, devices
 
 
 def num_nodes(run: RunConfig) -> int:
-    """Nodes of the job: what torchrun started, or what the run says."""
+    """Nodes of the job: what torchrun or srun started, or what the run says."""
+    return launched()[1] or run.distributed.num_nodes
+
+
+def launched() -> tuple[int, int]:
+    """Processes a node and nodes, as torchrun or srun started them; one process and 0 nodes where neither did."""
     if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-    return run.distributed.num_nodes
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    if SLURMEnvironment.detect() and "SLURM_PROCID" in os.environ:
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return 1, 0
 
 
 def world_size(run: RunConfig) -> int:
@@ -79,8 +89,8 @@ def world_size(run: RunConfig) -> int:
 def build_fabric() -> Fabric:
     """The ranks that torchrun started, or this process alone; on GPUs where there are any."""
     gpus = torch.cuda.device_count()
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices
+    devices, nodes = launched()
+    nodes = max(1, nodes)
     strategy = "ddp" if devices * nodes > 1 else "auto"
     fabric = Fabric(accelerator="gpu" if gpus else "cpu", devices=devices, num_nodes=nodes, strategy=strategy)
     fabric.launch()
@@ -144,7 +154,9 @@ def trainer_settings(run: RunConfig) -> dict[str, Any]:
     """The part of the Trainer's arguments that depends on devices."""
     accelerator, devices = devices_of(run)
     name = strategy_name(run)
+    plain_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return dict(
+        plugins=[SLURMEnvironment(auto_requeue=False)] if plain_slurm else None,  # see preemption
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes(run),
