@@ -76,7 +76,7 @@ def draw_fusion(
     pattern = fusion_pattern(generator.run.model.num_context_tokens, kind, seed)
     second = generator.check_labels([b] * count)
     first_row = generator.images([a] * count, seeds, sampling)[:, -1]
-    fused_row = generator.images([a] * count, seeds, sampling, encode=fused(generator.model, second, pattern))[:, -1]
+    fused_row = generator.images([a] * count, seeds, sampling, contexts=fused(second, pattern))[:, -1]
     second_row = generator.images(second, seeds, sampling)[:, -1]
     names = [class_names[c] if class_names else str(c) for c in pair]
     labels = [names[0], f"{names[0]} + {names[1]}", names[1]]

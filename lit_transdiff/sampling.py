@@ -6,7 +6,9 @@ Shapes: B images, R references, S context tokens, D width, c h w a latent, C H W
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -15,13 +17,22 @@ from torch import Tensor
 from lit_transdiff.config import RunConfig, SamplingConfig, require, unknown
 from lit_transdiff.export import read_export
 from lit_transdiff.flow.guidance import guide
+from lit_transdiff.flow.loss import VelocityFn
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS, solve
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
+from lit_transdiff.models.context import ContextStream
 from lit_transdiff.models.decoder import Memory
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.randomness import PerImageNormal, mix
 
-EncodeFn = Callable[[Tensor, "Tensor | None"], Tensor]
+
+class Contexts(Protocol):
+    """What makes the context of images to be drawn, piece by piece (see ``models.context.ContextStream``)."""
+
+    def advance(self, images: Tensor) -> Tensor: ...
+
+
+ContextFn = Callable[[TransDiff, Tensor], Contexts]  # model, labels [B] -> their contexts
 
 
 def check_sampling(sampling: SamplingConfig) -> None:
@@ -37,54 +48,68 @@ def generate(
     labels: Tensor,
     sampling: SamplingConfig,
     seeds: Sequence[int],
-    encode: EncodeFn | None = None,
+    contexts: ContextFn = ContextStream,
 ) -> Tensor:
     """Latents [B, R, c, h, w]: for each of ``labels`` [B] the R successive images of its row (arXiv 2506.09482, section 3.3).
 
     Image r is decoded from the class and images 0 .. r-1, clean. All numbers of a row come from its own seed, so it does not
-    depend on the rest of the batch. ``encode(labels, references)`` replaces the model's encoder (see ``fused``).
+    depend on the rest of the batch. ``contexts`` replaces the model's encoder (see ``fused``).
     """
     config = model.config
     shape = (config.latent_channels, config.latent_size, config.latent_size)
     draw = PerImageNormal(seeds, labels.device)
-    encode = encode or model.encode
     noise = draw(*shape)
     images = noise.new_zeros(len(labels), 0, *shape)
+    conditional, unconditional = Remembered(model, contexts(model, labels)), Remembered(model, ContextStream(model, None))
     for r in range(config.num_references):
         if r > 0 and not sampling.reuse_noise:
             noise = draw(*shape)
         scale = sampling.reference_guidance[r] if sampling.reference_guidance else sampling.guidance_scale
-        conditional = model.memory(encode(labels, images))
-        unconditional = unconditional_memory(model, images) if scale > 1 else conditional
-        velocity_fn = guide(
-            lambda x_t, t, m=conditional: model.velocity(x_t, t, m),  # type: ignore[misc]
-            lambda x_t, t, m=unconditional: model.velocity(x_t, t, m),  # type: ignore[misc]
-            scale,
-            (sampling.guidance_interval[0], sampling.guidance_interval[1]),
-        )
+        velocity_fn = conditional.velocity_fn(images)
+        if scale > 1:
+            low, high = sampling.guidance_interval
+            velocity_fn = guide(velocity_fn, unconditional.velocity_fn(images), scale, (low, high))
         image = solve(velocity_fn, noise, sampling, lambda: draw(*shape))
         images = torch.cat([images, image[:, None]], dim=1)
     return images
 
 
-def unconditional_memory(model: TransDiff, references: Tensor) -> Memory:
-    """The memory of the null class with the same references."""
-    everything = torch.ones(len(references), dtype=torch.bool, device=references.device)
-    return model.memory(model.encode(everything.long() * 0, references, drop=everything))
+class Remembered:
+    """The decoder's memory of a context that grows: keys and values of its earlier tokens are kept."""
+
+    def __init__(self, model: TransDiff, contexts: Contexts) -> None:
+        self.model, self.contexts = model, contexts
+        self.memory: Memory | None = None
+
+    def velocity_fn(self, images: Tensor) -> VelocityFn:
+        """The velocity of the image after ``images`` [B, r, c, h, w]; to be asked for with a growing r."""
+        new = self.model.memory(self.contexts.advance(images))
+        memory = self.memory = new if self.memory is None else self.memory.join(new)
+        return lambda x_t, t: self.model.velocity(x_t, t, memory)
 
 
-def fused(model: TransDiff, second: Tensor, pattern: Tensor) -> EncodeFn:
-    """An encoder whose context takes the tokens where ``pattern`` [S] is true from the labels ``second`` [B].
+def fused(second: Tensor, pattern: Tensor) -> ContextFn:
+    """Contexts that take the tokens where ``pattern`` [S] is true from the labels ``second`` [B].
 
     The paper's semantic fusion: features of two classes spliced (arXiv 2506.09482, section 4.4).
     """
+    return lambda model, labels: FusedContexts(ContextStream(model, labels), ContextStream(model, second), pattern)
 
-    def encode(labels: Tensor, references: Tensor | None) -> Tensor:
-        first = model.encode(labels, references)
-        chosen = pattern[: first.shape[1], None].to(first.device)
-        return torch.where(chosen, model.encode(second, references), first)
 
-    return encode
+@dataclass
+class FusedContexts:
+    """Two streams of context tokens, and from which of them each token comes."""
+
+    first: ContextStream
+    second: ContextStream
+    pattern: Tensor  # [S] boolean, true: from the second
+    done: int = 0  # tokens
+
+    def advance(self, images: Tensor) -> Tensor:
+        """As ``ContextStream.advance``."""
+        first, second = self.first.advance(images), self.second.advance(images)
+        start, self.done = self.done, self.done + first.shape[1]
+        return torch.where(self.pattern[start : self.done, None].to(first.device), second, first)
 
 
 def fusion_pattern(num_tokens: int, kind: str, seed: int = 0) -> Tensor:
@@ -138,14 +163,14 @@ class Generator:
         labels: Sequence[int] | Tensor,
         seeds: Sequence[int],
         sampling: SamplingConfig | None = None,
-        encode: EncodeFn | None = None,
+        contexts: ContextFn = ContextStream,
     ) -> Tensor:
         """Images [B, R, C, H, W] in [-1, 1], the R successive images of each label's row; the last is the final one."""
         sampling = sampling or self.run.sampling
         check_sampling(sampling)
         labels = self.check_labels(labels)
         require(len(seeds) == len(labels), "seeds", len(seeds), f"one for each of the {len(labels)} labels")
-        latents = generate(self.model, labels, sampling, seeds, encode)
+        latents = generate(self.model, labels, sampling, seeds, contexts)
         images = self.autoencoder.decode(rearrange(latents, "b r c h w -> (b r) c h w"))
         return rearrange(images, "(b r) c h w -> b r c h w", b=len(labels))
 

@@ -118,13 +118,11 @@ def test_16_a_one_step_model_has_no_projection_of_references():
     assert not any("reference_projection" in name for name, _ in small_model(1).named_parameters())
 
 
-def test_17_the_mask_follows_the_model_and_takes_any_number_of_references():
+def test_17_groups_need_no_mask_that_is_bound_to_a_device_or_to_their_number():
     for num_references, tokens in ((2, 128), (4, 256), (8, 128)):
         grids = dict(latent_size=32, num_context_tokens=tokens)
         model = TransDiff(ModelConfig(**SIZES["test"], **grids, num_references=num_references))
-        assert model.encoder.mask is not None and model.encoder.mask.dtype == torch.bool
-        assert model.to("meta").encoder.mask.device.type == "meta"
-        assert "encoder.mask" not in model.state_dict()
+        assert not list(model.buffers()) and all(p.device.type == "meta" for p in model.to("meta").parameters())
 
 
 def test_25_times_come_from_the_run_and_are_continuous_by_default():

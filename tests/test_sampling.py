@@ -6,6 +6,7 @@ from torch import nn
 
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.models.autoencoder import load_autoencoder
+from lit_transdiff.models.context import ContextStream
 from lit_transdiff.randomness import GlobalBatchNormal, PerImageNormal, mix
 from lit_transdiff.sampling import Generator, check_sampling, fused, fusion_pattern, generate
 from tests.models.test_transdiff import build
@@ -53,14 +54,39 @@ def test_guidance_of_each_reference():
     assert not torch.allclose(plain[:, 3], last[:, 3])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("num_references", [1, 4])
+@pytest.mark.parametrize("labels", [torch.tensor([2, 0, 2]), torch.tensor([3, 3, 3]), None], ids=["two", "one", "null"])
+@pytest.mark.parametrize("asked", [(0, 1, 2, 3), (0, 2, 3), (3,)], ids=str)
+def test_a_context_made_in_groups_is_the_one_made_at_once(
+    num_references: int, labels: torch.Tensor | None, asked: tuple[int, ...]
+):
+    model, images = build(num_references), torch.randn(3, 3, 2, 4, 4)
+    asked = tuple(r for r in asked if r < num_references) or (0,)
+    stream = ContextStream(model, labels)
+    parts = [stream.advance(images[:, :r]) for r in asked]
+    drop = None if labels is not None else torch.ones(3, dtype=torch.bool)
+    whole = model.encode(torch.zeros(3, dtype=torch.long) if labels is None else labels, images[:, : asked[-1]], drop)
+    torch.testing.assert_close(torch.cat([part.expand(3, -1, -1) for part in parts], dim=1), whole)
+
+
+@torch.no_grad()
+def test_sampling_computes_nothing_twice():
+    """Each token of the encoder once, for each class of the batch; keys and values of the decoder once for all steps."""
+    model, seen = build(4), []
+    model.encoder.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[:2])))
+    model.decoder.context_projection.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[:2])))
+    generate(model, torch.tensor([1, 1, 4]), SAMPLING, SEEDS)
+    # per reference: the encoder and the decoder's projection, with the class and without; 3 class tokens, groups of 4
+    assert seen == [(2, 7), (3, 4), (1, 7), (1, 4)] + [(3, 4)] * 12
+
+
 def test_fusion_of_nothing_and_of_everything():
     model, second = build(), torch.tensor([4, 4, 4])
     none, everything = torch.zeros(16, dtype=torch.bool), torch.ones(16, dtype=torch.bool)
+    assert torch.equal(generate(model, LABELS, SAMPLING, SEEDS, fused(second, none)), generate(model, LABELS, SAMPLING, SEEDS))
     assert torch.equal(
-        generate(model, LABELS, SAMPLING, SEEDS, fused(model, second, none)), generate(model, LABELS, SAMPLING, SEEDS)
-    )
-    assert torch.equal(
-        generate(model, LABELS, SAMPLING, SEEDS, fused(model, second, everything)), generate(model, second, SAMPLING, SEEDS)
+        generate(model, LABELS, SAMPLING, SEEDS, fused(second, everything)), generate(model, second, SAMPLING, SEEDS)
     )
 
 

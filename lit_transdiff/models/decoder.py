@@ -34,6 +34,14 @@ class Memory:
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     visible: tuple[int, ...]
 
+    def join(self, later: Memory) -> Memory:
+        """The memory of this context and, after it, a ``later`` one; a single row serves for all rows of the other."""
+        pairs = [
+            tuple(torch.cat([a.expand(max(len(a), len(b)), -1, -1, -1), b], dim=2) for a, b in zip(old, new, strict=True))
+            for old, new in zip(self.keys_values, later.keys_values, strict=True)
+        ]
+        return Memory(tuple(pairs), (self.visible[-1] + later.visible[-1],))  # type: ignore[arg-type]
+
 
 class DecoderBlock(nn.Module):
     """Modulated and gated self-attention and MLP, with plain cross-attention to the context between them."""

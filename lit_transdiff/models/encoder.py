@@ -9,8 +9,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from lit_transdiff.models.layers import SelfAttention, initialise, layer_norm, learned, mlp
-from lit_transdiff.models.tokens import block_causal_mask, patchify
+from lit_transdiff.models.layers import KeysValues, SelfAttention, initialise, layer_norm, learned, mlp
+from lit_transdiff.models.tokens import patchify
 
 
 class EncoderBlock(nn.Module):
@@ -23,9 +23,9 @@ class EncoderBlock(nn.Module):
         self.norm2 = layer_norm(width)
         self.mlp = mlp(width, mlp_ratio, projection_dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        x = x + self.attention(self.norm1(x), mask)
+    def forward(self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; ``groups`` and ``past`` as in ``SelfAttention``."""
+        x = x + self.attention(self.norm1(x), groups, past)
         return x + self.mlp(self.norm2(x))
 
 
@@ -72,9 +72,6 @@ class ARTransformer(nn.Module):
         )
         self.norm = layer_norm(width)
         self.context_position = learned(1, num_tokens, width)
-        mask = block_causal_mask([num_class_tokens] + [tokens_per_reference] * num_references) if multi else None
-        self.mask: Tensor | None
-        self.register_buffer("mask", mask, persistent=False)
         self.apply(initialise)
 
     def class_vectors(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
@@ -88,26 +85,48 @@ class ARTransformer(nn.Module):
         The features of group r depend on the class and on references before r only, so a prefix of the references
         gives the same features as the whole sequence.
         """
-        x = torch.cat([repeat(classes, "b d -> b k d", k=self.num_class_tokens), self._groups(classes, references)], dim=1)
-        n = x.shape[1]
-        x = self.input_norm(x + self.position[:, :n])
-        mask = None if self.mask is None else self.mask[:n, :n]
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.norm(x)[:, self.num_class_tokens :]
+        return self._transform(self._first(classes, references))[:, self.num_class_tokens :]
+
+    def begin(self, classes: Tensor) -> tuple[Tensor, list[KeysValues]]:
+        """Features of the first group, [B, L, D], and what ``extend`` needs of each block to make those of the next."""
+        past = [KeysValues() for _ in self.blocks]
+        return self._transform(self._first(classes, None), past)[:, self.num_class_tokens :], past
+
+    def extend(self, past: list[KeysValues], reference: Tensor) -> Tensor:
+        """Features [B, L, D] of the group after those of ``past``, which is extended: it sees ``reference`` [B, C, H, W]."""
+        return self._transform(self._project(reference[:, None]), past)
 
     def forward(self, classes: Tensor, references: Tensor | None = None) -> Tensor:
         """Features plus their position embedding: the context [B, (n + 1) L, D] that the decoder attends to."""
         features = self.features(classes, references)
         return features + self.context_position[:, : features.shape[1]]
 
-    def _groups(self, classes: Tensor, references: Tensor | None) -> Tensor:
-        """Input tokens of the groups: the mask tokens, then one group for each reference; [B, (n + 1) L, D]."""
-        mask_tokens = self.mask_tokens.expand(len(classes), self.tokens_per_reference, -1)
-        if references is None or references.shape[1] == 0:
-            return mask_tokens
+    def _first(self, classes: Tensor, references: Tensor | None) -> Tensor:
+        """Input tokens from the beginning: the class tokens, the mask tokens, one group a reference; [B, K + (n + 1) L, D]."""
+        class_tokens = repeat(classes, "b d -> b k d", k=self.num_class_tokens)
+        groups = [class_tokens, self.mask_tokens.expand(len(classes), self.tokens_per_reference, -1)]
+        return torch.cat(groups if references is None else [*groups, self._project(references)], dim=1)
+
+    def _project(self, references: Tensor) -> Tensor:
+        """Input tokens [B, n L, D] of references [B, n, C, H, W]."""
+        if references.shape[1] == 0:
+            return references.new_zeros(len(references), 0, self.position.shape[-1])
         if self.reference_projection is None or references.shape[1] >= self.num_references:
             raise ValueError(f"references: got {references.shape[1]}; allowed: at most {self.num_references - 1}.")
         tokens = rearrange(patchify(references, self.reference_patch_size), "b r l c -> b (r l) c")
-        projected = self.reference_projection(tokens.to(self.reference_projection.weight.dtype))
-        return torch.cat([mask_tokens, projected], dim=1)
+        return self.reference_projection(tokens.to(self.reference_projection.weight.dtype))
+
+    def _transform(self, tokens: Tensor, past: list[KeysValues] | None = None) -> Tensor:
+        """The blocks over input ``tokens`` [B, N, D], which follow those of ``past``; whole groups only."""
+        done = 0 if past is None or past[0].keys is None else past[0].keys.shape[2]
+        n = tokens.shape[1]
+        x = self.input_norm(tokens + self.position[:, done : done + n])
+        groups = None
+        if self.num_references > 1 and done == 0:
+            groups = (
+                self.num_class_tokens,
+                *[self.tokens_per_reference] * ((n - self.num_class_tokens) // self.tokens_per_reference),
+            )
+        for i, block in enumerate(self.blocks):
+            x = block(x, groups, None if past is None else past[i])
+        return self.norm(x)

@@ -7,6 +7,8 @@ that belong to one image: its references times its noise draws).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,26 @@ def mlp(width: int, ratio: float, dropout: float) -> Mlp:
     return Mlp(width, int(width * ratio), drop=dropout)
 
 
+@dataclass
+class KeysValues:
+    """Keys and values [B, h, S, d] of the tokens that an attention has seen, for those that come after them."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of new tokens; gives all."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def take(self, rows: Tensor) -> None:
+        """Replace the rows by the ones numbered ``rows`` [B]."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one joint projection, laid out [q | k | v], each [head][head dimension]."""
 
@@ -38,11 +60,24 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(projection_dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``x`` [B, N, D]; ``mask`` [N, N] boolean, true where a row's token may look. Returns [B, N, D]."""
+    def forward(self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None) -> Tensor:
+        """Attend from the tokens ``x`` [B, N, D] to each other, and to those of ``past``, which then holds x's, too.
+
+        ``groups`` are the sizes of successive groups of x (their sum is N): a token sees its own group and those before it. Each
+        group is one call without a mask, so that nothing is computed to be masked and fast kernels apply. Returns [B, N, D].
+        """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        if past is not None:
+            k, v = past.extend(k, v)
         dropout = self.attention_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        before, borders = k.shape[2] - q.shape[2], accumulate(groups or (x.shape[1],), initial=0)
+        parts = [
+            F.scaled_dot_product_attention(
+                q[:, :, start:end], k[:, :, : before + end], v[:, :, : before + end], dropout_p=dropout
+            )
+            for start, end in pairwise(borders)
+        ]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return self.dropout(self.proj(rearrange(y, "b h n d -> b n (h d)")))
 
 

@@ -1,4 +1,4 @@
-"""Images as token sequences, and who may look at whom.
+"""Images as token sequences.
 
 Shapes: B batch, C channels, H W the latent grid, p patch size, N tokens.
 """
@@ -18,12 +18,6 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
 def unpatchify(tokens: Tensor, patch_size: int, height: int) -> Tensor:
     """The inverse of ``patchify`` for a latent of ``height`` rows: [..., N, C p p] -> [..., C, H, W]."""
     return rearrange(tokens, "... (h w) (c p q) -> ... c (h p) (w q)", p=patch_size, q=patch_size, h=height // patch_size)
-
-
-def block_causal_mask(block_sizes: list[int]) -> Tensor:
-    """Boolean [N, N], true where the row's token may look: inside its own block and at all earlier blocks."""
-    block = torch.cat([torch.full((size,), i) for i, size in enumerate(block_sizes)])
-    return block[:, None] >= block[None, :]
 
 
 def token_similarity(features: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from benchmarks import plain
 from lit_transdiff.config import FlowConfig, ModelConfig, SamplingConfig
 from lit_transdiff.flow.loss import draw_times, flow_matching_loss
 from lit_transdiff.models.official import to_released
@@ -12,7 +13,6 @@ from lit_transdiff.models.tokens import patchify
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.randomness import PerImageNormal
 from lit_transdiff.sampling import generate
-from tests import plain
 from tests.reference import assert_near, latents_to_tokens, load
 
 HEADS = 2
@@ -121,10 +121,6 @@ def test_samplers(kind: str, scales: list[float]):
 
     draw = PerImageNormal(seeds)
     noise = latents_to_tokens(draw(4, size, size))
-    made: list[Tensor] = []
-    for r in range(references):
-        tokens = torch.cat([patchify(as_latents(x, ours), 2) for x in made], dim=1) if made else None
-        z, null = (plain.encode(w, HEADS, labels, torch.full((2,), dropped), tokens) for dropped in (False, True))
-        fresh = [latents_to_tokens(draw(4, size, size)) for _ in range(steps - 1)]
-        made.append(plain.sample(w, HEADS, z, null, noise, fresh, scales[r % len(scales)], 0.87, 0.91))
+    fresh = [[latents_to_tokens(draw(4, size, size)) for _ in range(steps - 1)] for _ in range(references)]
+    made = plain.draw_images(w, HEADS, labels, noise, fresh, scales * (references // len(scales)), 0.87, 0.91)
     close(ours, torch.stack([as_latents(x, ours) for x in made], dim=1))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lit_transdiff.config import ModelConfig
 from lit_transdiff.models.adapt import adapt
-from lit_transdiff.models.tokens import block_causal_mask, patchify, token_similarity, unpatchify
+from lit_transdiff.models.tokens import patchify, token_similarity, unpatchify
 from lit_transdiff.models.transdiff import TransDiff
 
 SMALL = dict(
@@ -114,11 +114,6 @@ def test_too_many_references_are_refused():
     labels, x = inputs(2, 4)
     with pytest.raises(ValueError, match="references: got 4; allowed: at most 3"):
         model.encode(labels, x)
-
-
-def test_block_causal_mask():
-    mask = block_causal_mask([1, 2])
-    assert mask.tolist() == [[True, False, False], [True, True, True], [True, True, True]]
 
 
 def test_patchify_there_and_back():

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks import plain
 from lit_transdiff.config import RunConfig
 from lit_transdiff.flow.loss import draw_times
 from lit_transdiff.models.official import to_released
@@ -16,7 +17,6 @@ from lit_transdiff.models.tokens import patchify
 from lit_transdiff.randomness import GlobalBatchNormal, mix
 from lit_transdiff.runfolder import last_checkpoint
 from lit_transdiff.trainer import build, train
-from tests import plain
 from tests.reference import latents_to_tokens
 from tests.small import small_run
 

@@ -1,7 +1,8 @@
 """TransDiff as the released code formulates it, written plainly over a released state dict and independently of ours.
 
-Tokens, not latents: x [b, N, c], references [b, L, c p p]; t in [0, 1000]. The fixtures keep it honest (test_plain.py); it then
-tells what the released model would give for shapes, seeds and settings that have no fixture.
+Tokens, not latents: x [b, N, c], references [b, L, c p p]; t in [0, 1000]. torch's own kernels, eager; everything is computed
+where the paper's formulation has it. The tests compare ours with it, and the fixtures keep it honest
+(tests/models/test_plain_parity.py); the benchmarks measure against it.
 """
 
 from __future__ import annotations
@@ -9,33 +10,30 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 State = dict[str, Tensor]
 
 
 def norm(w: State, name: str, x: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    y = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    return y * w[f"{name}.weight"] + w[f"{name}.bias"] if name else y
+    affine = (w[f"{name}.weight"], w[f"{name}.bias"]) if name else (None, None)
+    return F.layer_norm(x, x.shape[-1:], *affine, eps=1e-6)
 
 
 def linear(w: State, name: str, x: Tensor) -> Tensor:
-    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Softmax attention; ``mask`` is added to the scores."""
     b, n, d = q.shape
     q, k, v = (z.reshape(b, -1, heads, d // heads).transpose(1, 2) for z in (q, k, v))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(d // heads)
-    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-    return (weights @ v).transpose(1, 2).reshape(b, n, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(b, n, d)
 
 
 def mlp(w: State, name: str, x: Tensor) -> Tensor:
-    hidden = linear(w, f"{name}.fc1", x)
-    return linear(w, f"{name}.fc2", hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
+    return linear(w, f"{name}.fc2", F.gelu(linear(w, f"{name}.fc1", x)))
 
 
 def blocks(w: State, pattern: str) -> range:
@@ -57,7 +55,7 @@ def encode(w: State, heads: int, labels: Tensor, drop: Tensor, references: Tenso
     x = norm(w, "z_proj_ln", x + w["encoder_pos_embed_learned"][:, :n])
     mask = None
     if not one_step:
-        block = torch.tensor([0] * buffer + [1 + i // masks.shape[1] for i in range(n - buffer)])
+        block = torch.tensor([0] * buffer + [1 + i // masks.shape[1] for i in range(n - buffer)], device=x.device)
         mask = torch.where(block[:, None] >= block[None], 0.0, -1e30)
     for i in blocks(w, "encoder_blocks."):
         name = f"encoder_blocks.{i}"
@@ -70,7 +68,7 @@ def encode(w: State, heads: int, labels: Tensor, drop: Tensor, references: Tenso
 
 def velocity(w: State, heads: int, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
     net = "diffdecoder.net."
-    frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
     angles = t.float()[:, None] * frequencies
     hidden = linear(w, f"{net}time_embed.time_embedder.linear_1", torch.cat([angles.cos(), angles.sin()], -1))
     temb = linear(w, f"{net}time_embed.time_embedder.linear_2", hidden * torch.sigmoid(hidden))
@@ -124,16 +122,50 @@ def sample(
     x = noise
     for i in range(n):
         t, dt = times[i], times[i + 1] - times[i]
-        t_rows = torch.full((2 * len(x),), 1000 * t)
-        both = velocity(w, heads, torch.cat([x, x]), t_rows, torch.cat([z, z_null]))
+        rows = [x, x] if guidance > 1 else [x]
+        context = torch.cat([z, z_null]) if guidance > 1 else z
+        t_rows = torch.full((len(context),), 1000 * t, device=x.device)
         drifts = []
-        for v in both.chunk(2):
+        for v in velocity(w, heads, torch.cat(rows), t_rows, context).chunk(len(rows)):
             score = ((t - 1) * v - x) / t
             drifts.append(v - t * score)
         drift = drifts[1] + guidance * (drifts[0] - drifts[1]) if guidance > 1 else drifts[0]
         last = i == n - 1
         x = x + drift * dt if last else x + scale_0 * drift * dt + scale_1 * math.sqrt(2 * t) * math.sqrt(-dt) * steps[i]
     return x
+
+
+def draw_images(
+    w: State,
+    heads: int,
+    labels: Tensor,
+    noise: Tensor,
+    fresh: list[list[Tensor]],
+    guidance: list[float],
+    scale_0: float,
+    scale_1: float,
+) -> list[Tensor]:
+    """The successive images [b, N, c] of each label's row, the last of which the released code keeps.
+
+    ``noise`` [b, N, c] begins every image; ``fresh`` are the Gaussian numbers of each image's steps but the last, ``guidance``
+    its scales. The encoder runs on the whole prefix each time, in MRAR on references of 2 x 2 patches.
+    """
+    made: list[Tensor] = []
+    side = math.isqrt(noise.shape[1])
+    for steps, scale in zip(fresh, guidance, strict=True):
+        references = torch.cat([to_patches(x, side, 2) for x in made], dim=1) if made else None
+        z, null = (
+            encode(w, heads, labels, torch.full_like(labels, dropped, dtype=torch.bool), references) for dropped in (False, True)
+        )
+        made.append(sample(w, heads, z, null, noise, steps, scale, scale_0, scale_1))
+    return made
+
+
+def to_patches(x: Tensor, side: int, p: int) -> Tensor:
+    """Tokens of one pixel [b, side side, c] -> of p x p pixels [b, (side / p)^2, c p p]: channel, patch row, patch column."""
+    b, _, c = x.shape
+    grid = x.reshape(b, side // p, p, side // p, p, c)
+    return grid.permute(0, 1, 3, 5, 2, 4).reshape(b, (side // p) ** 2, c * p * p)
 
 
 class Optimizer:

@@ -1,0 +1,57 @@
+"""The context of images to be drawn, made group by group: nothing that an earlier group gave is computed again.
+
+Shapes: B images, U distinct classes among them, L tokens per reference, D width, C H W a latent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_transdiff.models.transdiff import TransDiff
+
+
+class ContextStream:
+    """Successive groups of context tokens for ``labels`` [B] (without: the null class), each seeing the images before it.
+
+    The first group depends on the class alone, so it is made once a class; a single one is given as one row that stands for all.
+    """
+
+    def __init__(self, model: TransDiff, labels: Tensor | None) -> None:
+        self.model = model
+        self.groups = 0
+        self.row_of: Tensor | None = None  # [B], which of the classes
+        self.classes: Tensor = model.encoder.null_class  # U D
+        if labels is not None:
+            distinct, self.row_of = labels.unique(return_inverse=True)
+            self.classes = model.encoder.class_vectors(distinct)
+
+    def advance(self, images: Tensor) -> Tensor:
+        """The context tokens that are new since the last call, [B or 1, n L, D]; ``images`` [B, r, C, H, W] are all so far.
+
+        Calls follow each other with r = 0, 1, 2, ... or with steps between left out.
+        """
+        encoder, parts = self.model.encoder, []
+        while self.groups <= images.shape[1]:
+            if self.groups == 0:
+                features, self.past = encoder.begin(self.classes)
+                features = self.spread(features)
+            else:
+                if self.groups == 1:
+                    self.spread_past(len(images))
+                features = encoder.extend(self.past, images[:, self.groups - 1])
+            start = self.groups * encoder.tokens_per_reference
+            parts.append(features + encoder.context_position[:, start : start + features.shape[1]])
+            self.groups += 1
+        rows = max(len(part) for part in parts)
+        return torch.cat([part.expand(rows, -1, -1) for part in parts], dim=1)
+
+    def spread(self, features: Tensor) -> Tensor:
+        """Rows [U, L, D] of classes -> of images, unless one stands for all."""
+        return features if len(features) == 1 or self.row_of is None else features[self.row_of]
+
+    def spread_past(self, rows: int) -> None:
+        """The same for keys and values: from now on every image has its own."""
+        row_of = torch.zeros(rows, dtype=torch.long, device=self.classes.device) if self.row_of is None else self.row_of
+        for block in self.past:
+            block.take(row_of)
