@@ -16,23 +16,28 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: memory in bytes, dense bfloat16 operations a second, and the bytes a second that the network carries for it."""
+    """A GPU: memory in bytes, dense bfloat16 operations a second, and the bytes a second that collectives move."""
 
     memory: float
     flops: float
-    network: float  # between nodes, one direction
+    link: float  # of a GPU to the others of its node, one direction
+    network: float  # of a node of eight to the others, one direction
     name: str  # a part of the name that the driver gives
 
+    def collective_rate(self, gpus: int) -> float:
+        """Bytes a second at which a ring over so many GPUs sends; its hops between nodes are shared by all cards of a node."""
+        return self.link if gpus <= 8 else min(self.link, self.network)
 
-# Data sheets of the makers; network: a 400 Gb/s card a GPU for H100 and later, 200 Gb/s for A100, 100 Gb/s for the rest.
+
+# Data sheets of the makers; network: eight 400 Gb/s cards a node for H100 and later, eight of 200 Gb/s for A100, else one of 100.
 DEVICES: dict[str, Device] = {
-    "b200": Device(180 * GB, 2250e12, 50 * GB, "B200"),
-    "h200": Device(141 * GB, 989e12, 50 * GB, "H200"),
-    "h100": Device(80 * GB, 989e12, 50 * GB, "H100"),
-    "a100-80gb": Device(80 * GB, 312e12, 25 * GB, "A100"),
-    "a100-40gb": Device(40 * GB, 312e12, 25 * GB, "A100"),
-    "l40s": Device(48 * GB, 362e12, 12.5 * GB, "L40S"),
-    "rtx4090": Device(24 * GB, 165e12, 12.5 * GB, "RTX 4090"),
+    "b200": Device(180 * GB, 2250e12, 900 * GB, 400 * GB, "B200"),
+    "h200": Device(141 * GB, 989e12, 450 * GB, 400 * GB, "H200"),
+    "h100": Device(80 * GB, 989e12, 450 * GB, 400 * GB, "H100"),
+    "a100-80gb": Device(80 * GB, 312e12, 300 * GB, 200 * GB, "A100"),
+    "a100-40gb": Device(40 * GB, 312e12, 300 * GB, 200 * GB, "A100"),
+    "l40s": Device(48 * GB, 362e12, 32 * GB, 12.5 * GB, "L40S"),
+    "rtx4090": Device(24 * GB, 165e12, 32 * GB, 12.5 * GB, "RTX 4090"),
 }
 
 

@@ -96,7 +96,7 @@ def communication(strategy: str, gpus: int, accumulation: int, model: ModelCost)
     return {
         "single": 0.0,
         "ddp": 2 * gradients,  # reduce-scatter and gather, once a step
-        "zero1": 2 * gradients + weights,  # the gradients, then the updated weights
+        "zero1": gradients + weights,  # gradients to their owners once a step, then the updated weights
         "zero2": accumulation * gradients + weights,  # gradients are reduced in every pass
         "zero3": accumulation * (2 * weights + gradients),  # weights are gathered for both directions of every pass
         "fsdp": accumulation * (2 * weights + gradients),
@@ -195,11 +195,11 @@ def describe_time(run: RunConfig, gpus: int, gpu: str, device: Device, cost: Pas
     seconds = operations * (4 / 3 if training.activation_checkpointing else 1) / (device.flops * mfu)
     images = training.global_batch_size * run.model.num_references / seconds
     hours = seconds * training.max_steps / 3600
-    sent = communication("ddp" if gpus > 1 else "single", gpus, 1, model) / device.network
+    sent = communication("ddp" if gpus > 1 else "single", gpus, 1, model) / device.collective_rate(gpus)
     return [
         f"{gpus} x {gpu} at {mfu:.0%} of {device.flops / 1e12:,.0f} TFLOP/s: {seconds:.3f} s a step, {images:,.0f} images/s",
         f"{training.max_steps:,} steps: {hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours (without validation, grids and saves)",
-        f"network        {device.network / GB:g} GB/s a GPU: gradients of ddp take {sent:.3f} s a step, "
+        f"network        {device.collective_rate(gpus) / GB:g} GB/s: gradients of ddp take {sent:.3f} s a step, "
         + ("hidden behind the backward pass" if sent < 0.6 * seconds else "MORE than the backward pass hides"),
     ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from lit_transdiff.checkpoint import complete_checkpoints
@@ -100,7 +101,7 @@ def test_one_signalled_rank_of_two_stops_both(tmp_path: Path):
 
 @pytest.mark.slow
 def test_torchrun_starts_again_what_lost_a_rank(tmp_path: Path):
-    """``--max_restarts``: rank 1 is killed; all start again from the checkpoint within half a minute, and end in the same bits."""
+    """``--max_restarts``: rank 1 is killed; all start again from the checkpoint within a minute, and end in the same bits."""
     whole, whole_file = run_in(tmp_path, "whole")
     assert background(command_line(2, *TRAIN, whole_file), tmp_path / "whole.log").wait(200) == 0
     run, file = run_in(tmp_path, "run")
@@ -190,6 +191,27 @@ def test_slurm_requeues_until_the_run_is_done(tmp_path: Path):
     assert "continuing from" in (tmp_path / "second.log").read_text()
     assert json.loads((run.folder / "export" / "export.json").read_text())["step"] == 400
     assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
+
+
+@pytest.mark.slow
+def test_kubernetes_evicts_a_pod_and_starts_it_again(tmp_path: Path):
+    """The shipped job's command, on one pod of two ranks: SIGTERM to its first process saves; the same command goes on."""
+    run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
+    job = yaml.safe_load((ROOT / "experiments/launch/kubernetes.yaml").read_text())
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    (container,) = pod["containers"]
+    torchrun, _, _, *rest = container["command"]
+    assert torchrun == "torchrun" and rest[:3] == ["-m", "lit_transdiff", "train"]
+    environment = {item["name"]: item["value"] for item in container["env"]}
+    assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    line = command_line(2, *rest[:3], file)
+    process = background(line, tmp_path / "first.log", **environment)
+    until(steps_logged(run), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0  # restartPolicy OnFailure
+    (checkpoint,) = complete_checkpoints(run.folder / "checkpoints")
+    assert background(line, tmp_path / "second.log", **environment).wait(200) == 0
+    assert f"continuing from {checkpoint.folder}" in (tmp_path / "second.log").read_text()
 
 
 @pytest.mark.slow
