@@ -14,6 +14,7 @@ from lit_transdiff.checkpoint import complete_checkpoints, open_checkpoint
 from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed import STRATEGIES
 from lit_transdiff.export import export_checkpoint, read_export
+from lit_transdiff.trainer import train
 from tests.distributed.launch import fit_all, values
 from tests.small import small_run
 
@@ -88,6 +89,14 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 2e-6) -> None:
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys()
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 20 * tolerance
+
+
+def test_every_strategy_takes_the_steps_of_one_process_in_brief(tmp_path: Path):
+    brief = {"training": {**SETTINGS["training"], "max_steps": 3}, "optimizer": {"gradient_clip": 0.5}}
+    train(settings(tmp_path, "plain", "single", **brief), say=lambda text: None)
+    fit_all(tmp_path, 2, [(settings(tmp_path, "plain", name, **brief), None) for name in SEVERAL])
+    for name in SEVERAL:
+        assert_same_run(tmp_path / "plain-single", tmp_path / f"plain-{name}")
 
 
 @pytest.mark.slow
