@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lit_transdiff import __version__
+from lit_transdiff.endings import EXIT_REQUEUE, CheckpointError, Preempted
 from lit_transdiff.loading import load_run, override
 
 CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
@@ -197,6 +198,24 @@ def report(args: argparse.Namespace) -> None:
     print(write_report(runs(args.folder), Path(args.output or Path(args.folder) / "report.html")))
 
 
+def export(args: argparse.Namespace) -> None:
+    from lit_transdiff.export import export_run
+
+    print(export_run(Path(args.run_folder), args.step, args.average, args.output))
+
+
+def plan(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed.planner import plan as outline
+
+    print(outline(load_run(args.run, args.overrides), args.gpus, args.gpu, args.mfu))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed.doctor import examine
+
+    sys.exit(examine(Path(args.folder), Path(args.shards) if args.shards else None))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = argparse.ArgumentParser(
@@ -216,6 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_commands(command, with_overrides)
     add_model_commands(command, with_overrides)
     add_study_commands(command)
+    add_machine_commands(command, with_overrides)
     return parser
 
 
@@ -343,6 +363,26 @@ def add_study_commands(command: AddCommand) -> None:
     sub.add_argument("--output", help="the file; default: report.html in the folder")
 
 
+def add_machine_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
+    """What is asked of machines before and after a run."""
+    sub = command(plan, "memory, time and network of a run for every strategy, before it is started")
+    sub.add_argument("run", help="the run's YAML")
+    sub.add_argument("--gpus", type=int, required=True)
+    sub.add_argument("--gpu", required=True, help="as in h200, h100, a100-80gb")
+    sub.add_argument("--mfu", type=float, default=0.35, help="share of the peak that is reached; default: %(default)s")
+    with_overrides(sub)
+
+    sub = command(doctor, "check this machine, or under torchrun an allocation: devices, network, file system, versions")
+    sub.add_argument("--folder", default="runs", help="a folder that all nodes must see; default: %(default)s")
+    sub.add_argument("--shards", help="a folder of shards whose reading is timed")
+
+    sub = command(export, "a checkpoint of any strategy -> plain averaged weights (safetensors) and config.yaml")
+    sub.add_argument("run_folder")
+    sub.add_argument("--step", type=int, help="default: the last checkpoint")
+    sub.add_argument("--average", default="ema", help="ema, ema_DECAY of optimizer.more_ema_decays, or last for the weights")
+    sub.add_argument("--output", help="folder; default: export-STEP in the run folder")
+
+
 def quiet_libraries() -> None:
     """Our own messages are shown; the libraries speak only when something is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
@@ -353,7 +393,7 @@ def quiet_libraries() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; a bad setting or a missing file ends in one line and status 2, a loss that is not finite in status 1."""
+    """Run a command; a bad setting or a missing file ends in one line and a status of ``endings``."""
     args = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that the log of a batch job shows how far it is
@@ -363,7 +403,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"lit-transdiff: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except Preempted as reason:
+        print(f"lit-transdiff: {reason}", file=sys.stderr)
+        return EXIT_REQUEUE
+    except (FloatingPointError, CheckpointError) as error:
         print(f"lit-transdiff: {error}", file=sys.stderr)
         return 1
     return 0

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_transdiff.config import RunConfig
+from lit_transdiff.checkpoint import Checkpoint, complete_checkpoints
+from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.files import short_hash
-from lit_transdiff.loading import load_run, save_yaml
+from lit_transdiff.loading import load_run, run_from, save_yaml
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,37 @@ def read_export(path: str | Path) -> Export:
     folder = export_folder(path)
     info = json.loads((folder / "export.json").read_text())
     return Export(folder, load_run(folder / "config.yaml"), load_file(folder / "model.safetensors"), info)
+
+
+def export_run(run_folder: Path, step: int | None, average: str, output: str | None) -> Path:
+    """Export a checkpoint of a run folder (the last one, if ``step`` is nothing) and return the folder."""
+    found = {checkpoint.step: checkpoint for checkpoint in complete_checkpoints(run_folder / "checkpoints")}
+    if not found:
+        raise FileNotFoundError(f"{run_folder} holds no complete checkpoint.")
+    chosen = max(found) if step is None else step
+    require(chosen in found, "--step", chosen, f"one of {sorted(found)}")
+    folder = Path(output) if output else run_folder / f"export-{chosen:08d}"
+    export_checkpoint(found[chosen].index(), folder, average)
+    return folder
+
+
+def export_checkpoint(checkpoint: Checkpoint, folder: Path, average: str = "ema") -> None:
+    """Write the plain form of a checkpoint of one of the three stages, whatever strategy and number of ranks wrote it."""
+    training = checkpoint.training()
+    run, info = run_from(training["run"]), training["info"]
+    averages = sorted({state for _, state in checkpoint.slices if state.startswith("ema")})
+    if average not in averages and average != "last":
+        raise unknown("average", average, [*averages, "last"])
+    weights = checkpoint.weights(None if average == "last" else average)
+    state = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
+    decay = run.optimizer.ema_decay if average == "ema" else average.removeprefix("ema_")
+    info = {
+        **info,
+        "step": checkpoint.step,
+        "images_seen": checkpoint.manifest["images_seen"],
+        "weights": "last" if average == "last" else f"ema {decay}",
+    }
+    write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
 
 
 def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_weights: Callable[[Path], None]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lit_transdiff.checkpoint import Checkpoint, complete_checkpoints
 from lit_transdiff.config import RunConfig
 from lit_transdiff.files import replace_file
 from lit_transdiff.loading import load_run, save_yaml, to_dict
@@ -43,8 +44,11 @@ FREE = (
     "training.validate_every",
     "training.checkpoint_every",
     "training.sample_every",
+    "training.micro_batch_size",
+    "training.precision",
+    "training.activation_checkpointing",
 )
-FREE_GROUPS = ("sampling", "evaluation", "tracking", "distributed")
+FREE_GROUPS = ("sampling", "evaluation", "tracking", "distributed", "checkpoint", "safety")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -83,9 +87,9 @@ def trained_steps(run: RunConfig) -> int:
     return json.loads(info.read_text())["step"] if info.exists() else 0
 
 
-def last_checkpoint(run: RunConfig) -> Path | None:
-    """The newest checkpoint of the run, or nothing."""
-    return max((run.folder / "checkpoints").glob("step-*.ckpt"), default=None)
+def last_checkpoint(run: RunConfig) -> Checkpoint | None:
+    """The newest complete checkpoint of the run, or nothing."""
+    return max(complete_checkpoints(run.folder / "checkpoints"), key=lambda found: found.step, default=None)
 
 
 def open_folder(run: RunConfig) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,17 +11,23 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_transdiff.checkpoint import Checkpoint
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.references import num_groups
 from lit_transdiff.distributed import accumulation, micro_batch_size, precision_of, strategy_name, trainer_settings, world_size
+from lit_transdiff.distributed.preemption import StopOnRequest, StopRequest, stop_request
+from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_checkpoint, spread, what_changes
+from lit_transdiff.distributed.watchdog import Pause, Watchdog
 from lit_transdiff.evaluation.online import OnlineEvaluation
-from lit_transdiff.export import export_folder, read_export, write_export
+from lit_transdiff.export import export_checkpoint, export_folder, read_export, write_export
 from lit_transdiff.models.adapt import match
 from lit_transdiff.models.autoencoder import Autoencoder, check_latents, load_autoencoder
 from lit_transdiff.runfolder import check_folder, last_checkpoint, open_folder, trained_steps
@@ -29,8 +36,10 @@ from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.autoencoder import AutoencoderStage
 from lit_transdiff.stages.base import ToLatents, TransDiffStage
 from lit_transdiff.stages.callbacks import LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
-from lit_transdiff.tracking.callbacks import BestModel, Track, log_models
+from lit_transdiff.stages.guard import GuardSteps, RollBack
+from lit_transdiff.tracking.callbacks import WATCHED, BestModel, Track, log_models
 from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, wandb_of
+from lit_transdiff.tracking.wandb_run import WandbRun
 
 
 @dataclass(frozen=True)
@@ -191,36 +200,39 @@ def count(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def build_trainer(parts: Parts) -> pl.Trainer:
-    """Lightning's Trainer for a run. The whole run is one epoch of max_steps; the data order has its own."""
+def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: WandbRun | None) -> list[Callback]:
+    """What watches a run and saves it; the order matters where it is said."""
     run, training = parts.run, parts.run.training
-    checkpoints = ModelCheckpoint(
-        dirpath=run.folder / "checkpoints",
-        filename="step-{step:08d}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=training.checkpoint_every,
-        save_top_k=1,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )
-    numbers = LogTraining(training.log_every, run.images_per_step)
+    guarded = isinstance(parts.stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
+    finite = StopOnNonFinite(training.log_every, training.checkpoint_every, run.folder / "checkpoints")
+    numbers = LogTraining(run)
+    checkpoints = Checkpoints(run, start, spread_of(run), before_save=finite.look)
     callbacks: list[Callback] = [
-        StopOnNonFinite(training.log_every, training.checkpoint_every),
+        GuardSteps(run.safety, run.folder) if guarded else finite,
         numbers,
         Progress(run.name, numbers),
-        SaveOrigin(run),
+        SaveOrigin(run, export_info(parts)),
         checkpoints,
+        StopOnRequest(request, checkpoints),
     ]
-    loggers = build_loggers(run)
-    log = wandb_of(loggers)
-    if log is not None:
-        callbacks.append(Track(log, run, parts.data))
+    if tracker is not None:
+        callbacks.append(Track(tracker, run, parts.data))
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
-        generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
-        callbacks.append(SampleGrids(generator, run.folder / "samples", training.sample_every, log))
-        callbacks.append(BestModel(run.folder / "best", partial(export_model, parts)))
+        names, folder = parts.data.class_names, run.folder
+        callbacks.append(SampleGrids(parts.autoencoder, names, folder / "samples", training.sample_every, tracker))
+        callbacks.append(BestModel(folder / "best", partial(export_model, parts)))
         if run.evaluation.every:  # before LogTraining, which would count its time as waiting for data
+            generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
             callbacks.insert(1, OnlineEvaluation(generator, run))
+    if run.safety.stall_seconds > 0:
+        watchdog = Watchdog(run.safety.stall_seconds)
+        callbacks = [Pause(watchdog), *callbacks, watchdog]
+    return callbacks
+
+
+def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
+    """Lightning's Trainer for a run. The whole run is one epoch of max_steps; the data order has its own."""
+    run, training = parts.run, parts.run.training
     validate_every = training.validate_every or training.max_steps
     return pl.Trainer(
         **trainer_settings(run),
@@ -235,6 +247,7 @@ def build_trainer(parts: Parts) -> pl.Trainer:
         callbacks=callbacks,
         logger=loggers,
         use_distributed_sampler=False,
+        enable_checkpointing=False,  # see Checkpoints
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=run.folder,
@@ -252,66 +265,91 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
         step = trained_steps(run)
         say(f"{run.name}: already trained to step {step} in {run.folder}")
         return TrainResult(run.folder, step, {})
-    pl.seed_everything(run.seed, verbose=False)
-    parts = build(run)
-    say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
-    rank_zero_only(open_folder)(run)
-    trainer = build_trainer(parts)
-    checkpoint = last_checkpoint(run)
+    while True:
+        pl.seed_everything(run.seed, verbose=False)
+        parts = build(run)
+        say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
+        rank_zero_only(open_folder)(run)
+        try:
+            loggers = build_loggers(run)
+            with stop_request() as request:
+                metrics = fit(parts, agreed_checkpoint(run), request, loggers, say)
+            break
+        except (TryAgain, RollBack) as reason:
+            say(f"{run.name}: {reason}")
+    rank_zero_only(write_model)(parts)
+    if (tracker := wandb_of(loggers)) is not None:
+        log_models(tracker, run, metrics.get(WATCHED))
+        tracker.finish()
+    wait_for_export(run)
+    return TrainResult(run.folder, run.training.max_steps, metrics)
+
+
+def fit(
+    parts: Parts, checkpoint: Checkpoint | None, request: StopRequest, loggers: list[Logger], say: Callable[[str], None]
+) -> dict[str, float]:
+    """Train from a checkpoint, or from the beginning, to the end; the last values of the metrics."""
+    run = parts.run
+    start = checkpoint.step if checkpoint else 0
+    if start >= run.training.max_steps:
+        return {}
+    trainer = build_trainer(parts, build_callbacks(parts, start, request, wandb_of(loggers)), loggers)
     if checkpoint is not None:
-        say(f"continuing from {checkpoint}")
+        changes = what_changes(checkpoint, spread_of(run))
+        say(f"continuing from {checkpoint.folder}" + (f"; {changes}" if changes else ""))
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
-            logger.drop_after(int(checkpoint.stem.split("-")[1]) if checkpoint else -1)
-    trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint)
+            logger.drop_after(checkpoint.step if checkpoint else -1)
+    trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint.folder if checkpoint else None)
     if trainer.global_step != run.training.max_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} of {run.training.max_steps}.")
-    save_last_step(trainer, run)
-    export_model(parts, trainer, run.folder / "export")
-    if (log := wandb_of(trainer.loggers)) is not None:
-        best = next((callback for callback in trainer.callbacks if isinstance(callback, BestModel)), None)  # type: ignore[attr-defined]
-        log_models(log, run, best)
-        log.finish()
-    return TrainResult(run.folder, trainer.global_step, {k: float(v) for k, v in trainer.callback_metrics.items()})
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def save_last_step(trainer: pl.Trainer, run: RunConfig) -> None:
-    """Keep the last step as the checkpoint, so that the run can be made longer; earlier ones go. All ranks call this."""
-    last = run.folder / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"
-    if last_checkpoint(run) == last:
-        return
-    trainer.strategy.barrier()
-    trainer.save_checkpoint(last)
+def write_model(parts: Parts) -> None:
+    """Export the last checkpoint. An autoencoder also measures its latents, on training batches from the start."""
+    run, stage = parts.run, parts.stage
+    checkpoint = last_checkpoint(run)
+    assert checkpoint is not None
+    checkpoint = checkpoint.index()
+    if isinstance(stage, TransDiffStage):
+        return export_checkpoint(checkpoint, run.folder / "export")
+    stage.load_state_dict(checkpoint.weights(None))
+    batches = [build_data(run, None).train_dataloader()] if isinstance(stage, AutoencoderStage) else []
+    info = {**export_info(parts), "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": "last"}
+    write_export(run.folder / "export", run, info, lambda folder: stage.export(folder, *batches))  # type: ignore[operator]
+
+
+def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[str, Any]) -> None:
+    """Write the averaged weights as they are now to ``folder``, with ``more`` in what the export says. All ranks call this."""
+    run, stage, step = parts.run, parts.stage, trainer.global_step
+    assert isinstance(stage, TransDiffStage)
+    state = {name: value.cpu().contiguous() for name, value in stage.averaged_model().state_dict().items()}
     if trainer.is_global_zero:
-        for earlier in set(last.parent.glob("step-*.ckpt")) - {last}:
-            earlier.unlink()
+        weights = f"ema {run.optimizer.ema_decay}"
+        info = {**export_info(parts), "step": step, "images_seen": step * run.images_per_step, "weights": weights, **more}
+        write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
 
 
-def export_model(parts: Parts, trainer: pl.Trainer, folder: Path) -> None:
-    """Write the trained model to ``folder``. All ranks call this."""
-    if trainer.is_global_zero:
-        write_export(folder, parts.run, export_info(parts, trainer), weights_writer(parts))
-    trainer.strategy.barrier()
+def wait_for_export(run: RunConfig) -> None:
+    """Return when the first rank has written the trained model."""
+    deadline = time.monotonic() + 60 * run.distributed.timeout_minutes
+    while trained_steps(run) < run.training.max_steps:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{run.folder / 'export'}: the first rank has not written it.")
+        time.sleep(0.1)
 
 
-def weights_writer(parts: Parts) -> Callable[[Path], None]:
-    """What writes the stage's weights; an autoencoder also measures its latents, on training batches from the start."""
-    stage = parts.stage
-    if isinstance(stage, AutoencoderStage):
-        batches = build_data(parts.run, None).train_dataloader()
-        return lambda folder: stage.export(folder, batches)
-    return stage.export  # type: ignore[return-value]
-
-
-def export_info(parts: Parts, trainer: pl.Trainer) -> dict[str, Any]:
-    """What an export says of itself."""
-    run = parts.run
+def export_info(parts: Parts) -> dict[str, Any]:
+    """What an export says of itself, beside the step."""
     return {
-        "name": run.name,
-        "stage": run.stage,
-        "step": trainer.global_step,
-        "images_seen": trainer.global_step * run.images_per_step,
-        "weights": f"ema {run.optimizer.ema_decay}" if run.stage in STAGES else "last",
+        "name": parts.run.name,
+        "stage": parts.run.stage,
         "autoencoder": parts.autoencoder.fingerprint if parts.autoencoder else None,
         "class_names": list(parts.data.class_names),
     }
+
+
+def spread_of(run: RunConfig) -> dict[str, Any]:
+    """How the run is spread, for its checkpoints."""
+    return spread(strategy_name(run), world_size(run), micro_batch_size(run), precision_of(run))

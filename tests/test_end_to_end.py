@@ -165,7 +165,7 @@ def test_a_pipeline_killed_in_its_second_stage_ends_in_the_same_weights(tmp_path
     assert start(Path("whole")).wait(timeout=600) == 0
     killed = start(Path("killed"))
     checkpoints = tmp_path / "killed" / "diffusion_head" / "checkpoints"
-    while not list(checkpoints.glob("*.ckpt")):
+    while not list(checkpoints.glob("step-*/COMPLETE.json")):
         assert killed.poll() is None, "ended before it could be killed"
         time.sleep(0.02)
     killed.kill()

@@ -14,9 +14,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "config": 0,
     "files": 0,
+    "endings": 0,
+    "hardware": 0,
     "loading": 1,
     "randomness": 1,
-    "export": 2,
+    "checkpoint": 2,
+    "export": 3,
     "data": 3,
     "models": 3,
     "flow": 3,

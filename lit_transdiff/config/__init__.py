@@ -9,7 +9,7 @@ from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, Da
 from lit_transdiff.config.evaluation import EvaluationConfig
 from lit_transdiff.config.model import SIZES, ModelConfig
 from lit_transdiff.config.run import NESTED, RunConfig
-from lit_transdiff.config.running import DistributedConfig, TrackingConfig
+from lit_transdiff.config.running import CheckpointConfig, DistributedConfig, SafetyConfig, TrackingConfig
 from lit_transdiff.config.sampling import SamplingConfig
 from lit_transdiff.config.training import FlowConfig, OptimizerConfig, TrainingConfig
 
@@ -18,6 +18,7 @@ __all__ = [
     "SIZES",
     "AutoencoderConfig",
     "AutoencoderTraining",
+    "CheckpointConfig",
     "DataConfig",
     "DistributedConfig",
     "EvaluationConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
+    "SafetyConfig",
     "SamplingConfig",
     "TrackingConfig",
     "TrainingConfig",

@@ -10,7 +10,7 @@ from lit_transdiff.config.checks import require
 from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
 from lit_transdiff.config.evaluation import EvaluationConfig
 from lit_transdiff.config.model import ModelConfig
-from lit_transdiff.config.running import DistributedConfig, TrackingConfig
+from lit_transdiff.config.running import CheckpointConfig, DistributedConfig, SafetyConfig, TrackingConfig
 from lit_transdiff.config.sampling import SamplingConfig
 from lit_transdiff.config.training import FlowConfig, OptimizerConfig, TrainingConfig
 
@@ -38,6 +38,8 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, "name", self.name, "a folder name without '/'")
@@ -46,6 +48,13 @@ class RunConfig:
             "optimizer.warmup_steps",
             self.optimizer.warmup_steps,
             f"at most training.max_steps={self.training.max_steps}",
+        )
+        rhythm, validated = self.training.checkpoint_every, self.training.validate_every
+        require(
+            self.checkpoint.keep_best is None or (validated > 0 and validated % rhythm == 0),
+            "training.validate_every",
+            validated,
+            f"a multiple of training.checkpoint_every={rhythm} when checkpoint.keep_best is given",
         )
         require(
             self.init_positions == "new" or self.init_from is not None,
@@ -90,4 +99,6 @@ NESTED: dict[str, type] = {
     "evaluation": EvaluationConfig,
     "tracking": TrackingConfig,
     "distributed": DistributedConfig,
+    "checkpoint": CheckpointConfig,
+    "safety": SafetyConfig,
 }

@@ -1,4 +1,4 @@
-"""Where a run is tracked, and on what it is spread."""
+"""Where a run is tracked, on what it is spread, and what happens when something goes wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,55 @@ class DistributedConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Optional[int] = None  # a node; nothing: as many as torchrun started, or one
     num_nodes: int = 1
+    offload: Literal["none", "cpu", "nvme"] = "none"  # where ZeRO keeps the optimizer's state
+    offload_parameters: bool = False  # zero3: the parameters too
+    nvme_path: Optional[str] = None  # a folder on the local disk, for offload: nvme
+    timeout_minutes: float = 30.0  # a collective that takes longer ends the job
 
     def __post_init__(self) -> None:
+        require(
+            (self.offload == "nvme") == (self.nvme_path is not None),
+            "distributed.nvme_path",
+            self.nvme_path,
+            "a folder when distributed.offload is 'nvme', nothing otherwise",
+        )
+        require(
+            not self.offload_parameters or (self.strategy == "zero3" and self.offload != "none"),
+            "distributed.offload_parameters",
+            self.offload_parameters,
+            "true only with strategy zero3 and offload 'cpu' or 'nvme'",
+        )
+        require(self.timeout_minutes > 0, "distributed.timeout_minutes", self.timeout_minutes, "above 0")
         require(self.devices is None or self.devices >= 1, "distributed.devices", self.devices, "nothing, or 1 and more")
         require(self.num_nodes >= 1, "distributed.num_nodes", self.num_nodes, "1 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Which checkpoints stay, and how they are written. The rhythm is ``training.checkpoint_every``."""
+
+    keep_last: int = 1
+    keep_every_images: int = 0  # also the first one after every so many images; 0: none
+    keep_best: Optional[str] = None  # also the best one by this metric, as in val/loss
+    best_is: Literal["lowest", "highest"] = "lowest"
+    asynchronous: bool = True  # write files beside the training; a copy in CPU memory is made first
+    on_error: Literal["stop", "continue"] = "stop"  # when one cannot be written (a full disk); the earlier ones stay
+
+    def __post_init__(self) -> None:
+        require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "1 and more")
+        require(self.keep_every_images >= 0, "checkpoint.keep_every_images", self.keep_every_images, "0 (none) or more")
+
+
+@dataclass(frozen=True)
+class SafetyConfig:
+    """What is done about steps that go wrong, lost time and signals."""
+
+    on_bad_step: Literal["stop", "skip", "roll_back"] = "stop"  # a loss that is not finite, or a spike
+    spike_factor: float = 0.0  # a loss above so many medians of the last 50 steps is a spike; 0: none is
+    max_bad_steps: int = 10  # after so many, training stops whatever on_bad_step says
+    stall_seconds: float = 600.0  # without a step for so long (a stuck worker, a lost rank) the process ends; 0: never
+
+    def __post_init__(self) -> None:
+        require(self.spike_factor == 0 or self.spike_factor > 1, "safety.spike_factor", self.spike_factor, "0 (off) or above 1")
+        require(self.max_bad_steps >= 1, "safety.max_bad_steps", self.max_bad_steps, "1 and more")
+        require(self.stall_seconds >= 0, "safety.stall_seconds", self.stall_seconds, "0 (off) or more")

@@ -43,10 +43,12 @@ class OptimizerConfig:
     gradient_clip: float = 3.0
     gradient_scale: float = 1.0  # of the loss's mean, before clipping; the reference sums its accumulated passes: their number
     ema_decay: float = 0.9999
+    more_ema_decays: list[float] = field(default_factory=list)  # further averages, kept and exported beside the first
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
-        require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 <= decay < 1")
+        for decay in (self.ema_decay, *self.more_ema_decays):
+            require(0 <= decay < 1, "optimizer.ema_decay", decay, "0 <= decay < 1")
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         require(0 <= self.warmup_offset <= 1, "optimizer.warmup_offset", self.warmup_offset, "0 to 1")
         require(self.gradient_scale > 0, "optimizer.gradient_scale", self.gradient_scale, "above 0")
@@ -72,6 +74,7 @@ class TrainingConfig:
     checkpoint_every: int = 500
     sample_every: int = 0  # steps between sample grids; 0: only at the end
     num_validation_samples: int = 512
+    activation_checkpointing: bool = False  # compute each block again in the backward pass, instead of keeping what is in it
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch_size", "log_every", "checkpoint_every"):

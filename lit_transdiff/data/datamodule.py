@@ -53,6 +53,7 @@ class DataModule(pl.LightningDataModule):
         self.autoencoder_fingerprint = autoencoder_fingerprint
         self.train_index: Optional[ShardIndex] = None
         self.evaluation_index: Optional[ShardIndex] = None
+        self.plan: Optional[TrainPlan] = None
 
     def setup(self, stage: Optional[str] = None) -> None:
         """Read and check the indexes. Raises before training for whatever would fail in it."""
@@ -146,6 +147,7 @@ class DataModule(pl.LightningDataModule):
             return TrainLoader(stream, lambda: self.start(layout), identity, **loader_options(self.data.num_workers))
         groups = None if self.data.groups is None else read_groups(self.data.groups, index, self.num_references)
         plan = TrainPlan(index, self.seed, num_references=self.num_references, block=self.data.shuffle_block, groups=groups)
+        self.plan = plan
         identity["number of groups"] = plan.num_items
         sampler = PlanSampler(plan, layout, total, lambda: self.start(layout))
         dataset = PlannedDataset(index, self.data, self.seed, training=True)
@@ -186,6 +188,14 @@ class DataModule(pl.LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """From pinned memory the copy runs beside the computation."""
         return batch.to(device, non_blocking=True)
+
+    def planned_keys(self, micro_step: int) -> list[str]:
+        """``shard/key`` of the samples that this rank reads in a micro-step, for messages; nothing for a stream."""
+        if self.plan is None:
+            return []
+        layout = self.layout()
+        first = layout.start(micro_step)
+        return self.keys(torch.from_numpy(self.plan.rows(first, first + layout.micro_batch).samples))
 
     def keys(self, samples: Tensor, evaluation: bool = False) -> list[str]:
         """``shard/key`` of each sample (any shape, flattened), for messages."""

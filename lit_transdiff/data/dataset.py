@@ -19,7 +19,7 @@ from lit_transdiff.config import DataConfig, require
 from lit_transdiff.data.decode import crop_to_square, decode_latents, drawing_from, image_tensor, open_image
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.plan import Rows, coin_flips, generator
-from lit_transdiff.data.processes import clean_context
+from lit_transdiff.data.processes import clean_context, exit_with_parent
 from lit_transdiff.data.shards import ShardReader
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,11 @@ def as_is(batch: Batch) -> Batch:
     return batch
 
 
+def end_with_trainer(worker: int) -> None:
+    """A worker whose trainer was killed ends too; its own parent, the server process, lives on with it."""
+    exit_with_parent()
+
+
 def loader_options(num_workers: int) -> dict[str, Any]:
     """Of every DataLoader here: batches come whole from the dataset, workers from a clean server process."""
     return {
@@ -56,6 +61,7 @@ def loader_options(num_workers: int) -> dict[str, Any]:
         "collate_fn": as_is,
         "num_workers": num_workers,
         "multiprocessing_context": clean_context() if num_workers else None,
+        "worker_init_fn": end_with_trainer,
         "pin_memory": torch.cuda.is_available(),
     }
 

@@ -4,37 +4,82 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import Strategy
 
 from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.distributed.strategies import DDP, FSDP, Single
+from lit_transdiff.stages import PREPARATORY
 
 log = logging.getLogger(__name__)
-# Name -> the name that Lightning's Trainer takes.
-STRATEGIES: dict[str, str] = {"single": "auto", "ddp": "ddp"}
+
+
+def build_single(run: RunConfig) -> Strategy:
+    return Single(torch.device("cuda", 0) if devices_of(run)[0] == "gpu" else torch.device("cpu"))
+
+
+def build_ddp(run: RunConfig) -> Strategy:
+    return DDP(timeout=timeout_of(run))
+
+
+def build_fsdp(run: RunConfig) -> Strategy:
+    return FSDP(data_parallel_size=world_size(run), tensor_parallel_size=1, timeout=timeout_of(run))
+
+
+def build_zero(stage: int, run: RunConfig) -> Strategy:
+    from lit_transdiff.distributed.zero import ZeRO  # DeepSpeed takes seconds to import
+
+    on_cpu, bf16 = devices_of(run)[0] == "cpu", precision_of(run) != "32-true"
+    micro = micro_batch_size(run)
+    return ZeRO(stage, run.distributed, micro_batch=micro, on_cpu=on_cpu, bf16=bf16, timeout=timeout_of(run))
+
+
+STRATEGIES: dict[str, Callable[[RunConfig], Strategy]] = {
+    "single": build_single,
+    "ddp": build_ddp,
+    "zero1": partial(build_zero, 1),
+    "zero2": partial(build_zero, 2),
+    "zero3": partial(build_zero, 3),
+    "fsdp": build_fsdp,
+}
+WHOLE = ("single", "ddp")  # strategies that keep whole parameters on every device
 
 
 def devices_of(run: RunConfig) -> tuple[str, int]:
     """Accelerator ("gpu" or "cpu") and devices a node.
 
-    What the run does not say: as many as torchrun started, and one without torchrun.
+    What the run does not say: as many as torchrun or srun started, else one.
     """
     config = run.distributed
     gpus = torch.cuda.device_count()
     accelerator = ("gpu" if gpus else "cpu") if config.accelerator == "auto" else config.accelerator
     require(accelerator == "cpu" or gpus > 0, "distributed.accelerator", config.accelerator, "cpu, as there is no GPU here")
-    devices = config.devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    devices = config.devices or launched()[0]
     require(accelerator == "cpu" or devices <= gpus, "distributed.devices", devices, f"at most the {gpus} GPUs of this node")
     return accelerator, devices
 
 
 def num_nodes(run: RunConfig) -> int:
-    """Nodes of the job: what torchrun started, or what the run says."""
+    """Nodes of the job: what torchrun or srun started, or what the run says."""
+    return launched()[1] or run.distributed.num_nodes
+
+
+def launched() -> tuple[int, int]:
+    """Processes a node and nodes, as torchrun or srun started them; one process and 0 nodes where neither did."""
     if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-    return run.distributed.num_nodes
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    if SLURMEnvironment.detect() and "SLURM_PROCID" in os.environ:
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return 1, 0
 
 
 def world_size(run: RunConfig) -> int:
@@ -44,8 +89,8 @@ def world_size(run: RunConfig) -> int:
 def build_fabric() -> Fabric:
     """The ranks that torchrun started, or this process alone; on GPUs where there are any."""
     gpus = torch.cuda.device_count()
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices
+    devices, nodes = launched()
+    nodes = max(1, nodes)
     strategy = "ddp" if devices * nodes > 1 else "auto"
     fabric = Fabric(accelerator="gpu" if gpus else "cpu", devices=devices, num_nodes=nodes, strategy=strategy)
     fabric.launch()
@@ -60,6 +105,12 @@ def strategy_name(run: RunConfig) -> str:
     if name not in STRATEGIES:
         raise unknown("distributed.strategy", name, ["auto", *STRATEGIES])
     require(name != "single" or world == 1, "distributed.strategy", name, f"ddp on {world} devices")
+    allowed = f"{' or '.join(WHOLE)} in stage {run.stage}"
+    require(name in WHOLE or run.stage not in PREPARATORY, "distributed.strategy", name, allowed)
+    precision, everywhere = run.training.precision, ("auto", "fp32", "bf16-mixed")
+    require(name in WHOLE or precision in everywhere, "training.precision", precision, f"{everywhere} with strategy {name}")
+    offload = run.distributed.offload
+    require(offload == "none" or name.startswith("zero"), "distributed.offload", offload, f"'none' with strategy {name}")
     return name
 
 
@@ -82,6 +133,11 @@ def accumulation(run: RunConfig) -> int:
     return run.training.global_batch_size // (micro_batch_size(run) * world_size(run))
 
 
+def timeout_of(run: RunConfig) -> timedelta:
+    """How long a collective may take."""
+    return timedelta(minutes=run.distributed.timeout_minutes)
+
+
 def precision_of(run: RunConfig) -> str:
     """Lightning's name of the precision: what is computed in; the weights of bf16-true are the stage's business."""
     accelerator, _ = devices_of(run)
@@ -97,12 +153,15 @@ def precision_of(run: RunConfig) -> str:
 def trainer_settings(run: RunConfig) -> dict[str, Any]:
     """The part of the Trainer's arguments that depends on devices."""
     accelerator, devices = devices_of(run)
+    name = strategy_name(run)
+    plain_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return dict(
+        plugins=[SLURMEnvironment(auto_requeue=False)] if plain_slurm else None,  # see preemption
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes(run),
-        strategy=STRATEGIES[strategy_name(run)],
-        precision=precision_of(run),
+        strategy=STRATEGIES[name](run),
+        precision="32-true" if name.startswith("zero") else precision_of(run),  # ZeRO does its own autocast
         accumulate_grad_batches=accumulation(run),
     )
 

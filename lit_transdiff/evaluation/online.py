@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.evaluation.evaluate import draw, prepare, score, with_reference
@@ -24,7 +22,6 @@ from lit_transdiff.evaluation.features import Features
 from lit_transdiff.evaluation.results import FOLDER
 from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now
-from lit_transdiff.stages.optim import averaged_weights
 
 
 class OnlineEvaluation(pl.Callback):
@@ -53,8 +50,11 @@ class OnlineEvaluation(pl.Callback):
         whole_step = (i + 1) % trainer.accumulate_grad_batches == 0
         if whole_step and (step % self.every == 0 or step == trainer.max_steps):
             assert isinstance(stage, TransDiffStage)
-            with isolate_rng(), evaluation_mode(stage.model), averaged_weights(stage.averaging_optimizer):
+            generator = self.job.generator
+            with isolate_rng():
+                generator.model = stage.averaged_model()  # a copy: under some strategies a rank holds a part of the weights only
                 scores = self.scores(trainer)
+                generator.model = stage.model
             log_now(trainer, {f"eval/{name}": value for name, value in scores.items()})
 
     @torch.no_grad()
@@ -84,15 +84,3 @@ def gathered(rows: list[Tensor], batch_size: int, num_batches: int, trainer: pl.
     full = F.pad(full, (0, 0, 0, 0, 0, math.ceil(num_batches / world) - len(full)))
     everything = trainer.strategy.all_gather(full) if world > 1 else full[None]
     return rearrange(everything, "w k b d -> (k w b) d")
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in evaluation mode; afterwards each is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

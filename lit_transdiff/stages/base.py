@@ -7,21 +7,21 @@ are ordered (reference, draw, image).
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
 from einops import rearrange, repeat
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_transdiff.config import RunConfig, unknown
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.flow.loss import DENSITIES, draw_times, flow_matching_loss
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.randomness import GlobalBatchNormal, PerImageNormal, mix
-from lit_transdiff.stages.optim import AveragedAdamW, build_optimizer, check_optimizer, lr_factor
+from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor
 
 # Normal numbers of a shape, one row for each image of the batch: [B, *shape].
 Normal = Callable[..., Tensor]
@@ -29,11 +29,36 @@ Normal = Callable[..., Tensor]
 ToLatents = Callable[[Tensor, Tensor], Tensor]
 
 
+PREFIX = "model."  # of the model's names in the stage
+
+
+class Averages(Protocol):
+    """What a stage asks of its strategy (see ``distributed.sharding``)."""
+
+    def shard(self, model: nn.Module) -> None: ...
+    def swap_averages(self) -> None: ...
+    def averaged_state(self) -> dict[str, Tensor]: ...
+    def average_distance(self) -> Tensor: ...
+    def gradient_norm(self) -> Tensor | None: ...
+    def gradient_norm_of_step(self) -> Tensor | None: ...
+
+
+def sharding(trainer: pl.Trainer) -> Averages:
+    """The trainer's strategy, which is one of ours."""
+    return cast(Averages, trainer.strategy)
+
+
 def log_now(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
     """Give ``metrics`` to all loggers at the number of optimizer steps done (Lightning's own logging repeats old values)."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+
+def recompute_blocks(model: TransDiff) -> None:
+    """Keep only the input of each block; the backward pass computes the block again, with the same dropout."""
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 class TransDiffStage(pl.LightningModule):
@@ -45,6 +70,8 @@ class TransDiffStage(pl.LightningModule):
         self.run = run
         self.to_latents = to_latents
         self.model = TransDiff(run.model)
+        if run.training.activation_checkpointing:
+            recompute_blocks(self.model)
         if run.training.precision == "bf16-true":
             self.model.to(torch.bfloat16)
         self.prepare()
@@ -106,26 +133,22 @@ class TransDiffStage(pl.LightningModule):
     def swap_average(self) -> None:
         """Exchange the weights and their averages; nothing happens before an optimizer exists."""
         if self.trainer.optimizers:
-            self.averaging_optimizer.swap_average()
+            sharding(self.trainer).swap_averages()
 
-    @property
-    def averaging_optimizer(self) -> AveragedAdamW:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, AveragedAdamW)
-        return optimizer
+    def averaged_model(self) -> TransDiff:
+        """A plain whole copy of the model with the averaged weights, in evaluation mode. All ranks call it together."""
+        state = sharding(self.trainer).averaged_state()
+        with self.device:
+            model = TransDiff(self.run.model).eval().requires_grad_(False)
+        model.load_state_dict({name.removeprefix(PREFIX): value for name, value in state.items()})
+        return model
+
+    def configure_model(self) -> None:
+        """Let the strategy cut the model."""
+        sharding(self.trainer).shard(self.model)
 
     def configure_optimizers(self) -> Any:
         config, steps = self.run.optimizer, self.run.training.max_steps
         optimizer = build_optimizer(self.model, config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def averaged_state(self) -> dict[str, Tensor]:
-        """The model's state dict with every trained parameter replaced by its average, float32 on the CPU."""
-        optimizer = self.averaging_optimizer
-        averages = {name: optimizer.average(p) for name, p in self.model.named_parameters()}
-        return {k: averages.get(k, v).detach().float().cpu().clone() for k, v in self.model.state_dict().items()}
-
-    def export(self, folder: Path) -> None:
-        """Write the averaged weights to ``folder``."""
-        save_file({key: value.contiguous() for key, value in self.averaged_state().items()}, folder / "model.safetensors")

@@ -18,14 +18,16 @@ from tqdm import tqdm
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.hardware import GB, peak_flops, peak_memory
 from lit_transdiff.loading import to_dict
+from lit_transdiff.models.autoencoder import Autoencoder
+from lit_transdiff.models.flops import tokens_of, training_flops
 from lit_transdiff.models.tokens import token_similarity
 from lit_transdiff.pictures import grid, to_bytes
 from lit_transdiff.pictures import picture as as_picture
 from lit_transdiff.runfolder import environment
 from lit_transdiff.sampling import Generator
-from lit_transdiff.stages.base import TransDiffStage, log_now
-from lit_transdiff.stages.optim import AveragedAdamW, averaged_weights
+from lit_transdiff.stages.base import TransDiffStage, log_now, sharding
 
 TIME_BINS = 10
 
@@ -41,16 +43,23 @@ class StopOnNonFinite(pl.Callback):
     for nothing. All ranks stop when one has met one.
     """
 
-    def __init__(self, every: int, checkpoint_every: int) -> None:
+    def __init__(self, every: int, checkpoint_every: int, folder: Path) -> None:
         self.every = every
         self.checkpoint_every = checkpoint_every
+        self.folder = folder
         self.recent: deque[tuple[int, Tensor, Tensor]] = deque()
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
         step = trainer.global_step
         self.recent.append((step, outputs["loss"].detach(), batch.samples))
-        if step % self.every and step % self.checkpoint_every and step < trainer.max_steps:
+        if not (step % self.every and step % self.checkpoint_every and step < trainer.max_steps):
+            self.look(trainer)
+
+    def look(self, trainer: pl.Trainer) -> None:
+        """Stop if one of the recent losses is not finite. All ranks call this together."""
+        if not self.recent:
             return
+        step = self.recent[-1][0]
         finite = torch.stack([loss for _, loss, _ in self.recent]).isfinite().tolist()
         message = next((self.describe(trainer, *self.recent[i]) for i, ok in enumerate(finite) if not ok), None)
         self.recent.clear()
@@ -60,10 +69,9 @@ class StopOnNonFinite(pl.Callback):
     def describe(self, trainer: pl.Trainer, step: int, loss: Tensor, samples: Tensor) -> str:
         keys = trainer.datamodule.keys(samples)  # type: ignore[attr-defined]
         shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
-        kept = getattr(trainer.checkpoint_callback, "best_model_path", "") or "none yet"
         return (
             f"the loss is {loss.item()} at step {step} on rank {trainer.global_rank}. Samples of that batch: {shown}. "
-            f"Training has stopped; the last good checkpoint is {kept}."
+            f"Training has stopped; the last checkpoint in {self.folder} is from before."
         )
 
 
@@ -73,9 +81,10 @@ class LogTraining(pl.Callback):
     Sums stay on the device; everything is fetched and reduced once every ``every`` steps.
     """
 
-    def __init__(self, every: int, images_per_step: int) -> None:
-        self.every = every
-        self.images_per_step = images_per_step
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.every = run.training.log_every
+        self.images_per_step = run.images_per_step
         self.last: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
@@ -84,7 +93,8 @@ class LogTraining(pl.Callback):
 
     def reset(self, stage: pl.LightningModule) -> None:
         self.sums = torch.zeros(2, TIME_BINS, device=stage.device)
-        self.loss, self.passes, self.waited, self.norm = torch.zeros((), device=stage.device), 0, 0.0, None
+        self.loss, self.passes, self.waited = torch.zeros((), device=stage.device), 0, 0.0
+        self.norm: Tensor | None = None
         self.window_start = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch, i: int) -> None:
@@ -92,8 +102,7 @@ class LogTraining(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if (trainer.global_step + 1) % self.every == 0:
-            grads = [p.grad for p in stage.parameters() if p.grad is not None]
-            self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+            self.norm = sharding(trainer).gradient_norm()
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
         self.passes += 1
@@ -122,27 +131,41 @@ class LogTraining(pl.Callback):
             "train/images_seen": float(trainer.global_step * self.images_per_step),
             "throughput/images_per_second": images / elapsed,
             "throughput/data_wait_fraction": self.waited / elapsed,
+            "throughput/peak_memory_gb": peak_memory(trainer.lightning_module.device) / GB,  # of the first rank
         }
-        if self.norm is not None:
-            result["train/gradient_norm"] = self.norm.item()
-        if isinstance(optimizer := trainer.optimizers[0], AveragedAdamW):
-            squares = trainer.strategy.reduce(optimizer.average_distance(), reduce_op="mean")
-            result["train/ema_distance"] = (squares[0] / squares[1]).sqrt().item()
+        if isinstance(trainer.lightning_module, TransDiffStage):
+            result |= self.rates(trainer, images / elapsed)
+            apart, size = trainer.strategy.reduce(sharding(trainer).average_distance(), reduce_op="mean").tolist()
+            result["train/ema_distance"] = (apart / size) ** 0.5 if size else 0.0  # no average before the first step
+        norm = self.norm if self.norm is not None else sharding(trainer).gradient_norm_of_step()
+        if norm is not None:
+            result["train/gradient_norm"] = norm.item()
         for b, (total, rows) in enumerate(zip(bins[:TIME_BINS], bins[TIME_BINS:], strict=True)):
             if rows > 0:
                 result[f"train/loss_t{b / TIME_BINS:.1f}"] = total / rows
         return result
 
+    def rates(self, trainer: pl.Trainer, images_per_second: float) -> dict[str, float]:
+        """Tokens a second through the blocks, and the share of the devices' best that the model's operations are."""
+        model, draws = self.run.model, self.run.flow.num_noise_draws
+        rows = images_per_second / model.num_references
+        flops = rows * training_flops(model, draws, frozen_encoder=self.run.stage == "diffusion_head")
+        best = trainer.world_size * peak_flops(trainer.lightning_module.device)
+        return {"throughput/tokens_per_second": rows * tokens_of(model, draws), "throughput/mfu": flops / best}
+
 
 class SaveOrigin(pl.Callback):
-    """Every checkpoint says what made it: the resolved configuration, the commit and the package versions."""
+    """Every checkpoint says what made it: the resolved configuration, the commit, the package versions, what an export says."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, info: dict[str, Any]) -> None:
         self.run = run
+        self.info = info
+        self.environment = environment()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = to_dict(self.run)
-        checkpoint["environment"] = environment()
+        checkpoint["environment"] = self.environment
+        checkpoint["info"] = self.info
 
 
 class Progress(pl.Callback):
@@ -188,31 +211,37 @@ class SampleGrids(pl.Callback):
     """
 
     def __init__(
-        self, generator: Generator, folder: Path, every: int, tracker: SampleLog | None = None, per_class: int = 6
+        self,
+        autoencoder: Autoencoder,
+        class_names: Sequence[str],
+        folder: Path,
+        every: int,
+        tracker: SampleLog | None = None,
+        per_class: int = 6,
     ) -> None:
-        self.generator = generator
+        self.autoencoder = autoencoder
         self.folder = folder
         self.every = every
         self.tracker = tracker
-        self.class_names = generator.class_names[:10]
+        self.class_names = list(class_names[:10])
         self.per_class = per_class
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
         step = trainer.global_step
         whole_step = (i + 1) % trainer.accumulate_grad_batches == 0
-        if whole_step and trainer.is_global_zero and (step == trainer.max_steps or (self.every and step % self.every == 0)):
+        if whole_step and (step == trainer.max_steps or (self.every and step % self.every == 0)):
             self.draw(trainer, stage, step)
 
     def draw(self, trainer: pl.Trainer, stage: pl.LightningModule, step: int) -> None:
         assert isinstance(stage, TransDiffStage)
         classes = range(len(self.class_names))
         labels = torch.tensor([c for c in classes for _ in range(self.per_class)])
-        training = stage.model.training
-        stage.model.eval()
-        with averaged_weights(stage.averaging_optimizer):
-            images = self.generator.images(labels, list(range(len(labels))))[:, -1]
-            similarity = token_similarity(self.generator.features(list(classes))).mean().item()
-        stage.model.train(training)
+        model = stage.averaged_model()  # all ranks give their part
+        if not trainer.is_global_zero:
+            return
+        generator = Generator(model, self.autoencoder, stage.run, self.class_names).to(stage.device)
+        images = generator.images(labels, list(range(len(labels))))[:, -1]
+        similarity = token_similarity(generator.features(list(classes))).mean().item()
         log_now(trainer, {"val/feature_diversity": similarity})
         self.folder.mkdir(parents=True, exist_ok=True)
         scale = max(1, 96 // images.shape[-1])

@@ -7,73 +7,57 @@ same to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_transdiff.config import OptimizerConfig, unknown
 
+EMA = "ema"  # the optimizer state of the average that stands for the trained model
+
 
 class AveragedAdamW(torch.optim.AdamW):
-    """AdamW that keeps ``ema <- decay ema + (1 - decay) parameter`` after every step, starting from the first parameters."""
+    """AdamW that keeps ``average <- decay average + (1 - decay) parameter`` after every step, starting from the first parameters.
 
-    def __init__(self, params: Iterable[Any], *, ema_decay: float, **settings: Any) -> None:
+    ``decays``: name of the state -> decay. A strategy that shards the optimizer's tensors shards these with them.
+    ``skip_step`` makes ``step`` change nothing, whatever the gradients.
+    """
+
+    def __init__(self, params: Iterable[Any], *, decays: Mapping[str, float], **settings: Any) -> None:
         super().__init__(params, **settings)
-        self.ema_decay = ema_decay
+        self.decays = dict(decays)
+        self.skip_step = False
 
     def _trained(self) -> Iterator[nn.Parameter]:
         return (p for group in self.param_groups for p in group["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        # The closure runs forward and backward; the average starts from the weights before the first update.
+        # The closure runs forward and backward; the averages start from the weights before the first update.
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        first = {p: p.detach().float().clone() for p in self._trained() if p.grad is not None and "ema" not in self.state[p]}
+        if self.skip_step:
+            return loss
+        averaged = [p for p in self._trained() if p.grad is not None]
+        first = {p: p.detach().float().clone() for p in averaged if EMA not in self.state[p]}
         super().step()
         for p, value in first.items():
-            self.state[p]["ema"] = value
-        averaged = [p for p in self._trained() if p.grad is not None]
+            for name in self.decays:
+                self.state[p][name] = value.clone()
         if averaged:
-            averages = [self.state[p]["ema"] for p in averaged]
-            torch._foreach_lerp_(averages, [p.detach().float() for p in averaged], 1 - self.ema_decay)
+            weights = [p.detach().float() for p in averaged]
+            for name, decay in self.decays.items():
+                torch._foreach_lerp_([self.state[p][name] for p in averaged], weights, 1 - decay)
         return loss
 
-    def average(self, p: Tensor) -> Tensor:
-        """The average of a parameter; the parameter itself before the first step."""
-        return self.state[p].get("ema", p.detach()) if p in self.state else p.detach()
 
-    @torch.no_grad()
-    def average_distance(self) -> Tensor:
-        """[2]: the squared distance between weights and averages, and the squared norm of the weights."""
-        pairs = [(p.detach().float(), self.average(p)) for p in self._trained()]
-        apart = torch._foreach_norm(torch._foreach_sub([p for p, _ in pairs], [average for _, average in pairs]))
-        size = torch._foreach_norm([p for p, _ in pairs])
-        return torch.stack([torch.stack(apart).square().sum(), torch.stack(size).square().sum()])
-
-    @torch.no_grad()
-    def swap_average(self) -> None:
-        """Exchange the weights and their averages in place; a second call exchanges them back."""
-        for p in self._trained():
-            if p in self.state and "ema" in self.state[p]:
-                weights = p.detach().clone()
-                p.copy_(self.state[p]["ema"])
-                self.state[p]["ema"].copy_(weights)
-
-
-@contextmanager
-def averaged_weights(optimizer: AveragedAdamW) -> Iterator[None]:
-    """Inside, the parameters hold their averages."""
-    optimizer.swap_average()
-    try:
-        yield
-    finally:
-        optimizer.swap_average()
+def average_decays(config: OptimizerConfig) -> dict[str, float]:
+    """Name of each average of the weights -> its decay; the first one is validated, sampled and exported."""
+    return {EMA: config.ema_decay, **{f"{EMA}_{decay:g}": decay for decay in config.more_ema_decays}}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -92,7 +76,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AveragedAdamW:
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
-        ema_decay=config.ema_decay,
+        decays=average_decays(config),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from lit_transdiff.tracking.artifacts import data_artifact, make, model_artifact
 from lit_transdiff.tracking.wandb_run import WandbRun, run_id
 
 WATCHED = "val/loss"
-Export = Callable[[pl.Trainer, Path], None]  # writes the averaged weights to a folder; every rank calls it
+# Writes the averaged weights to a folder, with what more the export is to say; every rank calls it.
+Export = Callable[[pl.Trainer, Path, Mapping[str, Any]], None]
 
 
 class BestModel(pl.Callback):
@@ -28,22 +31,22 @@ class BestModel(pl.Callback):
     def __init__(self, folder: Path, export: Export) -> None:
         self.folder = folder
         self.export = export
-        self.best = float("inf")
-        self.best_step = -1
 
     def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         value = trainer.callback_metrics.get(WATCHED)
-        if trainer.sanity_checking or value is None or not float(value) < self.best:
+        if value is None or not math.isfinite(value) or trainer.global_step >= trainer.max_steps:
             return
-        self.best, self.best_step = float(value), trainer.global_step
-        if trainer.global_step < trainer.max_steps:
-            self.export(trainer, self.folder)
+        best = best_loss(self.folder)  # the same on all ranks, which share the folder and end together below
+        trainer.strategy.barrier()
+        if best is None or float(value) < best:
+            self.export(trainer, self.folder, {WATCHED: float(value)})
+        trainer.strategy.barrier()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+def best_loss(folder: Path) -> float | None:
+    """The validation loss of the best model kept so far, also by an earlier start of the run."""
+    file = folder / "export.json"
+    return json.loads(file.read_text())[WATCHED] if file.is_file() else None
 
 
 class Track(pl.Callback):
@@ -67,10 +70,13 @@ class Track(pl.Callback):
 
 
 @rank_zero_only
-def log_models(log: WandbRun, run: RunConfig, best: BestModel | None) -> None:
-    """The models that a finished run leaves, as versions of one artifact: ``best``, then ``latest``; one if they are the same."""
-    upload, id_ = run.tracking.upload_models, run_id(run.folder)
-    earlier = best is not None and best.best_step < run.training.max_steps and (best.folder / "export.json").is_file()
-    if earlier and best is not None:
-        make(log, model_artifact(run.name, id_, best.folder, upload=upload), ["best"])
-    make(log, model_artifact(run.name, id_, run.folder / "export", upload=upload), [] if earlier else ["best"])
+def log_models(tracker: WandbRun, run: RunConfig, last_loss: float | None) -> None:
+    """The models that a finished run leaves, as versions of one artifact: ``best``, then ``latest``; one if they are the same.
+
+    ``last_loss``: the validation loss of the last step.
+    """
+    upload, id_, best = run.tracking.upload_models, run_id(run.folder), best_loss(run.folder / "best")
+    earlier = best is not None and last_loss is not None and best < last_loss
+    if earlier:
+        make(tracker, model_artifact(run.name, id_, run.folder / "best", upload=upload), ["best"])
+    make(tracker, model_artifact(run.name, id_, run.folder / "export", upload=upload), [] if earlier else ["best"])

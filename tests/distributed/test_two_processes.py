@@ -1,63 +1,25 @@
-"""Two processes over gloo, started by torchrun as a user would, against one process."""
+"""Whole commands in two processes over gloo, started by torchrun as a user would; training itself is in ``test_strategies``."""
 
 import csv
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from lit_transdiff.loading import save_yaml
-from tests.small import ROOT, small_run
+from tests.distributed import launch
+from tests.small import ROOT
 
 NO_DROPOUT = {"attention_dropout": 0.0, "projection_dropout": 0.0}
-RUNS = {
-    "ar_pretrain": {"model": NO_DROPOUT},
-    "mrar_finetune": {"model": {**NO_DROPOUT, "num_references": 4}, "training": {"micro_batch_size": 2}},
-}
 
 
 def command_line(processes: int, *command: str) -> list[str]:
     """``lit-transdiff`` in one or several processes, with torchrun."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    torchrun += ["--master_addr", "127.0.0.1", "--master_port", port]
-    return [sys.executable, *(torchrun if processes > 1 else []), "-m", "lit_transdiff", *command]
+    return launch.command_line(processes, "-m", "lit_transdiff", *command)
 
 
 def start(processes: int, *command: str) -> None:
     """Run ``lit-transdiff`` in one or several processes; fails with its output."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command_line(processes, *command), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def losses(folder: Path) -> list[float]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return [float(row["value"]) for row in csv.DictReader(file) if row["metric"] in ("train/loss", "val/loss")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", RUNS)
-def test_two_processes_train_as_one(tmp_path: Path, stage: str):
-    for processes in (1, 2):
-        run = small_run(tmp_path, name=f"on-{processes}", stage=stage, **RUNS[stage])
-        save_yaml(run, tmp_path / "run.yaml")
-        start(processes, "train", str(tmp_path / "run.yaml"))
-    one, two = tmp_path / "on-1", tmp_path / "on-2"
-    assert losses(one) == pytest.approx(losses(two), rel=1e-4)
-    weights = [load_file(folder / "export" / "model.safetensors") for folder in (one, two)]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][name], atol=2e-5, rtol=1e-3)
+    launch.start(processes, "-m", "lit_transdiff", *command)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lit_transdiff.config import OptimizerConfig
-from lit_transdiff.stages.optim import SCHEDULES, AveragedAdamW, averaged_weights, build_optimizer, lr_factor, parameter_groups
+from lit_transdiff.stages.optim import SCHEDULES, AveragedAdamW, build_optimizer, lr_factor, parameter_groups
 from tests.models.test_transdiff import build
 
 
@@ -27,39 +27,46 @@ def layers() -> tuple[nn.Linear, nn.Linear]:
 
 def test_the_weights_move_as_with_torch_and_the_average_follows_the_recursion():
     ours, theirs = layers()
-    optimizer = AveragedAdamW(ours.parameters(), ema_decay=0.8, lr=0.1, weight_decay=0.02)
+    optimizer = AveragedAdamW(ours.parameters(), decays={"ema": 0.8}, lr=0.1, weight_decay=0.02)
     history = train(optimizer, ours, 5)
     expected = train(torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.02), theirs, 5)
     assert all(torch.equal(a, b) for a, b in zip(history, expected, strict=True))
     average = history[0]
     for weights in history[1:]:
         average = 0.8 * average + 0.2 * weights
-    torch.testing.assert_close(optimizer.average(ours.weight), average)
+    torch.testing.assert_close(optimizer.state[ours.weight]["ema"], average)
 
 
-def test_averages_are_swapped_in_and_out():
+def test_several_averages_have_their_own_decay():
     layer, _ = layers()
-    optimizer = AveragedAdamW(layer.parameters(), ema_decay=0.5, lr=0.1)
-    weights = train(optimizer, layer, 3)[-1]
-    average = optimizer.average(layer.weight).clone()
-    with averaged_weights(optimizer):
-        assert torch.equal(layer.weight, average)
-    assert torch.equal(layer.weight, weights) and torch.equal(optimizer.average(layer.weight), average)
+    optimizer = AveragedAdamW(layer.parameters(), decays={"ema": 0.5, "ema_0.9": 0.9}, lr=0.1)
+    history = train(optimizer, layer, 4)
+    for name, decay in optimizer.decays.items():
+        average = history[0]
+        for weights in history[1:]:
+            average = decay * average + (1 - decay) * weights
+        torch.testing.assert_close(optimizer.state[layer.weight][name], average)
+
+
+def test_a_skipped_step_changes_nothing():
+    layer, _ = layers()
+    optimizer = AveragedAdamW(layer.parameters(), decays={"ema": 0.5}, lr=0.1, weight_decay=0.1)
+    train(optimizer, layer, 2)
+    before = {name: value.clone() for name, value in optimizer.state[layer.weight].items()}
+    optimizer.skip_step = True
+    history = train(optimizer, layer, 2)
+    assert all(torch.equal(history[0], weights) for weights in history)
+    assert all(torch.equal(before[name], value) for name, value in optimizer.state[layer.weight].items())
 
 
 def test_averages_are_saved_with_the_optimizer_and_stay_float32():
     layer, other = layers()
-    optimizer = AveragedAdamW(layer.parameters(), ema_decay=0.5, lr=0.1)
+    optimizer = AveragedAdamW(layer.parameters(), decays={"ema": 0.5}, lr=0.1)
     train(optimizer, layer, 3)
-    loaded = AveragedAdamW(other.parameters(), ema_decay=0.5, lr=0.1)
+    loaded = AveragedAdamW(other.parameters(), decays={"ema": 0.5}, lr=0.1)
     loaded.load_state_dict(optimizer.state_dict())
-    assert torch.equal(loaded.average(other.weight), optimizer.average(layer.weight))
-    assert loaded.average(other.weight).dtype == torch.float32
-
-
-def test_the_average_is_the_parameter_before_the_first_step():
-    layer, _ = layers()
-    assert torch.equal(AveragedAdamW(layer.parameters(), ema_decay=0.5).average(layer.weight), layer.weight)
+    assert torch.equal(loaded.state[other.weight]["ema"], optimizer.state[layer.weight]["ema"])
+    assert loaded.state[other.weight]["ema"].dtype == torch.float32
 
 
 def test_groups_of_the_paper():

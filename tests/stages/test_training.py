@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lit_transdiff.checkpoint import open_checkpoint
 from lit_transdiff.export import read_export
 from lit_transdiff.sampling import load_generator
 from lit_transdiff.stages import PREPARATORY
@@ -43,7 +44,13 @@ def one_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_folder_holds_everything(one_step: Path):
-    expected = ("config.yaml", "environment.json", "metrics.csv", "checkpoints/step-00000006.ckpt", "samples/step-00000006.png")
+    expected = (
+        "config.yaml",
+        "environment.json",
+        "metrics.csv",
+        "checkpoints/step-00000006/COMPLETE.json",
+        "samples/step-00000006.png",
+    )
     assert all((one_step / name).is_file() for name in expected)
     export = read_export(one_step)
     assert export.info["step"] == 6 and export.info["images_seen"] == 48
@@ -116,11 +123,11 @@ def test_mrar_starts_from_a_one_step_run_with_a_report(tmp_path: Path, one_step:
 def test_the_last_step_is_kept_whatever_the_rhythm(tmp_path: Path):
     run = small_run(tmp_path, training={"checkpoint_every": 4})
     train(run, say=lambda text: None)
-    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-00000006.ckpt"]
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-00000006"]
 
 
 def test_every_checkpoint_says_what_made_it(one_step: Path):
-    checkpoint = torch.load(one_step / "checkpoints" / "step-00000006.ckpt", weights_only=True)
+    checkpoint = open_checkpoint(one_step / "checkpoints" / "step-00000006").training()
     assert checkpoint["run"]["optimizer"]["lr"] == 1e-3
     assert checkpoint["environment"]["packages"]["torch"] and "git_commit" in checkpoint["environment"]
 
@@ -128,9 +135,8 @@ def test_every_checkpoint_says_what_made_it(one_step: Path):
 def test_bf16_mixed_keeps_float32_weights_and_averages(tmp_path: Path):
     run = small_run(tmp_path, training={"precision": "bf16-mixed"})
     train(run, say=lambda text: None)
-    checkpoint = torch.load(run.folder / "checkpoints" / "step-00000006.ckpt", weights_only=True)
-    averages = [state["ema"] for state in checkpoint["optimizer_states"][0]["state"].values()]
-    assert {value.dtype for value in [*checkpoint["state_dict"].values(), *averages]} == {torch.float32}
+    file = run.folder / "checkpoints" / "step-00000006" / "rank-00000.safetensors"
+    assert {value.dtype for value in load_file(file).values()} == {torch.float32}
 
 
 def test_shards_behind_a_pipe_train_too(tmp_path: Path):
@@ -167,9 +173,9 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(tmp
         NonFiniteLoss, match=r"the loss is nan at step 5 on rank 0\. Samples of that batch: fashion-train-\d+\.tar/"
     ) as error:
         train(run, say=lambda text: None)
-    assert "step-00000004.ckpt" in str(error.value)
-    kept = torch.load(run.folder / "checkpoints" / "step-00000004.ckpt", weights_only=True)
-    assert all(value.isfinite().all() for value in kept["state_dict"].values())
+    assert str(run.folder / "checkpoints") in str(error.value)
+    kept = open_checkpoint(run.folder / "checkpoints" / "step-00000004").weights(None)
+    assert all(value.isfinite().all() for value in kept.values())
     assert not (run.folder / "export").exists()
 
 

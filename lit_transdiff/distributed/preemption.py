@@ -1,0 +1,73 @@
+"""Being asked to stop: SIGTERM or SIGUSR1 -> save at the end of the step, and exit so that a scheduler starts the job again."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lit_transdiff.distributed.saving import Checkpoints
+from lit_transdiff.endings import Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether this process was asked to stop. The handler does nothing else: saving inside one deadlocks several ranks."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def listen(self) -> None:
+        """Take the signals (again: Lightning takes them too). Only the main thread of a process can."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self.handle)
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Listens inside, and gives the signals back."""
+    request = StopRequest()
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
+    request.listen()
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class StopOnRequest(pl.Callback):
+    """Between two steps, when any rank was asked to stop: all ranks save together and raise ``Preempted``."""
+
+    def __init__(self, request: StopRequest, checkpoints: Checkpoints) -> None:
+        self.request = request
+        self.checkpoints = checkpoints
+
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.request.listen()
+        if trainer.received_sigterm:
+            self.request.received = "SIGTERM"
+
+    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
+        if i % trainer.accumulate_grad_batches:
+            return
+        if trainer.strategy.reduce_boolean_decision(self.request.received is None):
+            return
+        step = trainer.global_step
+        if step > 0 and step != self.checkpoints.saved_step:
+            self.checkpoints.save(trainer)
+        self.checkpoints.settle(trainer)
+        where = self.request.received or "another rank was asked"
+        kept = f"the checkpoint of step {step} is complete" if step > 0 else "no step was taken yet"
+        raise Preempted(f"asked to stop ({where}): {kept}; the same command goes on from there.")

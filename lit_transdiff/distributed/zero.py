@@ -1,0 +1,186 @@
+"""DeepSpeed's ZeRO 1, 2 and 3 through Lightning, on GPUs and, for tests, on CPUs over gloo.
+
+Weights stay float32 and bfloat16 is autocast, as under the other strategies, so the numbers are the same.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies.ddp import DDPStrategy
+
+from lit_transdiff.config import DistributedConfig
+from lit_transdiff.distributed.sharding import Holder, Piece, Sharding
+
+CPU_BUCKET = 1_000_000  # elements; DeepSpeed's default allocates gigabytes at once
+
+
+class ZeRO(Sharding, DeepSpeedStrategy):
+    """ZeRO ``stage`` 1 (optimizer and averages sharded), 2 (and gradients), 3 (and parameters)."""
+
+    def __init__(
+        self, stage: int, config: DistributedConfig, *, micro_batch: int, on_cpu: bool, bf16: bool, timeout: timedelta
+    ) -> None:
+        buckets: dict[str, Any] = {} if not on_cpu else dict(reduce_bucket_size=CPU_BUCKET, allgather_bucket_size=CPU_BUCKET)
+        offload = config.offload != "none"
+        super().__init__(
+            stage=stage,
+            overlap_comm=not on_cpu,
+            offload_optimizer=offload,
+            offload_optimizer_device=config.offload if offload else "cpu",
+            offload_parameters=config.offload_parameters,
+            offload_params_device=config.offload if offload else "cpu",
+            nvme_path=config.nvme_path or "",
+            logging_batch_size_per_gpu=micro_batch,
+            timeout=timeout,
+            **buckets,
+        )
+        assert isinstance(self.config, dict)
+        self.zero_stage = stage
+        self.config["zero_force_ds_cpu_optimizer"] = False  # ours keeps the averages
+        if on_cpu:
+            # Every parameter is cut, however small, so that tests on small models test it.
+            self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        if bf16:
+            # Gradients are summed in float32, as DDP does: no module sends them in bfloat16.
+            self.config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+    # --- tensors --------------------------------------------------------------------------------------------------------------
+
+    def holders(self) -> Iterator[Holder]:
+        names = {p: name for name, p in self.stage.named_parameters()}
+        for i, (p, name) in enumerate(names.items()):
+            if not p.requires_grad:
+                yield self.frozen_holder(i, p, name)
+        yield from self.whole_partitions(names) if self.zero_stage == 3 else self.flat_partitions(names)
+
+    def frozen_holder(self, i: int, p: torch.nn.Parameter, name: str) -> Holder:
+        """A parameter that is not trained: whole below stage 3, a slice in it."""
+        if self.zero_stage < 3:
+            return Holder(p, (Piece(name, 0, 0, p.numel()),), owned=i % self.world_size == self.global_rank)
+        return Holder(p.ds_tensor, (self.slice_of(p, name, 0),))  # type: ignore[attr-defined]
+
+    def flat_partitions(self, names: dict[torch.nn.Parameter, str]) -> Iterator[Holder]:
+        """Stages 1 and 2: one flat partition of each parameter group."""
+        zero = self.optimizers[0]
+        for tensor, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):  # type: ignore[attr-defined]
+            pieces = []
+            for p in group:
+                if p._hp_mapping is not None:  # this rank holds a part of it
+                    here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+                    pieces.append(Piece(names[p], here.start, there.start, here.numel))
+            yield Holder(tensor, tuple(pieces))
+
+    def whole_partitions(self, names: dict[torch.nn.Parameter, str]) -> Iterator[Holder]:
+        """Stage 3: each parameter is cut into equal slices; those of a sub-group lie behind each other. NVMe is read in turn."""
+        zero: Any = self.optimizers[0]
+        for i, group in enumerate(zero.fp16_groups):
+            on_disk = zero._swappable_optimizer_subgroup(i)
+            if on_disk:
+                zero._optimizer_states_and_gradient_swap_in(i)
+            offsets = [zero.grad_position[zero.get_param_id(p)][1] for p in group]
+            pieces = tuple(self.slice_of(p, names[p], offset) for p, offset in zip(group, offsets, strict=True))
+            yield Holder(zero.fp32_partitioned_groups_flat[i], pieces)
+            if on_disk:
+                zero._optimizer_states_and_gradient_swap_out(i)
+
+    def slice_of(self, p: Any, name: str, offset: int) -> Piece:
+        """This rank's slice; the last ones may be padded or empty."""
+        start = min(self.global_rank * p.ds_tensor.numel(), p.ds_numel)
+        return Piece(name, start, offset, min(p.ds_tensor.numel(), p.ds_numel - start))
+
+    def refresh(self) -> None:
+        """The model computes with copies of the float32 partitions; bring them up to date on all ranks."""
+        zero: Any = self.optimizers[0]
+        if self.zero_stage < 3:
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()  # copies that are gathered now would be used again
+        for i in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(i)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def gradient_norm(self) -> torch.Tensor | None:
+        """DeepSpeed knows it after the step."""
+        return None
+
+    def gradient_norm_of_step(self) -> torch.Tensor | None:
+        """Norm of the last step's gradients before clipping."""
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm, dtype=torch.float32)
+
+    # --- gradient accumulation: Lightning's boundary, scaled once (both libraries divide by the number of passes) -------------
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """The boundary set in ``backward`` does it."""
+        yield
+
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        last = not self.stage.trainer.fit_loop._should_accumulate()
+        self.deepspeed_engine.set_gradient_accumulation_boundary(last)
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    # --- CPUs -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def on_cpu(self) -> bool:
+        return isinstance(self.accelerator, CPUAccelerator)
+
+    def setup_environment(self) -> None:
+        """Lightning refuses CPUs here; DeepSpeed does not."""
+        if not self.on_cpu:
+            return super().setup_environment()
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        """Without the check of GPU numbers."""
+        if not self.on_cpu:
+            return super().setup_distributed()
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _init_deepspeed_distributed(self) -> None:
+        if self.on_cpu:
+            # An operation for inference that is compiled for a minute; the name is shadowed inside the package.
+            communication: Any = importlib.import_module("deepspeed.comm.torch")
+            communication.build_shm_op = lambda: None
+        super()._init_deepspeed_distributed()
+        if self.on_cpu:
+            atexit.register(_destroy_dist_connection)
+
+    def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
+        with self.numbered_root():
+            return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+
+    @contextmanager
+    def numbered_root(self) -> Iterator[None]:
+        """The engine compares the number of the root device, which a CPU has not."""
+        self._numbered = self.on_cpu
+        try:
+            yield
+        finally:
+            self._numbered = False
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device."""
+        return torch.device("cpu", self.local_rank) if getattr(self, "_numbered", False) else super().root_device

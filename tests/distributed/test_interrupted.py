@@ -1,0 +1,234 @@
+"""What a cluster does to a job: signals, lost ranks, two nodes, a scheduler that starts it again."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lit_transdiff.checkpoint import complete_checkpoints
+from lit_transdiff.config import RunConfig
+from lit_transdiff.endings import EXIT_REQUEUE, EXIT_STALLED
+from lit_transdiff.loading import save_yaml
+from tests.distributed.launch import ENVIRONMENT, command_line, free_port, values
+from tests.small import ROOT, small_run
+
+LONG = {"max_steps": 400, "checkpoint_every": 50, "log_every": 10}
+TRAIN = ("-m", "lit_transdiff", "train")
+
+
+def run_in(folder: Path, name: str, **training: int) -> tuple[RunConfig, str]:
+    run = small_run(folder, name=name, training={**LONG, **training})
+    file = folder / f"{name}.yaml"
+    save_yaml(run, file)
+    return run, str(file)
+
+
+def background(line: list[str], log: Path, **environment: str) -> subprocess.Popen:
+    with open(log, "w") as file:
+        return subprocess.Popen(line, cwd=ROOT, env={**ENVIRONMENT, **environment}, stdout=file, stderr=file)
+
+
+def until(condition: object, process: subprocess.Popen, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None and time.monotonic() < end, "did not get there"
+        time.sleep(0.05)
+
+
+def steps_logged(run: RunConfig, number: int = 2) -> object:
+    """Whether training has logged so often, so that it is under way."""
+
+    def condition() -> bool:
+        file = run.folder / "metrics.csv"
+        return file.exists() and file.read_text().count("train/loss,") >= number
+
+    return condition
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The ranks that a torchrun has started."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+    return sorted(int(pid) for pid, parent in (line.split() for line in listing.splitlines()[1:]) if int(parent) == process.pid)
+
+
+def same_weights(a: RunConfig, b: RunConfig) -> bool:
+    one, other = (load_file(run.folder / "export" / "model.safetensors") for run in (a, b))
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_asks_for_a_requeue(tmp_path: Path, number: signal.Signals):
+    """As SLURM's ``--signal`` does: the process gets the signal, saves off its rhythm, and exits with 75."""
+    run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
+    process = background([sys.executable, *TRAIN, file], tmp_path / "log")
+    until(steps_logged(run), process)
+    process.send_signal(number)
+    asked = time.monotonic()
+    assert process.wait(60) == EXIT_REQUEUE
+    assert time.monotonic() - asked < 20
+    (checkpoint,) = complete_checkpoints(run.folder / "checkpoints")
+    text = (tmp_path / "log").read_text()
+    assert f"asked to stop ({number.name}): the checkpoint of step {checkpoint.step} is complete" in text
+    again = subprocess.run([sys.executable, *TRAIN, file], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0 and f"continuing from {checkpoint.folder}" in again.stdout
+    assert len(values(run.folder)) == 40
+
+
+@pytest.mark.slow
+def test_one_signalled_rank_of_two_stops_both(tmp_path: Path):
+    """Lightning's own handling hangs here; both ranks save together and end with 75."""
+    run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
+    process = background(command_line(2, *TRAIN, file), tmp_path / "log")
+    until(steps_logged(run), process)
+    os.kill(children(process)[-1], signal.SIGTERM)
+    assert process.wait(60) != 0
+    text = (tmp_path / "log").read_text()
+    assert len(complete_checkpoints(run.folder / "checkpoints")) == 1
+    assert "asked to stop (another rank was asked)" in text and "asked to stop (SIGTERM)" in text
+    assert len(re.findall(rf"exitcode\s*: {EXIT_REQUEUE}", text)) >= 1
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_what_lost_a_rank(tmp_path: Path):
+    """``--max_restarts``: rank 1 is killed; all start again from the checkpoint within a minute, and end in the same bits."""
+    whole, whole_file = run_in(tmp_path, "whole")
+    assert background(command_line(2, *TRAIN, whole_file), tmp_path / "whole.log").wait(200) == 0
+    run, file = run_in(tmp_path, "run")
+    process = background(command_line(2, *TRAIN, file, elastic=("--max_restarts", "2")), tmp_path / "log")
+    until(lambda: complete_checkpoints(run.folder / "checkpoints"), process)
+    until(steps_logged(run, 7), process)
+    ranks, killed = children(process), time.monotonic()
+    os.kill(ranks[-1], signal.SIGKILL)
+    until(lambda: (tmp_path / "log").read_text().count("continuing from"), process)
+    assert time.monotonic() - killed < 60
+    assert process.wait(200) == 0
+    text = (tmp_path / "log").read_text()
+    assert "local_rank: 1" in text and "exitcode: -9" in text  # the rank is named
+    assert values(run.folder) == values(whole.folder) and same_weights(run, whole)
+
+
+@pytest.mark.slow
+def test_a_stuck_rank_ends_and_says_where(tmp_path: Path):
+    """A stopped process makes no step: the other one ends itself, with its samples, instead of waiting for half an hour."""
+    run = small_run(tmp_path, name="run", training=LONG, safety={"stall_seconds": 5.0})
+    save_yaml(run, tmp_path / "run.yaml")
+    process = background(command_line(2, *TRAIN, str(tmp_path / "run.yaml")), tmp_path / "log")
+    until(steps_logged(run), process)
+    stuck = children(process)[-1]
+    os.kill(stuck, signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        until(lambda: "stalled for 5 s" in (tmp_path / "log").read_text(), process, seconds=40)
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+    assert process.wait(60) != 0 and time.monotonic() - stopped < 60
+    text = (tmp_path / "log").read_text()
+    assert re.search(r"rank \d on \S+: stalled for 5 s \(safety\.stall_seconds\) while computing in step \d+", text)
+    assert "fashion-train-" in text and f"exitcode  : {EXIT_STALLED}" in text
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one(tmp_path: Path):
+    """Two torchrun agents of one process each, as on two machines, against one agent with two processes: the same bits."""
+    one, one_file = run_in(tmp_path, "one", max_steps=40)
+    assert background(command_line(2, *TRAIN, one_file), tmp_path / "one.log").wait(200) == 0
+    two, two_file = run_in(tmp_path, "two", max_steps=40)
+    port = free_port()
+    agents = []
+    for node in range(2):
+        line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        line += ["--rdzv_backend", "c10d", "--rdzv_id", "test", "--rdzv_endpoint", f"127.0.0.1:{port}"]
+        line += ["--local_addr", "127.0.0.1", "--rdzv_conf", f"is_host={1 - node}", *TRAIN, two_file]
+        agents.append(background(line, tmp_path / f"node-{node}.log"))
+    assert [agent.wait(200) for agent in agents] == [0, 0], (tmp_path / "node-0.log").read_text()
+    assert values(one.folder) == values(two.folder) and same_weights(one, two)
+
+
+@pytest.mark.slow
+def test_slurm_requeues_until_the_run_is_done(tmp_path: Path):
+    """The shipped batch script with a stand-in for ``srun`` and ``scontrol``: a signal, a requeue, and the rest of the run."""
+    run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text(f'#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nshift\nexec {sys.executable} "$@"\n')
+    (tools / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/scontrol.log\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    environment = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "1",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_NNODES": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "MASTER_PORT": free_port(),
+    }
+    line = ["bash", str(ROOT / "experiments/launch/slurm.sbatch"), file]
+    job = background(line, tmp_path / "first.log", **environment)
+    until(steps_logged(run), job)
+    (trainer,) = children(job)
+    os.kill(trainer, signal.SIGUSR1)
+    assert job.wait(60) == 0, (tmp_path / "first.log").read_text()
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
+    assert background(line, tmp_path / "second.log", **environment, SLURM_RESTART_COUNT="1").wait(200) == 0
+    assert "continuing from" in (tmp_path / "second.log").read_text()
+    assert json.loads((run.folder / "export" / "export.json").read_text())["step"] == 400
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
+
+
+@pytest.mark.slow
+def test_kubernetes_evicts_a_pod_and_starts_it_again(tmp_path: Path):
+    """The shipped job's command, on one pod of two ranks: SIGTERM to its first process saves; the same command goes on."""
+    run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
+    job = yaml.safe_load((ROOT / "experiments/launch/kubernetes.yaml").read_text())
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    (container,) = pod["containers"]
+    torchrun, _, _, *rest = container["command"]
+    assert torchrun == "torchrun" and rest[:3] == ["-m", "lit_transdiff", "train"]
+    environment = {item["name"]: item["value"] for item in container["env"]}
+    assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    line = command_line(2, *rest[:3], file)
+    process = background(line, tmp_path / "first.log", **environment)
+    until(steps_logged(run), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0  # restartPolicy OnFailure
+    (checkpoint,) = complete_checkpoints(run.folder / "checkpoints")
+    assert background(line, tmp_path / "second.log", **environment).wait(200) == 0
+    assert f"continuing from {checkpoint.folder}" in (tmp_path / "second.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="a small disk needs root")
+def test_a_really_full_disk(tmp_path: Path):
+    """A disk of 1 MB holds one checkpoint of 0.6 MB, not two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount")
+    try:
+        run = small_run(disk, name="run", training={"sample_every": 0})
+        save_yaml(run, tmp_path / "run.yaml")
+        line = [sys.executable, *TRAIN, str(tmp_path / "run.yaml")]
+        done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and "no checkpoint could be written" in done.stderr, done.stderr
+        assert [c.step for c in complete_checkpoints(run.folder / "checkpoints")] == [2]
+        assert not list((run.folder / "checkpoints").glob("*.partial"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,195 @@
+"""Checkpoints on disk: whole or not there, kept as the policy says, readable in any pieces."""
+
+import errno
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lit_transdiff import checkpoint as disk
+from lit_transdiff.checkpoint import (
+    MARKER,
+    Checkpoint,
+    check_space,
+    complete_checkpoints,
+    finish_checkpoint,
+    kept,
+    open_checkpoint,
+    slice_key,
+    write_rank_file,
+)
+from lit_transdiff.config import CheckpointConfig
+from lit_transdiff.endings import CheckpointError
+from lit_transdiff.runfolder import last_checkpoint
+from lit_transdiff.trainer import train
+from tests.small import small_run
+
+VALUES = torch.arange(12.0)
+
+
+def write(checkpoints: Path, step: int, cuts: tuple[int, ...] = (5,), **manifest: object) -> Checkpoint:
+    """A checkpoint of one parameter [3, 4], cut into one slice a rank."""
+    partial = checkpoints / f"step-{step:08d}.partial"
+    partial.mkdir(parents=True)
+    edges = [0, *cuts, 12]
+    for rank, (start, end) in enumerate(itertools.pairwise(edges)):
+        step_of_adam = {slice_key("p", "step", start): torch.tensor([7.0])}
+        write_rank_file(partial, rank, {slice_key("p", "weight", start): VALUES[start:end].clone(), **step_of_adam})
+    return finish_checkpoint(
+        partial, len(edges) - 1, {"buffers": {}}, {"step": step, "shapes": {"p": [3, 4]}, **manifest}, timeout=5
+    )
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("cuts", [(), (5,), (1, 6, 7)])
+def test_any_part_is_read_from_any_cut(tmp_path: Path, cuts: tuple[int, ...]):
+    checkpoint = open_checkpoint(write(tmp_path, 1, cuts).folder)
+    assert torch.equal(checkpoint.tensor("p", "weight"), VALUES.view(3, 4))
+    for start in range(12):
+        for length in range(12 - start):
+            assert torch.equal(checkpoint.read("p", "weight", start, length), VALUES[start : start + length])
+    assert checkpoint.scalar("p", "step") == 7
+
+
+def test_missing_elements_are_named(tmp_path: Path):
+    checkpoint = write(tmp_path, 1, (5,))
+    (checkpoint.folder / "rank-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"p: 7 of 12 elements of 'weight' are missing"):
+        checkpoint.index().read("p", "weight")
+    with pytest.raises(FileNotFoundError, match="is not a complete checkpoint"):
+        open_checkpoint(checkpoint.folder)
+
+
+@pytest.mark.parametrize("damage", ["no marker", "shorter file", "lost file", "other name"])
+def test_what_is_not_whole_is_not_found(tmp_path: Path, damage: str):
+    write(tmp_path, 1)
+    broken = write(tmp_path, 2).folder
+    file = broken / "rank-00000.safetensors"
+    if damage == "no marker":
+        (broken / MARKER).unlink()
+    elif damage == "shorter file":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "lost file":
+        file.unlink()
+    else:
+        broken.rename(broken.with_name(broken.name + ".partial"))
+    assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path)] == [1]
+
+
+def test_a_rank_that_never_writes_is_waited_for_so_long(tmp_path: Path):
+    partial = tmp_path / "step-00000001.partial"
+    partial.mkdir()
+    with pytest.raises(CheckpointError, match="not all 2 ranks wrote within 0 s"):
+        finish_checkpoint(partial, 2, {}, {}, timeout=0.2)
+
+
+def test_a_rank_that_failed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    partial = tmp_path / "step-00000001.partial"
+    partial.mkdir()
+
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        write_rank_file(partial, 1, {"x": torch.zeros(1)})
+    monkeypatch.setattr(disk, "save_file", save_file)
+    write_rank_file(partial, 0, {"x": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="rank-00001 failed"):
+        finish_checkpoint(partial, 2, {}, {}, timeout=5)
+    assert not list(partial.glob("*.tmp"))
+
+
+def test_space_is_looked_at_first(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"GB are needed and [\d.]+ GB are free"):
+        check_space(tmp_path, shutil.disk_usage(tmp_path).free * 2)
+
+
+def manifests(*entries: tuple[int, float | None, bool]) -> list[Checkpoint]:
+    return [
+        Checkpoint(Path(f"{step}"), {"step": step, "metrics": {} if value is None else {"val/loss": value}, "milestone": mark})
+        for step, value, mark in entries
+    ]
+
+
+def test_the_policy_keeps_last_best_and_milestones():
+    found = manifests((1, 0.3, True), (2, 0.1, False), (3, None, False), (4, 0.2, False), (5, 0.4, False))
+    names = {"last": {"5"}, "two": {"4", "5"}, "best": {"2", "5"}, "worst": {"5"}}
+    policies = {
+        "last": CheckpointConfig(),
+        "two": CheckpointConfig(keep_last=2),
+        "best": CheckpointConfig(keep_best="val/loss"),
+        "worst": CheckpointConfig(keep_best="val/loss", best_is="highest"),
+    }
+    for name, policy in policies.items():
+        assert {str(path) for path in kept(found, policy)} == names[name] | {"1"}, name
+
+
+def test_a_run_keeps_what_its_policy_says(tmp_path: Path):
+    """48 images; milestones at the first checkpoint from 20 and from 40 images on; the best validation among steps 2, 4, 6."""
+    policy = {"keep_every_images": 20, "keep_best": "val/loss"}
+    run = small_run(tmp_path, checkpoint=policy, training={"validate_every": 2})
+    train(run, silent)
+    found = {c.step: c for c in complete_checkpoints(run.folder / "checkpoints")}
+    assert {step for step, c in found.items() if c.manifest["milestone"]} == {4, 6}
+    losses = {step: c.manifest["metrics"]["val/loss"] for step, c in found.items()}
+    assert min(losses, key=losses.__getitem__) in found and 6 in found
+    assert all(c.manifest["images_seen"] == 8 * step for step, c in found.items())
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_stops_with_the_reason_and_leaves_the_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+):
+    run = small_run(tmp_path, checkpoint={"asynchronous": asynchronous})
+    monkeypatch.setattr(disk, "check_space", full_from_step(4))
+    with pytest.raises(CheckpointError, match=r"step 4: no checkpoint could be written: .*GB are free.*step-00000002"):
+        train(run, silent)
+    assert [c.step for c in complete_checkpoints(run.folder / "checkpoints")] == [2]
+    monkeypatch.undo()
+    assert train(run, silent).step == 6
+
+
+def test_a_full_disk_need_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    run = small_run(tmp_path, checkpoint={"on_error": "continue"})
+    monkeypatch.setattr(disk, "check_space", full_from_step(4, until=5))
+    train(run, silent)
+    assert "step 4: no checkpoint could be written, training goes on" in caplog.text
+    assert [c.step for c in complete_checkpoints(run.folder / "checkpoints")] == [6]
+
+
+def full_from_step(first: int, until: int = 99):
+    def check(folder: Path, needed: int) -> None:
+        if first <= int(folder.name[5:13]) < until:
+            raise CheckpointError(errno.ENOSPC, f"{folder}: 1 GB are needed and 0 GB are free.")
+
+    return check
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
+    train(small_run(tmp_path), silent)
+    run = small_run(tmp_path, training={"max_steps": 8})
+    checkpoint = last_checkpoint(run)
+    assert checkpoint is not None
+    shapes = {**checkpoint.manifest["shapes"], "model.encoder.norm.weight": [31]}
+    manifest = {**checkpoint.manifest, "shapes": shapes}
+    (checkpoint.folder / MARKER).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"model\.encoder\.norm\.weight: \[31\] there, \[32\] here"):
+        train(run, silent)
+
+
+def test_another_spread_is_told(tmp_path: Path):
+    train(small_run(tmp_path, training={"max_steps": 4}), silent)
+    said: list[str] = []
+    train(small_run(tmp_path, training={"micro_batch_size": 4, "precision": "bf16-mixed"}), said.append)
+    text = "\n".join(said)
+    assert "micro_batch_size 8 -> 4" in text and "precision 32-true -> bf16-mixed" in text
+    assert "Dropout draws other masks" in text and "not bit for bit" in text
