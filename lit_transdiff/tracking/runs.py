@@ -19,7 +19,7 @@ from lit_transdiff.tracking.wandb_logs import log_files, read_log, read_server
 
 KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run folder, in an archive
 RESULTS, PICTURES = ("evaluations/*.json",), ("evaluations/*.png", "samples/*.png", "samples/*/*.png")
-SHRUNK, COLOURS = 420, 64  # width and number of colours of a picture in an archive
+SHRUNK, COLOURS = 320, 32  # width and number of colours of a picture in an archive
 
 
 def runs(where: str | Path, filters: Mapping[str, Any] | None = None) -> list[Run]:
