@@ -91,7 +91,7 @@ def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: s
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     shape = max(picture.height / picture.width for picture in pictures.values())
-    figure = Figure(figsize=(3.2 * columns, (3.2 * shape + 0.3) * rows), layout="constrained", dpi=80)
+    figure = Figure(figsize=(3.2 * columns, (3.2 * shape + 0.3) * rows), layout="constrained", dpi=60)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, (name, picture) in zip(figure.axes, pictures.items(), strict=False):

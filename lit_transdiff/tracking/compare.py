@@ -52,7 +52,7 @@ def default_metrics(runs: Sequence[Run]) -> list[str]:
     return scores + [name for name in ("val/loss", "train/loss") if name in found]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """``table``: one row a run. ``groups``: one row for runs that differ in their seeds alone, with mean, std and count.
 
@@ -82,6 +82,8 @@ class Comparison:
 
     def __str__(self) -> str:
         return self.table.to_string(index=False, float_format=lambda value: f"{value:.4g}")
+
+    __repr__ = __str__  # what a console shows
 
     def _repr_html_(self) -> str:
         return self.table.to_html(index=False, float_format=lambda value: f"{value:.4g}")
