@@ -83,15 +83,15 @@ def shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "") -> Figure:
-    """Pictures in a row or more, each under its name."""
+def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float = 3.2) -> Figure:
+    """Pictures in a row or more, each under its name and ``width`` inches wide."""
     from matplotlib.figure import Figure
 
     require(len(pictures) > 0, "pictures", len(pictures), "at least one")
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     shape = max(picture.height / picture.width for picture in pictures.values())
-    figure = Figure(figsize=(3.2 * columns, (3.2 * shape + 0.3) * rows), layout="constrained", dpi=60)
+    figure = Figure(figsize=(width * columns, (width * shape + 0.3) * rows), layout="constrained", dpi=60)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, (name, picture) in zip(figure.axes, pictures.items(), strict=False):
