@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,15 +93,28 @@ class Sharding:
 
     # --- averages -------------------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def set_aside(self) -> dict[Tensor, Tensor]:
+        """Weights that wait while the model holds averages that are more precise than they are."""
+        return {}
+
     @torch.no_grad()
     def swap_averages(self) -> None:
-        """Exchange weights and averages in place; a second call exchanges them back. Nothing happens before the first step."""
+        """Exchange weights and averages in place; a second call exchanges them back. Nothing happens before the first step.
+
+        Weights that are less precise than their average are set aside instead: in their place it would be rounded.
+        """
         for holder in self.holders():
             average = self.optimizer.state.get(holder.tensor, {}).get(EMA)
-            if average is not None:
+            if holder.tensor in self.set_aside:
+                flat(holder.tensor).copy_(self.set_aside.pop(holder.tensor))
+            elif average is not None:
                 weights = flat(holder.tensor).clone()
                 flat(holder.tensor).copy_(flat(average))
-                flat(average).copy_(weights)
+                if average.dtype == weights.dtype:
+                    flat(average).copy_(weights)
+                else:
+                    self.set_aside[holder.tensor] = weights
         self.refresh()
 
     @contextmanager

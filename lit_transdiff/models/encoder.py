@@ -105,12 +105,12 @@ class ARTransformer(nn.Module):
         """Input tokens from the beginning: the class tokens, the mask tokens, one group a reference; [B, K + (n + 1) L, D]."""
         class_tokens = repeat(classes, "b d -> b k d", k=self.num_class_tokens)
         groups = [class_tokens, self.mask_tokens.expand(len(classes), self.tokens_per_reference, -1)]
-        return torch.cat(groups if references is None else [*groups, self._project(references)], dim=1)
+        if references is not None and references.shape[1] > 0:
+            groups.append(self._project(references))
+        return torch.cat(groups, dim=1)
 
     def _project(self, references: Tensor) -> Tensor:
         """Input tokens [B, n L, D] of references [B, n, C, H, W]."""
-        if references.shape[1] == 0:
-            return references.new_zeros(len(references), 0, self.position.shape[-1])
         if self.reference_projection is None or references.shape[1] >= self.num_references:
             raise ValueError(f"references: got {references.shape[1]}; allowed: at most {self.num_references - 1}.")
         tokens = rearrange(patchify(references, self.reference_patch_size), "b r l c -> b (r l) c")
