@@ -26,7 +26,7 @@ def build_single(run: RunConfig) -> Strategy:
 
 
 def build_ddp(run: RunConfig) -> Strategy:
-    return DDP(timeout=timeout_of(run))
+    return DDP(timeout=timeout_of(run), gradient_as_bucket_view=True)  # no second copy of the gradients
 
 
 def build_fsdp(run: RunConfig) -> Strategy:

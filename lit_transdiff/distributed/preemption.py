@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from lit_transdiff.distributed.saving import Checkpoints
 from lit_transdiff.endings import Preempted
@@ -62,7 +63,7 @@ class StopOnRequest(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
         if i % trainer.accumulate_grad_batches:
             return
-        if trainer.strategy.reduce_boolean_decision(self.request.received is None):
+        if not self.any_rank(trainer):
             return
         step = trainer.global_step
         if step > 0 and step != self.checkpoints.saved_step:
@@ -71,3 +72,10 @@ class StopOnRequest(pl.Callback):
         where = self.request.received or "another rank was asked"
         kept = f"the checkpoint of step {step} is complete" if step > 0 else "no step was taken yet"
         raise Preempted(f"asked to stop ({where}): {kept}; the same command goes on from there.")
+
+    def any_rank(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank was asked: one number, summed over the ranks in every step."""
+        asked = torch.tensor(int(self.request.received is not None), device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(asked)
+        return asked.item() > 0

@@ -25,12 +25,14 @@ class Watchdog(pl.Callback):
     def __init__(self, seconds: float, poll: float = 1.0) -> None:
         self.seconds = seconds
         self.poll = min(poll, seconds / 4)
-        self.busy_with: tuple[str, int] | None = None  # (what, micro-step)
+        self.busy_with: tuple[str, int] | None = None  # (what, micro-step); nothing between two steps
+        self.last = ("starting", 0)
         self.since = time.monotonic()
         self.stop = threading.Event()
 
     def watch(self, what: str, micro_step: int) -> None:
-        self.since, self.busy_with = time.monotonic(), (what, micro_step)
+        self.since, self.last = time.monotonic(), (what, micro_step)
+        self.busy_with = self.last
 
     def rest(self) -> None:
         self.busy_with = None
@@ -60,8 +62,8 @@ class Watchdog(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
         self.stop.set()
-        if "DataLoader worker" in str(exception) and self.busy_with is not None:
-            print(self.describe(trainer, "lost a data worker", *self.busy_with), file=sys.stderr, flush=True)
+        if "DataLoader worker" in str(exception):
+            print(self.describe(trainer, "lost a data worker", *self.last), file=sys.stderr, flush=True)
 
     def look(self, trainer: pl.Trainer) -> None:
         """The thread: every ``poll`` seconds."""
