@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import wandb
 
 INIT_TIMEOUT = 20.0  # seconds that the start of a run may wait for the server
-FINISH_TIMEOUT = 60.0  # seconds that its end may; WANDB_FINISH_TIMEOUT says otherwise
+FINISH_TIMEOUT = 300.0  # seconds that its end may, with the upload of a model; WANDB_FINISH_TIMEOUT says otherwise
 STEP, IMAGES = "trainer/global_step", "images_seen"  # the two axes of every metric
 log = logging.getLogger(__name__)
 
