@@ -25,10 +25,10 @@ def execute(path: Path, folder: Path) -> Any:
 
 
 def texts(book: Any) -> list[str]:
-    """The text of every output; tables are compared word by word."""
+    """The text of every output but warnings; tables are compared word by word."""
     found = []
     for cell in book.cells:
-        for output in cell.get("outputs", []):
+        for output in [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]:
             text = output.get("text") or output.get("data", {}).get("text/plain", "")
             found.append(re.sub(r"\s+", " ", text))
     return found
