@@ -34,6 +34,7 @@ def wandb_command(stub: Stub, folder: Path, *words: str) -> str:
     environment |= {
         "WANDB_SILENT": "false",
         "WANDB_AGENT_DISABLE_FLAPPING": "true",
+        "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1",  # seconds; by default a short run ends before the server hears of it
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the agent's ${interpreter} is "python"
     }
     command = [sys.executable, "-m", "wandb", *words]

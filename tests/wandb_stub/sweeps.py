@@ -42,5 +42,4 @@ def commands(state: State, sweep: dict[str, Any], agents_runs: dict[str, Any]) -
     sweep["state"] = "RUNNING"
     run = state.run(sweep["project"], short_id())
     run |= dict(sweepName=sweep["name"], state="pending", args={key: {"value": value} for key, value in settings.items()})
-    state.runs[sweep["project"], run["name"]] = run
     return [*orders, {"type": "run", "run_id": run["name"], "args": json.loads(json.dumps(run["args"])), "program": plan.program}]
