@@ -117,6 +117,16 @@ class Sharding:
                     self.set_aside[holder.tensor] = weights
         self.refresh()
 
+    @torch.no_grad()
+    def average_distance(self) -> Tensor:
+        """[2]: squared distance between weights and averages, and squared norm of the weights, of what this rank owns."""
+        sums = torch.zeros(2, device=self.stage.device)
+        for holder in self.holders():
+            average, weights = self.optimizer.state.get(holder.tensor, {}).get(EMA), flat(holder.tensor).float()
+            if holder.owned and average is not None:
+                sums += torch.stack([(weights - flat(average)).square().sum(), weights.square().sum()]).to(sums)
+        return sums
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the model holds its averages. All ranks enter together."""
