@@ -75,6 +75,10 @@ def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
         export_folder(run.init_from)
     strategy_name(run)
     micro_batch_size(run)
+    if run.stage in PREPARATORY:
+        policy, factor = run.safety.on_bad_step, run.safety.spike_factor
+        require(policy == "stop", "safety.on_bad_step", policy, f"'stop' in stage {run.stage}")
+        require(factor == 0, "safety.spike_factor", factor, f"0 in stage {run.stage}")
 
 
 def build(run: RunConfig) -> Parts:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lit_transdiff import checkpoint as disk
+from lit_transdiff.__main__ import main
 from lit_transdiff.checkpoint import (
     MARKER,
     Checkpoint,
@@ -24,8 +25,9 @@ from lit_transdiff.checkpoint import (
 )
 from lit_transdiff.config import CheckpointConfig
 from lit_transdiff.endings import CheckpointError
+from lit_transdiff.export import read_export
 from lit_transdiff.runfolder import last_checkpoint
-from lit_transdiff.trainer import train
+from lit_transdiff.trainer import check_run, train
 from tests.small import small_run
 
 VALUES = torch.arange(12.0)
@@ -193,3 +195,22 @@ def test_another_spread_is_told(tmp_path: Path):
     text = "\n".join(said)
     assert "micro_batch_size 8 -> 4" in text and "precision 32-true -> bf16-mixed" in text
     assert "Dropout draws other masks" in text and "not bit for bit" in text
+
+
+def test_a_checkpoint_is_exported_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = small_run(tmp_path, checkpoint={"keep_last": 2}, optimizer={"more_ema_decays": [0.5]})
+    train(run, silent)
+    assert main(["export", str(run.folder)]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    plain, again = load_file(run.folder / "export" / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert main(["export", str(run.folder), "--step", "4", "--average", "ema_0.5", "--output", str(tmp_path / "x")]) == 0
+    assert read_export(tmp_path / "x").info["step"] == 4 and read_export(tmp_path / "x").info["weights"] == "ema 0.5"
+    assert main(["export", str(run.folder), "--average", "ema_0.6"]) == 2
+    assert "Did you mean 'ema_0.5'" in capsys.readouterr().err
+    assert main(["export", str(run.folder), "--step", "2"]) == 2 and "[4, 6]" in capsys.readouterr().err
+
+
+def test_safety_that_cannot_act_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"safety\.on_bad_step: got 'skip'; allowed: 'stop' in stage autoencoder"):
+        check_run(small_run(tmp_path, stage="autoencoder", safety={"on_bad_step": "skip"}))
