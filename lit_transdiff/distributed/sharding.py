@@ -8,7 +8,6 @@ loading, swapping in the average and gathering are the same few lines for every 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,15 +115,6 @@ class Sharding:
                 else:
                     self.set_aside[holder.tensor] = weights
         self.refresh()
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the model holds its averages. All ranks enter together."""
-        self.swap_averages()
-        try:
-            yield
-        finally:
-            self.swap_averages()
 
     @torch.no_grad()
     def averaged_state(self) -> dict[str, Tensor]:
