@@ -19,8 +19,11 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
+    package_data={"lit_transdiff.report": ["page.html"]},
     packages=find_packages(include=["lit_transdiff", "lit_transdiff.*"]),
     install_requires=REQUIREMENTS,
-    extras_require={"dev": ["pytest>=8", "pytest-xdist", "ruff", "mypy", "pre-commit"]},
+    extras_require={
+        "dev": ["pytest>=8", "pytest-xdist", "nbclient", "nbformat", "ipykernel", "playwright", "ruff", "mypy", "pre-commit"]
+    },
     entry_points={"console_scripts": ["lit-transdiff=lit_transdiff.__main__:main"]},
 )

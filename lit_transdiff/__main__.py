@@ -87,11 +87,18 @@ def statistics(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    run = load_run(args.run, args.overrides)
+    from lit_transdiff.tracking.place import placed
+
+    run = placed(load_run(args.run, args.overrides))
     if args.dry_run:
         from lit_transdiff.pipeline import dry_run
 
         return dry_run([run])
+    if args.evaluate:
+        from lit_transdiff.distributed import build_fabric
+        from lit_transdiff.pipeline import train_and_score
+
+        return train_and_score(run, build_fabric())
     from lit_transdiff.trainer import train as fit
 
     print(f"trained: {fit(run).folder}")
@@ -143,14 +150,14 @@ def sample(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     from lit_transdiff.distributed import build_fabric
-    from lit_transdiff.evaluation.evaluate import evaluate as score
+    from lit_transdiff.pipeline import score_checkpoint
     from lit_transdiff.sampling import load_generator
 
     fabric = build_fabric()
     generator = load_generator(args.checkpoint, fabric.device)
-    settings = override(generator.run, args.overrides, CHANGEABLE)
-    output = Path(args.output or args.checkpoint)
-    result = score(generator, settings.evaluation, settings.sampling, fabric=fabric, output=output, save_images=args.save_images)
+    settings = override(generator.run, args.overrides, (*CHANGEABLE, "tracking"))
+    output = Path(args.output) if args.output else None
+    result = score_checkpoint(generator, settings, output, fabric, save_images=args.save_images)
     for name, value in result["scores"].items():
         fabric.print(f"{name:20} {value}")
     fabric.print(result["file"])
@@ -171,6 +178,24 @@ def compare(args: argparse.Namespace) -> None:
     from lit_transdiff.evaluation.compare import compare as table
 
     print(table(args.folder, args.output or args.folder))
+
+
+def sweep(args: argparse.Namespace) -> None:
+    from lit_transdiff.sweep.controller import run_sweep
+    from lit_transdiff.sweep.file import load_sweep
+    from lit_transdiff.sweep.report import outcome
+
+    plan = load_sweep(args.file)
+    folder = Path(args.output or Path("runs") / "sweeps" / plan.name)
+    trials = run_sweep(plan, folder, agents=args.agents, devices_per_run=args.devices_per_run, seed=args.seed)
+    print(outcome(plan, trials, folder))
+
+
+def report(args: argparse.Namespace) -> None:
+    from lit_transdiff.report.page import write_report
+    from lit_transdiff.tracking.runs import runs
+
+    print(write_report(runs(args.folder), Path(args.output or Path(args.folder) / "report.html")))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -209,6 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_commands(command, with_overrides)
     add_model_commands(command, with_overrides)
+    add_study_commands(command)
     add_machine_commands(command, with_overrides)
     return parser
 
@@ -273,6 +299,7 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub = command(train, "train one run; the same command again continues it")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
+    sub.add_argument("--evaluate", action="store_true", help="score the trained model; the scores go to the same run")
     with_overrides(sub)
 
     sub = command(run, "train, sample and score a list of runs and compare them; the same command again continues it")
@@ -320,6 +347,20 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub = command(compare, "one table of all scored runs below a folder, as text, Markdown, CSV and a picture")
     sub.add_argument("folder")
     sub.add_argument("--output", help="folder; default: the same")
+
+
+def add_study_commands(command: AddCommand) -> None:
+    """What looks at many runs together."""
+    sub = command(sweep, "run a W&B sweep file on this machine, without a server; the same command again continues it")
+    sub.add_argument("file", help="the sweep's YAML")
+    sub.add_argument("--output", help="folder of the trials; default: runs/sweeps/NAME")
+    sub.add_argument("--agents", type=int, help="trials at once; default: as many as the GPUs allow, or one on CPUs")
+    sub.add_argument("--devices-per-run", type=int, default=1, help="GPUs of one trial, where its command is torchrun's")
+    sub.add_argument("--seed", type=int, default=0, help="of random and bayes")
+
+    sub = command(report, "one HTML page of all runs below a folder: curves, samples, scores, differences")
+    sub.add_argument("folder", help="a folder of runs, an archive of them, or entity/project at W&B")
+    sub.add_argument("--output", help="the file; default: report.html in the folder")
 
 
 def add_machine_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:

@@ -78,10 +78,16 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     """``["model.width=192", ...]`` as nested settings; the word None (which W&B sweeps send) means nothing."""
     for item in overrides:
         require("=" in item and not item.startswith("-"), "override", item, "dotted.key=value")
-    settings = OmegaConf.from_dotlist(
-        [item[: item.index("=")] + "=null" if item.endswith("=None") else item for item in overrides]
-    )
-    return settings
+    return OmegaConf.create(without_none(plain(OmegaConf.from_dotlist(list(overrides)))))
+
+
+def without_none(value: Any) -> Any:
+    """Nested settings with the word None, which Python writes for nothing, as nothing."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return None if value == "None" else value
 
 
 def check_keys(given: Any, schema: type, prefix: str, source: str) -> None:

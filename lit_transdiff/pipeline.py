@@ -26,8 +26,11 @@ from lit_transdiff.evaluation.features import EXTRACTORS, load_extractor
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.loading import check_keys, load_run, plain, read_yaml, to_yaml
 from lit_transdiff.prepare import cache, check_statistics, statistics
-from lit_transdiff.sampling import load_generator
+from lit_transdiff.runfolder import open_folder
+from lit_transdiff.sampling import Generator, load_generator
 from lit_transdiff.stages import PREPARATORY, STAGES
+from lit_transdiff.tracking.evaluations import evaluation_run, log_evaluation, log_own_scores
+from lit_transdiff.tracking.place import placed, trial_place
 from lit_transdiff.trainer import plan, train
 
 
@@ -172,7 +175,48 @@ def sample_and_score(run: RunConfig, per_class: int, fabric: Fabric) -> dict[str
         draw_samples(generator, classes, per_class, folder, class_names=names)
         if run.model.num_references > 1:
             draw_samples(generator, classes, 1, run.folder / "samples" / "references", class_names=names, references=True)
-    return evaluate(generator, run.evaluation, run.sampling, fabric=fabric, output=run.folder, reuse=True)
+    return score_own(run, generator, fabric)
+
+
+def score_own(run: RunConfig, generator: Generator, fabric: Fabric) -> dict[str, Any]:
+    """Score a trained run with its own settings, unless it has been; the scores go to the run itself."""
+    start = time.time()
+    result = evaluate(generator, run.evaluation, run.sampling, fabric=fabric, output=run.folder, reuse=True)
+    if fabric.is_global_zero and Path(result["file"]).stat().st_mtime >= start:
+        log_own_scores(run, result)
+    fabric.barrier()
+    return result
+
+
+def train_and_score(run: RunConfig, fabric: Fabric) -> None:
+    """Train a run to its end, then score it."""
+    check_evaluation(run)
+    train(run)
+    result = score_own(run, load_generator(run.folder, fabric.device), fabric)
+    fabric.print(f"scored: {result['file']}")
+
+
+def score_checkpoint(
+    generator: Generator, settings: RunConfig, output: Path | None, fabric: Fabric, *, save_images: str | None = None
+) -> dict[str, Any]:
+    """Score a trained model with any sampling and evaluation settings, as a run of its own in W&B.
+
+    As a trial of a sweep it is also a run folder of its own.
+    """
+    checkpoint = generator.checkpoint
+    run = placed(evaluation_run(settings, checkpoint))
+    trial = trial_place() is not None
+    folder = output or (run.folder if trial else Path(checkpoint))
+    if trial and fabric.is_global_zero:
+        open_folder(run)
+    fabric.barrier()
+    result = evaluate(
+        generator, settings.evaluation, settings.sampling, fabric=fabric, output=folder, reuse=trial, save_images=save_images
+    )
+    if fabric.is_global_zero:
+        log_evaluation(run, result, folder, trial=trial)
+    fabric.barrier()
+    return result
 
 
 def is_newer(file: Path, other: Path) -> bool:

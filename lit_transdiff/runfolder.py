@@ -118,6 +118,7 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "host": platform.node(),
         "cpu_count": os.cpu_count(),
+        "num_processes": int(os.environ.get("WORLD_SIZE", 1)),
         "gpus": gpus,
     }
 

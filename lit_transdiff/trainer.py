@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_transdiff.checkpoint import Checkpoint
@@ -23,7 +26,6 @@ from lit_transdiff.distributed import accumulation, micro_batch_size, precision_
 from lit_transdiff.distributed.preemption import StopOnRequest, StopRequest, stop_request
 from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_checkpoint, spread, what_changes
 from lit_transdiff.distributed.watchdog import Pause, Watchdog
-from lit_transdiff.endings import Preempted
 from lit_transdiff.evaluation.online import OnlineEvaluation
 from lit_transdiff.export import export_checkpoint, export_folder, read_export, write_export
 from lit_transdiff.models.adapt import match
@@ -35,7 +37,9 @@ from lit_transdiff.stages.autoencoder import AutoencoderStage
 from lit_transdiff.stages.base import ToLatents, TransDiffStage
 from lit_transdiff.stages.callbacks import LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
 from lit_transdiff.stages.guard import GuardSteps, RollBack
-from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, finish
+from lit_transdiff.tracking.callbacks import WATCHED, BestModel, Track, log_models
+from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, wandb_of
+from lit_transdiff.tracking.wandb_run import WandbRun
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ def count(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def build_callbacks(parts: Parts, start: int, request: StopRequest) -> list[Callback]:
+def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: WandbRun | None) -> list[Callback]:
     """What watches a run and saves it; the order matters where it is said."""
     run, training = parts.run, parts.run.training
     guarded = isinstance(parts.stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
@@ -215,9 +219,12 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest) -> list[Call
         checkpoints,
         StopOnRequest(request, checkpoints),
     ]
+    if tracker is not None:
+        callbacks.append(Track(tracker, run, parts.data))
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
-        grids = SampleGrids(parts.autoencoder, parts.data.class_names, run.folder / "samples", training.sample_every)
-        callbacks.append(grids)
+        names, folder = parts.data.class_names, run.folder
+        callbacks.append(SampleGrids(parts.autoencoder, names, folder / "samples", training.sample_every, tracker))
+        callbacks.append(BestModel(folder / "best", partial(export_model, parts)))
         if run.evaluation.every:  # before LogTraining, which would count its time as waiting for data
             generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
             callbacks.insert(1, OnlineEvaluation(generator, run))
@@ -227,7 +234,7 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest) -> list[Call
     return callbacks
 
 
-def build_trainer(parts: Parts, callbacks: list[Callback]) -> pl.Trainer:
+def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
     """Lightning's Trainer for a run. The whole run is one epoch of max_steps; the data order has its own."""
     run, training = parts.run, parts.run.training
     validate_every = training.validate_every or training.max_steps
@@ -242,7 +249,7 @@ def build_trainer(parts: Parts, callbacks: list[Callback]) -> pl.Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         callbacks=callbacks,
-        logger=build_loggers(run),
+        logger=loggers,
         use_distributed_sampler=False,
         enable_checkpointing=False,  # see Checkpoints
         enable_model_summary=False,
@@ -268,37 +275,38 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
         say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
         rank_zero_only(open_folder)(run)
         try:
+            loggers = build_loggers(run)
             with stop_request() as request:
-                metrics = fit(parts, agreed_checkpoint(run), request, say)
+                metrics = fit(parts, agreed_checkpoint(run), request, loggers, say)
             break
         except (TryAgain, RollBack) as reason:
             say(f"{run.name}: {reason}")
     rank_zero_only(write_model)(parts)
+    if (tracker := wandb_of(loggers)) is not None:
+        log_models(tracker, run, metrics.get(WATCHED))
+        tracker.finish()
     wait_for_export(run)
     return TrainResult(run.folder, run.training.max_steps, metrics)
 
 
-def fit(parts: Parts, checkpoint: Checkpoint | None, request: StopRequest, say: Callable[[str], None]) -> dict[str, float]:
+def fit(
+    parts: Parts, checkpoint: Checkpoint | None, request: StopRequest, loggers: list[Logger], say: Callable[[str], None]
+) -> dict[str, float]:
     """Train from a checkpoint, or from the beginning, to the end; the last values of the metrics."""
     run = parts.run
     start = checkpoint.step if checkpoint else 0
     if start >= run.training.max_steps:
         return {}
-    trainer = build_trainer(parts, build_callbacks(parts, start, request))
+    trainer = build_trainer(parts, build_callbacks(parts, start, request, wandb_of(loggers)), loggers)
     if checkpoint is not None:
         changes = what_changes(checkpoint, spread_of(run))
         say(f"continuing from {checkpoint.folder}" + (f"; {changes}" if changes else ""))
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
             logger.drop_after(checkpoint.step if checkpoint else -1)
-    try:
-        trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint.folder if checkpoint else None)
-    except Preempted:
-        finish(trainer.loggers)
-        raise
+    trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint.folder if checkpoint else None)
     if trainer.global_step != run.training.max_steps:
         raise RuntimeError(f"training ended at step {trainer.global_step} of {run.training.max_steps}.")
-    finish(trainer.loggers)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
@@ -314,6 +322,17 @@ def write_model(parts: Parts) -> None:
     batches = [build_data(run, None).train_dataloader()] if isinstance(stage, AutoencoderStage) else []
     info = {**export_info(parts), "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": "last"}
     write_export(run.folder / "export", run, info, lambda folder: stage.export(folder, *batches))  # type: ignore[operator]
+
+
+def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[str, Any]) -> None:
+    """Write the averaged weights as they are now to ``folder``, with ``more`` in what the export says. All ranks call this."""
+    run, stage, step = parts.run, parts.stage, trainer.global_step
+    assert isinstance(stage, TransDiffStage)
+    state = {name: value.cpu().contiguous() for name, value in stage.averaged_model().state_dict().items()}
+    if trainer.is_global_zero:
+        weights = f"ema {run.optimizer.ema_decay}"
+        info = {**export_info(parts), "step": step, "images_seen": step * run.images_per_step, "weights": weights, **more}
+        write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
 
 
 def wait_for_export(run: RunConfig) -> None:

@@ -16,6 +16,7 @@ class TrackingConfig:
     project: str = "lit-transdiff"
     group: Optional[str] = None
     tags: list[str] = field(default_factory=list)
+    upload_models: bool = True  # the trained weights, as artifacts; false: only where they lie
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,16 @@ class Sharding:
         self.refresh()
 
     @torch.no_grad()
+    def average_distance(self) -> Tensor:
+        """[2]: squared distance between weights and averages, and squared norm of the weights, of what this rank owns."""
+        sums = torch.zeros(2, device=self.stage.device)
+        for holder in self.holders():
+            average, weights = self.optimizer.state.get(holder.tensor, {}).get(EMA), flat(holder.tensor).float()
+            if holder.owned and average is not None:
+                sums += torch.stack([(weights - flat(average)).square().sum(), weights.square().sum()]).to(sums)
+        return sums
+
+    @torch.no_grad()
     def averaged_state(self) -> dict[str, Tensor]:
         """State dict of the stage with averages for weights, whole and float32 on every rank. All ranks call it together."""
         state = {name: value.detach().clone() for name, value in self.buffers().items()}

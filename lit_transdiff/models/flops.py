@@ -1,7 +1,7 @@
 """Floating-point operations of TransDiff's matrix products, from its configuration alone.
 
-A multiply-add counts as two. Attention counts the pairs that may see each other; normalisation, activations and solvers are left
-out, as is usual for a model-FLOPs utilisation.
+A multiply-add counts as two. Attention counts the pairs of tokens of which one sees the other; normalisation, activations and
+solvers are left out, as is usual for a model-FLOPs utilisation.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 
 def encoder_flops(config: ModelConfig) -> float:
-    """Operations of the encoder's forward pass of one row of R references; with R > 1 attention is block-causal."""
-    width, length, classes = config.width, config.tokens_per_reference, config.num_class_tokens
-    tokens = classes + config.num_context_tokens
-    groups = classes**2 + sum(length * (classes + (r + 1) * length) for r in range(config.num_references))
-    pairs = tokens**2 if config.num_references == 1 else groups
+    """Operations of the encoder's forward pass of one row of R references."""
+    width, length = config.width, config.tokens_per_reference
+    tokens = config.num_class_tokens + config.num_context_tokens
+    pairs = tokens**2
+    if config.num_references > 1:  # the class tokens see themselves, a group itself and what comes before it
+        ends = [config.num_class_tokens + (r + 1) * length for r in range(config.num_references)]
+        pairs = config.num_class_tokens**2 + length * sum(ends)
     block = tokens * (4 + 2 * config.mlp_ratio) * width**2 + 2 * pairs * width
     projected = (config.num_references - 1) * length * config.latent_channels * config.reference_patch_size**2 * width
     return 2.0 * (config.encoder_blocks * block + (projected if config.num_references > 1 else 0))

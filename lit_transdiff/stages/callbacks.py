@@ -7,10 +7,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
+from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +22,9 @@ from lit_transdiff.hardware import GB, peak_flops, peak_memory
 from lit_transdiff.loading import to_dict
 from lit_transdiff.models.autoencoder import Autoencoder
 from lit_transdiff.models.flops import tokens_of, training_flops
-from lit_transdiff.pictures import grid
+from lit_transdiff.models.tokens import token_similarity
+from lit_transdiff.pictures import grid, to_bytes
+from lit_transdiff.pictures import picture as as_picture
 from lit_transdiff.runfolder import environment
 from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now, sharding
@@ -131,6 +135,8 @@ class LogTraining(pl.Callback):
         }
         if isinstance(trainer.lightning_module, TransDiffStage):
             result |= self.rates(trainer, images / elapsed)
+            apart, size = trainer.strategy.reduce(sharding(trainer).average_distance(), reduce_op="mean").tolist()
+            result["train/ema_distance"] = (apart / size) ** 0.5 if size else 0.0  # no average before the first step
         norm = self.norm if self.norm is not None else sharding(trainer).gradient_norm_of_step()
         if norm is not None:
             result["train/gradient_norm"] = norm.item()
@@ -189,15 +195,34 @@ class Progress(pl.Callback):
         self.bar.close()
 
 
+class SampleLog(Protocol):
+    """What else wants the images drawn during training, beside the run folder."""
+
+    def log_picture(self, key: str, picture: Image.Image, step: int) -> None: ...
+
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
+
+
 class SampleGrids(pl.Callback):
-    """A labelled grid of images from the averaged weights, with the same seeds throughout training: ``samples/step-*.png``."""
+    """A labelled grid of images from the averaged weights, with the same seeds throughout training: ``samples/step-*.png``.
+
+    ``tracker`` gets the same grids and, at the last step, a table of the single images. The similarity of the semantic features
+    (``feature_diversity``, arXiv 2506.09482) of the classes shown is logged with each grid.
+    """
 
     def __init__(
-        self, autoencoder: Autoencoder, class_names: Sequence[str], folder: Path, every: int, per_class: int = 6
+        self,
+        autoencoder: Autoencoder,
+        class_names: Sequence[str],
+        folder: Path,
+        every: int,
+        tracker: SampleLog | None = None,
+        per_class: int = 6,
     ) -> None:
         self.autoencoder = autoencoder
         self.folder = folder
         self.every = every
+        self.tracker = tracker
         self.class_names = list(class_names[:10])
         self.per_class = per_class
 
@@ -216,10 +241,18 @@ class SampleGrids(pl.Callback):
             return
         generator = Generator(model, self.autoencoder, stage.run, self.class_names).to(stage.device)
         images = generator.images(labels, list(range(len(labels))))[:, -1]
+        similarity = token_similarity(generator.features(list(classes))).mean().item()
+        log_now(trainer, {"val/feature_diversity": similarity})
         self.folder.mkdir(parents=True, exist_ok=True)
         scale = max(1, 96 // images.shape[-1])
         picture = grid(images, self.per_class, row_labels=self.class_names, scale=scale, title=f"step {step}")
         picture.save(self.folder / f"step-{step:08d}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, pl.loggers.WandbLogger):
-                logger.log_image("samples", [picture])
+        if self.tracker is not None:
+            self.tracker.log_picture("samples", picture, step)
+            if step == trainer.max_steps:
+                self.tracker.log_table("samples_table", ["class", "name", "seed", "image"], self.rows(labels, images), step)
+
+    def rows(self, labels: Tensor, images: Tensor) -> list[list[Any]]:
+        """One row an image: class, its name, seed, picture."""
+        tiles = rearrange(to_bytes(images.cpu()), "n c h w -> n h w c")
+        return [[c, self.class_names[c], seed, as_picture(tiles[seed])] for seed, c in enumerate(labels.tolist())]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
-import secrets
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.loading import to_dict
+from lit_transdiff.tracking.wandb_run import WandbRun
 
 COLUMNS = ("step", "images_seen", "seconds", "metric", "value")
 
@@ -70,50 +69,9 @@ class MetricsCSV(Logger):
 def build_loggers(run: RunConfig) -> list[Logger]:
     """The CSV file and, unless ``tracking.wandb`` is false, the W&B run of this run folder."""
     loggers: list[Logger] = [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)]
-    return loggers + ([wandb_logger(run)] if run.tracking.wandb else [])
+    return loggers + ([WandbRun(run)] if run.tracking.wandb else [])
 
 
-def wandb_logger(run: RunConfig) -> WandbLogger:
-    """One W&B run a run folder, also over restarts; its local files lie in the run folder.
-
-    ``WANDB_MODE`` decides between online, offline and disabled; without it, W&B is online where there is a key, else offline.
-    """
-    import wandb
-
-    folder = run.folder.resolve()
-    for variable, place in (
-        ("WANDB_DIR", folder),
-        ("WANDB_DATA_DIR", folder / "wandb"),
-        ("WANDB_CACHE_DIR", folder / "wandb" / "cache"),
-    ):
-        place.mkdir(parents=True, exist_ok=True)
-        os.environ[variable] = str(place)
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-    return WandbLogger(
-        name=run.name,
-        project=run.tracking.project,
-        group=run.tracking.group,
-        job_type=run.stage,
-        tags=run.tracking.tags,
-        save_dir=str(folder),
-        id=run_id(folder),
-        resume="allow",
-        config=to_dict(run),
-        mode=mode,
-        settings=wandb.Settings(silent=mode == "offline"),
-    )
-
-
-def finish(loggers: Iterable[Logger]) -> None:
-    """End the W&B run, so that the next run of this process is another one."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            rank_zero_only(lambda run: run.finish())(logger.experiment)
-
-
-def run_id(folder: Path) -> str:
-    """The W&B id of a run folder, made once."""
-    file = folder / "wandb" / "run_id"
-    if not file.exists():
-        file.write_text(secrets.token_hex(4))
-    return file.read_text()
+def wandb_of(loggers: Iterable[Logger]) -> WandbRun | None:
+    """The W&B run among the loggers, if there is one."""
+    return next((logger for logger in loggers if isinstance(logger, WandbRun)), None)

@@ -59,6 +59,16 @@ def test_a_run_folder_holds_everything(one_step: Path):
     assert all(math.isfinite(value) for value in losses(one_step).values())
 
 
+def test_the_logged_distance_to_the_average_is_that_of_the_checkpoint(one_step: Path):
+    found = open_checkpoint(one_step / "checkpoints" / "step-00000006")
+    now, average = found.weights(None), found.weights("ema")
+    apart = sum((now[name] - average[name]).double().square().sum() for name in found.shapes) ** 0.5
+    size = sum(now[name].double().square().sum() for name in found.shapes) ** 0.5
+    with open(one_step / "metrics.csv", newline="") as file:
+        logged = [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "train/ema_distance"]
+    assert len(logged) == 3 and logged[-1] == pytest.approx(float(apart / size), rel=1e-5) and logged[-1] > 0
+
+
 def test_a_trained_run_draws_images_in_three_lines(one_step: Path):
     generator = load_generator(one_step)
     images = generator.images([0, 7], seeds=[1, 2])

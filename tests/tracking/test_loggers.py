@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV, build_loggers, finish, run_id, wandb_logger
+from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV, build_loggers
+from lit_transdiff.tracking.wandb_run import WandbRun, run_id
 from tests.small import small_run
 
 
@@ -47,17 +48,15 @@ def test_wandb_is_offline_without_a_key_and_stays_in_the_run_folder(
     if mode:
         monkeypatch.setenv("WANDB_MODE", mode)
     run = small_run(tmp_path, tracking={"wandb": True, "project": "p", "group": "g", "tags": ["t"]})
-    run.folder.mkdir()
-    logger = wandb_logger(run)
+    logger = WandbRun(run)
     experiment = logger.experiment
     assert (experiment.group, experiment.job_type, experiment.name) == ("g", "ar_pretrain", "small")
     assert experiment.config["optimizer"]["lr"] == 1e-3
     assert experiment.offline
     logger.log_metrics({"train/loss": 1.0}, step=1)
-    finish([logger])
+    logger.finish()
     assert list((run.folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_a_run_folder_keeps_its_wandb_id(tmp_path: Path):
-    (tmp_path / "wandb").mkdir()
     assert run_id(tmp_path) == run_id(tmp_path)

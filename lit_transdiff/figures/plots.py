@@ -1,0 +1,207 @@
+"""Figures of runs. Each function takes runs or tables and returns a labelled matplotlib figure; copy and change it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lit_transdiff.config import require
+from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.tracking.compare import Comparison, higher_is_better, scores_of
+from lit_transdiff.tracking.records import AXES, Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+AXIS_LABELS = {"step": "optimizer steps", "images_seen": "images seen", "device_hours": "device-hours (GPU-hours on GPUs)"}
+GREY = "#9aa0a8"
+
+
+def label_of(metric: str) -> str:
+    """A score's title and which way is better; other metrics by their name."""
+    name = metric.removeprefix("eval/")
+    if metric != name and name in METRICS:
+        return f"{METRICS[name].title} ({'higher' if METRICS[name].higher_is_better else 'lower'} is better)"
+    return metric
+
+
+def curves(runs: Sequence[Run], metric: str, over: str = "images_seen", labels: Mapping[str, str] | None = None) -> Figure:
+    """One line a run: ``metric`` over step, images_seen or device_hours. ``labels`` are names for the legend by run name."""
+    from matplotlib.figure import Figure
+
+    require(over in AXES, "over", over, ", ".join(AXES))
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for run in runs:
+        history = run.history([metric])
+        if metric in history:
+            marker = "o" if len(history) < 30 else None
+            axes.plot(history[over], history[metric], marker=marker, markersize=3, label=(labels or {}).get(run.name, run.name))
+    require(len(axes.lines) > 0, "metric", metric, "a metric that one of the runs has logged")
+    axes.set(xlabel=AXIS_LABELS[over], ylabel=label_of(metric))
+    axes.legend(fontsize="small", frameon=False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def spread(compared: Comparison, metric: str) -> Figure:
+    """Mean and spread over seeds of each setting, every run as a dot; settings within noise of the best are filled."""
+    from matplotlib.figure import Figure
+
+    verdicts = compared.verdicts(metric)
+    figure = Figure(figsize=(6.4, 0.5 * len(verdicts) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    names = [", ".join(f"{short(name)} {shown(value)}" for name, value in row.items()) for row in rows_of(compared)]
+    for i, (verdict, group) in enumerate(zip(verdicts["verdict"], rows_of(compared), strict=True)):
+        same = compared.table
+        for name, value in group.items():
+            same = same[(same[name] == value) | (same[name].isna() & (value != value))]
+        axes.plot(same[metric], [i] * len(same), "o", color=GREY, markersize=4)
+        filled = "full" if verdict in ("best", "within noise") else "none"
+        axes.plot(verdicts["mean"].iloc[i], i, "D", color="C0", fillstyle=filled, markersize=9)
+        axes.annotate(verdict, (verdicts["mean"].iloc[i], i), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel=label_of(metric), ylim=(-0.6, len(names) - 0.3))
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def rows_of(compared: Comparison) -> list[dict[str, Any]]:
+    """The settings of each group."""
+    keys = compared.settings or ["run"]
+    return [dict(zip(keys, values, strict=True)) for values in compared.groups[keys].itertuples(index=False)]
+
+
+def short(name: str) -> str:
+    """The last word of a dotted name."""
+    return name.split(".")[-1]
+
+
+def shown(value: Any) -> str:
+    """A setting in a label."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float = 3.2) -> Figure:
+    """Pictures in a row or more, each under its name and ``width`` inches wide."""
+    from matplotlib.figure import Figure
+
+    require(len(pictures) > 0, "pictures", len(pictures), "at least one")
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    shape = max(picture.height / picture.width for picture in pictures.values())
+    figure = Figure(figsize=(width * columns, (width * shape + 0.3) * rows), layout="constrained", dpi=60)
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, (name, picture) in zip(figure.axes, pictures.items(), strict=False):
+        axes.imshow(picture)
+        axes.set_title(name, fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: str) -> Figure:
+    """One line a run through its settings to its ``metric``; the better, the darker. Words and lists are spaced evenly."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    scored = [(run, scores_of(run)[metric]) for run in runs if metric in scores_of(run)]
+    require(len(scored) > 0, "metric", metric, "a metric that one of the runs has")
+    scored.sort(key=lambda pair: pair[1], reverse=not higher_is_better(metric))  # the best is drawn last
+    places = [positions([run.settings.get(name) for run, _ in scored]) for name in settings]
+    places.append(positions([value for _, value in scored]))
+    figure = Figure(figsize=(1.9 * len(places) + 0.8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for i in range(len(scored)):
+        tone = colormaps["viridis_r"](i / max(1, len(scored) - 1))
+        axes.plot(range(len(places)), [place[0][i] for place in places], color=tone, alpha=0.85, linewidth=1.6)
+    for x, (_, marks) in enumerate(places):
+        axes.axvline(x, color=GREY, linewidth=0.8)
+        for text, height in marks.items():
+            axes.text(x + 0.03, height, text, fontsize=8, va="center")
+    axes.set_xticks(range(len(places)), [*map(short, settings), label_of(metric).split(" (")[0]])
+    axes.set(yticks=[], ylim=(-0.06, 1.06), ylabel="low to high", xlim=(-0.2, len(places) - 0.6))
+    axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
+    axes.set_title("the darker, the better", fontsize=9)
+    return figure
+
+
+def positions(values: Sequence[Any]) -> tuple[list[float], dict[str, float]]:
+    """Heights in [0, 1] of values and the marks of their axis: numbers by size (by logarithm over two decades), others evenly."""
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    if numeric:
+        low, high = min(values), max(values)
+        bend = math.log if low > 0 and high / low > 99 else float
+        span = bend(high) - bend(low)
+        heights = [(bend(value) - bend(low)) / span if span else 0.5 for value in values]
+        ends = {f"{low:.3g}": 0.0, f"{high:.3g}": 1.0} if span else {f"{low:.3g}": 0.5}
+        return heights, ends
+    kinds = sorted({str(value) for value in values})
+    marks = {kind: i / max(1, len(kinds) - 1) for i, kind in enumerate(kinds)}
+    return [marks[str(value)] for value in values], marks
+
+
+def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: str = "decoder_evaluations_per_image") -> Figure:
+    """Quality against the cost of an image, with the runs that nothing beats in both. ``cost`` is a number of the manifest."""
+    from matplotlib.figure import Figure
+
+    points = [(e.manifest[cost], e.value(short_score(quality)), run.name) for run in runs for e in run.evaluations]
+    require(len(points) > 0, "runs", len(points), "runs with evaluations")
+    sign = -1 if higher_is_better(quality) else 1
+    front, best = [], math.inf
+    for x, y, _ in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if sign * y < best:
+            best = sign * y
+            front.append((x, y))
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color=GREY, label="evaluations")
+    axes.step([x for x, _ in front], [y for _, y in front], "o-", where="post", color="C0", label="Pareto front")
+    axes.set(xlabel=cost.replace("_", " "), ylabel=label_of(quality), xscale="log")
+    axes.legend(fontsize="small", frameon=False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def short_score(metric: str) -> str:
+    return metric.removeprefix("eval/")
+
+
+def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = None) -> Figure:
+    """``metric`` over one setting, a line for each value of the setting ``by``; repeats are joined by their mean."""
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    rows = [(run.settings.get(setting), str(run.settings.get(by)) if by else "", scores_of(run).get(metric)) for run in runs]
+    table = pd.DataFrame(rows, columns=["x", "by", "y"]).dropna(subset=["y"])
+    require(len(table) > 0, "metric", metric, "a metric that one of the runs has")
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    if not all(isinstance(x, int | float) for x in table["x"]):
+        table["x"] = table["x"].astype(str)
+    for i, (name, part) in enumerate(table.groupby("by")):
+        mean = part.groupby("x")["y"].mean()
+        axes.plot(part["x"], part["y"], "o", color=f"C{i}", alpha=0.4, markersize=4)
+        axes.plot(mean.index, mean.values, "-", color=f"C{i}", label=f"{short(by)} {name}" if by else None)
+    numbers = [x for x in table["x"] if isinstance(x, int | float)]
+    if len(numbers) == len(table) and min(numbers) > 0 and max(numbers) / min(numbers) > 20:
+        axes.set_xscale("log")
+    axes.set(xlabel=setting, ylabel=label_of(metric))
+    if by:
+        axes.legend(fontsize="small", frameon=False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def bars(values: Mapping[str, float], label: str) -> Figure:
+    """Named numbers as bars, with their values written on them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(3.2, 1.3 * len(values)), 3.2), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.bar(list(values), list(values.values()), color="C0", width=0.6)
+    axes.bar_label(drawn, fmt="%.3g")
+    axes.set(ylabel=label)
+    axes.margins(y=0.15)
+    return figure

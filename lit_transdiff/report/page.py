@@ -1,0 +1,130 @@
+"""``lit-transdiff report``: one HTML file with everything about some runs, for people who would rather look.
+
+The page holds its data, its pictures and its script: it needs no server and no network, and can be sent as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lit_transdiff.config import require
+from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.files import replace_file
+from lit_transdiff.tracking.compare import default_metrics, differing, higher_is_better, scores_of
+from lit_transdiff.tracking.records import AXES, Evaluation, Run
+
+TEMPLATE = Path(__file__).with_name("page.html")
+JUDGES = ("extractor", "extractor_fingerprint", "reference_hash", "num_images", "label_mode", "num_neighbours")
+MAX_POINTS = 500  # of a curve; longer ones are thinned evenly
+MAX_GRIDS = 12  # of a run, evenly over training
+MAX_PIXELS = 520  # width of a picture
+
+
+def write_report(runs: Sequence[Run], file: Path, title: str = "Runs") -> Path:
+    """Write the page of ``runs`` to ``file``."""
+    require(len(runs) > 0, "runs", len(runs), "at least one")
+    data = json.dumps(page_data(runs), allow_nan=False).replace("</", "<\\/")
+    page = TEMPLATE.read_text().replace("{{title}}", html.escape(title)).replace("{{data}}", data)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, page.encode())
+    return file
+
+
+def page_data(runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything that the page shows, in plain lists and dictionaries."""
+    scores = default_metrics(runs)
+    return {
+        "runs": [run_data(run, scores) for run in runs],
+        "differing": [name for name in differing(runs) if name != "stage"],  # which has a column already
+        "scores": [{"key": key, "title": title_of(key), "higher": higher_is_better(key)} for key in scores],
+        "metrics": sorted({str(column) for run in runs for column in run.history() if column not in AXES}),
+    }
+
+
+def title_of(key: str) -> str:
+    """The name of a score in a table."""
+    name = key.removeprefix("eval/")
+    return METRICS[name].title if key != name and name in METRICS else key
+
+
+def run_data(run: Run, scores: Sequence[str]) -> dict[str, Any]:
+    """One run."""
+    found = scores_of(run)
+    return {
+        "name": run.name,
+        "stage": run.stage,
+        "group": run.group,
+        "state": run.state,
+        "where": run.where,
+        "settings": {name: plain(value) for name, value in run.settings.items()},
+        "scores": {key: plain(found[key]) for key in scores if key in found},
+        "judge": judge(run),
+        "curves": curves(run),
+        "samples": [{"step": step, "picture": embedded(picture)} for step, picture in evenly(list(run.samples().items()))],
+        "pictures": [{"name": name, "picture": embedded(picture)} for name, picture in run.pictures().items()],
+        "evaluations": [evaluation_data(evaluation) for evaluation in run.evaluations],
+    }
+
+
+def judge(run: Run) -> str:
+    """What the run's last evaluation was judged by: scores of different judges do not compare."""
+    latest = max(run.evaluations, key=lambda evaluation: evaluation.manifest.get("date", ""), default=None)
+    return repr([latest.manifest.get(name) for name in JUDGES]) if latest else ""
+
+
+def curves(run: Run) -> dict[str, dict[str, list[Any]]]:
+    """For each metric the axes and values of the steps that have one."""
+    history, found = run.history(), {}
+    for column in [column for column in history if column not in AXES]:
+        rows = history[[*AXES, column]].dropna()
+        rows = rows.iloc[:: max(1, math.ceil(len(rows) / MAX_POINTS))]
+        axes = {axis: [plain(value) for value in rows[axis]] for axis in AXES}
+        found[str(column)] = axes | {"value": [plain(value) for value in rows[column]]}
+    return found
+
+
+def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
+    """Scores with their spread, the manifest, and the picture."""
+    scores = []
+    for name in evaluation.scores:
+        score = evaluation.scores[name]
+        std = score["std"] if isinstance(score, dict) else None
+        better = name in METRICS and METRICS[name].higher_is_better
+        scores.append({"title": title_of(f"eval/{name}"), "value": plain(evaluation.value(name)), "std": std, "higher": better})
+    picture = embedded(evaluation.open_picture()) if evaluation.open_picture else None
+    return {"scores": scores, "manifest": evaluation.manifest, "picture": picture}
+
+
+def evenly(items: list[Any]) -> list[Any]:
+    """At most MAX_GRIDS of the items, the first and the last among them."""
+    if len(items) <= MAX_GRIDS:
+        return items
+    return [items[round(i * (len(items) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
+
+
+def embedded(picture: Image.Image) -> str:
+    """A picture as a data URI."""
+    if picture.width > MAX_PIXELS:
+        size = (MAX_PIXELS, round(picture.height * MAX_PIXELS / picture.width))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON holds; numbers that are not finite become nothing."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return (value if isinstance(value, int) else float(value)) if math.isfinite(value) else None

@@ -1,0 +1,229 @@
+"""``lit-transdiff sweep``: the trials of a W&B sweep file as processes of this machine, without a server.
+
+The controller does what W&B's server and agents do together: it chooses settings, starts a trial on each free slot of devices,
+follows the metric in the trial's own files, ends trials early, and remembers everything, so that the same command goes on after
+a kill. A trial that was running then is started again with its settings and continues from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lit_transdiff.config import require
+from lit_transdiff.sweep.file import SweepFile
+from lit_transdiff.sweep.journal import Journal, Past
+from lit_transdiff.sweep.search import next_settings, to_stop
+from lit_transdiff.sweep.trial import Trial
+from lit_transdiff.tracking.place import SWEEP_FOLDER, TrialPlace
+from lit_transdiff.tracking.sweep_command import trial_command, write_parameters
+from lit_transdiff.tracking.wandb_logs import log_files, read_log
+
+POLL = 0.5  # seconds between looks at the trials
+KILL_AFTER = 60.0  # seconds that a trial has to end after SIGTERM
+HOPELESS = 3  # so many failures before any success end the sweep
+Slot = tuple[int, ...]  # GPUs of one trial; empty on CPUs
+
+
+@dataclass
+class Agent:
+    """A running trial, its process and its devices."""
+
+    trial: Trial
+    process: subprocess.Popen[bytes]
+    slot: Slot
+    stopped_at: float | None = None
+
+
+def slots_of(agents: int | None, devices_per_run: int) -> list[Slot]:
+    """GPUs of each of ``agents`` trials at once; without a number, as many as the GPUs make, or one on CPUs."""
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return [()] * (agents or 1)
+    require(devices_per_run <= gpus, "--devices-per-run", devices_per_run, f"at most the {gpus} GPUs of this machine")
+    slots = [tuple(range(i, i + devices_per_run)) for i in range(0, gpus - devices_per_run + 1, devices_per_run)]
+    require(agents is None or agents <= len(slots), "--agents", agents, f"at most {len(slots)} of {devices_per_run} GPUs each")
+    return slots[:agents]
+
+
+class Controller:
+    """One sweep in one folder."""
+
+    def __init__(self, sweep: SweepFile, folder: Path, seed: int, slots: list[Slot], say: Callable[[str], None]) -> None:
+        self.sweep = sweep
+        self.folder = folder.resolve()
+        self.seed = seed
+        self.free = list(slots)
+        self.say = say
+        self.journal = Journal(self.folder, sweep, seed)
+        (self.folder / "logs").mkdir(exist_ok=True)
+        past = self.journal.read()
+        self.trials = [entry.trial for entry in past]
+        self.again = [entry for entry in past if entry.trial.state == "running"]
+        self.live: list[Agent] = []
+
+    def run(self) -> list[Trial]:
+        """Until the search has no more settings and every trial has ended."""
+        for entry in self.again:
+            end_orphan(entry)
+        try:
+            while self.fill() or self.live:
+                time.sleep(POLL)
+                for agent in self.live:
+                    agent.trial.values = self.values(agent.trial)
+                self.stop_losers()
+                for agent in [agent for agent in self.live if agent.process.poll() is not None]:
+                    self.end(agent)
+                self.check_hope()
+        finally:
+            for agent in self.live:  # they are in the journal as running: the same command goes on with them
+                signal_group(agent.process.pid, signal.SIGTERM)
+            for agent in self.live:
+                wait_or_kill(agent.process)
+        return self.trials
+
+    def fill(self) -> bool:
+        """Start trials on free slots; whether one was started."""
+        started = False
+        while self.free:
+            if self.again:
+                trial = self.again.pop(0).trial
+            else:
+                settings = next_settings(self.sweep, self.trials, self.seed)
+                if settings is None:
+                    break
+                trial = Trial(secrets.token_hex(4), settings)
+                self.journal.write("start", id=trial.id, settings=settings)
+                self.trials.append(trial)
+            self.start(trial, self.free.pop(0))
+            started = True
+        return started
+
+    def place(self, trial: Trial) -> Path:
+        """The trial's run folder."""
+        return self.folder / TrialPlace(trial.id, self.sweep.name, self.folder, trial.settings).name
+
+    def start(self, trial: Trial, slot: Slot) -> None:
+        """A process of its own group, told of its trial as an agent tells it."""
+        parameters = self.folder / "logs" / f"{trial.id}.yaml"
+        write_parameters(trial.settings, parameters)
+        command = trial_command(self.sweep.command, self.sweep.program, trial.settings, parameters.with_suffix(".json"))
+        environment = {
+            **os.environ,
+            "WANDB_RUN_ID": trial.id,
+            "WANDB_RUN_GROUP": self.sweep.name,
+            "WANDB_SWEEP_PARAM_PATH": str(parameters),
+            "WANDB_DIR": str(self.place(trial)),
+            SWEEP_FOLDER: str(self.folder),
+        }
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, slot))} if slot else {}
+        self.place(trial).mkdir(exist_ok=True)
+        with open(self.folder / "logs" / f"{trial.id}.log", "ab") as log:
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.journal.write("process", id=trial.id, pid=process.pid)
+        self.live.append(Agent(trial, process, slot))
+        self.say(f"start     {self.place(trial).name}" + (f" on GPU {','.join(map(str, slot))}" if slot else ""))
+
+    def values(self, trial: Trial) -> list[float]:
+        """The values of the sweep's metric that the trial has logged so far, in order."""
+        metric, place = self.sweep.metric, self.place(trial)
+        if metric is None:
+            return []
+        if (place / "metrics.csv").is_file():
+            with open(place / "metrics.csv", newline="") as file:
+                return [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == metric and row["value"]]
+        logs = log_files(place / "wandb") if (place / "wandb").is_dir() else []
+        table = read_log(logs[0]).history() if logs else {}
+        return [float(value) for value in table[metric].dropna()] if metric in table else []
+
+    def stop_losers(self) -> None:
+        """Early termination: SIGTERM, so that the trial can save what it has; SIGKILL when it does not end."""
+        if self.sweep.early_terminate is not None:
+            lost = {trial.id for trial in to_stop(self.sweep.early_terminate, self.trials, self.sweep.maximize)}
+            for agent in self.live:
+                if agent.trial.id in lost and agent.stopped_at is None:
+                    agent.stopped_at = time.monotonic()
+                    self.say(f"stop      {self.place(agent.trial).name} after {len(agent.trial.values)} values")
+                    signal_group(agent.process.pid, signal.SIGTERM)
+        for agent in self.live:
+            if agent.stopped_at is not None and time.monotonic() - agent.stopped_at > KILL_AFTER:
+                signal_group(agent.process.pid, signal.SIGKILL)
+
+    def end(self, agent: Agent) -> None:
+        """Note how a trial ended."""
+        trial = agent.trial
+        trial.values = self.values(trial)
+        code = agent.process.returncode
+        trial.state = "stopped" if agent.stopped_at is not None else "finished" if code == 0 else "failed"
+        self.journal.write("end", id=trial.id, state=trial.state, values=trial.values)
+        self.live.remove(agent)
+        self.free.append(agent.slot)
+        best = trial.best(self.sweep.maximize)
+        told = f", best {self.sweep.metric} {best:.5g}" if best is not None else ""
+        told += f", exit status {code}: see {self.folder / 'logs' / trial.id}.log" if trial.state == "failed" else ""
+        self.say(f"{trial.state:9} {self.place(trial).name}{told}")
+
+    def check_hope(self) -> None:
+        """Raise ``ValueError`` when the sweep's first trials have all failed."""
+        ended = [trial for trial in self.trials if trial.state != "running"]
+        if len(ended) >= HOPELESS and all(trial.state == "failed" for trial in ended):
+            raise ValueError(f"the first {len(ended)} trials all failed; see {self.folder / 'logs' / ended[-1].id}.log")
+
+
+def run_sweep(
+    sweep: SweepFile,
+    folder: Path,
+    *,
+    agents: int | None = None,
+    devices_per_run: int = 1,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> list[Trial]:
+    """Run or continue a sweep in ``folder`` to its end; the trials are its run folders."""
+    return Controller(sweep, folder, seed, slots_of(agents, devices_per_run), say).run()
+
+
+def end_orphan(entry: Past) -> None:
+    """End a trial that outlived its controller, if it is still that process."""
+    import psutil
+
+    if entry.pid is None or not psutil.pid_exists(entry.pid):
+        return
+    try:
+        process = psutil.Process(entry.pid)
+        if process.environ().get("WANDB_RUN_ID") != entry.trial.id:
+            return
+        signal_group(entry.pid, signal.SIGTERM)
+        process.wait(KILL_AFTER)
+    except psutil.TimeoutExpired:
+        signal_group(entry.pid, signal.SIGKILL)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return
+
+
+def signal_group(pid: int, number: signal.Signals) -> None:
+    """Signal a trial with all its children, if it is still there."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def wait_or_kill(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a trial to end, and end it when it does not."""
+    try:
+        process.wait(KILL_AFTER)
+    except subprocess.TimeoutExpired:
+        signal_group(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,151 @@
+"""A W&B sweep file, read and checked before anything starts.
+
+The file is W&B's own: ``method``, ``metric``, ``parameters`` (also nested), ``early_terminate``, ``command``, ``program``,
+``name``, ``project``, ``run_cap``. The same file goes to ``wandb sweep`` and to ``lit-transdiff sweep``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_transdiff.config import require, unknown
+from lit_transdiff.sweep.distributions import DISTRIBUTIONS, Spec, check, name_of
+
+METHODS = ("grid", "random", "bayes")
+KEYS = (
+    *("method", "metric", "parameters", "early_terminate", "command", "program", "name", "project", "run_cap"),
+    *("description", "entity"),
+)
+Path_ = tuple[str, ...]  # the keys that lead to a parameter
+
+
+@dataclass(frozen=True)
+class Hyperband:
+    """W&B's early termination: bands are numbers of logged values of the metric."""
+
+    eta: float = 3
+    max_iter: int | None = None
+    min_iter: int | None = None
+    s: int = 2
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        one = (self.max_iter is None) != (self.min_iter is None)
+        require(one, "early_terminate", {"max_iter": self.max_iter, "min_iter": self.min_iter}, "one of max_iter and min_iter")
+        require(self.eta > 1, "early_terminate.eta", self.eta, "above 1")
+        require(len(self.bands) > 0, "early_terminate", {"max_iter": self.max_iter, "eta": self.eta}, "max_iter of at least eta")
+
+    @property
+    def bands(self) -> list[int]:
+        """The numbers of values after which a run is judged, ascending."""
+        if self.min_iter is not None:
+            return [int(self.min_iter * self.eta**i) for i in range(30)]
+        assert self.max_iter is not None
+        bands = [self.max_iter / self.eta ** (i + 1) for i in range(self.s)]
+        return sorted({int(band) for band in bands if band >= 1})
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """What a sweep file says."""
+
+    name: str
+    method: str
+    parameters: dict[Path_, Spec]
+    metric: str | None = None
+    maximize: bool = False
+    early_terminate: Hyperband | None = None
+    command: list[str] | None = None
+    program: str | None = None
+    project: str | None = None
+    run_cap: int | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        require(len(self.parameters) > 0, "parameters", {}, "at least one parameter")
+        for path, spec in self.parameters.items():
+            check(".".join(path), spec)
+            grid = self.method != "grid" or DISTRIBUTIONS[name_of(spec)].values is not None
+            require(grid, f"parameters.{'.'.join(path)}", name_of(spec), "value, values, or whole numbers for method grid")
+        needs_metric = self.method == "bayes" or self.early_terminate is not None
+        require(not needs_metric or self.metric is not None, "metric", None, "name and goal, for bayes and early_terminate")
+        require(self.command is not None or self.program is not None, "command", None, "a command or a program")
+
+    def nested(self, values: dict[Path_, Any]) -> dict[str, Any]:
+        """Values of the parameters in the file's own nesting."""
+        result: dict[str, Any] = {}
+        for path, value in values.items():
+            place = result
+            for key in path[:-1]:
+                place = place.setdefault(key, {})
+            place[path[-1]] = value
+        return result
+
+    def flat(self, settings: dict[str, Any]) -> dict[Path_, Any]:
+        """The inverse of ``nested``."""
+        values: dict[Path_, Any] = {}
+        for path in self.parameters:
+            value: Any = settings
+            for key in path:
+                value = value[key]
+            values[path] = value
+        return values
+
+
+def leaves(parameters: dict[str, Any], prefix: Path_ = ()) -> Iterator[tuple[Path_, Spec]]:
+    """The parameters below nested ``parameters:`` with the keys that lead to them."""
+    for key, spec in parameters.items():
+        if isinstance(spec, dict) and "parameters" in spec:
+            yield from leaves(spec["parameters"], (*prefix, str(key)))
+        else:
+            yield (*prefix, str(key)), spec
+
+
+def load_sweep(path: str | Path) -> SweepFile:
+    """Read a sweep file; raises ``ValueError`` naming the file, the field, the value and what is allowed."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        return sweep_from(settings, path.stem)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def sweep_from(settings: Any, name: str) -> SweepFile:
+    """A checked sweep from the settings of a file; ``name`` is used where it names none."""
+    require(isinstance(settings, dict), "sweep file", settings, "settings (key: value)")
+    for key in settings:
+        if key not in KEYS:
+            raise unknown("setting", key, KEYS)
+    metric, early = settings.get("metric") or {}, settings.get("early_terminate")
+    goal = metric.get("goal", "minimize")
+    require(goal in ("minimize", "maximize"), "metric.goal", goal, "minimize or maximize")
+    if early is not None:
+        require(early.get("type") == "hyperband", "early_terminate.type", early.get("type"), "hyperband")
+    parameters = settings.get("parameters")
+    require(isinstance(parameters, dict), "parameters", parameters, "parameters by name")
+    return SweepFile(
+        name=settings.get("name") or name,
+        method=settings.get("method"),  # type: ignore[arg-type]
+        parameters=dict(leaves(parameters)),  # type: ignore[arg-type]
+        metric=metric.get("name"),
+        maximize=goal == "maximize",
+        early_terminate=Hyperband(**{k: v for k, v in early.items() if k != "type"}) if early else None,
+        command=settings.get("command"),
+        program=settings.get("program"),
+        project=settings.get("project"),
+        run_cap=settings.get("run_cap"),
+        source=settings,
+    )

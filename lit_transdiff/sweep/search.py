@@ -1,0 +1,112 @@
+"""How a sweep chooses its next settings. A search is ``function(sweep, trials, seed) -> settings``, or nothing at its end.
+
+Each is a function of the sweep, the seed and the trials so far (running ones included), so a sweep that was killed goes on as if
+it had not been. SEARCHES lists them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lit_transdiff.sweep.distributions import DISTRIBUTIONS, for_optuna, name_of
+from lit_transdiff.sweep.file import Hyperband, SweepFile
+from lit_transdiff.sweep.trial import Trial
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+START_TRIALS = 5  # of bayes, drawn at random
+Search = Callable[[SweepFile, Sequence[Trial], int], "dict[str, Any] | None"]
+
+
+def grid(sweep: SweepFile, trials: Sequence[Trial], seed: int) -> dict[str, Any] | None:
+    """Every combination once, the last parameter fastest."""
+    lists = [DISTRIBUTIONS[name_of(spec)].values(spec) for spec in sweep.parameters.values()]  # type: ignore[misc]
+    values = next(itertools.islice(itertools.product(*lists), len(trials), None), None)
+    return None if values is None else sweep.nested(dict(zip(sweep.parameters, values, strict=True)))
+
+
+def at_random(sweep: SweepFile, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
+    """Trial i follows from the seed and i alone."""
+    rng = random.Random(f"{seed} {len(trials)}")
+    return sweep.nested({path: DISTRIBUTIONS[name_of(spec)].draw(spec, rng) for path, spec in sweep.parameters.items()})
+
+
+def bayes(sweep: SweepFile, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
+    """Optuna's tree-structured Parzen estimator on the best value of each trial; running trials count as poor ones."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = {".".join(path): for_optuna(".".join(path), spec) for path, spec in sweep.parameters.items()}
+    sampler = optuna.samplers.TPESampler(seed=hash_of(seed, len(trials)), n_startup_trials=START_TRIALS, constant_liar=True)
+    study = optuna.create_study(direction="maximize" if sweep.maximize else "minimize", sampler=sampler)
+    study.add_trials([past(sweep, trial, distributions) for trial in trials])
+    asked = study.ask(distributions).params
+    return sweep.nested({path: from_optuna(spec, asked[".".join(path)]) for path, spec in sweep.parameters.items()})
+
+
+def past(sweep: SweepFile, trial: Trial, distributions: dict[str, Any]) -> FrozenTrial:
+    """A trial as optuna keeps it."""
+    from optuna.trial import TrialState, create_trial
+
+    values = sweep.flat(trial.settings)
+    params = {".".join(path): to_optuna(spec, values[path]) for path, spec in sweep.parameters.items()}
+    best = trial.best(sweep.maximize)
+    if trial.state == "running":
+        return create_trial(state=TrialState.RUNNING, params=params, distributions=distributions)
+    if best is None or trial.state == "failed":
+        return create_trial(state=TrialState.FAIL, params=params, distributions=distributions)
+    return create_trial(value=best, params=params, distributions=distributions)
+
+
+def to_optuna(spec: dict[str, Any], value: Any) -> Any:
+    """A categorical value by its number."""
+    return DISTRIBUTIONS[name_of(spec)].values(spec).index(value) if counted(spec) else value  # type: ignore[misc]
+
+
+def from_optuna(spec: dict[str, Any], value: Any) -> Any:
+    """The inverse of ``to_optuna``."""
+    return DISTRIBUTIONS[name_of(spec)].values(spec)[value] if counted(spec) else value  # type: ignore[misc]
+
+
+def counted(spec: dict[str, Any]) -> bool:
+    return name_of(spec) in ("constant", "categorical")
+
+
+def hash_of(seed: int, number: int) -> int:
+    """A seed for trial ``number``."""
+    return random.Random(f"{seed} {number}").getrandbits(32)
+
+
+SEARCHES: dict[str, Search] = {"grid": grid, "random": at_random, "bayes": bayes}
+
+
+def next_settings(sweep: SweepFile, trials: Sequence[Trial], seed: int = 0) -> dict[str, Any] | None:
+    """The settings of the next trial, or nothing when the sweep has all it wants."""
+    if sweep.run_cap is not None and len(trials) >= sweep.run_cap:
+        return None
+    return SEARCHES[sweep.method](sweep, trials, seed)
+
+
+def to_stop(rule: Hyperband, trials: Sequence[Trial], maximize: bool) -> list[Trial]:
+    """The running trials that hyperband ends: worse than the best 1/eta of all that got as far (arXiv 1603.06560, as at W&B).
+
+    A trial is judged at the highest band that it has reached, by its best value so far, or by the value at that band when the
+    rule is strict.
+    """
+    sign = -1 if maximize else 1
+    lost = []
+    for trial in trials:
+        values = [sign * value for value in trial.finite()]
+        reached = [band for band in rule.bands if band <= len(values)]
+        if trial.state != "running" or not reached:
+            continue
+        band = reached[-1]
+        there = sorted(sign * other.finite()[band - 1] for other in trials if len(other.finite()) >= band)
+        threshold = there[int(len(there) / rule.eta)]
+        if (values[band - 1] if rule.strict else min(values)) > threshold:
+            lost.append(trial)
+    return lost

@@ -1,0 +1,81 @@
+"""Lineage in W&B: data index -> model -> evaluation, each an artifact named by its content.
+
+Nothing is copied on disk: an artifact's files are uploaded from where they lie. An equal file is the same version at the server.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_transdiff.files import short_hash
+from lit_transdiff.tracking.wandb_run import WandbRun
+
+if TYPE_CHECKING:
+    import wandb
+
+log = logging.getLogger(__name__)
+
+
+def artifact_name(*words: str) -> str:
+    """A name of the letters that W&B allows."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(words))[:120]
+
+
+def data_artifact(index_file: Path, description: dict[str, Any]) -> wandb.Artifact:
+    """A data set, by the hash of its index; the shards stay where they are."""
+    import wandb
+
+    about = {"index": str(index_file), "index_sha256": short_hash(index_file), **description}
+    artifact = wandb.Artifact(artifact_name("data", index_file.parent.name), type="dataset", metadata=about)
+    with artifact.new_file("data.json") as file:
+        json.dump(about, file, indent=2)
+    return artifact
+
+
+def model_artifact(run_name: str, run_id: str, export: Path, *, upload: bool) -> wandb.Artifact:
+    """The exported weights of a run with their configuration; without ``upload`` the files are named, not sent."""
+    import wandb
+
+    about = json.loads((export / "export.json").read_text()) | {"folder": str(export)}
+    artifact = wandb.Artifact(artifact_name("model", run_name, run_id), type="model", metadata=about)
+    for file in sorted(export.iterdir()):
+        if upload:
+            artifact.add_file(str(file), skip_cache=True, policy="immutable")
+        else:
+            artifact.add_reference(file.resolve().as_uri())
+    return artifact
+
+
+def evaluation_artifact(file: Path, manifest: dict[str, Any]) -> wandb.Artifact:
+    """A result file and its picture."""
+    import wandb
+
+    artifact = wandb.Artifact(artifact_name("evaluation", file.stem), type="evaluation", metadata={"manifest": manifest})
+    for part in (file, file.with_suffix(".png")):
+        if part.is_file():
+            artifact.add_file(str(part), skip_cache=True, policy="immutable")
+    return artifact
+
+
+def use(tracker: WandbRun, artifact: wandb.Artifact) -> None:
+    """Say that the run reads ``artifact``. The client waits here for the server, so it does so beside the training."""
+    experiment = tracker.experiment
+
+    def tell() -> None:
+        try:
+            experiment.use_artifact(artifact)
+        except Exception as error:  # of any kind: the lineage is worth no training step
+            log.debug("the server was not told of %s: %s", artifact.name, error)
+
+    threading.Thread(target=tell, name="wandb lineage", daemon=True).start()
+
+
+def make(tracker: WandbRun, artifact: wandb.Artifact, aliases: Sequence[str] = ()) -> None:
+    """Say that the run made ``artifact``; W&B gives its newest version the alias ``latest`` by itself."""
+    tracker.experiment.log_artifact(artifact, aliases=["latest", *aliases])

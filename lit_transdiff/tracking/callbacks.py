@@ -1,0 +1,82 @@
+"""What a training run tells W&B besides its numbers: the data it reads, its best model so far, and a loss that is not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_transdiff.config import RunConfig
+from lit_transdiff.data.datamodule import DataModule
+from lit_transdiff.stages.callbacks import NonFiniteLoss
+from lit_transdiff.tracking.artifacts import data_artifact, make, model_artifact, use
+from lit_transdiff.tracking.wandb_run import WandbRun, run_id
+
+WATCHED = "val/loss"
+# Writes the averaged weights to a folder, with what more the export is to say; every rank calls it.
+Export = Callable[[pl.Trainer, Path, Mapping[str, Any]], None]
+
+
+class BestModel(pl.Callback):
+    """Keeps the averaged weights of the lowest validation loss in the folder ``best``, one export, replaced when it improves.
+
+    The last validation is left out: what it judges is the run's export.
+    """
+
+    def __init__(self, folder: Path, export: Export) -> None:
+        self.folder = folder
+        self.export = export
+
+    def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        value = trainer.callback_metrics.get(WATCHED)
+        if value is None or not math.isfinite(value) or trainer.global_step >= trainer.max_steps:
+            return
+        best = best_loss(self.folder)  # the same on all ranks, which share the folder and end together below
+        trainer.strategy.barrier()
+        if best is None or float(value) < best:
+            self.export(trainer, self.folder, {WATCHED: float(value)})
+        trainer.strategy.barrier()
+
+
+def best_loss(folder: Path) -> float | None:
+    """The validation loss of the best model kept so far, also by an earlier start of the run."""
+    file = folder / "export.json"
+    return json.loads(file.read_text())[WATCHED] if file.is_file() else None
+
+
+class Track(pl.Callback):
+    """The run's lineage and its alerts."""
+
+    def __init__(self, tracker: WandbRun, run: RunConfig, data: DataModule) -> None:
+        self.tracker = tracker  # not ``log``: Lightning overwrites that name in callbacks
+        self.run = run
+        self.data = data
+
+    @rank_zero_only
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        index = self.data.index_of("data.train")
+        about = {"samples": len(index), "classes": index.num_classes, "shards": len(index.shards), "kind": index.kind}
+        use(self.tracker, data_artifact(Path(index.folder) / "index.json", about))
+
+    @rank_zero_only
+    def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, NonFiniteLoss):
+            self.tracker.alert(f"{self.run.name}: the loss is not finite", str(exception), bad=True)
+
+
+@rank_zero_only
+def log_models(tracker: WandbRun, run: RunConfig, last_loss: float | None) -> None:
+    """The models that a finished run leaves, as versions of one artifact: ``best``, then ``latest``; one if they are the same.
+
+    ``last_loss``: the validation loss of the last step.
+    """
+    upload, id_, best = run.tracking.upload_models, run_id(run.folder), best_loss(run.folder / "best")
+    earlier = best is not None and last_loss is not None and best < last_loss
+    if earlier:
+        make(tracker, model_artifact(run.name, id_, run.folder / "best", upload=upload), ["best"])
+    make(tracker, model_artifact(run.name, id_, run.folder / "export", upload=upload), [] if earlier else ["best"])

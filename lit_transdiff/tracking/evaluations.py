@@ -1,0 +1,82 @@
+"""Results of evaluations in W&B: scores, a table, the picture, an artifact that says which model was scored, and an alert."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lit_transdiff.config import RunConfig
+from lit_transdiff.export import export_folder
+from lit_transdiff.tracking.artifacts import evaluation_artifact, make, model_artifact, use
+from lit_transdiff.tracking.loggers import MetricsCSV
+from lit_transdiff.tracking.wandb_run import WandbRun, open_run, run_id
+
+EVALUATE = "evaluate"  # the stage of a run that scores a trained model
+
+
+def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Scores as metrics: ``eval/NAME``, and ``eval/NAME_std`` where there is a spread."""
+    found: dict[str, float] = {}
+    for name, score in scores.items():
+        if isinstance(score, Mapping):
+            found |= {f"eval/{name}": score["mean"], f"eval/{name}_std": score["std"]}
+        else:
+            found[f"eval/{name}"] = score
+    return found
+
+
+def evaluation_run(settings: RunConfig, checkpoint: str) -> RunConfig:
+    """The run that scores ``checkpoint`` with ``settings``, those of the trained run with other sampling and evaluation."""
+    return dataclasses.replace(settings, stage=EVALUATE, init_from=checkpoint)
+
+
+def log_own_scores(run: RunConfig, result: Mapping[str, Any]) -> None:
+    """Scores of a trained run with its own settings: they go to the run itself, in W&B and in ``metrics.csv``."""
+    MetricsCSV(run.folder / "metrics.csv", run.images_per_step).log_metrics(numbers(result["scores"]), run.training.max_steps)
+    if run.tracking.wandb:
+        log = WandbRun(run)
+        log_result(log, result, run.training.max_steps)
+        log.finish()
+
+
+def log_evaluation(run: RunConfig, result: Mapping[str, Any], folder: Path, *, trial: bool) -> None:
+    """Scores of ``evaluate`` with any settings: a W&B run of its own, of job type ``evaluate``, whose files lie in ``folder``.
+
+    ``trial``: the folder is this evaluation's alone, a trial of a sweep, and also gets a ``metrics.csv``.
+    """
+    step = int((result["manifest"]["training"] or {}).get("step", 0))
+    if trial:
+        MetricsCSV(folder / "metrics.csv", run.images_per_step).log_metrics(numbers(result["scores"]), step)
+    if not run.tracking.wandb:
+        return
+    stem = Path(result["file"]).stem
+    id_ = run_id(folder) if trial else hashlib.sha256(f"{run_id(folder)} {stem}".encode()).hexdigest()[:8]
+    log = WandbRun(run)
+    log.adopt(open_run(run, id_, folder=folder, name=run.name if trial else f"{stem} {EVALUATE}", job_type=EVALUATE))
+    trained = export_folder(str(run.init_from))
+    model_id = (trained.parent / "wandb" / "run_id").read_text() if (trained.parent / "wandb" / "run_id").is_file() else "model"
+    name = result["manifest"]["run"]
+    use(log, model_artifact(name, model_id, trained, upload=run.tracking.upload_models))
+    log_result(log, result, step)
+    log.finish()
+
+
+def log_result(log: WandbRun, result: Mapping[str, Any], step: int) -> None:
+    """Scores as numbers, table and picture; the manifest in the configuration; the artifact; the alert."""
+    scores, manifest, file = result["scores"], result["manifest"], Path(result["file"])
+    log.experiment.config.update({"manifest": dict(manifest)}, allow_val_change=True)
+    log.log_metrics(numbers(scores), step)
+    rows = [[name, *(score.values() if isinstance(score, Mapping) else (score, None))] for name, score in scores.items()]
+    log.log_table("eval/scores", ["metric", "value", "std"], rows, step)
+    picture = file.with_suffix(".png")
+    if picture.is_file():
+        with Image.open(picture) as opened:
+            log.log_picture("eval/samples", opened.convert("RGB"), step)
+    make(log, evaluation_artifact(file, manifest))
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers(scores).items() if not name.endswith("_std"))
+    log.alert(f"{manifest['run']}: evaluated", shown)

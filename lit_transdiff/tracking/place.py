@@ -1,0 +1,75 @@
+"""Where a run belongs when it is a trial of a sweep: its name, its group and its folder.
+
+``wandb agent`` and ``lit-transdiff sweep`` start a trial with the same environment: ``WANDB_RUN_ID``, and
+``WANDB_SWEEP_PARAM_PATH``, a YAML file of the swept settings. ``lit-transdiff sweep`` adds ``WANDB_RUN_GROUP`` (the sweep's name)
+and ``SWEEP_FOLDER``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_transdiff.config import RunConfig
+
+SWEEP_FOLDER = "LIT_TRANSDIFF_SWEEP_FOLDER"
+MAX_NAME = 120  # characters of a folder's name that the settings may take
+
+
+@dataclass(frozen=True)
+class TrialPlace:
+    """The W&B id of a trial, the name of its sweep, the sweep's folder (nothing: below the run's), and the swept settings."""
+
+    id: str
+    sweep: str
+    folder: Path | None
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The swept settings and the id, in the order of their dotted names: ``lr_0.002-global_batch_size_64-1a2b3c4d``."""
+        words = "-".join(f"{key.split('.')[-1]}_{word(value)}" for key, value in sorted(flat(self.settings).items()))
+        return f"{words[:MAX_NAME]}-{self.id}"
+
+
+def trial_place() -> TrialPlace | None:
+    """What the environment says of the trial that this process is, or nothing."""
+    file, id_ = os.environ.get("WANDB_SWEEP_PARAM_PATH"), os.environ.get("WANDB_RUN_ID")
+    if not file or not id_:
+        return None
+    given = yaml.safe_load(Path(file).read_text())
+    settings = {key: item["value"] for key, item in given.items() if isinstance(item, dict) and "value" in item}
+    sweep = os.environ.get("WANDB_RUN_GROUP") or f"sweep-{os.environ.get('WANDB_SWEEP_ID', 'unnamed')}"
+    folder = os.environ.get(SWEEP_FOLDER)
+    return TrialPlace(id_, sweep, Path(folder) if folder else None, settings)
+
+
+def placed(run: RunConfig) -> RunConfig:
+    """``run``, or, when this process is a trial of a sweep, the same run named, grouped and put as that trial."""
+    trial = trial_place()
+    if trial is None:
+        return run
+    folder = trial.folder or Path(run.output_dir) / "sweeps" / trial.sweep
+    tracking = dataclasses.replace(run.tracking, group=trial.sweep)
+    return dataclasses.replace(run, name=trial.name, output_dir=str(folder), tracking=tracking)
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def word(value: Any) -> str:
+    """A value as part of a folder's name."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("_")

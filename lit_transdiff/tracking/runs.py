@@ -1,0 +1,85 @@
+"""One call for runs, wherever they are: ``runs("runs/fashion")``, ``runs("entity/project", {"group": "lr"})``."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lit_transdiff.config import require
+from lit_transdiff.tracking.folders import read_folder, run_folders
+from lit_transdiff.tracking.records import Run, fits
+from lit_transdiff.tracking.wandb_logs import log_files, read_log, read_server
+
+KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run folder, in an archive
+RESULTS, PICTURES = ("evaluations/*.json",), ("evaluations/*.png", "samples/*.png", "samples/*/*.png")
+SHRUNK, COLOURS = 320, 32  # width and number of colours of a picture in an archive
+
+
+def runs(where: str | Path, filters: Mapping[str, Any] | None = None) -> list[Run]:
+    """All runs at ``where`` that fit ``filters`` (see ``records.fits``), in the order of their names.
+
+    ``where`` is a folder of run folders, one run folder, an archive of them (``.zip``), a folder of offline W&B runs or one
+    ``.wandb`` file; or ``entity/project`` at W&B. Raises ``FileNotFoundError`` when it is neither.
+    """
+    path = Path(where).expanduser()
+    if path.exists():
+        found = read_local(unpacked(path.resolve(), path.stat().st_mtime) if path.suffix == ".zip" else path)
+    elif str(where).count("/") == 1 and not str(where).startswith((".", "/")) and not path.parent.exists():
+        found = read_server(str(where), filters or {})
+    else:
+        raise FileNotFoundError(f"{where} is no folder, and no project at W&B (entity/project).")
+    return sorted((run for run in found if fits(run, filters or {})), key=lambda run: (run.group, run.name))
+
+
+def read_local(path: Path) -> list[Run]:
+    """Run folders at and below a path; where there are none, W&B's logs."""
+    folders = list(run_folders(path)) if path.is_dir() else []
+    found = [read_folder(folder) for folder in folders] or [read_log(files) for files in log_files(path)]
+    if not found:
+        raise FileNotFoundError(f"{path} holds no run (config.yaml with metrics.csv or evaluations/, or run-*.wandb).")
+    return found
+
+
+@cache
+def unpacked(file: Path, changed: float) -> Path:
+    """An archive's content in a temporary folder, unpacked once a process and version."""
+    folder = Path(tempfile.mkdtemp(prefix="lit-transdiff-runs-"))
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path], bool] = lambda run: True) -> Path:
+    """Write what ``runs`` reads of the run folders below ``folder`` into one small ``.zip``: no weights, no checkpoints.
+
+    Pictures are made smaller, and kept of the run folders for which ``pictures_of`` is true.
+    """
+    folder, file = Path(folder), Path(file)
+    require(file.suffix == ".zip", "file", str(file), "a name ending in .zip")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for run in run_folders(folder):
+            for part in [run / name for name in KEPT] + [f for pattern in RESULTS for f in sorted(run.glob(pattern))]:
+                if part.is_file():
+                    packed.write(part, part.relative_to(folder))
+            for picture in [f for pattern in PICTURES for f in sorted(run.glob(pattern))] if pictures_of(run) else []:
+                packed.writestr(str(picture.relative_to(folder)), shrunk(picture))
+    return file
+
+
+def shrunk(file: Path) -> bytes:
+    """A picture as a small PNG."""
+    buffer = io.BytesIO()
+    with Image.open(file) as opened:
+        picture = opened.convert("RGB")
+    if picture.width > SHRUNK:
+        size = (SHRUNK, round(picture.height * SHRUNK / picture.width))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    picture.quantize(COLOURS).save(buffer, format="png", optimize=True)
+    return buffer.getvalue()

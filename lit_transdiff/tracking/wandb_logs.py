@@ -1,0 +1,176 @@
+"""Runs from W&B: the logs that offline runs leave (``run-*.wandb``), and the server through its public API."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_transdiff.tracking.folders import opener
+from lit_transdiff.tracking.records import AXES, Evaluation, Pictures, Run, last_values, number
+from lit_transdiff.tracking.wandb_run import IMAGES, STEP
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HIDDEN = ("_wandb", "manifest")  # keys of a run's configuration that are no settings
+AT_SERVER = {"group": "group", "state": "state", "name": "display_name", "stage": "jobType"}  # filters that W&B itself applies
+
+
+def log_files(root: Path) -> list[list[Path]]:
+    """The ``.wandb`` files at and below ``root``, those of one run (it may have been restarted) together, in order of time."""
+    files = [root] if root.is_file() else sorted(root.rglob("run-*.wandb"), key=lambda f: f.parent.name.removeprefix("offline-"))
+    by_run: dict[tuple[Path, str], list[Path]] = {}
+    for file in files:
+        by_run.setdefault((file.parent.parent, file.stem), []).append(file)
+    return list(by_run.values())
+
+
+def records(file: Path) -> Iterable[dict[str, Any]]:
+    """What a ``.wandb`` file holds, through W&B's own reader; raises ``ValueError`` for a file that it cannot read."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise ValueError(f"{file}: {done.stderr.decode().strip() or 'wandb cannot read it'}")
+    return (json.loads(line) for line in done.stdout.splitlines())
+
+
+def with_media(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the log with its media (spread over ``KEY._type``, ``KEY.path``, ...) as one dictionary a key."""
+    for key in [key.removesuffix("._type") for key in row if key.endswith("._type")]:
+        parts = {name: row[name] for name in row if name.startswith(f"{key}.")}
+        row = {name: value for name, value in row.items() if name not in parts}
+        row[key] = {name.removeprefix(f"{key}."): value for name, value in parts.items()}
+    return row
+
+
+def read_log(files: list[Path]) -> Run:
+    """One run from its log files."""
+    run: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    state = "unfinished"
+    for file in files:
+        state = "unfinished"
+        for record in records(file):
+            kind = record["type"]
+            if kind == "run":
+                run |= {key: value for key, value in record["run"].items() if value}
+                config |= record["run"].get("config", {}).get("update", {})
+            elif kind == "config":
+                config |= record["config"].get("update", {})
+            elif kind == "history":
+                rows.append(with_media(record["history"]["item"]))
+            elif kind == "exit":
+                state = "failed" if record["exit"].get("exit_code") else "finished"
+    history = as_history(rows, devices_of(config))
+    folder = files[-1].parent
+    pictures = {name: opener(folder / "files" / path) for name, path in picture_paths(rows).items()}
+    summary = last_values(history)
+    return Run(
+        id=run.get("run_id", folder.name),
+        name=run.get("display_name") or run.get("run_id", ""),
+        stage=run.get("job_type", ""),
+        group=run.get("run_group", ""),
+        tags=list(run.get("tags", [])),
+        state=state,
+        config=settings_of(config),
+        summary=summary,
+        where=str(folder),
+        read_history=lambda: history,
+        evaluations=evaluations_of(config, summary),
+        open_pictures=lambda: pictures,
+    )
+
+
+def read_server(project: str, filters: Mapping[str, Any]) -> list[Run]:
+    """The runs of ``entity/project``."""
+    import wandb
+
+    plain = {AT_SERVER[key]: value for key, value in filters.items() if key in AT_SERVER and isinstance(value, str)}
+    return [read_server_run(found) for found in wandb.Api().runs(project, filters=plain)]
+
+
+def read_server_run(found: Any) -> Run:
+    """One run of the public API; its history is fetched once, when it is asked for."""
+    config = dict(found.config)
+    summary = {key: number(value) for key, value in dict(found.summary).items() if not key.startswith("_")}
+
+    @cache
+    def rows() -> list[dict[str, Any]]:
+        return list(found.scan_history())
+
+    @cache
+    def folder() -> Path:
+        return Path(tempfile.mkdtemp(prefix="wandb-pictures-"))
+
+    def fetch(path: str) -> Any:
+        found.file(path).download(root=str(folder()), exist_ok=True)
+        return opener(folder() / path)()
+
+    def pictures() -> Pictures:
+        return {name: lambda path=path: fetch(path) for name, path in picture_paths(rows()).items()}  # type: ignore[misc]
+
+    return Run(
+        id=found.id,
+        name=found.name,
+        stage=found.job_type or "",
+        group=found.group or "",
+        tags=list(found.tags),
+        state=found.state,
+        config=settings_of(config),
+        summary={key: value for key, value in summary.items() if isinstance(value, int | float)},
+        where=found.url,
+        read_history=cache(lambda: as_history(rows(), devices_of(config))),
+        evaluations=evaluations_of(config, summary),
+        open_pictures=pictures,
+    )
+
+
+def as_history(rows: list[dict[str, Any]], devices: int) -> pd.DataFrame:
+    """W&B's rows as one row a training step. Rows of one step are joined, the later over the earlier; media are left out."""
+    import pandas as pd
+
+    joined: dict[int, dict[str, Any]] = {}
+    for i, row in enumerate(rows):
+        step = int(row.get(STEP, row.get("_step", i)))
+        numbers = {key: number(value) for key, value in row.items() if not key.startswith("_") and key != STEP}
+        line = {key: value for key, value in numbers.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        axes = {"step": step, "images_seen": line.pop(IMAGES, step), "device_hours": row.get("_runtime", 0) * devices / 3600}
+        joined.setdefault(step, {}).update(axes | line)
+    table = pd.DataFrame([joined[step] for step in sorted(joined)])
+    return table if len(table) else pd.DataFrame(columns=list(AXES), dtype=float)
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without what W&B and the evaluation put there, and without a sweep's repeats by dotted name."""
+    return {key: value for key, value in config.items() if key not in HIDDEN and "." not in key}
+
+
+def devices_of(config: dict[str, Any]) -> int:
+    return (config.get("distributed") or {}).get("devices") or 1
+
+
+def evaluations_of(config: dict[str, Any], summary: Mapping[str, Any]) -> list[Evaluation]:
+    """The evaluation that a run logged: its scores are in the summary, its manifest in the configuration."""
+    scores = {key[5:]: value for key, value in summary.items() if key.startswith("eval/") and isinstance(value, int | float)}
+    plain = {name: value for name, value in scores.items() if not name.endswith("_std")}
+    both = {
+        name: {"mean": value, "std": scores[f"{name}_std"]} if f"{name}_std" in scores else value for name, value in plain.items()
+    }
+    return [Evaluation(both, config.get("manifest") or {})] if both else []
+
+
+def picture_paths(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Where the pictures of a run lie below its files: ``step-...`` through training, ``final`` from its evaluation."""
+    found: dict[str, str] = {}
+    for row in rows:
+        for key, name in (("samples", f"step-{row.get(STEP, 0):08d}"), ("eval/samples", "final")):
+            if isinstance(row.get(key), dict) and "path" in row[key]:
+                found[name] = row[key]["path"]
+    return found

@@ -1,0 +1,178 @@
+"""The one place where a W&B run is opened, written to and closed.
+
+A run folder is one W&B run, also over restarts; W&B's local files lie in it. W&B's own environment variables decide between
+online, offline and disabled. A server that cannot be reached costs no training step: at the start the run is recorded offline
+and says so; later the client goes on writing its log, and the end of the run waits ``FINISH_TIMEOUT`` seconds at most. What the
+server did not get is in the run's ``.wandb`` file, for ``wandb sync --include-online``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+
+from lit_transdiff.config import RunConfig
+from lit_transdiff.loading import to_dict
+from lit_transdiff.tracking.place import trial_place
+
+if TYPE_CHECKING:
+    import wandb
+
+INIT_TIMEOUT = 20.0  # seconds that the start of a run may wait for the server
+FINISH_TIMEOUT = 300.0  # seconds that its end may, with the upload of a model; WANDB_FINISH_TIMEOUT says otherwise
+STEP, IMAGES = "trainer/global_step", "images_seen"  # the two axes of every metric
+log = logging.getLogger(__name__)
+
+
+def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str) -> wandb.Run:
+    """Start the W&B run ``id_``, or go on with it, with all its local files in ``folder``."""
+    import wandb
+
+    keep_below(folder)
+    mode = wandb_mode()
+    settings = wandb.Settings(
+        silent=mode == "offline" or os.environ.get("WANDB_SILENT") == "true",
+        init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)),
+        finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)),
+    )
+    given: dict[str, Any] = dict(
+        project=run.tracking.project, group=run.tracking.group, tags=run.tracking.tags, config=to_dict(run), dir=str(folder)
+    )
+    given |= dict(id=id_, name=name, job_type=job_type, resume="allow", settings=settings, reinit="finish_previous")
+    try:
+        opened = wandb.init(mode=mode, **given)
+    except wandb.errors.UsageError as error:
+        raise ValueError(f"WANDB_MODE: got {mode!r}; {error}") from error
+    except wandb.errors.CommError as error:
+        log.warning(
+            "W&B cannot be reached (%s). This run is recorded offline; later: wandb sync %s/offline-run-*",
+            error,
+            folder / "wandb",
+        )
+        wandb.teardown()  # its service still holds the run that could not start
+        opened = wandb.init(mode="offline", **given)
+    opened.define_metric(STEP)
+    opened.define_metric(IMAGES)
+    opened.define_metric("*", step_metric=IMAGES)
+    return opened
+
+
+def wandb_mode() -> Any:
+    """online, offline or disabled: what WANDB_MODE says, else online where there is a key, else offline."""
+    import wandb
+
+    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+
+
+def keep_below(folder: Path) -> None:
+    """Point every folder of W&B's into ``folder``."""
+    root = folder.resolve()
+    for variable, place in (
+        ("WANDB_DIR", root),
+        ("WANDB_DATA_DIR", root / "wandb"),
+        ("WANDB_CACHE_DIR", root / "wandb" / "cache"),
+        ("WANDB_ARTIFACT_DIR", root / "wandb" / "artifacts"),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        os.environ[variable] = str(place)
+
+
+def run_id(folder: Path) -> str:
+    """The W&B id of a run folder: that of the sweep's trial, or one made once."""
+    file = folder / "wandb" / "run_id"
+    if not file.exists():
+        trial = trial_place()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(trial.id if trial else secrets.token_hex(4))
+    return file.read_text()
+
+
+class WandbRun(Logger):
+    """The W&B run of a run folder, as Lightning's logger; it starts with the first thing that is logged. Rank 0 alone writes."""
+
+    def __init__(self, run: RunConfig) -> None:
+        super().__init__()
+        self.run = run
+        self._opened: wandb.Run | None = None
+
+    @property
+    def name(self) -> str:
+        return "wandb"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> wandb.Run:
+        if self._opened is None:
+            run, folder = self.run, self.run.folder
+            self._opened = open_run(run, run_id(folder), folder=folder, name=run.name, job_type=run.stage)
+        return self._opened
+
+    def adopt(self, opened: wandb.Run) -> None:
+        """Write to ``opened`` in place of the run folder's own W&B run."""
+        self._opened = opened
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The whole configuration is given at the start."""
+
+    def axes(self, step: int) -> dict[str, int]:
+        """The two axes at an optimizer step; W&B's own step counts calls and is no axis."""
+        return {STEP: step, IMAGES: step * self.run.images_per_step}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.experiment.log({k: v for k, v in metrics.items() if k != "epoch"} | self.axes(step or 0))
+
+    @rank_zero_only
+    def log_picture(self, key: str, picture: Image.Image, step: int) -> None:
+        """One labelled picture, such as a grid of samples."""
+        import wandb
+
+        self.experiment.log({key: wandb.Image(picture)} | self.axes(step))
+
+    @rank_zero_only
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """A table; pictures in its cells are shown as pictures."""
+        import wandb
+
+        cells = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
+        self.experiment.log({key: wandb.Table(columns=list(columns), data=cells)} | self.axes(step))
+
+    @rank_zero_only
+    def alert(self, title: str, text: str, *, bad: bool = False) -> None:
+        """Tell the people who follow the project."""
+        self.experiment.alert(title, text, level="ERROR" if bad else "INFO")
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Lightning's call at the end of training; a run that succeeded still gets its model, and is closed by ``finish``."""
+        if status != "success":
+            self.finish(1)
+
+    @rank_zero_only
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run, waiting for the server ``FINISH_TIMEOUT`` seconds at most; nothing happens when it is not open."""
+        if self._opened is None:
+            return
+        opened, self._opened = self._opened, None
+        start, place = time.monotonic(), opened.settings.sync_dir
+        opened.finish(exit_code)
+        waited = time.monotonic() - start
+        shutil.rmtree(os.environ["WANDB_CACHE_DIR"], ignore_errors=True)  # copies of what lies elsewhere, kept for re-use only
+        if not opened.offline and waited >= float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)):
+            log.warning("W&B did not take everything in %.0f s; later: wandb sync --include-online %s", waited, place)

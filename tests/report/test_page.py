@@ -1,0 +1,95 @@
+"""The page of a report: one file that needs nothing else, and works in a real browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_transdiff.__main__ import main
+from lit_transdiff.report.page import MAX_POINTS, page_data, write_report
+from lit_transdiff.tracking.runs import runs
+from tests.tracking.test_runs import make_run, write_long
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    for seed in (0, 1):
+        make_run(tmp_path / "runs", f"slow{seed}", 2.0 + seed, seed=seed)
+        make_run(tmp_path / "runs", f"fast{seed} <b>", 3.0 + seed, seed=seed, lr=0.1)
+    assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "report.html")]) == 0
+    return tmp_path / "report.html"
+
+
+def test_no_word_of_a_run_ends_the_script(tmp_path: Path) -> None:
+    (run,) = runs(make_run(tmp_path, "a", 1.0))
+    page = write_report([dataclasses.replace(run, name="</script>")], tmp_path / "page.html").read_text()
+    assert page.count("</script>") == 2
+
+
+def test_the_file_holds_everything_and_names_nothing_outside(report: Path) -> None:
+    page = report.read_text()
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)|@import|url\(|fetch\(|https?://(?!www\.w3\.org)""", page)
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    assert [run["name"] for run in data["runs"]] == ["fast0 <b>", "fast1 <b>", "slow0", "slow1"]
+    assert data["differing"] == ["optimizer.lr"] and "val/loss" in data["metrics"]
+    run = data["runs"][2]
+    assert run["curves"]["train/loss"]["value"] == pytest.approx([1.0, 0.5, 1 / 3])
+    assert [sample["step"] for sample in run["samples"]] == [2, 6] and run["scores"]["eval/frechet_distance"] == 2.0
+    assert run["evaluations"][0]["manifest"]["run"] == "slow0"
+
+
+def test_long_runs_make_small_pages(tmp_path: Path) -> None:
+    found = runs(write_long(tmp_path, 10_000))
+    assert len(page_data(found)["runs"][0]["curves"]["a"]["value"]) <= MAX_POINTS
+    assert write_report(found, tmp_path / "page.html").stat().st_size < 1_000_000
+
+
+@pytest.fixture
+def page(report: Path) -> Iterator[Any]:
+    """The report in a headless browser, with no network; every error of its script fails the test."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser here: none of {', '.join(BROWSERS)}")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
+        opened, errors = context.new_page(), []
+        opened.on("pageerror", lambda error: errors.append(str(error)))
+        opened.goto(report.as_uri())
+        yield opened
+        assert errors == []
+        browser.close()
+
+
+def test_it_works_in_a_browser(page: Any, tmp_path: Path) -> None:
+    assert page.locator("#runs tr").count() == 5 and page.locator("#plot .curve").count() == 4
+    page.screenshot(path=os.environ.get("REPORT_SCREENSHOT") or str(tmp_path / "page.png"), full_page=True)
+    page.locator("#runs input").first.uncheck()
+    assert page.locator("#plot .curve").count() == 3 and page.locator("#samples .card").count() == 3
+    page.locator("th", has_text="optimizer.lr").first.click()
+    page.locator("#metric").select_option("train/loss")
+    page.locator("#axis").select_option("device_hours")
+    page.locator("#log").check()
+    box = page.locator("#plot").bounding_box()
+    page.mouse.move(box["x"] + 700, box["y"] + 200)
+    assert "device-hours" in page.locator("#tip").inner_text() and "slow0" in page.locator("#tip").inner_text()
+    before = page.locator("#samples img").first.get_attribute("src")
+    page.locator("#when").fill("0")
+    assert page.locator("#samples img").first.get_attribute("src") != before
+    assert "step 2 of 6" in page.locator("#samples").inner_text()
+    page.locator("#left").select_option("0")
+    page.locator("#right").select_option("2")
+    assert "optimizer.lr" in page.locator("#differences").inner_text()
+    page.locator("details summary").first.click()
+    assert '"guidance_scale"' in page.locator("details pre").first.inner_text()

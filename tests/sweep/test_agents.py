@@ -1,0 +1,109 @@
+"""The same sweep files with the real ``wandb sweep`` and ``wandb agent``, against a server of our own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_transdiff.tracking.runs import runs
+from tests.small import ROOT
+from tests.sweep.test_controller import TINY, write_recipe
+from tests.wandb_stub import Stub
+
+pytestmark = pytest.mark.slow
+OURS = ["${env}", "${interpreter}", "-m", "lit_transdiff", "train"]
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with Stub() as server:
+        yield server
+        assert server.state.unknown == []
+
+
+def wandb_command(stub: Stub, folder: Path, *words: str) -> str:
+    environment = {**os.environ, **stub.environment, "PYTHONPATH": str(ROOT), "WANDB_DIR": str(folder)}
+    environment |= {
+        "WANDB_SILENT": "false",
+        "WANDB_AGENT_DISABLE_FLAPPING": "true",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the agent's ${interpreter} is "python"
+    }
+    command = [sys.executable, "-m", "wandb", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def sweep_and_agent(stub: Stub, folder: Path, **settings: Any) -> list[dict[str, Any]]:
+    """Register a sweep and let one agent work until it is done; the runs at the server."""
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"project": "p", "metric": {"name": "val/loss", "goal": "minimize"}, **settings}))
+    told = wandb_command(stub, folder, "sweep", str(file))
+    sweep = re.findall(r"wandb agent (\S+)", told)[-1]
+    print(wandb_command(stub, folder, "agent", sweep))  # shown when the test fails
+    return stub.state.runs_of_sweep(sweep.split("/")[-1])
+
+
+def test_an_agent_trains_with_nested_settings_and_none(stub: Stub, tmp_path: Path) -> None:
+    command = [
+        "${env}",
+        "${interpreter}",
+        "-m",
+        "lit_transdiff",
+        "train",
+        str(write_recipe(tmp_path)),
+        *TINY,
+        "${args_no_hyphens}",
+    ]
+    parameters = {
+        "optimizer": {"parameters": {"lr": {"values": [0.001, 0.01]}}},
+        "training.micro_batch_size": {"value": None},
+    }
+    made = sweep_and_agent(stub, tmp_path, method="grid", parameters=parameters, command=command)
+    assert [run["state"] for run in made] == ["finished"] * 2
+    assert {run["args"]["optimizer"]["value"]["lr"] for run in made} == {0.001, 0.01}
+    for run in made:
+        assert run["config"]["optimizer"]["value"]["lr"] == run["args"]["optimizer"]["value"]["lr"]
+        assert run["config"]["model"]["value"]["width"] == 32  # the whole configuration, not the swept settings alone
+        assert len([row for row in run["history"] if "val/loss" in row]) == 2
+    local = runs(tmp_path / "runs" / "sweeps")
+    assert {run.id for run in local} == {run["name"] for run in made}
+    assert {run.config["optimizer"]["lr"] for run in local} == {0.001, 0.01}
+
+
+def test_an_agent_starts_torchrun_and_two_ranks_are_one_run(stub: Stub, tmp_path: Path) -> None:
+    launch = ["${env}", "torchrun", "--standalone", "--nproc_per_node", "2", "-m", "lit_transdiff", "train"]
+    launch[1] = str(Path(sys.executable).with_name("torchrun"))
+    command = [*launch, str(write_recipe(tmp_path)), *TINY, "${args_no_hyphens}"]
+    (run,) = sweep_and_agent(stub, tmp_path, method="grid", parameters={"seed": {"values": [1]}}, command=command)
+    assert run["state"] == "finished" and len([row for row in run["history"] if "val/loss" in row]) == 2
+
+
+def test_hyperband_at_the_server_ends_a_run(stub: Stub, tmp_path: Path) -> None:
+    """The second trial is worse at the first band: its agent ends it."""
+    long = [word for word in TINY if "max_steps" not in word and "validate_every" not in word]
+    long += ["training.max_steps=200", "training.validate_every=4"]
+    command = [
+        "${env}",
+        "${interpreter}",
+        "-m",
+        "lit_transdiff",
+        "train",
+        str(write_recipe(tmp_path)),
+        *long,
+        "${args_no_hyphens}",
+    ]
+    parameters = {"training.max_steps": {"value": 40}, "optimizer.lr": {"values": [0.001, 1e-9]}}
+    second = {"parameters": parameters, "early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 3}}
+    parameters["training.max_steps"] = {"value": 400}
+    made = sweep_and_agent(stub, tmp_path, method="grid", command=command, **second)
+    assert made[0]["state"] == "finished" and made[1]["stopped"]
+    assert len(made[1]["history"]) < len(made[0]["history"])

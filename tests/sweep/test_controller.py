@@ -1,0 +1,193 @@
+"""Local sweeps: agents at once, early termination, a kill in the middle, programs of ours and of others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_transdiff.sweep.controller import run_sweep, slots_of
+from lit_transdiff.sweep.file import load_sweep
+from lit_transdiff.tracking.runs import runs
+from lit_transdiff.tracking.wandb_logs import log_files, read_log
+from tests.small import ROOT
+
+# Logs a loss that falls towards x, one value every PACE seconds, into the trial's folder, going on where it was.
+PROGRAM = """
+import csv, os, sys, time
+settings = dict(word.split("=") for word in sys.argv[1:])
+file = os.path.join(os.environ["WANDB_DIR"], "metrics.csv")
+done = sum(1 for _ in open(file)) - 1 if os.path.exists(file) else -1
+with open(file, "a") as out:
+    if done < 0:
+        print("step,images_seen,seconds,metric,value", file=out, flush=True)
+    for step in range(max(done, 0), 9):
+        print(f"{step},{step},{step},loss,{float(settings['x']) + 1 / (step + 1)}", file=out, flush=True)
+        time.sleep(float(settings["pace"]))
+if settings["x"] == "7":
+    sys.exit(3)
+"""
+
+
+def write_sweep(folder: Path, **changes: object) -> Path:
+    (folder / "program.py").write_text(PROGRAM)
+    settings: dict[str, object] = {
+        "name": "small",
+        "method": "grid",
+        "metric": {"name": "loss", "goal": "minimize"},
+        "parameters": {"x": {"values": [3, 1, 2]}, "pace": {"value": 0.05}},
+        "command": ["${env}", "${interpreter}", str(folder / "program.py"), "${args_no_hyphens}"],
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(settings | changes))
+    return folder / "sweep.yaml"
+
+
+def journal(folder: Path, event: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def quiet(text: str) -> None:
+    """Nobody listens."""
+
+
+def test_every_trial_runs_once_and_three_at_once(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    trials = run_sweep(load_sweep(file), tmp_path / "out", agents=3, say=quiet)
+    events = [json.loads(line)["event"] for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
+    assert events == ["start", "process"] * 3 + ["end"] * 3
+    assert [trial.state for trial in trials] == ["finished"] * 3
+    assert [trial.best(maximize=False) for trial in trials] == pytest.approx([3 + 1 / 9, 1 + 1 / 9, 2 + 1 / 9])
+    assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "out").glob("pace*")} == {f"pace_0.05-x_{x}" for x in (1, 2, 3)}
+    assert run_sweep(load_sweep(file), tmp_path / "out", say=quiet) == trials  # all done: nothing is started
+    assert len(journal(tmp_path / "out", "start")) == 3
+
+
+@pytest.mark.parametrize(
+    "gpus, agents, each, slots",
+    [
+        (0, None, 1, [()]),
+        (0, 3, 1, [()] * 3),
+        (4, None, 1, [(0,), (1,), (2,), (3,)]),
+        (5, None, 2, [(0, 1), (2, 3)]),
+        (4, 1, 2, [(0, 1)]),
+    ],
+)
+def test_trials_share_the_gpus_out(monkeypatch: pytest.MonkeyPatch, gpus, agents, each, slots) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert slots_of(agents, each) == slots
+
+
+def test_more_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(ValueError, match="--devices-per-run: got 9; allowed: at most the 4 GPUs"):
+        slots_of(None, 9)
+    with pytest.raises(ValueError, match="--agents: got 3; allowed: at most 2"):
+        slots_of(3, 2)
+
+
+def test_hyperband_ends_the_poor_ones(tmp_path: Path) -> None:
+    file = write_sweep(
+        tmp_path,
+        parameters={"x": {"values": [1, 2, 3]}, "pace": {"value": 0.4}},
+        early_terminate={"type": "hyperband", "min_iter": 2, "eta": 3},
+    )
+    trials = run_sweep(load_sweep(file), tmp_path / "out", agents=3, say=quiet)
+    assert [trial.state for trial in trials] == ["finished", "finished", "stopped"] or trials[2].state == "stopped"
+    assert trials[0].state == "finished" and 2 <= len(trials[2].values) < 9
+
+
+def test_a_failure_is_one_trial_and_three_at_the_start_end_the_sweep(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, parameters={"x": {"values": [1, 7]}, "pace": {"value": 0.0}})
+    assert [t.state for t in run_sweep(load_sweep(file), tmp_path / "out", say=quiet)] == ["finished", "failed"]
+    file = write_sweep(tmp_path, parameters={"x": {"values": [7, 7, 7, 7]}, "pace": {"value": 0.0}})
+    with pytest.raises(ValueError, match="the first 3 trials all failed"):
+        run_sweep(load_sweep(file), tmp_path / "hopeless", say=quiet)
+
+
+def test_another_sweep_does_not_go_into_the_same_folder(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, parameters={"x": {"values": [1]}, "pace": {"value": 0.0}})
+    run_sweep(load_sweep(file), tmp_path / "out", say=quiet)
+    with pytest.raises(ValueError, match="holds another sweep"):
+        run_sweep(load_sweep(write_sweep(tmp_path)), tmp_path / "out", say=quiet)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_with_the_same_trials(tmp_path: Path) -> None:
+    """SIGKILL to the controller while a trial runs: its orphan is ended, its trial goes on, none is lost or doubled."""
+    file = write_sweep(tmp_path, parameters={"x": {"values": [3, 1, 2]}, "pace": {"value": 0.2}})
+    command = [sys.executable, "-m", "lit_transdiff", "sweep", str(file), "--output", str(tmp_path / "out")]
+    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    place = tmp_path / "out"
+    while not (place / "trials.jsonl").exists() or len(journal(place, "process")) < 2:
+        assert killed.poll() is None, "ended before it could be killed"
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    orphan = journal(place, "process")[-1]["pid"]
+    trials = run_sweep(load_sweep(file), place, say=quiet)
+    assert [trial.state for trial in trials] == ["finished"] * 3 and [len(trial.values) for trial in trials] == [9] * 3
+    assert len(journal(place, "start")) == 3
+    with pytest.raises(ProcessLookupError):
+        os.kill(orphan, 0)
+
+
+def test_a_program_that_knows_only_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "other.py"
+    program.write_text("import wandb\nwith wandb.init() as run:\n    run.log({'loss': run.config['x'] + 1.5})\n")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    file = write_sweep(tmp_path, command=None, program=str(program), parameters={"x": {"values": [2]}})
+    (trial,) = run_sweep(load_sweep(file), tmp_path / "out", say=quiet)
+    assert (trial.state, trial.values) == ("finished", [3.5])
+    (logged,) = [read_log(files) for files in log_files(tmp_path / "out")]
+    assert (logged.id, logged.group, logged.config) == (trial.id, "small", {"x": 2})
+
+
+TINY = [
+    *("model.size=test", "training.max_steps=4", "training.log_every=2", "training.validate_every=2", "sampling.num_steps=2"),
+    *("training.global_batch_size=8", "training.num_validation_samples=16", "optimizer.warmup_steps=2"),
+]
+
+
+def write_recipe(folder: Path) -> Path:
+    """A run on the bundled images without an autoencoder."""
+    from lit_transdiff.loading import to_yaml
+    from tests.small import small_run
+
+    file = folder / "recipe.yaml"
+    file.write_text(to_yaml(small_run(folder / "runs", tracking={"wandb": True, "project": "p"})))
+    return file
+
+
+@pytest.mark.slow
+def test_trials_of_our_own_are_runs_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command = [
+        "${env}",
+        "${interpreter}",
+        "-m",
+        "lit_transdiff",
+        "train",
+        str(write_recipe(tmp_path)),
+        *TINY,
+        "${args_no_hyphens}",
+    ]
+    parameters = {
+        "optimizer": {"parameters": {"lr": {"values": [0.001, 0.01]}}},
+        "training.micro_batch_size": {"value": None},
+        "flow": {"parameters": {"discretize": {"value": None}}},
+    }
+    file = write_sweep(tmp_path, command=command, parameters=parameters, metric={"name": "val/loss", "goal": "minimize"})
+    trials = run_sweep(load_sweep(file), tmp_path / "out", agents=2, say=quiet)
+    assert [(trial.state, len(trial.values)) for trial in trials] == [("finished", 2)] * 2
+    found = runs(tmp_path / "out")
+    assert {run.id for run in found} == {trial.id for trial in trials} and {run.group for run in found} == {"small"}
+    assert {run.config["optimizer"]["lr"] for run in found} == {0.001, 0.01}
+    assert all(run.config["flow"]["discretize"] is None and run.state == "finished" for run in found)

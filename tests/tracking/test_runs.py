@@ -1,0 +1,188 @@
+"""One call for runs: folders, archives, offline logs and W&B give the same; the comparison judges differences by their noise."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import wandb
+from PIL import Image
+
+from lit_transdiff.config import SamplingConfig
+from lit_transdiff.loading import save_yaml
+from lit_transdiff.tracking.compare import compare
+from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV
+from lit_transdiff.tracking.runs import archive, runs
+from lit_transdiff.tracking.wandb_run import WandbRun
+from tests.small import small_run
+from tests.wandb_stub import Stub
+
+
+def make_run(root: Path, name: str, score: float, *, seed: int = 0, lr: float = 1e-3, group: str = "g") -> Path:
+    """A run folder with three logged steps, a picture and a result, written without training."""
+    changes = {"name": name, "seed": seed, "optimizer": {"lr": lr}, "tracking": {"wandb": False, "group": group, "tags": ["a"]}}
+    run = small_run(root, **changes)
+    (run.folder / "samples" / "final").mkdir(parents=True)
+    (run.folder / "evaluations").mkdir()
+    save_yaml(run, run.folder / "config.yaml")
+    log = MetricsCSV(run.folder / "metrics.csv", run.images_per_step)
+    for step in (2, 4, 6):
+        log.log_metrics({"train/loss": score / step}, step)
+    log.log_metrics({"val/loss": score}, 6)
+    for file in ("samples/step-00000002.png", "samples/step-00000006.png", "samples/final/grid.png", "evaluations/r.png"):
+        Image.new("RGB", (8, 8), (color(file), 0, 0)).save(run.folder / file)
+    manifest = {"run": name, "sampling": vars(SamplingConfig()), "date": "2026"}
+    scores = {"frechet_distance": score, "precision": 1 / score, "inception_score": {"mean": 2.0, "std": 0.1}}
+    (run.folder / "evaluations" / "r.json").write_text(json.dumps({"scores": scores, "manifest": manifest}))
+    return run.folder
+
+
+def color(file: str) -> int:
+    return zlib.crc32(file.encode()) % 256
+
+
+def test_a_folder_of_runs(tmp_path: Path) -> None:
+    make_run(tmp_path, "b", 3.0, lr=0.1)
+    make_run(tmp_path / "deep" / "er", "a", 2.0)
+    found = runs(tmp_path)
+    assert [run.name for run in found] == ["a", "b"]
+    run = found[0]
+    assert (run.stage, run.group, run.tags, run.config["optimizer"]["lr"]) == ("ar_pretrain", "g", ["a"], 1e-3)
+    history = run.history()
+    assert list(history["step"]) == [2, 4, 6] and list(history["images_seen"]) == [16, 32, 48]
+    assert list(history["train/loss"]) == [1.0, 0.5, pytest.approx(1 / 3)] and history["device_hours"].is_monotonic_increasing
+    assert list(run.history(["val/loss"])["step"]) == [6]
+    assert run.summary == {"train/loss": pytest.approx(1 / 3), "val/loss": 2.0}
+    assert list(run.samples()) == [2, 6] and list(run.pictures()) == ["final"]
+    assert run.samples()[6].getpixel((0, 0)) == (color("samples/step-00000006.png"), 0, 0)
+    (evaluation,) = run.evaluations
+    assert evaluation.value("frechet_distance") == 2.0 and evaluation.value("inception_score") == 2.0
+    assert [r.name for r in runs(tmp_path, {"config.optimizer.lr": 0.1})] == ["b"]
+    assert [r.name for r in runs(tmp_path, {"summary.val/loss": lambda v: v < 2.5, "group": ["g", "h"]})] == ["a"]
+    assert runs(tmp_path, {"tags": "z"}) == []
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        runs(make_empty(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no folder, and no project"):
+        runs("./nowhere")
+
+
+def make_empty(folder: Path) -> Path:
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+def test_an_archive_holds_what_is_read(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "a", 2.0)
+    (tmp_path / "runs" / "a" / "export").mkdir()
+    (tmp_path / "runs" / "a" / "export" / "model.safetensors").write_bytes(b"weights")
+    packed = archive(tmp_path / "runs", tmp_path / "runs.zip")
+    (one,), (other,) = runs(tmp_path / "runs"), runs(packed)
+    pd.testing.assert_frame_equal(one.history(), other.history())
+    assert (one.config, one.summary, list(one.samples())) == (other.config, other.summary, list(other.samples()))
+    assert one.evaluations[0].scores == other.evaluations[0].scores
+    assert not list(Path(other.where).rglob("*.safetensors"))
+
+
+def test_time_adds_up_over_restarts(tmp_path: Path) -> None:
+    file = make_run(tmp_path, "a", 1.0) / "metrics.csv"
+    with open(file, "w", newline="") as out:
+        rows = [(1, 8, 1800, "x", 5), (2, 16, 3600, "x", 4), (3, 24, 900, "x", 3), (4, 32, 1800, "x", 2)]  # a restart after 2
+        csv.writer(out).writerows([COLUMNS, *rows])
+    (run,) = runs(tmp_path)
+    assert list(run.history()["device_hours"]) == [0.5, 1.0, 1.25, 1.5]
+
+
+def write_long(folder: Path, steps: int) -> Path:
+    folder = make_run(folder, "long", 1.0)
+    log = [[step, step * 8, step / 10, name, 1 / step] for step in range(1, steps + 1) for name in "abcdefgh"]
+    with open(folder / "metrics.csv", "w", newline="") as out:
+        csv.writer(out).writerows([COLUMNS, *log])
+    return folder
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the children that it has waited for: other load on the machine does not count."""
+    return sum(os.times()[:4])
+
+
+def test_ten_thousand_steps_of_a_folder_are_read_in_five_seconds(tmp_path: Path) -> None:
+    folder = write_long(tmp_path, 10_000)
+    start = cpu_seconds()
+    (run,) = runs(folder)
+    assert len(run.history()) == 10_000 and cpu_seconds() - start < 5
+
+
+TRACKED = {"wandb": True, "project": "p", "group": "g", "tags": ["a"]}
+
+
+def log_some(root: Path, steps: int = 3) -> WandbRun:
+    log = WandbRun(small_run(root, tracking=TRACKED))
+    for step in range(1, steps + 1):
+        log.log_metrics({"train/loss": 1 / step, "eval/frechet_distance": 2.0, "odd": math.nan}, step)
+    log.log_picture("samples", Image.new("RGB", (4, 4), (9, 9, 9)), steps)
+    log.finish()
+    return log
+
+
+def check_same(run) -> None:
+    assert (run.name, run.stage, run.group, run.tags, run.state) == ("small", "ar_pretrain", "g", ["a"], "finished")
+    assert run.config["optimizer"]["lr"] == 1e-3
+    assert list(run.history(["train/loss"])["train/loss"]) == pytest.approx([1, 1 / 2, 1 / 3])
+    assert list(run.history()["images_seen"]) == [8, 16, 24]
+    assert run.summary["train/loss"] == pytest.approx(1 / 3)
+    assert run.evaluations[0].value("frechet_distance") == 2.0
+    assert run.samples()[3].getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_an_offline_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    log_some(tmp_path)
+    (run,) = runs(tmp_path)
+    check_same(run)
+
+
+def test_a_project_at_wandb(stub: Stub, tmp_path: Path) -> None:
+    log_some(tmp_path)
+    (run,) = runs("team/p")
+    check_same(run)
+    assert runs("team/p", {"group": "other"}) == [] and len(runs("team/p", {"config.optimizer.lr": 1e-3})) == 1
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_of_an_offline_log_are_read_in_five_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    log_some(tmp_path, 10_000)
+    start = cpu_seconds()
+    (run,) = runs(tmp_path)
+    assert len(run.history()) == 10_000 and cpu_seconds() - start < 5
+
+
+def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
+    for seed, score in enumerate((2.0, 2.2, 2.4)):
+        make_run(tmp_path, f"slow{seed}", score, seed=seed)
+        make_run(tmp_path, f"fast{seed}", score + 0.1, seed=seed, lr=1e-2)
+        make_run(tmp_path, f"bad{seed}", score + 5, seed=seed, lr=1.0)
+    made = compare(runs(tmp_path))
+    assert made.settings == ["optimizer.lr"] and len(made.table) == 9 and len(made.groups) == 3
+    by_lr = made.groups.set_index("optimizer.lr")
+    assert by_lr.loc[1e-3, "eval/frechet_distance mean"] == pytest.approx(2.2)
+    assert by_lr.loc[1e-3, "eval/frechet_distance std"] == pytest.approx(0.2)
+    verdicts = made.verdicts("eval/frechet_distance").set_index("optimizer.lr")["verdict"]
+    assert verdicts.to_dict() == {1e-3: "best", 1e-2: "within noise", 1.0: "worse"}
+    assert made.verdicts("eval/precision").set_index("optimizer.lr")["verdict"][1e-3] == "best"  # higher is better
+    noise = made.verdicts("eval/frechet_distance")["noise"].iloc[0]
+    assert noise == pytest.approx(2.4469 * 0.2 * (2 / 3) ** 0.5, rel=1e-3)  # t of 6 degrees of freedom
+
+
+def test_without_repeats_nothing_is_called_noise(tmp_path: Path) -> None:
+    make_run(tmp_path, "a", 2.0)
+    make_run(tmp_path, "b", 2.5, lr=0.1)
+    assert list(compare(runs(tmp_path)).verdicts("eval/frechet_distance")["verdict"]) == ["best", "unknown"]

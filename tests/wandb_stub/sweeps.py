@@ -1,0 +1,46 @@
+"""What W&B's server does for a sweep: gives agents runs, and tells them to stop some."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from lit_transdiff.sweep.file import sweep_from
+from lit_transdiff.sweep.search import next_settings, to_stop
+from lit_transdiff.sweep.trial import State as TrialState
+from lit_transdiff.sweep.trial import Trial
+
+if TYPE_CHECKING:
+    from tests.wandb_stub.state import State
+
+
+def as_trial(run: dict[str, Any], metric: str | None) -> Trial:
+    """A run of the sweep as the searches see it."""
+    states: dict[str, TrialState] = {"running": "running", "pending": "running", "finished": "finished"}
+    state: TrialState = "stopped" if run["stopped"] else states.get(run["state"], "failed")
+    values = [row[metric] for row in run["history"] if metric in row]
+    return Trial(run["name"], {key: item["value"] for key, item in run["args"].items()}, state, values)
+
+
+def commands(state: State, sweep: dict[str, Any], agents_runs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answer to an agent's heartbeat: runs to stop, a run to start, or to go home."""
+    from tests.wandb_stub.state import short_id
+
+    plan, runs = sweep_from(sweep["settings"], sweep["name"]), state.runs_of_sweep(sweep["name"])
+    trials = [as_trial(run, plan.metric) for run in runs]
+    if plan.early_terminate is not None:
+        lost = {trial.id for trial in to_stop(plan.early_terminate, trials, plan.maximize)}
+        for run in runs:
+            run["stopped"] |= run["name"] in lost
+    orders = [{"type": "stop", "run_id": run["name"]} for run in runs if run["stopped"] and run["name"] in agents_runs]
+    if agents_runs:
+        return orders
+    settings = next_settings(plan, trials)
+    if settings is None:
+        sweep["state"] = "FINISHED"
+        return [*orders, {"type": "exit"}]
+    sweep["state"] = "RUNNING"
+    run = state.run(sweep["project"], short_id())
+    run |= dict(sweepName=sweep["name"], state="pending", args={key: {"value": value} for key, value in settings.items()})
+    state.runs[sweep["project"], run["name"]] = run
+    return [*orders, {"type": "run", "run_id": run["name"], "args": json.loads(json.dumps(run["args"])), "program": plan.program}]
