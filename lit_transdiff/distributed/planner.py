@@ -1,7 +1,7 @@
 """What a run needs before it is paid for: memory by part, communication, operations, time and sizes, for every strategy.
 
 All sizes are bytes and all rates are a second. The shares of each strategy are those of this code: float32 weights, gradients,
-moments and averages everywhere, bfloat16 in the passes alone.
+moments and averages, bfloat16 in the passes alone (with precision bf16-true the averages alone are float32).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from lit_transdiff.hardware import DEVICES, GB, Device
 from lit_transdiff.stages import STAGES
 
 FLOAT = 4
-HALF = 2
 BUCKET = 200_000_000 * FLOAT  # DeepSpeed's buffer for gradients on their way, of which it holds two
 AUTOENCODER = 83_700_000 * FLOAT  # the KL autoencoder of 256-pixel images; only a run on images holds it
 OVERHEAD = 1.5 * GB  # CUDA's context, the communication library, workspaces
@@ -63,8 +62,9 @@ SHARES: dict[str, Share] = {
 def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelCost, cost: PassCost, images: bool) -> Memory:
     """Memory of one of ``gpus`` GPUs at its fullest moment, with micro-batches of ``rows`` rows."""
     share = SHARES[strategy]
-    weights, trained = model.parameters * FLOAT, model.trained * FLOAT
-    averages = trained * (1 + len(run.optimizer.more_ema_decays))
+    number = 2 if run.training.precision == "bf16-true" else FLOAT
+    weights, trained = model.parameters * number, model.trained * number
+    averages = model.trained * FLOAT * (1 + len(run.optimizer.more_ema_decays))
     offloaded = run.distributed.offload != "none" and strategy.startswith("zero")
 
     def part(size: float, cut: bool) -> float:
@@ -179,7 +179,8 @@ def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool)
     return [
         f"run            {run.name}, stage {run.stage}, size {run.model.size}, R = {run.model.num_references}",
         f"parameters     {model.parameters:,} ({model.trained:,} trained): encoder {model.encoder:,}, decoder {model.decoder:,}",
-        f"precision      {'bfloat16' if bf16 else 'float32'} passes; weights, gradients, moments and averages float32",
+        f"precision      {'bfloat16' if bf16 else 'float32'} passes; averages float32, weights, gradients and moments "
+        + ("bfloat16 (single and ddp only)" if run.training.precision == "bf16-true" else "float32"),
         f"operations     {cost.row_flops / 1e9:,.0f} GFLOP a row of {run.model.num_references}, forward and backward; "
         f"{cost.row_flops * run.training.global_batch_size / 1e15:,.2f} PFLOP a step of {run.training.global_batch_size} rows",
         f"activations    {cost.row_bytes / GB:.3f} GB a row, {cost.fixed_bytes / GB:.2f} GB once"

@@ -8,7 +8,6 @@ loading, swapping in the average and gathering are the same few lines for every 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,15 +125,6 @@ class Sharding:
             if holder.owned and average is not None:
                 sums += torch.stack([(weights - flat(average)).square().sum(), weights.square().sum()]).to(sums)
         return sums
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the model holds its averages. All ranks enter together."""
-        self.swap_averages()
-        try:
-            yield
-        finally:
-            self.swap_averages()
 
     @torch.no_grad()
     def averaged_state(self) -> dict[str, Tensor]:
