@@ -46,9 +46,9 @@ def scores_of(run: Run) -> dict[str, float]:
 
 
 def default_metrics(runs: Sequence[Run]) -> list[str]:
-    """The scores that any run has, and the losses."""
+    """The scores that any run has, in the order of the table of metrics, and the losses."""
     found = dict.fromkeys(name for run in runs for name in scores_of(run))
-    scores = [name for name in found if name.startswith("eval/") and not name.endswith("_std")]
+    scores = [f"eval/{name}" for name in METRICS if f"eval/{name}" in found]
     return scores + [name for name in ("val/loss", "train/loss") if name in found]
 
 
