@@ -6,7 +6,7 @@ Shapes: B images, R references, S context tokens, D width, c h w a latent, C H W
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -69,7 +69,8 @@ def generate(
         if scale > 1:
             low, high = sampling.guidance_interval
             velocity_fn = guide(velocity_fn, unconditional.velocity_fn(images), scale, (low, high))
-        image = solve(velocity_fn, noise, sampling, lambda: draw(*shape))
+        steps = sampling.reference_steps[r] if sampling.reference_steps else sampling.num_steps
+        image = solve(velocity_fn, noise, replace(sampling, num_steps=steps), lambda: draw(*shape))
         images = torch.cat([images, image[:, None]], dim=1)
     return images
 

@@ -65,7 +65,7 @@ def test_the_sections_are_those_of_the_run():
         ("sampling: {guidance_interval: [0.5]}", r"sampling\.guidance_interval: got \[0\.5\]"),
         (
             "sampling: {reference_guidance: [1, 2]}",
-            r"sampling\.reference_guidance: got \[1\.0, 2\.0\]; allowed: one scale for each",
+            r"sampling\.reference_guidance: got \[1\.0, 2\.0\]; allowed: one for each",
         ),
         ("optimizer: {warmup_steps: 2000}", r"optimizer\.warmup_steps: got 2000; allowed: at most training\.max_steps=1000"),
         ("optimizer: {ema_decay: 1.0}", r"optimizer\.ema_decay: got 1\.0"),

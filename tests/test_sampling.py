@@ -54,6 +54,16 @@ def test_guidance_of_each_reference():
     assert not torch.allclose(plain[:, 3], last[:, 3])
 
 
+def test_earlier_references_may_take_fewer_steps():
+    model, rows = build(4), []
+    model.decoder.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    fewer = SamplingConfig(num_steps=5, reference_steps=[1, 1, 2, 5])
+    images = generate(model, LABELS, fewer, SEEDS)
+    assert len(rows) == 9
+    one = generate(model, LABELS, SamplingConfig(num_steps=1), SEEDS)
+    assert torch.equal(images[:, 0], one[:, 0]) and not torch.allclose(images[:, 3], one[:, 3])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("num_references", [1, 4])
 @pytest.mark.parametrize("labels", [torch.tensor([2, 0, 2]), torch.tensor([3, 3, 3]), None], ids=["two", "one", "null"])

@@ -68,13 +68,14 @@ class RunConfig:
             self.training.frozen_dropout,
             f"false in stage {self.stage}, which freezes nothing",
         )
-        scales = self.sampling.reference_guidance
-        require(
-            scales is None or len(scales) == self.model.num_references,
-            "sampling.reference_guidance",
-            scales,
-            f"one scale for each of the model's {self.model.num_references} references",
-        )
+        for name in ("reference_guidance", "reference_steps"):
+            values = getattr(self.sampling, name)
+            require(
+                values is None or len(values) == self.model.num_references,
+                f"sampling.{name}",
+                values,
+                f"one for each of the model's {self.model.num_references} references",
+            )
 
     @property
     def folder(self) -> Path:

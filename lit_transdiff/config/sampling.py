@@ -21,10 +21,12 @@ class SamplingConfig:
     guidance_scale: float = 1.0
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # t (1 = noise) between which guidance acts
     reference_guidance: Optional[list[float]] = None  # one scale a reference instead of guidance_scale
+    reference_steps: Optional[list[int]] = None  # solver steps of each reference instead of num_steps
     reuse_noise: bool = True  # MRAR: one initial noise for all references of an image, as in the paper
 
     def __post_init__(self) -> None:
-        require(self.num_steps >= 1, "sampling.num_steps", self.num_steps, "an integer of at least 1")
+        steps = [self.num_steps, *(self.reference_steps or [])]
+        require(all(n >= 1 for n in steps), "sampling.num_steps", steps, "integers of at least 1")
         require(self.shift > 0, "sampling.shift", self.shift, "above 0")
         scales = [self.guidance_scale, *(self.reference_guidance or [])]
         require(all(s >= 1 for s in scales), "sampling.guidance_scale", scales, "1 (no guidance) and more")

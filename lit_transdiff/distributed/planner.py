@@ -17,7 +17,7 @@ from lit_transdiff.stages import STAGES
 
 FLOAT = 4
 BUCKET = 200_000_000 * FLOAT  # DeepSpeed's buffer for gradients on their way, of which it holds two
-AUTOENCODER = 83_700_000 * FLOAT  # the KL autoencoder of 256-pixel images; only a run on images holds it
+AUTOENCODER = 66_456_019 * FLOAT  # the released KL autoencoder (kl16); only a run on images holds it
 OVERHEAD = 1.5 * GB  # CUDA's context, the communication library, workspaces
 USABLE = 0.92  # of the memory, as the allocator cannot fill all gaps
 

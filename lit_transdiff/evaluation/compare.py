@@ -104,7 +104,8 @@ def sampler(row: Row) -> str:
     low, high = sampling["guidance_interval"]
     interval = "" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]"
     scales = sampling["drift_scale"], sampling["noise_scale"]
-    return f"{sampling['solver']} {sampling['num_steps']} x {guidance}{interval}" + (
+    steps = "/".join(map(str, sampling.get("reference_steps") or [sampling["num_steps"]]))
+    return f"{sampling['solver']} {steps} x {guidance}{interval}" + (
         "" if scales == (1, 1) else ", scales {:g} {:g}".format(*scales)
     )
 
