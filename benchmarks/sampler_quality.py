@@ -1,0 +1,124 @@
+"""Frechet distance against decoder evaluations: what each setting of the sampler costs and gives, on a trained model.
+
+    lit-transdiff run experiments/fashion/pipeline.yaml                     # or any run with reference statistics
+    python benchmarks/sampler_quality.py runs/fashion/ar_pretrain --figure docs/sampler_quality.png
+
+Each setting draws ``--images`` images with ``--seeds`` seeds; the table gives means and the spread over the seeds. A decoder
+evaluation is one image through the decoder, so a guided step costs two. Results are kept below ``--output``: the same command again
+continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lit_transdiff.config import SamplingConfig
+from lit_transdiff.distributed import default_device
+from lit_transdiff.evaluation.evaluate import evaluate
+from lit_transdiff.sampling import Generator, load_generator
+
+BASELINE = "paper, 100 steps"
+
+
+def settings_of(references: int, guidance: float) -> dict[str, dict[str, Any]]:
+    """Name -> what differs from the paper's sampler at 100 steps with this guidance."""
+    found: dict[str, dict[str, Any]] = {BASELINE: {}}
+    found |= {f"paper, {n} steps": {"num_steps": n} for n in (50, 25, 12)}
+    for n in (25, 12, 8):
+        found[f"paper, {n} steps, guided in [0, 0.7]"] = {"num_steps": n, "guidance_interval": [0.0, 0.7]}
+    for n in (12, 8):
+        found[f"paper, {n} steps, scales 0.95 and 0.85"] = {"num_steps": n, "drift_scale": 0.95, "noise_scale": 0.85}
+    for solver, counts in {"adams_bashforth": (24, 12, 8), "heun": (12, 6), "euler": (25, 12)}.items():
+        found |= {f"{solver}, {n} steps": {"solver": solver, "grid": "uniform", "num_steps": n} for n in counts}
+    if references > 1:
+        early = references - 1
+        found["paper, last 25 steps, earlier 6"] = {"num_steps": 25, "reference_steps": [6] * early + [25]}
+        found["paper, last 25 steps, earlier 3"] = {"num_steps": 25, "reference_steps": [3] * early + [25]}
+        only_last = {"num_steps": 25, "reference_guidance": [1.0] * early + [guidance]}
+        found["paper, 25 steps, only the last guided"] = only_last
+        found["paper, last 12 steps, earlier 6"] = {"num_steps": 12, "reference_steps": [6] * early + [12]}
+    return found
+
+
+def score(generator: Generator, sampling: SamplingConfig, images: int, seeds: int, output: Path) -> dict[str, list[float]]:
+    """Frechet distance, class accuracy and decoder evaluations an image, one value a seed."""
+    values: dict[str, list[float]] = {"distance": [], "accuracy": [], "evaluations": []}
+    for seed in range(seeds):
+        metrics = ["frechet_distance", "class_accuracy"]
+        settings = dataclasses.replace(generator.run.evaluation, num_images=images, seed=seed, metrics=metrics)
+        result = evaluate(generator, settings, sampling, output=output, reuse=True)
+        values["distance"].append(result["scores"]["frechet_distance"])
+        values["accuracy"].append(result["scores"]["class_accuracy"])
+        values["evaluations"].append(result["manifest"]["decoder_evaluations_per_image"])
+    return values
+
+
+def draw(rows: dict[str, dict[str, list[float]]], title: str, file: Path) -> None:
+    """Distance against evaluations, with the spread over seeds; the paper's sampler stands out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    families = dict.fromkeys(name.split(",")[0] for name in rows)
+    for colour, family in enumerate(families):
+        mine = {name: values for name, values in rows.items() if name.split(",")[0] == family}
+        x = [statistics.mean(values["evaluations"]) for values in mine.values()]
+        y = [statistics.mean(values["distance"]) for values in mine.values()]
+        spread = [statistics.stdev(values["distance"]) if len(values["distance"]) > 1 else 0.0 for values in mine.values()]
+        label = "Euler-Maruyama on the paper's grid" if family == "paper" else family.replace("_", "-")
+        axes.errorbar(x, y, spread, fmt="o", color=f"C{colour}", capsize=3, label=label)
+        for name, at, value in zip(mine, x, y, strict=True):
+            text = name.split(", ", 1)[1].replace(" steps", "")
+            axes.annotate(text, (at, value), xytext=(5, 3), textcoords="offset points", fontsize=7, color=f"C{colour}")
+    base = statistics.mean(rows[BASELINE]["distance"])
+    axes.axhline(base, color="grey", linewidth=0.8, linestyle="--")
+    axes.axvline(statistics.mean(rows[BASELINE]["evaluations"]) / 4, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", xlabel="decoder evaluations an image", ylabel="Frechet distance (lower is better)", title=title)
+    axes.legend(fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="default: sampler_quality in the run folder")
+    parser.add_argument("--figure", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    generator = load_generator(args.checkpoint, default_device())
+    run = generator.run
+    base = dataclasses.replace(run.sampling, solver="euler_maruyama", grid="paper", num_steps=100)
+    rows = {}
+    for name, changes in settings_of(run.model.num_references, run.sampling.guidance_scale).items():
+        sampling = dataclasses.replace(base, **changes)
+        rows[name] = score(generator, sampling, args.images, args.seeds, args.output or Path(args.checkpoint) / "sampler_quality")
+    cost = statistics.mean(rows[BASELINE]["evaluations"])
+    print(f"{run.name}, guidance {run.sampling.guidance_scale:g}, {args.images} images, {args.seeds} seeds\n")
+    print("| sampler | evaluations an image | of the paper's | Frechet distance | class accuracy |\n|---|---|---|---|---|")
+    for name, values in rows.items():
+        mean = {key: statistics.mean(found) for key, found in values.items()}
+        spread = statistics.stdev(values["distance"]) if args.seeds > 1 else 0.0
+        print(
+            f"| {name} | {mean['evaluations']:.0f} | {mean['evaluations'] / cost:.0%} "
+            f"| {mean['distance']:.3f} ± {spread:.3f} | {mean['accuracy']:.1%} |"
+        )
+    if args.figure:
+        draw(rows, f"{run.name}: {args.images} images, mean and spread of {args.seeds} seeds", args.figure)
+
+
+if __name__ == "__main__":
+    main()
