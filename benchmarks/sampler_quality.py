@@ -4,7 +4,7 @@
     python benchmarks/sampler_quality.py runs/fashion/ar_pretrain --figure docs/sampler_quality.png
 
 Each setting draws ``--images`` images with ``--seeds`` seeds; the table gives means and the spread over the seeds. A decoder
-evaluation is one image through the decoder, so a guided step costs two. Results are kept below ``--output``: the same command again
+evaluation is one image through the decoder, so a guided step costs two. Results stay below ``--output``: the same command
 continues.
 """
 
