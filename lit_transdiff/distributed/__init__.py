@@ -14,7 +14,8 @@ from lightning.fabric import Fabric
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import Strategy
 
-from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.config import DistributedConfig, RunConfig, require, unknown
+from lit_transdiff.distributed.restarts import rejoin
 from lit_transdiff.distributed.strategies import DDP, FSDP, Single
 from lit_transdiff.stages import PREPARATORY
 
@@ -89,6 +90,7 @@ def world_size(run: RunConfig) -> int:
 def build_fabric() -> Fabric:
     """The ranks that torchrun started, or this process alone; on GPUs where there are any."""
     gpus = torch.cuda.device_count()
+    rejoin("nccl" if gpus else "gloo", timedelta(minutes=DistributedConfig().timeout_minutes))
     devices, nodes = launched()
     nodes = max(1, nodes)
     strategy = "ddp" if devices * nodes > 1 else "auto"
@@ -154,6 +156,7 @@ def trainer_settings(run: RunConfig) -> dict[str, Any]:
     """The part of the Trainer's arguments that depends on devices."""
     accelerator, devices = devices_of(run)
     name = strategy_name(run)
+    rejoin("nccl" if accelerator == "gpu" else "gloo", timeout_of(run))
     plain_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return dict(
         plugins=[SLURMEnvironment(auto_requeue=False)] if plain_slurm else None,  # see preemption
