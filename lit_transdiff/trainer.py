@@ -25,7 +25,7 @@ from lit_transdiff.data.references import num_groups
 from lit_transdiff.distributed import accumulation, micro_batch_size, precision_of, strategy_name, trainer_settings, world_size
 from lit_transdiff.distributed.preemption import StopOnRequest, StopRequest, stop_request
 from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_checkpoint, spread, what_changes
-from lit_transdiff.distributed.watchdog import Pause, Watchdog
+from lit_transdiff.distributed.watchdog import Pause, Resume, Watchdog
 from lit_transdiff.evaluation.online import OnlineEvaluation
 from lit_transdiff.export import export_checkpoint, export_folder, read_export, write_export
 from lit_transdiff.models.adapt import match
@@ -211,27 +211,33 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: Wan
     finite = StopOnNonFinite(training.log_every, training.checkpoint_every, run.folder / "checkpoints")
     numbers = LogTraining(run)
     checkpoints = Checkpoints(run, start, spread_of(run), before_save=finite.look)
+    watchdog = Watchdog(run.safety.stall_seconds)
+    # The watchdog rests in what may take long. Scores come before LogTraining, which would count their time as training's.
+    slow_first: list[Callback] = []
+    slow_last: list[Callback] = [SaveOrigin(run, export_info(parts)), checkpoints]
+    if tracker is not None:
+        slow_last.append(Track(tracker, run, parts.data))
+    if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
+        names, folder = parts.data.class_names, run.folder
+        slow_last.append(SampleGrids(parts.autoencoder, names, folder / "samples", training.sample_every, tracker))
+        slow_last.append(BestModel(folder / "best", partial(export_model, parts)))
+        if run.evaluation.every:
+            generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
+            slow_first.append(OnlineEvaluation(generator, run))
     callbacks: list[Callback] = [
+        StopOnRequest(request, checkpoints, watchdog.rest),
+        Pause(watchdog),
+        *slow_first,
+        Resume(watchdog),
         GuardSteps(run.safety, run.folder) if guarded else finite,
         numbers,
         Progress(run.name, numbers),
-        SaveOrigin(run, export_info(parts)),
-        checkpoints,
-        StopOnRequest(request, checkpoints),
+        Pause(watchdog),
+        *slow_last,
+        watchdog,
     ]
-    if tracker is not None:
-        callbacks.append(Track(tracker, run, parts.data))
-    if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
-        names, folder = parts.data.class_names, run.folder
-        callbacks.append(SampleGrids(parts.autoencoder, names, folder / "samples", training.sample_every, tracker))
-        callbacks.append(BestModel(folder / "best", partial(export_model, parts)))
-        if run.evaluation.every:  # before LogTraining, which would count its time as waiting for data
-            generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
-            callbacks.insert(1, OnlineEvaluation(generator, run))
-    if run.safety.stall_seconds > 0:
-        watchdog = Watchdog(run.safety.stall_seconds)
-        callbacks = [Pause(watchdog), *callbacks, watchdog]
-    return callbacks
+    watching = run.safety.stall_seconds > 0
+    return [callback for callback in callbacks if watching or not isinstance(callback, Watchdog | Pause | Resume)]
 
 
 def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -49,11 +49,15 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 class StopOnRequest(pl.Callback):
-    """Between two steps, when any rank was asked to stop: all ranks save together and raise ``Preempted``."""
+    """Between two steps, when any rank was asked to stop: all ranks save together and raise ``Preempted``.
 
-    def __init__(self, request: StopRequest, checkpoints: Checkpoints) -> None:
+    ``before_save`` is called before the save, which may take long.
+    """
+
+    def __init__(self, request: StopRequest, checkpoints: Checkpoints, before_save: Callable[[], None]) -> None:
         self.request = request
         self.checkpoints = checkpoints
+        self.before_save = before_save
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.request.listen()
@@ -65,6 +69,7 @@ class StopOnRequest(pl.Callback):
             return
         if not self.any_rank(trainer):
             return
+        self.before_save()
         step = trainer.global_step
         if step > 0 and step != self.checkpoints.saved_step:
             self.checkpoints.save(trainer)

@@ -18,8 +18,8 @@ from lit_transdiff.endings import EXIT_STALLED
 class Watchdog(pl.Callback):
     """Ends the process with ``EXIT_STALLED`` when a step, or the wait for its data, takes longer than ``seconds``.
 
-    It stands last among the callbacks and ``Pause`` first, so that what other callbacks do between two steps (sample grids,
-    scores) may take as long as it takes.
+    It stands last among the callbacks, and ``Pause`` before those that may take as long as they take between two steps (sample
+    grids, scores, saves); ``Resume`` ends a pause early, before callbacks in which ranks wait for each other only shortly.
     """
 
     def __init__(self, seconds: float, poll: float = 1.0) -> None:
@@ -86,7 +86,7 @@ class Watchdog(pl.Callback):
 
 
 class Pause(pl.Callback):
-    """Between two steps the watchdog rests."""
+    """From here on the watchdog rests, until the callbacks of this moment are done."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         self.watchdog = watchdog
@@ -96,3 +96,13 @@ class Pause(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
         self.watchdog.rest()
+
+
+class Resume(pl.Callback):
+    """From here on the watchdog watches again at the end of a step."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self.watchdog = watchdog
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
+        self.watchdog.watch("finishing", i)
