@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -56,6 +57,19 @@ def peak_flops(device: torch.device) -> float:
         (matrix @ matrix)[0, 0].item()
         times.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(times)
+
+
+@lru_cache
+def mkl_lags() -> bool:
+    """Whether this CPU has AVX-512 that MKL does not use, since the processor is not its maker's, and oneDNN does."""
+    if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def peak_memory(device: torch.device) -> float:

@@ -29,7 +29,10 @@ class PerImageNormal:
         self.device = torch.device(device)
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device, non_blocking=True)
+        numbers = torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+        if self.device.type == "cuda":
+            numbers = numbers.pin_memory()  # else the copy waits for the device
+        return numbers.to(self.device, non_blocking=True)
 
 
 class GlobalBatchNormal:

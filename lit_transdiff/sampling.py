@@ -16,9 +16,8 @@ from torch import Tensor
 
 from lit_transdiff.config import RunConfig, SamplingConfig, require, unknown
 from lit_transdiff.export import read_export
-from lit_transdiff.flow.guidance import guide
-from lit_transdiff.flow.loss import VelocityFn
-from lit_transdiff.flow.solvers import GRIDS, SOLVERS, solve
+from lit_transdiff.flow.guidance import Pair, guide
+from lit_transdiff.flow.solvers import GRIDS, SOLVERS, Velocity, solve
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
 from lit_transdiff.models.context import ContextStream
 from lit_transdiff.models.decoder import Memory
@@ -65,12 +64,13 @@ def generate(
         if r > 0 and not sampling.reuse_noise:
             noise = draw(*shape)
         scale = sampling.reference_guidance[r] if sampling.reference_guidance else sampling.guidance_scale
-        velocity_fn = conditional.velocity_fn(images)
+        memory = conditional.after(images)
+        velocity = velocity_of(model, memory)
         if scale > 1:
             low, high = sampling.guidance_interval
-            velocity_fn = guide(velocity_fn, unconditional.velocity_fn(images), scale, (low, high))
+            velocity = guide(velocity, pair_of(model, memory, unconditional.after(images)), scale, (low, high))
         steps = sampling.reference_steps[r] if sampling.reference_steps else sampling.num_steps
-        image = solve(velocity_fn, noise, replace(sampling, num_steps=steps), lambda: draw(*shape))
+        image = solve(velocity, noise, replace(sampling, num_steps=steps), lambda: draw(*shape))
         images = torch.cat([images, image[:, None]], dim=1)
     return images
 
@@ -82,11 +82,31 @@ class Remembered:
         self.model, self.contexts = model, contexts
         self.memory: Memory | None = None
 
-    def velocity_fn(self, images: Tensor) -> VelocityFn:
-        """The velocity of the image after ``images`` [B, r, c, h, w]; to be asked for with a growing r."""
+    def after(self, images: Tensor) -> Memory:
+        """The memory of the image after ``images`` [B, r, c, h, w]; to be asked for with a growing r."""
         new = self.model.memory(self.contexts.advance(images))
-        memory = self.memory = new if self.memory is None else self.memory.join(new)
-        return lambda x_t, t: self.model.velocity(x_t, t, memory)
+        self.memory = new if self.memory is None else self.memory.join(new)
+        return self.memory
+
+
+def velocity_of(model: TransDiff, memory: Memory) -> Velocity:
+    """The model's velocity at a time that all rows share, in the precision of the state."""
+
+    def velocity(x_t: Tensor, t: float) -> Tensor:
+        return model.velocity(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), memory).to(x_t.dtype)
+
+    return velocity
+
+
+def pair_of(model: TransDiff, conditional: Memory, unconditional: Memory) -> Pair:
+    """The velocities of both memories, in one pass of the decoder."""
+    velocity = velocity_of(model, conditional.beside(unconditional))
+
+    def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        c, u = velocity(torch.cat([x_t, x_t]), t).chunk(2)
+        return c, u
+
+    return pair
 
 
 def fused(second: Tensor, pattern: Tensor) -> ContextFn:

@@ -77,10 +77,10 @@ def test_07_the_number_of_steps_is_the_one_asked_for(num_steps: int):
 def test_08_guidance_below_one_is_refused_and_an_interval_mixes_no_batches():
     with pytest.raises(ValueError, match="guidance_scale"):
         SamplingConfig(guidance_scale=0.9)
-    conditional, unconditional = (lambda x, t, c=c: torch.full_like(x, c) for c in (1.0, 0.0))
-    guided = guide(conditional, unconditional, 2.0, (0.3, 0.6))
+    ones, zeros = torch.ones(2, 3), torch.zeros(2, 3)
+    guided = guide(lambda x, t: ones, lambda x, t: (ones, zeros), 2.0, (0.3, 0.6))
     x = torch.zeros(2, 3)
-    assert [float(guided(x, torch.tensor([t])).mean()) for t in (0.9, 0.5, 0.1)] == [1.0, 2.0, 1.0]
+    assert [float(guided(x, t).mean()) for t in (0.9, 0.5, 0.1)] == [1.0, 2.0, 1.0]
 
 
 def test_09_a_scale_of_one_may_be_an_integer():

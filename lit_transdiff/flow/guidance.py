@@ -1,31 +1,31 @@
-"""Classifier-free guidance, as a wrapper that makes one velocity_fn of two."""
+"""Classifier-free guidance, as a wrapper that makes one velocity of two."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from lit_transdiff.flow.loss import VelocityFn
+from lit_transdiff.flow.solvers import Velocity
+
+Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # x_t, t -> conditional and unconditional velocity
 
 
-def guide(
-    conditional: VelocityFn, unconditional: VelocityFn, scale: float, interval: tuple[float, float] = (0.0, 1.0)
-) -> VelocityFn:
+def guide(conditional: Velocity, both: Pair, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
     """v = u + scale (c - u) where low <= t <= high, else c (arXiv 2207.12598; interval: arXiv 2404.07724).
 
-    A scale of 1 is no guidance: the unconditional function is then never called, nor is it outside the interval.
+    ``both`` gives (c, u) in one pass. It is never called outside the interval, nor for a scale of 1, which is no guidance.
     """
     if scale < 1:
         raise ValueError(f"guidance scale: got {scale!r}; allowed: 1 (no guidance) and more.")
     if scale == 1:
         return conditional
     low, high = interval
-    always = (low, high) == (0, 1)
 
-    def guided(x_t: Tensor, t: Tensor) -> Tensor:
-        c = conditional(x_t, t)
-        if not (always or low <= float(t.flatten()[0]) <= high):
-            return c
-        u = unconditional(x_t, t)
+    def guided(x_t: Tensor, t: float) -> Tensor:
+        if not low <= t <= high:
+            return conditional(x_t, t)
+        c, u = both(x_t, t)
         return u + scale * (c - u)
 
     return guided

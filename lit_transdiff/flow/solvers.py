@@ -1,8 +1,8 @@
 """Time grids, and the integrators that carry noise (t = 1) to data (t = 0).
 
-A solver is ``solver(velocity_fn, x, grid, draw, config) -> x``: ``x`` [B, ...] is the state at ``grid[0]``, ``grid`` a falling
-list of times that ends in 0, ``velocity_fn(x, t)`` takes t as a tensor [1], and ``draw()`` gives fresh Gaussian numbers of x's
-shape (deterministic solvers never call it). The state and t are float32.
+A solver is ``solver(velocity, x, grid, draw, config) -> x``: ``x`` [B, ...] is the state at ``grid[0]``, ``grid`` a falling
+list of times that ends in 0, ``velocity(x, t)`` is the field at a time that all rows share, and ``draw()`` gives fresh Gaussian
+numbers of x's shape (deterministic solvers never call it).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lit_transdiff.config import SamplingConfig
-from lit_transdiff.flow.loss import VelocityFn, shift_times
+from lit_transdiff.flow.loss import shift_times
 
+Velocity = Callable[[Tensor, float], Tensor]  # x_t [B, ...], t -> velocity [B, ...]
 Draw = Callable[[], Tensor]
-Solver = Callable[[VelocityFn, Tensor, list[float], Draw, SamplingConfig], Tensor]
+Solver = Callable[[Velocity, Tensor, list[float], Draw, SamplingConfig], Tensor]
 
 
 def paper_grid(num_steps: int) -> Tensor:
@@ -39,7 +40,7 @@ def time_grid(config: SamplingConfig) -> list[float]:
     return shift_times(GRIDS[config.grid](config.num_steps), config.shift).tolist()
 
 
-def euler_maruyama(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+def euler_maruyama(velocity: Velocity, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
     """The paper's stochastic sampler: drift v - t score = (2 - t) v + x and diffusion 2 t (section 3.2).
 
     Drift and noise are scaled by ``drift_scale`` and ``noise_scale`` in every step but the last, which is plain.
@@ -48,7 +49,7 @@ def euler_maruyama(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: 
         last = i == len(grid) - 2
         noise = None if last else draw()
         dt = t_next - t
-        drift = (2 - t) * velocity(velocity_fn, x, t) + x
+        drift = (2 - t) * velocity(x, t) + x
         if noise is None:
             x = x + drift * dt
         else:
@@ -56,31 +57,31 @@ def euler_maruyama(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: 
     return x
 
 
-def euler(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+def euler(velocity: Velocity, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
     """First order, one evaluation a step."""
     for t, t_next in pairwise(grid):
-        x = x + (t_next - t) * velocity(velocity_fn, x, t)
+        x = x + (t_next - t) * velocity(x, t)
     return x
 
 
-def heun(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+def heun(velocity: Velocity, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
     """Second order, two evaluations a step: the trapezoid rule with an Euler predictor."""
     for t, t_next in pairwise(grid):
-        v = velocity(velocity_fn, x, t)
-        v_next = velocity(velocity_fn, x + (t_next - t) * v, t_next)
+        v = velocity(x, t)
+        v_next = velocity(x + (t_next - t) * v, t_next)
         x = x + (t_next - t) * (v + v_next) / 2
     return x
 
 
-def adams_bashforth(velocity_fn: VelocityFn, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+def adams_bashforth(velocity: Velocity, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
     """Second order, one evaluation a step: extrapolates from the step before, for steps of any length.
 
     The first step has nothing before it and is a Heun step.
     """
-    v_before, dt_before = velocity(velocity_fn, x, grid[0]), grid[1] - grid[0]
-    x = x + dt_before * (v_before + velocity(velocity_fn, x + dt_before * v_before, grid[1])) / 2
+    v_before, dt_before = velocity(x, grid[0]), grid[1] - grid[0]
+    x = x + dt_before * (v_before + velocity(x + dt_before * v_before, grid[1])) / 2
     for t, t_next in pairwise(grid[1:]):
-        v, dt = velocity(velocity_fn, x, t), t_next - t
+        v, dt = velocity(x, t), t_next - t
         x = x + dt * (v + dt / (2 * dt_before) * (v - v_before))
         v_before, dt_before = v, dt
     return x
@@ -94,12 +95,7 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def velocity(velocity_fn: VelocityFn, x: Tensor, t: float) -> Tensor:
-    """The velocity at a time that all rows share, in float32."""
-    return velocity_fn(x, torch.full((1,), t, dtype=torch.float32, device=x.device)).to(x.dtype)
-
-
 @torch.no_grad()
-def solve(velocity_fn: VelocityFn, noise: Tensor, config: SamplingConfig, draw: Draw) -> Tensor:
+def solve(velocity: Velocity, noise: Tensor, config: SamplingConfig, draw: Draw) -> Tensor:
     """Carry ``noise`` [B, ...] to data with the configured grid and solver."""
-    return SOLVERS[config.solver](velocity_fn, noise, time_grid(config), draw, config)
+    return SOLVERS[config.solver](velocity, noise, time_grid(config), draw, config)

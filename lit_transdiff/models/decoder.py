@@ -12,35 +12,49 @@ import torch
 from torch import Tensor, nn
 
 from lit_transdiff.models.layers import (
+    MLP,
     CrossAttention,
     SelfAttention,
     TimeEmbedding,
     initialise,
     layer_norm,
     learned,
-    mlp,
     modulate,
 )
+from lit_transdiff.models.linear import Linear
 from lit_transdiff.models.tokens import patchify, unpatchify
+
+KeysValuesPair = tuple[Tensor, Tensor]  # [B, h, S, d] each
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the decoder keeps of a context: keys and values of every block, made once for all draws and solver steps.
+    """What the decoder keeps of its contexts, made once for all draws and solver steps.
 
-    ``visible[r]`` is the number of context tokens that the rows of reference r may see.
+    For every block the keys and values of each context; the rows of the decoder fall into as many equal shares, in order, and
+    those of a share attend to one context. A context of one row serves for all rows of its share.
     """
 
-    keys_values: tuple[tuple[Tensor, Tensor], ...]
-    visible: tuple[int, ...]
+    blocks: tuple[tuple[KeysValuesPair, ...], ...]
 
     def join(self, later: Memory) -> Memory:
-        """The memory of this context and, after it, a ``later`` one; a single row serves for all rows of the other."""
-        pairs = [
-            tuple(torch.cat([a.expand(max(len(a), len(b)), -1, -1, -1), b], dim=2) for a, b in zip(old, new, strict=True))
-            for old, new in zip(self.keys_values, later.keys_values, strict=True)
-        ]
-        return Memory(tuple(pairs), (self.visible[-1] + later.visible[-1],))  # type: ignore[arg-type]
+        """The memory of this context's tokens and, after them, a ``later`` one's; a single row serves for all of the other."""
+        return Memory(
+            tuple(
+                tuple((append(k, k_new), append(v, v_new)) for (k, v), (k_new, v_new) in zip(old, new, strict=True))
+                for old, new in zip(self.blocks, later.blocks, strict=True)
+            )
+        )
+
+    def beside(self, other: Memory) -> Memory:
+        """The memory for the rows of this and, after them, as many rows of the ``other``."""
+        return Memory(tuple(mine + its for mine, its in zip(self.blocks, other.blocks, strict=True)))
+
+
+def append(old: Tensor, new: Tensor) -> Tensor:
+    """``old`` and ``new`` [B or 1, h, S, d], one after the other."""
+    rows = max(len(old), len(new))
+    return torch.cat([old.expand(rows, -1, -1, -1), new.expand(rows, -1, -1, -1)], dim=2)
 
 
 class DecoderBlock(nn.Module):
@@ -54,14 +68,14 @@ class DecoderBlock(nn.Module):
         self.norm2 = layer_norm(width)
         self.cross_attention = CrossAttention(width, num_heads, attention_dropout, projection_dropout)
         self.norm3 = layer_norm(width)
-        self.mlp = mlp(width, mlp_ratio, projection_dropout)
+        self.mlp = MLP(width, mlp_ratio, projection_dropout)
 
-    def forward(self, x: Tensor, modulation: Tensor, keys_values: tuple[Tensor, Tensor], visible: tuple[int, ...]) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, keys_values: tuple[KeysValuesPair, ...]) -> Tensor:
         """``x`` [(V B), N, D], ``modulation`` [(V B) or 1, 6, D] -> [(V B), N, D]."""
         rows = (self.scale_shift_table + modulation).chunk(6, dim=1)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = rows
         x = x + gate_attention * self.self_attention(modulate(self.norm1(x), shift_attention, scale_attention))
-        x = x + self.cross_attention(self.norm2(x), keys_values, visible)
+        x = x + self.cross_attention(self.norm2(x), keys_values)
         return x + gate_mlp * self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
 
 
@@ -72,7 +86,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / math.sqrt(width))
         self.norm = layer_norm(width, affine=False)
-        self.linear = nn.Linear(width, out_features)
+        self.linear = Linear(width, out_features)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """``x`` [B, N, D], time ``embedding`` [B or 1, D] -> [B, N, C p p]."""
@@ -101,8 +115,8 @@ class DiffusionDecoder(nn.Module):
         token_features = latent_channels * patch_size**2
         self.position = learned(1, (latent_size // patch_size) ** 2, width)
         self.time_embedding = TimeEmbedding(width)
-        self.context_projection = nn.Linear(width, width)
-        self.input_projection = nn.Linear(token_features, width)
+        self.context_projection = Linear(width, width)
+        self.input_projection = Linear(token_features, width)
         self.blocks = nn.ModuleList(
             DecoderBlock(width, num_heads, mlp_ratio, attention_dropout, projection_dropout) for _ in range(num_blocks)
         )
@@ -111,10 +125,13 @@ class DiffusionDecoder(nn.Module):
         nn.init.zeros_(self.final.linear.weight)
 
     def memory(self, context: Tensor, visible: tuple[int, ...]) -> Memory:
-        """Keys and values of ``context`` [B, S, D] for every block; see ``Memory``."""
+        """Keys and values of the first ``visible[i]`` tokens of ``context`` [B, S, D], for the i-th share of the rows."""
         projected = self.context_projection(context)
-        keys_values = [block.cross_attention.keys_values(projected) for block in self.blocks]  # type: ignore[union-attr, operator]
-        return Memory(tuple(keys_values), visible)
+        blocks = []
+        for block in self.blocks:
+            k, v = block.cross_attention.keys_values(projected)  # type: ignore[union-attr, operator]
+            blocks.append(tuple((k[:, :, :s], v[:, :, :s]) for s in visible))
+        return Memory(tuple(blocks))
 
     def forward(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
         """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or [1]; same shape.
@@ -124,6 +141,6 @@ class DiffusionDecoder(nn.Module):
         tokens = patchify(x_t, self.patch_size).to(self.input_projection.weight.dtype)
         x = self.input_projection(tokens) + self.position
         embedding, modulation = self.time_embedding(t)
-        for block, keys_values in zip(self.blocks, memory.keys_values, strict=True):
-            x = block(x, modulation, keys_values, memory.visible)
+        for block, keys_values in zip(self.blocks, memory.blocks, strict=True):
+            x = block(x, modulation, keys_values)
         return unpatchify(self.final(x, embedding), self.patch_size, x_t.shape[-2])

@@ -9,7 +9,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from lit_transdiff.models.layers import KeysValues, SelfAttention, initialise, layer_norm, learned, mlp
+from lit_transdiff.models.layers import MLP, KeysValues, SelfAttention, initialise, layer_norm, learned
+from lit_transdiff.models.linear import Linear
 from lit_transdiff.models.tokens import patchify
 
 
@@ -21,7 +22,7 @@ class EncoderBlock(nn.Module):
         self.norm1 = layer_norm(width)
         self.attention = SelfAttention(width, num_heads, attention_dropout, projection_dropout)
         self.norm2 = layer_norm(width)
-        self.mlp = mlp(width, mlp_ratio, projection_dropout)
+        self.mlp = MLP(width, mlp_ratio, projection_dropout)
 
     def forward(self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]; ``groups`` and ``past`` as in ``SelfAttention``."""
@@ -64,7 +65,7 @@ class ARTransformer(nn.Module):
         self.class_embedding = nn.Embedding(num_classes, width)
         self.null_class = learned(1, width)
         self.mask_tokens = learned(1, tokens_per_reference if multi else 1, width)
-        self.reference_projection = nn.Linear(latent_channels * reference_patch_size**2, width) if multi else None
+        self.reference_projection = Linear(latent_channels * reference_patch_size**2, width) if multi else None
         self.position = learned(1, num_class_tokens + num_tokens, width)
         self.input_norm = layer_norm(width)
         self.blocks = nn.ModuleList(

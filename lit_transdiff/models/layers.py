@@ -7,14 +7,16 @@ that belong to one image: its references times its noise draws).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp
 from torch import Tensor, nn
+
+from lit_transdiff.models.linear import Linear
 
 NORM_EPS = 1e-6
 TIME_FEATURES = 256
@@ -24,9 +26,18 @@ def layer_norm(width: int, affine: bool = True) -> nn.LayerNorm:
     return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=affine)
 
 
-def mlp(width: int, ratio: float, dropout: float) -> Mlp:
+class MLP(nn.Module):
     """Linear, exact GELU, dropout, linear, dropout."""
-    return Mlp(width, int(width * ratio), drop=dropout)
+
+    def __init__(self, width: int, ratio: float, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, int(width * ratio))
+        self.fc2 = Linear(int(width * ratio), width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
 
 
 @dataclass
@@ -56,8 +67,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.dropout = nn.Dropout(projection_dropout)
 
     def forward(self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None) -> Tensor:
@@ -88,10 +99,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.proj = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.proj = Linear(width, width)
         self.dropout = nn.Dropout(projection_dropout)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,18 +110,19 @@ class CrossAttention(nn.Module):
         key, value = self.key(context), self.value(context)
         return tuple(rearrange(z, "b s (h d) -> b h s d", h=self.num_heads) for z in (key, value))  # type: ignore[return-value]
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], visible: tuple[int, ...]) -> Tensor:
-        """Attend from ``x`` [(V B), N, D], whose V B rows are ordered (reference, draw, image).
+    def forward(self, x: Tensor, keys_values: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Attend from ``x`` [(V B), N, D] to as many contexts as there are ``keys_values``, each for its equal share of the rows.
 
-        The rows of reference r see the first ``visible[r]`` context tokens of their image. All draws of an image share
-        its keys and values: their queries stand in one row. Returns [(V B), N, D].
+        A share's rows are ordered (draw, image) over the rows of its keys and values. All draws of an image share them: their
+        queries stand in one row. Returns [(V B), N, D].
         """
-        k, v = keys_values
         dropout = self.attention_dropout if self.training else 0.0
-        q = rearrange(self.query(x), "(r m b) n (h d) -> r b h (m n) d", r=len(visible), b=len(k), h=self.num_heads)
-        y = [F.scaled_dot_product_attention(q[r], k[:, :, :s], v[:, :, :s], dropout_p=dropout) for r, s in enumerate(visible)]
-        rows = rearrange(torch.stack(y), "r b h (m n) d -> (r m b) n (h d)", n=x.shape[1])
-        return self.dropout(self.proj(rows))
+        shares = []
+        for rows, (k, v) in zip(self.query(x).chunk(len(keys_values)), keys_values, strict=True):
+            q = rearrange(rows, "(m b) n (h d) -> b h (m n) d", b=len(k), h=self.num_heads)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            shares.append(rearrange(y, "b h (m n) d -> (m b) n (h d)", n=x.shape[1]))
+        return self.dropout(self.proj(shares[0] if len(shares) == 1 else torch.cat(shares)))
 
 
 class TimeEmbedding(nn.Module):
@@ -119,9 +131,9 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.linear_1 = nn.Linear(TIME_FEATURES, width)
-        self.linear_2 = nn.Linear(width, width)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.linear_1 = Linear(TIME_FEATURES, width)
+        self.linear_2 = Linear(width, width)
+        self.modulation = Linear(width, 6 * width)
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``t`` [B] in [0, 1] -> embedding [B, D] and block modulation [B, 6, D]."""

@@ -15,6 +15,7 @@ from lit_transdiff.models.layers import time_features
 from lit_transdiff.models.official import our_name
 from lit_transdiff.models.tokens import patchify, token_similarity, unpatchify
 from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.sampling import pair_of, velocity_of
 from tests.reference import CASES, FIXTURES, assert_near, latents_to_tokens, load, model, tokens_to_latents
 
 
@@ -108,20 +109,19 @@ def test_paper_sampler_with_guidance():
     everything_dropped = torch.ones(len(labels), dtype=torch.bool)
     conditional, unconditional = (net.memory(net.encode(labels, drop=d)) for d in (None, everything_dropped))
 
-    def record(memory):
-        def velocity_fn(x_t, t):
-            trace.append((x_t, t, net.velocity(x_t, t, memory)))
-            return trace[-1][2]
+    pair = pair_of(net, conditional, unconditional)
 
-        return velocity_fn
+    def recorded(x_t, t):
+        trace.append((x_t, *pair(x_t, t)))
+        return trace[-1][1:]
 
     draws = iter(tokens_to_latents(case["in/draws"]))
     config = SamplingConfig(num_steps=5, guidance_scale=1.3, drift_scale=0.89, noise_scale=0.95)
-    velocity_fn = guide(record(conditional), record(unconditional), config.guidance_scale)
-    latent = solve(velocity_fn, tokens_to_latents(case["in/noise"]), config, lambda: next(draws))
+    velocity = guide(velocity_of(net, conditional), recorded, config.guidance_scale)
+    latent = solve(velocity, tokens_to_latents(case["in/noise"]), config, lambda: next(draws))
     assert_near(name, "latent", latent, case["out/latent"])
-    assert_near(name, "x_per_step", torch.stack([latents_to_tokens(x) for x, _, _ in trace[::2]]), case["out/x_per_step"])
-    v = torch.stack([latents_to_tokens(torch.cat([c[2], u[2]])) for c, u in zip(trace[::2], trace[1::2], strict=True)])
+    assert_near(name, "x_per_step", torch.stack([latents_to_tokens(x) for x, _, _ in trace]), case["out/x_per_step"])
+    v = torch.stack([latents_to_tokens(torch.cat([c, u])) for _, c, u in trace])
     assert_near(name, "v_per_step", v, case["out/v_per_step"])
     assert_near(name, "t_per_step", 1000 * torch.tensor(time_grid(config)[:-1]), case["out/t_per_step"])
 

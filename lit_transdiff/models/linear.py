@@ -1,0 +1,67 @@
+"""A linear layer that takes the faster of the two float32 matrix products that torch holds for CPUs.
+
+torch multiplies float32 matrices on CPUs by MKL, which uses AVX-512 on its maker's processors only; oneDNN, also within torch,
+uses it wherever it exists and is then about twice as fast (benchmarks/README.md). Both are float32 throughout and differ by
+rounding. ``torch.backends.mkldnn.flags(enabled=False)`` leaves everything to MKL.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lit_transdiff.hardware import mkl_lags
+
+WORTHWHILE = 8e6  # multiply-adds of a product from which oneDNN's longer call pays
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``: [..., in] -> [..., out]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if takes_onednn(x, self.weight) and self.bias is not None:
+            return OneDNNLinear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return, no-untyped-call]
+        return super().forward(x)
+
+
+def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product is a large one of float32 matrices on a CPU for which oneDNN is the faster."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and prod(x.shape[:-1]) * weight.numel() >= WORTHWHILE
+        and mkl_lags()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b by oneDNN: [..., k] and [n, k] of any strides -> [..., n]."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """x W^T + b and its gradients, all by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            product(gradient, weight.t()) if of_x else None,
+            product(rows.t(), x.flatten(0, -2).t()) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
