@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -157,8 +158,8 @@ def product_rate(device: torch.device) -> float:
 
 
 def counted(function: Callable[[], Tensor]) -> float:
-    """Floating-point operations of the matrix products and attentions of one call."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of the matrix products and attentions of one call (torch may not count fused attention on CPUs)."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return float(counter.get_total_flops())
 

@@ -7,15 +7,18 @@ rounding. ``torch.backends.mkldnn.flags(enabled=False)`` leaves everything to MK
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from lit_transdiff.hardware import mkl_lags
 
+HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 WORTHWHILE = 8e6  # multiply-adds of a product from which oneDNN's longer call pays
 
 
@@ -23,7 +26,7 @@ class Linear(nn.Linear):
     """``nn.Linear``: [..., in] -> [..., out]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if takes_onednn(x, self.weight) and self.bias is not None:
+        if not torch.compiler.is_compiling() and takes_onednn(x, self.weight):
             return OneDNNLinear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return, no-untyped-call]
         return super().forward(x)
 
@@ -31,19 +34,28 @@ class Linear(nn.Linear):
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether a product is a large one of float32 matrices on a CPU for which oneDNN is the faster."""
     return (
-        x.device.type == "cpu"
+        HAS_ONEDNN
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and prod(x.shape[:-1]) * weight.numel() >= WORTHWHILE
         and mkl_lags()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b by oneDNN: [..., k] and [n, k] of any strides -> [..., n]."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def product_flops(x: Sequence[int], weight: Sequence[int], *args: Any, **settings: Any) -> int:
+    """Operations of ``product``, for torch's counter."""
+    return 2 * prod(x) * weight[0]
+
+
+if HAS_ONEDNN:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(product_flops)
 
 
 class OneDNNLinear(torch.autograd.Function):
