@@ -158,7 +158,8 @@ def product_rate(device: torch.device) -> float:
 
 
 def counted(function: Callable[[], Tensor]) -> float:
-    """Floating-point operations of the matrix products and attentions of one call (torch may not count fused attention on CPUs)."""
+    """Floating-point operations of the matrix products and attentions of one call."""
+    # Not every release of torch counts the fused attention of CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return float(counter.get_total_flops())

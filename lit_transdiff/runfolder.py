@@ -46,7 +46,9 @@ FREE = (
     "training.sample_every",
     "training.micro_batch_size",
     "training.precision",
+    "training.compile",
     "training.activation_checkpointing",
+    "training.activation_checkpointing_every",
 )
 FREE_GROUPS = ("sampling", "evaluation", "tracking", "distributed", "checkpoint", "safety")
 

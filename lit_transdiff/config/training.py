@@ -74,10 +74,14 @@ class TrainingConfig:
     checkpoint_every: int = 500
     sample_every: int = 0  # steps between sample grids; 0: only at the end
     num_validation_samples: int = 512
-    activation_checkpointing: bool = False  # compute each block again in the backward pass, instead of keeping what is in it
+    compile: bool = False  # torch.compile of the blocks; where it does not work the run says so and goes on without
+    activation_checkpointing: Literal["none", "encoder", "decoder", "all"] = "none"
+    # whose blocks are computed again in the backward pass, instead of keeping what is in them
+    activation_checkpointing_every: int = 1  # of those blocks, every n-th
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch_size", "log_every", "checkpoint_every"):
+        positive = ("max_steps", "global_batch_size", "log_every", "checkpoint_every", "activation_checkpointing_every")
+        for name in positive:
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "an integer of at least 1")
         for name in ("validate_every", "sample_every", "num_validation_samples"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
@@ -88,3 +92,15 @@ class TrainingConfig:
             micro,
             f"a divisor of training.global_batch_size={self.global_batch_size}",
         )
+        require(
+            self.activation_checkpointing_every == 1 or self.activation_checkpointing != "none",
+            "training.activation_checkpointing_every",
+            self.activation_checkpointing_every,
+            "1 when training.activation_checkpointing is 'none'",
+        )
+
+    @property
+    def checkpointed_parts(self) -> tuple[str, ...]:
+        """The parts of the model whose blocks are computed again."""
+        chosen = self.activation_checkpointing
+        return {"none": (), "all": ("encoder", "decoder")}.get(chosen, (chosen,))

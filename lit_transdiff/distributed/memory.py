@@ -8,7 +8,7 @@ of weights.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import Batch
-from lit_transdiff.models.flops import training_flops
+from lit_transdiff.models.flops import decoder_flops, encoder_flops, training_flops
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.base import TransDiffStage
 
@@ -28,15 +28,15 @@ from lit_transdiff.stages.base import TransDiffStage
 class PassCost:
     """A forward and backward pass of a micro-batch: bytes that stay until the backward pass, and model operations.
 
-    ``fixed_bytes`` (copies of the weights in bfloat16) and ``row_bytes`` for each row; with recomputation only the inputs of the
-    blocks and what is outside of them stay. ``work_bytes`` a row are held for a moment: with recomputation a whole block, else
-    gradients of activations, for which an eighth of the largest block is counted (more than was measured).
+    ``fixed_bytes`` (copies of the weights in bfloat16) and ``row_bytes`` for each row; of recomputed blocks only the inputs stay.
+    ``work_bytes`` a row are held for a moment on top. ``recomputed_flops`` a row come on top of ``row_flops``.
     """
 
     fixed_bytes: float
     row_bytes: float
     work_bytes: float
     row_flops: float
+    recomputed_flops: float
 
     def kept(self, rows: int) -> float:
         """Bytes at the worst moment."""
@@ -57,7 +57,9 @@ class ModelCost:
 def fake_stage(run: RunConfig) -> TransDiffStage:
     """The run's stage without values; call inside a ``FakeTensorMode``. Dropout of attention weights lives inside the kernel."""
     model = replace(run.model, attention_dropout=0.0)
-    training = replace(run.training, activation_checkpointing=False, precision="fp32")
+    training = replace(
+        run.training, compile=False, activation_checkpointing="none", activation_checkpointing_every=1, precision="fp32"
+    )
     return STAGES[run.stage](replace(run, model=model, training=training), lambda values, noise: values.float())
 
 
@@ -81,25 +83,37 @@ def model_cost(run: RunConfig) -> ModelCost:
 
 def pass_cost(run: RunConfig, bf16: bool) -> PassCost:
     """Count a pass of one and of two rows, with one and two blocks; everything is linear in both."""
+    model, draws, frozen = run.model, run.flow.num_noise_draws, run.stage == "diffusion_head"
     counts = {
-        (blocks, rows): count_pass(with_blocks(run, *blocks), rows, bf16)
-        for blocks in ((1, 1), (2, 1), (1, 2))
-        for rows in (1, 2)
+        blocks: [count_pass(with_blocks(run, *blocks), rows, bf16) for rows in (1, 2)] for blocks in ((1, 1), (2, 1), (1, 2))
     }
-    one, two = (
-        counts[(1, 1), rows]
-        + (run.model.encoder_blocks - 1) * (counts[(2, 1), rows] - counts[(1, 1), rows])
-        + (run.model.decoder_blocks - 1) * (counts[(1, 2), rows] - counts[(1, 1), rows])
-        for rows in (1, 2)
-    )
-    largest = counts[(1, 1), 2][3] - counts[(1, 1), 1][3]
-    row = two - one
-    fixed = one[0] - row[0]
-    work = largest / 8
-    if run.training.activation_checkpointing:  # the inputs stay instead of the blocks, which are computed a second time
-        row[0], work = row[0] - row[1] + row[2], largest
-    flops = training_flops(run.model, run.flow.num_noise_draws, frozen_encoder=run.stage == "diffusion_head")
-    return PassCost(float(fixed), float(row[0]), float(work), flops)
+    base, encoder, decoder = (torch.stack(counts[blocks]) for blocks in ((1, 1), (2, 1), (1, 2)))  # rows of the batch x counts
+    each = {"encoder": encoder - base, "decoder": decoder - base}  # of one block more
+    number = {"encoder": model.encoder_blocks, "decoder": model.decoder_blocks}
+    kept = base[:, 0] + sum((number[part] - 1) * each[part][:, 0] for part in each)
+    training, operations, again = run.training, {"encoder": encoder_flops(model), "decoder": decoder_flops(model, draws)}, 0.0
+    blocks: list[tuple[float, float]] = []  # bytes a row that a block keeps, and that it makes in the backward pass
+    for part, count in each.items():
+        _, whole, inputs = (count[1] - count[0]).tolist()
+        chosen = range(0, number[part] if part in training.checkpointed_parts else 0, training.activation_checkpointing_every)
+        blocks += [(inputs, whole) if i in chosen else (whole, whole / 8) for i in range(number[part])]
+        kept = kept - len(chosen) * (count[:, 1] - count[:, 2])
+        again += operations[part] * len(chosen) / number[part]
+    row = float(kept[1] - kept[0])
+    return PassCost(float(kept[0]) - row, row, worst_moment(blocks), training_flops(model, draws, frozen_encoder=frozen), again)
+
+
+def worst_moment(blocks: Sequence[tuple[float, float]]) -> float:
+    """What the backward pass holds at its worst moment beyond everything that ``blocks`` keep: (bytes kept, bytes made) each.
+
+    A block makes its activations again, or gradients of them (an eighth of the activations, more than was measured), when what
+    the blocks after it kept is no longer there.
+    """
+    behind, worst = 0.0, 0.0
+    for kept, made in reversed(blocks):
+        worst = max(worst, made - behind)
+        behind += kept
+    return worst
 
 
 def with_blocks(run: RunConfig, encoder_blocks: int, decoder_blocks: int) -> RunConfig:
@@ -107,7 +121,7 @@ def with_blocks(run: RunConfig, encoder_blocks: int, decoder_blocks: int) -> Run
 
 
 def count_pass(run: RunConfig, rows: int, bf16: bool) -> Tensor:
-    """[4] float64: bytes kept, of these in blocks, bytes of the blocks' inputs, bytes of the largest block."""
+    """[3] float64: bytes kept, of these in blocks, bytes of the blocks' inputs."""
     with FakeTensorMode():
         stage = fake_stage(run)
         stage.train()
@@ -117,9 +131,8 @@ def count_pass(run: RunConfig, rows: int, bf16: bool) -> Tensor:
         batch = Batch(values, numbers, torch.zeros(rows, config.num_references, dtype=torch.int64), numbers)
         with kept_tensors(stage.model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             stage.objective(batch, lambda *shape: torch.randn(rows, *shape))
-    blocks = [size for name, size in kept.bytes.items() if name]
-    total, inputs, largest = sum(kept.bytes.values()), sum(kept.inputs.values()), max(blocks)
-    return torch.tensor([total, sum(blocks), inputs, largest], dtype=torch.float64)
+    in_blocks = sum(size for name, size in kept.bytes.items() if name)
+    return torch.tensor([sum(kept.bytes.values()), in_blocks, sum(kept.inputs.values())], dtype=torch.float64)
 
 
 class Kept:

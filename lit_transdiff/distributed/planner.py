@@ -184,7 +184,7 @@ def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool)
         f"operations     {cost.row_flops / 1e9:,.0f} GFLOP a row of {run.model.num_references}, forward and backward; "
         f"{cost.row_flops * run.training.global_batch_size / 1e15:,.2f} PFLOP a step of {run.training.global_batch_size} rows",
         f"activations    {cost.row_bytes / GB:.3f} GB a row, {cost.fixed_bytes / GB:.2f} GB once"
-        + (" (recomputed in the backward pass)" if run.training.activation_checkpointing else ""),
+        + (f" ({run.training.activation_checkpointing}: recomputed in the backward pass)" if cost.recomputed_flops else ""),
         f"checkpoint     {checkpoint / GB:.2f} GB; export {model.parameters * FLOAT / GB:.2f} GB",
     ]
 
@@ -192,8 +192,8 @@ def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool)
 def describe_time(run: RunConfig, gpus: int, gpu: str, device: Device, cost: PassCost, mfu: float, model: ModelCost) -> list[str]:
     """Steps, hours and what the network must carry, at the stated share of the peak."""
     training = run.training
-    operations = cost.row_flops * training.global_batch_size / gpus
-    seconds = operations * (4 / 3 if training.activation_checkpointing else 1) / (device.flops * mfu)
+    operations = (cost.row_flops + cost.recomputed_flops) * training.global_batch_size / gpus
+    seconds = operations / (device.flops * mfu)
     images = training.global_batch_size * run.model.num_references / seconds
     hours = seconds * training.max_steps / 3600
     sent = communication("ddp" if gpus > 1 else "single", gpus, 1, model) / device.collective_rate(gpus)

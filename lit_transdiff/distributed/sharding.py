@@ -185,7 +185,8 @@ class Sharding:
         states = self.optimizer.state[tensor]
         if state not in states:
             dtype = torch.float32 if state.startswith(EMA) else tensor.dtype
-            states[state] = torch.zeros(()) if state == "step" else torch.zeros_like(tensor, dtype=dtype)
+            counter = state == "step"  # a fused optimizer counts on the device
+            states[state] = torch.zeros((), device=tensor.device) if counter else torch.zeros_like(tensor, dtype=dtype)
         return cast(Tensor, states[state])
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

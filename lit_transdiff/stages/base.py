@@ -7,18 +7,17 @@ are ordered (reference, draw, image).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lit_transdiff.config import RunConfig, unknown
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.flow.loss import DENSITIES, draw_times, flow_matching_loss
+from lit_transdiff.models.execution import compile_blocks, recompute_blocks
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.randomness import GlobalBatchNormal, PerImageNormal, mix
 from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor
@@ -55,12 +54,6 @@ def log_now(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
-def recompute_blocks(model: TransDiff) -> None:
-    """Keep only the input of each block; the backward pass computes the block again, with the same dropout."""
-    for block in [*model.encoder.blocks, *model.decoder.blocks]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-
-
 class TransDiffStage(pl.LightningModule):
     """One stage of training. A subclass says what it trains (``prepare``) and what it needs (``check``)."""
 
@@ -70,8 +63,11 @@ class TransDiffStage(pl.LightningModule):
         self.run = run
         self.to_latents = to_latents
         self.model = TransDiff(run.model)
-        if run.training.activation_checkpointing:
-            recompute_blocks(self.model)
+        blocks = {"encoder": self.model.encoder.blocks, "decoder": self.model.decoder.blocks}
+        if run.training.compile:
+            compile_blocks([*blocks["encoder"], *blocks["decoder"]])
+        for part in run.training.checkpointed_parts:
+            recompute_blocks(blocks[part], run.training.activation_checkpointing_every)
         if run.training.precision == "bf16-true":
             self.model.to(torch.bfloat16)
         self.prepare()

@@ -27,6 +27,7 @@ class AveragedAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Iterable[Any], *, decays: Mapping[str, float], **settings: Any) -> None:
         super().__init__(params, **settings)
+        self._step_supports_amp_scaling = False  # of float16: gradients are unscaled before they are clipped, not in the step
         self.decays = dict(decays)
         self.skip_step = False
 
@@ -77,6 +78,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AveragedAdamW:
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         decays=average_decays(config),
+        fused=True,  # one kernel for all of a step
     )
 
 

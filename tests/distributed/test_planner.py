@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_transdiff.config import ModelConfig, RunConfig
@@ -26,7 +26,9 @@ ROWS = 8
 MIDDLE = {"width": 64, "num_heads": 4, "encoder_blocks": 3, "decoder_blocks": 2, "patch_size": 4, "num_context_tokens": 64}
 KINDS: dict[str, dict[str, Any]] = {
     "one-step": {"model": MIDDLE},
-    "recomputed": {"model": MIDDLE, "training": {"activation_checkpointing": True}},
+    "recomputed": {"model": MIDDLE, "training": {"activation_checkpointing": "all"}},
+    "decoder recomputed": {"model": MIDDLE, "training": {"activation_checkpointing": "decoder"}},
+    "every other": {"model": MIDDLE, "training": {"activation_checkpointing": "all", "activation_checkpointing_every": 2}},
     "bf16": {"model": MIDDLE, "training": {"precision": "bf16-mixed"}},
     "MRAR": {"stage": "mrar_finetune", "model": {**MIDDLE, "num_references": 4}},
 }

@@ -29,7 +29,7 @@ SETTINGS = {
 # Kinds of runs -> what they change. Cheap enough to do all of them under every strategy.
 KINDS = {
     "plain": {},
-    "bf16": {"training": {**SETTINGS["training"], "precision": "bf16-mixed", "activation_checkpointing": True}},
+    "bf16": {"training": {**SETTINGS["training"], "precision": "bf16-mixed", "activation_checkpointing": "all"}},
     "mrar": {"stage": "mrar_finetune", "model": {**NO_DROPOUT, "num_references": 4}},
     "head": {"stage": "diffusion_head", "init_from": "FOLDER/plain-single"},
 }
