@@ -134,7 +134,7 @@ def sample(args: argparse.Namespace) -> None:
     from lit_transdiff.draw import draw_fusion, draw_samples
     from lit_transdiff.sampling import load_generator
 
-    generator = load_generator(args.checkpoint, default_device())
+    generator = load_generator(args.checkpoint, default_device(), compile=args.compile, cuda_graphs=args.cuda_graphs)
     sampling = override(generator.run, args.overrides, CHANGEABLE).sampling
     output = Path(args.output or Path(args.checkpoint) / "samples" / "drawn")
     common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
@@ -154,7 +154,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from lit_transdiff.sampling import load_generator
 
     fabric = build_fabric()
-    generator = load_generator(args.checkpoint, fabric.device)
+    generator = load_generator(args.checkpoint, fabric.device, compile=args.compile, cuda_graphs=args.cuda_graphs)
     settings = override(generator.run, args.overrides, (*CHANGEABLE, "tracking"))
     output = Path(args.output) if args.output else None
     result = score_checkpoint(generator, settings, output, fabric, save_images=args.save_images)
@@ -294,6 +294,13 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     with_overrides(sub)
 
 
+def add_trained(sub: argparse.ArgumentParser) -> None:
+    """Which trained model draws, and how fast."""
+    sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
+    sub.add_argument("--compile", action="store_true", help="run decoder blocks and autoencoder through torch.compile")
+    sub.add_argument("--cuda-graphs", action="store_true", help="run the decoder's steps as CUDA graphs")
+
+
 def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
     """What trains, draws, scores and compares."""
     sub = command(train, "train one run; the same command again continues it")
@@ -317,7 +324,7 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     with_overrides(sub)
 
     sub = command(sample, "draw images from a trained run: a labelled grid and single images")
-    sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
+    add_trained(sub)
     sub.add_argument("--classes", help="numbers separated by commas; default: the first ten")
     sub.add_argument("--per-class", type=int, default=8)
     sub.add_argument("--seed", type=int, default=0)
@@ -327,7 +334,7 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     with_overrides(sub)
 
     sub = command(evaluate, "score a trained run and store the scores with everything that decided them")
-    sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
+    add_trained(sub)
     sub.add_argument("--output", help="folder that all processes share; default: the run folder")
     sub.add_argument("--save-images", choices=("npz", "folder", "both"), help="also keep the images: ADM .npz, PNG files")
     with_overrides(sub)

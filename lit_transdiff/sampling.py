@@ -21,6 +21,7 @@ from lit_transdiff.flow.solvers import GRIDS, SOLVERS, Velocity, solve
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
 from lit_transdiff.models.context import ContextStream
 from lit_transdiff.models.decoder import Memory
+from lit_transdiff.models.execution import compile_blocks, replay_decoder, round_linear
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.randomness import PerImageNormal, mix
 
@@ -161,6 +162,37 @@ class Generator:
         self.class_names = list(class_names)
         self.checkpoint = checkpoint
         self.fingerprint = fingerprint
+        self.rounded: TransDiff | None = None  # the model with bfloat16 weights, once it is needed
+        self.accelerations: list[Callable[[TransDiff], None]] = []
+
+    def network(self, precision: str) -> TransDiff:
+        """The model that computes in a precision (see ``SamplingConfig``)."""
+        if precision == "fp32":
+            return self.model
+        if self.rounded is None:
+            self.rounded = TransDiff(self.model.config).to(self.device).eval().requires_grad_(False)
+            self.rounded.load_state_dict(self.model.state_dict())
+            round_linear(self.rounded)
+            for accelerate in self.accelerations:
+                accelerate(self.rounded)
+        return self.rounded
+
+    def compile(self) -> Generator:
+        """Run the decoder's blocks and the autoencoder through torch.compile; where it does not work, a log says so."""
+        self.autoencoder.compile_parts()
+        return self.accelerate(lambda model: compile_blocks(model.decoder.blocks))
+
+    def replay(self) -> Generator:
+        """Run the decoder as CUDA graphs; raises ``ValueError`` without a GPU. Call it last."""
+        require(self.device.type == "cuda", "CUDA graphs", str(self.device), "a GPU")
+        return self.accelerate(replay_decoder)
+
+    def accelerate(self, how: Callable[[TransDiff], None]) -> Generator:
+        """Apply ``how`` to the model in every precision."""
+        self.accelerations.append(how)
+        for model in filter(None, (self.model, self.rounded)):
+            how(model)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -191,9 +223,17 @@ class Generator:
         check_sampling(sampling)
         labels = self.check_labels(labels)
         require(len(seeds) == len(labels), "seeds", len(seeds), f"one for each of the {len(labels)} labels")
-        latents = generate(self.model, labels, sampling, seeds, contexts)
+        latents = self.latents(labels, seeds, sampling, contexts)
         images = self.autoencoder.decode(rearrange(latents, "b r c h w -> (b r) c h w"))
         return rearrange(images, "(b r) c h w -> b r c h w", b=len(labels))
+
+    def latents(
+        self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: ContextFn = ContextStream
+    ) -> Tensor:
+        """``generate`` in the precision of ``sampling``."""
+        rounded = sampling.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=rounded, cache_enabled=False):
+            return generate(self.network(sampling.precision), labels, sampling, seeds, contexts)
 
     @torch.no_grad()
     def features(self, labels: Sequence[int] | Tensor, sampling: SamplingConfig | None = None) -> Tensor:
@@ -205,12 +245,17 @@ class Generator:
         classes, references = self.model.encoder.class_vectors(labels), None
         if self.run.model.num_references > 1:
             seeds = [mix("features", label) for label in labels.tolist()]
-            references = generate(self.model, labels, sampling or self.run.sampling, seeds)[:, :-1]
+            references = self.latents(labels, seeds, sampling or self.run.sampling)[:, :-1]
         return self.model.encoder.features(classes, references)
 
 
-def load_generator(checkpoint: str | Path, device: torch.device | str = "cpu") -> Generator:
-    """The trained model of a run folder or export folder, with its autoencoder, on ``device``."""
+def load_generator(
+    checkpoint: str | Path, device: torch.device | str = "cpu", *, compile: bool = False, cuda_graphs: bool = False
+) -> Generator:
+    """The trained model of a run folder or export folder, with its autoencoder, on ``device``.
+
+    ``compile`` and ``cuda_graphs`` change its speed (see ``Generator``), and its numbers by rounding.
+    """
     export = read_export(checkpoint)
     model = TransDiff(export.run.model).eval().requires_grad_(False)
     model.load_state_dict(export.state)
@@ -224,4 +269,7 @@ def load_generator(checkpoint: str | Path, device: torch.device | str = "cpu") -
         f"the autoencoder {trained_with} of {checkpoint}",
     )
     names = export.info["class_names"]
-    return Generator(model, autoencoder, export.run, names, str(checkpoint), export.fingerprint).to(device)
+    generator = Generator(model, autoencoder, export.run, names, str(checkpoint), export.fingerprint).to(device)
+    if compile:
+        generator.compile()
+    return generator.replay() if cuda_graphs else generator

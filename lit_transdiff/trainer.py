@@ -87,6 +87,8 @@ def build(run: RunConfig) -> Parts:
     if run.stage in PREPARATORY:
         return Parts(run, PREPARATORY[run.stage](run), build_data(run, None), None, "")
     autoencoder = build_autoencoder(run)
+    if run.training.compile:
+        autoencoder.compile_parts()
     data = build_data(run, autoencoder)
     stage = STAGES[run.stage](run, to_latents(autoencoder, data.index_of("data.train").kind))
     return Parts(run, stage, data, autoencoder, initialise_from(run, stage))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Literal, Optional
 
 from lit_transdiff.config.checks import require
 
@@ -23,6 +23,7 @@ class SamplingConfig:
     reference_guidance: Optional[list[float]] = None  # one scale a reference instead of guidance_scale
     reference_steps: Optional[list[int]] = None  # solver steps of each reference instead of num_steps
     reuse_noise: bool = True  # MRAR: one initial noise for all references of an image, as in the paper
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the passes through the model; the solver's state is float32
 
     def __post_init__(self) -> None:
         steps = [self.num_steps, *(self.reference_steps or [])]

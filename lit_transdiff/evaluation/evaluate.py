@@ -173,7 +173,7 @@ def draw_missing(job: Job, parts: Parts, batches: Sequence[range], saved: Sequen
 def draw(job: Job, batch: Sequence[int]) -> Batch:
     """Draw the images of the indices ``batch`` and extract their features."""
     generator = job.generator
-    with counted_rows(generator.model.decoder) as rows:
+    with counted_rows(generator.network(job.sampling.precision).decoder) as rows:
         started = clock(generator.device)
         images = generator.images(job.labels[list(batch)], image_seeds(job.settings, batch), job.sampling)[:, -1]  # [B, C, H, W]
         seconds = clock(generator.device) - started

@@ -19,6 +19,7 @@ from einops import pack, unpack
 from torch import Tensor, nn
 
 from lit_transdiff.config import AutoencoderTraining, require, unknown
+from lit_transdiff.models.execution import compile_blocks
 from lit_transdiff.models.ldm import from_diffusers, read_architecture, to_diffusers
 from lit_transdiff.models.official import check_layout
 
@@ -90,6 +91,9 @@ class Autoencoder(nn.Module, ABC):
     @abstractmethod
     def reconstruct(self, latents: Tensor) -> Tensor:
         """``decode`` without the clamp, for the loss that trains an autoencoder."""
+
+    def compile_parts(self) -> None:
+        """Run the networks, where there are any, through ``torch.compile``."""
 
     def freeze(self) -> Autoencoder:
         """Evaluation mode and no gradients, from now on: ``train()`` of a module that holds it changes nothing."""
@@ -212,6 +216,9 @@ class KLAutoencoder(Autoencoder):
         """Take the per-channel mean and std [c] of the posterior's samples as the normalisation."""
         self.latents_mean.copy_(mean.reshape(-1, 1, 1))
         self.latents_std.copy_(std.reshape(-1, 1, 1))
+
+    def compile_parts(self) -> None:
+        compile_blocks([self.model.encoder, self.model.decoder])
 
     def encode(self, images: Tensor) -> Tensor:
         flat, lead = pack([images], "* c h w")

@@ -1,6 +1,7 @@
-"""How the blocks of a model are run: compiled, or computed again in the backward pass.
+"""How the parts of a model are run: compiled, computed again in the backward pass, with bfloat16 weights, as CUDA graphs.
 
-Both replace the ``forward`` of single blocks. The names of the weights stay, and so do the hooks by which strategies gather them.
+Each replaces the ``forward`` of single modules or the weights of linear layers. The names of the weights stay, and so do hooks,
+such as those by which strategies gather weights.
 """
 
 from __future__ import annotations
@@ -8,11 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from lit_transdiff.models.decoder import Memory
+    from lit_transdiff.models.transdiff import TransDiff
 
 log = logging.getLogger(__name__)
 
@@ -54,3 +59,61 @@ def recompute_blocks(blocks: Iterable[nn.Module], every: int = 1) -> None:
     for i, block in enumerate(blocks):
         if i % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def round_linear(model: nn.Module) -> None:
+    """Keep the weights of linear layers in bfloat16: what autocast computes with, without casting them at each call."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+
+
+def replay_decoder(model: TransDiff) -> None:
+    """Run the decoder of ``model`` as CUDA graphs where no gradients are wanted."""
+    model.decoder.forward = Replayed(model.decoder.forward)  # type: ignore[method-assign]
+
+
+class Replayed:
+    """A decoder's ``forward`` (see ``DiffusionDecoder``) as CUDA graphs, which leave the host almost nothing to do at a step.
+
+    A graph is captured for each memory and shape at its first call and replayed at the others; graphs of two memories are kept
+    (guided and unguided steps). On CPUs, or where gradients are wanted, the decoder runs as before.
+    """
+
+    KEPT = 2
+
+    def __init__(self, forward: Callable[[Tensor, Tensor, Memory], Tensor]) -> None:
+        self.forward = forward
+        self.graphs: dict[tuple[int, torch.Size], Graph] = {}
+
+    def __call__(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
+        if x_t.device.type != "cuda" or torch.is_grad_enabled():
+            return self.forward(x_t, t, memory)
+        key = (id(memory), x_t.shape)
+        if key not in self.graphs:
+            while len(self.graphs) >= self.KEPT:
+                del self.graphs[next(iter(self.graphs))]
+            self.graphs[key] = Graph(self.forward, x_t, t, memory)
+        return self.graphs[key].replay(x_t, t)
+
+
+class Graph:
+    """One captured call; it keeps ``memory``, so that its number stays its own."""
+
+    def __init__(self, forward: Callable[[Tensor, Tensor, Memory], Tensor], x_t: Tensor, t: Tensor, memory: Memory) -> None:
+        self.x_t, self.t, self.memory = x_t.clone(), t.clone(), memory
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set themselves up at the first calls, which cannot be captured
+            for _ in range(2):
+                forward(self.x_t, self.t, memory)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = forward(self.x_t, self.t, memory)
+
+    def replay(self, x_t: Tensor, t: Tensor) -> Tensor:
+        self.x_t.copy_(x_t)
+        self.t.copy_(t)
+        self.graph.replay()
+        return self.output.clone()

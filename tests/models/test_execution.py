@@ -1,0 +1,128 @@
+"""However the parts of a model are run, they compute what they compute eagerly."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from lit_transdiff.config import SamplingConfig
+from lit_transdiff.models import execution
+from lit_transdiff.models.autoencoder import IdentityAutoencoder
+from lit_transdiff.models.execution import can_compile, compile_blocks, recompute_blocks
+from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.sampling import Generator, generate
+from tests.models.test_transdiff import build
+from tests.small import small_run
+
+SHAPE = {"patch_size": 2, "num_context_tokens": 16}
+
+
+def step(model: TransDiff) -> dict[str, torch.Tensor]:
+    """Loss and gradients of one pass with dropout, of fixed numbers."""
+    config = model.config
+    torch.manual_seed(5)
+    x = torch.randn(2, config.num_references, config.latent_channels, config.latent_size, config.latent_size)
+    rows, t = x.transpose(0, 1).flatten(0, 1), torch.rand(2 * config.num_references)
+    model.zero_grad()
+    memory = model.memory(model.encode(torch.tensor([0, 1]), x[:, :-1]), every_reference=True)
+    loss = model.velocity(rows, t, memory).square().mean()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("references", [1, 4])
+def test_recomputed_blocks_give_the_same_bits(references: int, every: int):
+    model = build(**SHAPE, num_references=references, projection_dropout=0.2).train()
+    expected = step(model)
+    calls: list[int] = []
+    for part in (model.encoder, model.decoder):
+        recompute_blocks(part.blocks, every)
+        part.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(1))
+    found = step(model)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert len(calls) == 4  # forward, and again in the backward pass, of each part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("references", [1, 4])
+def test_compiled_blocks_give_the_same_numbers(references: int):
+    if not can_compile("cpu"):
+        pytest.skip("torch.compile does not work on this machine")
+    model = build(**SHAPE, num_references=references, attention_dropout=0.0, projection_dropout=0.0).train()
+    expected = step(model)
+    compile_blocks([*model.encoder.blocks, *model.decoder.blocks])
+    torch._dynamo.utils.counters.clear()
+    found = step(model)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one for all blocks of a class
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_without_a_compiler_blocks_run_eagerly_and_say_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def broken(function):
+        def run(*args, **settings):
+            raise RuntimeError("No working C++ compiler found\nand more")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(execution, "can_compile", execution.lru_cache(can_compile.__wrapped__))
+    model = build(**SHAPE, projection_dropout=0.0).eval()
+    expected = step(model)
+    compile_blocks([*model.encoder.blocks, *model.decoder.blocks])
+    with caplog.at_level(logging.WARNING):
+        found = step(model)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    said = [record.getMessage() for record in caplog.records if "torch.compile" in record.getMessage()]
+    assert said == ["torch.compile does not work here, the blocks run eagerly: RuntimeError: No working C++ compiler found"]
+
+
+def generator_of(model: TransDiff, tmp_path) -> Generator:
+    return Generator(
+        model.eval().requires_grad_(False), IdentityAutoencoder(model.config.latent_channels), small_run(tmp_path), []
+    )
+
+
+@pytest.mark.parametrize("references", [1, 4])
+def test_rounded_weights_are_what_autocast_computes_with(references: int, tmp_path):
+    model = build(**SHAPE, num_references=references)
+    generator = generator_of(model, tmp_path)
+    sampling = SamplingConfig(num_steps=3, guidance_scale=1.5, precision="bf16")
+    labels, seeds = torch.tensor([0, 1, 1]), [1, 2, 3]
+    rounded = generator.latents(labels, seeds, sampling)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = generate(model, labels, sampling, seeds)
+    assert rounded.dtype == torch.float32 and torch.equal(rounded, expected)
+    exact = generator.latents(labels, seeds, SamplingConfig(num_steps=3, guidance_scale=1.5))
+    assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_cuda_graphs_need_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match=r"CUDA graphs: got 'cpu'; allowed: a GPU"):
+        generator_of(build(**SHAPE), tmp_path).replay()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("references", [1, 4])
+def test_replayed_steps_give_the_same_latents(references: int, tmp_path):
+    model = build(**SHAPE, num_references=references)
+    generator = generator_of(model, tmp_path).to("cuda")
+    sampling = SamplingConfig(num_steps=4, guidance_scale=1.5, guidance_interval=[0.3, 0.8])
+    labels, seeds = torch.tensor([0, 1], device="cuda"), [1, 2]
+    expected = generator.latents(labels, seeds, sampling)
+    generator.replay()
+    for _ in range(2):
+        torch.testing.assert_close(generator.latents(labels, seeds, sampling), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_settings_of_recomputation_that_cannot_act_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"activation_checkpointing_every: got 2; allowed: 1 when"):
+        small_run(tmp_path, training={"activation_checkpointing_every": 2})
+    with pytest.raises(ValueError, match=r"activation_checkpointing: got 'all'; allowed: 'none' or 'decoder' in stage"):
+        small_run(tmp_path, stage="diffusion_head", init_from="x", training={"activation_checkpointing": "all"})
