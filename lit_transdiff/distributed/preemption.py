@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from lit_transdiff.distributed.saving import Checkpoints
 from lit_transdiff.endings import Preempted
@@ -58,6 +59,7 @@ class StopOnRequest(pl.Callback):
         self.request = request
         self.checkpoints = checkpoints
         self.before_save = before_save
+        self.latest: Arriving | None = None
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.request.listen()
@@ -79,8 +81,31 @@ class StopOnRequest(pl.Callback):
         raise Preempted(f"asked to stop ({where}): {kept}; the same command goes on from there.")
 
     def any_rank(self, trainer: pl.Trainer) -> bool:
-        """Whether any rank was asked: one number, summed over the ranks in every step."""
-        asked = torch.tensor(int(self.request.received is not None), device=trainer.strategy.root_device)
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(asked)
-        return asked.item() > 0
+        """Whether any rank was asked, as all ranks know one step later: one number, summed over them in every step.
+
+        The sum of the step before is looked at, so that the host waits for no step that the devices are still at.
+        """
+        asked = self.request.received is not None
+        if trainer.world_size == 1:
+            return asked
+        sum_of_ranks = torch.full((), int(asked), device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(sum_of_ranks)
+        before, self.latest = self.latest, Arriving(sum_of_ranks)
+        return before is not None and before.value() > 0
+
+
+class Arriving:
+    """A number on its way from the device to the host."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.number, self.arrived = number, None
+        if number.is_cuda:
+            self.number = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def value(self) -> float:
+        """Waits until it is there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.number.item()
