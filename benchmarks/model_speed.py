@@ -1,11 +1,11 @@
 """Training steps and sampling against a plain eager implementation of the paper's formulation (``plain.py``).
 
-    python benchmarks/model_speed.py --size base                # on a CPU: float32, batch 1; some minutes
-    python benchmarks/model_speed.py --size large --batch 64    # on a GPU
+    python benchmarks/model_speed.py --size base                                       # on a CPU: batch 1; some minutes
+    python benchmarks/model_speed.py --size large --batch 64 --precision bf16 --compile    # on a GPU
 
-Both compute the same images and the same loss from the same weights and numbers (checked first). They take turns; the table
-gives medians, their ratio, the arithmetic of each (counted by torch), and the share of what a plain matrix product of this
-machine reaches in the same run. Dropout is off.
+Both compute the same images and the same loss from the same weights and numbers (checked first), in the same precision (bf16:
+autocast). They take turns; the table gives medians, their ratio, the arithmetic of each (counted by torch), and the share of what
+the fastest large matrix product of this machine reaches in the same run. Dropout is off. ``--compile`` compiles our blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,13 +29,16 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import plain
-from lit_transdiff.config import SIZES, ModelConfig, OptimizerConfig, SamplingConfig
+from lit_transdiff.config import SIZES, ModelConfig, OptimizerConfig, RunConfig, SamplingConfig
 from lit_transdiff.flow.loss import flow_matching_loss
+from lit_transdiff.models.autoencoder import IdentityAutoencoder
+from lit_transdiff.models.execution import compile_blocks
+from lit_transdiff.models.linear import product, takes_onednn
 from lit_transdiff.models.official import to_released
 from lit_transdiff.models.tokens import patchify
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.randomness import PerImageNormal
-from lit_transdiff.sampling import generate
+from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.optim import build_optimizer
 
 GUIDANCE, DRIFT_SCALE, NOISE_SCALE = 1.3, 0.89, 0.95
@@ -53,13 +56,19 @@ class Setup:
     labels: Tensor  # [B]
     seeds: list[int]
     device: torch.device
+    precision: str
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @property
     def references(self) -> int:
         return self.model.config.num_references
 
 
-def set_up(size: str, references: int, batch: int, device: torch.device) -> Setup:
+def set_up(
+    size: str, references: int, batch: int, device: torch.device, precision: str = "fp32", compiled: bool = False
+) -> Setup:
     config = ModelConfig(size=size, **SIZES[size], num_references=references, attention_dropout=0.0, projection_dropout=0.0)
     torch.manual_seed(0)
     model = TransDiff(config).to(device)
@@ -67,7 +76,9 @@ def set_up(size: str, references: int, batch: int, device: torch.device) -> Setu
     state = {key: value.detach().clone() for key, value in model.state_dict().items()}
     weights = to_released(state, config, {}).state
     labels = torch.arange(batch, device=device) % config.num_classes
-    return Setup(model, config.num_heads, weights, labels, list(range(batch)), device)
+    if compiled:
+        compile_blocks([*model.encoder.blocks, *model.decoder.blocks])
+    return Setup(model, config.num_heads, weights, labels, list(range(batch)), device, precision)
 
 
 def tokens(latents: Tensor) -> Tensor:
@@ -77,10 +88,13 @@ def tokens(latents: Tensor) -> Tensor:
 def sampling_pair(setup: Setup, steps: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """(ours, plain), each giving the last image's latents [B, c, h, w]."""
     sampling = SamplingConfig(num_steps=steps, guidance_scale=GUIDANCE, drift_scale=DRIFT_SCALE, noise_scale=NOISE_SCALE)
+    sampling = replace(sampling, precision=setup.precision)
     shape = (setup.model.config.latent_channels, *[setup.model.config.latent_size] * 2)
+    generator = Generator(setup.model, IdentityAutoencoder(shape[0]), RunConfig(model=setup.model.config), [])
 
     def ours() -> Tensor:
-        return generate(setup.model.eval(), setup.labels, sampling, setup.seeds)[:, -1]
+        generator.model.eval()
+        return generator.latents(setup.labels, setup.seeds, sampling)[:, -1]
 
     @torch.no_grad()
     def theirs() -> Tensor:
@@ -88,7 +102,8 @@ def sampling_pair(setup: Setup, steps: int) -> tuple[Callable[[], Tensor], Calla
         noise = tokens(draw(*shape))
         fresh = [[tokens(draw(*shape)) for _ in range(steps - 1)] for _ in range(setup.references)]
         scales = [GUIDANCE] * setup.references
-        images = plain.draw_images(setup.weights, setup.heads, setup.labels, noise, fresh, scales, DRIFT_SCALE, NOISE_SCALE)
+        with setup.autocast():
+            images = plain.draw_images(setup.weights, setup.heads, setup.labels, noise, fresh, scales, DRIFT_SCALE, NOISE_SCALE)
         return rearrange(images[-1], "b (h w) c -> b c h w", h=shape[-1])
 
     return ours, theirs
@@ -107,11 +122,12 @@ def training_pair(setup: Setup) -> tuple[Callable[[], Tensor], Callable[[], Tens
 
     def ours() -> Tensor:
         model.train()
-        memory = model.memory(model.encode(setup.labels, x[:, :-1], drop), every_reference=True)
         rows = repeat(x, "b r c h w -> (r m b) c h w", m=draws)
-        loss = flow_matching_loss(
-            lambda x_t, t: model.velocity(x_t, t, memory), rows, noise.flatten(0, 1), t.flatten() / 1000
-        ).mean()
+        with setup.autocast():
+            memory = model.memory(model.encode(setup.labels, x[:, :-1], drop), every_reference=True)
+            loss = flow_matching_loss(
+                lambda x_t, t: model.velocity(x_t, t, memory), rows, noise.flatten(0, 1), t.flatten() / 1000
+            ).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -124,12 +140,13 @@ def training_pair(setup: Setup) -> tuple[Callable[[], Tensor], Callable[[], Tens
 
     def theirs() -> Tensor:
         images, noises = [tokens(x[:, r]) for r in range(references)], tokens(noise)
-        if references > 1:
-            past = patchify(x[:, :-1], 2).flatten(1, 2)
-            loss = plain.mrar_loss(w, setup.heads, images, past, setup.labels, drop, t, noises)
-        else:
-            z = plain.encode(w, setup.heads, setup.labels, drop)
-            loss = plain.loss(w, setup.heads, images[0], z, t[0], noises[0])
+        with setup.autocast():
+            if references > 1:
+                past = patchify(x[:, :-1], 2).flatten(1, 2)
+                loss = plain.mrar_loss(w, setup.heads, images, past, setup.labels, drop, t, noises)
+            else:
+                z = plain.encode(w, setup.heads, setup.labels, drop)
+                loss = plain.loss(w, setup.heads, images[0], z, t[0], noises[0])
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(w.values(), CLIP)
@@ -142,6 +159,18 @@ def training_pair(setup: Setup) -> tuple[Callable[[], Tensor], Callable[[], Tens
     return ours, theirs
 
 
+def machine(device: torch.device) -> str:
+    """What runs it, for the head of a table."""
+    where = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    return f"{where}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def seconds(function: Callable[[], Tensor], device: torch.device) -> float:
     start = time.perf_counter()
     function()
@@ -150,11 +179,14 @@ def seconds(function: Callable[[], Tensor], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def product_rate(device: torch.device) -> float:
-    """Floating-point operations a second of one large float32 matrix product."""
+def product_rate(device: torch.device, precision: str) -> float:
+    """Floating-point operations a second of a large matrix product, by the fastest kernel that torch has for it."""
     n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device)
-    return 2 * n**3 / seconds(lambda: a @ a, device)
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    kernels = [lambda: a @ a]
+    if takes_onednn(a, a):
+        kernels.append(lambda: product(a, a))
+    return 2 * n**3 / min(seconds(kernel, device) for kernel in kernels)
 
 
 def counted(function: Callable[[], Tensor]) -> float:
@@ -165,19 +197,19 @@ def counted(function: Callable[[], Tensor]) -> float:
     return float(counter.get_total_flops())
 
 
-def measure(name: str, pair: tuple[Callable[[], Tensor], Callable[[], Tensor]], rounds: int, device: torch.device) -> str:
+def measure(name: str, pair: tuple[Callable[[], Tensor], Callable[[], Tensor]], rounds: int, setup: Setup) -> str:
     """A row of the table; raises ``ValueError`` when the two do not compute the same."""
-    ours, theirs = pair
+    (ours, theirs), device = pair, setup.device
     first, second = ours(), theirs()
     error = float((first - second).abs().max() / second.abs().max())
-    if error > 1e-3:
+    if error > (0.1 if setup.precision == "bf16" else 1e-3):
         raise ValueError(f"{name}: ours and plain differ by {error:.1e} of the largest value")
     work = counted(ours), counted(theirs)
     times: tuple[list[float], list[float], list[float]] = ([], [], [])
     for _ in range(rounds):
         times[0].append(seconds(ours, device))
         times[1].append(seconds(theirs, device))
-        times[2].append(product_rate(device))
+        times[2].append(product_rate(device, setup.precision))
     mine, plainly, ceiling = (statistics.median(values) for values in times)
     ratios = sorted(b / a for a, b in zip(times[0], times[1], strict=True))
     share = work[0] / mine / ceiling
@@ -193,18 +225,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()}"
-    print(f"{where}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}, float32")
-    print(f"size {args.size}, batch {args.batch}, {args.steps} solver steps, guidance {GUIDANCE}, {args.rounds} rounds\n")
+    print(machine(device))
+    how = args.precision + ", our blocks compiled" * args.compile
+    print(f"{how}, size {args.size}, batch {args.batch}, {args.steps} solver steps, guidance {GUIDANCE}, {args.rounds} rounds\n")
     print("| | ours, s | plain, s | plain / ours (least to most) | ours, TFLOP | plain, TFLOP | ours, of a matrix product |")
     print("|---|---|---|---|---|---|---|")
     for references, name in ((1, "one-step"), (4, "MRAR")):
-        setup = set_up(args.size, references, args.batch, device)
-        print(measure(f"{name}, sampling", sampling_pair(setup, args.steps), args.rounds, device), flush=True)
-        print(measure(f"{name}, training step", training_pair(setup), args.rounds, device), flush=True)
+        setup = set_up(args.size, references, args.batch, device, args.precision, args.compile)
+        print(measure(f"{name}, sampling", sampling_pair(setup, args.steps), args.rounds, setup), flush=True)
+        print(measure(f"{name}, training step", training_pair(setup), args.rounds, setup), flush=True)
 
 
 if __name__ == "__main__":
