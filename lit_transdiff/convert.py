@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,19 +66,31 @@ def convert(
     source, dest = Path(source), Path(dest)
     require(source.exists(), "source", str(source), "a file or folder that exists")
     require(not dest.exists(), "dest", str(dest), "a name that does not exist yet: nothing is overwritten")
-    file = source / CHECKPOINT if (source / CHECKPOINT).is_file() else source
+    file = released_file(source)
     if file.is_dir():
         dest.parent.mkdir(parents=True, exist_ok=True)
         return autoencoder_to_ldm(file, dest) if (file / CONFIG_FILE).is_file() else export_to_released(file, dest)
     content = read_file(file)
-    state = content.get("model", content)
+    bare = not KNOWN & content.keys()
+    require("model" in content or bare, f"{file}: entries", sorted(content), "model, and beside it model_ema")
+    state = state_dict(content.get("model", content), "model", file)
     if is_ldm(state):
         return autoencoder_from_ldm(state, dest, scaling_factor)
-    require(is_released(state), "source", str(file), "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
+    what = f"{file}, with {', '.join(list(content)[:3]) or 'nothing'}, ..."
+    require(is_released(state), "source", what, "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
     if autoencoder is None:
         raise ValueError("autoencoder: got nothing; allowed: the folder of the autoencoder that the model was trained with.")
     network = load_autoencoder("kl", autoencoder, image_channels=3)
     return released_to_export(open_checkpoint(file, content), dest, network, Path(autoencoder), recipe, num_heads)
+
+
+def released_file(source: Path) -> Path:
+    """The checkpoint in a released folder; any other source is taken as it is."""
+    if (source / CHECKPOINT).is_file():
+        return source / CHECKPOINT
+    numbered = sorted(file.name for file in source.glob("checkpoint-*.pth")) if source.is_dir() else []
+    require(not numbered, "source", str(source), f"the file itself, as the folder has no {CHECKPOINT}: {', '.join(numbered)}")
+    return source
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -86,10 +99,33 @@ def read_file(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a checkpoint that can be read without running code from it: {reason}") from error
+        raise ValueError(f"{path}: not a checkpoint that can be read without running code from it: {why(error)}") from error
     require(isinstance(content, dict), str(path), type(content).__name__, "a dictionary of state dicts")
     return content
+
+
+def why(error: Exception) -> str:
+    """What torch refused in a file, without its advice to run the code all the same."""
+    refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    return f"it asks for {refused[1]}" if refused else str(error).strip().split("\n")[0] or "it is empty"
+
+
+def state_dict(value: Any, name: str, path: Path) -> dict[str, Tensor]:
+    """``value``, if it is a state dict: names of tensors. Raises ``ValueError`` listing what is not."""
+    require(isinstance(value, Mapping), f"{path}: {name}", type(value).__name__, "a state dict")
+    strange = [f"{key}: {type(item).__name__}" for key, item in value.items() if not isinstance(item, Tensor)]
+    if strange:
+        raise ValueError(f"{path}: {name}: entries that are no tensors: {', '.join(strange[:10])}")
+    return dict(value)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: lists for tuples, text for what JSON does not know."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, (int, float, str)) else str(value)
 
 
 def open_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
@@ -99,7 +135,7 @@ def open_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(
         path=path,
         model=dict(content if bare else content["model"]),
-        model_ema=None if bare or content.get("model_ema") is None else dict(content["model_ema"]),
+        model_ema=None if content.get("model_ema") is None else state_dict(content["model_ema"], "model_ema", path),
         epoch=None if bare else content.get("epoch"),
         args=dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
         ignored=[] if bare else sorted((content.keys() - KNOWN) | (content.keys() & {"optimizer", "scaler"})),
@@ -130,9 +166,7 @@ def released_to_export(
             "file": checkpoint.path.name,
             "hash": short_hash(checkpoint.path),
             "epoch": checkpoint.epoch,
-            "args": {
-                key: value if isinstance(value, (int, float, str, list)) else str(value) for key, value in checkpoint.args.items()
-            },
+            "args": plain(checkpoint.args),
         },
     }
     best, *others = mapped
@@ -220,8 +254,8 @@ def report(checkpoint: Checkpoint, dest: Path, run: RunConfig, mapped: Mapping[s
 
 def export_to_released(source: Path, dest: Path) -> str:
     """Write an export (of ours, or converted) as a released checkpoint."""
-    require(dest.suffix == ".pth", "dest", str(dest), "a file name ending in .pth")
     folder = export_folder(source)
+    require(dest.suffix == ".pth", "dest", str(dest), "a file name ending in .pth")
     export = read_export(folder)
     released_shapes(export.run.model)  # refuses a shape that the layout cannot hold
     raw = folder / "raw" if (folder / "raw" / "model.safetensors").is_file() else folder
