@@ -231,6 +231,8 @@ class TestTransDiff:
         recipe.write_text(text + "sampling: {guidance_scale: 1.3, drift_scale: 0.89}\n")
         convert(file, tmp_path / "ours", autoencoder=autoencoder, recipe=load_run(recipe))
         assert read_export(tmp_path / "ours").run.sampling.drift_scale == 0.89
+        with pytest.raises(ValueError, match=r"image size of latents of 16 x 16: got 256; allowed: data\.image_size=512"):
+            convert(file, tmp_path / "again", autoencoder=autoencoder, recipe=load_run(recipe, ["data.image_size=512"]))
         other = load_run(recipe, ["model.num_classes=1000", "model.decoder_blocks=2"])
         with pytest.raises(
             ValueError, match=r"model\.decoder_blocks: 1 in the checkpoint, 2 in the recipe; model\.num_classes: 7"

@@ -162,16 +162,29 @@ def test_reproduce_from_released_files_to_the_table(tmp_path: Path, monkeypatch:
     assert "not the paper's settings: model.width=16" in said
     assert main(command) == 0  # everything is there: nothing is converted or drawn again
     assert said.splitlines()[-6:] == capsys.readouterr().out.splitlines()[-6:]
+    torch.save({"model": plain_autoencoder.make(seed=1, latent=16, channels=(32,))}, tmp_path / "kl16.ckpt")
+    assert main(command) == 2  # another file of the same name
+    assert re.search(r"out/autoencoder: got 'converted from another kl16\.ckpt than .*kl16\.ckpt'", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
-    "row, vae, message",
-    [("L-MRA", "here", "Did you mean 'L-MRAR'"), ("L-MRAR", "nowhere.ckpt", r"files: got 'vae: .*nowhere\.ckpt'")],
+    "row, changes, message",
+    [
+        ("L-MRA", {}, "Did you mean 'L-MRAR'"),
+        ("L-MRAR", {"vae": "nowhere.ckpt"}, r"files: got 'vae: .*nowhere\.ckpt'"),
+        ("L-MRAR", {"weights": "."}, r"files: got 'weights: .*/checkpoint-last\.pth'"),
+        ("L-MRAR", {}, r"evaluation\.extractor_weights: .*here is not the file of weights .*InceptionV3 in the layout"),
+        ("L-MRAR", {"reference": "here"}, r"evaluation\.reference: .*here is not an \.npz file"),
+    ],
 )
-def test_reproduce_refuses_before_it_starts(row: str, vae: str, message: str, tmp_path: Path, monkeypatch: Any, capsys: Any):
+def test_reproduce_refuses_before_it_starts(
+    row: str, changes: dict[str, str], message: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
     monkeypatch.chdir(ROOT)
     (tmp_path / "here").touch()
-    files = [word for name in ("weights", "inception", "reference") for word in (f"--{name}", str(tmp_path / "here"))]
-    assert main(["reproduce", row, *files, "--vae", str(tmp_path / vae), "--output", str(tmp_path / "out")]) == 2
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    names = {"weights": "here", "vae": "here", "inception": "here", "reference": "reference.npz"} | changes
+    files = [word for option, name in names.items() for word in (f"--{option}", str(tmp_path / name))]
+    assert main(["reproduce", row, *files, "--output", str(tmp_path / "out")]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
