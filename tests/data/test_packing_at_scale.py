@@ -129,9 +129,12 @@ def test_shards_of_a_given_number_or_size(image_folder, tmp_path):
 
 
 def test_the_size_is_said_and_must_fit_before_anything_is_written(image_folder, photos, tmp_path, capfd, monkeypatch):
-    report = pack(image_folder, tmp_path / "a", shards=1)
+    for number in (7, 1):
+        report = pack(image_folder, tmp_path / f"a{number}", shards=number)
+        size = readable(sum(shard.bytes for shard in report.index.shards))
+        said = capfd.readouterr().out
+        assert f"65 of 65 images of 5 classes -> {number} shards in {tmp_path / f'a{number}'}, {size};" in said
     (shard,) = report.index.shards
-    assert f"65 of 65 images of 5 classes -> 1 shards in {tmp_path / 'a'}, {readable(shard.bytes)};" in capfd.readouterr().out
     report = pack(photos, tmp_path / "b", shards=1, image_size=64)
     said = capfd.readouterr().out.split("about ")[1].split(" MB")[0]
     assert float(said) * 1e6 == pytest.approx(report.index.shards[0].bytes, rel=0.05)
