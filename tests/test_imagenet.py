@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -22,8 +24,9 @@ from lit_transdiff.data.index import index_shards
 from lit_transdiff.data.shards import ShardWriter
 from lit_transdiff.export import read_export
 from lit_transdiff.loading import load_run
-from lit_transdiff.models.official import released_shapes
+from lit_transdiff.models.official import our_name, released_shapes
 from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.prepare import cache
 from lit_transdiff.trainer import plan, train
 from tests import plain_autoencoder
 from tests.reference import FIXTURES
@@ -43,18 +46,24 @@ def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
+def write_shards(folder: Path, num: int) -> Path:
+    """``num`` tiny images, image i of class i modulo a quarter of that, under the names of 1,000 classes."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    with ShardWriter(folder / "train-000000.tar") as writer:
+        for i in range(num):
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (12, 10, 3), np.uint8)).save(buffer, "PNG")
+            writer.write(f"{i:06d}", i % (num // 4), "png", buffer.getvalue())
+    index_shards(folder, class_names=[str(c) for c in range(1000)], progress=False)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 1,000 classes with four tiny images each, and autoencoders of 16 channels: of factor 16 and of factor 1."""
     folder = tmp_path_factory.mktemp("imagenet")
-    (folder / "shards").mkdir()
-    random = np.random.default_rng(0)
-    with ShardWriter(folder / "shards" / "train-000000.tar") as writer:
-        for i in range(4000):
-            buffer = io.BytesIO()
-            Image.fromarray(random.integers(0, 256, (12, 10, 3), np.uint8)).save(buffer, "PNG")
-            writer.write(f"{i:06d}", i % 1000, "png", buffer.getvalue())
-    index_shards(folder / "shards", progress=False)
+    write_shards(folder / "shards", 4000)
     for name, channels in (("autoencoder", (32,) * 5), ("same_size", (32,))):
         torch.save({"model": plain_autoencoder.make(latent=16, channels=channels)}, folder / f"{name}.ckpt")
         convert(folder / f"{name}.ckpt", folder / name, scaling_factor=1.0)
@@ -130,6 +139,38 @@ def test_one_optimizer_step_of_a_narrow_copy(path: Path, imagenet: Path, tmp_pat
     assert all(value.isfinite().all() for value in read_export(result.folder).state.values())
     if "imagenet512" in str(path):
         assert any("adapted: decoder.position (bicubic interpolation, [1, 256, 16] -> [1, 1024, 16])" in text for text in said)
+
+
+@pytest.mark.parametrize("recipe", ["imagenet256/mrar_base.yaml", "imagenet512/head_large.yaml"])
+def test_training_goes_on_from_released_weights(recipe: str, imagenet: Path, tmp_path: Path):
+    """From the average of a released one-step file of 256 px, at step 0; MRAR on cached latents."""
+    config = narrow(ROOT / "experiments/imagenet256/ar_base.yaml", imagenet, tmp_path)
+    model, model_ema = ({k: 0.05 * torch.randn(shape) for k, shape in released_shapes(config.model).items()} for _ in "12")
+    args = argparse.Namespace(epochs=800)
+    torch.save({"model": model, "model_ema": model_ema, "epoch": 799, "optimizer": {}, "args": args}, tmp_path / "released.pth")
+    convert(tmp_path / "released.pth", tmp_path / "start", autoencoder=imagenet / "same_size", recipe=config)
+    more = [f"init_from={tmp_path / 'start'}", "training.precision=fp32", "optimizer.lr=1e-9"]
+    multi = "mrar" in recipe
+    if multi:
+        data = dataclasses.replace(config.data, crop="center")
+        fabric = Fabric(accelerator="cpu", devices=1)
+        few = write_shards(tmp_path / "few", 16)
+        cache(few, tmp_path / "latents", autoencoder=config.autoencoder, data=data, fabric=fabric, flips=True)
+        more += [f"data.train={tmp_path / 'latents'}", "data.crop=center"]
+    said: list[str] = []
+    run = train(narrow(ROOT / "experiments" / recipe, imagenet, tmp_path, *more), say=said.append)
+    assert run.step == 1
+    state = read_export(run.folder).state
+    changed = {our_name(key) for key in ("z_proj.weight", "z_proj.bias", "mask_token")} if multi else {"decoder.position"}
+    names = {key: our_name(key) for key in model_ema if our_name(key) not in changed and not key.startswith("z_proj.")}
+    assert all(torch.allclose(state[ours], model_ema[key], atol=1e-7) for key, ours in names.items())
+    assert state.keys() == set(names.values()) | changed
+    assert f"{len(names)} tensors copied" in "".join(said)
+    if multi:
+        repeated = model_ema["mask_token"].expand(1, 64, -1)
+        assert torch.allclose(state["encoder.mask_tokens"], repeated, atol=1e-7)
+    else:
+        assert "newly made: decoder.position [1, 1024, 16], which was [1, 256, 16]" in "".join(said)
 
 
 def released_files(folder: Path, recipe: RunConfig) -> None:
