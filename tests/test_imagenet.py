@@ -99,6 +99,7 @@ def test_a_recipe_dry_runs_with_the_published_number_of_parameters(path: Path, i
     with torch.device("meta"):
         total = sum(p.numel() for p in TransDiff(run.model).parameters())
     assert f"{total:,}" in text
+    assert ("weights in bfloat16" in text) == (run.training.precision == "bf16-true")
     if released is None:
         assert name_of(path) == "imagenet512/mrar_large.yaml"  # not in the paper
     else:
@@ -109,7 +110,8 @@ def test_a_recipe_dry_runs_with_the_published_number_of_parameters(path: Path, i
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_a_recipe_says_what_it_takes_and_what_to_expect(path: Path):
     text, run = path.read_text(), load_run(path)
-    for part in ("torchrun", "64 A100: about", "Expected: FID" if "512/mrar" not in str(path) else "no expected score"):
+    commands = (f"lit_transdiff train experiments/{name_of(path)}", f"lit_transdiff evaluate --checkpoint {run.folder}")
+    for part in (*commands, "64 A100: about", "Expected: FID" if "512/mrar" not in str(path) else "no expected score"):
         assert part in text
     row = next((row for row in BASELINES.values() if row["recipe"] == name_of(path)), None)
     if row is not None:
