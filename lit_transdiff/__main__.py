@@ -6,6 +6,7 @@ The heavy imports are inside the commands, so that ``--help`` and a bad option a
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import sys
@@ -415,6 +416,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_REQUEUE
     except (FloatingPointError, CheckpointError) as error:
         print(f"lit-transdiff: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"lit-transdiff: {error}. Make room, and start the same command again.", file=sys.stderr)
         return 1
     return 0
 

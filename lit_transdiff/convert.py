@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,28 +19,15 @@ from torch import Tensor
 
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.export import export_folder, read_export, write_export
-from lit_transdiff.files import short_hash
 from lit_transdiff.loading import run_from, to_dict
 from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
 from lit_transdiff.models.ldm import is_ldm
 from lit_transdiff.models.official import Mapped, from_released, is_released, read_shape, released_shapes, to_released
+from lit_transdiff.released import KNOWN, Checkpoint, identity, open_checkpoint, plain, read_file, released_file, state_dict
 
 LEFT_OVER = "left_over.safetensors"
+ORIGIN = "released.json"  # in an autoencoder's folder: the file that it was converted from
 LATENT_SCALE = 0.2325  # of the released TransDiff models (and MAR's): latents = samples x 0.2325
-CHECKPOINT = "checkpoint-last.pth"
-KNOWN = {"model", "model_ema", "optimizer", "scaler", "epoch", "args"}  # what the released training writes
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A released file, read: its state dicts, and the rest by name."""
-
-    path: Path
-    model: dict[str, Tensor]
-    model_ema: dict[str, Tensor] | None
-    epoch: int | None
-    args: dict[str, Any]
-    ignored: list[str]  # entries that are not converted
 
 
 def convert(
@@ -65,45 +49,22 @@ def convert(
     source, dest = Path(source), Path(dest)
     require(source.exists(), "source", str(source), "a file or folder that exists")
     require(not dest.exists(), "dest", str(dest), "a name that does not exist yet: nothing is overwritten")
-    file = source / CHECKPOINT if (source / CHECKPOINT).is_file() else source
+    file = released_file(source)
     if file.is_dir():
         dest.parent.mkdir(parents=True, exist_ok=True)
         return autoencoder_to_ldm(file, dest) if (file / CONFIG_FILE).is_file() else export_to_released(file, dest)
     content = read_file(file)
-    state = content.get("model", content)
+    bare = not KNOWN & content.keys()
+    require("model" in content or bare, f"{file}: entries", sorted(content), "model, and beside it model_ema")
+    state = state_dict(content.get("model", content), "model", file)
     if is_ldm(state):
-        return autoencoder_from_ldm(state, dest, scaling_factor)
-    require(is_released(state), "source", str(file), "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
+        return autoencoder_from_ldm(file, state, dest, scaling_factor)
+    what = f"{file}, with {', '.join(list(content)[:3]) or 'nothing'}, ..."
+    require(is_released(state), "source", what, "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
     if autoencoder is None:
         raise ValueError("autoencoder: got nothing; allowed: the folder of the autoencoder that the model was trained with.")
     network = load_autoencoder("kl", autoencoder, image_channels=3)
     return released_to_export(open_checkpoint(file, content), dest, network, Path(autoencoder), recipe, num_heads)
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """The dictionary in a ``torch.save`` file, without running code from it: tensors, plain values and argparse's Namespace."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a checkpoint that can be read without running code from it: {reason}") from error
-    require(isinstance(content, dict), str(path), type(content).__name__, "a dictionary of state dicts")
-    return content
-
-
-def open_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
-    """The parts of a released file; a bare state dict counts as its ``model``."""
-    bare = "model" not in content
-    args = content.get("args")
-    return Checkpoint(
-        path=path,
-        model=dict(content if bare else content["model"]),
-        model_ema=None if bare or content.get("model_ema") is None else dict(content["model_ema"]),
-        epoch=None if bare else content.get("epoch"),
-        args=dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
-        ignored=[] if bare else sorted((content.keys() - KNOWN) | (content.keys() & {"optimizer", "scaler"})),
-    )
 
 
 def released_to_export(
@@ -127,12 +88,9 @@ def released_to_export(
         "autoencoder": autoencoder.fingerprint,
         "class_names": [str(c) for c in range(run.model.num_classes)],
         "released": {
-            "file": checkpoint.path.name,
-            "hash": short_hash(checkpoint.path),
+            **identity(checkpoint.path),
             "epoch": checkpoint.epoch,
-            "args": {
-                key: value if isinstance(value, (int, float, str, list)) else str(value) for key, value in checkpoint.args.items()
-            },
+            "args": plain(checkpoint.args),
         },
     }
     best, *others = mapped
@@ -182,6 +140,12 @@ def run_of(
             raise ValueError(f"{checkpoint.path} is of another shape than the recipe: {listed}")
     channels = shape["latent_channels"]
     require(autoencoder.latent_channels == channels, "autoencoder: latent channels", autoencoder.latent_channels, f"{channels}")
+    image_size = shape["latent_size"] * autoencoder.downsampling
+    if recipe is not None:
+        where = f"{autoencoder_path}: image size of latents of {shape['latent_size']} x {shape['latent_size']}"
+        require(
+            image_size == recipe.data.image_size, where, image_size, f"data.image_size={recipe.data.image_size} of the recipe"
+        )
     one_step = shape["num_references"] == 1
     wide = shape["latent_size"] ** 2 > shape["num_context_tokens"]
     settings = to_dict(recipe or RunConfig())
@@ -191,7 +155,7 @@ def run_of(
         "init_from": None,
         "model": settings["model"] | shape,
         "autoencoder": {"kind": "kl", "path": str(autoencoder_path)},
-        "data": settings["data"] | {"image_size": shape["latent_size"] * autoencoder.downsampling, "image_channels": 3},
+        "data": settings["data"] | {"image_size": image_size, "image_channels": 3},
     }
     return run_from(settings, source=str(checkpoint.path))
 
@@ -220,8 +184,8 @@ def report(checkpoint: Checkpoint, dest: Path, run: RunConfig, mapped: Mapping[s
 
 def export_to_released(source: Path, dest: Path) -> str:
     """Write an export (of ours, or converted) as a released checkpoint."""
-    require(dest.suffix == ".pth", "dest", str(dest), "a file name ending in .pth")
     folder = export_folder(source)
+    require(dest.suffix == ".pth", "dest", str(dest), "a file name ending in .pth")
     export = read_export(folder)
     released_shapes(export.run.model)  # refuses a shape that the layout cannot hold
     raw = folder / "raw" if (folder / "raw" / "model.safetensors").is_file() else folder
@@ -249,10 +213,22 @@ def state_of(folder: Path) -> Mapped:
     return to_released(export.state, export.run.model, left_over)
 
 
-def autoencoder_from_ldm(state: Mapping[str, Tensor], dest: Path, scaling_factor: float) -> str:
+def converted_from(folder: Path) -> dict[str, Any]:
+    """What an export folder or an autoencoder's folder says of the file that it was converted from; nothing if it was not."""
+    if (folder / CONFIG_FILE).is_file():
+        return json.loads((folder / ORIGIN).read_text()) if (folder / ORIGIN).is_file() else {}
+    return read_export(folder).info.get("released", {})
+
+
+def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, scaling_factor: float) -> str:
     """Write an autoencoder of latent diffusion as a folder of diffusers."""
     network, dropped = KLAutoencoder.from_ldm(state, scaling_factor)
-    write_whole(dest, network.save)
+
+    def write(folder: Path) -> None:
+        network.save(folder)
+        (folder / ORIGIN).write_text(json.dumps(identity(file)))
+
+    write_whole(dest, write)
     count = sum(p.numel() for p in network.model.parameters())
     lines = [f"autoencoder -> {dest}: {len(network.model.state_dict())} tensors mapped, {count:,} parameters, "]
     lines[0] += (

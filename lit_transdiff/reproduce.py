@@ -10,13 +10,16 @@ from typing import Any
 
 from lightning.fabric import Fabric
 
-from lit_transdiff.config import RunConfig, require, unknown
-from lit_transdiff.convert import CHECKPOINT, convert
+from lit_transdiff.config import EvaluationConfig, RunConfig, require, unknown
+from lit_transdiff.convert import convert, converted_from
 from lit_transdiff.evaluation.evaluate import evaluate
+from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.metrics import METRICS
-from lit_transdiff.export import read_export
+from lit_transdiff.evaluation.statistics import check_extractor, load_statistics
 from lit_transdiff.files import short_hash
 from lit_transdiff.loading import load_run
+from lit_transdiff.models.ldm import is_ldm
+from lit_transdiff.released import CHECKPOINT, read_file
 from lit_transdiff.sampling import load_generator
 
 BASELINES = "baselines.json"
@@ -32,10 +35,16 @@ class Files:
     inception: Path
     reference: Path
 
-    def check(self) -> None:
-        """Refuse names that do not exist, all at once."""
-        missing = [f"{name}: {path}" for name, path in vars(self).items() if not path.exists()]
-        require(not missing, "files", "; ".join(missing), "files and folders that exist")
+    @property
+    def checkpoint(self) -> Path:
+        return self.weights / CHECKPOINT if self.weights.is_dir() else self.weights
+
+    def check(self, settings: EvaluationConfig) -> None:
+        """Refuse files that do not exist, all at once, and those that could not be scored with: before anything is made."""
+        found = {"weights": self.checkpoint, "vae": self.vae, "inception": self.inception, "reference": self.reference}
+        missing = [f"{name}: {path}" for name, path in found.items() if not path.is_file()]
+        require(not missing, "files", "; ".join(missing), "files that exist")
+        check_extractor(load_statistics(self.reference), load_extractor(settings.extractor, self.inception))
 
 
 def read_row(name: str, experiments: Path) -> dict[str, Any]:
@@ -63,10 +72,10 @@ def reproduce(
 
     All settings are the recipe's; ``overrides`` change them, and the table then says so.
     """
-    files.check()
     row = read_row(name, experiments)
     paths = [f"evaluation.extractor_weights={files.inception}", f"evaluation.reference={files.reference}"]
     recipe = load_run(experiments / row["recipe"], [*paths, *overrides])
+    files.check(recipe.evaluation)
     if fabric.is_global_zero:
         prepare(name, files, output, recipe, say)
     fabric.barrier()
@@ -80,16 +89,21 @@ def prepare(name: str, files: Files, output: Path, recipe: RunConfig, say: Calla
     """Convert the autoencoder and the model, unless they were converted before from the same file."""
     autoencoder, model = output / "autoencoder", output / name
     if not autoencoder.exists():
+        state = read_file(files.vae)
+        require(is_ldm(state.get("model", state)), "vae", str(files.vae), "an autoencoder of latent diffusion, such as kl16.ckpt")
         say(convert(files.vae, autoencoder))
+    check_origin(autoencoder, files.vae)
     if not model.exists():
-        say(convert(files.weights, model, autoencoder=autoencoder, recipe=recipe))
-    released = read_export(model).info["released"]
-    file = files.weights / CHECKPOINT if files.weights.is_dir() else files.weights
+        say(convert(files.checkpoint, model, autoencoder=autoencoder, recipe=recipe))
+    check_origin(model, files.checkpoint)
+
+
+def check_origin(folder: Path, file: Path) -> None:
+    """Raise ``ValueError`` when a folder of an earlier start was converted from another file than the one given now."""
+    origin = converted_from(folder)
+    allowed = "that file; or another --output, or remove the folder"
     require(
-        released["hash"] == short_hash(file),
-        str(model),
-        f"converted from {released['file']}, another file than {file}",
-        "that file",
+        origin.get("hash") == short_hash(file), str(folder), f"converted from another {origin.get('file')} than {file}", allowed
     )
 
 

@@ -197,7 +197,8 @@ def describe(run: RunConfig, stage: pl.LightningModule, index: ShardIndex | None
     lines += [
         f"steps       {training.max_steps:,} of {training.global_batch_size} rows{epochs}, {rows * references:,} images seen",
         f"batch       {world_size(run)} device(s) x {micro_batch_size(run)} x {accumulation(run)} pass(es)",
-        f"strategy    {strategy_name(run)}, precision {precision_of(run)}",
+        f"strategy    {strategy_name(run)}, precision {precision_of(run)}"
+        + (", weights in bfloat16" if run.training.precision == "bf16-true" else ""),
     ]
     return "\n".join([*lines, *([report] if report else [])])
 

@@ -162,8 +162,53 @@ class TestTransDiff:
 
         torch.save({"model": {}, "args": Evil()}, tmp_path / "evil.pth", pickle_module=pickle)
         assert main(["convert", str(tmp_path / "evil.pth"), str(tmp_path / "ours")]) == 2
-        assert "cannot be read" in (said := capsys.readouterr().err) or "without running code from it" in said
+        said = capsys.readouterr().err
+        assert "without running code from it: it asks for " in said and "weights_only" not in said
         assert not (tmp_path / "ran").exists() and not (tmp_path / "ours").exists()
+
+    def test_parameters_as_the_released_training_saves_its_average(self, tmp_path: Path, autoencoder: Path):
+        """It puts trainable parameters among the tensors of ``model_ema``, which may be bfloat16."""
+        state = {k: torch.nn.Parameter(v.bfloat16()) for k, v in random_state(ModelConfig(**SMALL), 2).items()}
+        file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL), model_ema=state)
+        convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
+        convert(tmp_path / "ours", tmp_path / "back.pth")
+        back = torch.load(tmp_path / "back.pth", weights_only=False)["model_ema"]
+        assert equal(back, {key: value.data for key, value in state.items()})
+
+    def test_the_arguments_of_the_training_come_back(self, tmp_path: Path, autoencoder: Path):
+        args = {"resume": None, "bf16": True, "lr": 1e-4, "betas": [0.9, 0.95], "more": {"a": None}}
+        file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL), args=argparse.Namespace(**args))
+        convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
+        convert(tmp_path / "ours", tmp_path / "back.pth")
+        assert vars(torch.load(tmp_path / "back.pth", weights_only=False)["args"]) == args
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            ({"model": [1, 2]}, "model: got 'list'; allowed: a state dict"),
+            ({"model": None}, "model: got 'NoneType'"),
+            ({"model_ema": {}}, r"entries: got \['model_ema'\]; allowed: model"),
+            ({"note": "text"}, "entries that are no tensors: note: str"),
+            ({"fake_latent": torch.zeros(32)}, r"another number of dimensions: fake_latent \[32\]"),
+            ({"mask_token": torch.zeros(1, 100, 32)}, "mask_token: got 100 tokens"),
+            ({"encoder_pos_embed_learned": torch.zeros(1, 200, 32)}, r"model\.num_class_tokens: got -56"),
+        ],
+        ids=str,
+    )
+    def test_files_that_are_no_such_checkpoint(self, content: Any, message: str, tmp_path: Path, autoencoder: Path):
+        whole = content if content.keys() & {"model", "model_ema"} else {"model": random_state(ModelConfig(**SMALL), 1) | content}
+        torch.save(whole, tmp_path / "odd.pth")
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / "odd.pth", tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
+        assert not (tmp_path / "ours").exists()
+
+    def test_a_folder_of_numbered_checkpoints_names_them(self, tmp_path: Path, autoencoder: Path):
+        file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL))
+        file.rename(file.with_name("checkpoint-799.pth"))
+        with pytest.raises(ValueError, match=r"the file itself, as the folder has no checkpoint-last\.pth: checkpoint-799\.pth"):
+            convert(file.parent, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
+        with pytest.raises(FileNotFoundError, match="holds no trained model"):
+            convert(tmp_path, tmp_path / "ours")
 
     @pytest.mark.parametrize(
         "changes, message",
@@ -186,6 +231,8 @@ class TestTransDiff:
         recipe.write_text(text + "sampling: {guidance_scale: 1.3, drift_scale: 0.89}\n")
         convert(file, tmp_path / "ours", autoencoder=autoencoder, recipe=load_run(recipe))
         assert read_export(tmp_path / "ours").run.sampling.drift_scale == 0.89
+        with pytest.raises(ValueError, match=r"image size of latents of 16 x 16: got 256; allowed: data\.image_size=512"):
+            convert(file, tmp_path / "again", autoencoder=autoencoder, recipe=load_run(recipe, ["data.image_size=512"]))
         other = load_run(recipe, ["model.num_classes=1000", "model.decoder_blocks=2"])
         with pytest.raises(
             ValueError, match=r"model\.decoder_blocks: 1 in the checkpoint, 2 in the recipe; model\.num_classes: 7"

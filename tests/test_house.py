@@ -20,6 +20,7 @@ LAYERS = {
     "randomness": 1,
     "checkpoint": 2,
     "export": 3,
+    "released": 3,
     "data": 3,
     "models": 3,
     "flow": 3,

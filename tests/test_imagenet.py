@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -22,8 +24,9 @@ from lit_transdiff.data.index import index_shards
 from lit_transdiff.data.shards import ShardWriter
 from lit_transdiff.export import read_export
 from lit_transdiff.loading import load_run
-from lit_transdiff.models.official import released_shapes
+from lit_transdiff.models.official import our_name, released_shapes
 from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.prepare import cache
 from lit_transdiff.trainer import plan, train
 from tests import plain_autoencoder
 from tests.reference import FIXTURES
@@ -43,18 +46,24 @@ def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
+def write_shards(folder: Path, num: int) -> Path:
+    """``num`` tiny images, image i of class i modulo a quarter of that, under the names of 1,000 classes."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    with ShardWriter(folder / "train-000000.tar") as writer:
+        for i in range(num):
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (12, 10, 3), np.uint8)).save(buffer, "PNG")
+            writer.write(f"{i:06d}", i % (num // 4), "png", buffer.getvalue())
+    index_shards(folder, class_names=[str(c) for c in range(1000)], progress=False)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 1,000 classes with four tiny images each, and autoencoders of 16 channels: of factor 16 and of factor 1."""
     folder = tmp_path_factory.mktemp("imagenet")
-    (folder / "shards").mkdir()
-    random = np.random.default_rng(0)
-    with ShardWriter(folder / "shards" / "train-000000.tar") as writer:
-        for i in range(4000):
-            buffer = io.BytesIO()
-            Image.fromarray(random.integers(0, 256, (12, 10, 3), np.uint8)).save(buffer, "PNG")
-            writer.write(f"{i:06d}", i % 1000, "png", buffer.getvalue())
-    index_shards(folder / "shards", progress=False)
+    write_shards(folder / "shards", 4000)
     for name, channels in (("autoencoder", (32,) * 5), ("same_size", (32,))):
         torch.save({"model": plain_autoencoder.make(latent=16, channels=channels)}, folder / f"{name}.ckpt")
         convert(folder / f"{name}.ckpt", folder / name, scaling_factor=1.0)
@@ -90,6 +99,7 @@ def test_a_recipe_dry_runs_with_the_published_number_of_parameters(path: Path, i
     with torch.device("meta"):
         total = sum(p.numel() for p in TransDiff(run.model).parameters())
     assert f"{total:,}" in text
+    assert ("weights in bfloat16" in text) == (run.training.precision == "bf16-true")
     if released is None:
         assert name_of(path) == "imagenet512/mrar_large.yaml"  # not in the paper
     else:
@@ -100,7 +110,8 @@ def test_a_recipe_dry_runs_with_the_published_number_of_parameters(path: Path, i
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_a_recipe_says_what_it_takes_and_what_to_expect(path: Path):
     text, run = path.read_text(), load_run(path)
-    for part in ("torchrun", "64 A100: about", "Expected: FID" if "512/mrar" not in str(path) else "no expected score"):
+    commands = (f"lit_transdiff train experiments/{name_of(path)}", f"lit_transdiff evaluate --checkpoint {run.folder}")
+    for part in (*commands, "64 A100: about", "Expected: FID" if "512/mrar" not in str(path) else "no expected score"):
         assert part in text
     row = next((row for row in BASELINES.values() if row["recipe"] == name_of(path)), None)
     if row is not None:
@@ -130,6 +141,38 @@ def test_one_optimizer_step_of_a_narrow_copy(path: Path, imagenet: Path, tmp_pat
     assert all(value.isfinite().all() for value in read_export(result.folder).state.values())
     if "imagenet512" in str(path):
         assert any("adapted: decoder.position (bicubic interpolation, [1, 256, 16] -> [1, 1024, 16])" in text for text in said)
+
+
+@pytest.mark.parametrize("recipe", ["imagenet256/mrar_base.yaml", "imagenet512/head_large.yaml"])
+def test_training_goes_on_from_released_weights(recipe: str, imagenet: Path, tmp_path: Path):
+    """From the average of a released one-step file of 256 px, at step 0; MRAR on cached latents."""
+    config = narrow(ROOT / "experiments/imagenet256/ar_base.yaml", imagenet, tmp_path)
+    model, model_ema = ({k: 0.05 * torch.randn(shape) for k, shape in released_shapes(config.model).items()} for _ in "12")
+    args = argparse.Namespace(epochs=800)
+    torch.save({"model": model, "model_ema": model_ema, "epoch": 799, "optimizer": {}, "args": args}, tmp_path / "released.pth")
+    convert(tmp_path / "released.pth", tmp_path / "start", autoencoder=imagenet / "same_size", recipe=config)
+    more = [f"init_from={tmp_path / 'start'}", "training.precision=fp32", "optimizer.lr=1e-9"]
+    multi = "mrar" in recipe
+    if multi:
+        data = dataclasses.replace(config.data, crop="center")
+        fabric = Fabric(accelerator="cpu", devices=1)
+        few = write_shards(tmp_path / "few", 16)
+        cache(few, tmp_path / "latents", autoencoder=config.autoencoder, data=data, fabric=fabric, flips=True)
+        more += [f"data.train={tmp_path / 'latents'}", "data.crop=center"]
+    said: list[str] = []
+    run = train(narrow(ROOT / "experiments" / recipe, imagenet, tmp_path, *more), say=said.append)
+    assert run.step == 1
+    state = read_export(run.folder).state
+    changed = {our_name(key) for key in ("z_proj.weight", "z_proj.bias", "mask_token")} if multi else {"decoder.position"}
+    names = {key: our_name(key) for key in model_ema if our_name(key) not in changed and not key.startswith("z_proj.")}
+    assert all(torch.allclose(state[ours], model_ema[key], atol=1e-7) for key, ours in names.items())
+    assert state.keys() == set(names.values()) | changed
+    assert f"{len(names)} tensors copied" in "".join(said)
+    if multi:
+        repeated = model_ema["mask_token"].expand(1, 64, -1)
+        assert torch.allclose(state["encoder.mask_tokens"], repeated, atol=1e-7)
+    else:
+        assert "newly made: decoder.position [1, 1024, 16], which was [1, 256, 16]" in "".join(said)
 
 
 def released_files(folder: Path, recipe: RunConfig) -> None:
@@ -162,16 +205,29 @@ def test_reproduce_from_released_files_to_the_table(tmp_path: Path, monkeypatch:
     assert "not the paper's settings: model.width=16" in said
     assert main(command) == 0  # everything is there: nothing is converted or drawn again
     assert said.splitlines()[-6:] == capsys.readouterr().out.splitlines()[-6:]
+    torch.save({"model": plain_autoencoder.make(seed=1, latent=16, channels=(32,))}, tmp_path / "kl16.ckpt")
+    assert main(command) == 2  # another file of the same name
+    assert re.search(r"out/autoencoder: got 'converted from another kl16\.ckpt than .*kl16\.ckpt'", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
-    "row, vae, message",
-    [("L-MRA", "here", "Did you mean 'L-MRAR'"), ("L-MRAR", "nowhere.ckpt", r"files: got 'vae: .*nowhere\.ckpt'")],
+    "row, changes, message",
+    [
+        ("L-MRA", {}, "Did you mean 'L-MRAR'"),
+        ("L-MRAR", {"vae": "nowhere.ckpt"}, r"files: got 'vae: .*nowhere\.ckpt'"),
+        ("L-MRAR", {"weights": "."}, r"files: got 'weights: .*/checkpoint-last\.pth'"),
+        ("L-MRAR", {}, r"evaluation\.extractor_weights: .*here is not the file of weights .*InceptionV3 in the layout"),
+        ("L-MRAR", {"reference": "here"}, r"evaluation\.reference: .*here is not an \.npz file"),
+    ],
 )
-def test_reproduce_refuses_before_it_starts(row: str, vae: str, message: str, tmp_path: Path, monkeypatch: Any, capsys: Any):
+def test_reproduce_refuses_before_it_starts(
+    row: str, changes: dict[str, str], message: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+):
     monkeypatch.chdir(ROOT)
     (tmp_path / "here").touch()
-    files = [word for name in ("weights", "inception", "reference") for word in (f"--{name}", str(tmp_path / "here"))]
-    assert main(["reproduce", row, *files, "--vae", str(tmp_path / vae), "--output", str(tmp_path / "out")]) == 2
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    names = {"weights": "here", "vae": "here", "inception": "here", "reference": "reference.npz"} | changes
+    files = [word for option, name in names.items() for word in (f"--{option}", str(tmp_path / name))]
+    assert main(["reproduce", row, *files, "--output", str(tmp_path / "out")]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

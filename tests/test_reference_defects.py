@@ -29,13 +29,13 @@ from tests.small import small_run
 # Number -> what it was, and the test (module:function) that shows that it is not ours.
 ELSEWHERE = {
     1: ("no evaluation without naming a sampler", "test_imagenet:test_reproduce_from_released_files_to_the_table"),
-    3: ("fine-tuning cannot start from the released weights", "test_imagenet:test_one_optimizer_step_of_a_narrow_copy"),
+    3: ("fine-tuning cannot start from the released weights", "test_imagenet:test_training_goes_on_from_released_weights"),
     4: ("loose loading hides keys", "test_house:test_public_code_is_documented_and_nothing_is_loose"),
     6: ("evaluation needs several processes", "test_imagenet:test_reproduce_from_released_files_to_the_table"),
     13: ("accumulated gradients are summed", "stages.test_training:test_accumulation_is_an_average"),
     14: ("evaluation repeats and pollutes seeds", "test_sampling:test_seeds_and_labels_matter_and_the_global_generator_does_not"),
     19: ("devices written into the code", "test_house:test_public_code_is_documented_and_nothing_is_loose"),
-    20: ("MRAR cannot read cached latents", "data.test_latents:test_latents_read_at_once_are_those_read_one_by_one"),
+    20: ("MRAR cannot read cached latents", "test_imagenet:test_training_goes_on_from_released_weights"),
     21: ("cached and direct training cut otherwise", "data.test_latents:test_cached_latents_are_those_of_the_images"),
     22: ("no MRAR at 512", "test_imagenet:test_one_optimizer_step_of_a_narrow_copy"),
     23: (

@@ -103,15 +103,15 @@ def pack(
     dest, encoding, cut = Path(dest), Encoding(image_size, pad_to), Cut(samples_per_shard, shards, shard_size)
     images = open_source(source, split, class_names)
     order = draw(images, limit, seed)
-    journal, total_bytes = Journal(dest, PLAN_FILE), estimated_bytes(images, order, encoding)
-    pieces = cut(order, total_bytes)
+    journal, sizes = Journal(dest, PLAN_FILE), estimated_sizes(images, order, encoding)
+    pieces = cut(order, tar_bytes(sizes[order]))
     names = [f"{name or dest.resolve().name}-{number:06d}.tar" for number in range(len(pieces))]
     plan = plan_of(images, pieces, seed, encoding, names[0])
     journal.check(plan)
     if (dest / "index.json").exists():
         return PackReport(read_index(dest), read_skipped(dest))
     missing = [number for number, shard in enumerate(names) if journal.finished(shard) is None]
-    announce(images, len(order), len(missing), len(names), total_bytes, encoding, dest, progress)
+    announce(images, [tar_bytes(sizes[piece]) for piece in pieces], missing, len(order), encoding, dest, progress)
     journal.begin(plan)
     tasks = ((journal, task_of(images, pieces[number], dest / names[number], encoding)) for number in missing)
     with tqdm(total=len(order), desc="packing", unit="image", disable=not progress) as bar:
@@ -137,30 +137,33 @@ def plan_of(images: ImageSource, pieces: Sequence[np.ndarray], seed: int, encodi
 
 
 def announce(
-    images: ImageSource, num: int, missing: int, shards: int, total: int, encoding: Encoding, dest: Path, progress: bool
+    images: ImageSource, shards: Sequence[int], missing: Sequence[int], num: int, encoding: Encoding, dest: Path, progress: bool
 ) -> None:
-    """Say what will be written, before anything is; raises ``ValueError`` when the disk has no room for it."""
-    left = total * missing // shards
+    """Say how many bytes the ``shards`` will have, before any is written.
+
+    Raises ``ValueError`` when the disk has no room for the ``missing`` ones.
+    """
+    left, there = sum(shards[number] for number in missing), len(shards) - len(missing)
     if progress:
-        some = "" if missing == shards else f"; {shards - missing} of them are there already, {readable(left)} to write"
+        some = f"; {there} of them are there already, {readable(left)} to write" if there else ""
         tqdm.write(
-            f"{num} of {len(images.labels)} images of {len(images.class_names)} classes -> {shards} shards in {dest}, "
-            f"{'' if encoding.keeps_files else 'about '}{readable(total)}{some}; {readable(free_bytes(dest))} are free"
+            f"{num} of {len(images.labels)} images of {len(images.class_names)} classes -> {len(shards)} shards in {dest}, "
+            f"{'' if encoding.keeps_files else 'about '}{readable(sum(shards))}{some}; {readable(free_bytes(dest))} are free"
         )
     require_space(dest, left)
 
 
-def estimated_bytes(images: ImageSource, order: np.ndarray, encoding: Encoding) -> int:
-    """The bytes of all shards together: from the sizes of the files, or from some that are encoded."""
+def estimated_sizes(images: ImageSource, order: np.ndarray, encoding: Encoding) -> np.ndarray:
+    """[N] the bytes of each image in a shard: those of its file, or the mean of some that are encoded."""
     if encoding.keeps_files and isinstance(images.read(0), Path):
-        return tar_bytes(images.sizes[order])
+        return images.sizes
     sizes = []
     for i in order[:ESTIMATED_FROM].tolist():
         try:
             sizes.append(len(encode_sample(images.read(i), encoding)[1]))
         except ValueError:
             continue
-    return tar_bytes(np.array(sizes)) * len(order) // max(1, len(sizes))
+    return np.full(len(images.labels), np.mean(sizes) if sizes else 0).astype(np.int64)
 
 
 def task_of(images: ImageSource, piece: np.ndarray, path: Path, encoding: Encoding) -> ShardTask:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Optional
@@ -44,12 +45,15 @@ class ShardWriter:
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        self.tar.close()
-        self.file.close()
-        if error is None:
-            os.replace(self.partial, self.path)
-        else:
-            self.partial.unlink()
+        try:
+            with suppress(OSError) if error else nullcontext():  # on a full disk closing fails like the write before it
+                self.tar.close()
+            with suppress(OSError) if error else nullcontext():
+                self.file.close()
+            if error is None:
+                os.replace(self.partial, self.path)
+        finally:
+            self.partial.unlink(missing_ok=True)
 
 
 class ShardReader:

@@ -47,18 +47,18 @@ PARTS: tuple[tuple[str, str], ...] = (
     (".attn.", ".attention."),
 )
 DEAD = ("z_proj.weight", "z_proj.bias")  # of a one-step checkpoint: they get no gradient
-# What every released checkpoint has, and its shape is read from.
-TELLING = (
-    "fake_latent",
-    "mask_token",
-    "encoder_pos_embed_learned",
-    "diffusion_pos_embed_learned",
-    "class_emb.weight",
-    "encoder_blocks.0.mlp.fc1.weight",
-    "diffdecoder.net.diffusion_pos_embed_learned",
-    "diffdecoder.net.res_blocks.0.mlp.fc1.weight",
-    "diffdecoder.net.final_layer.linear.weight",
-)
+# What every released checkpoint has, and its shape is read from: the number of dimensions of each.
+TELLING = {
+    "fake_latent": 2,
+    "mask_token": 3,
+    "encoder_pos_embed_learned": 3,
+    "diffusion_pos_embed_learned": 3,
+    "class_emb.weight": 2,
+    "encoder_blocks.0.mlp.fc1.weight": 2,
+    "diffdecoder.net.diffusion_pos_embed_learned": 3,
+    "diffdecoder.net.res_blocks.0.mlp.fc1.weight": 2,
+    "diffdecoder.net.final_layer.linear.weight": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,18 @@ def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dic
     """The settings of ``ModelConfig`` that a released state dict has by its shapes.
 
     The number of heads leaves no trace in them: it is that of the row of ``SIZES`` with the same width and blocks, or
-    ``num_heads``. Raises ``ValueError`` for missing keys, and for an unknown size without ``num_heads``.
+    ``num_heads``. Raises ``ValueError`` for missing keys and wrong shapes, and for an unknown size without ``num_heads``.
     """
     missing = [key for key in TELLING if key not in state]
     if missing:
         raise ValueError(f"not a released TransDiff checkpoint; missing: {', '.join(missing)}")
+    wrong = [f"{key} {list(state[key].shape)}" for key, ndim in TELLING.items() if state[key].ndim != ndim]
+    if wrong:
+        raise ValueError(f"not a released TransDiff checkpoint; of another number of dimensions: {', '.join(wrong)}")
     width, channels = state["fake_latent"].shape[1], state["diffdecoder.net.final_layer.linear.weight"].shape[0]
     context, masks = state["diffusion_pos_embed_learned"].shape[1], state["mask_token"].shape[1]
+    if masks < 1 or context % masks:
+        raise ValueError(f"mask_token: got {masks} tokens; allowed: 1, or as many as divide the {context} context tokens")
     blocks = {"encoder_blocks": r"encoder_blocks\.(\d+)\.", "decoder_blocks": r"diffdecoder\.net\.res_blocks\.(\d+)\."}
     counts = {name: len({m[1] for key in state if (m := re.match(pattern, key))}) for name, pattern in blocks.items()}
     size, row = next(

@@ -1,5 +1,6 @@
 """Packing in several processes, in mid-work killed, continued, and in shards of a given number or size."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset as wds
 from PIL import Image
 
+from lit_transdiff.__main__ import main
 from lit_transdiff.data.index import verify
 from lit_transdiff.data.pack import Cut, pack
 from lit_transdiff.files import readable
@@ -126,9 +129,12 @@ def test_shards_of_a_given_number_or_size(image_folder, tmp_path):
 
 
 def test_the_size_is_said_and_must_fit_before_anything_is_written(image_folder, photos, tmp_path, capfd, monkeypatch):
-    report = pack(image_folder, tmp_path / "a", shards=1)
+    for number in (7, 1):
+        report = pack(image_folder, tmp_path / f"a{number}", shards=number)
+        size = readable(sum(shard.bytes for shard in report.index.shards))
+        said = capfd.readouterr().out
+        assert f"65 of 65 images of 5 classes -> {number} shards in {tmp_path / f'a{number}'}, {size};" in said
     (shard,) = report.index.shards
-    assert f"65 of 65 images of 5 classes -> 1 shards in {tmp_path / 'a'}, {readable(shard.bytes)};" in capfd.readouterr().out
     report = pack(photos, tmp_path / "b", shards=1, image_size=64)
     said = capfd.readouterr().out.split("about ")[1].split(" MB")[0]
     assert float(said) * 1e6 == pytest.approx(report.index.shards[0].bytes, rel=0.05)
@@ -136,6 +142,24 @@ def test_the_size_is_said_and_must_fit_before_anything_is_written(image_folder, 
     with pytest.raises(ValueError, match=f"{readable(shard.bytes)} are to be written, but only"):
         pack(image_folder, tmp_path / "c", shards=1, progress=False)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_disk_that_fills_up_ends_in_a_line_and_is_continued(image_folder, tmp_path, monkeypatch, capsys):
+    """The write that fails, and the closing after it; nothing half-written stays."""
+    line = ["pack", str(image_folder), str(tmp_path / "x"), "--samples-per-shard", "20"]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    finished = lambda: (tmp_path / "x/finished/x-000000.tar.npz").exists()  # noqa: E731
+    write, close = wds.TarWriter.write, wds.TarWriter.close
+    monkeypatch.setattr(wds.TarWriter, "write", lambda *a: full() if finished() else write(*a))
+    monkeypatch.setattr(wds.TarWriter, "close", lambda *a: full() if finished() else close(*a))
+    assert main(line) == 1
+    assert "No space left on device. Make room, and start the same command again." in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["finished", "packing.json", "x-000000.tar"]
+    monkeypatch.undo()
+    assert main(line) == 0 and len(verify(tmp_path / "x")) == 65
 
 
 def test_names_of_classes_from_a_file(image_folder, tmp_path):
