@@ -24,6 +24,7 @@ from PIL import Image
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.loading import to_dict
+from lit_transdiff.tracking.folders import device_count
 from lit_transdiff.tracking.place import trial_place
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 INIT_TIMEOUT = 20.0  # seconds that the start of a run may wait for the server
 FINISH_TIMEOUT = 300.0  # seconds that its end may, with the upload of a model; WANDB_FINISH_TIMEOUT says otherwise
 STEP, IMAGES = "trainer/global_step", "images_seen"  # the two axes of every metric
+DEVICES = "num_devices"  # of all nodes; beside the settings in the configuration
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,11 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
         finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)),
     )
     given: dict[str, Any] = dict(
-        project=run.tracking.project, group=run.tracking.group, tags=run.tracking.tags, config=to_dict(run), dir=str(folder)
+        project=run.tracking.project,
+        group=run.tracking.group,
+        tags=run.tracking.tags,
+        dir=str(folder),
+        config=to_dict(run) | {DEVICES: device_count(run.folder)},
     )
     given |= dict(id=id_, name=name, job_type=job_type, resume="allow", settings=settings, reinit="finish_previous")
     try:

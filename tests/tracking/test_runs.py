@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from PIL import Image
 
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.loading import save_yaml
+from lit_transdiff.runfolder import open_folder
 from lit_transdiff.tracking.compare import compare
 from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV
 from lit_transdiff.tracking.runs import archive, runs
+from lit_transdiff.tracking.wandb_logs import log_files, read_log
 from lit_transdiff.tracking.wandb_run import WandbRun
 from tests.small import small_run
 from tests.wandb_stub import Stub
@@ -126,6 +129,7 @@ def log_some(root: Path, steps: int = 3) -> WandbRun:
     for step in range(1, steps + 1):
         log.log_metrics({"train/loss": 1 / step, "eval/frechet_distance": 2.0, "odd": math.nan}, step)
     log.log_picture("samples", Image.new("RGB", (4, 4), (9, 9, 9)), steps)
+    log.log_picture("samples/references", Image.new("RGB", (4, 4), (5, 5, 5)), steps)
     log.finish()
     return log
 
@@ -138,6 +142,7 @@ def check_same(run) -> None:
     assert run.summary["train/loss"] == pytest.approx(1 / 3)
     assert run.evaluations[0].value("frechet_distance") == 2.0
     assert run.samples()[3].getpixel((0, 0)) == (9, 9, 9)
+    assert run.pictures()["references"].getpixel((0, 0)) == (5, 5, 5)
 
 
 def test_an_offline_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +151,28 @@ def test_an_offline_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     log_some(tmp_path)
     (run,) = runs(tmp_path)
     check_same(run)
+
+
+def test_device_hours_of_wandb_add_up_over_restarts_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of a second offline start begins at zero; the run is one of four processes."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    run = small_run(tmp_path, tracking=TRACKED)
+    open_folder(run, num_processes=4)
+    whole = time.monotonic()
+    for steps in ((1, 2), (3, 4)):
+        log = WandbRun(run)
+        assert log.experiment.offline  # the clock runs
+        for step in steps:
+            time.sleep(0.5)
+            log.log_metrics({"train/loss": 1.0}, step)
+        log.finish()
+    whole = time.monotonic() - whole
+    (offline,) = [read_log(files) for files in log_files(tmp_path)]
+    hours = offline.history()["device_hours"]
+    assert hours.is_monotonic_increasing
+    assert 4 * 2.0 <= hours.iloc[-1] * 3600 <= 4 * whole  # four sleeps of half a second, on four devices
+    assert "num_devices" not in offline.config
 
 
 def test_a_project_at_wandb(stub: Stub, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import wandb
+from PIL import Image
 
 from lit_transdiff.__main__ import main
 from lit_transdiff.distributed import build_fabric
@@ -21,6 +22,7 @@ from lit_transdiff.tracking.runs import runs
 from lit_transdiff.tracking.wandb_run import WandbRun
 from lit_transdiff.trainer import train
 from tests.small import FASHION, small_run
+from tests.stages.test_guard import spoil
 from tests.wandb_stub import Stub
 
 TRACKED = {"wandb": True, "project": "p", "group": "g", "tags": ["t"]}
@@ -102,6 +104,9 @@ JUDGED |= {"metrics": ["class_accuracy", "inception_score"], "num_images": 20}
 
 def test_scores_go_to_their_run_and_other_evaluations_are_runs_of_their_own(stub: Stub, tmp_path: Path) -> None:
     """The lineage: data index -> model -> evaluation."""
+    successive = tmp_path / "small" / "samples" / "references" / "grid.png"  # as the pipeline draws it for several references
+    successive.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4), (5, 5, 5)).save(successive)
     train_and_score(small_run(tmp_path, tracking=TRACKED, evaluation=JUDGED), build_fabric())
     trained = stub.state.only_run()
     assert 0 <= trained["summary"]["eval/class_accuracy"] <= 1 and "eval/inception_score_std" in trained["summary"]
@@ -118,6 +123,7 @@ def test_scores_go_to_their_run_and_other_evaluations_are_runs_of_their_own(stub
     assert len(run.evaluations) == 2 and run.summary["eval/class_accuracy"] == trained["summary"]["eval/class_accuracy"]
     by_stage = {run.stage: run for run in runs("team/p")}
     assert set(by_stage) == {"ar_pretrain", "evaluate"}
+    assert by_stage["ar_pretrain"].pictures()["references"].getpixel((0, 0)) == (5, 5, 5)
     assert by_stage["evaluate"].evaluations[0].manifest["sampling"]["num_steps"] == 3
 
 
@@ -126,6 +132,16 @@ def test_a_loss_that_is_not_finite_is_told(stub: Stub, tmp_path: Path) -> None:
         train(small_run(tmp_path, tracking=TRACKED, optimizer={"lr": 1e30, "gradient_clip": 0.0}))
     (alert,) = stub.state.alerts
     assert "not finite" in alert["title"] and stub.state.only_run()["state"] == "failed"
+
+
+@pytest.mark.parametrize("policy, title", [("skip", "a bad step was left out"), ("roll_back", "a bad step")])
+def test_a_step_that_is_left_out_is_told(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, title: str
+) -> None:
+    spoil(monkeypatch, 4)
+    train(small_run(tmp_path, tracking=TRACKED, training={"max_steps": 8}, safety={"on_bad_step": policy}))
+    assert [alert["title"] for alert in stub.state.alerts] == [f"small: {title}"]
+    assert [row["trainer/global_step"] for row in rows_of(stub, "train/loss")][-1] == 8
 
 
 def test_a_server_that_is_down_at_the_start_costs_no_step(
