@@ -18,6 +18,7 @@ from lit_transdiff.report.page import MAX_POINTS, page_data, write_report
 from lit_transdiff.tracking.runs import runs
 from tests.tracking.test_runs import make_run, write_long
 
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 
@@ -62,7 +63,7 @@ def page(report: Path) -> Iterator[Any]:
     if found is None:
         pytest.skip(f"no browser here: none of {', '.join(BROWSERS)}")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
         context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
         opened, errors = context.new_page(), []
         opened.on("pageerror", lambda error: errors.append(str(error)))
