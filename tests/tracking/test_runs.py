@@ -9,6 +9,7 @@ import os
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -18,19 +19,19 @@ from PIL import Image
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.loading import save_yaml
 from lit_transdiff.runfolder import open_folder
-from lit_transdiff.tracking.compare import compare
+from lit_transdiff.tracking.compare import compare, labels
 from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV
-from lit_transdiff.tracking.runs import archive, runs
+from lit_transdiff.tracking.runs import archive, of_group, runs
 from lit_transdiff.tracking.wandb_logs import log_files, read_log
 from lit_transdiff.tracking.wandb_run import WandbRun
 from tests.small import small_run
 from tests.wandb_stub import Stub
 
 
-def make_run(root: Path, name: str, score: float, *, seed: int = 0, lr: float = 1e-3, group: str = "g") -> Path:
+def make_run(root: Path, name: str, score: float, *, seed: int = 0, lr: float = 1e-3, group: str = "g", **more: Any) -> Path:
     """A run folder with three logged steps, a picture and a result, written without training."""
     changes = {"name": name, "seed": seed, "optimizer": {"lr": lr}, "tracking": {"wandb": False, "group": group, "tags": ["a"]}}
-    run = small_run(root, **changes)
+    run = small_run(root, **changes, **more)
     (run.folder / "samples" / "final").mkdir(parents=True)
     (run.folder / "evaluations").mkdir()
     save_yaml(run, run.folder / "config.yaml")
@@ -40,8 +41,11 @@ def make_run(root: Path, name: str, score: float, *, seed: int = 0, lr: float = 
     log.log_metrics({"val/loss": score}, 6)
     for file in ("samples/step-00000002.png", "samples/step-00000006.png", "samples/final/grid.png", "evaluations/r.png"):
         Image.new("RGB", (8, 8), (color(file), 0, 0)).save(run.folder / file)
-    manifest = {"run": name, "sampling": vars(SamplingConfig()), "date": "2026"}
+    manifest = {"run": name, "sampling": vars(SamplingConfig()), "date": "2026", "num_images": 20}
+    manifest["decoder_evaluations_per_image"] = 4
     scores = {"frechet_distance": score, "precision": 1 / score, "inception_score": {"mean": 2.0, "std": 0.1}}
+    scores |= {"feature_diversity": 0.3, "class_accuracy": 0.5}
+    log.log_metrics({f"eval/{key}": scores[key] for key in ("frechet_distance", "class_accuracy")}, 6)
     (run.folder / "evaluations" / "r.json").write_text(json.dumps({"scores": scores, "manifest": manifest}))
     return run.folder
 
@@ -61,7 +65,7 @@ def test_a_folder_of_runs(tmp_path: Path) -> None:
     assert list(history["step"]) == [2, 4, 6] and list(history["images_seen"]) == [16, 32, 48]
     assert list(history["train/loss"]) == [1.0, 0.5, pytest.approx(1 / 3)] and history["device_hours"].is_monotonic_increasing
     assert list(run.history(["val/loss"])["step"]) == [6]
-    assert run.summary == {"train/loss": pytest.approx(1 / 3), "val/loss": 2.0}
+    assert (run.summary["train/loss"], run.summary["val/loss"]) == (pytest.approx(1 / 3), 2.0)
     assert list(run.samples()) == [2, 6] and list(run.pictures()) == ["final"]
     assert run.samples()[6].getpixel((0, 0)) == (color("samples/step-00000006.png"), 0, 0)
     (evaluation,) = run.evaluations
@@ -207,6 +211,16 @@ def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
     assert made.verdicts("eval/precision").set_index("optimizer.lr")["verdict"][1e-3] == "best"  # higher is better
     noise = made.verdicts("eval/frechet_distance")["noise"].iloc[0]
     assert noise == pytest.approx(2.4469 * 0.2 * (2 / 3) ** 0.5, rel=1e-3)  # t of 6 degrees of freedom
+
+
+def test_labels_name_what_differs(tmp_path: Path) -> None:
+    make_run(tmp_path, "a", 2.0)
+    make_run(tmp_path, "b", 2.5, lr=0.1, seed=1, group="other")
+    found = runs(tmp_path)
+    assert labels(found) == {"a": "lr 0.001, seed 0", "b": "lr 0.1, seed 1"}
+    assert labels(found[:1]) == {"a": "a"}
+    assert [run.name for run in of_group(found, "other")] == ["b"]
+    assert of_group(found, "of nobody") == found
 
 
 def test_without_repeats_nothing_is_called_noise(tmp_path: Path) -> None:

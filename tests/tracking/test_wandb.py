@@ -18,6 +18,7 @@ from lit_transdiff.__main__ import main
 from lit_transdiff.distributed import build_fabric
 from lit_transdiff.pipeline import train_and_score
 from lit_transdiff.stages.callbacks import NonFiniteLoss
+from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.runs import runs
 from lit_transdiff.tracking.wandb_run import WandbRun
 from lit_transdiff.trainer import train
@@ -88,14 +89,18 @@ def test_a_restarted_run_is_one_run(stub: Stub, tmp_path: Path) -> None:
 def test_a_run_restarted_offline_is_synced_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
-    for steps in ((1, 2, 3), (4, 5)):
+    file = MetricsCSV(tmp_path / "small" / "metrics.csv", images_per_step=8)
+    for steps, name in (((1, 2, 3), "val/loss"), ((4, 5), "eval/precision")):
         log = WandbRun(small_run(tmp_path, tracking=TRACKED))
         for step in steps:
-            log.log_metrics({"train/loss": float(step)}, step)
+            for logger in (log, file):
+                logger.log_metrics({"train/loss": float(step), name: step / 2}, step)
         log.finish()
     with Stub() as server:
         sync(server, tmp_path / "small")
         assert [row["train/loss"] for row in rows_of(server, "train/loss")] == [1.0, 2.0, 3.0, 4.0, 5.0]
+        summary = server.state.only_run()["summary"]  # of both starts together
+        assert [summary[key] for key in ("train/loss", "val/loss", "eval/precision")] == [5.0, 1.5, 2.5]
 
 
 JUDGED = {"extractor": "classifier", "extractor_weights": str(FASHION.parent / "fashion" / "classifier.safetensors")}
