@@ -142,7 +142,7 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Compar
     for run in runs:
         config, scores = run.settings, scores_of(run)
         row: dict[str, Any] = {"run": run.name, "seed": config.get("seed")}
-        row |= {name: plain(config.get(name)) for name in settings}
+        row |= {name: plain(config[name]) if name in config else float("nan") for name in settings}
         rows.append(row | {name: scores.get(name, float("nan")) for name in chosen})
     table = pd.DataFrame(rows)
     return Comparison(table, grouped(table, settings, chosen), settings, chosen)
@@ -163,5 +163,5 @@ def grouped(table: pd.DataFrame, settings: list[str], metrics: list[str]) -> pd.
 
 
 def plain(value: Any) -> Any:
-    """A value that a table can group by."""
-    return str(value) if isinstance(value, list | dict) else value
+    """A value that a table can group by. None is a setting, in words: a missing number is one that a run does not have."""
+    return str(value) if isinstance(value, list | dict | None) else value

@@ -196,6 +196,14 @@ def test_ten_thousand_steps_of_an_offline_log_are_read_in_five_seconds(tmp_path:
     assert len(run.history()) == 10_000 and cpu_seconds() - start < 5
 
 
+@pytest.mark.slow
+def test_ten_thousand_steps_at_wandb_are_read_in_five_seconds(stub: Stub, tmp_path: Path) -> None:
+    log_some(tmp_path, 10_000)
+    start = cpu_seconds()  # with the time of the server, which is a thread of this process
+    (run,) = runs("team/p")
+    assert len(run.history()) == 10_000 and cpu_seconds() - start < 5
+
+
 def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
     for seed, score in enumerate((2.0, 2.2, 2.4)):
         make_run(tmp_path, f"slow{seed}", score, seed=seed)
@@ -211,6 +219,15 @@ def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
     assert made.verdicts("eval/precision").set_index("optimizer.lr")["verdict"][1e-3] == "best"  # higher is better
     noise = made.verdicts("eval/frechet_distance")["noise"].iloc[0]
     assert noise == pytest.approx(2.4469 * 0.2 * (2 / 3) ** 0.5, rel=1e-3)  # t of 6 degrees of freedom
+
+
+def test_none_is_a_setting_like_any_other(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path, f"continuous{seed}", 2.0, seed=seed)
+        make_run(tmp_path, f"steps{seed}", 2.5, seed=seed, flow={"discretize": 1000})
+    made = compare(runs(tmp_path))
+    assert made.settings == ["flow.discretize"] and list(made.groups["flow.discretize"]) == ["None", 1000]
+    assert list(made.groups["runs"]) == [2, 2]
 
 
 def test_labels_name_what_differs(tmp_path: Path) -> None:
