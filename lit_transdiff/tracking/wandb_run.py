@@ -2,8 +2,9 @@
 
 A run folder is one W&B run, also over restarts; W&B's local files lie in it. W&B's own environment variables decide between
 online, offline and disabled. A server that cannot be reached costs no training step: at the start the run is recorded offline
-and says so; later the client goes on writing its log, and the end of the run waits ``FINISH_TIMEOUT`` seconds at most. What the
-server did not get is in the run's ``.wandb`` file, for ``wandb sync --include-online``.
+and says so; later the client goes on writing its log, and the end of the run waits ``FINISH_TIMEOUT`` seconds at most. Before a
+table or an artifact (at the last step and after it) the client asks the server, and gives up after 20 s. What the server did not
+get is in the run's ``.wandb`` file, for ``wandb sync --include-online``.
 """
 
 from __future__ import annotations
