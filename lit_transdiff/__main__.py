@@ -193,10 +193,10 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    from lit_transdiff.report.page import write_report
+    from lit_transdiff.report.page import report_file, write_report
     from lit_transdiff.tracking.runs import runs
 
-    print(write_report(runs(args.folder), Path(args.output or Path(args.folder) / "report.html")))
+    print(write_report(runs(args.folder), Path(args.output or report_file(args.folder)), title=args.folder))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -368,7 +368,7 @@ def add_study_commands(command: AddCommand) -> None:
 
     sub = command(report, "one HTML page of all runs below a folder: curves, samples, scores, differences")
     sub.add_argument("folder", help="a folder of runs, an archive of them, or entity/project at W&B")
-    sub.add_argument("--output", help="the file; default: report.html in the folder")
+    sub.add_argument("--output", help="the file; default: report.html in the folder, or beside the archive")
 
 
 def add_machine_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:

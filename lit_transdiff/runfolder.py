@@ -94,13 +94,17 @@ def last_checkpoint(run: RunConfig) -> Checkpoint | None:
     return max(complete_checkpoints(run.folder / "checkpoints"), key=lambda found: found.step, default=None)
 
 
-def open_folder(run: RunConfig) -> None:
-    """Make the folder and write the resolved configuration and the environment of this start."""
+def open_folder(run: RunConfig, num_processes: int | None = None) -> None:
+    """Make the folder and write the resolved configuration and the environment of this start.
+
+    ``num_processes`` is that of all nodes; without it, what the launcher says in ``WORLD_SIZE``.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
     save_yaml(run, run.folder / "config.yaml")
     file = run.folder / "environment.json"
     starts = json.loads(file.read_text()) if file.exists() else []
-    replace_file(file, json.dumps([*starts, environment()], indent=2).encode())
+    this = environment() | ({"num_processes": num_processes} if num_processes else {})
+    replace_file(file, json.dumps([*starts, this], indent=2).encode())
 
 
 def environment() -> dict[str, Any]:

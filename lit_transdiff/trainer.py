@@ -282,7 +282,7 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
         pl.seed_everything(run.seed, verbose=False)
         parts = build(run)
         say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
-        rank_zero_only(open_folder)(run)
+        rank_zero_only(open_folder)(run, world_size(run))
         try:
             loggers = build_loggers(run)
             with stop_request() as request:

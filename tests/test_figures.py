@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lit_transdiff.figures import plots
-from lit_transdiff.tracking.compare import compare
+from lit_transdiff.tracking.compare import compare, labels
 from lit_transdiff.tracking.records import Run
 from lit_transdiff.tracking.runs import runs
 from tests.tracking.test_runs import make_run
@@ -49,6 +49,9 @@ def test_the_front_is_what_nothing_beats(found: list[Run]) -> None:
     points = [(i + 1, run.evaluations[0].value("frechet_distance")) for i, run in enumerate(found)]
     front = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
     drawn = figure.axes[0].lines[1]
+    named = [text.get_text() for text in figure.legends[0].get_texts()][2:]
+    wanted = {run.evaluations[0].value("frechet_distance"): labels(found)[run.name] for run in found}
+    assert named == [wanted[y] for _, y in front] and named[0].startswith("lr ")
     assert list(zip(drawn.get_xdata(), drawn.get_ydata(), strict=True)) == front
     labelled(figure)
 
@@ -68,8 +71,10 @@ def test_words_are_spaced_evenly_and_wide_numbers_by_logarithm() -> None:
 def test_the_rest_is_labelled(found: list[Run]) -> None:
     labelled(plots.spread(compare(found), "eval/frechet_distance"))
     labelled(plots.response(found, "optimizer.lr", "eval/frechet_distance", by="seed"))
-    labelled(plots.bars({"a": 1.0, "b": 2.0}, "numbers"))
+    labelled(plots.bars({"a": 1.0, "b": 2.0}, "numbers", "letters"))
     figure = plots.side_by_side({run.name: picture for run in found for picture in run.samples().values()}, columns=2)
     assert [axes.get_title() for axes in figure.axes][:2] == [found[0].name, found[1].name]
-    figure = plots.side_by_side({"one": Image.new("RGB", (4, 8))})
+    figure = plots.side_by_side({"wide": Image.new("RGB", (40, 4)), "high": Image.new("RGB", (4, 8))}, columns=1)
     labelled(figure)
+    wide, high = (axes.get_position().height for axes in figure.axes)
+    assert high > 3 * wide  # each row is as high as its pictures

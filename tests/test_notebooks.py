@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+import wandb
 from nbclient import NotebookClient
 
+from lit_transdiff.loading import load_run
+from lit_transdiff.tracking.evaluations import log_result
+from lit_transdiff.tracking.folders import read_folder
+from lit_transdiff.tracking.records import AXES
+from lit_transdiff.tracking.wandb_run import WandbRun
 from tests.small import ROOT
+from tests.tracking.test_runs import make_run
+from tests.wandb_stub import Stub
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TRAINS = "1_quickstart"  # what training took and found depends on the machine
@@ -54,6 +64,44 @@ def test_outputs_are_current(path: Path) -> None:
     stored, now = nbformat.read(path, as_version=4), execute(path, ROOT / "notebooks")
     assert texts(now) == texts(stored)
     assert pictures(now) == pictures(stored)
+
+
+@pytest.fixture(params=["folder", "project"])
+def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs of none of the shipped sweeps: run folders as the pipeline leaves them, and the same ones at W&B."""
+    folders = [make_run(tmp_path / "runs", f"one{seed}", 2.0 + seed, seed=seed) for seed in (0, 1)]
+    changes = {"stage": "mrar_finetune", "init_from": str(folders[0]), "model": {"num_references": 4}}
+    folders.append(make_run(tmp_path / "runs", "four", 3.0, **changes))
+    if request.param == "folder":
+        yield str(tmp_path / "runs")
+        return
+    with Stub() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        for folder, found in zip(folders, map(read_folder, folders), strict=True):
+            run = load_run(folder / "config.yaml", ["tracking.wandb=true", "tracking.project=p"])
+            log = WandbRun(run)
+            for _, row in found.history().iterrows():
+                log.log_metrics(row.dropna().drop(list(AXES)).to_dict(), int(row["step"]))
+            for step, picture in found.samples().items():
+                log.log_picture("samples", picture, step)
+            log_result(log, {**json.loads((folder / "evaluations/r.json").read_text()), "file": folder / "evaluations/r.json"}, 6)
+            log.finish()
+        yield "team/p"
+        assert server.state.unknown == []
+    wandb.teardown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem != TRAINS], ids=lambda p: p.stem)
+def test_one_line_makes_them_show_other_runs(path: Path, source: str, tmp_path: Path) -> None:
+    book = nbformat.read(path, as_version=4)
+    for cell in book.cells:
+        cell.source = cell.source.replace('SOURCE = "results.zip"', f'SOURCE = "{source}"')
+    changed = tmp_path / path.name
+    nbformat.write(book, changed)
+    assert source in changed.read_text()
+    assert pictures(execute(changed, ROOT / "notebooks")) >= 3
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.metrics import METRICS
-from lit_transdiff.tracking.compare import Comparison, higher_is_better, scores_of
+from lit_transdiff.tracking.compare import MAX_IN_LABEL, Comparison, higher_is_better, label, labels, scores_of
 from lit_transdiff.tracking.records import AXES, Run
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def spread(compared: Comparison, metric: str) -> Figure:
     verdicts = compared.verdicts(metric)
     figure = Figure(figsize=(6.4, 0.5 * len(verdicts) + 1.4), layout="constrained")
     axes = figure.subplots()
-    names = [", ".join(f"{short(name)} {shown(value)}" for name, value in row.items()) for row in rows_of(compared)]
+    few = len(compared.settings) <= MAX_IN_LABEL
+    names = [label(row) for row in rows_of(compared)] if few else list(compared.groups["first run"])
     for i, (verdict, group) in enumerate(zip(verdicts["verdict"], rows_of(compared), strict=True)):
         same = compared.table
         for name, value in group.items():
@@ -78,11 +79,6 @@ def short(name: str) -> str:
     return name.split(".")[-1]
 
 
-def shown(value: Any) -> str:
-    """A setting in a label."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float = 3.2) -> Figure:
     """Pictures in a row or more, each under its name and ``width`` inches wide."""
     from matplotlib.figure import Figure
@@ -90,9 +86,10 @@ def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: s
     require(len(pictures) > 0, "pictures", len(pictures), "at least one")
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    shape = max(picture.height / picture.width for picture in pictures.values())
-    figure = Figure(figsize=(width * columns, (width * shape + 0.3) * rows), layout="constrained", dpi=60)
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+    shapes = [picture.height / picture.width for picture in pictures.values()]
+    heights = [width * max(shapes[i * columns : (i + 1) * columns]) + 0.3 for i in range(rows)]
+    figure = Figure(figsize=(width * columns, sum(heights)), layout="constrained", dpi=60)
+    for axes in figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flat:
         axes.set_axis_off()
     for axes, (name, picture) in zip(figure.axes, pictures.items(), strict=False):
         axes.imshow(picture)
@@ -143,23 +140,34 @@ def positions(values: Sequence[Any]) -> tuple[list[float], dict[str, float]]:
 
 
 def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: str = "decoder_evaluations_per_image") -> Figure:
-    """Quality against the cost of an image, with the runs that nothing beats in both. ``cost`` is a number of the manifest."""
+    """Quality against the cost of an image; the legend names the runs that nothing beats in both.
+
+    ``cost`` is a number of the manifest.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     points = [(e.manifest[cost], e.value(short_score(quality)), run.name) for run in runs for e in run.evaluations]
     require(len(points) > 0, "runs", len(points), "runs with evaluations")
     sign = -1 if higher_is_better(quality) else 1
     front, best = [], math.inf
-    for x, y, _ in sorted(points, key=lambda point: (point[0], sign * point[1])):
+    for x, y, name in sorted(points, key=lambda point: (point[0], sign * point[1])):
         if sign * y < best:
             best = sign * y
-            front.append((x, y))
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+            front.append((x, y, name))
+    figure = Figure(figsize=(6.4, 3.8 + 0.2 * len(front)), layout="constrained")
     axes = figure.subplots()
     axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color=GREY, label="evaluations")
-    axes.step([x for x, _ in front], [y for _, y in front], "o-", where="post", color="C0", label="Pareto front")
+    axes.step([x for x, _, _ in front], [y for _, y, _ in front], "-", where="post", color="C0", label="Pareto front")
+    told = labels(runs)
+    for i, (x, y, name) in enumerate(front):
+        axes.plot(x, y, "o", color=f"C{i}", label=told[name])
     axes.set(xlabel=cost.replace("_", " "), ylabel=label_of(quality), xscale="log")
-    axes.legend(fontsize="small", frameon=False)
+    costs = sorted({x for x, _, _ in points})
+    axes.set_xticks([x for i, x in enumerate(costs) if i == 0 or x / costs[i - 1] > 1.15])
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    figure.legend(fontsize="small", frameon=False, loc="outside lower center")
     axes.grid(alpha=0.3)
     return figure
 
@@ -194,14 +202,14 @@ def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = No
     return figure
 
 
-def bars(values: Mapping[str, float], label: str) -> Figure:
-    """Named numbers as bars, with their values written on them."""
+def bars(values: Mapping[str, float], label: str, names: str = "") -> Figure:
+    """Named numbers as bars, with their values written on them; ``names`` says what the names are."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(3.2, 1.3 * len(values)), 3.2), layout="constrained")
     axes = figure.subplots()
     drawn = axes.bar(list(values), list(values.values()), color="C0", width=0.6)
     axes.bar_label(drawn, fmt="%.3g")
-    axes.set(ylabel=label)
+    axes.set(xlabel=names, ylabel=label)
     axes.margins(y=0.15)
     return figure

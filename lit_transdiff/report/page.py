@@ -39,6 +39,14 @@ def write_report(runs: Sequence[Run], file: Path, title: str = "Runs") -> Path:
     return file
 
 
+def report_file(where: str) -> Path:
+    """Where the page of the runs at ``where`` goes: into a folder, beside a file, and for a project at W&B here, by its name."""
+    path = Path(where)
+    if path.is_dir():
+        return path / "report.html"
+    return path.with_suffix(".html") if path.is_file() else Path(where.replace("/", "-") + ".html")
+
+
 def page_data(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything that the page shows, in plain lists and dictionaries."""
     scores = default_metrics(runs)

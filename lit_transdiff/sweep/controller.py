@@ -12,14 +12,17 @@ import os
 import secrets
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 
 from lit_transdiff.config import require
+from lit_transdiff.endings import EXIT_REQUEUE, Preempted
 from lit_transdiff.sweep.file import SweepFile
 from lit_transdiff.sweep.journal import Journal, Past
 from lit_transdiff.sweep.search import next_settings, to_stop
@@ -31,6 +34,7 @@ from lit_transdiff.tracking.wandb_logs import log_files, read_log
 POLL = 0.5  # seconds between looks at the trials
 KILL_AFTER = 60.0  # seconds that a trial has to end after SIGTERM
 HOPELESS = 3  # so many failures before any success end the sweep
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a closed terminal
 Slot = tuple[int, ...]  # GPUs of one trial; empty on CPUs
 
 
@@ -68,13 +72,21 @@ class Controller:
         (self.folder / "logs").mkdir(exist_ok=True)
         past = self.journal.read()
         self.trials = [entry.trial for entry in past]
+        if hopeless(self.trials):  # nothing has ever worked: the same command tries them again
+            for trial in self.trials:
+                trial.state = "running"
         self.again = [entry for entry in past if entry.trial.state == "running"]
         self.live: list[Agent] = []
 
     def run(self) -> list[Trial]:
-        """Until the search has no more settings and every trial has ended."""
+        """Until the search has no more settings and every trial has ended.
+
+        At a signal of SIGNALS the running trials are ended and ``Preempted`` is raised; the same command goes on with them.
+        """
         for entry in self.again:
             end_orphan(entry)
+        main = threading.current_thread() is threading.main_thread()  # only there can signals be taken
+        before = {number: signal.signal(number, leave) for number in SIGNALS} if main else {}
         try:
             while self.fill() or self.live:
                 time.sleep(POLL)
@@ -89,6 +101,8 @@ class Controller:
                 signal_group(agent.process.pid, signal.SIGTERM)
             for agent in self.live:
                 wait_or_kill(agent.process)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         return self.trials
 
     def fill(self) -> bool:
@@ -162,13 +176,16 @@ class Controller:
 
     def end(self, agent: Agent) -> None:
         """Note how a trial ended."""
-        trial = agent.trial
+        trial, code = agent.trial, agent.process.returncode
         trial.values = self.values(trial)
-        code = agent.process.returncode
-        trial.state = "stopped" if agent.stopped_at is not None else "finished" if code == 0 else "failed"
-        self.journal.write("end", id=trial.id, state=trial.state, values=trial.values)
         self.live.remove(agent)
         self.free.append(agent.slot)
+        if code == EXIT_REQUEUE and agent.stopped_at is None:  # someone else asked it to stop: it goes on
+            self.again.append(Past(trial, None))
+            self.say(f"again     {self.place(trial).name}")
+            return
+        trial.state = "stopped" if agent.stopped_at is not None else "finished" if code == 0 else "failed"
+        self.journal.write("end", id=trial.id, state=trial.state, values=trial.values)
         best = trial.best(self.sweep.maximize)
         told = f", best {self.sweep.metric} {best:.5g}" if best is not None else ""
         told += f", exit status {code}: see {self.folder / 'logs' / trial.id}.log" if trial.state == "failed" else ""
@@ -176,9 +193,21 @@ class Controller:
 
     def check_hope(self) -> None:
         """Raise ``ValueError`` when the sweep's first trials have all failed."""
-        ended = [trial for trial in self.trials if trial.state != "running"]
-        if len(ended) >= HOPELESS and all(trial.state == "failed" for trial in ended):
-            raise ValueError(f"the first {len(ended)} trials all failed; see {self.folder / 'logs' / ended[-1].id}.log")
+        if hopeless(self.trials):
+            ended = [trial for trial in self.trials if trial.state == "failed"]
+            log = self.folder / "logs" / f"{ended[-1].id}.log"
+            raise ValueError(f"the first {len(ended)} trials all failed; see {log}. The same command tries them again.")
+
+
+def hopeless(trials: list[Trial]) -> bool:
+    """Whether the sweep's first trials have all failed, and none has ended in another way."""
+    ended = [trial.state for trial in trials if trial.state != "running"]
+    return len(ended) >= HOPELESS and set(ended) == {"failed"}
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """The handler of SIGNALS."""
+    raise Preempted(f"asked to stop ({signal.Signals(number).name}): the same command goes on with the trials that were running.")
 
 
 def run_sweep(

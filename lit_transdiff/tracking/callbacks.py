@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.stages.callbacks import NonFiniteLoss
+from lit_transdiff.stages.guard import GuardSteps, RollBack
 from lit_transdiff.tracking.artifacts import data_artifact, make, model_artifact, use
 from lit_transdiff.tracking.wandb_run import WandbRun, run_id
 
@@ -56,17 +57,33 @@ class Track(pl.Callback):
         self.tracker = tracker  # not ``log``: Lightning overwrites that name in callbacks
         self.run = run
         self.data = data
+        self.num_bad = 0  # steps left out, of which the people have been told
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         index = self.data.index_of("data.train")
         about = {"samples": len(index), "classes": index.num_classes, "shards": len(index.shards), "kind": index.kind}
         use(self.tracker, data_artifact(Path(index.folder) / "index.json", about))
+        self.num_bad = left_out(trainer)
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
+        if left_out(trainer) > self.num_bad:
+            self.num_bad = left_out(trainer)
+            told = f"batch {i + 1} of this start; {self.num_bad} bad steps so far. The run's log names the samples."
+            self.tracker.alert(f"{self.run.name}: a bad step was left out", told, bad=True)
 
     @rank_zero_only
     def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, NonFiniteLoss):
             self.tracker.alert(f"{self.run.name}: the loss is not finite", str(exception), bad=True)
+        elif isinstance(exception, RollBack):
+            self.tracker.alert(f"{self.run.name}: a bad step", str(exception), bad=True)
+
+
+def left_out(trainer: pl.Trainer) -> int:
+    """Steps that the run has left out for their loss so far."""
+    return next((callback.num_bad for callback in trainer.callbacks if isinstance(callback, GuardSteps)), 0)  # type: ignore[attr-defined]
 
 
 @rank_zero_only

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SEEDS = ("seed", "evaluation.seed")  # runs that differ in these alone are repeats of one another
 NOT_SETTINGS = ("name", "output_dir", "tracking.")  # names and places decide no number
 CONFIDENCE = 0.95
+MAX_IN_LABEL = 6  # settings that a label may name
 
 
 def is_setting(name: str) -> bool:
@@ -30,6 +31,26 @@ def differing(runs: Sequence[Run]) -> list[str]:
     settings = [run.settings for run in runs]
     names = dict.fromkeys(name for config in settings for name in config if is_setting(name))
     return [name for name in names if len({repr(config[name]) for config in settings if name in config}) > 1]
+
+
+def labels(runs: Sequence[Run]) -> dict[str, str]:
+    """For figures: what tells each run from the others, as ``num_noise_draws 4, seed 1``, by the run's name.
+
+    Runs that differ in nothing, or in more than ``MAX_IN_LABEL`` settings, keep their names.
+    """
+    seeds = [name for name in SEEDS if len({run.settings.get(name) for run in runs}) > 1]
+    names = [*differing(runs), *seeds]
+    if not 0 < len(names) <= MAX_IN_LABEL:
+        return {run.name: run.name for run in runs}
+    return {run.name: label({name: run.settings.get(name) for name in names}) for run in runs}
+
+
+def label(settings: Mapping[str, Any]) -> str:
+    """Settings in words, each by the last word of its dotted name."""
+    words = [
+        (name.split(".")[-1], f"{value:.3g}" if isinstance(value, float) else str(value)) for name, value in settings.items()
+    ]
+    return ", ".join(f"{name} {value}" for name, value in words)
 
 
 def higher_is_better(metric: str) -> bool:
@@ -121,7 +142,7 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Compar
     for run in runs:
         config, scores = run.settings, scores_of(run)
         row: dict[str, Any] = {"run": run.name, "seed": config.get("seed")}
-        row |= {name: plain(config.get(name)) for name in settings}
+        row |= {name: plain(config[name]) if name in config else float("nan") for name in settings}
         rows.append(row | {name: scores.get(name, float("nan")) for name in chosen})
     table = pd.DataFrame(rows)
     return Comparison(table, grouped(table, settings, chosen), settings, chosen)
@@ -134,7 +155,7 @@ def grouped(table: pd.DataFrame, settings: list[str], metrics: list[str]) -> pd.
     keys = settings or ["run"]
     found = []
     for values, part in table.groupby(keys, sort=False, dropna=False):
-        row: dict[str, Any] = dict(zip(keys, values, strict=True)) | {"runs": len(part)}
+        row: dict[str, Any] = dict(zip(keys, values, strict=True)) | {"runs": len(part), "first run": part["run"].iloc[0]}
         for name in metrics:
             row |= {f"{name} mean": part[name].mean(), f"{name} std": part[name].std(), f"{name} n": part[name].count()}
         found.append(row)
@@ -142,5 +163,5 @@ def grouped(table: pd.DataFrame, settings: list[str], metrics: list[str]) -> pd.
 
 
 def plain(value: Any) -> Any:
-    """A value that a table can group by."""
-    return str(value) if isinstance(value, list | dict) else value
+    """A value that a table can group by. None is a setting, in words: a missing number is one that a run does not have."""
+    return str(value) if isinstance(value, list | dict | None) else value

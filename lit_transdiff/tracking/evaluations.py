@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from lit_transdiff.config import RunConfig
 from lit_transdiff.export import export_folder
 from lit_transdiff.tracking.artifacts import evaluation_artifact, make, model_artifact, use
+from lit_transdiff.tracking.folders import opener
 from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.wandb_run import WandbRun, open_run, run_id
 
 EVALUATE = "evaluate"  # the stage of a run that scores a trained model
+REFERENCES = "references"  # the picture of an MRAR run's successive images
 
 
 def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
@@ -40,6 +40,9 @@ def log_own_scores(run: RunConfig, result: Mapping[str, Any]) -> None:
     MetricsCSV(run.folder / "metrics.csv", run.images_per_step).log_metrics(numbers(result["scores"]), run.training.max_steps)
     if run.tracking.wandb:
         log = WandbRun(run)
+        successive = run.folder / "samples" / REFERENCES / "grid.png"
+        if successive.is_file():
+            log.log_picture(f"samples/{REFERENCES}", opener(successive)(), run.training.max_steps)
         log_result(log, result, run.training.max_steps)
         log.finish()
 
@@ -75,8 +78,7 @@ def log_result(log: WandbRun, result: Mapping[str, Any], step: int) -> None:
     log.log_table("eval/scores", ["metric", "value", "std"], rows, step)
     picture = file.with_suffix(".png")
     if picture.is_file():
-        with Image.open(picture) as opened:
-            log.log_picture("eval/samples", opened.convert("RGB"), step)
+        log.log_picture("eval/samples", opener(picture)(), step)
     make(log, evaluation_artifact(file, manifest))
     shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers(scores).items() if not name.endswith("_std"))
     log.alert(f"{manifest['run']}: evaluated", shown)

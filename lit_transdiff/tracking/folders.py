@@ -36,7 +36,7 @@ def read_folder(folder: Path) -> Run:
     """The run of a run folder; its history is read when it is asked for."""
     config = plain(read_yaml(folder / "config.yaml"))
     tracking = config.get("tracking") or {}
-    devices = device_count(folder, config)
+    devices = device_count(folder)
     history = read_metrics(folder / "metrics.csv", devices)
     id_file = folder / "wandb" / "run_id"
     return Run(
@@ -64,12 +64,11 @@ def state_of(folder: Path, config: dict[str, Any]) -> str:
     return "finished" if last >= config["training"]["max_steps"] else "unfinished"
 
 
-def device_count(folder: Path, config: dict[str, Any]) -> int:
-    """Processes of the run's last start; each had one device."""
+def device_count(folder: Path) -> int:
+    """Processes of the run's last start, on all nodes; each had one device."""
     file = folder / "environment.json"
     starts = json.loads(file.read_text()) if file.is_file() else []
-    known = starts[-1].get("num_processes") if starts else None
-    return known or (config.get("distributed") or {}).get("devices") or 1
+    return starts[-1].get("num_processes", 1) if starts else 1
 
 
 def read_metrics(file: Path, devices: int = 1) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,11 @@ def runs(where: str | Path, filters: Mapping[str, Any] | None = None) -> list[Ru
     else:
         raise FileNotFoundError(f"{where} is no folder, and no project at W&B (entity/project).")
     return sorted((run for run in found if fits(run, filters or {})), key=lambda run: (run.group, run.name))
+
+
+def of_group(found: Sequence[Run], *groups: str) -> list[Run]:
+    """The runs of these groups (experiments or sweeps); all of them, where none is."""
+    return [run for run in found if run.group in groups] or list(found)
 
 
 def read_local(path: Path) -> list[Run]:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.tracking.folders import opener
 from lit_transdiff.tracking.records import AXES, Evaluation, Pictures, Run, last_values, number
-from lit_transdiff.tracking.wandb_run import IMAGES, STEP
+from lit_transdiff.tracking.wandb_run import DEVICES, IMAGES, STEP
 
 if TYPE_CHECKING:
     import pandas as pd
 
-HIDDEN = ("_wandb", "manifest")  # keys of a run's configuration that are no settings
+HIDDEN = ("_wandb", "manifest", DEVICES)  # keys of a run's configuration that are no settings
+PICTURES = {"eval/samples": "final", "samples/references": "references"}  # besides the grids through training
 AT_SERVER = {"group": "group", "state": "state", "name": "display_name", "stage": "jobType"}  # filters that W&B itself applies
 
 
@@ -133,15 +134,21 @@ def read_server_run(found: Any) -> Run:
 
 
 def as_history(rows: list[dict[str, Any]], devices: int) -> pd.DataFrame:
-    """W&B's rows as one row a training step. Rows of one step are joined, the later over the earlier; media are left out."""
+    """W&B's rows as one row a training step. Rows of one step are joined, the later over the earlier; media are left out.
+
+    Seconds of all starts together make the device-hours: the clock of a start that went on offline begins at zero.
+    """
     import pandas as pd
 
     joined: dict[int, dict[str, Any]] = {}
+    seconds = clock = 0.0
     for i, row in enumerate(rows):
         step = int(row.get(STEP, row.get("_step", i)))
         numbers = {key: number(value) for key, value in row.items() if not key.startswith("_") and key != STEP}
         line = {key: value for key, value in numbers.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-        axes = {"step": step, "images_seen": line.pop(IMAGES, step), "device_hours": row.get("_runtime", 0) * devices / 3600}
+        before, clock = clock, float(row.get("_runtime", clock))
+        seconds += clock - before if clock >= before else clock
+        axes = {"step": step, "images_seen": line.pop(IMAGES, step), "device_hours": seconds * devices / 3600}
         joined.setdefault(step, {}).update(axes | line)
     table = pd.DataFrame([joined[step] for step in sorted(joined)])
     return table if len(table) else pd.DataFrame(columns=list(AXES), dtype=float)
@@ -153,7 +160,8 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def devices_of(config: dict[str, Any]) -> int:
-    return (config.get("distributed") or {}).get("devices") or 1
+    """Devices of all nodes; runs of other programs say nothing and count as one."""
+    return config.get(DEVICES) or 1
 
 
 def evaluations_of(config: dict[str, Any], summary: Mapping[str, Any]) -> list[Evaluation]:
@@ -167,10 +175,10 @@ def evaluations_of(config: dict[str, Any], summary: Mapping[str, Any]) -> list[E
 
 
 def picture_paths(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Where the pictures of a run lie below its files: ``step-...`` through training, ``final`` from its evaluation."""
+    """Where the pictures of a run lie below its files: ``step-...`` through training, others once a run."""
     found: dict[str, str] = {}
     for row in rows:
-        for key, name in (("samples", f"step-{row.get(STEP, 0):08d}"), ("eval/samples", "final")):
+        for key, name in {"samples": f"step-{row.get(STEP, 0):08d}", **PICTURES}.items():
             if isinstance(row.get(key), dict) and "path" in row[key]:
                 found[name] = row[key]["path"]
     return found

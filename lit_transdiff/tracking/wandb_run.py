@@ -2,8 +2,9 @@
 
 A run folder is one W&B run, also over restarts; W&B's local files lie in it. W&B's own environment variables decide between
 online, offline and disabled. A server that cannot be reached costs no training step: at the start the run is recorded offline
-and says so; later the client goes on writing its log, and the end of the run waits ``FINISH_TIMEOUT`` seconds at most. What the
-server did not get is in the run's ``.wandb`` file, for ``wandb sync --include-online``.
+and says so; later the client goes on writing its log, and the end of the run waits ``FINISH_TIMEOUT`` seconds at most. Before a
+table or an artifact (at the last step and after it) the client asks the server, and gives up after 20 s. What the server did not
+get is in the run's ``.wandb`` file, for ``wandb sync --include-online``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from PIL import Image
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.loading import to_dict
+from lit_transdiff.tracking.folders import device_count, read_metrics
 from lit_transdiff.tracking.place import trial_place
+from lit_transdiff.tracking.records import last_values
 
 if TYPE_CHECKING:
     import wandb
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 INIT_TIMEOUT = 20.0  # seconds that the start of a run may wait for the server
 FINISH_TIMEOUT = 300.0  # seconds that its end may, with the upload of a model; WANDB_FINISH_TIMEOUT says otherwise
 STEP, IMAGES = "trainer/global_step", "images_seen"  # the two axes of every metric
+DEVICES = "num_devices"  # of all nodes; beside the settings in the configuration
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +51,11 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
         finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)),
     )
     given: dict[str, Any] = dict(
-        project=run.tracking.project, group=run.tracking.group, tags=run.tracking.tags, config=to_dict(run), dir=str(folder)
+        project=run.tracking.project,
+        group=run.tracking.group,
+        tags=run.tracking.tags,
+        dir=str(folder),
+        config=to_dict(run) | {DEVICES: device_count(run.folder)},
     )
     given |= dict(id=id_, name=name, job_type=job_type, resume="allow", settings=settings, reinit="finish_previous")
     try:
@@ -120,6 +128,8 @@ class WandbRun(Logger):
         if self._opened is None:
             run, folder = self.run, self.run.folder
             self._opened = open_run(run, run_id(folder), folder=folder, name=run.name, job_type=run.stage)
+            if self._opened.offline:  # an offline start knows of none before it, and its summary becomes that of the whole run
+                self._opened.summary.update(last_values(read_metrics(folder / "metrics.csv")))
         return self._opened
 
     def adopt(self, opened: wandb.Run) -> None:

@@ -14,20 +14,31 @@ from typing import Any
 import pytest
 
 from lit_transdiff.__main__ import main
-from lit_transdiff.report.page import MAX_POINTS, page_data, write_report
-from lit_transdiff.tracking.runs import runs
+from lit_transdiff.report.page import MAX_POINTS, page_data, report_file, write_report
+from lit_transdiff.tracking.runs import archive, runs
 from tests.tracking.test_runs import make_run, write_long
 
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
     for seed in (0, 1):
-        make_run(tmp_path / "runs", f"slow{seed}", 2.0 + seed, seed=seed)
+        make_run(tmp_path / "runs", f"slow{seed}", 2.0 + seed, seed=seed, group="other" if seed else "g")
         make_run(tmp_path / "runs", f"fast{seed} <b>", 3.0 + seed, seed=seed, lr=0.1)
     assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "report.html")]) == 0
     return tmp_path / "report.html"
+
+
+def test_the_page_of_an_archive_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "runs", "a", 1.0)
+    packed = archive(tmp_path / "runs", tmp_path / "packed.zip")
+    assert main(["report", str(packed)]) == 0
+    assert f"<h1>{packed}</h1>" in (tmp_path / "packed.html").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert report_file("entity/project") == Path("entity-project.html")  # a folder of the project's name would hide the project
+    assert report_file("runs") == Path("runs/report.html")
 
 
 def test_no_word_of_a_run_ends_the_script(tmp_path: Path) -> None:
@@ -62,7 +73,7 @@ def page(report: Path) -> Iterator[Any]:
     if found is None:
         pytest.skip(f"no browser here: none of {', '.join(BROWSERS)}")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
         context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
         opened, errors = context.new_page(), []
         opened.on("pageerror", lambda error: errors.append(str(error)))
@@ -77,6 +88,11 @@ def test_it_works_in_a_browser(page: Any, tmp_path: Path) -> None:
     page.screenshot(path=os.environ.get("REPORT_SCREENSHOT") or str(tmp_path / "page.png"), full_page=True)
     page.locator("#runs input").first.uncheck()
     assert page.locator("#plot .curve").count() == 3 and page.locator("#samples .card").count() == 3
+    page.locator("#tick").select_option(label="group other")
+    assert page.locator("#plot .curve").count() == 1 and page.locator("#runs input:checked").count() == 1
+    page.locator("#tick").select_option(label="all")
+    assert page.locator("#plot .curve").count() == 4
+    page.locator("#runs input").first.uncheck()
     page.locator("th", has_text="optimizer.lr").first.click()
     page.locator("#metric").select_option("train/loss")
     page.locator("#axis").select_option("device_hours")

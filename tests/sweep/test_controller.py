@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lit_transdiff.endings import EXIT_REQUEUE
 from lit_transdiff.sweep.controller import run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.tracking.runs import runs
@@ -108,8 +109,11 @@ def test_a_failure_is_one_trial_and_three_at_the_start_end_the_sweep(tmp_path: P
     file = write_sweep(tmp_path, parameters={"x": {"values": [1, 7]}, "pace": {"value": 0.0}})
     assert [t.state for t in run_sweep(load_sweep(file), tmp_path / "out", say=quiet)] == ["finished", "failed"]
     file = write_sweep(tmp_path, parameters={"x": {"values": [7, 7, 7, 7]}, "pace": {"value": 0.0}})
-    with pytest.raises(ValueError, match="the first 3 trials all failed"):
+    with pytest.raises(ValueError, match=r"the first 3 trials all failed.*The same command tries them again"):
         run_sweep(load_sweep(file), tmp_path / "hopeless", say=quiet)
+    (tmp_path / "program.py").write_text(PROGRAM.replace("sys.exit(3)", "sys.exit(0)"))  # what was wrong is put right
+    assert [t.state for t in run_sweep(load_sweep(file), tmp_path / "hopeless", say=quiet)] == ["finished"] * 4
+    assert len(journal(tmp_path / "hopeless", "start")) == 4
 
 
 def test_another_sweep_does_not_go_into_the_same_folder(tmp_path: Path) -> None:
@@ -119,24 +123,61 @@ def test_another_sweep_does_not_go_into_the_same_folder(tmp_path: Path) -> None:
         run_sweep(load_sweep(write_sweep(tmp_path)), tmp_path / "out", say=quiet)
 
 
+def start_sweep(file: Path, place: Path) -> subprocess.Popen[bytes]:
+    """A sweep as a process of its own, whose second trial has started."""
+    command = [sys.executable, "-m", "lit_transdiff", "sweep", str(file), "--output", str(place)]
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (place / "trials.jsonl").exists() or len(journal(place, "process")) < 2:
+        assert started.poll() is None, "ended before it could be killed"
+        time.sleep(0.05)
+    return started
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_sweep_that_is_asked_to_stop_leaves_no_trial_behind(tmp_path: Path, number: signal.Signals) -> None:
+    file, place = write_sweep(tmp_path, parameters={"x": {"values": [3, 1, 2]}, "pace": {"value": 0.2}}), tmp_path / "out"
+    asked = start_sweep(file, place)
+    asked.send_signal(number)
+    told = asked.communicate(timeout=60)[1].decode()
+    assert asked.returncode == EXIT_REQUEUE and number.name in told and "Traceback" not in told
+    assert gone(journal(place, "process")[-1]["pid"])
+    trials = run_sweep(load_sweep(file), place, say=quiet)
+    assert [(trial.state, len(trial.values)) for trial in trials] == [("finished", 9)] * 3
+    assert len(journal(place, "start")) == 3
+
+
+def test_a_trial_that_someone_else_asked_to_stop_goes_on(tmp_path: Path) -> None:
+    """A scheduler signals all processes of a job: the trial may end before its controller hears of it."""
+    file = write_sweep(tmp_path, parameters={"x": {"values": [1]}, "pace": {"value": 0.0}})
+    once = f"        if step == 4 and done < 4:\n            sys.exit({EXIT_REQUEUE})\n"
+    (tmp_path / "program.py").write_text(PROGRAM.replace("        time.sleep", f"{once}        time.sleep"))
+    told: list[str] = []
+    (trial,) = run_sweep(load_sweep(file), tmp_path / "out", say=told.append)
+    assert (trial.state, len(trial.values)) == ("finished", 9)
+    assert sum(line.startswith("again") for line in told) == 1
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_the_same_trials(tmp_path: Path) -> None:
     """SIGKILL to the controller while a trial runs: its orphan is ended, its trial goes on, none is lost or doubled."""
-    file = write_sweep(tmp_path, parameters={"x": {"values": [3, 1, 2]}, "pace": {"value": 0.2}})
-    command = [sys.executable, "-m", "lit_transdiff", "sweep", str(file), "--output", str(tmp_path / "out")]
-    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    place = tmp_path / "out"
-    while not (place / "trials.jsonl").exists() or len(journal(place, "process")) < 2:
-        assert killed.poll() is None, "ended before it could be killed"
-        time.sleep(0.05)
+    file, place = write_sweep(tmp_path, parameters={"x": {"values": [3, 1, 2]}, "pace": {"value": 0.2}}), tmp_path / "out"
+    killed = start_sweep(file, place)
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.communicate()
     orphan = journal(place, "process")[-1]["pid"]
     trials = run_sweep(load_sweep(file), place, say=quiet)
     assert [trial.state for trial in trials] == ["finished"] * 3 and [len(trial.values) for trial in trials] == [9] * 3
     assert len(journal(place, "start")) == 3
-    with pytest.raises(ProcessLookupError):
-        os.kill(orphan, 0)
+    assert gone(orphan)
 
 
 def test_a_program_that_knows_only_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ import csv
 import json
 import math
 import os
+import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -16,18 +18,20 @@ from PIL import Image
 
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.loading import save_yaml
-from lit_transdiff.tracking.compare import compare
+from lit_transdiff.runfolder import open_folder
+from lit_transdiff.tracking.compare import compare, labels
 from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV
-from lit_transdiff.tracking.runs import archive, runs
+from lit_transdiff.tracking.runs import archive, of_group, runs
+from lit_transdiff.tracking.wandb_logs import log_files, read_log
 from lit_transdiff.tracking.wandb_run import WandbRun
 from tests.small import small_run
 from tests.wandb_stub import Stub
 
 
-def make_run(root: Path, name: str, score: float, *, seed: int = 0, lr: float = 1e-3, group: str = "g") -> Path:
+def make_run(root: Path, name: str, score: float, *, seed: int = 0, lr: float = 1e-3, group: str = "g", **more: Any) -> Path:
     """A run folder with three logged steps, a picture and a result, written without training."""
     changes = {"name": name, "seed": seed, "optimizer": {"lr": lr}, "tracking": {"wandb": False, "group": group, "tags": ["a"]}}
-    run = small_run(root, **changes)
+    run = small_run(root, **changes, **more)
     (run.folder / "samples" / "final").mkdir(parents=True)
     (run.folder / "evaluations").mkdir()
     save_yaml(run, run.folder / "config.yaml")
@@ -37,8 +41,11 @@ def make_run(root: Path, name: str, score: float, *, seed: int = 0, lr: float = 
     log.log_metrics({"val/loss": score}, 6)
     for file in ("samples/step-00000002.png", "samples/step-00000006.png", "samples/final/grid.png", "evaluations/r.png"):
         Image.new("RGB", (8, 8), (color(file), 0, 0)).save(run.folder / file)
-    manifest = {"run": name, "sampling": vars(SamplingConfig()), "date": "2026"}
+    manifest = {"run": name, "sampling": vars(SamplingConfig()), "date": "2026", "num_images": 20}
+    manifest["decoder_evaluations_per_image"] = 4
     scores = {"frechet_distance": score, "precision": 1 / score, "inception_score": {"mean": 2.0, "std": 0.1}}
+    scores |= {"feature_diversity": 0.3, "class_accuracy": 0.5}
+    log.log_metrics({f"eval/{key}": scores[key] for key in ("frechet_distance", "class_accuracy")}, 6)
     (run.folder / "evaluations" / "r.json").write_text(json.dumps({"scores": scores, "manifest": manifest}))
     return run.folder
 
@@ -58,7 +65,7 @@ def test_a_folder_of_runs(tmp_path: Path) -> None:
     assert list(history["step"]) == [2, 4, 6] and list(history["images_seen"]) == [16, 32, 48]
     assert list(history["train/loss"]) == [1.0, 0.5, pytest.approx(1 / 3)] and history["device_hours"].is_monotonic_increasing
     assert list(run.history(["val/loss"])["step"]) == [6]
-    assert run.summary == {"train/loss": pytest.approx(1 / 3), "val/loss": 2.0}
+    assert (run.summary["train/loss"], run.summary["val/loss"]) == (pytest.approx(1 / 3), 2.0)
     assert list(run.samples()) == [2, 6] and list(run.pictures()) == ["final"]
     assert run.samples()[6].getpixel((0, 0)) == (color("samples/step-00000006.png"), 0, 0)
     (evaluation,) = run.evaluations
@@ -126,6 +133,7 @@ def log_some(root: Path, steps: int = 3) -> WandbRun:
     for step in range(1, steps + 1):
         log.log_metrics({"train/loss": 1 / step, "eval/frechet_distance": 2.0, "odd": math.nan}, step)
     log.log_picture("samples", Image.new("RGB", (4, 4), (9, 9, 9)), steps)
+    log.log_picture("samples/references", Image.new("RGB", (4, 4), (5, 5, 5)), steps)
     log.finish()
     return log
 
@@ -138,6 +146,7 @@ def check_same(run) -> None:
     assert run.summary["train/loss"] == pytest.approx(1 / 3)
     assert run.evaluations[0].value("frechet_distance") == 2.0
     assert run.samples()[3].getpixel((0, 0)) == (9, 9, 9)
+    assert run.pictures()["references"].getpixel((0, 0)) == (5, 5, 5)
 
 
 def test_an_offline_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +155,28 @@ def test_an_offline_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     log_some(tmp_path)
     (run,) = runs(tmp_path)
     check_same(run)
+
+
+def test_device_hours_of_wandb_add_up_over_restarts_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of a second offline start begins at zero; the run is one of four processes."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    run = small_run(tmp_path, tracking=TRACKED)
+    open_folder(run, num_processes=4)
+    whole = time.monotonic()
+    for steps in ((1, 2), (3, 4)):
+        log = WandbRun(run)
+        assert log.experiment.offline  # the clock runs
+        for step in steps:
+            time.sleep(0.5)
+            log.log_metrics({"train/loss": 1.0}, step)
+        log.finish()
+    whole = time.monotonic() - whole
+    (offline,) = [read_log(files) for files in log_files(tmp_path)]
+    hours = offline.history()["device_hours"]
+    assert hours.is_monotonic_increasing
+    assert 4 * 2.0 <= hours.iloc[-1] * 3600 <= 4 * whole  # four sleeps of half a second, on four devices
+    assert "num_devices" not in offline.config
 
 
 def test_a_project_at_wandb(stub: Stub, tmp_path: Path) -> None:
@@ -165,6 +196,14 @@ def test_ten_thousand_steps_of_an_offline_log_are_read_in_five_seconds(tmp_path:
     assert len(run.history()) == 10_000 and cpu_seconds() - start < 5
 
 
+@pytest.mark.slow
+def test_ten_thousand_steps_at_wandb_are_read_in_five_seconds(stub: Stub, tmp_path: Path) -> None:
+    log_some(tmp_path, 10_000)
+    start = cpu_seconds()  # with the time of the server, which is a thread of this process
+    (run,) = runs("team/p")
+    assert len(run.history()) == 10_000 and cpu_seconds() - start < 5
+
+
 def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
     for seed, score in enumerate((2.0, 2.2, 2.4)):
         make_run(tmp_path, f"slow{seed}", score, seed=seed)
@@ -180,6 +219,25 @@ def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
     assert made.verdicts("eval/precision").set_index("optimizer.lr")["verdict"][1e-3] == "best"  # higher is better
     noise = made.verdicts("eval/frechet_distance")["noise"].iloc[0]
     assert noise == pytest.approx(2.4469 * 0.2 * (2 / 3) ** 0.5, rel=1e-3)  # t of 6 degrees of freedom
+
+
+def test_none_is_a_setting_like_any_other(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path, f"continuous{seed}", 2.0, seed=seed)
+        make_run(tmp_path, f"steps{seed}", 2.5, seed=seed, flow={"discretize": 1000})
+    made = compare(runs(tmp_path))
+    assert made.settings == ["flow.discretize"] and list(made.groups["flow.discretize"]) == ["None", 1000]
+    assert list(made.groups["runs"]) == [2, 2]
+
+
+def test_labels_name_what_differs(tmp_path: Path) -> None:
+    make_run(tmp_path, "a", 2.0)
+    make_run(tmp_path, "b", 2.5, lr=0.1, seed=1, group="other")
+    found = runs(tmp_path)
+    assert labels(found) == {"a": "lr 0.001, seed 0", "b": "lr 0.1, seed 1"}
+    assert labels(found[:1]) == {"a": "a"}
+    assert [run.name for run in of_group(found, "other")] == ["b"]
+    assert of_group(found, "of nobody") == found
 
 
 def test_without_repeats_nothing_is_called_noise(tmp_path: Path) -> None:

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import wandb
+from PIL import Image
 
 from lit_transdiff.__main__ import main
 from lit_transdiff.distributed import build_fabric
 from lit_transdiff.pipeline import train_and_score
 from lit_transdiff.stages.callbacks import NonFiniteLoss
+from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.runs import runs
 from lit_transdiff.tracking.wandb_run import WandbRun
 from lit_transdiff.trainer import train
 from tests.small import FASHION, small_run
+from tests.stages.test_guard import spoil
 from tests.wandb_stub import Stub
 
 TRACKED = {"wandb": True, "project": "p", "group": "g", "tags": ["t"]}
@@ -86,14 +89,18 @@ def test_a_restarted_run_is_one_run(stub: Stub, tmp_path: Path) -> None:
 def test_a_run_restarted_offline_is_synced_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
-    for steps in ((1, 2, 3), (4, 5)):
+    file = MetricsCSV(tmp_path / "small" / "metrics.csv", images_per_step=8)
+    for steps, name in (((1, 2, 3), "val/loss"), ((4, 5), "eval/precision")):
         log = WandbRun(small_run(tmp_path, tracking=TRACKED))
         for step in steps:
-            log.log_metrics({"train/loss": float(step)}, step)
+            for logger in (log, file):
+                logger.log_metrics({"train/loss": float(step), name: step / 2}, step)
         log.finish()
     with Stub() as server:
         sync(server, tmp_path / "small")
         assert [row["train/loss"] for row in rows_of(server, "train/loss")] == [1.0, 2.0, 3.0, 4.0, 5.0]
+        summary = server.state.only_run()["summary"]  # of both starts together
+        assert [summary[key] for key in ("train/loss", "val/loss", "eval/precision")] == [5.0, 1.5, 2.5]
 
 
 JUDGED = {"extractor": "classifier", "extractor_weights": str(FASHION.parent / "fashion" / "classifier.safetensors")}
@@ -102,6 +109,9 @@ JUDGED |= {"metrics": ["class_accuracy", "inception_score"], "num_images": 20}
 
 def test_scores_go_to_their_run_and_other_evaluations_are_runs_of_their_own(stub: Stub, tmp_path: Path) -> None:
     """The lineage: data index -> model -> evaluation."""
+    successive = tmp_path / "small" / "samples" / "references" / "grid.png"  # as the pipeline draws it for several references
+    successive.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4), (5, 5, 5)).save(successive)
     train_and_score(small_run(tmp_path, tracking=TRACKED, evaluation=JUDGED), build_fabric())
     trained = stub.state.only_run()
     assert 0 <= trained["summary"]["eval/class_accuracy"] <= 1 and "eval/inception_score_std" in trained["summary"]
@@ -118,6 +128,7 @@ def test_scores_go_to_their_run_and_other_evaluations_are_runs_of_their_own(stub
     assert len(run.evaluations) == 2 and run.summary["eval/class_accuracy"] == trained["summary"]["eval/class_accuracy"]
     by_stage = {run.stage: run for run in runs("team/p")}
     assert set(by_stage) == {"ar_pretrain", "evaluate"}
+    assert by_stage["ar_pretrain"].pictures()["references"].getpixel((0, 0)) == (5, 5, 5)
     assert by_stage["evaluate"].evaluations[0].manifest["sampling"]["num_steps"] == 3
 
 
@@ -126,6 +137,16 @@ def test_a_loss_that_is_not_finite_is_told(stub: Stub, tmp_path: Path) -> None:
         train(small_run(tmp_path, tracking=TRACKED, optimizer={"lr": 1e30, "gradient_clip": 0.0}))
     (alert,) = stub.state.alerts
     assert "not finite" in alert["title"] and stub.state.only_run()["state"] == "failed"
+
+
+@pytest.mark.parametrize("policy, title", [("skip", "a bad step was left out"), ("roll_back", "a bad step")])
+def test_a_step_that_is_left_out_is_told(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, title: str
+) -> None:
+    spoil(monkeypatch, 4)
+    train(small_run(tmp_path, tracking=TRACKED, training={"max_steps": 8}, safety={"on_bad_step": policy}))
+    assert [alert["title"] for alert in stub.state.alerts] == [f"small: {title}"]
+    assert [row["trainer/global_step"] for row in rows_of(stub, "train/loss")][-1] == 8
 
 
 def test_a_server_that_is_down_at_the_start_costs_no_step(
