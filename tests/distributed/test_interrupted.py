@@ -36,7 +36,7 @@ def background(line: list[str], log: Path, **environment: str) -> subprocess.Pop
         return subprocess.Popen(line, cwd=ROOT, env={**ENVIRONMENT, **environment}, stdout=file, stderr=file)
 
 
-def until(condition: object, process: subprocess.Popen, seconds: float = 90) -> None:
+def until(condition: object, process: subprocess.Popen, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert process.poll() is None and time.monotonic() < end, "did not get there"
