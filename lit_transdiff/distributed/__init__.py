@@ -51,6 +51,7 @@ STRATEGIES: dict[str, Callable[[RunConfig], Strategy]] = {
     "fsdp": build_fsdp,
 }
 WHOLE = ("single", "ddp")  # strategies that keep whole parameters on every device
+EVERYWHERE = ("auto", "fp32", "bf16-mixed")  # precisions that every strategy has
 
 
 def devices_of(run: RunConfig) -> tuple[str, int]:
@@ -109,8 +110,8 @@ def strategy_name(run: RunConfig) -> str:
     require(name != "single" or world == 1, "distributed.strategy", name, f"ddp on {world} devices")
     allowed = f"{' or '.join(WHOLE)} in stage {run.stage}"
     require(name in WHOLE or run.stage not in PREPARATORY, "distributed.strategy", name, allowed)
-    precision, everywhere = run.training.precision, ("auto", "fp32", "bf16-mixed")
-    require(name in WHOLE or precision in everywhere, "training.precision", precision, f"{everywhere} with strategy {name}")
+    precision = run.training.precision
+    require(name in WHOLE or precision in EVERYWHERE, "training.precision", precision, f"{EVERYWHERE} with strategy {name}")
     offload = run.distributed.offload
     require(offload == "none" or name.startswith("zero"), "distributed.offload", offload, f"'none' with strategy {name}")
     require(offload != "nvme" or name == "zero3", "distributed.offload", offload, f"'none' or 'cpu' with strategy {name}")

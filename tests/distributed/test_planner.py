@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
@@ -102,7 +103,9 @@ def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str):
 def test_operations_are_those_of_a_real_pass(tmp_path: Path, kind: str):
     run = kind_run(tmp_path, kind)
     stage = STAGES[run.stage](run, lambda values, noise: values)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # The counter knows neither oneDNN's products nor, in every torch, the fused attention of CPUs.
+    plain, unfused = torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH)
+    with plain, unfused, FlopCounterMode(display=False) as counter, torch.no_grad():
         stage.objective(batch_of(run.model), lambda *shape: torch.randn(ROWS, *shape))
     forward = encoder_flops(run.model) + decoder_flops(run.model, run.flow.num_noise_draws)
     assert forward * ROWS == pytest.approx(counter.get_total_flops(), rel=1e-9)
@@ -128,9 +131,18 @@ def test_a_plan_says_what_fits_and_what_does_not():
     recipe = ROOT / "experiments/imagenet256/mrar_huge.yaml"
     text = plan(load_run(recipe), 64, "a100-40gb", 0.35)
     assert "1,328,033,296" in text and "does not fit" in text and "GPU-hours" in text
+    text = plan(load_run(recipe), 64, "h200", 0.35)
+    assert "zero3, fsdp refuse training.precision=bf16-true" in text  # as the run would
+    weights = {line.split()[0]: float(line.split()[3]) for line in text.splitlines() if line.endswith("<- the run's")}
+    assert weights["ddp"] == 2.66 and weights["zero1"] > 5.31  # float32 in all that is counted with bf16-mixed
     small = plan(load_run(recipe), 64, "rtx4090", 0.35)
     assert "ddp does not fit, whatever the micro-batch." in small
     with pytest.raises(ValueError, match=r"--gpu: 'h20' is not known\. Did you mean 'h200'"):
         plan(load_run(recipe), 64, "h20", 0.35)
+    assert "refuse" not in plan(load_run(recipe, ["training.precision=bf16-mixed"]), 64, "h200", 0.35)
+    with pytest.raises(ValueError, match="stage: got 'autoencoder'; a plan is made of ar_pretrain"):
+        plan(load_run(ROOT / "experiments/fashion/autoencoder.yaml"), 1, "h200", 0.35)
+    with pytest.raises(ValueError, match=r"--gpus: got 0; allowed: a divisor"):
+        plan(load_run(recipe), 0, "h200", 0.35)
     with pytest.raises(ValueError, match=r"--gpus: got 3; allowed: a divisor of training\.global_batch_size=2048"):
         plan(load_run(recipe), 3, "h200", 0.35)
