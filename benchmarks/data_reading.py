@@ -61,12 +61,14 @@ def write_npz(folder: Path, num: int) -> None:
         np.savez(path, moments=moments, moments_flip=flipped)
 
 
-def write_shards(folder: Path, num: int, extension: str, make: Callable[[int], bytes], latents: LatentInfo | None) -> None:
+def write_shards(
+    folder: Path, num: int, extension: str, make: Callable[[int], bytes], latents: LatentInfo | None, classes: int = 10
+) -> None:
     folder.mkdir()
     for shard in range(SHARDS):
         with ShardWriter(folder / f"{shard:06d}.tar") as writer:
             for i in range(shard, num, SHARDS):
-                writer.write(f"{i:08d}", i % 10, extension, make(i))
+                writer.write(f"{i:08d}", i % classes, extension, make(i))
     index_shards(folder, latents=latents, progress=False)
 
 

@@ -22,7 +22,15 @@ from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.references import num_groups
-from lit_transdiff.distributed import accumulation, micro_batch_size, precision_of, strategy_name, trainer_settings, world_size
+from lit_transdiff.distributed import (
+    accumulation,
+    check_spread,
+    micro_batch_size,
+    precision_of,
+    strategy_name,
+    trainer_settings,
+    world_size,
+)
 from lit_transdiff.distributed.preemption import StopOnRequest, StopRequest, stop_request
 from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_checkpoint, spread, what_changes
 from lit_transdiff.distributed.watchdog import Pause, Resume, Watchdog
@@ -73,8 +81,7 @@ def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
     check_folder(run)
     if run.init_from is not None and run.init_from not in made:
         export_folder(run.init_from)
-    strategy_name(run)
-    micro_batch_size(run)
+    check_spread(run)
     if run.stage in PREPARATORY:
         policy, factor = run.safety.on_bad_step, run.safety.spike_factor
         require(policy == "stop", "safety.on_bad_step", policy, f"'stop' in stage {run.stage}")

@@ -214,3 +214,25 @@ def test_a_checkpoint_is_exported_by_one_command(tmp_path: Path, capsys: pytest.
 def test_safety_that_cannot_act_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"safety\.on_bad_step: got 'skip'; allowed: 'stop' in stage autoencoder"):
         check_run(small_run(tmp_path, stage="autoencoder", safety={"on_bad_step": "skip"}))
+
+
+def test_offload_to_disk_that_is_not_possible_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before anything is built: another stage of ZeRO ignores it, and without asynchronous I/O it fails late."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator().get_op_builder("AsyncIOBuilder"), "is_compatible", lambda self, verbose: False)
+
+    def offload(strategy: str, path: Path) -> None:
+        settings = {"strategy": strategy, "offload": "nvme", "nvme_path": str(path)}
+        check_run(small_run(tmp_path, distributed=settings))
+
+    with pytest.raises(ValueError, match=r"distributed\.offload: got 'nvme'; allowed: 'none' or 'cpu' with strategy zero2"):
+        offload("zero2", tmp_path / "disk")
+    with pytest.raises(ValueError, match=r"distributed\.offload: got 'nvme'; .* async_io cannot be built"):
+        offload("zero3", tmp_path / "disk")
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"distributed\.nvme_path: .* allowed: a folder that can be written, which .*file is not"
+    ):
+        offload("zero3", tmp_path / "file" / "disk")
+    assert not (tmp_path / "disk").exists()

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.strategies import Strategy
 
 from lit_transdiff.config import DistributedConfig, RunConfig, require, unknown
-from lit_transdiff.distributed.restarts import rejoin
+from lit_transdiff.distributed.restarts import join
 from lit_transdiff.distributed.strategies import DDP, FSDP, Single
 from lit_transdiff.stages import PREPARATORY
 
@@ -51,6 +51,7 @@ STRATEGIES: dict[str, Callable[[RunConfig], Strategy]] = {
     "fsdp": build_fsdp,
 }
 WHOLE = ("single", "ddp")  # strategies that keep whole parameters on every device
+EVERYWHERE = ("auto", "fp32", "bf16-mixed")  # precisions that every strategy has
 
 
 def devices_of(run: RunConfig) -> tuple[str, int]:
@@ -90,7 +91,7 @@ def world_size(run: RunConfig) -> int:
 def build_fabric() -> Fabric:
     """The ranks that torchrun started, or this process alone; on GPUs where there are any."""
     gpus = torch.cuda.device_count()
-    rejoin("nccl" if gpus else "gloo", timedelta(minutes=DistributedConfig().timeout_minutes))
+    join("nccl" if gpus else "gloo", timedelta(minutes=DistributedConfig().timeout_minutes))
     devices, nodes = launched()
     nodes = max(1, nodes)
     strategy = "ddp" if devices * nodes > 1 else "auto"
@@ -109,11 +110,22 @@ def strategy_name(run: RunConfig) -> str:
     require(name != "single" or world == 1, "distributed.strategy", name, f"ddp on {world} devices")
     allowed = f"{' or '.join(WHOLE)} in stage {run.stage}"
     require(name in WHOLE or run.stage not in PREPARATORY, "distributed.strategy", name, allowed)
-    precision, everywhere = run.training.precision, ("auto", "fp32", "bf16-mixed")
-    require(name in WHOLE or precision in everywhere, "training.precision", precision, f"{everywhere} with strategy {name}")
+    precision = run.training.precision
+    require(name in WHOLE or precision in EVERYWHERE, "training.precision", precision, f"{EVERYWHERE} with strategy {name}")
     offload = run.distributed.offload
     require(offload == "none" or name.startswith("zero"), "distributed.offload", offload, f"'none' with strategy {name}")
+    require(offload != "nvme" or name == "zero3", "distributed.offload", offload, f"'none' or 'cpu' with strategy {name}")
     return name
+
+
+def check_spread(run: RunConfig) -> None:
+    """Refuse a strategy, batch or offload that is not possible here."""
+    strategy_name(run)
+    micro_batch_size(run)
+    if run.distributed.offload == "nvme":
+        from lit_transdiff.distributed.zero import check_nvme
+
+        check_nvme(run.distributed, on_cpu=devices_of(run)[0] == "cpu")
 
 
 def micro_batch_size(run: RunConfig) -> int:
@@ -156,7 +168,7 @@ def trainer_settings(run: RunConfig) -> dict[str, Any]:
     """The part of the Trainer's arguments that depends on devices."""
     accelerator, devices = devices_of(run)
     name = strategy_name(run)
-    rejoin("nccl" if accelerator == "gpu" else "gloo", timeout_of(run))
+    join("nccl" if accelerator == "gpu" else "gloo", timeout_of(run))
     plain_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return dict(
         plugins=[SLURMEnvironment(auto_requeue=False)] if plain_slurm else None,  # see preemption

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.data.index import read_index
+from lit_transdiff.distributed import EVERYWHERE, WHOLE
 from lit_transdiff.distributed.memory import ModelCost, PassCost, model_cost, pass_cost
 from lit_transdiff.hardware import DEVICES, GB, Device
 from lit_transdiff.stages import STAGES
@@ -62,7 +63,7 @@ SHARES: dict[str, Share] = {
 def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelCost, cost: PassCost, images: bool) -> Memory:
     """Memory of one of ``gpus`` GPUs at its fullest moment, with micro-batches of ``rows`` rows."""
     share = SHARES[strategy]
-    number = 2 if run.training.precision == "bf16-true" else FLOAT
+    number = 2 if run.training.precision == "bf16-true" and strategy in WHOLE else FLOAT
     weights, trained = model.parameters * number, model.trained * number
     averages = model.trained * FLOAT * (1 + len(run.optimizer.more_ema_decays))
     offloaded = run.distributed.offload != "none" and strategy.startswith("zero")
@@ -152,7 +153,7 @@ def plan(run: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
     if gpu not in DEVICES:
         raise unknown("--gpu", gpu, DEVICES)
     if run.stage not in STAGES:
-        raise unknown("stage", run.stage, STAGES)
+        raise ValueError(f"stage: got {run.stage!r}; a plan is made of {', '.join(STAGES)}; the others are small.")
     size = run.training.global_batch_size
     require(gpus >= 1 and size % gpus == 0, "--gpus", gpus, f"a divisor of training.global_batch_size={size}")
     require(0 < mfu <= 1, "--mfu", mfu, "above 0 and at most 1")
@@ -170,8 +171,18 @@ def plan(run: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
             "",
             f"Memory a GPU in GB ({gpu}: {device.memory / GB:.0f} GB, of which {USABLE:.0%} count, less {OVERHEAD / GB:.1f} GB):",
             *memory_table(table, device, wanted),
+            *refusals(run),
         ]
     )
+
+
+def refusals(run: RunConfig) -> list[str]:
+    """Which strategies of the table do not take the run's precision, and what is counted for them."""
+    precision = run.training.precision
+    others = [name for name in SHARES if name not in WHOLE]
+    if precision in EVERYWHERE:
+        return []
+    return [f"{', '.join(others)} refuse training.precision={precision}; they are counted with bf16-mixed."]
 
 
 def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool) -> list[str]:

@@ -1,33 +1,68 @@
-"""How ranks that torchrun has started again find each other."""
+"""How ranks that torchrun has started, perhaps not for the first time, find each other."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
+import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed
+from torch.distributed import PrefixStore, Store, TCPStore
+
+NAME = "lit-transdiff/meeting"
+POLL = 0.1  # seconds
 
 
-def rejoin(backend: str, timeout: timedelta) -> None:
-    """Meet in a part of torchrun's store that belongs to this attempt alone; nothing to do at the first one.
+def join(backend: str, timeout: timedelta) -> None:
+    """Make the process group in a part of torchrun's store that belongs to the ranks of this attempt alone.
 
-    The store outlives the ranks. Where PyTorch gives every attempt the same place in it (as 2.15 does), ranks read the addresses
-    that those of the attempt before have left there, and wait for them or fail.
+    The store outlives the ranks, and PyTorch gives every attempt the same place in it: ranks would read the addresses that those
+    of the attempt before have left there, and wait for them. Nothing is done where torchrun shares no store.
     """
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if attempt == 0 or world == 1 or torch.distributed.is_initialized():
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or world == 1 or torch.distributed.is_initialized():
         return
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store = torch.distributed.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
-    )
-    torch.distributed.init_process_group(
-        backend,
-        store=torch.distributed.PrefixStore(f"attempt-{attempt}", store),
-        rank=int(os.environ["RANK"]),
-        world_size=world,
-        timeout=timeout,
-    )
+    rank, address, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=timeout)
+    place = PrefixStore(agree(store, rank, world, timeout), store)
+    torch.distributed.init_process_group(backend, store=place, rank=rank, world_size=world, timeout=timeout)
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Close the connections before Python takes the libraries apart."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def agree(store: Store, rank: int, world: int, timeout: timedelta) -> str:
+    """A name that the ``world`` ranks living now have in common and no earlier ones had. Raises ``TimeoutError``,
+    or the store's ``RuntimeError``, after ``timeout``.
+
+    torchrun's count of restarts is no such name: each node counts its own. So the first rank writes a new name, every other one
+    answers to it with a word of its own, and believes it when the first rank has repeated this word: who wrote an older name
+    cannot have heard it.
+    """
+    word, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        store.set(NAME, word)
+        others = range(1, world)
+        store.wait([f"{word}/{other}" for other in others], timeout)
+        for other in others:
+            store.set(f"{word}/{other}/heard", store.get(f"{word}/{other}").decode())
+        return word
+    store.wait([NAME], timeout)
+    while time.monotonic() < deadline:
+        name = store.get(NAME).decode()
+        store.set(f"{name}/{rank}", word)
+        for _ in range(10):
+            if store.check([f"{name}/{rank}/heard"]) and store.get(f"{name}/{rank}/heard").decode() == word:
+                return name
+            time.sleep(POLL)
+    raise TimeoutError(f"rank {rank} has not met the other {world - 1} ranks within {timeout}.")

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,25 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.ddp import DDPStrategy
 
-from lit_transdiff.config import DistributedConfig
+from lit_transdiff.config import DistributedConfig, require
 from lit_transdiff.distributed.sharding import Holder, Piece, Sharding
 
 CPU_BUCKET = 1_000_000  # elements; DeepSpeed's default allocates gigabytes at once
+
+
+def check_nvme(config: DistributedConfig, on_cpu: bool) -> None:
+    """Raise ``ValueError`` unless DeepSpeed can read and write files asynchronously in ``nvme_path``."""
+    folder = Path(config.nvme_path or "").absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    allowed = there.is_dir() and os.access(there, os.W_OK)
+    require(allowed, "distributed.nvme_path", config.nvme_path, f"a folder that can be written, which {there} is not")
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.accelerator import get_accelerator
+
+    needed = "'none' or 'cpu', as DeepSpeed's async_io cannot be built (it needs a C++ compiler and libaio-dev; see ds_report)"
+    builder = get_accelerator().get_op_builder("AsyncIOBuilder")()
+    require(builder.is_compatible(verbose=False), "distributed.offload", config.offload, needed)
 
 
 class ZeRO(Sharding, DeepSpeedStrategy):

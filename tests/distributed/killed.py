@@ -1,7 +1,8 @@
 """Trains a run and kills itself on the way. ``python -m tests.distributed.killed RUN.json WHERE STEP RANK``.
 
-WHERE: nowhere, step (in the forward pass), save (files are written, the marker is not), validation, worker (a data worker), or a
-number of seconds after the first step. What each step used is written beside the run folder.
+WHERE: nowhere, step (in the forward pass), save (files are written, the marker is not), validation, scores (of an evaluation,
+before they are logged), worker (a data worker), stuck (a data worker stops and stays), or a number of seconds after the first
+step. What each step used is written beside the run folder.
 """
 
 from __future__ import annotations
@@ -14,76 +15,110 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lit_transdiff.distributed.saving as saving
+from lit_transdiff.evaluation import online
 from lit_transdiff.loading import run_from
 from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.trainer import train
 
-WHERE, STEP, RANK = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+
+@dataclass(frozen=True)
+class Kill:
+    """What dies: at ``where`` in step ``step`` of rank ``rank``. ``time_file`` gets the moment."""
+
+    time_file: Path
+    where: str
+    step: int
+    rank: int
+
+    @property
+    def here(self) -> bool:
+        return int(os.environ.get("RANK", 0)) == self.rank
+
+    def process(self, number: int, how: signal.Signals = signal.SIGKILL) -> None:
+        self.time_file.write_text(str(time.time()))
+        self.time_file.with_suffix(".pid").write_text(str(number))
+        os.kill(number, how)
+
+    def die(self) -> None:
+        if self.here:
+            self.process(os.getpid())
 
 
-def die() -> None:
-    if int(os.environ.get("RANK", 0)) == RANK:
-        Path(sys.argv[1]).with_suffix(".time").write_text(str(time.time()))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def watch_steps(record: Path) -> None:
+def watch_steps(kill: Kill, record: Path) -> None:
     """Record what each forward pass of training uses; die there if asked to."""
     original = TransDiffStage.objective
 
     def objective(self: Any, batch: Any, normal: Any) -> Any:
+        now = self.global_step == kill.step
         if self.trainer.training:
             with open(record, "a") as file:
                 file.write(json.dumps([self.global_step, batch.samples.flatten().tolist()]) + "\n")
-            if self.global_step == STEP and WHERE == "step":
-                die()
-            if self.global_step == STEP and WHERE == "worker" and int(os.environ.get("RANK", 0)) == RANK:
-                Path(sys.argv[1]).with_suffix(".time").write_text(str(time.time()))
-                os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-            if WHERE[0].isdigit() and not any(thread.name == "killer" for thread in threading.enumerate()):
-                killer = threading.Timer(float(WHERE), die)
+            if now and kill.where == "step":
+                kill.die()
+            if now and kill.where in ("worker", "stuck") and kill.here:
+                worker = multiprocessing.active_children()[0].pid or 0
+                kill.process(worker, signal.SIGKILL if kill.where == "worker" else signal.SIGSTOP)
+            if kill.where[0].isdigit() and not any(thread.name == "killer" for thread in threading.enumerate()):
+                killer = threading.Timer(float(kill.where), kill.die)
                 killer.name = "killer"
                 killer.daemon = True
                 killer.start()
-        elif self.global_step == STEP and WHERE == "validation":
-            die()
+        elif now and kill.where == "validation":
+            kill.die()
         return original(self, batch, normal)
 
     TransDiffStage.objective = objective  # type: ignore[method-assign]
 
 
-def watch_saves() -> None:
-    """Die when all files of the checkpoint of STEP are there but its marker is not; or, on another rank, before its own file."""
+def watch_saves(kill: Kill) -> None:
+    """Die when all files of the checkpoint of the step are there but its marker is not; on another rank, before its own file."""
     finish, write = saving.finish_checkpoint, saving.write_rank_file
 
     def finish_checkpoint(partial: Path, *rest: Any) -> Any:
-        if f"{STEP:08d}" in partial.name:
-            die()
+        if f"{kill.step:08d}" in partial.name:
+            kill.die()
         return finish(partial, *rest)
 
     def write_rank_file(partial: Path, rank: int, tensors: Any) -> None:
-        if f"{STEP:08d}" in partial.name and rank > 0:
-            die()
+        if f"{kill.step:08d}" in partial.name and rank > 0:
+            kill.die()
         write(partial, rank, tensors)
 
     saving.finish_checkpoint, saving.write_rank_file = finish_checkpoint, write_rank_file
 
 
-def main() -> None:
+def watch_scores(kill: Kill) -> None:
+    """Die when the evaluation of the step has its scores, and before they are logged."""
+    original = online.OnlineEvaluation.scores
+
+    def scores(self: Any, trainer: Any) -> Any:
+        found = original(self, trainer)
+        if trainer.global_step == kill.step:
+            kill.die()
+        return found
+
+    online.OnlineEvaluation.scores = scores  # type: ignore[method-assign]
+
+
+def main(file: str, where: str, step: str, rank: str) -> None:
     faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
-    run = run_from(json.loads(Path(sys.argv[1]).read_text()))
-    watch_steps(run.folder.with_name(f"{run.name}-rank-{os.environ.get('RANK', 0)}.jsonl"))
-    if WHERE == "save":
-        watch_saves()
+    run = run_from(json.loads(Path(file).read_text()))
+    kill = Kill(Path(file).with_suffix(".time"), where, int(step), int(rank))
+    watch_steps(kill, run.folder.with_name(f"{run.name}-rank-{os.environ.get('RANK', 0)}.jsonl"))
+    if where == "save":
+        watch_saves(kill)
+    if where == "scores":
+        watch_scores(kill)
     train(run)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,6 +1,5 @@
-"""What a cluster does to a job: signals, lost ranks, two nodes, a scheduler that starts it again."""
+"""What happens to a job: signals, lost ranks, a stuck one, a full disk."""
 
-import json
 import os
 import re
 import shutil
@@ -12,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from lit_transdiff.checkpoint import complete_checkpoints
 from lit_transdiff.config import RunConfig
 from lit_transdiff.endings import EXIT_REQUEUE, EXIT_STALLED
 from lit_transdiff.loading import save_yaml
-from tests.distributed.launch import ENVIRONMENT, command_line, free_port, values
+from tests.distributed.launch import ENVIRONMENT, command_line, values
 from tests.small import ROOT, small_run
 
 LONG = {"max_steps": 200, "checkpoint_every": 50, "log_every": 10}
@@ -38,7 +36,7 @@ def background(line: list[str], log: Path, **environment: str) -> subprocess.Pop
         return subprocess.Popen(line, cwd=ROOT, env={**ENVIRONMENT, **environment}, stdout=file, stderr=file)
 
 
-def until(condition: object, process: subprocess.Popen, seconds: float = 90) -> None:
+def until(condition: object, process: subprocess.Popen, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert process.poll() is None and time.monotonic() < end, "did not get there"
@@ -55,10 +53,10 @@ def steps_logged(run: RunConfig, number: int = 2) -> object:
     return condition
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    """The ranks that a torchrun has started."""
+def children(process: int) -> list[int]:
+    """The processes that a process (a torchrun, a srun) has started."""
     listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
-    return sorted(int(pid) for pid, parent in (line.split() for line in listing.splitlines()[1:]) if int(parent) == process.pid)
+    return sorted(int(pid) for pid, parent in (line.split() for line in listing.splitlines()[1:]) if int(parent) == process)
 
 
 def same_weights(a: RunConfig, b: RunConfig) -> bool:
@@ -91,7 +89,7 @@ def test_one_signalled_rank_of_two_stops_both(tmp_path: Path):
     run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
     process = background(command_line(2, *TRAIN, file), tmp_path / "log")
     until(steps_logged(run), process)
-    os.kill(children(process)[-1], signal.SIGTERM)
+    os.kill(children(process.pid)[-1], signal.SIGTERM)
     assert process.wait(60) != 0
     text = (tmp_path / "log").read_text()
     assert len(complete_checkpoints(run.folder / "checkpoints")) == 1
@@ -108,7 +106,7 @@ def test_torchrun_starts_again_what_lost_a_rank(tmp_path: Path):
     process = background(command_line(2, *TRAIN, file, elastic=("--max_restarts", "2")), tmp_path / "log")
     until(lambda: complete_checkpoints(run.folder / "checkpoints"), process)
     until(steps_logged(run, 7), process)
-    ranks, killed = children(process), time.monotonic()
+    ranks, killed = children(process.pid), time.monotonic()
     os.kill(ranks[-1], signal.SIGKILL)
     until(lambda: (tmp_path / "log").read_text().count("continuing from"), process)
     assert time.monotonic() - killed < 60
@@ -125,7 +123,7 @@ def test_a_stuck_rank_ends_and_says_where(tmp_path: Path):
     save_yaml(run, tmp_path / "run.yaml")
     process = background(command_line(2, *TRAIN, str(tmp_path / "run.yaml")), tmp_path / "log")
     until(steps_logged(run), process)
-    stuck = children(process)[-1]
+    stuck = children(process.pid)[-1]
     os.kill(stuck, signal.SIGSTOP)
     stopped = time.monotonic()
     try:
@@ -136,82 +134,6 @@ def test_a_stuck_rank_ends_and_says_where(tmp_path: Path):
     text = (tmp_path / "log").read_text()
     assert re.search(r"rank \d on \S+: stalled for 5 s \(safety\.stall_seconds\) while computing in step \d+", text)
     assert "fashion-train-" in text and f"exitcode  : {EXIT_STALLED}" in text
-
-
-@pytest.mark.slow
-def test_two_nodes_train_as_one(tmp_path: Path):
-    """Two torchrun agents of one process each, as on two machines, against one agent with two processes: the same bits."""
-    one, one_file = run_in(tmp_path, "one", max_steps=40)
-    assert background(command_line(2, *TRAIN, one_file), tmp_path / "one.log").wait(200) == 0
-    two, two_file = run_in(tmp_path, "two", max_steps=40)
-    port = free_port()
-    agents = []
-    for node in range(2):
-        line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
-        line += ["--rdzv_backend", "c10d", "--rdzv_id", "test", "--rdzv_endpoint", f"127.0.0.1:{port}"]
-        line += ["--local_addr", "127.0.0.1", "--rdzv_conf", f"is_host={1 - node}", *TRAIN, two_file]
-        agents.append(background(line, tmp_path / f"node-{node}.log"))
-    assert [agent.wait(200) for agent in agents] == [0, 0], (tmp_path / "node-0.log").read_text()
-    assert values(one.folder) == values(two.folder) and same_weights(one, two)
-
-
-@pytest.mark.slow
-def test_slurm_requeues_until_the_run_is_done(tmp_path: Path):
-    """The shipped batch script with a stand-in for ``srun`` and ``scontrol``: a signal, a requeue, and the rest of the run."""
-    run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "srun").write_text(f'#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nshift\nexec {sys.executable} "$@"\n')
-    (tools / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/scontrol.log\n')
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    environment = {
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NAME": "train",
-        "SLURM_NTASKS": "1",
-        "SLURM_NTASKS_PER_NODE": "1",
-        "SLURM_NNODES": "1",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_NODEID": "0",
-        "SLURM_NODELIST": "localhost",
-        "SLURM_JOB_NODELIST": "localhost",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "MASTER_PORT": free_port(),
-    }
-    line = ["bash", str(ROOT / "experiments/launch/slurm.sbatch"), file]
-    job = background(line, tmp_path / "first.log", **environment)
-    until(steps_logged(run), job)
-    (trainer,) = children(job)
-    os.kill(trainer, signal.SIGUSR1)
-    assert job.wait(60) == 0, (tmp_path / "first.log").read_text()
-    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
-    assert background(line, tmp_path / "second.log", **environment, SLURM_RESTART_COUNT="1").wait(200) == 0
-    assert "continuing from" in (tmp_path / "second.log").read_text()
-    assert json.loads((run.folder / "export" / "export.json").read_text())["step"] == 200
-    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
-
-
-@pytest.mark.slow
-def test_kubernetes_evicts_a_pod_and_starts_it_again(tmp_path: Path):
-    """The shipped job's command, on one pod of two ranks: SIGTERM to its first process saves; the same command goes on."""
-    run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
-    job = yaml.safe_load((ROOT / "experiments/launch/kubernetes.yaml").read_text())
-    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
-    (container,) = pod["containers"]
-    torchrun, _, _, *rest = container["command"]
-    assert torchrun == "torchrun" and rest[:3] == ["-m", "lit_transdiff", "train"]
-    environment = {item["name"]: item["value"] for item in container["env"]}
-    assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
-    line = command_line(2, *rest[:3], file)
-    process = background(line, tmp_path / "first.log", **environment)
-    until(steps_logged(run), process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0  # restartPolicy OnFailure
-    (checkpoint,) = complete_checkpoints(run.folder / "checkpoints")
-    assert background(line, tmp_path / "second.log", **environment).wait(200) == 0
-    assert f"continuing from {checkpoint.folder}" in (tmp_path / "second.log").read_text()
 
 
 @pytest.mark.slow

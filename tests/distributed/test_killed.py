@@ -1,11 +1,17 @@
 """Killed again and again, a run ends in the bits of one that was never touched, and uses each sample of an epoch once."""
 
+import faulthandler
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,61 +20,109 @@ from safetensors.torch import load_file
 from lit_transdiff.config import AutoencoderConfig, DataConfig, RunConfig
 from lit_transdiff.data.pack import pack
 from lit_transdiff.distributed import build_fabric
+from lit_transdiff.evaluation.features import load_extractor
+from lit_transdiff.evaluation.statistics import reference_statistics, save_statistics
 from lit_transdiff.loading import to_dict
 from lit_transdiff.prepare import cache
 from tests.data.conftest import CLASSES, PER_CLASS, write_image_folder
+from tests.distributed import killed
 from tests.distributed.launch import ENVIRONMENT, command_line, values
 from tests.small import FASHION, ROOT, small_run
 
 TIMES = {"max_steps": 18, "global_batch_size": 4, "checkpoint_every": 3, "validate_every": 6, "log_every": 1}
-ONE_STEP = {"model": {"num_classes": 5}, "training": {**TIMES, "micro_batch_size": 2}}  # 65 rows an epoch: two epochs are touched
-MRAR = {"stage": "mrar_finetune", "model": {"num_classes": 5, "num_references": 4}, "training": TIMES}  # 15 groups an epoch
+STAGES: dict[str, dict[str, Any]] = {
+    "one-step": {"model": {"num_classes": 5}, "training": {**TIMES, "micro_batch_size": 2}},  # 65 rows an epoch: two are touched
+    "MRAR": {"stage": "mrar_finetune", "model": {"num_classes": 5, "num_references": 4}, "training": TIMES},  # 15 groups an epoch
+}
 LATENTS = {"latent_channels": 4, "latent_size": 8, "patch_size": 2}
-# Case -> processes, workers, kind of data, settings, kills (where, step, rank). A number is seconds after the first step.
-CASES = {
-    "one-step, images": (1, 0, "images", ONE_STEP, [("step", 4, 0), ("save", 6, 0), ("validation", 12, 0), ("0.3", 0, 0)]),
-    "MRAR, latents, 2 workers": (1, 2, "latents", MRAR, [("worker", 5, 0), ("save", 9, 0)]),
-    "one-step, latents, 2 processes": (2, 0, "latents", ONE_STEP, [("step", 5, 1), ("save", 9, 1), ("validation", 12, 0)]),
-    "MRAR, images, 2 processes, 2 workers": (2, 2, "images", MRAR, [("worker", 4, 1), ("0.4", 0, 1)]),
+Moment = tuple[str, int, int]  # where, in which step, on which rank; a number is seconds after the first step
+KILLS: dict[tuple[int, int, str, str], list[Moment]] = {  # by processes, workers, stage and kind of data
+    (1, 0, "one-step", "images"): [("step", 4, 0), ("save", 6, 0), ("validation", 12, 0), ("0.3", 0, 0)],
+    (1, 0, "one-step", "latents"): [("scores", 8, 0), ("save", 12, 0), ("0.1", 0, 0)],
+    (1, 0, "MRAR", "images"): [("save", 3, 0), ("step", 7, 0), ("scores", 16, 0)],
+    (1, 0, "MRAR", "latents"): [("step", 2, 0), ("0.3", 0, 0), ("validation", 18, 0)],
+    (1, 2, "one-step", "images"): [("worker", 4, 0), ("scores", 12, 0), ("0.2", 0, 0)],
+    (1, 2, "one-step", "latents"): [("validation", 6, 0), ("worker", 10, 0), ("0.2", 0, 0)],
+    (1, 2, "MRAR", "images"): [("worker", 8, 0), ("save", 15, 0), ("0.1", 0, 0)],
+    (1, 2, "MRAR", "latents"): [("worker", 5, 0), ("save", 9, 0), ("step", 16, 0)],
+    (2, 0, "one-step", "images"): [("save", 6, 0), ("scores", 12, 1)],
+    (2, 0, "one-step", "latents"): [("step", 5, 1), ("save", 9, 1), ("validation", 12, 0)],
+    (2, 0, "MRAR", "images"): [("step", 7, 1), ("0.3", 0, 0)],
+    (2, 0, "MRAR", "latents"): [("scores", 4, 0), ("0.3", 0, 1)],
+    (2, 2, "one-step", "images"): [("worker", 7, 0), ("0.2", 0, 1)],
+    (2, 2, "one-step", "latents"): [("worker", 3, 1), ("save", 15, 0)],
+    (2, 2, "MRAR", "images"): [("worker", 4, 1), ("0.4", 0, 1)],
+    (2, 2, "MRAR", "latents"): [("validation", 6, 1), ("worker", 11, 0)],
 }
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """65 images of 5 classes as image shards and as latent shards."""
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """65 images of 5 classes as shards of images and of latents, and statistics to score with."""
     root = tmp_path_factory.mktemp("data")
     pack(write_image_folder(root / "files", size=32), root / "images", samples_per_shard=7, progress=False)
     autoencoder = AutoencoderConfig(kind="kl", path=str(FASHION / "autoencoder"))
     settings = DataConfig(image_size=32, image_channels=1)
     cache(root / "images", root / "latents", autoencoder=autoencoder, data=settings, fabric=build_fabric(), flips=True)
-    return {"images": root / "images", "latents": root / "latents"}
+    images = torch.rand(60, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    extractor = load_extractor("classifier", FASHION / "classifier.safetensors")
+    save_statistics(reference_statistics(images.split(20), extractor), root / "reference.npz")
+    return root
 
 
-def case_run(folder: Path, name: str, shards: dict[str, Path], case: str) -> RunConfig:
-    _, workers, kind, settings, _ = CASES[case]
-    source = str(shards[kind])
+def case_run(folder: Path, name: str, shards: Path, workers: int, stage: str, kind: str) -> RunConfig:
+    source = str(shards / kind)
     data = {"train": source, "evaluation": source, "image_size": 32, "image_channels": 1, "num_workers": workers}
-    changes = {**settings, "data": data}
+    scores = {"extractor": "classifier", "extractor_weights": str(FASHION / "classifier.safetensors"), "every": 4}
+    scores |= {"reference": str(shards / "reference.npz"), "metrics": ["frechet_distance"], "online_images": 6, "batch_size": 2}
+    changes = {**STAGES[stage], "data": data, "evaluation": scores}
     if kind == "latents":
-        changes["model"] = {**settings["model"], **LATENTS}
+        changes["model"] = {**changes["model"], **LATENTS}
         changes["autoencoder"] = {"kind": "kl", "path": str(FASHION / "autoencoder")}
     return small_run(folder, name=name, **changes)
+
+
+def command(arguments: tuple[str, ...], output: str) -> int:
+    """Two processes through torchrun; the exit code."""
+    with open(output, "w") as log:
+        line = command_line(2, "-m", "tests.distributed.killed", *arguments)
+        return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, timeout=300).returncode
+
+
+def alone(arguments: tuple[str, ...], output: str) -> None:
+    """One process, forked from a server that has done the imports."""
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    faulthandler.enable(sys.stderr)
+    killed.main(*arguments)
 
 
 def start(run: RunConfig, processes: int, where: str = "nowhere", step: int = 0, rank: int = 0) -> int:
     """The exit code; a kill of one of two ranks must end the job within 45 seconds."""
     file = Path(run.output_dir) / f"{run.name}.json"
     file.write_text(json.dumps(to_dict(run)))
-    line = command_line(processes, "-m", "tests.distributed.killed", str(file), where, str(step), str(rank))
-    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    arguments, output = (str(file), where, str(step), str(rank)), str(file.with_suffix(".log"))
+    if processes > 1:
+        code = command(arguments, output)
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.distributed.test_killed"])
+        process = context.Process(target=alone, args=(arguments, output))
+        process.start()
+        process.join(200)
+        assert process.exitcode is not None, Path(output).read_text()
+        code = process.exitcode
+    text = Path(output).read_text()
     if where == "nowhere":
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert code == 0, text
     else:
         assert time.time() - float(file.with_suffix(".time").read_text()) < 45, "the job outlived the kill for too long"
-        assert processes == 1 or f"rank      : {rank} " in done.stderr  # torchrun names the rank
-        named = f"rank {rank} on" in done.stderr and ".tar/" in done.stderr  # with the step and the samples
-        assert named or where != "worker", done.stderr
-    return done.returncode
+        assert processes == 1 or f"rank      : {rank} " in text  # torchrun names the rank
+        named = f"rank {rank} on" in text and ".tar/" in text  # with the step and the samples
+        assert named or where != "worker", text
+    return code
 
 
 def uses(run: RunConfig, processes: int) -> dict[int, Counter]:
@@ -85,27 +139,44 @@ def uses(run: RunConfig, processes: int) -> dict[int, Counter]:
     return steps
 
 
+@pytest.fixture(scope="module")
+def untouched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str, str], RunConfig]:
+    """The run that was never killed, without workers; made once."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def of(processes: int, stage: str, kind: str) -> RunConfig:
+        run = case_run(folder, f"{processes}-{stage}-{kind}", shards, 0, stage, kind)
+        if not (run.folder / "export").exists():
+            start(run, processes)
+        return run
+
+    return of
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_killed_at_any_moment_ends_in_the_same_bits(tmp_path: Path, shards: dict[str, Path], case: str):
-    processes, _, _, _, kills = CASES[case]
-    whole, killed = case_run(tmp_path, "whole", shards, case), case_run(tmp_path, "killed", shards, case)
-    start(whole, processes)
-    for kill in kills:
-        code = start(killed, processes, *kill)
+@pytest.mark.parametrize("case", KILLS, ids=lambda case: "{} processes, {} workers, {}, {}".format(*case))
+def test_killed_at_any_moment_ends_in_the_same_bits(
+    tmp_path: Path, shards: Path, untouched: Callable[[int, str, str], RunConfig], case: tuple[int, int, str, str]
+):
+    processes, workers, stage, kind = case
+    whole, broken = untouched(processes, stage, kind), case_run(tmp_path, "killed", shards, workers, stage, kind)
+    for kill in KILLS[case]:
+        code = start(broken, processes, *kill)
         assert code != 0 if processes > 1 or kill[0] == "worker" else code == -signal.SIGKILL, kill
-    start(killed, processes)
-    for metric in ("train/loss", "val/loss", "train/gradient_norm", "train/lr", "train/images_seen"):
-        assert values(whole.folder, metric) == values(killed.folder, metric), metric
-    assert len(values(killed.folder)) == 18 and list(values(killed.folder, "val/loss")) == [6, 12, 18]
-    a, b = (load_file(run.folder / "export" / "model.safetensors") for run in (whole, killed))
+    start(broken, processes)
+    metrics = ("train/loss", "val/loss", "train/gradient_norm", "train/lr", "train/images_seen", "eval/frechet_distance")
+    for metric in metrics:
+        assert values(whole.folder, metric) == values(broken.folder, metric), metric
+    assert len(values(broken.folder)) == 18 and list(values(broken.folder, "val/loss")) == [6, 12, 18]
+    assert list(values(broken.folder, "eval/frechet_distance")) == [4, 8, 12, 16, 18]
+    a, b = (load_file(run.folder / "export" / "model.safetensors") for run in (whole, broken))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
-    used = uses(killed, processes)
+    used = uses(broken, processes)
     assert used == uses(whole, processes)
-    per_epoch = len(CLASSES) * PER_CLASS if killed.model.num_references == 1 else len(CLASSES) * (PER_CLASS // 4) * 4
+    per_epoch = len(CLASSES) * PER_CLASS if broken.model.num_references == 1 else len(CLASSES) * (PER_CLASS // 4) * 4
     total = Counter()
-    for step in range(per_epoch // killed.images_per_step):  # the steps that lie in the first epoch
+    for step in range(per_epoch // broken.images_per_step):  # the steps that lie in the first epoch
         total.update(used[step])
     assert set(total.values()) == {1}
-    assert total.total() > 0.9 * per_epoch or killed.model.num_references > 1
+    assert total.total() > 0.9 * per_epoch or broken.model.num_references > 1

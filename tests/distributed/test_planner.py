@@ -132,9 +132,18 @@ def test_a_plan_says_what_fits_and_what_does_not():
     recipe = ROOT / "experiments/imagenet256/mrar_huge.yaml"
     text = plan(load_run(recipe), 64, "a100-40gb", 0.35)
     assert "1,328,033,296" in text and "does not fit" in text and "GPU-hours" in text
+    text = plan(load_run(recipe), 64, "h200", 0.35)
+    assert "zero3, fsdp refuse training.precision=bf16-true" in text  # as the run would
+    weights = {line.split()[0]: float(line.split()[3]) for line in text.splitlines() if line.endswith("<- the run's")}
+    assert weights["ddp"] == 2.66 and weights["zero1"] > 5.31  # float32 in all that is counted with bf16-mixed
     small = plan(load_run(recipe), 64, "rtx4090", 0.35)
     assert "ddp does not fit, whatever the micro-batch." in small
     with pytest.raises(ValueError, match=r"--gpu: 'h20' is not known\. Did you mean 'h200'"):
         plan(load_run(recipe), 64, "h20", 0.35)
+    assert "refuse" not in plan(load_run(recipe, ["training.precision=bf16-mixed"]), 64, "h200", 0.35)
+    with pytest.raises(ValueError, match="stage: got 'autoencoder'; a plan is made of ar_pretrain"):
+        plan(load_run(ROOT / "experiments/fashion/autoencoder.yaml"), 1, "h200", 0.35)
+    with pytest.raises(ValueError, match=r"--gpus: got 0; allowed: a divisor"):
+        plan(load_run(recipe), 0, "h200", 0.35)
     with pytest.raises(ValueError, match=r"--gpus: got 3; allowed: a divisor of training\.global_batch_size=2048"):
         plan(load_run(recipe), 3, "h200", 0.35)

@@ -1,0 +1,88 @@
+"""The share of training time that is spent waiting for cached latents, at a size of the paper.
+
+    OMP_NUM_THREADS=1 python benchmarks/data_wait.py
+
+The training loop of a run, with the callback that measures, on synthetic latents of real shapes; without checkpoints and sample
+grids. The numbers are those that every run logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from data_reading import SHAPE, latent, write_shards
+
+from lit_transdiff.config import AutoencoderTraining, RunConfig
+from lit_transdiff.data.index import LatentInfo
+from lit_transdiff.loading import load_run
+from lit_transdiff.models.autoencoder import KLAutoencoder
+from lit_transdiff.runfolder import open_folder
+from lit_transdiff.stages.callbacks import LogTraining
+from lit_transdiff.tracking.loggers import MetricsCSV
+from lit_transdiff.trainer import build, build_trainer
+
+ROOT = Path(__file__).parent.parent
+LATENTS = 2048
+METRICS = ("images_per_second", "data_wait_fraction", "peak_memory_gb")
+
+
+def make_data(root: Path) -> None:
+    """Latent shards, and a small autoencoder of the same latents to which they belong; it is not called."""
+    settings = AutoencoderTraining(block_channels=[8] * 5, latent_channels=SHAPE[0] // 2)
+    autoencoder = KLAutoencoder.new(settings, image_channels=3, image_size=256)
+    autoencoder.save(root / "autoencoder")
+    info = LatentInfo(SHAPE, 2, autoencoder.fingerprint, 256)
+    write_shards(root / "latents", LATENTS, "bin", latent, info, classes=1000)
+
+
+def run_of(root: Path, recipe: str, workers: int, steps: int, batch: int) -> RunConfig:
+    changes = [f"output_dir={root}", f"name=workers-{workers}", f"data.train={root / 'latents'}", "data.crop=center"]
+    changes += [f"data.num_workers={workers}", f"autoencoder.path={root / 'autoencoder'}", "training.log_every=1"]
+    changes += [f"training.max_steps={steps}", f"training.global_batch_size={batch}", "training.micro_batch_size=1"]
+    changes += ["optimizer.warmup_steps=0", "training.sample_every=0", "evaluation.every=0"]
+    precision = [] if torch.cuda.is_available() else ["training.precision=fp32"]
+    return load_run(ROOT / "experiments" / recipe, [*changes, *precision])
+
+
+def measure(run: RunConfig) -> dict[str, list[float]]:
+    """Metric -> its value in every step but the first, in which workers start."""
+    parts = build(run)
+    open_folder(run)
+    trainer = build_trainer(parts, [LogTraining(run)], [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)])
+    trainer.fit(parts.stage, datamodule=parts.data)
+    found: dict[str, list[float]] = {name: [] for name in METRICS}
+    with open(run.folder / "metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            name = row["metric"].removeprefix("throughput/")
+            if name in found and int(row["step"]) > 1:
+                found[name].append(float(row["value"]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="imagenet256/ar_base.yaml", help="below experiments/")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2, help="images of a step, in passes of one")
+    args = parser.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    print("| workers | images/s | data wait fraction (highest) | peak memory, GB |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        make_data(Path(folder))
+        for workers in args.workers:
+            found = measure(run_of(Path(folder), args.recipe, workers, args.steps, args.batch))
+            speed, wait, memory = (statistics.median(found[name]) for name in METRICS)
+            highest = max(found["data_wait_fraction"])
+            print(f"| {workers} | {speed:.4f} | {wait:.2e} ({highest:.2e}) | {memory:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
