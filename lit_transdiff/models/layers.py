@@ -31,13 +31,13 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, ratio: float, dropout: float) -> None:
         super().__init__()
-        self.fc1 = Linear(width, int(width * ratio))
+        self.fc1 = Linear(width, int(width * ratio), gelu=True)
         self.fc2 = Linear(int(width * ratio), width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        return self.dropout(self.fc2(self.dropout(self.fc1(x))))
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """A linear layer that takes the faster of the two float32 matrix products that torch holds for CPUs.
 
-torch multiplies float32 matrices on CPUs by MKL, which uses AVX-512 on its maker's processors only; oneDNN, also within torch,
-uses it wherever it exists and is then about twice as fast (benchmarks/README.md). Both are float32 throughout and differ by
+torch multiplies float32 matrices on CPUs by MKL, which does its best on its maker's processors only; oneDNN, also within torch,
+is then 1.1 to 1.2 times as fast, and applies a GELU on the way (benchmarks/README.md). Both are float32 throughout and differ by
 rounding. ``torch.backends.mkldnn.flags(enabled=False)`` leaves everything to MKL.
 """
 
@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
@@ -23,12 +24,20 @@ WORTHWHILE = 8e6  # multiply-adds of a product from which oneDNN's longer call p
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``: [..., in] -> [..., out]."""
+    """``nn.Linear``: [..., in] -> [..., out]; with ``gelu`` the exact GELU of it."""
+
+    def __init__(self, in_features: int, out_features: int, gelu: bool = False) -> None:
+        super().__init__(in_features, out_features)
+        self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and takes_onednn(x, self.weight):
-            return OneDNNLinear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return, no-untyped-call]
-        return super().forward(x)
+        if torch.compiler.is_compiling() or not takes_onednn(x, self.weight):
+            y = super().forward(x)
+        elif self.gelu and not torch.is_grad_enabled():
+            return product(x, self.weight, self.bias, "gelu")
+        else:
+            y = OneDNNLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return F.gelu(y) if self.gelu else y
 
 
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -44,9 +53,9 @@ def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b by oneDNN: [..., k] and [n, k] of any strides -> [..., n]."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """x W^T + b, or its exact GELU (``gelu``), by oneDNN: [..., k] and [n, k] of any strides -> [..., n]."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")  # type: ignore[no-any-return]
 
 
 def product_flops(x: Sequence[int], weight: Sequence[int], *args: Any, **settings: Any) -> int:

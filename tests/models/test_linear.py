@@ -32,6 +32,18 @@ def test_product_and_gradients_are_those_of_float64(kind: str):
 
 
 @needs_onednn
+def test_gelu_on_the_way_is_the_exact_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(linear, "takes_onednn", lambda x, weight: True)
+    torch.manual_seed(0)
+    layer, x = Linear(12, 9, gelu=True), 3 * torch.randn(40, 12)
+    expected = nn.functional.gelu(nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()))
+    assert layer(x).requires_grad
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_onednn
 def test_only_large_float32_products_of_a_cpu_take_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(linear, "mkl_lags", lambda: True)
     monkeypatch.setattr(linear, "WORTHWHILE", 100)
