@@ -157,13 +157,22 @@ class Generator:
         fingerprint: str = "",
     ) -> None:
         self.model = model
+        self.accelerations: list[Callable[[TransDiff], None]] = []
         self.autoencoder = autoencoder
         self.run = run
         self.class_names = list(class_names)
         self.checkpoint = checkpoint
         self.fingerprint = fingerprint
-        self.rounded: TransDiff | None = None  # the model with bfloat16 weights, once it is needed
-        self.accelerations: list[Callable[[TransDiff], None]] = []
+
+    @property
+    def model(self) -> TransDiff:
+        """The model in float32."""
+        return self._model
+
+    @model.setter
+    def model(self, model: TransDiff) -> None:
+        self._model = model
+        self.rounded: TransDiff | None = None  # the same with bfloat16 weights, once it is needed
 
     def network(self, precision: str) -> TransDiff:
         """The model that computes in a precision (see ``SamplingConfig``)."""
@@ -190,8 +199,8 @@ class Generator:
     def accelerate(self, how: Callable[[TransDiff], None]) -> Generator:
         """Apply ``how`` to the model in every precision."""
         self.accelerations.append(how)
-        for model in filter(None, (self.model, self.rounded)):
-            how(model)
+        how(self.model)
+        self.rounded = None
         return self
 
     @property

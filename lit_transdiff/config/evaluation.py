@@ -25,6 +25,7 @@ class EvaluationConfig:
             *("kernel_distance", "precision", "recall"),
         ]
     )  # names in evaluation.metrics.METRICS
+    keep: Literal["last", "all"] = "last"  # which images of an MRAR row are scored: the final one, or all R of them
     num_neighbours: int = 3  # of precision and recall
     every: int = 0  # steps of training between two evaluations of the averaged weights; 0: none
     online_images: int = 2000  # images of such an evaluation

@@ -53,6 +53,7 @@ class Job:
     extractor: FeatureExtractor
     reference: Statistics | None
     labels: Tensor  # [N]
+    kept: int  # images of a row that are scored
     needs: set[str]  # of the metrics, as in metrics.NEEDS
 
     @property
@@ -83,8 +84,9 @@ def evaluate(
     """Score ``settings.num_images`` images and write ``output/evaluations/<run>-<hash>.json`` and its picture ``.png``.
 
     The hash is of all settings that decide the scores: the same settings replace the file (with ``reuse`` what it says is
-    returned and nothing drawn), others make another. Of an MRAR row (R > 1) the last image is scored. ``save_images`` (a name
-    in SAVE_IMAGES) also keeps the images, as ``<run>-<hash>.npz`` and in ``<run>-<hash>-images/``.
+    returned and nothing drawn), others make another. Of an MRAR row (R > 1) the last image is scored, or with
+    ``settings.keep`` "all" each: R times as many images for the same work, which are not independent. ``save_images`` (a name in
+    SAVE_IMAGES) also keeps the images, as ``<run>-<hash>.npz`` and in ``<run>-<hash>-images/``.
 
     Every rank of ``fabric`` calls this, with the generator on its device, and gets ``{"scores", "manifest", "file"}``. Finished
     batches wait in a folder beside the result, which all ranks must share: the same call on any number of ranks continues an
@@ -151,8 +153,14 @@ def prepare(generator: Generator, settings: EvaluationConfig, sampling: Sampling
     require(
         neighbours < settings.num_images, "evaluation.num_neighbours", neighbours, f"less than num_images={settings.num_images}"
     )
-    labels = choose_labels(settings, num_classes)
-    return Job(generator, settings, sampling, extractor, reference, labels, needed_by(settings.metrics))
+    kept = generator.run.model.num_references if settings.keep == "all" else 1
+    for name in ("num_images", "batch_size"):
+        value = getattr(settings, name)
+        require(value % kept == 0, f"evaluation.{name}", value, f"a multiple of the {kept} images of a row that are kept")
+    rows = choose_labels(dataclasses.replace(settings, num_images=settings.num_images // kept), num_classes)
+    return Job(
+        generator, settings, sampling, extractor, reference, rows.repeat_interleave(kept), kept, needed_by(settings.metrics)
+    )
 
 
 def draw_missing(job: Job, parts: Parts, batches: Sequence[range], saved: Sequence[str], progress: bool) -> None:
@@ -173,9 +181,11 @@ def draw_missing(job: Job, parts: Parts, batches: Sequence[range], saved: Sequen
 def draw(job: Job, batch: Sequence[int]) -> Batch:
     """Draw the images of the indices ``batch`` and extract their features."""
     generator = job.generator
+    first = batch[:: job.kept]  # of each row
     with counted_rows(generator.network(job.sampling.precision).decoder) as rows:
         started = clock(generator.device)
-        images = generator.images(job.labels[list(batch)], image_seeds(job.settings, batch), job.sampling)[:, -1]  # [B, C, H, W]
+        drawn = generator.images(job.labels[list(first)], image_seeds(job.settings, first), job.sampling)
+        images = drawn[:, -job.kept :].flatten(0, 1)  # [B, C, H, W]
         seconds = clock(generator.device) - started
     return Batch(job.extractor(images, spatial=job.spatial), to_bytes(images).cpu(), seconds, sum(rows))
 

@@ -46,14 +46,14 @@ def manifest(
         "run": run.name,
         "stage": run.stage,
         "num_references": run.model.num_references,
-        "scored_reference": run.model.num_references - 1,  # the last image of a row
+        "scored_reference": "all" if settings.keep == "all" else run.model.num_references - 1,  # of the images of a row
         "checkpoint": generator.checkpoint,
         "weights": "ema",
         "weights_fingerprint": generator.fingerprint,
         **origin(generator.checkpoint),
         "num_images": settings.num_images,
         "seed": settings.seed,
-        "image_seeds": "seed * 1000003 + index",
+        "image_seeds": "seed * 1000003 + index",  # of a row: of its first scored image
         "label_mode": settings.label_mode,
         "metrics": list(settings.metrics),
         "num_neighbours": settings.num_neighbours,

@@ -166,6 +166,21 @@ def test_the_last_image_of_a_row_is_scored(files: Path, tmp_path: Path, extracto
     assert manifest["scored_reference"] == 3 and manifest["decoder_evaluations_per_image"] == 16
 
 
+def test_all_images_of_a_row_are_scored_for_the_work_of_one(files: Path, tmp_path: Path, extractor: FeatureExtractor) -> None:
+    generator, settings = tiny_generator(references=4), tiny_settings(files, num_images=16, batch_size=8, keep="all")
+    job = prepare(generator, settings, SAMPLING)
+    rows = generator.images(job.labels[::4], image_seeds(settings, range(0, 16, 4)), SAMPLING)
+    drawn = draw(job, range(8, 16))
+    assert torch.equal(drawn.pixels, to_bytes(rows[2:].flatten(0, 1)))
+    assert torch.allclose(drawn.found.features, extractor(rows[2:].flatten(0, 1)).features, atol=1e-5)
+    assert all(len(set(labels)) == 1 for labels in job.labels.reshape(-1, 4).tolist())
+    manifest = evaluate(generator, settings, SAMPLING, output=tmp_path)["manifest"]
+    assert manifest["scored_reference"] == "all" and manifest["decoder_evaluations_per_image"] == 4
+    for name in ("num_images", "batch_size"):
+        with pytest.raises(ValueError, match=rf"evaluation\.{name}: got 6; allowed: a multiple of the 4 images of a row"):
+            prepare(generator, dataclasses.replace(settings, **{name: 6}), SAMPLING)
+
+
 def test_labels_seeds_and_shown_images() -> None:
     settings = EvaluationConfig(num_images=100)
     labels = choose_labels(settings, 30)

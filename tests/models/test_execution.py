@@ -101,6 +101,9 @@ def test_rounded_weights_are_what_autocast_computes_with(references: int, tmp_pa
     exact = generator.latents(labels, seeds, SamplingConfig(num_steps=3, guidance_scale=1.5))
     assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
     assert all(p.dtype == torch.float32 for p in model.parameters())
+    generator.model = build(**SHAPE, num_references=references).requires_grad_(False)
+    torch.nn.init.zeros_(generator.model.decoder.final.linear.weight)
+    assert not torch.equal(generator.latents(labels, seeds, sampling), rounded)  # the rounded weights are the new model's
 
 
 def test_cuda_graphs_need_a_gpu(tmp_path):
