@@ -4,7 +4,8 @@
 
 The baseline is one .npz a file, as the TransDiff reference caches latents: ``moments`` and ``moments_flip``, float32
 (32, 16, 16) each. Kinds and worker counts take turns in several rounds; the table gives medians. Files are read from the
-page cache, so the disk does not count.
+page cache, so the disk does not count. Below it stands what the machine allows at most for latents: how often their bytes can be
+copied in memory, read from the page cache, and read from the disk (after asking the system to forget them).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lit_transdiff.data.shards import ShardWriter
 torch.set_num_threads(1)
 SHAPE = (32, 16, 16)  # moments of a 256-pixel image
 SHARDS = 8
-BASELINE = "latents, one .npz a file"
+BASELINE, LATENTS = "latents, one .npz a file", "latents, shards"
 
 
 class NpzFiles(Dataset):
@@ -130,13 +131,36 @@ def make_stores(root: Path, num_latents: int, num_images: int) -> dict[str, Call
     cropped, original = ((read_index(root / name).size.mean() / 1000) for name in ("cropped", "original"))
     return {
         BASELINE: lambda workers: npz_loader(root / "npz", 256, workers),
-        "latents, shards": lambda workers: planned(root / "latents", 256, workers),
+        LATENTS: lambda workers: planned(root / "latents", 256, workers),
         f"JPEG of 256 px ({cropped:.0f} kB), shards": lambda workers: planned(root / "cropped", 64, workers),
         f"JPEG of 500 x 375 ({original:.0f} kB), shards, crop center": lambda workers: planned(root / "original", 64, workers),
         f"JPEG of 500 x 375 ({original:.0f} kB), shards, crop random-square": lambda workers: planned(
             root / "original", 64, workers, crop="random-square"
         ),
     }
+
+
+def limits(folder: Path) -> dict[str, float]:
+    """Bytes a second at which this machine copies memory and reads the shards below ``folder``, cached and not."""
+    shards = sorted(folder.glob("*.tar"))
+    total = sum(shard.stat().st_size for shard in shards)
+    source, target = np.ones(total, np.uint8), np.ones(total, np.uint8)
+    start = time.perf_counter()
+    np.copyto(target, source)
+    copied = time.perf_counter() - start
+    read = {}
+    for forget in (False, True):
+        files = [os.open(shard, os.O_RDONLY) for shard in shards]
+        for file in files if forget else ():
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        views = np.array_split(target, len(files))
+        start = time.perf_counter()
+        got = sum(os.readv(file, [view]) for file, view in zip(files, views, strict=True))
+        read[forget] = (time.perf_counter() - start) * total / got
+        for file in files:
+            os.close(file)
+    return {"memory copy": total / copied, "page cache": total / read[False], "disk": total / read[True]}
 
 
 def main() -> None:
@@ -148,12 +172,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     args = parser.parse_args()
     measured: dict[tuple[str, int], list[float]] = {}
+    rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         stores = make_stores(Path(folder), args.latents, args.images)
         for _ in range(args.rounds):
             for workers in args.workers:
                 for name, loader in stores.items():
                     measured.setdefault((name, workers), []).append(samples_per_second(loader(workers), args.seconds))
+            rounds.append(limits(Path(folder) / "latents"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}")
     print("| samples/s (ratio) | " + " | ".join(f"{w} workers" for w in args.workers) + " |")
     print("|---|" + "---|" * len(args.workers))
@@ -161,6 +187,13 @@ def main() -> None:
         found = {workers: statistics.median(measured[name, workers]) for workers in args.workers}
         base = {workers: statistics.median(measured[BASELINE, workers]) for workers in args.workers}
         print(f"| {name} | " + " | ".join(f"{found[w]:,.0f} ({found[w] / base[w]:.2f})" for w in args.workers) + " |")
+    best, each = max(statistics.median(measured[LATENTS, workers]) for workers in args.workers), int(np.prod(SHAPE)) * 2
+    for name in rounds[0]:
+        rate = statistics.median(found[name] for found in rounds)
+        size = f"{each / 1024:.0f} KiB"
+        print(
+            f"{name}: {rate / 1e9:.1f} GB/s, {rate / each:,.0f} latents of {size} a second; shards reach {best / rate * each:.0%}"
+        )
 
 
 if __name__ == "__main__":

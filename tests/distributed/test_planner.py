@@ -1,7 +1,6 @@
 """The plan's numbers against what PyTorch really allocates and computes on the CPU."""
 
 import gc
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.allocations import Allocations
 from lit_transdiff.config import ModelConfig, RunConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.distributed.memory import model_cost, pass_cost
@@ -32,36 +30,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16": {"model": MIDDLE, "training": {"precision": "bf16-mixed"}},
     "MRAR": {"stage": "mrar_finetune", "model": {**MIDDLE, "num_references": 4}},
 }
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of all tensors that operations have made and that still live; the highest number is ``peak``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: set[int] = set()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, torch.Tensor):
-                self.count(value.untyped_storage())
-        return result
-
-    def count(self, storage: torch.UntypedStorage) -> None:
-        number, size = storage._cdata, storage.nbytes()
-        if number in self.alive:
-            return
-        self.alive.add(number)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def gone() -> None:
-            self.alive.discard(number)
-            self.now -= size
-
-        weakref.finalize(storage, gone)
 
 
 def kind_run(folder: Path, kind: str) -> RunConfig:

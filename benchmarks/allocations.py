@@ -1,0 +1,40 @@
+"""What tensors take, on any device: the benchmarks measure with it, and the tests check the plan against it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all tensors that operations have made and that still live; the highest number is ``peak``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor):
+                self.count(value.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        number, size = storage._cdata, storage.nbytes()
+        if number in self.alive:
+            return
+        self.alive.add(number)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone() -> None:
+            self.alive.discard(number)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
