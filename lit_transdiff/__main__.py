@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lit_transdiff import __version__
+from lit_transdiff.config import PRESETS
 from lit_transdiff.endings import EXIT_REQUEUE, CheckpointError, Preempted
-from lit_transdiff.loading import load_run, override
+from lit_transdiff.loading import load_run, override, preset
 
 CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
 AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
@@ -136,7 +137,7 @@ def sample(args: argparse.Namespace) -> None:
     from lit_transdiff.sampling import load_generator
 
     generator = load_generator(args.checkpoint, default_device(), compile=args.compile, cuda_graphs=args.cuda_graphs)
-    sampling = override(generator.run, args.overrides, CHANGEABLE).sampling
+    sampling = override(generator.run, preset(args.preset) + args.overrides, CHANGEABLE).sampling
     output = Path(args.output or Path(args.checkpoint) / "samples" / "drawn")
     common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
     classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(min(10, generator.run.model.num_classes)))
@@ -156,7 +157,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     fabric = build_fabric()
     generator = load_generator(args.checkpoint, fabric.device, compile=args.compile, cuda_graphs=args.cuda_graphs)
-    settings = override(generator.run, args.overrides, (*CHANGEABLE, "tracking"))
+    settings = override(generator.run, preset(args.preset) + args.overrides, (*CHANGEABLE, "tracking"))
     output = Path(args.output) if args.output else None
     result = score_checkpoint(generator, settings, output, fabric, save_images=args.save_images)
     for name, value in result["scores"].items():
@@ -298,6 +299,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
 def add_trained(sub: argparse.ArgumentParser) -> None:
     """Which trained model draws, and how fast."""
     sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
+    sub.add_argument("--preset", choices=PRESETS, help="settings of the sampler by name; key=value settings go over them")
     sub.add_argument("--compile", action="store_true", help="run decoder blocks and autoencoder through torch.compile")
     sub.add_argument("--cuda-graphs", action="store_true", help="run the decoder's steps as CUDA graphs")
 

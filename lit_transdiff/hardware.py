@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ DEVICES: dict[str, Device] = {
 
 @lru_cache
 def peak_flops(device: torch.device) -> float:
-    """Operations a second of a device at its best: the data sheet's, or those of a large matrix product, measured once."""
+    """Operations a second of a device at its best: the data sheet's, or those of the fastest of some matrix products."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known in DEVICES.values():
@@ -56,7 +55,7 @@ def peak_flops(device: torch.device) -> float:
         start = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times)
+    return 2 * size**3 / min(times)
 
 
 @lru_cache

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_transdiff.config import NESTED, SIZES, ModelConfig, RunConfig, require, unknown
+from lit_transdiff.config import NESTED, PRESETS, SIZES, ModelConfig, RunConfig, require, unknown
 from lit_transdiff.files import replace_file
 
 
@@ -123,6 +123,11 @@ def plain(settings: Any) -> dict[str, Any]:
     result = OmegaConf.to_container(settings)
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}
+
+
+def preset(name: str | None) -> list[str]:
+    """The settings of a sampler's name as overrides; none without a name."""
+    return [] if name is None else [f"sampling.{key}={value}" for key, value in PRESETS[name].items()]
 
 
 def override(run: RunConfig, overrides: Sequence[str], sections: Sequence[str]) -> RunConfig:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_transdiff.config import NESTED, SIZES, ModelConfig, RunConfig
-from lit_transdiff.loading import load_run, override, parse_overrides, run_from, save_yaml
+from lit_transdiff.config import NESTED, PRESETS, SIZES, ModelConfig, RunConfig, SamplingConfig
+from lit_transdiff.loading import load_run, override, parse_overrides, preset, run_from, save_yaml
+from lit_transdiff.sampling import check_sampling
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -100,6 +101,16 @@ def test_a_trained_run_changes_only_how_it_is_sampled_and_scored():
     assert override(run, ["sampling.num_steps=3"], ("sampling",)).sampling.num_steps == 3
     with pytest.raises(ValueError, match=r"override: got 'model'; allowed: sampling\.\*"):
         override(run, ["model.width=3"], ("sampling",))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_sampler_and_single_settings_go_over_it(name: str):
+    given = SamplingConfig(reference_steps=[1, 1, 1, 2], guidance_scale=1.7)
+    run = RunConfig(model=ModelConfig(num_references=4), sampling=given)
+    found = override(run, [*preset(name), "sampling.num_steps=7"], ("sampling",)).sampling
+    assert found == dataclasses.replace(given, **{**PRESETS[name], "num_steps": 7}) and found.guidance_scale == 1.7
+    check_sampling(found)
+    assert preset(None) == []
 
 
 def test_geometry_of_the_paper():

@@ -10,11 +10,12 @@ from lit_transdiff.config.evaluation import EvaluationConfig
 from lit_transdiff.config.model import SIZES, ModelConfig
 from lit_transdiff.config.run import NESTED, RunConfig
 from lit_transdiff.config.running import CheckpointConfig, DistributedConfig, SafetyConfig, TrackingConfig
-from lit_transdiff.config.sampling import SamplingConfig
+from lit_transdiff.config.sampling import PRESETS, SamplingConfig
 from lit_transdiff.config.training import FlowConfig, OptimizerConfig, TrainingConfig
 
 __all__ = [
     "NESTED",
+    "PRESETS",
     "SIZES",
     "AutoencoderConfig",
     "AutoencoderTraining",

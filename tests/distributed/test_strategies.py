@@ -14,6 +14,7 @@ from lit_transdiff.checkpoint import complete_checkpoints, open_checkpoint
 from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed import STRATEGIES
 from lit_transdiff.export import export_checkpoint, read_export
+from lit_transdiff.models.execution import can_compile
 from lit_transdiff.trainer import train
 from tests.distributed.launch import fit_all, values
 from tests.small import small_run
@@ -26,6 +27,7 @@ SETTINGS = {
     "optimizer": {"gradient_clip": 0.5, "more_ema_decays": [0.5]},  # norms are above the clip
     "training": {"micro_batch_size": 2, "validate_every": 3, "log_every": 1, "max_steps": 5},  # two passes on two ranks
 }
+BRIEF = {"training": {**SETTINGS["training"], "max_steps": 3}, "optimizer": {"gradient_clip": 0.5}}
 # Kinds of runs -> what they change. Cheap enough to do all of them under every strategy.
 KINDS = {
     "plain": {},
@@ -92,9 +94,8 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 2e-6) -> None:
 
 
 def test_every_strategy_takes_the_steps_of_one_process_in_brief(tmp_path: Path):
-    brief = {"training": {**SETTINGS["training"], "max_steps": 3}, "optimizer": {"gradient_clip": 0.5}}
-    train(settings(tmp_path, "plain", "single", **brief), say=lambda text: None)
-    fit_all(tmp_path, 2, [(settings(tmp_path, "plain", name, **brief), None) for name in SEVERAL])
+    train(settings(tmp_path, "plain", "single", **BRIEF), say=lambda text: None)
+    fit_all(tmp_path, 2, [(settings(tmp_path, "plain", name, **BRIEF), None) for name in SEVERAL])
     for name in SEVERAL:
         assert_same_run(tmp_path / "plain-single", tmp_path / f"plain-{name}")
 
@@ -105,6 +106,25 @@ def test_every_strategy_takes_the_steps_of_one_process_in_brief(tmp_path: Path):
 def test_two_processes_take_the_steps_of_one(folder: Path, kind: str, strategy: str):
     tolerance = 2e-3 if kind == "bf16" else 2e-6
     assert_same_run(folder / f"{kind}-single", folder / f"{kind}-{strategy}", tolerance)
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process whose blocks are not compiled."""
+    root = tmp_path_factory.mktemp("compiled")
+    fit_all(root, 1, [(settings(root, "plain", "single", **BRIEF), None)])
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compiled_blocks_take_the_same_steps(eager: Path, strategy: str):
+    if not can_compile("cpu"):
+        pytest.skip("torch.compile does not work on this machine")
+    fast = {**BRIEF, "training": {**BRIEF["training"], "compile": True, "activation_checkpointing": "decoder"}}
+    said = fit_all(eager, 1 if strategy == "single" else 2, [(settings(eager, "plain", strategy, "-compiled", **fast), None)])
+    assert "run eagerly" not in said
+    assert_same_run(eager / "plain-single", eager / f"plain-{strategy}-compiled", 1e-5)
 
 
 @pytest.mark.slow
