@@ -33,19 +33,19 @@ def settings_of(references: int, guidance: float) -> dict[str, dict[str, Any]]:
     """Name -> what differs from the paper's sampler at 100 steps with this guidance."""
     found: dict[str, dict[str, Any]] = {BASELINE: {}}
     found |= {f"paper, {n} steps": {"num_steps": n} for n in (50, 25, 12)}
-    for n in (25, 12, 8):
+    for n in (25, 12):
         found[f"paper, {n} steps, guided in [0, 0.7]"] = {"num_steps": n, "guidance_interval": [0.0, 0.7]}
     for n in (12, 8):
         found[f"paper, {n} steps, scales 0.95 and 0.85"] = {"num_steps": n, "drift_scale": 0.95, "noise_scale": 0.85}
-    for solver, counts in {"adams_bashforth": (24, 12, 8), "heun": (12, 6), "euler": (25, 12)}.items():
-        found |= {f"{solver}, {n} steps": {"solver": solver, "grid": "uniform", "num_steps": n} for n in counts}
-    if references > 1:
-        early = references - 1
-        found["paper, last 25 steps, earlier 6"] = {"num_steps": 25, "reference_steps": [6] * early + [25]}
-        found["paper, last 25 steps, earlier 3"] = {"num_steps": 25, "reference_steps": [3] * early + [25]}
-        only_last = {"num_steps": 25, "reference_guidance": [1.0] * early + [guidance]}
-        found["paper, 25 steps, only the last guided"] = only_last
-        found["paper, last 12 steps, earlier 6"] = {"num_steps": 12, "reference_steps": [6] * early + [12]}
+    if references == 1:
+        for solver, counts in {"adams_bashforth": (24, 12, 8), "heun": (12, 6), "euler": (25, 12)}.items():
+            found |= {f"{solver}, {n} steps": {"solver": solver, "grid": "uniform", "num_steps": n} for n in counts}
+        return found
+    early = references - 1
+    for last, before in ((25, 6), (25, 3), (12, 6)):
+        found[f"paper, last {last} steps, earlier {before}"] = {"num_steps": last, "reference_steps": [before] * early + [last]}
+    only_last = {"num_steps": 25, "reference_guidance": [1.0] * early + [guidance]}
+    found["paper, 25 steps, only the last guided"] = only_last
     return found
 
 
