@@ -11,7 +11,6 @@ turns; the table gives medians.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.model_speed import GUIDANCE, Setup, counted, machine, sampling_pair, seconds, set_up
-from lit_transdiff.config import SIZES, ModelConfig
+from benchmarks.model_speed import GUIDANCE, Setup, counted, machine, options, sampling_pair, seconds, set_up
+from lit_transdiff.config import ModelConfig
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -76,13 +75,7 @@ def dit_sampling(dit: DiTTransformer2DModel, setup: Setup, steps: int) -> Callab
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = options(__doc__).parse_args()
     device = torch.device(args.device)
     setups = {
         f"ours, {name}": set_up(args.size, references, args.batch, device) for name, references in (("one-step", 1), ("MRAR", 4))
