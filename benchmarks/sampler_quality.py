@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lit_transdiff.config import SamplingConfig
+from lit_transdiff.config import PRESETS, SamplingConfig
 from lit_transdiff.distributed import default_device
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.sampling import Generator, load_generator
@@ -35,8 +35,8 @@ def settings_of(references: int, guidance: float) -> dict[str, dict[str, Any]]:
     found |= {f"paper, {n} steps": {"num_steps": n} for n in (50, 25, 12)}
     for n in (25, 12):
         found[f"paper, {n} steps, guided in [0, 0.7]"] = {"num_steps": n, "guidance_interval": [0.0, 0.7]}
-    for n in (12, 8):
-        found[f"paper, {n} steps, scales 0.95 and 0.85"] = {"num_steps": n, "drift_scale": 0.95, "noise_scale": 0.85}
+    found["fast preset, 12 steps"] = PRESETS["fast"]
+    found["fast preset, with 8 steps"] = {**PRESETS["fast"], "num_steps": 8}
     if references == 1:
         for solver, counts in {"adams_bashforth": (24, 12, 8), "heun": (12, 6), "euler": (25, 12)}.items():
             found |= {f"{solver}, {n} steps": {"solver": solver, "grid": "uniform", "num_steps": n} for n in counts}
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="settings of the table beside the baseline")
     parser.add_argument("--output", type=Path, help="default: sampler_quality in the run folder")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
@@ -103,7 +104,11 @@ def main() -> None:
     run = generator.run
     base = dataclasses.replace(run.sampling, solver="euler_maruyama", grid="paper", num_steps=100)
     rows = {}
-    for name, changes in settings_of(run.model.num_references, run.sampling.guidance_scale).items():
+    settings = settings_of(run.model.num_references, run.sampling.guidance_scale)
+    if wrong := [name for name in args.only if name not in settings]:
+        parser.error(f"--only: got {wrong[0]!r}; allowed: {', '.join(settings)}")
+    for name in [BASELINE, *args.only] if args.only else settings:
+        changes = settings[name]
         sampling = dataclasses.replace(base, **changes)
         rows[name] = score(generator, sampling, args.images, args.seeds, args.output or Path(args.checkpoint) / "sampler_quality")
     cost = statistics.mean(rows[BASELINE]["evaluations"])
