@@ -36,7 +36,7 @@ def settings_of(references: int, guidance: float) -> dict[str, dict[str, Any]]:
     for n in (25, 12):
         found[f"paper, {n} steps, guided in [0, 0.7]"] = {"num_steps": n, "guidance_interval": [0.0, 0.7]}
     found["fast preset, 12 steps"] = PRESETS["fast"]
-    found["fast preset, with 8 steps"] = {**PRESETS["fast"], "num_steps": 8}
+    found["fast preset, 8 steps"] = {**PRESETS["fast"], "num_steps": 8}
     if references == 1:
         for solver, counts in {"adams_bashforth": (24, 12, 8), "heun": (12, 6), "euler": (25, 12)}.items():
             found |= {f"{solver}, {n} steps": {"solver": solver, "grid": "uniform", "num_steps": n} for n in counts}
@@ -84,7 +84,10 @@ def draw(rows: dict[str, dict[str, list[float]]], title: str, file: Path) -> Non
     base = statistics.mean(rows[BASELINE]["distance"])
     axes.axhline(base, color="grey", linewidth=0.8, linestyle="--")
     axes.axvline(statistics.mean(rows[BASELINE]["evaluations"]) / 4, color="grey", linewidth=0.8, linestyle=":")
+    costs = sorted({round(statistics.mean(values["evaluations"])) for values in rows.values()})
     axes.set(xscale="log", xlabel="decoder evaluations an image", ylabel="Frechet distance (lower is better)", title=title)
+    axes.set_xticks(costs, [str(cost) for cost in costs], rotation=60, fontsize=8)
+    axes.minorticks_off()
     axes.legend(fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
