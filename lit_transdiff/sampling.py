@@ -209,6 +209,7 @@ class Generator:
 
     def to(self, device: torch.device | str) -> Generator:
         self.model.to(device)
+        self.rounded = None  # it is made again where the model is
         self.autoencoder.to(device)
         return self
 
