@@ -28,20 +28,22 @@ from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.trainer import train
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kill:
-    """What dies: at ``where`` in step ``step`` of rank ``rank``. ``time_file`` gets the moment."""
+    """What dies, once: at ``where`` in step ``step`` of rank ``rank``. ``time_file`` gets the moment."""
 
     time_file: Path
     where: str
     step: int
     rank: int
+    done: bool = False
 
     @property
     def here(self) -> bool:
         return int(os.environ.get("RANK", 0)) == self.rank
 
     def process(self, number: int, how: signal.Signals = signal.SIGKILL) -> None:
+        self.done = True
         self.time_file.write_text(str(time.time()))
         self.time_file.with_suffix(".pid").write_text(str(number))
         os.kill(number, how)
@@ -62,7 +64,7 @@ def watch_steps(kill: Kill, record: Path) -> None:
                 file.write(json.dumps([self.global_step, batch.samples.flatten().tolist()]) + "\n")
             if now and kill.where == "step":
                 kill.die()
-            if now and kill.where in ("worker", "stuck") and kill.here:
+            if now and kill.where in ("worker", "stuck") and kill.here and not kill.done:  # a step may have several passes
                 worker = multiprocessing.active_children()[0].pid or 0
                 kill.process(worker, signal.SIGKILL if kill.where == "worker" else signal.SIGSTOP)
             if kill.where[0].isdigit() and not any(thread.name == "killer" for thread in threading.enumerate()):

@@ -16,6 +16,7 @@ from lit_transdiff.loading import to_dict
 from tests.small import ROOT
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
 
 
 def free_port() -> str:
