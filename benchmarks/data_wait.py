@@ -23,10 +23,11 @@ from lit_transdiff.config import AutoencoderTraining, RunConfig
 from lit_transdiff.data.index import LatentInfo
 from lit_transdiff.loading import load_run
 from lit_transdiff.models.autoencoder import KLAutoencoder
+from lit_transdiff.parts import build
 from lit_transdiff.runfolder import open_folder
 from lit_transdiff.stages.callbacks import LogTraining
 from lit_transdiff.tracking.loggers import MetricsCSV
-from lit_transdiff.trainer import build, build_trainer
+from lit_transdiff.trainer import build_trainer
 
 ROOT = Path(__file__).parent.parent
 LATENTS = 2048

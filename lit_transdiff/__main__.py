@@ -1,7 +1,4 @@
-"""The command line: one thin function a command, no logic.
-
-The heavy imports are inside the commands, so that ``--help`` and a bad option answer at once.
-"""
+"""The command line: the options of each command, and how its errors end the process."""
 
 from __future__ import annotations
 
@@ -12,210 +9,12 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from lit_transdiff import __version__
+from lit_transdiff import __version__, commands
 from lit_transdiff.config import PRESETS
 from lit_transdiff.endings import EXIT_REQUEUE, CheckpointError, Preempted
-from lit_transdiff.loading import load_run, override, preset
 
-CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
 AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
-
-
-def pack(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.pack import pack as write
-
-    names = args.class_names
-    print(
-        write(
-            args.source,
-            args.dest,
-            split=args.split,
-            samples_per_shard=args.samples_per_shard,
-            shards=args.shards,
-            shard_size=args.shard_size,
-            seed=args.seed,
-            image_size=args.image_size,
-            pad_to=args.pad_to,
-            limit=args.limit,
-            class_names=Path(names) if names and Path(names).is_file() else names and names.split(","),
-            workers=args.workers,
-        )
-    )
-
-
-def index(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.index import index_shards
-
-    found = index_shards(args.folder, args.class_names.split(",") if args.class_names else None, workers=args.workers)
-    print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
-
-
-def verify(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.index import verify as check
-
-    found = check(args.folder, args.workers)
-    print(f"{len(found)} samples in {len(found.shards)} shards: every checksum is right")
-
-
-def cache(args: argparse.Namespace) -> None:
-    from lit_transdiff.distributed import build_fabric
-    from lit_transdiff.prepare import cache as write
-
-    run = load_run(args.run, args.overrides)
-    fabric = build_fabric()
-    found = write(
-        args.source,
-        args.dest,
-        autoencoder=run.autoencoder,
-        data=run.data,
-        fabric=fabric,
-        flips=args.flips,
-        batch_size=args.batch_size,
-    )
-    fabric.print(f"{len(found)} latents of shape {found.latents.shape if found.latents else ''} in {args.dest}")
-
-
-def statistics(args: argparse.Namespace) -> None:
-    from lit_transdiff.distributed import default_device
-    from lit_transdiff.evaluation.features import load_extractor
-    from lit_transdiff.prepare import statistics as write
-
-    run = load_run(args.run, args.overrides)
-    extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights, default_device())
-    found = write(args.source, args.dest, data=run.data, extractor=extractor)
-    print(f"{found.num_images} images, {found.mu.size} features, hash {found.hash}: {args.dest}")
-
-
-def train(args: argparse.Namespace) -> None:
-    from lit_transdiff.tracking.place import placed
-
-    run = placed(load_run(args.run, args.overrides))
-    if args.dry_run:
-        from lit_transdiff.pipeline import dry_run
-
-        return dry_run([run])
-    if args.evaluate:
-        from lit_transdiff.distributed import build_fabric
-        from lit_transdiff.pipeline import train_and_score
-
-        return train_and_score(run, build_fabric())
-    from lit_transdiff.trainer import train as fit
-
-    print(f"trained: {fit(run).folder}")
-
-
-def run(args: argparse.Namespace) -> None:
-    from lit_transdiff.distributed import build_fabric
-    from lit_transdiff.pipeline import dry_run, load_pipeline, run_pipeline
-
-    pipeline, runs = load_pipeline(args.pipeline, args.overrides)
-    if args.dry_run:
-        return dry_run(runs, pipeline)
-    run_pipeline(pipeline, runs, build_fabric())
-
-
-def convert(args: argparse.Namespace) -> None:
-    from lit_transdiff.convert import convert as write
-
-    recipe = load_run(args.recipe, args.overrides) if args.recipe else None
-    report = write(
-        args.source,
-        args.dest,
-        autoencoder=args.autoencoder,
-        recipe=recipe,
-        num_heads=args.num_heads,
-        scaling_factor=args.scaling_factor,
-    )
-    print(report)
-
-
-def sample(args: argparse.Namespace) -> None:
-    from lit_transdiff.distributed import default_device
-    from lit_transdiff.draw import draw_fusion, draw_samples
-    from lit_transdiff.sampling import load_generator
-
-    generator = load_generator(args.checkpoint, default_device(), compile=args.compile, cuda_graphs=args.cuda_graphs)
-    sampling = override(generator.run, preset(args.preset) + args.overrides, CHANGEABLE).sampling
-    output = Path(args.output or Path(args.checkpoint) / "samples" / "drawn")
-    common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
-    classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(min(10, generator.run.model.num_classes)))
-    generator.check_labels(classes)
-    if args.fuse:
-        if len(classes) != 2:
-            raise ValueError(f"--classes: got {args.classes!r}; allowed with --fuse: two classes, as in 0,7.")
-        print(draw_fusion(generator, (classes[0], classes[1]), args.per_class, output, kind=args.fuse, **common))
-    else:
-        print(draw_samples(generator, classes, args.per_class, output, references=args.references, **common))
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    from lit_transdiff.distributed import build_fabric
-    from lit_transdiff.pipeline import score_checkpoint
-    from lit_transdiff.sampling import load_generator
-
-    fabric = build_fabric()
-    generator = load_generator(args.checkpoint, fabric.device, compile=args.compile, cuda_graphs=args.cuda_graphs)
-    settings = override(generator.run, preset(args.preset) + args.overrides, (*CHANGEABLE, "tracking"))
-    output = Path(args.output) if args.output else None
-    result = score_checkpoint(generator, settings, output, fabric, save_images=args.save_images)
-    for name, value in result["scores"].items():
-        fabric.print(f"{name:20} {value}")
-    fabric.print(result["file"])
-
-
-def reproduce(args: argparse.Namespace) -> None:
-    from lit_transdiff.distributed import build_fabric
-    from lit_transdiff.reproduce import Files
-    from lit_transdiff.reproduce import reproduce as redo
-
-    files = Files(Path(args.weights), Path(args.vae), Path(args.inception), Path(args.reference))
-    fabric = build_fabric()
-    output, experiments = Path(args.output), Path(args.experiments)
-    fabric.print(redo(args.row, files, output, fabric=fabric, experiments=experiments, overrides=args.overrides))
-
-
-def compare(args: argparse.Namespace) -> None:
-    from lit_transdiff.evaluation.compare import compare as table
-
-    print(table(args.folder, args.output or args.folder))
-
-
-def sweep(args: argparse.Namespace) -> None:
-    from lit_transdiff.sweep.controller import run_sweep
-    from lit_transdiff.sweep.file import load_sweep
-    from lit_transdiff.sweep.report import outcome
-
-    plan = load_sweep(args.file)
-    folder = Path(args.output or Path("runs") / "sweeps" / plan.name)
-    trials = run_sweep(plan, folder, agents=args.agents, devices_per_run=args.devices_per_run, seed=args.seed)
-    print(outcome(plan, trials, folder))
-
-
-def report(args: argparse.Namespace) -> None:
-    from lit_transdiff.report.page import report_file, write_report
-    from lit_transdiff.tracking.runs import runs
-
-    print(write_report(runs(args.folder), Path(args.output or report_file(args.folder)), title=args.folder))
-
-
-def export(args: argparse.Namespace) -> None:
-    from lit_transdiff.export import export_run
-
-    print(export_run(Path(args.run_folder), args.step, args.average, args.output))
-
-
-def plan(args: argparse.Namespace) -> None:
-    from lit_transdiff.distributed.planner import plan as outline
-
-    print(outline(load_run(args.run, args.overrides), args.gpus, args.gpu, args.mfu))
-
-
-def doctor(args: argparse.Namespace) -> None:
-    from lit_transdiff.distributed.doctor import examine
-
-    sys.exit(examine(Path(args.folder), Path(args.shards) if args.shards else None))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -224,10 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
         prog="lit-transdiff", description="Train, sweep and compare TransDiff-type image generators."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=text, description=text)
+        sub = subparsers.add_parser(function.__name__, help=text, description=text)
         sub.set_defaults(function=function)
         return sub
 
@@ -254,7 +53,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
     """What is done once to a data set."""
-    sub = command(pack, "image folder, IDX files or list file -> webdataset shards with an index")
+    sub = command(commands.pack, "image folder, IDX files or list file -> webdataset shards with an index")
     sub.add_argument("source")
     sub.add_argument("dest")
     sub.add_argument("--split", choices=("train", "t10k"), help="which of the IDX files")
@@ -272,16 +71,16 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     )
     sub.add_argument("--workers", type=int, default=0, help="processes that write shards; default: this one alone")
 
-    sub = command(index, "write the index of webdataset shards that you already have")
+    sub = command(commands.index, "write the index of webdataset shards that you already have")
     sub.add_argument("folder")
     sub.add_argument("--class-names", help="names in order of class, separated by commas")
     sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
-    sub = command(verify, "check the SHA-256 of every shard against the index")
+    sub = command(commands.verify, "check the SHA-256 of every shard against the index")
     sub.add_argument("folder")
     sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
-    sub = command(cache, "image shards -> latent shards, with the autoencoder and image settings of a run")
+    sub = command(commands.cache, "image shards -> latent shards, with the autoencoder and image settings of a run")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("source")
     sub.add_argument("dest")
@@ -289,7 +88,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("--batch-size", type=int, default=64, help="images that are encoded together on each device")
     with_overrides(sub)
 
-    sub = command(statistics, "image shards -> reference statistics, with the extractor of a run")
+    sub = command(commands.statistics, "image shards -> reference statistics, with the extractor of a run")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("source", help="folder of image shards, or an .npz file with images as arr_0 (ADM's layout)")
     sub.add_argument("dest", help="a file name ending in .npz")
@@ -306,18 +105,18 @@ def add_trained(sub: argparse.ArgumentParser) -> None:
 
 def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
     """What trains, draws, scores and compares."""
-    sub = command(train, "train one run; the same command again continues it")
+    sub = command(commands.train, "train one run; the same command again continues it")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
     sub.add_argument("--evaluate", action="store_true", help="score the trained model; the scores go to the same run")
     with_overrides(sub)
 
-    sub = command(run, "train, sample and score a list of runs and compare them; the same command again continues it")
+    sub = command(commands.run, "train, sample and score a list of runs and compare them; the same command again continues it")
     sub.add_argument("pipeline", help="the pipeline's YAML")
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
     with_overrides(sub)
 
-    sub = command(convert, "released checkpoints (TransDiff, latent diffusion's autoencoder) <-> ours")
+    sub = command(commands.convert, "released checkpoints (TransDiff, latent diffusion's autoencoder) <-> ours")
     sub.add_argument("source", help="checkpoint-last.pth, its folder, or kl16.ckpt; back: an export or autoencoder folder")
     sub.add_argument("dest", help="a folder; back: a file name ending in .pth or .ckpt")
     sub.add_argument("--autoencoder", help="folder of the converted autoencoder that the model was trained with")
@@ -326,7 +125,7 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub.add_argument("--scaling-factor", type=float, default=0.2325, help="latents = samples x this; default: %(default)s")
     with_overrides(sub)
 
-    sub = command(sample, "draw images from a trained run: a labelled grid and single images")
+    sub = command(commands.sample, "draw images from a trained run: a labelled grid and single images")
     add_trained(sub)
     sub.add_argument("--classes", help="numbers separated by commas; default: the first ten")
     sub.add_argument("--per-class", type=int, default=8)
@@ -336,14 +135,15 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub.add_argument("--output", help="folder; default: samples/drawn in the run folder")
     with_overrides(sub)
 
-    sub = command(evaluate, "score a trained run and store the scores with everything that decided them")
+    sub = command(commands.evaluate, "score a trained run and store the scores with everything that decided them")
     add_trained(sub)
     sub.add_argument("--output", help="folder that all processes share; default: the run folder")
     sub.add_argument("--save-images", choices=("npz", "folder", "both"), help="also keep the images: ADM .npz, PNG files")
     with_overrides(sub)
 
     sub = command(
-        reproduce, "a row of the paper's table from the released files: convert, generate, score, ours beside the paper's"
+        commands.reproduce,
+        "a row of the paper's table from the released files: convert, generate, score, ours beside the paper's",
     )
     sub.add_argument("row", help="a name in experiments/baselines.json, as in L-MRAR")
     sub.add_argument("--weights", required=True, help="checkpoint-last.pth, or its folder")
@@ -354,39 +154,39 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub.add_argument("--experiments", default="experiments", help="folder of the recipes; default: %(default)s")
     with_overrides(sub)
 
-    sub = command(compare, "one table of all scored runs below a folder, as text, Markdown, CSV and a picture")
+    sub = command(commands.compare, "one table of all scored runs below a folder, as text, Markdown, CSV and a picture")
     sub.add_argument("folder")
     sub.add_argument("--output", help="folder; default: the same")
 
 
 def add_study_commands(command: AddCommand) -> None:
     """What looks at many runs together."""
-    sub = command(sweep, "run a W&B sweep file on this machine, without a server; the same command again continues it")
+    sub = command(commands.sweep, "run a W&B sweep file on this machine, without a server; the same command again continues it")
     sub.add_argument("file", help="the sweep's YAML")
     sub.add_argument("--output", help="folder of the trials; default: runs/sweeps/NAME")
     sub.add_argument("--agents", type=int, help="trials at once; default: as many as the GPUs allow, or one on CPUs")
     sub.add_argument("--devices-per-run", type=int, default=1, help="GPUs of one trial, where its command is torchrun's")
     sub.add_argument("--seed", type=int, default=0, help="of random and bayes")
 
-    sub = command(report, "one HTML page of all runs below a folder: curves, samples, scores, differences")
+    sub = command(commands.report, "one HTML page of all runs below a folder: curves, samples, scores, differences")
     sub.add_argument("folder", help="a folder of runs, an archive of them, or entity/project at W&B")
     sub.add_argument("--output", help="the file; default: report.html in the folder, or beside the archive")
 
 
 def add_machine_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
     """What is asked of machines before and after a run."""
-    sub = command(plan, "memory, time and network of a run for every strategy, before it is started")
+    sub = command(commands.plan, "memory, time and network of a run for every strategy, before it is started")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("--gpus", type=int, required=True)
     sub.add_argument("--gpu", required=True, help="as in h200, h100, a100-80gb")
     sub.add_argument("--mfu", type=float, default=0.35, help="share of the peak that is reached; default: %(default)s")
     with_overrides(sub)
 
-    sub = command(doctor, "check this machine, or under torchrun an allocation: devices, network, file system, versions")
+    sub = command(commands.doctor, "check this machine, or under torchrun an allocation: devices, network, file system, versions")
     sub.add_argument("--folder", default="runs", help="a folder that all nodes must see; default: %(default)s")
     sub.add_argument("--shards", help="a folder of shards whose reading is timed")
 
-    sub = command(export, "a checkpoint of any strategy -> plain averaged weights (safetensors) and config.yaml")
+    sub = command(commands.export, "a checkpoint of any strategy -> plain averaged weights (safetensors) and config.yaml")
     sub.add_argument("run_folder")
     sub.add_argument("--step", type=int, help="default: the last checkpoint")
     sub.add_argument("--average", default="ema", help="ema, ema_DECAY of optimizer.more_ema_decays, or last for the weights")

@@ -25,13 +25,14 @@ from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import EXTRACTORS, load_extractor
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.loading import check_keys, load_run, plain, read_yaml, to_yaml
+from lit_transdiff.parts import plan
 from lit_transdiff.prepare import cache, check_statistics, statistics
 from lit_transdiff.runfolder import open_folder
 from lit_transdiff.sampling import Generator, load_generator
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.tracking.evaluations import evaluation_run, log_evaluation, log_own_scores
 from lit_transdiff.tracking.place import placed, trial_place
-from lit_transdiff.trainer import plan, train
+from lit_transdiff.trainer import train
 
 
 @dataclass(frozen=True)

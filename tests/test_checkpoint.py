@@ -26,8 +26,9 @@ from lit_transdiff.checkpoint import (
 from lit_transdiff.config import CheckpointConfig
 from lit_transdiff.endings import CheckpointError
 from lit_transdiff.export import read_export
+from lit_transdiff.parts import check_run
 from lit_transdiff.runfolder import last_checkpoint
-from lit_transdiff.trainer import check_run, train
+from lit_transdiff.trainer import train
 from tests.small import small_run
 
 VALUES = torch.arange(12.0)

@@ -32,6 +32,7 @@ LAYERS = {
     "runfolder": 3,
     "distributed": 6,
     "evaluation": 6,
+    "parts": 7,
     "tracking": 7,
     "trainer": 8,
     "sweep": 8,
@@ -40,7 +41,8 @@ LAYERS = {
     "prepare": 9,
     "reproduce": 9,
     "pipeline": 10,
-    "__main__": 11,
+    "commands": 11,
+    "__main__": 12,
 }
 DOORS = {
     "webdataset": {"data/shards.py", "data/stream.py"},

@@ -26,8 +26,9 @@ from lit_transdiff.export import read_export
 from lit_transdiff.loading import load_run
 from lit_transdiff.models.official import our_name, released_shapes
 from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.parts import plan
 from lit_transdiff.prepare import cache
-from lit_transdiff.trainer import plan, train
+from lit_transdiff.trainer import train
 from tests import plain_autoencoder
 from tests.reference import FIXTURES
 from tests.small import ROOT

@@ -17,9 +17,9 @@ from lit_transdiff.draw import save_image
 from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.statistics import save_statistics
 from lit_transdiff.models.classifier import SmallClassifier, save_classifier
+from lit_transdiff.parts import build
 from lit_transdiff.pipeline import prepare_reference
 from lit_transdiff.prepare import cache, check_statistics, images_of, statistics
-from lit_transdiff.trainer import build
 from tests.small import FASHION, ROOT, small_run
 
 DATA = DataConfig(image_size=32, image_channels=1)

@@ -14,9 +14,10 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.flow.loss import draw_times
 from lit_transdiff.models.official import to_released
 from lit_transdiff.models.tokens import patchify
+from lit_transdiff.parts import build
 from lit_transdiff.randomness import GlobalBatchNormal, mix
 from lit_transdiff.runfolder import last_checkpoint
-from lit_transdiff.trainer import build, train
+from lit_transdiff.trainer import train
 from tests.reference import latents_to_tokens
 from tests.small import small_run
 

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from lit_transdiff.checkpoint import open_checkpoint
 from lit_transdiff.export import read_export
+from lit_transdiff.parts import build, plan
 from lit_transdiff.sampling import load_generator
 from lit_transdiff.stages import PREPARATORY
 from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.stages.callbacks import NonFiniteLoss
-from lit_transdiff.trainer import build, plan, train
+from lit_transdiff.trainer import train
 from tests.small import FASHION, small_run
 
 MRAR = {"stage": "mrar_finetune", "name": "mrar", "model": {"num_references": 4}, "training": {"global_batch_size": 4}}

@@ -1,0 +1,209 @@
+"""The commands: one thin function each, no logic. Their options are in ``__main__``.
+
+The heavy imports are inside the functions, so that ``--help`` and a bad option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lit_transdiff.loading import load_run, override, preset
+
+CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
+
+
+def pack(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.pack import pack as write
+
+    names = args.class_names
+    print(
+        write(
+            args.source,
+            args.dest,
+            split=args.split,
+            samples_per_shard=args.samples_per_shard,
+            shards=args.shards,
+            shard_size=args.shard_size,
+            seed=args.seed,
+            image_size=args.image_size,
+            pad_to=args.pad_to,
+            limit=args.limit,
+            class_names=Path(names) if names and Path(names).is_file() else names and names.split(","),
+            workers=args.workers,
+        )
+    )
+
+
+def index(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import index_shards
+
+    found = index_shards(args.folder, args.class_names.split(",") if args.class_names else None, workers=args.workers)
+    print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
+
+
+def verify(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import verify as check
+
+    found = check(args.folder, args.workers)
+    print(f"{len(found)} samples in {len(found.shards)} shards: every checksum is right")
+
+
+def cache(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.prepare import cache as write
+
+    run = load_run(args.run, args.overrides)
+    fabric = build_fabric()
+    found = write(
+        args.source,
+        args.dest,
+        autoencoder=run.autoencoder,
+        data=run.data,
+        fabric=fabric,
+        flips=args.flips,
+        batch_size=args.batch_size,
+    )
+    fabric.print(f"{len(found)} latents of shape {found.latents.shape if found.latents else ''} in {args.dest}")
+
+
+def statistics(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import default_device
+    from lit_transdiff.evaluation.features import load_extractor
+    from lit_transdiff.prepare import statistics as write
+
+    run = load_run(args.run, args.overrides)
+    extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights, default_device())
+    found = write(args.source, args.dest, data=run.data, extractor=extractor)
+    print(f"{found.num_images} images, {found.mu.size} features, hash {found.hash}: {args.dest}")
+
+
+def train(args: argparse.Namespace) -> None:
+    from lit_transdiff.tracking.place import placed
+
+    run = placed(load_run(args.run, args.overrides))
+    if args.dry_run:
+        from lit_transdiff.pipeline import dry_run
+
+        return dry_run([run])
+    if args.evaluate:
+        from lit_transdiff.distributed import build_fabric
+        from lit_transdiff.pipeline import train_and_score
+
+        return train_and_score(run, build_fabric())
+    from lit_transdiff.trainer import train as fit
+
+    print(f"trained: {fit(run).folder}")
+
+
+def run(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.pipeline import dry_run, load_pipeline, run_pipeline
+
+    pipeline, runs = load_pipeline(args.pipeline, args.overrides)
+    if args.dry_run:
+        return dry_run(runs, pipeline)
+    run_pipeline(pipeline, runs, build_fabric())
+
+
+def convert(args: argparse.Namespace) -> None:
+    from lit_transdiff.convert import convert as write
+
+    recipe = load_run(args.recipe, args.overrides) if args.recipe else None
+    report = write(
+        args.source,
+        args.dest,
+        autoencoder=args.autoencoder,
+        recipe=recipe,
+        num_heads=args.num_heads,
+        scaling_factor=args.scaling_factor,
+    )
+    print(report)
+
+
+def sample(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import default_device
+    from lit_transdiff.draw import draw_fusion, draw_samples
+    from lit_transdiff.sampling import load_generator
+
+    generator = load_generator(args.checkpoint, default_device(), compile=args.compile, cuda_graphs=args.cuda_graphs)
+    sampling = override(generator.run, preset(args.preset) + args.overrides, CHANGEABLE).sampling
+    output = Path(args.output or Path(args.checkpoint) / "samples" / "drawn")
+    common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
+    classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(min(10, generator.run.model.num_classes)))
+    generator.check_labels(classes)
+    if args.fuse:
+        if len(classes) != 2:
+            raise ValueError(f"--classes: got {args.classes!r}; allowed with --fuse: two classes, as in 0,7.")
+        print(draw_fusion(generator, (classes[0], classes[1]), args.per_class, output, kind=args.fuse, **common))
+    else:
+        print(draw_samples(generator, classes, args.per_class, output, references=args.references, **common))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.pipeline import score_checkpoint
+    from lit_transdiff.sampling import load_generator
+
+    fabric = build_fabric()
+    generator = load_generator(args.checkpoint, fabric.device, compile=args.compile, cuda_graphs=args.cuda_graphs)
+    settings = override(generator.run, preset(args.preset) + args.overrides, (*CHANGEABLE, "tracking"))
+    output = Path(args.output) if args.output else None
+    result = score_checkpoint(generator, settings, output, fabric, save_images=args.save_images)
+    for name, value in result["scores"].items():
+        fabric.print(f"{name:20} {value}")
+    fabric.print(result["file"])
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.reproduce import Files
+    from lit_transdiff.reproduce import reproduce as redo
+
+    files = Files(Path(args.weights), Path(args.vae), Path(args.inception), Path(args.reference))
+    fabric = build_fabric()
+    output, experiments = Path(args.output), Path(args.experiments)
+    fabric.print(redo(args.row, files, output, fabric=fabric, experiments=experiments, overrides=args.overrides))
+
+
+def compare(args: argparse.Namespace) -> None:
+    from lit_transdiff.evaluation.compare import compare as table
+
+    print(table(args.folder, args.output or args.folder))
+
+
+def sweep(args: argparse.Namespace) -> None:
+    from lit_transdiff.sweep.controller import run_sweep
+    from lit_transdiff.sweep.file import load_sweep
+    from lit_transdiff.sweep.report import outcome
+
+    plan = load_sweep(args.file)
+    folder = Path(args.output or Path("runs") / "sweeps" / plan.name)
+    trials = run_sweep(plan, folder, agents=args.agents, devices_per_run=args.devices_per_run, seed=args.seed)
+    print(outcome(plan, trials, folder))
+
+
+def report(args: argparse.Namespace) -> None:
+    from lit_transdiff.report.page import report_file, write_report
+    from lit_transdiff.tracking.runs import runs
+
+    print(write_report(runs(args.folder), Path(args.output or report_file(args.folder)), title=args.folder))
+
+
+def export(args: argparse.Namespace) -> None:
+    from lit_transdiff.export import export_run
+
+    print(export_run(Path(args.run_folder), args.step, args.average, args.output))
+
+
+def plan(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed.planner import plan as outline
+
+    print(outline(load_run(args.run, args.overrides), args.gpus, args.gpu, args.mfu))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from lit_transdiff.distributed.doctor import examine
+
+    sys.exit(examine(Path(args.folder), Path(args.shards) if args.shards else None))
