@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_transdiff.averages import EMA
 from lit_transdiff.config import CheckpointConfig
 from lit_transdiff.endings import CheckpointError
 from lit_transdiff.files import replace_file
@@ -113,6 +114,11 @@ class Checkpoint:
         loaded = torch.load(self.folder / TRAINING, map_location="cpu", weights_only=True)
         assert isinstance(loaded, dict)
         return loaded
+
+    @property
+    def averages(self) -> list[str]:
+        """The states that are averages of the weights; of a checkpoint with its slices."""
+        return sorted({state for _, state in self.slices if state.startswith(EMA)})
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:

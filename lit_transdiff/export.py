@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_transdiff.averages import EMA, POWER, combination, width_of
 from lit_transdiff.checkpoint import Checkpoint, complete_checkpoints
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.files import short_hash
 from lit_transdiff.loading import load_run, run_from, save_yaml
+
+FARTHEST = 0.1  # of a combination of averages from the one asked for, by their profiles
 
 
 @dataclass(frozen=True)
@@ -67,27 +71,55 @@ def export_run(run_folder: Path, step: int | None, average: str, output: str | N
     chosen = max(found) if step is None else step
     require(chosen in found, "--step", chosen, f"one of {sorted(found)}")
     folder = Path(output) if output else run_folder / f"export-{chosen:08d}"
-    export_checkpoint(found[chosen].index(), folder, average)
+    earlier = [checkpoint.index() for step, checkpoint in sorted(found.items()) if step < chosen]
+    export_checkpoint(found[chosen].index(), folder, average, earlier)
     return folder
 
 
-def export_checkpoint(checkpoint: Checkpoint, folder: Path, average: str = "ema") -> None:
-    """Write the plain form of a checkpoint of one of the three stages, whatever strategy and number of ranks wrote it."""
+def export_checkpoint(checkpoint: Checkpoint, folder: Path, average: str = EMA, earlier: Sequence[Checkpoint] = ()) -> None:
+    """Write the plain form of a checkpoint of one of the three stages, whatever strategy and number of ranks wrote it.
+
+    ``average`` is one that the checkpoint holds, ``last`` for the weights themselves, or a power-function average of any width
+    that follows from those that it and ``earlier`` checkpoints of the run hold.
+    """
     training = checkpoint.training()
     run, info = run_from(training["run"]), training["info"]
-    averages = sorted({state for _, state in checkpoint.slices if state.startswith("ema")})
-    if average not in averages and average != "last":
-        raise unknown("average", average, [*averages, "last"])
-    weights = checkpoint.weights(None if average == "last" else average)
+    width = width_of(average)
+    if average in (*checkpoint.averages, "last"):
+        weights = checkpoint.weights(None if average == "last" else average)
+        said = (
+            "last" if average == "last" else f"ema {run.optimizer.ema_decay if average == EMA else average.removeprefix('ema_')}"
+        )
+    elif width is not None:
+        weights, distance = combined([*earlier, checkpoint], width)
+        said = f"power-function average of width {width} (profile within {distance:.1%})"
+    else:
+        raise unknown("average", average, [*checkpoint.averages, "last"])
     state = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
-    decay = run.optimizer.ema_decay if average == "ema" else average.removeprefix("ema_")
-    info = {
-        **info,
-        "step": checkpoint.step,
-        "images_seen": checkpoint.manifest["images_seen"],
-        "weights": "last" if average == "last" else f"ema {decay}",
-    }
+    info = {**info, "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": said}
     write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
+
+
+def combined(checkpoints: Sequence[Checkpoint], width: float) -> tuple[dict[str, Tensor], float]:
+    """Weights and buffers with the power-function average of ``width`` at the last of ``checkpoints``, from all that they hold.
+
+    Also the distance of its profile from the one asked for. Raises ``ValueError`` when that is more than ``FARTHEST``.
+    """
+    held = [(checkpoint, state) for checkpoint in checkpoints for state in checkpoint.averages if width_of(state) is not None]
+    require(len(held) > 0, "--average", f"{POWER}{width}", "a run with optimizer.power_widths, as in [0.05, 0.1]")
+    updates = {checkpoint.step: checkpoint.training()["param_groups"][0]["num_updates"] for checkpoint in checkpoints}
+    snapshots = [(updates[checkpoint.step], width_of(state) or 0.0) for checkpoint, state in held]
+    factors, distance = combination(snapshots, updates[checkpoints[-1].step], width)
+    widths = sorted({width for _, width in snapshots})
+    found = f"{width}, which the averages of {len(checkpoints)} checkpoints give within {distance:.0%} only"
+    require(distance <= FARTHEST, "--average: width", found, f"widths near {widths}; more checkpoints kept reach farther")
+    weights = checkpoints[-1].weights(None)
+    for name in {name for name, state in checkpoints[-1].slices if state == held[-1][1]}:
+        total = torch.zeros(checkpoints[-1].shapes[name], dtype=torch.float64)
+        for (checkpoint, state), factor in zip(held, factors.tolist(), strict=True):
+            total.add_(checkpoint.tensor(name, state), alpha=factor)
+        weights[name] = total.float()
+    return weights, distance
 
 
 def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_weights: Callable[[Path], None]) -> None:

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "lit_transdiff"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from rooms with a smaller number only, and from itself. data, models and flow do not see each other.
 LAYERS = {
+    "averages": 0,
     "config": 0,
     "files": 0,
     "endings": 0,

@@ -44,11 +44,20 @@ class OptimizerConfig:
     gradient_scale: float = 1.0  # of the loss's mean, before clipping; the reference sums its accumulated passes: their number
     ema_decay: float = 0.9999
     more_ema_decays: list[float] = field(default_factory=list)  # further averages, kept and exported beside the first
+    power_widths: list[float] = field(default_factory=list)  # power-function averages kept (EDM2's: 0.05 and 0.1); see export
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
-        for decay in (self.ema_decay, *self.more_ema_decays):
-            require(0 <= decay < 1, "optimizer.ema_decay", decay, "0 <= decay < 1")
+        decays, widths = [self.ema_decay, *self.more_ema_decays], self.power_widths
+        require(all(0 <= decay < 1 for decay in decays), "optimizer.ema_decay", decays, "0 <= decay < 1")
+        require(len(set(decays)) == len(decays), "optimizer.more_ema_decays", decays, "decays that differ")
+        allowed = "different widths above 0 and below 0.288 (the mean of all updates)"
+        require(
+            all(0 < width < 12**-0.5 for width in widths) and len(set(widths)) == len(widths),
+            "optimizer.power_widths",
+            widths,
+            allowed,
+        )
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         require(0 <= self.warmup_offset <= 1, "optimizer.warmup_offset", self.warmup_offset, "0 to 1")
         require(self.gradient_scale > 0, "optimizer.gradient_scale", self.gradient_scale, "above 0")
@@ -56,6 +65,11 @@ class OptimizerConfig:
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two values in [0, 1)"
         )
+
+    @property
+    def num_averages(self) -> int:
+        """Averages of the weights that are kept."""
+        return 1 + len(self.more_ema_decays) + len(self.power_widths)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelC
     share = SHARES[strategy]
     number = 2 if run.training.precision == "bf16-true" and strategy in WHOLE else FLOAT
     weights, trained = model.parameters * number, model.trained * number
-    averages = model.trained * FLOAT * (1 + len(run.optimizer.more_ema_decays))
+    averages = model.trained * FLOAT * run.optimizer.num_averages
     offloaded = run.distributed.offload != "none" and strategy.startswith("zero")
 
     def part(size: float, cut: bool) -> float:
@@ -186,7 +186,7 @@ def refusals(run: RunConfig) -> list[str]:
 
 
 def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool) -> list[str]:
-    checkpoint = (model.parameters + model.trained * (3 + len(run.optimizer.more_ema_decays))) * FLOAT
+    checkpoint = (model.parameters + model.trained * (2 + run.optimizer.num_averages)) * FLOAT
     return [
         f"run            {run.name}, stage {run.stage}, size {run.model.size}, R = {run.model.num_references}",
         f"parameters     {model.parameters:,} ({model.trained:,} trained): encoder {model.encoder:,}, decoder {model.decoder:,}",

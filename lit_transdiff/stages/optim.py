@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from lit_transdiff.averages import EMA, constant_state, power_decay, power_state
 from lit_transdiff.config import OptimizerConfig, unknown
 
-EMA = "ema"  # the optimizer state of the average that stands for the trained model
+Decay = Callable[[int], float]  # of an average, at the update 1, 2, ...
 
 
 class AveragedAdamW(torch.optim.AdamW):
     """AdamW that keeps ``average <- decay average + (1 - decay) parameter`` after every step, starting from the first parameters.
 
     ``decays``: name of the state -> decay. A strategy that shards the optimizer's tensors shards these with them.
-    ``skip_step`` makes ``step`` change nothing, whatever the gradients.
+    ``skip_step`` makes ``step`` change nothing, whatever the gradients. ``num_updates`` of the first group counts the others.
     """
 
-    def __init__(self, params: Iterable[Any], *, decays: Mapping[str, float], **settings: Any) -> None:
+    def __init__(self, params: Iterable[Any], *, decays: Mapping[str, Decay], **settings: Any) -> None:
         super().__init__(params, **settings)
+        self.param_groups[0]["num_updates"] = 0
         self._step_supports_amp_scaling = False  # of float16: gradients are unscaled before they are clipped, not in the step
         self.decays = dict(decays)
         self.skip_step = False
@@ -46,19 +49,27 @@ class AveragedAdamW(torch.optim.AdamW):
         averaged = [p for p in self._trained() if p.grad is not None]
         first = {p: p.detach().float().clone() for p in averaged if EMA not in self.state[p]}
         super().step()
+        self.param_groups[0]["num_updates"] += 1
         for p, value in first.items():
             for name in self.decays:
                 self.state[p][name] = value.clone()
         if averaged:
             weights = [p.detach().float() for p in averaged]
             for name, decay in self.decays.items():
-                torch._foreach_lerp_([self.state[p][name] for p in averaged], weights, 1 - decay)
+                share = 1 - decay(self.param_groups[0]["num_updates"])
+                torch._foreach_lerp_([self.state[p][name] for p in averaged], weights, share)
         return loss
 
 
-def average_decays(config: OptimizerConfig) -> dict[str, float]:
+def average_decays(config: OptimizerConfig) -> dict[str, Decay]:
     """Name of each average of the weights -> its decay; the first one is validated, sampled and exported."""
-    return {EMA: config.ema_decay, **{f"{EMA}_{decay:g}": decay for decay in config.more_ema_decays}}
+    constant = {EMA: config.ema_decay} | {constant_state(decay): decay for decay in config.more_ema_decays}
+    decays: dict[str, Decay] = {name: partial(constant_decay, decay=decay) for name, decay in constant.items()}
+    return decays | {power_state(width): partial(power_decay, width=width) for width in config.power_widths}
+
+
+def constant_decay(update: int, decay: float) -> float:
+    return decay
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

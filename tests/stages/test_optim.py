@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from lit_transdiff.averages import power_of, power_state
 from lit_transdiff.config import OptimizerConfig
-from lit_transdiff.stages.optim import SCHEDULES, AveragedAdamW, build_optimizer, lr_factor, parameter_groups
+from lit_transdiff.stages.optim import SCHEDULES, AveragedAdamW, average_decays, build_optimizer, lr_factor, parameter_groups
 from tests.models.test_transdiff import build
 
 
@@ -27,7 +28,7 @@ def layers() -> tuple[nn.Linear, nn.Linear]:
 
 def test_the_weights_move_as_with_torch_and_the_average_follows_the_recursion():
     ours, theirs = layers()
-    optimizer = AveragedAdamW(ours.parameters(), decays={"ema": 0.8}, lr=0.1, weight_decay=0.02)
+    optimizer = AveragedAdamW(ours.parameters(), decays={"ema": lambda update: 0.8}, lr=0.1, weight_decay=0.02)
     history = train(optimizer, ours, 5)
     expected = train(torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.02), theirs, 5)
     assert all(torch.equal(a, b) for a, b in zip(history, expected, strict=True))
@@ -39,18 +40,35 @@ def test_the_weights_move_as_with_torch_and_the_average_follows_the_recursion():
 
 def test_several_averages_have_their_own_decay():
     layer, _ = layers()
-    optimizer = AveragedAdamW(layer.parameters(), decays={"ema": 0.5, "ema_0.9": 0.9}, lr=0.1)
+    optimizer = AveragedAdamW(
+        layer.parameters(), decays=average_decays(OptimizerConfig(ema_decay=0.5, more_ema_decays=[0.9])), lr=0.1
+    )
     history = train(optimizer, layer, 4)
-    for name, decay in optimizer.decays.items():
+    for name, decay in {"ema": 0.5, "ema_0.9": 0.9}.items():
         average = history[0]
         for weights in history[1:]:
             average = decay * average + (1 - decay) * weights
         torch.testing.assert_close(optimizer.state[layer.weight][name], average)
 
 
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
+def test_a_power_function_average_has_the_profile_of_its_width(width: float):
+    """The weights after update i count as i^(gamma + 1) - (i - 1)^(gamma + 1)."""
+    layer, _ = layers()
+    optimizer = AveragedAdamW(layer.parameters(), decays=average_decays(OptimizerConfig(power_widths=[width])), lr=0.1)
+    history = torch.stack(train(optimizer, layer, 40)[1:]).double()
+    edges = torch.linspace(0, 1, 41, dtype=torch.float64) ** (power_of(width) + 1)
+    profile = edges.diff()
+    found = optimizer.state[layer.weight][power_state(width)].double()
+    torch.testing.assert_close(found, (profile[:, None, None] * history).sum(0), rtol=1e-5, atol=1e-6)
+    middles = torch.arange(40).add(0.5) / 40
+    spread = (profile * middles**2).sum() - (profile * middles).sum() ** 2
+    assert spread.sqrt().item() == pytest.approx(width, rel=0.02)
+
+
 def test_a_skipped_step_changes_nothing():
     layer, _ = layers()
-    optimizer = AveragedAdamW(layer.parameters(), decays={"ema": 0.5}, lr=0.1, weight_decay=0.1)
+    optimizer = AveragedAdamW(layer.parameters(), decays={"ema": lambda update: 0.5}, lr=0.1, weight_decay=0.1)
     train(optimizer, layer, 2)
     before = {name: value.clone() for name, value in optimizer.state[layer.weight].items()}
     optimizer.skip_step = True
@@ -61,9 +79,9 @@ def test_a_skipped_step_changes_nothing():
 
 def test_averages_are_saved_with_the_optimizer_and_stay_float32():
     layer, other = layers()
-    optimizer = AveragedAdamW(layer.parameters(), decays={"ema": 0.5}, lr=0.1)
+    optimizer = AveragedAdamW(layer.parameters(), decays={"ema": lambda update: 0.5}, lr=0.1)
     train(optimizer, layer, 3)
-    loaded = AveragedAdamW(other.parameters(), decays={"ema": 0.5}, lr=0.1)
+    loaded = AveragedAdamW(other.parameters(), decays={"ema": lambda update: 0.5}, lr=0.1)
     loaded.load_state_dict(optimizer.state_dict())
     assert torch.equal(loaded.state[other.weight]["ema"], optimizer.state[layer.weight]["ema"])
     assert loaded.state[other.weight]["ema"].dtype == torch.float32
