@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_transdiff.flow.solvers import Velocity
 
+ROUNDING = 1e-6  # of the times of a grid, which are float32: the one at 0.7 is in [0.7, 1]
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # x_t, t -> conditional and unconditional velocity
 
 
@@ -20,7 +21,7 @@ def guide(conditional: Velocity, both: Pair, scale: float, interval: tuple[float
         raise ValueError(f"guidance scale: got {scale!r}; allowed: 1 (no guidance) and more.")
     if scale == 1:
         return conditional
-    low, high = interval
+    low, high = interval[0] - ROUNDING, interval[1] + ROUNDING
 
     def guided(x_t: Tensor, t: float) -> Tensor:
         if not low <= t <= high:

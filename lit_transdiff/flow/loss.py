@@ -33,15 +33,15 @@ def draw_times(normal: Tensor, config: FlowConfig) -> Tensor:
     """Training times in [0, 1] from standard normal numbers of any shape, float32.
 
     The density is shifted (above 1: towards noise; arXiv 2403.03206, eq. 23) and, as an option, truncated to multiples of
-    1 / n, which the reference does with n = 1000.
+    1 / n, which the reference does with n = 1000. These are float64: 1000 times the float32 k / 1000 is not k for some k.
     """
     t = shift_times(DENSITIES[config.density](normal.float(), config), config.shift)
-    return t if config.discretize is None else torch.floor(t * config.discretize) / config.discretize
+    return t if config.discretize is None else torch.floor(t * config.discretize).double() / config.discretize
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """t -> s t / (1 + (s - 1) t); the identity for s = 1, and always 0 -> 0 and 1 -> 1."""
-    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+    """t -> s t / (1 + (s - 1) t), written such that 0 and 1 stay exactly what they are; the identity for s = 1."""
+    return t if shift == 1 else t / (t + (1 - t) / shift)
 
 
 def flow_matching_loss(velocity_fn: VelocityFn, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -142,13 +142,13 @@ class TimeEmbedding(nn.Module):
 
 
 def time_features(t: Tensor) -> Tensor:
-    """Cosines then sines of 1000 t at 128 frequencies from 1 down to 1/10000; ``t`` [B] -> [B, 256], float32.
+    """Cosines then sines of 1000 t at 128 frequencies from 1 down to 1/10000; ``t`` [B], float32 or 64 -> [B, 256], float32.
 
     The arguments reach 1000 rad, so the frequencies keep exactly this float32 formula under every precision.
     """
     half = TIME_FEATURES // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = 1000.0 * t.float()[:, None] * frequencies
+    angles = (1000.0 * t).float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -107,11 +107,13 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine"
 def lr_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:
     """Learning rate of step ``step`` (from 0) relative to ``config.lr``: linear warm-up, then the schedule down to min_lr.
 
-    By default step 0 already moves: the warm-up is (step + 1) / warmup_steps. With ``warmup_offset`` 0 its rate is 0.
+    By default step 0 already moves: the warm-up is (step + 1) / warmup_steps. With ``warmup_offset`` 0 its rate is 0. Offsets
+    between are the reference's, whose clock runs on within the passes of a step, in the schedule as in the warm-up.
     """
     if step < config.warmup_steps:
         return (step + config.warmup_offset) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    done = step + config.warmup_offset % 1 - config.warmup_steps
+    progress = done / max(1, max_steps - config.warmup_steps)
     floor = config.min_lr / config.lr
     return floor + (1 - floor) * SCHEDULES[config.schedule](min(1.0, progress))
 

@@ -8,6 +8,7 @@ import torch
 from lit_transdiff.config import FlowConfig
 from lit_transdiff.flow import path
 from lit_transdiff.flow.loss import DENSITIES, draw_times, flow_matching_loss, shift_times
+from lit_transdiff.models.layers import time_features
 
 X, NOISE = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
@@ -59,7 +60,10 @@ def test_quantiles_of_the_densities():
 def test_shift_keeps_the_ends_and_moves_towards_noise():
     ends = torch.tensor([0.0, 1.0])
     assert torch.equal(shift_times(ends, 3.0), ends)
+    for shift in [step / 100 for step in range(1, 1000)] + [1e-8, 1e8]:
+        assert torch.equal(shift_times(ends, shift), ends), shift
     assert (shift_times(T, 3.0) > T).all()
+    torch.testing.assert_close(shift_times(T, 3.0), 3 * T / (1 + 2 * T))
     torch.testing.assert_close(shift_times(shift_times(T, 3.0), 1 / 3), T)
 
 
@@ -67,6 +71,14 @@ def test_truncation_gives_multiples_of_one_thousandth():
     t = draw_times(torch.randn(1000), FlowConfig(discretize=1000))
     torch.testing.assert_close((t * 1000).round() / 1000, t)
     assert t.max() < 1
+
+
+def test_the_network_sees_truncated_times_as_the_integers_that_they_are():
+    whole = torch.arange(1000)
+    t = draw_times(torch.logit((whole + 0.5) / 1000), FlowConfig(discretize=1000))
+    assert torch.equal((1000 * t).float(), whole.float())
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+    assert torch.equal(time_features(t)[:, :128], (whole.float()[:, None] * frequencies).cos())
 
 
 def test_loss_is_zero_for_the_true_velocity_and_per_row():

@@ -115,6 +115,14 @@ class TestGuidance:
         assert values == [1, -1, 1]
         assert called == [0.5]
 
+    @pytest.mark.parametrize("grid", GRIDS)
+    @pytest.mark.parametrize("steps", [10, 25, 100])
+    def test_times_of_a_grid_that_equal_a_bound_are_guided(self, grid: str, steps: int):
+        times = time_grid(SamplingConfig(grid=grid, num_steps=steps))[:-1]
+        for bound in [round(t, 2) for t in times if abs(t - round(t, 2)) < 1e-6]:
+            guided = guide(lambda x, t: x, lambda x, t: (x, 0 * x), 2.0, (bound, bound))
+            assert [t for t in times if guided(torch.ones(1), t) == 2] == [pytest.approx(bound)]
+
     def test_below_one_is_refused(self):
         with pytest.raises(ValueError, match=r"guidance scale: got 0\.5; allowed: 1"):
             guide(field, field, 0.5)

@@ -1,5 +1,7 @@
 """AdamW with averages: against torch's AdamW and the recursion written out."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -114,3 +116,13 @@ def test_learning_rate(schedule: str):
     assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0
     assert factors[60] == pytest.approx(1.0 if schedule == "constant" else 0.55)
     assert factors[110] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_the_references_schedule_runs_within_the_passes_of_a_step(passes: int):
+    """It sets the rate before each pass, by the place of the pass in training; the last one before the step counts."""
+    config = OptimizerConfig(warmup_steps=10, schedule="cosine", lr=1.0, min_lr=0.1, warmup_offset=1 - 1 / passes)
+    for step in range(100):
+        place = (step * passes + passes - 1) / passes
+        decayed = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (place - 10) / 90))
+        assert lr_factor(step, 100, config) == pytest.approx(place / 10 if place < 10 else decayed)

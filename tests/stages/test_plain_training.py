@@ -55,7 +55,7 @@ def batch_loss(w: plain.State, run: RunConfig, x: Tensor, labels: Tensor, step: 
     normal = GlobalBatchNormal(mix(run.seed, "training", step), ROWS, torch.arange(ROWS))
     normal(references, *shape)  # the posterior's, which an identity autoencoder does not use
     drop = torch.special.ndtr(normal()) < run.flow.label_drop_prob
-    t = (1000 * draw_times(normal(references, DRAWS), run.flow)).round()  # G R M
+    t = (1000 * draw_times(normal(references, DRAWS), run.flow)).float()  # G R M
     noise = latents_to_tokens(normal(references, DRAWS, *shape))  # G R M N c
     t, noise = t.permute(1, 2, 0).flatten(1), noise.permute(1, 2, 0, 3, 4).flatten(1, 2)
     images = [latents_to_tokens(x[:, r]) for r in range(references)]
