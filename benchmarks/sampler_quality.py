@@ -37,9 +37,14 @@ def settings_of(references: int, guidance: float) -> dict[str, dict[str, Any]]:
         found[f"paper, {n} steps, guided in [0, 0.7]"] = {"num_steps": n, "guidance_interval": [0.0, 0.7]}
     found["fast preset, 12 steps"] = PRESETS["fast"]
     found["fast preset, 8 steps"] = {**PRESETS["fast"], "num_steps": 8}
+    solvers = {"euler": (25, 12)} if references > 1 else {"adams_bashforth": (24, 12, 8), "heun": (12, 6), "euler": (25, 12)}
+    for solver, counts in solvers.items():
+        found |= {f"{solver}, {n} steps": {"solver": solver, "grid": "uniform", "num_steps": n} for n in counts}
     if references == 1:
-        for solver, counts in {"adams_bashforth": (24, 12, 8), "heun": (12, 6), "euler": (25, 12)}.items():
-            found |= {f"{solver}, {n} steps": {"solver": solver, "grid": "uniform", "num_steps": n} for n in counts}
+        found["other grids, paper's sampler on 12 uniform steps"] = {"grid": "uniform", "num_steps": 12}
+        found["other grids, euler on the paper's 12 steps"] = {"solver": "euler", "num_steps": 12}
+        for shift in (0.5, 2.0):
+            found[f"other grids, paper's 12 steps, shift {shift:g}"] = {"num_steps": 12, "shift": shift}
         return found
     early = references - 1
     for last, before in ((25, 6), (25, 3), (12, 6)):
