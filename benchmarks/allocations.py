@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+
+def storages(values: Any) -> Iterator[tuple[int, torch.UntypedStorage]]:
+    """The storage of each tensor in nested ``values``, with its number."""
+    for value in tree_iter(values):
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            yield storage._cdata, storage
 
 
 class Allocations(TorchDispatchMode):
@@ -20,9 +29,10 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, torch.Tensor):
-                self.count(value.untyped_storage())
+        given = {number for number, _ in storages((args, kwargs))}  # changed in place, or seen another way: nothing is made
+        for number, storage in storages(result):
+            if number not in given:
+                self.count(storage)
         return result
 
     def count(self, storage: torch.UntypedStorage) -> None:
