@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.config import RunConfig, check_effects, require, unknown
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.references import num_groups
@@ -43,6 +43,7 @@ def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
     """
     if run.stage not in STAGES and run.stage not in PREPARATORY:
         raise unknown("stage", run.stage, [*STAGES, *PREPARATORY])
+    check_effects(run)
     check_sampling(run.sampling)
     check_folder(run)
     if run.init_from is not None and run.init_from not in made:

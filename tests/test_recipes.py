@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_transdiff.__main__ import main, parse
-from lit_transdiff.config import SIZES, ModelConfig
+from lit_transdiff.config import SIZES, ModelConfig, check_effects
 from lit_transdiff.loading import load_run, read_yaml, run_from
 from lit_transdiff.pipeline import dry_run, load_pipeline
 from tests.small import ROOT
@@ -32,6 +32,7 @@ def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_recipe_is_valid(path: Path):
     run = load_run(path)
     assert run == run_from(read_yaml(path))
+    check_effects(run)
 
 
 @pytest.mark.parametrize("path", RECIPES + PIPELINES, ids=name)

@@ -67,9 +67,11 @@ class AutoencoderTraining:
 
     def __post_init__(self) -> None:
         channels = self.block_channels
+        for name in ("layers_per_block", "norm_groups", "latent_channels", "num_statistics_images"):
+            require(getattr(self, name) >= 1, f"autoencoder_training.{name}", getattr(self, name), "an integer of at least 1")
         require(len(channels) > 0, "autoencoder_training.block_channels", channels, "at least one level")
         require(
-            all(c % self.norm_groups == 0 for c in channels),
+            all(c >= 1 and c % self.norm_groups == 0 for c in channels),
             "autoencoder_training.block_channels",
             channels,
             f"multiples of norm_groups={self.norm_groups}",

@@ -57,6 +57,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in COUNTS_OF_MODEL:
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
+        hidden = self.mlp_ratio * self.width
+        require(hidden >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.width={self.width}")
         require(self.width % self.num_heads == 0, "model.num_heads", self.num_heads, f"a divisor of model.width={self.width}")
         require(self.latent_size % self.patch_size == 0, "model.patch_size", self.patch_size, f"a divisor of {self.latent_size}")
         for name in ("attention_dropout", "projection_dropout"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
-from lit_transdiff.config.checks import require
+from lit_transdiff.config.checks import check_finite, require
 from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
 from lit_transdiff.config.evaluation import EvaluationConfig
 from lit_transdiff.config.model import ModelConfig
@@ -42,7 +42,10 @@ class RunConfig:
     safety: SafetyConfig = field(default_factory=SafetyConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, "name", self.name, "a folder name without '/'")
+        check_finite(self)
+        is_folder_name = self.name not in ("", ".", "..") and not set(self.name) & {"/", "\\"}
+        require(is_folder_name, "name", self.name, "the name of one folder, without '/' or '\\'")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         require(
             self.optimizer.warmup_steps <= self.training.max_steps,
             "optimizer.warmup_steps",
