@@ -24,6 +24,27 @@ def test_defaults_size_base_file_and_overrides_stand_in_this_order(tmp_path: Pat
     assert run.optimizer.betas == RunConfig().optimizer.betas
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_is_the_same_in_python_and_in_yaml(size: str):
+    model = ModelConfig(size=size)
+    assert {name: getattr(model, name) for name in SIZES[size]} == SIZES[size]
+    assert run_from({"model": {"size": size}}).model == model
+    assert ModelConfig(size=size, encoder_blocks=3) == dataclasses.replace(model, encoder_blocks=3)
+    assert all(type(getattr(model, name)) is int for name in SIZES[size])
+
+
+def test_a_size_that_is_no_row_and_a_number_of_zero_are_refused_in_python():
+    with pytest.raises(ValueError, match=r"model\.size: 'larg' is not known\. Did you mean 'large'"):
+        ModelConfig(size="larg")
+    with pytest.raises(ValueError, match=r"model\.width: got 0"):
+        ModelConfig(width=0)
+
+
+def test_the_numbers_of_a_size_can_be_named_in_the_file(tmp_path: Path):
+    path = write(tmp_path, "run.yaml", "model: {size: nano, num_class_tokens: '${model.num_heads}'}")
+    assert load_run(path).model.num_class_tokens == SIZES["nano"]["num_heads"]
+
+
 def test_a_saved_configuration_reads_back_equal(tmp_path: Path):
     run = run_from({"model": {"size": "test"}, "sampling": {"guidance_interval": [0.1, 0.9]}, "tracking": {"tags": ["a"]}})
     save_yaml(run, tmp_path / "config.yaml")

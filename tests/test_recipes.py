@@ -65,7 +65,7 @@ def test_a_pipeline_that_trains_its_own_autoencoder_dry_runs(tmp_path: Path):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("num_references", [1, 4])
 def test_every_size_fits_one_step_and_mrar(size: str, num_references: int):
-    config = ModelConfig(size=size, **SIZES[size], num_references=num_references)
+    config = ModelConfig(size=size, num_references=num_references)
     assert config.tokens_per_reference * num_references == 256
     assert config.reference_patch_size == (2 if num_references == 4 else 1)
 
