@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from lit_transdiff.checkpoint import Checkpoint
 from lit_transdiff.config import RunConfig
-from lit_transdiff.distributed import accumulation, trainer_settings, world_size
+from lit_transdiff.distributed import accumulation, compute_dtype, trainer_settings, world_size
 from lit_transdiff.distributed.preemption import StopOnRequest, StopRequest, stop_request
 from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_checkpoint, what_changes
 from lit_transdiff.distributed.watchdog import Pause, Resume, Watchdog
@@ -49,7 +49,7 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: Wan
     run, training = parts.run, parts.run.training
     guarded = isinstance(parts.stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
     finite = StopOnNonFinite(training.log_every, training.checkpoint_every, run.folder / "checkpoints")
-    numbers = LogTraining(run)
+    numbers = LogTraining(run, compute_dtype(run))
     checkpoints = Checkpoints(run, start, spread_of(run), before_save=finite.look)
     watchdog = Watchdog(run.safety.stall_seconds)
     # The watchdog rests in what may take long. Scores come before LogTraining, which would count their time as training's.

@@ -164,6 +164,11 @@ def precision_of(run: RunConfig) -> str:
     return {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "fp16-mixed": "16-mixed", "bf16-true": "bf16-mixed"}[wanted]
 
 
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """What matrix products are computed in."""
+    return {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision_of(run)]
+
+
 def trainer_settings(run: RunConfig) -> dict[str, Any]:
     """The part of the Trainer's arguments that depends on devices."""
     accelerator, devices = devices_of(run)

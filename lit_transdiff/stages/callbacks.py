@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 from einops import rearrange
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -78,16 +79,21 @@ class StopOnNonFinite(pl.Callback):
 class LogTraining(pl.Callback):
     """Loss and loss by time bin (means over all ranks), learning rate, gradient norm, throughput, time spent waiting for data.
 
-    Sums stay on the device; everything is fetched and reduced once every ``every`` steps.
+    Sums stay on the device; everything is fetched and reduced once every ``every`` steps. ``dtype`` is what is computed in: MFU
+    is a share of the device's best, which the log and the first values say the source of.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, dtype: torch.dtype) -> None:
         self.run = run
+        self.dtype = dtype
         self.every = run.training.log_every
         self.images_per_step = run.images_per_step
         self.last: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        if isinstance(stage, TransDiffStage):
+            self.peak = peak_flops(stage.device, self.dtype)
+            rank_zero_info(f"throughput/mfu is a share of {self.peak.flops / 1e12:.4g} TFLOP/s a device: {self.peak.source}")
         self.reset(stage)
         self.batch_end = self.window_start
 
@@ -150,8 +156,11 @@ class LogTraining(pl.Callback):
         model, draws = self.run.model, self.run.flow.num_noise_draws
         rows = images_per_second / model.num_references
         flops = rows * training_flops(model, draws, frozen_encoder=self.run.stage == "diffusion_head")
-        best = trainer.world_size * peak_flops(trainer.lightning_module.device)
-        return {"throughput/tokens_per_second": rows * tokens_of(model, draws), "throughput/mfu": flops / best}
+        share = flops / (trainer.world_size * self.peak.flops)
+        found = {"throughput/tokens_per_second": rows * tokens_of(model, draws), "throughput/mfu": share}
+        if not self.last:  # once a start
+            found |= {"throughput/peak_tflops": self.peak.flops / 1e12, "throughput/peak_is_measured": float(self.peak.measured)}
+        return found
 
 
 class SaveOrigin(pl.Callback):
