@@ -18,7 +18,7 @@ from lit_transdiff.distributed import accumulation, check_spread, micro_batch_si
 from lit_transdiff.distributed.saving import spread
 from lit_transdiff.export import export_folder, read_export
 from lit_transdiff.models.adapt import match
-from lit_transdiff.models.autoencoder import Autoencoder, check_latents, load_autoencoder
+from lit_transdiff.models.autoencoder import Autoencoder, check_latents, kind_of, load_autoencoder
 from lit_transdiff.runfolder import check_folder
 from lit_transdiff.sampling import check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES
@@ -44,6 +44,7 @@ def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
     if run.stage not in STAGES and run.stage not in PREPARATORY:
         raise unknown("stage", run.stage, [*STAGES, *PREPARATORY])
     check_effects(run)
+    kind_of(run.autoencoder.kind, run.autoencoder.path)
     check_sampling(run.sampling)
     check_folder(run)
     if run.init_from is not None and run.init_from not in made:

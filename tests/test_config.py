@@ -93,7 +93,6 @@ def test_the_sections_are_those_of_the_run():
         ("optimizer: {ema_decay: 1.0}", r"optimizer\.ema_decay: got 1\.0"),
         ("training: {micro_batch_size: 100}", r"training\.micro_batch_size: got 100; allowed: a divisor"),
         ("training: {precision: fp16}", r"training\.precision: got 'fp16'"),
-        ("autoencoder: {kind: kl}", r"autoencoder\.path: got None; allowed: a folder"),
         ("name: a/b", r"name: got 'a/b'"),
         ("name: ..", r"name: got '\.\.'; allowed: the name of one folder, without '/' or '\\'\."),
         ("name: ''", r"name: got ''"),

@@ -40,16 +40,8 @@ class DataConfig:
 class AutoencoderConfig:
     """Pixels <-> normalised latents. The scale lives in the autoencoder's own folder, not here."""
 
-    kind: Literal["kl", "identity"] = "kl"
-    path: Optional[str] = None  # folder in diffusers' layout (config.json + safetensors)
-
-    def __post_init__(self) -> None:
-        require(
-            (self.kind == "kl") == (self.path is not None),
-            "autoencoder.path",
-            self.path,
-            "a folder when autoencoder.kind is 'kl', nothing when it is 'identity'",
-        )
+    kind: str = "kl"  # a name in models.autoencoder.AUTOENCODERS
+    path: Optional[str] = None  # its folder, where it has one: kl in diffusers' layout (config.json + safetensors)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lit_transdiff.data.index import read_index
 from lit_transdiff.distributed.kinds import EVERYWHERE, STRATEGIES, whole_strategies
 from lit_transdiff.distributed.memory import ModelCost, PassCost, model_cost, pass_cost
 from lit_transdiff.hardware import DEVICES, GB, Device
+from lit_transdiff.models.autoencoder import kind_of
 from lit_transdiff.stages import STAGES
 
 FLOAT = 4
@@ -110,12 +111,13 @@ def rows_of(run: RunConfig, gpus: int, device: Device, model: ModelCost, cost: P
 
 def data_of(run: RunConfig) -> tuple[bool, str]:
     """Whether the run reads images, so that the autoencoder is on each GPU, and a line about its data."""
+    has_weights = kind_of(run.autoencoder.kind, run.autoencoder.path).has_folder
     if (Path(run.data.train) / "index.json").is_file():
         index = read_index(run.data.train, check_files=False)
         size = int(index.size.sum())
-        images = index.kind == "images" and run.autoencoder.kind == "kl"
+        images = index.kind == "images" and has_weights
         return images, f"data           {run.data.train}: {len(index):,} {index.kind}, {size / GB:.2f} GB"
-    images = run.autoencoder.kind == "kl" and "latents" not in run.data.train
+    images = has_weights and "latents" not in run.data.train
     kind = "images" if images else "latents"
     return images, f"data           {run.data.train or 'none'} is not on this machine; counted as {kind}"
 
