@@ -43,6 +43,8 @@ def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
     """
     if run.stage not in STAGES and run.stage not in PREPARATORY:
         raise unknown("stage", run.stage, [*STAGES, *PREPARATORY])
+    stage = STAGES[run.stage] if run.stage in STAGES else PREPARATORY[run.stage]
+    stage.check(run)
     check_effects(run)
     kind_of(run.autoencoder.kind, run.autoencoder.path)
     check_sampling(run.sampling)
@@ -50,10 +52,6 @@ def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
     if run.init_from is not None and run.init_from not in made:
         export_folder(run.init_from)
     check_spread(run)
-    if run.stage in PREPARATORY:
-        policy, factor = run.safety.on_bad_step, run.safety.spike_factor
-        require(policy == "stop", "safety.on_bad_step", policy, f"'stop' in stage {run.stage}")
-        require(factor == 0, "safety.spike_factor", factor, f"0 in stage {run.stage}")
 
 
 def build(run: RunConfig) -> Parts:

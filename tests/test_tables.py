@@ -26,8 +26,9 @@ from lit_transdiff.loading import load_run, override, preset, save_yaml
 from lit_transdiff.models.autoencoder import AUTOENCODERS, IdentityAutoencoder, Kind
 from lit_transdiff.pipeline import check_evaluation
 from lit_transdiff.sampling import load_generator
-from lit_transdiff.stages import STAGES
+from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.ar_pretrain import ARPretrain
+from lit_transdiff.stages.classifier import ClassifierStage
 from lit_transdiff.stages.optim import SCHEDULES
 from lit_transdiff.sweep.controller import run_sweep
 from lit_transdiff.sweep.file import SweepFile, load_sweep
@@ -132,6 +133,19 @@ def test_a_recipe_of_new_entries_trains_samples_and_is_scored(tmp_path: Path):
     found = evaluate(generator, run.evaluation, sampling, output=tmp_path / "scores")
     assert found["scores"] == {"mine": 4.0} and {"extractor", "metric"} <= set(USED)
     assert generator.model.config.width == 16
+
+
+def test_a_preparatory_stage_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Mine(ClassifierStage):
+        """Writes a word."""
+
+        def export(self, folder: Path, batches: Any) -> None:
+            (folder / "word.txt").write_text(str(len(next(iter(batches)).values)))
+
+    monkeypatch.setitem(PREPARATORY, "mine", Mine)
+    run = small_run(tmp_path, stage="mine", training={"max_steps": 2})
+    train(run, say=lambda text: None)
+    assert (run.folder / "export" / "word.txt").read_text() == "8"
 
 
 def test_a_gpu_and_a_strategy_are_lines_of_the_plan(tmp_path: Path):

@@ -65,18 +65,6 @@ class RunConfig:
             self.init_positions,
             "'new' without init_from, from which they would be resized",
         )
-        require(
-            not self.training.frozen_dropout or self.stage == "diffusion_head",
-            "training.frozen_dropout",
-            self.training.frozen_dropout,
-            f"false in stage {self.stage}, which freezes nothing",
-        )
-        require(
-            self.stage != "diffusion_head" or "encoder" not in self.training.checkpointed_parts,
-            "training.activation_checkpointing",
-            self.training.activation_checkpointing,
-            "'none' or 'decoder' in stage diffusion_head, which has no backward pass through the encoder",
-        )
         for name in ("reference_guidance", "reference_steps"):
             values = getattr(self.sampling, name)
             require(

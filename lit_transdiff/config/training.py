@@ -84,7 +84,7 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16-mixed", "fp16-mixed", "bf16-true"] = "auto"
     # auto: bf16-mixed on GPUs that have it, else fp32. Weights and their average are float32 in all but bf16-true, where the
     # weights and the optimizer are bfloat16 as in the reference's fine-tuning: small updates are then lost to rounding.
-    frozen_dropout: bool = False  # in stage diffusion_head: dropout in the frozen encoder, as in the reference
+    frozen_dropout: bool = False  # in a stage that freezes the encoder (diffusion_head): dropout in it, as in the reference
     log_every: int = 10
     validate_every: int = 0  # steps; 0: only at the end
     checkpoint_every: int = 500

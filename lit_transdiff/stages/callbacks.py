@@ -140,7 +140,7 @@ class LogTraining(pl.Callback):
             "throughput/peak_memory_gb": peak_memory(trainer.lightning_module.device) / GB,  # of the first rank
         }
         if isinstance(trainer.lightning_module, TransDiffStage):
-            result |= self.rates(trainer, images / elapsed)
+            result |= self.rates(trainer.lightning_module, trainer.world_size, images / elapsed)
             apart, size = trainer.strategy.reduce(sharding(trainer).average_distance(), reduce_op="mean").tolist()
             result["train/ema_distance"] = (apart / size) ** 0.5 if size else 0.0  # no average before the first step
         norm = self.norm if self.norm is not None else sharding(trainer).gradient_norm_of_step()
@@ -151,12 +151,12 @@ class LogTraining(pl.Callback):
                 result[f"train/loss_t{b / TIME_BINS:.1f}"] = total / rows
         return result
 
-    def rates(self, trainer: pl.Trainer, images_per_second: float) -> dict[str, float]:
+    def rates(self, stage: TransDiffStage, devices: int, images_per_second: float) -> dict[str, float]:
         """Tokens a second through the blocks, and the share of the devices' best that the model's operations are."""
         model, draws = self.run.model, self.run.flow.num_noise_draws
         rows = images_per_second / model.num_references
-        flops = rows * training_flops(model, draws, frozen_encoder=self.run.stage == "diffusion_head")
-        share = flops / (trainer.world_size * self.peak.flops)
+        flops = rows * training_flops(model, draws, frozen_encoder=not stage.trains_encoder)
+        share = flops / (devices * self.peak.flops)
         found = {"throughput/tokens_per_second": rows * tokens_of(model, draws), "throughput/mfu": share}
         if not self.last:  # once a start
             found |= {"throughput/peak_tflops": self.peak.flops / 1e12, "throughput/peak_is_measured": float(self.peak.measured)}
