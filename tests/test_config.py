@@ -91,6 +91,7 @@ def test_the_sections_are_those_of_the_run():
         ),
         ("optimizer: {warmup_steps: 2000}", r"optimizer\.warmup_steps: got 2000; allowed: at most training\.max_steps=1000"),
         ("optimizer: {ema_decay: 1.0}", r"optimizer\.ema_decay: got 1\.0"),
+        ("optimizer: {more_ema_decays: [1.5]}", r"optimizer\.more_ema_decays: got \[1\.5\]; allowed: 0 <= decay < 1"),
         ("training: {micro_batch_size: 100}", r"training\.micro_batch_size: got 100; allowed: a divisor"),
         ("training: {precision: fp16}", r"training\.precision: got 'fp16'"),
         ("name: a/b", r"name: got 'a/b'"),

@@ -52,7 +52,8 @@ class OptimizerConfig:
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"0 to optimizer.lr={self.lr}")
         decays, widths = [self.ema_decay, *self.more_ema_decays], self.power_widths
-        require(all(0 <= decay < 1 for decay in decays), "optimizer.ema_decay", decays, "0 <= decay < 1")
+        require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 <= decay < 1")
+        require(all(0 <= decay < 1 for decay in decays), "optimizer.more_ema_decays", self.more_ema_decays, "0 <= decay < 1")
         require(len(set(decays)) == len(decays), "optimizer.more_ema_decays", decays, "decays that differ")
         allowed = "different widths above 0 and below 0.288 (the mean of all updates)"
         require(
