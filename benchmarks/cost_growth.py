@@ -57,7 +57,7 @@ class Point:
 
 def run_of(size: str, settings: dict[str, int]) -> RunConfig:
     references, side = settings["references"], int(settings["decoder tokens"] ** 0.5)
-    model = ModelConfig(size=size, **SIZES[size], latent_size=side, num_references=references)
+    model = ModelConfig(size=size, latent_size=side, num_references=references)
     model = replace(model, attention_dropout=0.0, projection_dropout=0.0)
     return RunConfig(
         stage="ar_pretrain" if references == 1 else "mrar_finetune",

@@ -21,6 +21,7 @@ from data_reading import SHAPE, latent, write_shards
 
 from lit_transdiff.config import AutoencoderTraining, RunConfig
 from lit_transdiff.data.index import LatentInfo
+from lit_transdiff.distributed import compute_dtype
 from lit_transdiff.loading import load_run
 from lit_transdiff.models.autoencoder import KLAutoencoder
 from lit_transdiff.parts import build
@@ -56,7 +57,8 @@ def measure(run: RunConfig) -> dict[str, list[float]]:
     """Metric -> its value in every step but the first, in which workers start."""
     parts = build(run)
     open_folder(run)
-    trainer = build_trainer(parts, [LogTraining(run)], [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)])
+    numbers = LogTraining(run, compute_dtype(run))
+    trainer = build_trainer(parts, [numbers], [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)])
     trainer.fit(parts.stage, datamodule=parts.data)
     found: dict[str, list[float]] = {name: [] for name in METRICS}
     with open(run.folder / "metrics.csv", newline="") as file:

@@ -69,7 +69,7 @@ class Setup:
 def set_up(
     size: str, references: int, batch: int, device: torch.device, precision: str = "fp32", compiled: bool = False
 ) -> Setup:
-    config = ModelConfig(size=size, **SIZES[size], num_references=references, attention_dropout=0.0, projection_dropout=0.0)
+    config = ModelConfig(size=size, num_references=references, attention_dropout=0.0, projection_dropout=0.0)
     torch.manual_seed(0)
     model = TransDiff(config).to(device)
     torch.nn.init.normal_(model.decoder.final.linear.weight, std=0.02)  # else every velocity is zero

@@ -5,13 +5,16 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 GB = 1e9
+MEASURE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ DEVICES: dict[str, Device] = {
     "b200": Device(180 * GB, 2250e12, 900 * GB, 400 * GB, "B200"),
     "h200": Device(141 * GB, 989e12, 450 * GB, 400 * GB, "H200"),
     "h100": Device(80 * GB, 989e12, 450 * GB, 400 * GB, "H100"),
+    "h100-pcie": Device(80 * GB, 756e12, 64 * GB, 400 * GB, "H100 PCIe"),  # link: PCIe 5; NVLink joins two of them only
     "a100-80gb": Device(80 * GB, 312e12, 300 * GB, 200 * GB, "A100"),
     "a100-40gb": Device(40 * GB, 312e12, 300 * GB, 200 * GB, "A100"),
     "l40s": Device(48 * GB, 362e12, 32 * GB, 12.5 * GB, "L40S"),
@@ -41,21 +45,62 @@ DEVICES: dict[str, Device] = {
 }
 
 
+@dataclass(frozen=True)
+class Peak:
+    """Operations a second of a device at its best, and where the number is from."""
+
+    flops: float
+    source: str
+    measured: bool
+
+
 @lru_cache
-def peak_flops(device: torch.device) -> float:
-    """Operations a second of a device at its best: the data sheet's, or those of the fastest of some matrix products."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
+    """What a device does at its best: as its data sheet says, or measured in the ``dtype`` that is computed in."""
+    known = data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if known is not None:
+        return Peak(known.flops, f"dense bfloat16 of the {known.name}'s data sheet", measured=False)
+    return Peak(measure_flops(device, dtype), f"measured on products of {str(dtype).removeprefix('torch.')}", measured=True)
+
+
+def data_sheet(name: str) -> Device | None:
+    """The row of the GPU to which the driver gives ``name``; of several that fit, the one that says most."""
+    return max((known for known in DEVICES.values() if known.name in name), key=lambda known: len(known.name), default=None)
+
+
+@torch.no_grad()
+def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the fastest of some square products, which take ``MEASURE_SECONDS`` or little more."""
+    on_gpu = device.type == "cuda"
+    best, at_once, start = 0.0, 10 if on_gpu else 1, time.perf_counter()
+    for size in (4096, 8192) if on_gpu else (512, 1024):
+        matrix = torch.linspace(-1, 1, size**2, device=device).reshape(size, size).to(dtype)
+        for product in products(device):
+            product(matrix, matrix)  # kernels are chosen and loaded
+            for _ in range(5):
+                if best and time.perf_counter() - start > MEASURE_SECONDS:
+                    return best
+                wait_for(device)
+                before = time.perf_counter()
+                for _ in range(at_once):
+                    product(matrix, matrix)
+                wait_for(device)
+                best = max(best, at_once * 2 * size**3 / (time.perf_counter() - before))
+    return best
+
+
+def products(device: torch.device) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """The ways in which torch multiplies matrices on a device: on CPUs by MKL, and by oneDNN as ``models.linear`` does."""
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if device.type != "cpu" or onednn is None or not torch.backends.mkldnn.enabled:
+        return [torch.matmul]
+    return [torch.matmul, lambda a, b: onednn(a, b, None, "none", [], "none")]
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when a GPU has done all that it was given."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known in DEVICES.values():
-            if known.name in name:
-                return known.flops
-    size, times = 1024, []
-    matrix = torch.ones(size, size, device=device)
-    for _ in range(5):
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+        torch.cuda.synchronize(device)
 
 
 @lru_cache

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_transdiff.config import NESTED, PRESETS, SIZES, ModelConfig, RunConfig, require, unknown
+from lit_transdiff.config import NESTED, PRESETS, ModelConfig, RunConfig, require, unknown
 from lit_transdiff.files import replace_file
 
 
@@ -41,12 +41,10 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
     """A checked ``RunConfig`` from nested settings (of a YAML file, a checkpoint, or written in Python)."""
     given = OmegaConf.create(settings)
     check_keys(given, RunConfig, "", source)
-    size = OmegaConf.select(given, "model.size") or ModelConfig().size
-    if size not in SIZES:
-        raise ValueError(f"{source}: {unknown('model.size', size, SIZES)}")
+    size = OmegaConf.select(given, "model.size")
     try:
-        preset = OmegaConf.create({"model": SIZES[size]})
-        run = OmegaConf.to_object(merge(OmegaConf.structured(RunConfig), preset, given))
+        model = ModelConfig(size=size) if size else ModelConfig()
+        run = OmegaConf.to_object(merge(OmegaConf.structured(RunConfig(model=model)), given))
         assert isinstance(run, RunConfig)
         return run
     except OmegaConfBaseException as error:

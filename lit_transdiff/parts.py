@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.config import RunConfig, check_effects, require, unknown
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.references import num_groups
@@ -18,7 +18,7 @@ from lit_transdiff.distributed import accumulation, check_spread, micro_batch_si
 from lit_transdiff.distributed.saving import spread
 from lit_transdiff.export import export_folder, read_export
 from lit_transdiff.models.adapt import match
-from lit_transdiff.models.autoencoder import Autoencoder, check_latents, load_autoencoder
+from lit_transdiff.models.autoencoder import Autoencoder, check_latents, kind_of, load_autoencoder
 from lit_transdiff.runfolder import check_folder
 from lit_transdiff.sampling import check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES
@@ -43,15 +43,15 @@ def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
     """
     if run.stage not in STAGES and run.stage not in PREPARATORY:
         raise unknown("stage", run.stage, [*STAGES, *PREPARATORY])
+    stage = STAGES[run.stage] if run.stage in STAGES else PREPARATORY[run.stage]
+    stage.check(run)
+    check_effects(run)
+    kind_of(run.autoencoder.kind, run.autoencoder.path)
     check_sampling(run.sampling)
     check_folder(run)
     if run.init_from is not None and run.init_from not in made:
         export_folder(run.init_from)
     check_spread(run)
-    if run.stage in PREPARATORY:
-        policy, factor = run.safety.on_bad_step, run.safety.spike_factor
-        require(policy == "stop", "safety.on_bad_step", policy, f"'stop' in stage {run.stage}")
-        require(factor == 0, "safety.spike_factor", factor, f"0 in stage {run.stage}")
 
 
 def build(run: RunConfig) -> Parts:

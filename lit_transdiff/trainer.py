@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from lit_transdiff.checkpoint import Checkpoint
 from lit_transdiff.config import RunConfig
-from lit_transdiff.distributed import accumulation, trainer_settings, world_size
+from lit_transdiff.distributed import accumulation, compute_dtype, trainer_settings, world_size
 from lit_transdiff.distributed.preemption import StopOnRequest, StopRequest, stop_request
 from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_checkpoint, what_changes
 from lit_transdiff.distributed.watchdog import Pause, Resume, Watchdog
@@ -26,10 +26,10 @@ from lit_transdiff.export import export_checkpoint, write_export
 from lit_transdiff.parts import Parts, build, build_data, describe, export_info, spread_of
 from lit_transdiff.runfolder import check_folder, last_checkpoint, open_folder, trained_steps
 from lit_transdiff.sampling import Generator
-from lit_transdiff.stages.autoencoder import AutoencoderStage
 from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.stages.callbacks import LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
 from lit_transdiff.stages.guard import GuardSteps, RollBack
+from lit_transdiff.stages.preparatory import PreparatoryStage
 from lit_transdiff.tracking.callbacks import WATCHED, BestModel, Track, log_models
 from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, wandb_of
 from lit_transdiff.tracking.wandb_run import WandbRun
@@ -49,7 +49,7 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: Wan
     run, training = parts.run, parts.run.training
     guarded = isinstance(parts.stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
     finite = StopOnNonFinite(training.log_every, training.checkpoint_every, run.folder / "checkpoints")
-    numbers = LogTraining(run)
+    numbers = LogTraining(run, compute_dtype(run))
     checkpoints = Checkpoints(run, start, spread_of(run), before_save=finite.look)
     watchdog = Watchdog(run.safety.stall_seconds)
     # The watchdog rests in what may take long. Scores come before LogTraining, which would count their time as training's.
@@ -157,7 +157,7 @@ def fit(
 
 
 def write_model(parts: Parts) -> None:
-    """Export the last checkpoint. An autoencoder also measures its latents, on training batches from the start."""
+    """Export the last checkpoint; a preparatory stage may look at training batches from the start for it."""
     run, stage = parts.run, parts.stage
     checkpoint = last_checkpoint(run)
     assert checkpoint is not None
@@ -165,9 +165,10 @@ def write_model(parts: Parts) -> None:
     if isinstance(stage, TransDiffStage):
         return export_checkpoint(checkpoint, run.folder / "export")
     stage.load_state_dict(checkpoint.weights(None))
-    batches = [build_data(run, None).train_dataloader()] if isinstance(stage, AutoencoderStage) else []
+    assert isinstance(stage, PreparatoryStage)
+    batches = build_data(run, None).train_dataloader()
     info = {**export_info(parts), "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": "last"}
-    write_export(run.folder / "export", run, info, lambda folder: stage.export(folder, *batches))  # type: ignore[operator]
+    write_export(run.folder / "export", run, info, lambda folder: stage.export(folder, batches))
 
 
 def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[str, Any]) -> None:

@@ -237,3 +237,11 @@ def test_offload_to_disk_that_is_not_possible_is_refused(tmp_path: Path, monkeyp
     ):
         offload("zero3", tmp_path / "file" / "disk")
     assert not (tmp_path / "disk").exists()
+
+
+@pytest.mark.parametrize("strategy, named", [("zero2", "zero2"), ("auto", "single")])
+def test_offloading_that_a_strategy_has_not_is_refused(tmp_path: Path, strategy: str, named: str):
+    settings = {"strategy": strategy, "offload": "cpu", "offload_parameters": True}
+    field = "offload_parameters: got True; allowed: false" if strategy == "zero2" else "offload: got 'cpu'; allowed: 'none'"
+    with pytest.raises(ValueError, match=rf"distributed\.{field} with strategy {named}"):
+        check_run(small_run(tmp_path, distributed=settings))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_transdiff.config import NESTED, PRESETS, SIZES, ModelConfig, RunConfig, SamplingConfig
+from lit_transdiff.config import EFFECTS, NESTED, PRESETS, SIZES, ModelConfig, RunConfig, SamplingConfig, check_effects
 from lit_transdiff.loading import load_run, override, parse_overrides, preset, run_from, save_yaml
 from lit_transdiff.sampling import check_sampling
 
@@ -22,6 +22,27 @@ def test_defaults_size_base_file_and_overrides_stand_in_this_order(tmp_path: Pat
     assert run.model.width == SIZES["nano"]["width"] and run.model.num_heads == 2 and run.model.decoder_blocks == 7
     assert (run.optimizer.lr, run.optimizer.eps, run.optimizer.weight_decay) == (2e-3, 1e-6, 0.1)
     assert run.optimizer.betas == RunConfig().optimizer.betas
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_is_the_same_in_python_and_in_yaml(size: str):
+    model = ModelConfig(size=size)
+    assert {name: getattr(model, name) for name in SIZES[size]} == SIZES[size]
+    assert run_from({"model": {"size": size}}).model == model
+    assert ModelConfig(size=size, encoder_blocks=3) == dataclasses.replace(model, encoder_blocks=3)
+    assert all(type(getattr(model, name)) is int for name in SIZES[size])
+
+
+def test_a_size_that_is_no_row_and_a_number_of_zero_are_refused_in_python():
+    with pytest.raises(ValueError, match=r"model\.size: 'larg' is not known\. Did you mean 'large'"):
+        ModelConfig(size="larg")
+    with pytest.raises(ValueError, match=r"model\.width: got 0"):
+        ModelConfig(width=0)
+
+
+def test_the_numbers_of_a_size_can_be_named_in_the_file(tmp_path: Path):
+    path = write(tmp_path, "run.yaml", "model: {size: nano, num_class_tokens: '${model.num_heads}'}")
+    assert load_run(path).model.num_class_tokens == SIZES["nano"]["num_heads"]
 
 
 def test_a_saved_configuration_reads_back_equal(tmp_path: Path):
@@ -70,10 +91,30 @@ def test_the_sections_are_those_of_the_run():
         ),
         ("optimizer: {warmup_steps: 2000}", r"optimizer\.warmup_steps: got 2000; allowed: at most training\.max_steps=1000"),
         ("optimizer: {ema_decay: 1.0}", r"optimizer\.ema_decay: got 1\.0"),
+        ("optimizer: {more_ema_decays: [1.5]}", r"optimizer\.more_ema_decays: got \[1\.5\]; allowed: 0 <= decay < 1"),
         ("training: {micro_batch_size: 100}", r"training\.micro_batch_size: got 100; allowed: a divisor"),
         ("training: {precision: fp16}", r"training\.precision: got 'fp16'"),
-        ("autoencoder: {kind: kl}", r"autoencoder\.path: got None; allowed: a folder"),
         ("name: a/b", r"name: got 'a/b'"),
+        ("name: ..", r"name: got '\.\.'; allowed: the name of one folder, without '/' or '\\'\."),
+        ("name: ''", r"name: got ''"),
+        ("seed: -1", r"seed: got -1; allowed: 0 to 2\^32 - 1"),
+        ("sampling: {drift_scale: -0.1}", r"sampling\.drift_scale: got -0\.1; allowed: 0 or more"),
+        ("sampling: {guidance_scale: .inf}", r"sampling\.guidance_scale: got inf; allowed: finite numbers"),
+        ("sampling: {reference_guidance: [.inf]}", r"sampling\.reference_guidance: got \[inf\]; allowed: finite numbers"),
+        ("optimizer: {weight_decay: -0.1}", r"optimizer\.weight_decay: got -0\.1; allowed: 0 or more"),
+        ("optimizer: {eps: 0}", r"optimizer\.eps: got 0\.0; allowed: above 0"),
+        ("optimizer: {lr: .nan}", r"optimizer\.lr: got nan; allowed: above 0"),
+        ("optimizer: {min_lr: 0.01}", r"optimizer\.min_lr: got 0\.01; allowed: 0 to optimizer\.lr=0\.0008"),
+        ("optimizer: {min_lr: -1}", r"optimizer\.min_lr: got -1\.0"),
+        ("model: {mlp_ratio: 0}", r"model\.mlp_ratio: got 0\.0; allowed: at least 1 / model\.width=768"),
+        (
+            "autoencoder_training: {norm_groups: 0}",
+            r"autoencoder_training\.norm_groups: got 0; allowed: an integer of at least 1",
+        ),
+        ("autoencoder_training: {layers_per_block: 0}", r"autoencoder_training\.layers_per_block: got 0"),
+        ("autoencoder_training: {block_channels: [32, 0]}", r"autoencoder_training\.block_channels: got \[32, 0\]"),
+        ("evaluation: {seed: -1}", r"evaluation\.seed: got -1"),
+        ("evaluation: {metrics: []}", r"evaluation\.metrics: got \[\]; allowed: at least one"),
         ("- 1", "expected settings"),
         ("model: [", "is not YAML: while parsing"),
         ("runs: []", "is a pipeline, a list of runs; start it with: lit-transdiff run"),
@@ -83,6 +124,39 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, message: str
     with pytest.raises(ValueError, match=message) as error:
         load_run(write(tmp_path, "run.yaml", text))
     assert "run.yaml" in str(error.value)
+
+
+# A changed value of each setting of EFFECTS, and a setting beside which it is read.
+READ_BESIDE: dict[str, tuple[str, str]] = {
+    "optimizer.min_lr": ("1.0e-5", "optimizer.schedule=cosine"),
+    "flow.density_mean": ("-0.4", "flow.density=logit_normal"),
+    "flow.density_std": ("0.5", "flow.density=logit_normal"),
+    "checkpoint.best_is": ("highest", "checkpoint.keep_best=eval/precision"),
+    "safety.max_bad_steps": ("3", "safety.on_bad_step=skip"),
+    "training.validate_every": ("500", "data.evaluation=held_out"),
+}
+
+
+@pytest.mark.parametrize("field", [effect.field for effect in EFFECTS])
+def test_a_setting_that_nothing_reads_is_refused_before_training(tmp_path: Path, field: str):
+    value, reader = READ_BESIDE[field]
+    path = write(tmp_path, "run.yaml", "training: {validate_every: 500}\ndata: {evaluation: held_out}\nflow: {density: uniform}")
+    if field == "training.validate_every":
+        path = write(tmp_path, "run.yaml", "name: plain")
+    check_effects(load_run(path))
+    unread = load_run(path, [f"{field}={value}"])
+    with pytest.raises(ValueError, match=rf"{field}: got .*; allowed: .*, as "):
+        check_effects(unread)
+    check_effects(load_run(path, [f"{field}={value}", reader]))
+
+
+def test_a_trained_run_is_read_whatever_its_settings_read(tmp_path: Path):
+    """Such a run may be from before the rule; it is sampled and scored as ever."""
+    run = run_from({"optimizer": {"min_lr": 1e-5}})
+    assert (
+        override(run, ["evaluation.online_images=10", "sampling.solver=heun"], ("sampling", "evaluation")).sampling.solver
+        == "heun"
+    )
 
 
 def test_a_missing_file_names_those_nearby(tmp_path: Path):

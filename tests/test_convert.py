@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lit_transdiff.__main__ import main
-from lit_transdiff.config import SIZES, ModelConfig
+from lit_transdiff.config import ModelConfig
 from lit_transdiff.convert import convert
 from lit_transdiff.export import read_export
 from lit_transdiff.loading import load_run
@@ -76,7 +76,7 @@ class TestTransDiff:
     @pytest.mark.parametrize("kind", KINDS)
     def test_every_released_size_is_known_by_its_shapes(self, size: str, kind: str):
         settings, _, resolution = KINDS[kind]
-        config = ModelConfig(size=size, **SIZES[size], **settings)
+        config = ModelConfig(size=size, **settings)
         shapes = released_shapes(config)
         name = f"{'mrar' if kind == 'MRAR' else 'onestep'}_{size}_{resolution}"
         if name in SHAPES["param_counts"]:

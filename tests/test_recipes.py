@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_transdiff.__main__ import main, parse
-from lit_transdiff.config import SIZES, ModelConfig
+from lit_transdiff.config import SIZES, ModelConfig, check_effects
 from lit_transdiff.loading import load_run, read_yaml, run_from
 from lit_transdiff.pipeline import dry_run, load_pipeline
 from tests.small import ROOT
@@ -32,6 +32,7 @@ def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_recipe_is_valid(path: Path):
     run = load_run(path)
     assert run == run_from(read_yaml(path))
+    check_effects(run)
 
 
 @pytest.mark.parametrize("path", RECIPES + PIPELINES, ids=name)
@@ -64,7 +65,7 @@ def test_a_pipeline_that_trains_its_own_autoencoder_dry_runs(tmp_path: Path):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("num_references", [1, 4])
 def test_every_size_fits_one_step_and_mrar(size: str, num_references: int):
-    config = ModelConfig(size=size, **SIZES[size], num_references=num_references)
+    config = ModelConfig(size=size, num_references=num_references)
     assert config.tokens_per_reference * num_references == 256
     assert config.reference_patch_size == (2 if num_references == 4 else 1)
 

@@ -6,6 +6,7 @@ slow is loaded.
 
 from lit_transdiff.config.checks import require, unknown
 from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
+from lit_transdiff.config.effects import EFFECTS, check_effects
 from lit_transdiff.config.evaluation import EvaluationConfig
 from lit_transdiff.config.model import SIZES, ModelConfig
 from lit_transdiff.config.run import NESTED, RunConfig
@@ -14,6 +15,7 @@ from lit_transdiff.config.sampling import PRESETS, SamplingConfig
 from lit_transdiff.config.training import FlowConfig, OptimizerConfig, TrainingConfig
 
 __all__ = [
+    "EFFECTS",
     "NESTED",
     "PRESETS",
     "SIZES",
@@ -31,6 +33,7 @@ __all__ = [
     "SamplingConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "check_effects",
     "require",
     "unknown",
 ]

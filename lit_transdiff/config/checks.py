@@ -1,9 +1,12 @@
-"""The two ways in which a setting is refused."""
+"""How a setting is refused."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 
 def unknown(what: str, value: object, allowed: Iterable[str]) -> ValueError:
@@ -18,3 +21,13 @@ def require(condition: bool, what: str, value: object, allowed: str) -> None:
     """Raise ``ValueError`` naming the field, the value received and what is allowed, unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{what}: got {value!r}; allowed: {allowed}.")
+
+
+def check_finite(config: Any, prefix: str = "") -> None:
+    """Refuse numbers of a configuration, and of its sections, that are NaN or infinite."""
+    for field in fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if is_dataclass(value):
+            check_finite(value, f"{name}.")
+        numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, float)]
+        require(all(map(math.isfinite, numbers)), name, value, "finite numbers")

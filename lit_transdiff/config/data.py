@@ -40,16 +40,8 @@ class DataConfig:
 class AutoencoderConfig:
     """Pixels <-> normalised latents. The scale lives in the autoencoder's own folder, not here."""
 
-    kind: Literal["kl", "identity"] = "kl"
-    path: Optional[str] = None  # folder in diffusers' layout (config.json + safetensors)
-
-    def __post_init__(self) -> None:
-        require(
-            (self.kind == "kl") == (self.path is not None),
-            "autoencoder.path",
-            self.path,
-            "a folder when autoencoder.kind is 'kl', nothing when it is 'identity'",
-        )
+    kind: str = "kl"  # a name in models.autoencoder.AUTOENCODERS
+    path: Optional[str] = None  # its folder, where it has one: kl in diffusers' layout (config.json + safetensors)
 
 
 @dataclass(frozen=True)
@@ -67,9 +59,11 @@ class AutoencoderTraining:
 
     def __post_init__(self) -> None:
         channels = self.block_channels
+        for name in ("layers_per_block", "norm_groups", "latent_channels", "num_statistics_images"):
+            require(getattr(self, name) >= 1, f"autoencoder_training.{name}", getattr(self, name), "an integer of at least 1")
         require(len(channels) > 0, "autoencoder_training.block_channels", channels, "at least one level")
         require(
-            all(c % self.norm_groups == 0 for c in channels),
+            all(c >= 1 and c % self.norm_groups == 0 for c in channels),
             "autoencoder_training.block_channels",
             channels,
             f"multiples of norm_groups={self.norm_groups}",

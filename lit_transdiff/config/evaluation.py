@@ -33,6 +33,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require(self.num_images >= 2, "evaluation.num_images", self.num_images, "an integer of at least 2")
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "an integer of at least 1")
+        require(0 <= self.seed < 2**32, "evaluation.seed", self.seed, "0 to 2^32 - 1")
+        require(len(self.metrics) > 0, "evaluation.metrics", self.metrics, "at least one name")
         require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
         require(self.online_images >= 2, "evaluation.online_images", self.online_images, "an integer of at least 2")
         require(self.num_neighbours >= 1, "evaluation.num_neighbours", self.num_neighbours, "an integer of at least 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lit_transdiff.config.checks import require
+from lit_transdiff.config.checks import require, unknown
 
 # Table of sizes: the paper's three (arXiv 2506.09482, Table 1) and small ones for laptops and tests.
 # encoder_blocks is the real number of blocks; the reference code counts pairs of them.
@@ -34,15 +34,22 @@ COUNTS_OF_MODEL = (
 )
 
 
+class OfSize(int):
+    """Stands for the number in the size's row of SIZES, until a ``ModelConfig`` is made; an int, as the number is."""
+
+
+OF_SIZE = OfSize()
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One TransDiff for every number of references: R = 1 is one-step AR, R > 1 is MRAR."""
 
-    size: str = "base"  # a row of SIZES; the four fields below override it
-    width: int = 768
-    num_heads: int = 12
-    encoder_blocks: int = 24
-    decoder_blocks: int = 12
+    size: str = "base"  # a row of SIZES, whose numbers are those of the four fields below that are not given
+    width: int = OF_SIZE
+    num_heads: int = OF_SIZE
+    encoder_blocks: int = OF_SIZE
+    decoder_blocks: int = OF_SIZE
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     num_class_tokens: int = 64
@@ -55,8 +62,15 @@ class ModelConfig:
     projection_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise unknown("model.size", self.size, SIZES)
+        for name, number in SIZES[self.size].items():
+            if isinstance(getattr(self, name), OfSize):
+                object.__setattr__(self, name, number)
         for name in COUNTS_OF_MODEL:
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
+        hidden = self.mlp_ratio * self.width
+        require(hidden >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.width={self.width}")
         require(self.width % self.num_heads == 0, "model.num_heads", self.num_heads, f"a divisor of model.width={self.width}")
         require(self.latent_size % self.patch_size == 0, "model.patch_size", self.patch_size, f"a divisor of {self.latent_size}")
         for name in ("attention_dropout", "projection_dropout"):

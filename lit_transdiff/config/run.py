@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
-from lit_transdiff.config.checks import require
+from lit_transdiff.config.checks import check_finite, require
 from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
 from lit_transdiff.config.evaluation import EvaluationConfig
 from lit_transdiff.config.model import ModelConfig
@@ -42,7 +42,10 @@ class RunConfig:
     safety: SafetyConfig = field(default_factory=SafetyConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, "name", self.name, "a folder name without '/'")
+        check_finite(self)
+        is_folder_name = self.name not in ("", ".", "..") and not set(self.name) & {"/", "\\"}
+        require(is_folder_name, "name", self.name, "the name of one folder, without '/' or '\\'")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         require(
             self.optimizer.warmup_steps <= self.training.max_steps,
             "optimizer.warmup_steps",
@@ -61,18 +64,6 @@ class RunConfig:
             "init_positions",
             self.init_positions,
             "'new' without init_from, from which they would be resized",
-        )
-        require(
-            not self.training.frozen_dropout or self.stage == "diffusion_head",
-            "training.frozen_dropout",
-            self.training.frozen_dropout,
-            f"false in stage {self.stage}, which freezes nothing",
-        )
-        require(
-            self.stage != "diffusion_head" or "encoder" not in self.training.checkpointed_parts,
-            "training.activation_checkpointing",
-            self.training.activation_checkpointing,
-            "'none' or 'decoder' in stage diffusion_head, which has no backward pass through the encoder",
         )
         for name in ("reference_guidance", "reference_steps"):
             values = getattr(self.sampling, name)

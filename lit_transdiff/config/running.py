@@ -23,7 +23,7 @@ class TrackingConfig:
 class DistributedConfig:
     """On what the run is spread."""
 
-    strategy: str = "auto"  # a name in distributed.STRATEGIES, or auto: single on one device, ddp on several
+    strategy: str = "auto"  # a name in distributed.kinds.STRATEGIES, or auto: single on one device, ddp on several
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Optional[int] = None  # a node; nothing: as many as torchrun started, or one
     num_nodes: int = 1
@@ -40,10 +40,10 @@ class DistributedConfig:
             "a folder when distributed.offload is 'nvme', nothing otherwise",
         )
         require(
-            not self.offload_parameters or (self.strategy == "zero3" and self.offload != "none"),
+            not self.offload_parameters or self.offload != "none",
             "distributed.offload_parameters",
             self.offload_parameters,
-            "true only with strategy zero3 and offload 'cpu' or 'nvme'",
+            "true only with distributed.offload 'cpu' or 'nvme'",
         )
         require(self.timeout_minutes > 0, "distributed.timeout_minutes", self.timeout_minutes, "above 0")
         require(self.devices is None or self.devices >= 1, "distributed.devices", self.devices, "nothing, or 1 and more")

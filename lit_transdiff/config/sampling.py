@@ -53,4 +53,5 @@ class SamplingConfig:
             low_high,
             "[low, high] with 0 <= low <= high <= 1",
         )
-        require(self.noise_scale >= 0, "sampling.noise_scale", self.noise_scale, "0 or more")
+        for name in ("drift_scale", "noise_scale"):
+            require(getattr(self, name) >= 0, f"sampling.{name}", getattr(self, name), "0 or more")

@@ -47,9 +47,13 @@ class OptimizerConfig:
     power_widths: list[float] = field(default_factory=list)  # power-function averages kept (EDM2's: 0.05 and 0.1); see export
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
+        for name in ("lr", "eps", "gradient_scale"):
+            require(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"0 to optimizer.lr={self.lr}")
         decays, widths = [self.ema_decay, *self.more_ema_decays], self.power_widths
-        require(all(0 <= decay < 1 for decay in decays), "optimizer.ema_decay", decays, "0 <= decay < 1")
+        require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 <= decay < 1")
+        require(all(0 <= decay < 1 for decay in decays), "optimizer.more_ema_decays", self.more_ema_decays, "0 <= decay < 1")
         require(len(set(decays)) == len(decays), "optimizer.more_ema_decays", decays, "decays that differ")
         allowed = "different widths above 0 and below 0.288 (the mean of all updates)"
         require(
@@ -60,7 +64,6 @@ class OptimizerConfig:
         )
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         require(0 <= self.warmup_offset <= 1, "optimizer.warmup_offset", self.warmup_offset, "0 to 1")
-        require(self.gradient_scale > 0, "optimizer.gradient_scale", self.gradient_scale, "above 0")
         require(self.gradient_clip >= 0, "optimizer.gradient_clip", self.gradient_clip, "0 (off) or more")
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two values in [0, 1)"
@@ -82,7 +85,7 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16-mixed", "fp16-mixed", "bf16-true"] = "auto"
     # auto: bf16-mixed on GPUs that have it, else fp32. Weights and their average are float32 in all but bf16-true, where the
     # weights and the optimizer are bfloat16 as in the reference's fine-tuning: small updates are then lost to rounding.
-    frozen_dropout: bool = False  # in stage diffusion_head: dropout in the frozen encoder, as in the reference
+    frozen_dropout: bool = False  # in a stage that freezes the encoder (diffusion_head): dropout in it, as in the reference
     log_every: int = 10
     validate_every: int = 0  # steps; 0: only at the end
     checkpoint_every: int = 500

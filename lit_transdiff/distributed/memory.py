@@ -83,7 +83,7 @@ def model_cost(run: RunConfig) -> ModelCost:
 
 def pass_cost(run: RunConfig, bf16: bool) -> PassCost:
     """Count a pass of one and of two rows, with one and two blocks; everything is linear in both."""
-    model, draws, frozen = run.model, run.flow.num_noise_draws, run.stage == "diffusion_head"
+    model, draws, frozen = run.model, run.flow.num_noise_draws, not STAGES[run.stage].trains_encoder
     counts = {
         blocks: [count_pass(with_blocks(run, *blocks), rows, bf16) for rows in (1, 2)] for blocks in ((1, 1), (2, 1), (1, 2))
     }

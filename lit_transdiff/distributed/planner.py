@@ -11,13 +11,13 @@ from pathlib import Path
 
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.data.index import read_index
-from lit_transdiff.distributed import EVERYWHERE, WHOLE
+from lit_transdiff.distributed.kinds import EVERYWHERE, STRATEGIES, whole_strategies
 from lit_transdiff.distributed.memory import ModelCost, PassCost, model_cost, pass_cost
 from lit_transdiff.hardware import DEVICES, GB, Device
+from lit_transdiff.models.autoencoder import kind_of
 from lit_transdiff.stages import STAGES
 
 FLOAT = 4
-BUCKET = 200_000_000 * FLOAT  # DeepSpeed's buffer for gradients on their way, of which it holds two
 AUTOENCODER = 66_456_019 * FLOAT  # the released KL autoencoder (kl16); only a run on images holds it
 OVERHEAD = 1.5 * GB  # CUDA's context, the communication library, workspaces
 USABLE = 0.92  # of the memory, as the allocator cannot fill all gaps
@@ -40,48 +40,28 @@ class Memory:
         return sum(vars(self).values())
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which fraction of each part one of n GPUs holds: 1 / n where ``cut``, everything where not."""
-
-    weights: bool
-    gradients: bool
-    optimizer: bool
-    master: bool  # a second float32 copy of the weights that the optimizer updates (DeepSpeed), always cut
-
-
-SHARES: dict[str, Share] = {
-    "single": Share(False, False, False, False),
-    "ddp": Share(False, False, False, False),
-    "zero1": Share(False, False, True, True),
-    "zero2": Share(False, True, True, True),
-    "zero3": Share(True, True, True, True),
-    "fsdp": Share(True, True, True, False),
-}
-
-
 def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelCost, cost: PassCost, images: bool) -> Memory:
     """Memory of one of ``gpus`` GPUs at its fullest moment, with micro-batches of ``rows`` rows."""
-    share = SHARES[strategy]
-    number = 2 if run.training.precision == "bf16-true" and strategy in WHOLE else FLOAT
+    kind = STRATEGIES[strategy]
+    number = 2 if run.training.precision == "bf16-true" and kind.whole else FLOAT
     weights, trained = model.parameters * number, model.trained * number
     averages = model.trained * FLOAT * run.optimizer.num_averages
-    offloaded = run.distributed.offload != "none" and strategy.startswith("zero")
+    offloaded = run.distributed.offload != "none" and len(kind.offloads) > 1
 
     def part(size: float, cut: bool) -> float:
         return size / gpus if cut else size
 
-    gathered = 2 * model.largest_unit * FLOAT if share.weights else 0  # this block, and the next one on its way
-    master = trained / gpus if share.master and not offloaded else 0
-    partition = trained / gpus if strategy == "zero1" else 0  # ZeRO-1 keeps its reduced part beside the whole gradients
+    gathered = 2 * model.largest_unit * FLOAT if kind.cuts_weights else 0  # this block, and the next one on its way
+    master = trained / gpus if kind.has_master and not offloaded else 0
+    reduced = trained / gpus if kind.keeps_reduced else 0
     return Memory(
-        weights=part(weights, share.weights) + gathered + master,
-        gradients=part(trained, share.gradients) + partition,
-        optimizer=0 if offloaded else part(2 * trained, share.optimizer),
-        averages=0 if offloaded else part(averages, share.optimizer),
+        weights=part(weights, kind.cuts_weights) + gathered + master,
+        gradients=part(trained, kind.cuts_gradients) + reduced,
+        optimizer=0 if offloaded else part(2 * trained, kind.cuts_optimizer),
+        averages=0 if offloaded else part(averages, kind.cuts_optimizer),
         activations=cost.kept(rows),
         autoencoder=AUTOENCODER + rows * image_bytes(run) if images else 0,
-        buffers=2 * BUCKET if strategy.startswith("zero") else 0,
+        buffers=kind.buffers,
     )
 
 
@@ -94,14 +74,7 @@ def communication(strategy: str, gpus: int, accumulation: int, model: ModelCost)
     """Bytes that one GPU sends in a step, with ring collectives."""
     ring = (gpus - 1) / gpus
     weights, gradients = model.parameters * FLOAT * ring, model.trained * FLOAT * ring
-    return {
-        "single": 0.0,
-        "ddp": 2 * gradients,  # reduce-scatter and gather, once a step
-        "zero1": gradients + weights,  # gradients to their owners once a step, then the updated weights
-        "zero2": accumulation * gradients + weights,  # gradients are reduced in every pass
-        "zero3": accumulation * (2 * weights + gradients),  # weights are gathered for both directions of every pass
-        "fsdp": accumulation * (2 * weights + gradients),
-    }[strategy]
+    return STRATEGIES[strategy].sent(weights, gradients, accumulation)
 
 
 def micro_batches(run: RunConfig, gpus: int) -> list[int]:
@@ -125,8 +98,8 @@ class Row:
 def rows_of(run: RunConfig, gpus: int, device: Device, model: ModelCost, cost: PassCost, images: bool) -> list[Row]:
     """Every strategy and micro-batch."""
     table = []
-    for strategy in SHARES:
-        if (strategy == "single") != (gpus == 1):
+    for strategy, kind in STRATEGIES.items():
+        if kind.alone != (gpus == 1):
             continue
         for rows in micro_batches(run, gpus):
             memory = memory_of(run, strategy, gpus, rows, model, cost, images)
@@ -138,12 +111,13 @@ def rows_of(run: RunConfig, gpus: int, device: Device, model: ModelCost, cost: P
 
 def data_of(run: RunConfig) -> tuple[bool, str]:
     """Whether the run reads images, so that the autoencoder is on each GPU, and a line about its data."""
+    has_weights = kind_of(run.autoencoder.kind, run.autoencoder.path).has_folder
     if (Path(run.data.train) / "index.json").is_file():
         index = read_index(run.data.train, check_files=False)
         size = int(index.size.sum())
-        images = index.kind == "images" and run.autoencoder.kind == "kl"
+        images = index.kind == "images" and has_weights
         return images, f"data           {run.data.train}: {len(index):,} {index.kind}, {size / GB:.2f} GB"
-    images = run.autoencoder.kind == "kl" and "latents" not in run.data.train
+    images = has_weights and "latents" not in run.data.train
     kind = "images" if images else "latents"
     return images, f"data           {run.data.train or 'none'} is not on this machine; counted as {kind}"
 
@@ -179,7 +153,7 @@ def plan(run: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
 def refusals(run: RunConfig) -> list[str]:
     """Which strategies of the table do not take the run's precision, and what is counted for them."""
     precision = run.training.precision
-    others = [name for name in SHARES if name not in WHOLE]
+    others = [name for name, kind in STRATEGIES.items() if not kind.whole]
     if precision in EVERYWHERE:
         return []
     return [f"{', '.join(others)} refuse training.precision={precision}; they are counted with bf16-mixed."]
@@ -191,7 +165,7 @@ def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool)
         f"run            {run.name}, stage {run.stage}, size {run.model.size}, R = {run.model.num_references}",
         f"parameters     {model.parameters:,} ({model.trained:,} trained): encoder {model.encoder:,}, decoder {model.decoder:,}",
         f"precision      {'bfloat16' if bf16 else 'float32'} passes; averages float32, weights, gradients and moments "
-        + ("bfloat16 (single and ddp only)" if run.training.precision == "bf16-true" else "float32"),
+        + (f"bfloat16 ({' and '.join(whole_strategies())} only)" if run.training.precision == "bf16-true" else "float32"),
         f"operations     {cost.row_flops / 1e9:,.0f} GFLOP a row of {run.model.num_references}, forward and backward; "
         f"{cost.row_flops * run.training.global_batch_size / 1e15:,.2f} PFLOP a step of {run.training.global_batch_size} rows",
         f"activations    {cost.row_bytes / GB:.3f} GB a row, {cost.fixed_bytes / GB:.2f} GB once"

@@ -11,6 +11,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -52,9 +53,16 @@ def load_autoencoder(kind: str, path: Optional[str | Path], image_channels: int)
 
     Raises ``ValueError`` for an unknown kind or a folder that does not fit, ``FileNotFoundError`` for a missing folder.
     """
+    return kind_of(kind, path).load(path or "", image_channels).freeze()
+
+
+def kind_of(kind: str, path: Optional[str | Path]) -> Kind:
+    """The row of AUTOENCODERS, checked against the path that is given with it."""
     if kind not in AUTOENCODERS:
         raise unknown("autoencoder.kind", kind, AUTOENCODERS)
-    return AUTOENCODERS[kind](path, image_channels).freeze()
+    found, allowed = AUTOENCODERS[kind], "a folder" if AUTOENCODERS[kind].has_folder else "nothing"
+    require(found.has_folder == (path is not None), "autoencoder.path", path, f"{allowed} when autoencoder.kind is {kind!r}")
+    return found
 
 
 class Autoencoder(nn.Module, ABC):
@@ -258,15 +266,15 @@ def is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def load_identity(path: Optional[str | Path], image_channels: int) -> Autoencoder:
-    require(path is None, "autoencoder.path", path, "nothing when autoencoder.kind is 'identity'")
-    return IdentityAutoencoder(image_channels)
+@dataclass(frozen=True)
+class Kind:
+    """How an autoencoder is made from ``autoencoder.path`` and the images' channels, and whether it has such a folder."""
+
+    load: Callable[[str | Path, int], Autoencoder]
+    has_folder: bool = True  # of weights; without, ``load`` gets an empty path
 
 
-def load_kl(path: Optional[str | Path], image_channels: int) -> Autoencoder:
-    if path is None:
-        raise ValueError("autoencoder.path: got None; allowed: a folder when autoencoder.kind is 'kl'.")
-    return KLAutoencoder.load(path, image_channels)
-
-
-AUTOENCODERS: dict[str, Callable[[Optional[str | Path], int], Autoencoder]] = {"kl": load_kl, "identity": load_identity}
+AUTOENCODERS: dict[str, Kind] = {
+    "kl": Kind(KLAutoencoder.load),
+    "identity": Kind(lambda path, image_channels: IdentityAutoencoder(image_channels), has_folder=False),
+}

@@ -8,6 +8,7 @@ from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.stages.classifier import ClassifierStage
 from lit_transdiff.stages.diffusion_head import DiffusionHead
 from lit_transdiff.stages.mrar_finetune import MRARFinetune
+from lit_transdiff.stages.preparatory import PreparatoryStage
 
 STAGES: dict[str, type[TransDiffStage]] = {
     "ar_pretrain": ARPretrain,
@@ -15,7 +16,7 @@ STAGES: dict[str, type[TransDiffStage]] = {
     "mrar_finetune": MRARFinetune,
 }
 # What is trained once a data set, before the stages: its autoencoder, and a classifier to score with.
-PREPARATORY: dict[str, type[AutoencoderStage] | type[ClassifierStage]] = {
+PREPARATORY: dict[str, type[PreparatoryStage]] = {
     "autoencoder": AutoencoderStage,
     "classifier": ClassifierStage,
 }

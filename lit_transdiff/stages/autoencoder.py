@@ -9,15 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.models.autoencoder import KLAutoencoder, kl_divergence, posterior
-from lit_transdiff.randomness import mix
-from lit_transdiff.stages.base import log_now
-from lit_transdiff.stages.optim import check_optimizer, lr_factor
+from lit_transdiff.stages.preparatory import PreparatoryStage
 
 STORAGE = torch.float16  # of the exported weights: half the file, and reconstructions differ by far less than a grey level
 
@@ -34,30 +31,6 @@ def psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of images [B, C, H, W] in [-1, 1] (peak 2), mean over the batch: a scalar."""
     error = (reconstructions - images).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()
-
-
-class PreparatoryStage(pl.LightningModule):
-    """What the two preparatory stages share: AdamW over all parameters, and its schedule. The last weights are exported."""
-
-    def __init__(self, run: RunConfig) -> None:
-        super().__init__()
-        check_optimizer(run.optimizer)
-        self.run = run
-
-    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Posterior noise and dropout are functions of the step and the rank, so that a resumed run goes on exactly."""
-        micro_step = batch_index % self.trainer.accumulate_grad_batches
-        torch.manual_seed(mix(self.run.seed, self.run.stage, self.global_step, micro_step, self.global_rank))
-
-    def on_validation_end(self) -> None:
-        log_now(self.trainer, {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")})
-
-    def configure_optimizers(self) -> Any:
-        config, steps = self.run.optimizer, self.run.training.max_steps
-        betas = (config.betas[0], config.betas[1])
-        optimizer = torch.optim.AdamW(self.parameters(), config.lr, betas, config.eps, config.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class AutoencoderStage(PreparatoryStage):
@@ -108,7 +81,7 @@ class AutoencoderStage(PreparatoryStage):
         mean = first / count
         return mean, (second / count - mean.square()).sqrt()
 
-    def export(self, folder: str | Path, batches: Iterable[Any]) -> None:
+    def export(self, folder: Path, batches: Iterable[Any]) -> None:
         """Write the autoencoder to ``folder`` in diffusers' layout, normalised by its latents of ``batches``.
 
         ``batches`` have training images as ``values`` [B, R, C, H, W]. Every rank may call it; the first one writes.

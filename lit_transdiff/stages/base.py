@@ -7,14 +7,14 @@ are ordered (reference, draw, image).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from lit_transdiff.config import RunConfig, unknown
+from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.flow.loss import DENSITIES, draw_times, flow_matching_loss
 from lit_transdiff.models.execution import compile_blocks, recompute_blocks
@@ -55,7 +55,9 @@ def log_now(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
 
 
 class TransDiffStage(pl.LightningModule):
-    """One stage of training. A subclass says what it trains (``prepare``) and what it needs (``check``)."""
+    """One stage of training. A subclass says what it trains (``trains_encoder``, ``prepare``) and what it needs (``check``)."""
+
+    trains_encoder: ClassVar[bool] = True  # else there is no backward pass through it
 
     def __init__(self, run: RunConfig, to_latents: ToLatents) -> None:
         super().__init__()
@@ -78,6 +80,12 @@ class TransDiffStage(pl.LightningModule):
         if run.flow.density not in DENSITIES:
             raise unknown("flow.density", run.flow.density, DENSITIES)
         check_optimizer(run.optimizer)
+        frozen, again = run.training.frozen_dropout, run.training.activation_checkpointing
+        allowed = f"false in stage {run.stage}, which freezes nothing"
+        require(not frozen or not cls.trains_encoder, "training.frozen_dropout", frozen, allowed)
+        allowed = f"'none' or 'decoder' in stage {run.stage}, which has no backward pass through the encoder"
+        possible = cls.trains_encoder or "encoder" not in run.training.checkpointed_parts
+        require(possible, "training.activation_checkpointing", again, allowed)
 
     def prepare(self) -> None:
         """Freeze what the stage does not train."""

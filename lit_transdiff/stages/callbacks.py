@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 from einops import rearrange
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -78,16 +79,21 @@ class StopOnNonFinite(pl.Callback):
 class LogTraining(pl.Callback):
     """Loss and loss by time bin (means over all ranks), learning rate, gradient norm, throughput, time spent waiting for data.
 
-    Sums stay on the device; everything is fetched and reduced once every ``every`` steps.
+    Sums stay on the device; everything is fetched and reduced once every ``every`` steps. ``dtype`` is what is computed in: MFU
+    is a share of the device's best, which the log and the first values say the source of.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, dtype: torch.dtype) -> None:
         self.run = run
+        self.dtype = dtype
         self.every = run.training.log_every
         self.images_per_step = run.images_per_step
         self.last: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        if isinstance(stage, TransDiffStage):
+            self.peak = peak_flops(stage.device, self.dtype)
+            rank_zero_info(f"throughput/mfu is a share of {self.peak.flops / 1e12:.4g} TFLOP/s a device: {self.peak.source}")
         self.reset(stage)
         self.batch_end = self.window_start
 
@@ -134,7 +140,7 @@ class LogTraining(pl.Callback):
             "throughput/peak_memory_gb": peak_memory(trainer.lightning_module.device) / GB,  # of the first rank
         }
         if isinstance(trainer.lightning_module, TransDiffStage):
-            result |= self.rates(trainer, images / elapsed)
+            result |= self.rates(trainer.lightning_module, trainer.world_size, images / elapsed)
             apart, size = trainer.strategy.reduce(sharding(trainer).average_distance(), reduce_op="mean").tolist()
             result["train/ema_distance"] = (apart / size) ** 0.5 if size else 0.0  # no average before the first step
         norm = self.norm if self.norm is not None else sharding(trainer).gradient_norm_of_step()
@@ -145,13 +151,16 @@ class LogTraining(pl.Callback):
                 result[f"train/loss_t{b / TIME_BINS:.1f}"] = total / rows
         return result
 
-    def rates(self, trainer: pl.Trainer, images_per_second: float) -> dict[str, float]:
+    def rates(self, stage: TransDiffStage, devices: int, images_per_second: float) -> dict[str, float]:
         """Tokens a second through the blocks, and the share of the devices' best that the model's operations are."""
         model, draws = self.run.model, self.run.flow.num_noise_draws
         rows = images_per_second / model.num_references
-        flops = rows * training_flops(model, draws, frozen_encoder=self.run.stage == "diffusion_head")
-        best = trainer.world_size * peak_flops(trainer.lightning_module.device)
-        return {"throughput/tokens_per_second": rows * tokens_of(model, draws), "throughput/mfu": flops / best}
+        flops = rows * training_flops(model, draws, frozen_encoder=not stage.trains_encoder)
+        share = flops / (devices * self.peak.flops)
+        found = {"throughput/tokens_per_second": rows * tokens_of(model, draws), "throughput/mfu": share}
+        if not self.last:  # once a start
+            found |= {"throughput/peak_tflops": self.peak.flops / 1e12, "throughput/peak_is_measured": float(self.peak.measured)}
+        return found
 
 
 class SaveOrigin(pl.Callback):

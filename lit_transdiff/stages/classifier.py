@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.models.classifier import SmallClassifier, save_classifier
-from lit_transdiff.stages.autoencoder import PreparatoryStage
+from lit_transdiff.stages.preparatory import PreparatoryStage
 
 FILE_NAME = "classifier.safetensors"
 
@@ -29,8 +30,8 @@ class ClassifierStage(PreparatoryStage):
         correct = self.classifier(batch.values[:, 0]).argmax(dim=1) == batch.labels
         self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), sync_dist=True, logger=False)
 
-    def export(self, folder: str | Path) -> None:
-        """Write ``classifier.safetensors`` to ``folder``; every rank may call it, the first one writes."""
+    def export(self, folder: Path, batches: Iterable[Any]) -> None:
+        """Write ``classifier.safetensors`` to ``folder``; every rank may call it, the first one writes. No batch is read."""
         if self.global_rank == 0:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            save_classifier(self.classifier.eval(), Path(folder) / FILE_NAME)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_classifier(self.classifier.eval(), folder / FILE_NAME)

@@ -15,6 +15,8 @@ class DiffusionHead(TransDiffStage):
     The label is still dropped, so that the decoder keeps learning the unconditional velocity.
     """
 
+    trains_encoder = False
+
     @classmethod
     def check(cls, run: RunConfig) -> None:
         super().check(run)

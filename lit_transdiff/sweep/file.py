@@ -15,8 +15,8 @@ import yaml
 
 from lit_transdiff.config import require, unknown
 from lit_transdiff.sweep.distributions import DISTRIBUTIONS, Spec, check, name_of
+from lit_transdiff.sweep.search import SEARCHES
 
-METHODS = ("grid", "random", "bayes")
 KEYS = (
     *("method", "metric", "parameters", "early_terminate", "command", "program", "name", "project", "run_cap"),
     *("description", "entity"),
@@ -67,15 +67,17 @@ class SweepFile:
     source: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise unknown("method", self.method, METHODS)
+        if self.method not in SEARCHES:
+            raise unknown("method", self.method, SEARCHES)
+        search = SEARCHES[self.method]
         require(len(self.parameters) > 0, "parameters", {}, "at least one parameter")
         for path, spec in self.parameters.items():
             check(".".join(path), spec)
-            grid = self.method != "grid" or DISTRIBUTIONS[name_of(spec)].values is not None
-            require(grid, f"parameters.{'.'.join(path)}", name_of(spec), "value, values, or whole numbers for method grid")
-        needs_metric = self.method == "bayes" or self.early_terminate is not None
-        require(not needs_metric or self.metric is not None, "metric", None, "name and goal, for bayes and early_terminate")
+            possible = not search.needs_values or DISTRIBUTIONS[name_of(spec)].values is not None
+            allowed = f"value, values, or whole numbers for method {self.method}"
+            require(possible, f"parameters.{'.'.join(path)}", name_of(spec), allowed)
+        reader = self.method if search.needs_metric else "early_terminate" if self.early_terminate is not None else None
+        require(reader is None or self.metric is not None, "metric", None, f"name and goal, for {reader}")
         require(self.command is not None or self.program is not None, "command", None, "a command or a program")
 
     def nested(self, values: dict[Path_, Any]) -> dict[str, Any]:

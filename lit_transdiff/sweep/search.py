@@ -9,17 +9,27 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.sweep.distributions import DISTRIBUTIONS, for_optuna, name_of
-from lit_transdiff.sweep.file import Hyperband, SweepFile
 from lit_transdiff.sweep.trial import Trial
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from lit_transdiff.sweep.file import Hyperband, SweepFile
+
 START_TRIALS = 5  # of bayes, drawn at random
-Search = Callable[[SweepFile, Sequence[Trial], int], "dict[str, Any] | None"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search, and what it asks of the sweep file: a metric, or parameters whose values can be listed."""
+
+    next: Callable[[SweepFile, Sequence[Trial], int], dict[str, Any] | None]
+    needs_metric: bool = False
+    needs_values: bool = False
 
 
 def grid(sweep: SweepFile, trials: Sequence[Trial], seed: int) -> dict[str, Any] | None:
@@ -81,14 +91,18 @@ def hash_of(seed: int, number: int) -> int:
     return random.Random(f"{seed} {number}").getrandbits(32)
 
 
-SEARCHES: dict[str, Search] = {"grid": grid, "random": at_random, "bayes": bayes}
+SEARCHES: dict[str, Search] = {
+    "grid": Search(grid, needs_values=True),
+    "random": Search(at_random),
+    "bayes": Search(bayes, needs_metric=True),
+}
 
 
 def next_settings(sweep: SweepFile, trials: Sequence[Trial], seed: int = 0) -> dict[str, Any] | None:
     """The settings of the next trial, or nothing when the sweep has all it wants."""
     if sweep.run_cap is not None and len(trials) >= sweep.run_cap:
         return None
-    return SEARCHES[sweep.method](sweep, trials, seed)
+    return SEARCHES[sweep.method].next(sweep, trials, seed)
 
 
 def to_stop(rule: Hyperband, trials: Sequence[Trial], maximize: bool) -> list[Trial]:

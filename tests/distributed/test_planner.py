@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.allocations import Allocations
 from lit_transdiff.config import ModelConfig, RunConfig
 from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.distributed.kinds import STRATEGIES
 from lit_transdiff.distributed.memory import model_cost, pass_cost
-from lit_transdiff.distributed.planner import SHARES, communication, memory_of, plan
+from lit_transdiff.distributed.planner import communication, memory_of, plan
 from lit_transdiff.models.flops import decoder_flops, encoder_flops
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.optim import build_optimizer
@@ -84,7 +85,7 @@ def test_shares_of_the_strategies(tmp_path: Path):
     """On many GPUs what is cut goes to nothing, and what is not stays; a strategy that cuts more holds less and sends more."""
     run = kind_run(tmp_path, "one-step")
     model, cost = model_cost(run), pass_cost(run, False)
-    memory = {name: memory_of(run, name, 1000, 1, model, cost, images=False) for name in SHARES}
+    memory = {name: memory_of(run, name, 1000, 1, model, cost, images=False) for name in STRATEGIES}
     whole = model.parameters * 4
     assert memory["ddp"].optimizer == 2 * whole and memory["zero1"].optimizer == 2 * whole / 1000
     assert memory["zero1"].gradients > memory["zero2"].gradients == whole / 1000

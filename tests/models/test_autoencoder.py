@@ -85,7 +85,7 @@ def test_sample_is_clamped_and_normalised(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_every_kind_keeps_leading_dimensions(kind: str, folder: Path) -> None:
-    autoencoder = load_autoencoder(kind, folder if kind == "kl" else None, image_channels=1)
+    autoencoder = load_autoencoder(kind, folder if AUTOENCODERS[kind].has_folder else None, image_channels=1)
     images = torch.rand(2, 3, 1, 16, 16) * 2 - 1
     moments = autoencoder.encode(images)
     latents = autoencoder.sample(moments, torch.randn(autoencoder.sample(moments).shape))
@@ -99,7 +99,7 @@ def test_every_kind_keeps_leading_dimensions(kind: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_every_kind_stays_frozen(kind: str, folder: Path) -> None:
-    autoencoder = load_autoencoder(kind, folder if kind == "kl" else None, image_channels=1)
+    autoencoder = load_autoencoder(kind, folder if AUTOENCODERS[kind].has_folder else None, image_channels=1)
     torch.nn.Sequential(autoencoder).train()
     assert not any(module.training for module in autoencoder.modules())
     assert not any(p.requires_grad for p in autoencoder.parameters())

@@ -12,6 +12,7 @@ from lit_transdiff.models import execution
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.execution import can_compile, compile_blocks, recompute_blocks
 from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.parts import check_run
 from lit_transdiff.sampling import Generator, generate
 from tests.models.test_transdiff import build
 from tests.small import small_run
@@ -128,4 +129,4 @@ def test_settings_of_recomputation_that_cannot_act_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"activation_checkpointing_every: got 2; allowed: 1 when"):
         small_run(tmp_path, training={"activation_checkpointing_every": 2})
     with pytest.raises(ValueError, match=r"activation_checkpointing: got 'all'; allowed: 'none' or 'decoder' in stage"):
-        small_run(tmp_path, stage="diffusion_head", init_from="x", training={"activation_checkpointing": "all"})
+        check_run(small_run(tmp_path, stage="diffusion_head", init_from="x", training={"activation_checkpointing": "all"}))

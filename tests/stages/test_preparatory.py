@@ -104,7 +104,7 @@ def test_export_measures_the_scale_of_the_latents(tmp_path: Path) -> None:
 
 def test_exported_classifier_is_the_trained_one(tmp_path: Path) -> None:
     stage = ClassifierStage(small_run("classifier"))
-    stage.export(tmp_path / "export")
+    stage.export(tmp_path / "export", [])
     loaded = load_classifier(tmp_path / "export/classifier.safetensors")
     images = squares().values[:, 0]
     assert torch.equal(loaded(images), stage.eval().classifier(images))

@@ -1,0 +1,56 @@
+"""Settings that are read only beside certain values of others: one that was changed and that nothing reads is refused.
+
+This is checked when a run is about to be trained, not when a trained one is read, so that overrides of how it is sampled and
+scored stay free. Left out are settings whose reader is often changed alone, in one command or one trial of a sweep (scales of a
+solver, the interval of a guidance of 1, scores while training that are off, tracking without W&B), or differs between the runs of
+a pipeline, which share their overrides (settings of single stages, of several references, of the autoencoder's training).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from lit_transdiff.config.checks import require
+
+if TYPE_CHECKING:
+    from lit_transdiff.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A setting by its dotted name, whether a run reads it, and why not where it does not."""
+
+    field: str
+    is_read: Callable[[RunConfig], bool]
+    why_not: str
+
+
+EFFECTS = (
+    Effect("optimizer.min_lr", lambda run: run.optimizer.schedule != "constant", "optimizer.schedule 'constant' stays at lr"),
+    Effect("flow.density_mean", lambda run: run.flow.density != "uniform", "flow.density 'uniform' has no mean to set"),
+    Effect("flow.density_std", lambda run: run.flow.density != "uniform", "flow.density 'uniform' has no width to set"),
+    Effect("checkpoint.best_is", lambda run: run.checkpoint.keep_best is not None, "checkpoint.keep_best names no metric"),
+    Effect("safety.max_bad_steps", lambda run: run.safety.on_bad_step != "stop", "safety.on_bad_step 'stop' ends at the first"),
+    Effect(
+        "training.validate_every",
+        lambda run: run.data.evaluation is not None or run.checkpoint.keep_best is not None,
+        "there is no data.evaluation",
+    ),
+)
+
+
+def check_effects(run: RunConfig) -> None:
+    """Raise ``ValueError`` for a setting of EFFECTS that differs from its default and that the run does not read."""
+    for effect in EFFECTS:
+        section, name = effect.field.split(".")
+        value, default = getattr(getattr(run, section), name), default_of(getattr(run, section), name)
+        require(value == default or effect.is_read(run), effect.field, value, f"{default!r}, as {effect.why_not}")
+
+
+def default_of(section: Any, name: str) -> Any:
+    """The default of a setting that is one value."""
+    default = next(field.default for field in fields(section) if field.name == name)
+    assert default is not MISSING, f"{name}: its default is made by a function"
+    return default

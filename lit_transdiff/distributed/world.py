@@ -1,0 +1,108 @@
+"""The devices of a run: how many, how its batch is divided among them, and what they compute in."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from lit_transdiff.config import DistributedConfig, RunConfig, require
+from lit_transdiff.distributed.restarts import join
+
+log = logging.getLogger(__name__)
+
+
+def devices_of(run: RunConfig) -> tuple[str, int]:
+    """Accelerator ("gpu" or "cpu") and devices a node.
+
+    What the run does not say: as many as torchrun or srun started, else one.
+    """
+    config = run.distributed
+    gpus = torch.cuda.device_count()
+    accelerator = ("gpu" if gpus else "cpu") if config.accelerator == "auto" else config.accelerator
+    require(accelerator == "cpu" or gpus > 0, "distributed.accelerator", config.accelerator, "cpu, as there is no GPU here")
+    devices = config.devices or launched()[0]
+    require(accelerator == "cpu" or devices <= gpus, "distributed.devices", devices, f"at most the {gpus} GPUs of this node")
+    return accelerator, devices
+
+
+def num_nodes(run: RunConfig) -> int:
+    """Nodes of the job: what torchrun or srun started, or what the run says."""
+    return launched()[1] or run.distributed.num_nodes
+
+
+def launched() -> tuple[int, int]:
+    """Processes a node and nodes, as torchrun or srun started them; one process and 0 nodes where neither did."""
+    if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    if SLURMEnvironment.detect() and "SLURM_PROCID" in os.environ:
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return 1, 0
+
+
+def world_size(run: RunConfig) -> int:
+    return devices_of(run)[1] * num_nodes(run)
+
+
+def build_fabric() -> Fabric:
+    """The ranks that torchrun started, or this process alone; on GPUs where there are any."""
+    gpus = torch.cuda.device_count()
+    join("nccl" if gpus else "gloo", timedelta(minutes=DistributedConfig().timeout_minutes))
+    devices, nodes = launched()
+    nodes = max(1, nodes)
+    strategy = "ddp" if devices * nodes > 1 else "auto"
+    fabric = Fabric(accelerator="gpu" if gpus else "cpu", devices=devices, num_nodes=nodes, strategy=strategy)
+    fabric.launch()
+    return fabric
+
+
+def micro_batch_size(run: RunConfig) -> int:
+    """Images a device and forward pass; the number of accumulated passes follows from it."""
+    size, world = run.training.global_batch_size, world_size(run)
+    require(size % world == 0, "training.global_batch_size", size, f"a multiple of the {world} devices")
+    micro = run.training.micro_batch_size or size // world
+    require(
+        size % (micro * world) == 0,
+        "training.micro_batch_size",
+        micro,
+        f"a divisor of {size} / {world} devices = {size // world}",
+    )
+    return micro
+
+
+def accumulation(run: RunConfig) -> int:
+    """Forward passes a device and optimizer step."""
+    return run.training.global_batch_size // (micro_batch_size(run) * world_size(run))
+
+
+def timeout_of(run: RunConfig) -> timedelta:
+    """How long a collective may take."""
+    return timedelta(minutes=run.distributed.timeout_minutes)
+
+
+def precision_of(run: RunConfig) -> str:
+    """Lightning's name of the precision: what is computed in; the weights of bf16-true are the stage's business."""
+    accelerator, _ = devices_of(run)
+    wanted = run.training.precision
+    if wanted == "auto":
+        wanted = "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "fp32"
+    if wanted == "fp16-mixed" and accelerator == "cpu":
+        log.warning("training.precision: CPUs have no fp16-mixed; bf16-mixed is used")
+        wanted = "bf16-mixed"
+    return {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "fp16-mixed": "16-mixed", "bf16-true": "bf16-mixed"}[wanted]
+
+
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """What matrix products are computed in."""
+    return {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision_of(run)]
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
