@@ -128,9 +128,6 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, message: str
 
 # A changed value of each setting of EFFECTS, and a setting beside which it is read.
 READ_BESIDE: dict[str, tuple[str, str]] = {
-    "optimizer.min_lr": ("1.0e-5", "optimizer.schedule=cosine"),
-    "flow.density_mean": ("-0.4", "flow.density=logit_normal"),
-    "flow.density_std": ("0.5", "flow.density=logit_normal"),
     "checkpoint.best_is": ("highest", "checkpoint.keep_best=eval/precision"),
     "safety.max_bad_steps": ("3", "safety.on_bad_step=skip"),
     "training.validate_every": ("500", "data.evaluation=held_out"),
@@ -152,7 +149,7 @@ def test_a_setting_that_nothing_reads_is_refused_before_training(tmp_path: Path,
 
 def test_a_trained_run_is_read_whatever_its_settings_read(tmp_path: Path):
     """Such a run may be from before the rule; it is sampled and scored as ever."""
-    run = run_from({"optimizer": {"min_lr": 1e-5}})
+    run = run_from({"safety": {"max_bad_steps": 3}})
     assert (
         override(run, ["evaluation.online_images=10", "sampling.solver=heun"], ("sampling", "evaluation")).sampling.solver
         == "heun"

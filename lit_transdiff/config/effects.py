@@ -2,8 +2,9 @@
 
 This is checked when a run is about to be trained, not when a trained one is read, so that overrides of how it is sampled and
 scored stay free. Left out are settings whose reader is often changed alone, in one command or one trial of a sweep (scales of a
-solver, the interval of a guidance of 1, scores while training that are off, tracking without W&B), or differs between the runs of
-a pipeline, which share their overrides (settings of single stages, of several references, of the autoencoder's training).
+solver, the interval of a guidance of 1, the floor of a constant learning rate, the mean of a uniform density, scores while training
+that are off, tracking without W&B), or differs between the runs of a pipeline, which share their overrides (settings of single
+stages, of several references, of the autoencoder's training).
 """
 
 from __future__ import annotations
@@ -28,9 +29,6 @@ class Effect:
 
 
 EFFECTS = (
-    Effect("optimizer.min_lr", lambda run: run.optimizer.schedule != "constant", "optimizer.schedule 'constant' stays at lr"),
-    Effect("flow.density_mean", lambda run: run.flow.density != "uniform", "flow.density 'uniform' has no mean to set"),
-    Effect("flow.density_std", lambda run: run.flow.density != "uniform", "flow.density 'uniform' has no width to set"),
     Effect("checkpoint.best_is", lambda run: run.checkpoint.keep_best is not None, "checkpoint.keep_best names no metric"),
     Effect("safety.max_bad_steps", lambda run: run.safety.on_bad_step != "stop", "safety.on_bad_step 'stop' ends at the first"),
     Effect(
