@@ -58,13 +58,14 @@ def settings_of(cls: type, defaults: Any, prefix: str) -> Iterator[Setting]:
     """The fields of one class but its sections; the defaults are those of an instance."""
     tree = ast.parse(inspect.getsource(cls)).body[0]
     assert isinstance(tree, ast.ClassDef)
-    hints, meanings, allowed = typing.get_type_hints(cls), comments(cls, tree), ranges(tree) if prefix else {}
+    hints, meanings, ranges = typing.get_type_hints(cls), comments(cls, tree), Ranges(dict(vars(sys.modules[cls.__module__])))
+    ranges.visit(tree)
     for field, hint in ((field, hints[field.name]) for field in dataclasses.fields(cls)):
         if not dataclasses.is_dataclass(hint):
             name, meaning, default = prefix + field.name, meanings[field.name], getattr(defaults, field.name)
             values = [
                 values_of(hint, list(SIZES) if name == "model.size" else names_of(meaning), default),
-                *allowed.get(name, []),
+                *(ranges.found.get(name, {}) if prefix else ()),
             ]
             yield Setting(name, ", ".join(values), as_yaml(default), meaning)
 
@@ -90,15 +91,43 @@ def comments(cls: type, tree: ast.ClassDef) -> dict[str, str]:
     }
 
 
-def ranges(tree: ast.ClassDef) -> dict[str, list[str]]:
-    """Dotted name -> what the checks of a class allow, where ``require`` gives both as constants."""
-    found: dict[str, list[str]] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
-            name, allowed = node.args[1], node.args[3]
-            if isinstance(name, ast.Constant) and isinstance(allowed, ast.Constant):
-                found.setdefault(str(name.value), []).append(re.sub("^(an )?integers? of ", "", str(allowed.value)))
-    return found
+class Ranges(ast.NodeVisitor):
+    """Walks through the checks of a class; ``found``: dotted name -> what ``require`` allows, where it says so in plain words.
+
+    ``known`` are the names that its module defines; those that the checks assign or loop over are added.
+    """
+
+    def __init__(self, known: dict[str, Any]) -> None:
+        self.known = known
+        self.found: dict[str, dict[str, None]] = {}
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if isinstance(node.targets[0], ast.Name):
+            self.known[node.targets[0].id] = self.value(node.value)
+
+    def visit_For(self, node: ast.For) -> None:
+        for item in self.value(node.iter) or ():
+            self.known[ast.unparse(node.target)] = item
+            self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if ast.unparse(node.func) == "require":
+            name, allowed = self.value(node.args[1]), self.value(node.args[3])
+            if name and allowed:
+                self.found.setdefault(name, {})[re.sub("^(an )?integers? of ", "", allowed)] = None
+
+    def value(self, node: ast.expr) -> Any:
+        """What an expression of constants and known names is; ``None`` for others."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name):
+            return self.known.get(node.id)
+        if isinstance(node, ast.Tuple):
+            return [self.value(item) for item in node.elts]
+        if isinstance(node, ast.JoinedStr):
+            parts = [self.value(part.value if isinstance(part, ast.FormattedValue) else part) for part in node.values]
+            return None if None in parts else "".join(map(str, parts))
+        return None
 
 
 def names_of(meaning: str) -> list[str]:

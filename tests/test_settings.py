@@ -52,6 +52,7 @@ def test_open_sets_are_listed(settings: dict[str, Setting], name: str):
 def test_comments_types_ranges_and_defaults_are_read(settings: dict[str, Setting]):
     assert "diffusers' layout" in settings["autoencoder.path"].meaning
     assert "at least 1" in settings["data.image_size"].values and settings["data.image_size"].values.startswith("integer")
+    assert settings["training.log_every"].values == settings["model.num_classes"].values == "integer, at least 1", "from loops"
     assert settings["data.crop"].values == "`none`, `center`, `random`, `random-square`"
     assert "bfloat16" in settings["training.precision"].meaning, "the lines below a field are a part of its comment"
     assert settings["autoencoder.kind"].default == "identity", "the run's default, which is not that of the class"
