@@ -139,7 +139,7 @@ def main() -> None:
     rate = centre.flops / statistics.median(centre.seconds)
     print(machine(torch.device("cpu")))
     print(f"fp32, size {args.size}, around {CENTRE}, {args.rounds} steps each; {rate / 1e9:.0f} GFLOP/s there\n")
-    print("| | | GFLOP | s | of the operations at one rate | GB | of the plan |\n|---|---|---|---|---|---|---|")
+    print("| varied | value | GFLOP | s | relative s per GFLOP | GB | GB / planned |\n|---|---|---|---|---|---|---|")
     for (name, value), point in points.items():
         median, expected = statistics.median(point.seconds), point.flops / rate
         shares = f"{median / expected:.2f} | {point.bytes / 1e9:.3f} | {point.bytes / point.planned_bytes:.2f}"

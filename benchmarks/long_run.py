@@ -27,7 +27,7 @@ from lit_transdiff.trainer import train
 
 ROOT = Path(__file__).parents[1]
 SHOWN = {
-    "ms a step": lambda logged, batch: 1000 * batch / logged["throughput/images_per_second"],
+    "ms per step": lambda logged, batch: 1000 * batch / logged["throughput/images_per_second"],
     "data wait, %": lambda logged, batch: 100 * logged["throughput/data_wait_fraction"],
     "peak memory, GB": lambda logged, batch: logged["throughput/peak_memory_gb"],
 }

@@ -239,7 +239,7 @@ def main() -> None:
     print(machine(device))
     how = args.precision + ", our blocks compiled" * args.compile
     print(f"{how}, size {args.size}, batch {args.batch}, {args.steps} solver steps, guidance {GUIDANCE}, {args.rounds} rounds\n")
-    print("| | ours, s | plain, s | plain / ours (least to most) | ours, TFLOP | plain, TFLOP | ours, of a matrix product |")
+    print("| | ours, s | plain, s | plain / ours (range) | ours, TFLOP | plain, TFLOP | ours, share of a matrix product's rate |")
     print("|---|---|---|---|---|---|---|")
     for references, name in ((1, "one-step"), (4, "MRAR")):
         setup = set_up(args.size, references, args.batch, device, args.precision, args.compile)

@@ -92,7 +92,7 @@ def main() -> None:
                 times[name].append(took)
     print(machine(device))
     print(f"size {args.size}, batch {args.batch}, {args.steps} steps, guidance {GUIDANCE}, {args.rounds} rounds\n")
-    print("| | parameters | TFLOP | s | of the DiT's time |\n|---|---|---|---|---|")
+    print("| | parameters | TFLOP | s | time / the DiT's |\n|---|---|---|---|---|")
     base = statistics.median(times["diffusers' DiT"])
     for name, (draw, size) in contestants.items():
         median = statistics.median(times[name])

@@ -116,6 +116,10 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
     with_overrides(sub)
 
+    sub = command(commands.settings, "every setting of a run: its values, default and meaning")
+    sub.add_argument("name", nargs="?", help="a section or a setting, as in sampling or optimizer.lr; default: all")
+    sub.add_argument("--markdown", action="store_true", help="print the page docs/settings.md instead")
+
     sub = command(commands.convert, "released checkpoints (TransDiff, latent diffusion's autoencoder) <-> ours")
     sub.add_argument("source", help="checkpoint-last.pth, its folder, or kl16.ckpt; back: an export or autoencoder folder")
     sub.add_argument("dest", help="a folder; back: a file name ending in .pth or .ckpt")

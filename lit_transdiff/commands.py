@@ -107,6 +107,12 @@ def run(args: argparse.Namespace) -> None:
     run_pipeline(pipeline, runs, build_fabric())
 
 
+def settings(args: argparse.Namespace) -> None:
+    from lit_transdiff.settings import as_markdown, as_text
+
+    print(as_markdown() if args.markdown else as_text(args.name), end="")
+
+
 def convert(args: argparse.Namespace) -> None:
     from lit_transdiff.convert import convert as write
 

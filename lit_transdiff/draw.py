@@ -34,7 +34,7 @@ def draw_samples(
     With ``references`` the grid shows the R successive images of each row. The image of a class and number depends on
     ``seed``, the class and the number alone.
     """
-    require(per_class >= 1, "per_class", per_class, "1 and more")
+    require(per_class >= 1, "per_class", per_class, "at least 1")
     labels = [c for c in classes for _ in range(per_class)]
     numbers = list(range(per_class)) * len(classes)
     rows = images_in_batches(

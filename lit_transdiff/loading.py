@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from lit_transdiff.config import NESTED, PRESETS, ModelConfig, RunConfig, require, unknown
 from lit_transdiff.files import replace_file
 
+SCHEMAS = (RunConfig, *NESTED.values())  # of which lit-transdiff settings knows every field
+
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML (with its ``base:`` chain), apply ``dotted.key=value`` overrides, and check the whole.
@@ -96,7 +98,8 @@ def check_keys(given: Any, schema: type, prefix: str, source: str) -> None:
     nested = NESTED if schema is RunConfig else {}
     for key in given:
         if key not in fields:
-            raise ValueError(f"{source}: {unknown(f'setting {prefix}{key!s}', key, fields)}")
+            explained = f" Explained by: lit-transdiff settings {prefix[:-1]}".rstrip() if schema in SCHEMAS else ""
+            raise ValueError(f"{source}: {unknown(f'setting {prefix}{key!s}', key, fields)}{explained}")
         if key in nested:
             check_keys(given[key], nested[str(key)], f"{prefix}{key!s}.", source)
 

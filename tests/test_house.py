@@ -18,6 +18,7 @@ LAYERS = {
     "endings": 0,
     "hardware": 0,
     "loading": 1,
+    "settings": 1,
     "randomness": 1,
     "checkpoint": 2,
     "export": 3,

@@ -16,7 +16,8 @@ OTHERS = ("launch", "sweeps")  # files of Kubernetes and of W&B; sweeps have a t
 YAML = sorted(file for file in (ROOT / "experiments").rglob("*.yaml") if file.parent.name not in OTHERS)
 PIPELINES = [path for path in YAML if "runs" in read_yaml(path)]
 RECIPES = [path for path in YAML if path not in PIPELINES]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "data").rglob("*.md"))]
+FOLDERS = ("benchmarks", "data", "docs")
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.md")))]
 
 
 def name(path: Path) -> str:
@@ -113,6 +114,20 @@ def test_documented_commands_parse(path: Path):
         for given in (getattr(args, "run", None), getattr(args, "pipeline", None)):
             if isinstance(given, str) and given != "RUN.yaml":
                 assert (ROOT / given).is_file(), f"{path.name} names {given}"
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may name after ``#``: the headings as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_links_lead_somewhere(path: Path):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text()):
+        file = path.parent / target if target else path
+        assert file.exists(), f"{path.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{path.name} links to {target}#{anchor}"
 
 
 def test_the_readme_shows_the_two_commands_at_its_top():

@@ -13,16 +13,19 @@ class DataConfig:
     """What is read, and how samples are ordered and augmented."""
 
     train: str = ""  # folder of shards with an index.json, or a webdataset URL (``pipe:``, ``http(s)://``, braces expand)
-    evaluation: Optional[str] = None  # same, for held-out data
-    index: Optional[str] = None  # index.json of ``train`` when ``train`` is a URL
+    evaluation: Optional[str] = None  # folder of held-out shards, for validation
+    index: Optional[str] = None  # index.json of ``train`` where ``train`` is a URL
     image_size: int = 256  # pixels; images are cropped to a square and resized to it
-    image_channels: int = 3
-    crop: Literal["none", "center", "random", "random-square"] = "center"  # center, random: of ADM; random-square: of TransDiff
+    image_channels: int = 3  # images are converted to it
+    crop: Literal["none", "center", "random", "random-square"] = "center"
+    # center and random: ADM's crops; random-square: TransDiff's, of training on images; none: images that already are
+    # squares of image_size
     horizontal_flip: bool = True  # flip half of the images (the other half of a cache made with both flips)
-    groups: Optional[str] = None  # JSON lines, a list of sample keys or {"cate", "files"} each: the groups of an MRAR run
+    groups: Optional[str] = None  # the groups of an MRAR run: JSON lines, each a list of sample keys or {"cate", "files"}
     shuffle_block: int = 64  # shards whose samples are shuffled together: bounds how many files are open at a time
     on_bad_sample: Literal["refuse", "skip"] = "refuse"
-    num_workers: int = 0
+    # a sample that cannot be read stops the run, or is replaced by the next one of its class
+    num_workers: int = 0  # processes per device that read data; 0: the training process itself
 
     def __post_init__(self) -> None:
         require(self.image_size >= 1, "data.image_size", self.image_size, "an integer of at least 1")
@@ -48,13 +51,12 @@ class AutoencoderConfig:
 class AutoencoderTraining:
     """The small KL autoencoder that the preparatory stage trains on the user's own shards."""
 
-    block_channels: list[int] = field(
-        default_factory=lambda: [32, 64, 96, 128]
-    )  # one level each; every level but the last halves the size
-    layers_per_block: int = 1
-    norm_groups: int = 8
-    latent_channels: int = 8
-    kl_weight: float = 1e-4
+    block_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
+    # of the levels, each of which but the last halves the size
+    layers_per_block: int = 1  # residual blocks per level
+    norm_groups: int = 8  # of group normalisation
+    latent_channels: int = 8  # of the latent that is trained
+    kl_weight: float = 1e-4  # of the divergence of the posterior from N(0, 1), beside the reconstruction
     num_statistics_images: int = 10_000  # images over which the latents' per-channel mean and std are measured at the end
 
     def __post_init__(self) -> None:

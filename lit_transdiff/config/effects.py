@@ -2,8 +2,8 @@
 
 This is checked when a run is about to be trained, not when a trained one is read, so that overrides of how it is sampled and
 scored stay free. Left out are settings whose reader is often changed alone, in one command or one trial of a sweep (scales of a
-solver, the interval of a guidance of 1, the floor of a constant learning rate, the mean of a uniform density, scores while training
-that are off, tracking without W&B), or differs between the runs of a pipeline, which share their overrides (settings of single
+solver, the interval of a guidance of 1, the floor of a constant rate, the mean of a uniform density, scores while training that
+are off, tracking without W&B), or differs between the runs of a pipeline, which share their overrides (settings of single
 stages, of several references, of the autoencoder's training).
 """
 

@@ -12,12 +12,12 @@ from lit_transdiff.config.checks import require
 class EvaluationConfig:
     """Which images are generated for a score, and what they are compared with."""
 
-    num_images: int = 50_000
-    batch_size: int = 64
-    seed: int = 0
-    label_mode: Literal["balanced", "random"] = "balanced"
+    num_images: int = 50_000  # generated per evaluation
+    batch_size: int = 64  # images generated together per device; the images do not depend on it
+    seed: int = 0  # of the generated images
+    label_mode: Literal["balanced", "random"] = "balanced"  # balanced: every class equally often; random: drawn with the seed
     extractor: str = "inception"  # a name in evaluation.features.EXTRACTORS
-    extractor_weights: Optional[str] = None
+    extractor_weights: Optional[str] = None  # its weights file, where it has one
     reference: Optional[str] = None  # statistics file (.npz) of the real images
     metrics: list[str] = field(
         default_factory=lambda: [
@@ -26,9 +26,9 @@ class EvaluationConfig:
         ]
     )  # names in evaluation.metrics.METRICS
     keep: Literal["last", "all"] = "last"  # which images of an MRAR row are scored: the final one, or all R of them
-    num_neighbours: int = 3  # of precision and recall
-    every: int = 0  # steps of training between two evaluations of the averaged weights; 0: none
-    online_images: int = 2000  # images of such an evaluation
+    num_neighbours: int = 3  # k, of precision and recall
+    every: int = 0  # steps between evaluations of the averaged weights while training; 0: none
+    online_images: int = 2000  # images of an evaluation while training
 
     def __post_init__(self) -> None:
         require(self.num_images >= 2, "evaluation.num_images", self.num_images, "an integer of at least 2")

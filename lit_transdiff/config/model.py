@@ -45,21 +45,21 @@ OF_SIZE = OfSize()
 class ModelConfig:
     """One TransDiff for every number of references: R = 1 is one-step AR, R > 1 is MRAR."""
 
-    size: str = "base"  # a row of SIZES, whose numbers are those of the four fields below that are not given
-    width: int = OF_SIZE
-    num_heads: int = OF_SIZE
-    encoder_blocks: int = OF_SIZE
-    decoder_blocks: int = OF_SIZE
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000
-    num_class_tokens: int = 64
-    latent_channels: int = 16
+    size: str = "base"  # a name in config.model.SIZES, which gives those of the next four fields that are not given
+    width: int = OF_SIZE  # D, of encoder and decoder
+    num_heads: int = OF_SIZE  # of attention
+    encoder_blocks: int = OF_SIZE  # of the autoregressive transformer
+    decoder_blocks: int = OF_SIZE  # of the diffusion decoder
+    mlp_ratio: float = 4.0  # hidden width of an MLP / width
+    num_classes: int = 1000  # labels are 0 to num_classes - 1
+    num_class_tokens: int = 64  # copies of the class embedding in front of the encoder's sequence
+    latent_channels: int = 16  # of the autoencoder's latents
     latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # latent pixels (a side) in one decoder token
-    num_context_tokens: int = 256  # R x L, the semantic features of all references together
-    num_references: int = 1
-    attention_dropout: float = 0.1
-    projection_dropout: float = 0.1
+    patch_size: int = 1  # side of the square of latent pixels that is one decoder token
+    num_context_tokens: int = 256  # R x L: the semantic features of all references together
+    num_references: int = 1  # R: 1 is one-step AR, more is MRAR
+    attention_dropout: float = 0.1  # of attention weights; 0 allows fused attention on CPUs
+    projection_dropout: float = 0.1  # after attention and within MLPs
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:

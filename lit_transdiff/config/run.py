@@ -19,14 +19,13 @@ from lit_transdiff.config.training import FlowConfig, OptimizerConfig, TrainingC
 class RunConfig:
     """One run: everything that decides its numbers."""
 
-    name: str = "run"
-    stage: str = "ar_pretrain"  # a name in stages.STAGES
+    name: str = "run"  # of the run and of its folder
+    stage: str = "ar_pretrain"  # a name in stages.STAGES or stages.PREPARATORY
     output_dir: str = "runs"  # the run folder is output_dir/name
-    seed: int = 0
+    seed: int = 0  # of weights, data order, noise and dropout
     init_from: Optional[str] = None  # run folder or export folder whose (EMA) weights this run starts from
-    init_positions: Literal["new", "interpolate"] = (
-        "new"  # what depends on the latent's size, where that differs: made anew, or resized
-    )
+    init_positions: Literal["new", "interpolate"] = "new"
+    # where the latent's size differs from that of init_from: position tables are made anew, or interpolated
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(kind="identity"))
     autoencoder_training: AutoencoderTraining = field(default_factory=AutoencoderTraining)

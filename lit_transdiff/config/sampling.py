@@ -29,14 +29,14 @@ class SamplingConfig:
 
     solver: str = "euler_maruyama"  # a name in flow.solvers.SOLVERS
     grid: str = "paper"  # a name in flow.solvers.GRIDS
-    num_steps: int = 100
-    shift: float = 1.0  # of the grid, as in FlowConfig
+    num_steps: int = 100  # solver steps per image
+    shift: float = 1.0  # of the grid, by the formula of flow.shift
     drift_scale: float = 1.0  # the paper's scale_0
     noise_scale: float = 1.0  # the paper's scale_1
-    guidance_scale: float = 1.0
+    guidance_scale: float = 1.0  # v = u + scale (c - u) of classifier-free guidance; 1: none
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # t (1 = noise) between which guidance acts
-    reference_guidance: Optional[list[float]] = None  # one scale a reference instead of guidance_scale
-    reference_steps: Optional[list[int]] = None  # solver steps of each reference instead of num_steps
+    reference_guidance: Optional[list[float]] = None  # one guidance_scale per reference instead
+    reference_steps: Optional[list[int]] = None  # one num_steps per reference instead
     reuse_noise: bool = True  # MRAR: one initial noise for all references of an image, as in the paper
     precision: Literal["fp32", "bf16"] = "fp32"  # of the passes through the model; the solver's state is float32
 
@@ -45,7 +45,7 @@ class SamplingConfig:
         require(all(n >= 1 for n in steps), "sampling.num_steps", steps, "integers of at least 1")
         require(self.shift > 0, "sampling.shift", self.shift, "above 0")
         scales = [self.guidance_scale, *(self.reference_guidance or [])]
-        require(all(s >= 1 for s in scales), "sampling.guidance_scale", scales, "1 (no guidance) and more")
+        require(all(s >= 1 for s in scales), "sampling.guidance_scale", scales, "at least 1 (no guidance)")
         low_high = self.guidance_interval
         require(
             len(low_high) == 2 and 0 <= low_high[0] <= low_high[1] <= 1,

@@ -10,20 +10,20 @@ from lit_transdiff.config.checks import require
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """The training objective: how t is drawn, how many draws an image, how often the label is dropped."""
+    """The training objective: how t is drawn, how many draws per image, how often the label is dropped."""
 
     density: str = "logit_normal"  # a name in flow.loss.DENSITIES
-    density_mean: float = 0.0  # of the normal under the logit; unused by 'uniform'
-    density_std: float = 1.0
+    density_mean: float = 0.0  # of the normal under the logit; logit_normal only
+    density_std: float = 1.0  # of the same normal
     shift: float = 1.0  # t -> shift t / (1 + (shift - 1) t); above 1 moves mass towards noise
-    discretize: Optional[int] = None  # t -> floor(t n) / n; the reference trains with n = 1000
-    num_noise_draws: int = 4
-    label_drop_prob: float = 0.1
+    discretize: Optional[int] = None  # n: t -> floor(t n) / n, as the reference does with n = 1000; null: continuous times
+    num_noise_draws: int = 4  # pairs of noise and time per image and step, which share its context
+    label_drop_prob: float = 0.1  # how often the null class takes the place of the label, for guidance
 
     def __post_init__(self) -> None:
         require(self.density_std > 0, "flow.density_std", self.density_std, "above 0")
         require(self.shift > 0, "flow.shift", self.shift, "above 0")
-        require(self.discretize is None or self.discretize >= 2, "flow.discretize", self.discretize, "nothing, or 2 and more")
+        require(self.discretize is None or self.discretize >= 2, "flow.discretize", self.discretize, "null, or at least 2")
         require(self.num_noise_draws >= 1, "flow.num_noise_draws", self.num_noise_draws, "an integer of at least 1")
         require(0 <= self.label_drop_prob <= 1, "flow.label_drop_prob", self.label_drop_prob, "0 to 1")
 
@@ -32,19 +32,21 @@ class FlowConfig:
 class OptimizerConfig:
     """AdamW with the paper's two groups, warm-up, clipping and the average of the weights."""
 
-    lr: float = 8e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.02
-    warmup_steps: int = 0
+    lr: float = 8e-4  # of AdamW, after the warm-up
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
+    eps: float = 1e-8  # of AdamW
+    weight_decay: float = 0.02  # of the encoder's matrices; biases, norms and the decoder have none
+    warmup_steps: int = 0  # steps of the linear warm-up
     warmup_offset: float = 1.0  # step s warms up to (s + offset) / warmup_steps; the reference: 1 - 1 / accumulated passes
     schedule: str = "constant"  # a name in stages.optim.SCHEDULES
-    min_lr: float = 0.0
-    gradient_clip: float = 3.0
-    gradient_scale: float = 1.0  # of the loss's mean, before clipping; the reference sums its accumulated passes: their number
-    ema_decay: float = 0.9999
-    more_ema_decays: list[float] = field(default_factory=list)  # further averages, kept and exported beside the first
-    power_widths: list[float] = field(default_factory=list)  # power-function averages kept (EDM2's: 0.05 and 0.1); see export
+    min_lr: float = 0.0  # where schedules other than constant end
+    gradient_clip: float = 3.0  # largest norm of all gradients together; 0: no clipping
+    gradient_scale: float = 1.0
+    # factor of the mean loss before clipping; the number of accumulated passes gives the reference's sum over them
+    ema_decay: float = 0.9999  # of the average of the weights that is validated, sampled and exported
+    more_ema_decays: list[float] = field(default_factory=list)  # decays of further averages, for ``export --average ema_DECAY``
+    power_widths: list[float] = field(default_factory=list)
+    # widths of power-function averages (EDM2: 0.05, 0.1), for ``export --average ema_power_WIDTH``
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "gradient_scale"):
@@ -79,22 +81,22 @@ class OptimizerConfig:
 class TrainingConfig:
     """Length, batch and rhythm of a run. The clock is optimizer steps and images seen, never epochs."""
 
-    max_steps: int = 1000
-    global_batch_size: int = 256
-    micro_batch_size: Optional[int] = None  # images a device and forward pass; nothing: global batch / devices
+    max_steps: int = 1000  # optimizer steps of the run
+    global_batch_size: int = 256  # rows (groups of num_references images) per step, over all devices and accumulated passes
+    micro_batch_size: Optional[int] = None  # rows per device and pass; null: global_batch_size / devices, without accumulation
     precision: Literal["auto", "fp32", "bf16-mixed", "fp16-mixed", "bf16-true"] = "auto"
     # auto: bf16-mixed on GPUs that have it, else fp32. Weights and their average are float32 in all but bf16-true, where the
     # weights and the optimizer are bfloat16 as in the reference's fine-tuning: small updates are then lost to rounding.
     frozen_dropout: bool = False  # in a stage that freezes the encoder (diffusion_head): dropout in it, as in the reference
-    log_every: int = 10
+    log_every: int = 10  # steps between logged values
     validate_every: int = 0  # steps; 0: only at the end
-    checkpoint_every: int = 500
+    checkpoint_every: int = 500  # steps between checkpoints
     sample_every: int = 0  # steps between sample grids; 0: only at the end
-    num_validation_samples: int = 512
-    compile: bool = False  # torch.compile of the blocks; where it does not work the run says so and goes on without
+    num_validation_samples: int = 512  # images of data.evaluation, the same every time; 0: no validation
+    compile: bool = False  # torch.compile of the blocks; where it does not work, the run says so and goes on without
     activation_checkpointing: Literal["none", "encoder", "decoder", "all"] = "none"
     # whose blocks are computed again in the backward pass, instead of keeping what is in them
-    activation_checkpointing_every: int = 1  # of those blocks, every n-th
+    activation_checkpointing_every: int = 1  # every n-th of those blocks
 
     def __post_init__(self) -> None:
         positive = ("max_steps", "global_batch_size", "log_every", "checkpoint_every", "activation_checkpointing_every")

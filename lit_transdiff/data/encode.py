@@ -26,7 +26,7 @@ class Encoding:
     def __post_init__(self) -> None:
         require(self.image_size is None or self.pad_to is None, "pad_to", self.pad_to, "nothing when image_size is given")
         for size, field in ((self.image_size, "image_size"), (self.pad_to, "pad_to")):
-            require(size is None or size >= 1, field, size, "pixels, 1 and more")
+            require(size is None or size >= 1, field, size, "pixels, at least 1")
 
     @property
     def keeps_files(self) -> bool:

@@ -29,7 +29,7 @@ def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], w
     ``tasks`` may be an iterator: few of them wait at a time. An exception in a task is raised here. The processes end when
     this one is killed.
     """
-    require(workers >= 0, "workers", workers, "0 (this process alone) and more")
+    require(workers >= 0, "workers", workers, "at least 0 (0: this process alone)")
     if workers == 0:
         yield from (function(*task) for task in tasks)
         return

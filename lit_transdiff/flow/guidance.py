@@ -18,7 +18,7 @@ def guide(conditional: Velocity, both: Pair, scale: float, interval: tuple[float
     ``both`` gives (c, u) in one pass. It is never called outside the interval, nor for a scale of 1, which is no guidance.
     """
     if scale < 1:
-        raise ValueError(f"guidance scale: got {scale!r}; allowed: 1 (no guidance) and more.")
+        raise ValueError(f"guidance scale: got {scale!r}; allowed: at least 1 (no guidance).")
     if scale == 1:
         return conditional
     low, high = interval[0] - ROUNDING, interval[1] + ROUNDING

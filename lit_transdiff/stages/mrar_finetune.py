@@ -13,5 +13,5 @@ class MRARFinetune(TransDiffStage):
     def check(cls, run: RunConfig) -> None:
         super().check(run)
         require(
-            run.model.num_references > 1, "model.num_references", run.model.num_references, "2 and more in stage mrar_finetune"
+            run.model.num_references > 1, "model.num_references", run.model.num_references, "at least 2 in stage mrar_finetune"
         )

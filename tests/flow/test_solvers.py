@@ -124,5 +124,5 @@ class TestGuidance:
             assert [t for t in times if guided(torch.ones(1), t) == 2] == [pytest.approx(bound)]
 
     def test_below_one_is_refused(self):
-        with pytest.raises(ValueError, match=r"guidance scale: got 0\.5; allowed: 1"):
+        with pytest.raises(ValueError, match=r"guidance scale: got 0\.5; allowed: at least 1"):
             guide(field, field, 0.5)

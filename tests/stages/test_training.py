@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(tmp
         ({"model": {"num_classes": 9}}, r"data\.train: classes in .*: got 10; allowed: model\.num_classes=9"),
         ({"model": {"latent_channels": 3}}, r"model\.latent_channels: got 3; allowed: the autoencoder's 1"),
         ({"model": {"num_references": 4}}, r"model\.num_references: got 4; allowed: 1 in stage ar_pretrain"),
-        ({"stage": "mrar_finetune"}, r"model\.num_references: got 1; allowed: 2 and more in stage mrar_finetune"),
+        ({"stage": "mrar_finetune"}, r"model\.num_references: got 1; allowed: at least 2 in stage mrar_finetune"),
         ({"autoencoder": {"kind": "kl"}}, r"autoencoder\.path: got None; allowed: a folder when autoencoder\.kind is 'kl'"),
         ({"autoencoder": {"path": "x"}}, r"autoencoder\.path: got 'x'; allowed: nothing when autoencoder\.kind is 'identity'"),
         ({"autoencoder": {"kind": "kll", "path": "x"}}, r"autoencoder\.kind: 'kll' is not known\. Did you mean 'kl'"),
