@@ -155,6 +155,7 @@ class Generator:
         class_names: Sequence[str],
         checkpoint: str = "",
         fingerprint: str = "",
+        weights: str = "in memory",
     ) -> None:
         self.model = model
         self.accelerations: list[Callable[[TransDiff], None]] = []
@@ -163,6 +164,7 @@ class Generator:
         self.class_names = list(class_names)
         self.checkpoint = checkpoint
         self.fingerprint = fingerprint
+        self.weights = weights  # which the model has: "last", or "ema" and the decay
 
     @property
     def model(self) -> TransDiff:
@@ -278,8 +280,8 @@ def load_generator(
         settings.path,
         f"the autoencoder {trained_with} of {checkpoint}",
     )
-    names = export.info["class_names"]
-    generator = Generator(model, autoencoder, export.run, names, str(checkpoint), export.fingerprint).to(device)
+    names, weights = export.info["class_names"], export.info["weights"]
+    generator = Generator(model, autoencoder, export.run, names, str(checkpoint), export.fingerprint, weights).to(device)
     if compile:
         generator.compile()
     return generator.replay() if cuda_graphs else generator

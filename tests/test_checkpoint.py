@@ -29,7 +29,7 @@ from lit_transdiff.export import read_export
 from lit_transdiff.parts import check_run
 from lit_transdiff.runfolder import last_checkpoint
 from lit_transdiff.trainer import train
-from tests.small import small_run
+from tests.small import ROOT, small_run
 
 VALUES = torch.arange(12.0)
 
@@ -210,6 +210,22 @@ def test_a_checkpoint_is_exported_by_one_command(tmp_path: Path, capsys: pytest.
     assert main(["export", str(run.folder), "--average", "ema_0.6"]) == 2
     assert "Did you mean 'ema_0.5'" in capsys.readouterr().err
     assert main(["export", str(run.folder), "--step", "2"]) == 2 and "[4, 6]" in capsys.readouterr().err
+
+
+def test_a_result_says_which_weights_were_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    judge = {"extractor": "classifier", "extractor_weights": str(ROOT / "data/fashion/classifier.safetensors")}
+    judge |= {"metrics": ["class_accuracy"], "num_images": 20, "batch_size": 10}
+    run = small_run(tmp_path, evaluation=judge)
+    train(run, silent)
+    assert main(["export", str(run.folder), "--average", "last", "--output", str(tmp_path / "raw")]) == 0
+    found = {}
+    for model in (run.folder, tmp_path / "raw"):
+        assert main(["evaluate", "--checkpoint", str(model)]) == 0
+        file = Path(capsys.readouterr().out.splitlines()[-1])
+        found[model.name] = json.loads(file.read_text())["manifest"]["weights"]
+    assert found == {"small": "ema 0.9", "raw": "last"}
+    assert main(["compare", str(tmp_path)]) == 0
+    assert {"weights", "last"} <= set(capsys.readouterr().out.split())
 
 
 def test_safety_that_cannot_act_is_refused(tmp_path: Path):

@@ -115,6 +115,7 @@ class TestTransDiff:
         ema = torch.load(file, weights_only=False)["model_ema"]
         assert torch.equal(generator.model.encoder.null_class, ema["fake_latent"])
         raw = load_generator(tmp_path / "ours" / "raw")
+        assert (generator.weights, raw.weights) == ("ema", "last")
         assert not torch.equal(raw.model.encoder.null_class, ema["fake_latent"])
         command = ["sample", "--checkpoint", str(tmp_path / "ours"), "--classes", "6", "--per-class", "1", "sampling.num_steps=1"]
         assert main(command) == 0
@@ -123,7 +124,7 @@ class TestTransDiff:
         state = random_state(ModelConfig(**SMALL), 1)
         torch.save(state, tmp_path / "weights.pth")
         report = convert(tmp_path / "weights.pth", tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
-        assert "model_ema: not in the file" in report
+        assert "model_ema: not in the file" in report and load_generator(tmp_path / "ours").weights == "last"
         convert(tmp_path / "ours", tmp_path / "back.pth")
         back = torch.load(tmp_path / "back.pth")
         assert list(back) == ["model"] and equal(back["model"], state)

@@ -77,21 +77,20 @@ def compare(folder: str | Path, output: str | Path) -> Comparison:
     The best value of a score is marked among the rows that were judged alike (see ``Row.judged_by``).
     """
     rows, output = collect(folder), Path(output)
+    settings = settings_of(rows)
     output.mkdir(parents=True, exist_ok=True)
     names = [name for name in METRICS if any(name in row.scores for row in rows)]
-    head = [*SETTINGS, *(f"{METRICS[name].title} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in names), *SPEED]
+    head = [*settings, *(f"{METRICS[name].title} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in names), *SPEED]
     best = {name: best_rows(rows, name) for name in names}
 
     def table(mark: str) -> list[list[str]]:
-        return [
-            line(row, [mark * (i in best[name]) + shown(row.scores.get(name)) + mark * (i in best[name]) for name in names])
-            for i, row in enumerate(rows)
-        ]
+        cells = [[marked(row, name, mark * (i in best[name])) for name in names] for i, row in enumerate(rows)]
+        return [line(row, settings, scores) for row, scores in zip(rows, cells, strict=True)]
 
     notes = footnotes(rows)
     paths = {end: output / f"comparison.{end}" for end in ("md", "csv", "png")}
     paths["md"].write_text(markdown(head, table("**")) + "\n" + notes)
-    paths["csv"].write_text(csv_text(rows, names))
+    paths["csv"].write_text(csv_text(rows, settings, names))
     samples(rows, names).save(paths["png"])
     text = aligned(head, table("*")) + "\n" + notes
     return Comparison(rows, text, paths["md"], paths["csv"], paths["png"])
@@ -122,6 +121,11 @@ def images_seen(row: Row) -> str:
     return f"{training['images_seen']:,}" if training else "-"
 
 
+def weights(row: Row) -> str:
+    """Which weights were scored; what the export says goes over the manifest, which once said ema of all of them."""
+    return (row.manifest["training"] or {}).get("weights", row.manifest["weights"])
+
+
 Cell = Callable[[Row], str]
 SETTINGS: dict[str, Cell] = {
     "run": lambda row: row.manifest["run"],
@@ -136,9 +140,14 @@ SPEED: dict[str, Cell] = {
 }
 
 
-def line(row: Row, scores: list[str]) -> list[str]:
+def settings_of(rows: list[Row]) -> dict[str, Cell]:
+    """The columns before the scores; the weights are among them where the rows are of different ones."""
+    return SETTINGS | ({"weights": weights} if len(set(map(weights, rows))) > 1 else {})
+
+
+def line(row: Row, settings: dict[str, Cell], scores: list[str]) -> list[str]:
     """The cells of a row around its scores."""
-    return [cell(row) for cell in SETTINGS.values()] + scores + [cell(row) for cell in SPEED.values()]
+    return [cell(row) for cell in settings.values()] + scores + [cell(row) for cell in SPEED.values()]
 
 
 def value(score: Score) -> float:
@@ -151,6 +160,11 @@ def shown(score: Score | None) -> str:
     if score is None:
         return "-"
     return f"{value(score):.4g}" + (f" ± {score['std']:.2g}" if isinstance(score, dict) else "")
+
+
+def marked(row: Row, name: str, mark: str) -> str:
+    """A row's score in a table, between marks."""
+    return f"{mark}{shown(row.scores.get(name))}{mark}"
 
 
 def best_rows(rows: list[Row], name: str) -> set[int]:
@@ -197,12 +211,12 @@ def aligned(head: list[str], table: list[list[str]]) -> str:
     )
 
 
-def csv_text(rows: list[Row], names: list[str]) -> str:
+def csv_text(rows: list[Row], settings: dict[str, Cell], names: list[str]) -> str:
     """Plain numbers: the settings, each score (and its std), speed, and the hashes of what judged."""
     extra = ["decoder_evaluations_per_image", "extractor_fingerprint", "reference_hash", "weights_fingerprint", "seed", "date"]
     spread = {name for name in names if any(isinstance(row.scores.get(name), dict) for row in rows)}
     head = [
-        *SETTINGS,
+        *settings,
         *(column for name in names for column in [name, f"{name}_std"][: 1 + (name in spread)]),
         *SPEED,
         *extra,
@@ -218,7 +232,7 @@ def csv_text(rows: list[Row], names: list[str]) -> str:
             scores.append("" if score is None else repr(value(score)))
             if name in spread:
                 scores.append(repr(score["std"]) if isinstance(score, dict) else "")
-        writer.writerow([*line(row, scores), *(row.manifest[key] for key in extra), row.file])
+        writer.writerow([*line(row, settings, scores), *(row.manifest[key] for key in extra), row.file])
     return buffer.getvalue()
 
 

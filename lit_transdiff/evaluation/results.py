@@ -48,7 +48,7 @@ def manifest(
         "num_references": run.model.num_references,
         "scored_reference": "all" if settings.keep == "all" else run.model.num_references - 1,  # of the images of a row
         "checkpoint": generator.checkpoint,
-        "weights": "ema",
+        "weights": generator.weights,
         "weights_fingerprint": generator.fingerprint,
         **origin(generator.checkpoint),
         "num_images": settings.num_images,

@@ -29,6 +29,7 @@ MANIFEST = dict(
     num_images=1000,
     label_mode="balanced",
     num_neighbours=3,
+    weights="ema 0.999",
     weights_fingerprint="w",
     seed=0,
     date="2026-01-01",
@@ -96,6 +97,19 @@ def test_folders_without_results_and_broken_files_are_refused(folder: Path, tmp_
     (folder / "mrar" / "evaluations" / "x.json").write_text("{}")
     with pytest.raises(ValueError, match=r"x\.json is not a result"):
         collect(folder)
+
+
+def test_weights_are_shown_where_they_differ(folder: Path, tmp_path: Path) -> None:
+    """Results of earlier versions say ema of every export; what the export says of itself is right."""
+    assert "weights" not in compare(folder, tmp_path / "out").text.splitlines()[0]
+    write(folder, "raw", {"frechet_distance": 3.0}, weights="ema", training={"images_seen": 1, "weights": "last"})
+    made = compare(folder, tmp_path / "out")
+    assert "weights" in made.text.splitlines()[0]
+    with open(made.csv) as file:
+        assert {row["run"]: row["weights"] for row in csv.DictReader(file)} == {
+            **dict.fromkeys(("mrar", "onestep", "other"), "ema 0.999"),
+            "raw": "last",
+        }
 
 
 def test_a_missing_picture_is_named(folder: Path, tmp_path: Path) -> None:
