@@ -126,6 +126,19 @@ def plain(settings: Any) -> dict[str, Any]:
     return {str(key): value for key, value in result.items()}
 
 
+def resolved(settings: DictConfig, names: Sequence[str]) -> dict[str, Any]:
+    """The settings of these ``names``, each ``${key}`` in them replaced by what stands at ``key``.
+
+    Raises ``ValueError`` for a ``${key}`` that stands for nothing.
+    """
+    try:
+        result = OmegaConf.to_container(OmegaConf.masked_copy(settings, list(names)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{getattr(error, 'full_key', None) or '?'}: {str(error).splitlines()[0]}") from error
+    assert isinstance(result, dict)
+    return {str(key): value for key, value in result.items()}
+
+
 def preset(name: str | None) -> list[str]:
     """The settings of a sampler's name as overrides; none without a name."""
     return [] if name is None else [f"sampling.{key}={value}" for key, value in PRESETS[name].items()]

@@ -24,7 +24,7 @@ from lit_transdiff.evaluation.compare import compare
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import EXTRACTORS, load_extractor
 from lit_transdiff.evaluation.metrics import METRICS
-from lit_transdiff.loading import check_keys, load_run, plain, read_yaml, to_yaml
+from lit_transdiff.loading import check_keys, load_run, plain, read_yaml, resolved, to_yaml
 from lit_transdiff.parts import plan
 from lit_transdiff.prepare import cache, check_statistics, statistics
 from lit_transdiff.runfolder import open_folder
@@ -64,31 +64,17 @@ class Pipeline:
     overrides: list[str] = field(default_factory=list)  # for all runs
 
 
+STEPS: dict[str, type[RunStep] | type[CacheStep]] = {"runs": RunStep, "cache": CacheStep}
+PATHS = ("output_dir", "cache", "reference_images")  # settings that may say ${output_dir}
+
+
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipeline, list[RunConfig]]:
     """Read a pipeline and all its runs; every setting is checked before anything starts.
 
-    ``overrides`` apply to all runs; ``output_dir`` also moves the caches.
+    ``overrides`` apply to all runs; ``output_dir`` also moves the pipeline's own files, whose paths may begin with
+    ``${output_dir}``.
     """
-    settings = plain(read_yaml(path))
-    if "stage" in settings:
-        raise ValueError(f"{path} is the recipe of one run; start it with: lit-transdiff train {path}")
-    check_keys(settings, Pipeline, "", str(path))
-    for name, schema in (("runs", RunStep), ("cache", CacheStep)):
-        for i, step in enumerate(settings.get(name, [])):
-            check_keys(step, schema, f"{name}[{i}].", str(path))
-    moved = [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")]
-    try:
-        pipeline = Pipeline(
-            **{
-                **settings,
-                "output_dir": moved[-1] if moved else settings.get("output_dir", "runs"),
-                "runs": [RunStep(**step) for step in settings.get("runs", [])],
-                "cache": [CacheStep(**step) for step in settings.get("cache", [])],
-            }
-        )
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from error
-    require(len(pipeline.runs) > 0, "runs", pipeline.runs, "at least one recipe")
+    pipeline = read_pipeline(path, [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")])
     common = [*pipeline.overrides, *overrides, f"output_dir={pipeline.output_dir}"]
     runs = [load_run(Path(path).parent / step.recipe, [*step.overrides, *common]) for step in pipeline.runs]
     names = [run.name for run in runs]
@@ -97,6 +83,27 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipe
     for run in runs:
         check_evaluation(run)
     return pipeline, runs
+
+
+def read_pipeline(path: str | Path, moved: Sequence[str]) -> Pipeline:
+    """The pipeline of a YAML file; the last of ``moved`` is its ``output_dir``, in the place of the file's."""
+    given = read_yaml(path)
+    if "stage" in given:
+        raise ValueError(f"{path} is the recipe of one run; start it with: lit-transdiff train {path}")
+    check_keys(given, Pipeline, "", str(path))
+    for name, schema in STEPS.items():
+        for i, step in enumerate(given.get(name, [])):
+            check_keys(step, schema, f"{name}[{i}].", str(path))
+    given["output_dir"] = moved[-1] if moved else given.get("output_dir", "runs")
+    try:
+        # Only paths: what the overrides refer to are settings of the runs.
+        settings = plain(given) | resolved(given, [name for name in PATHS if name in given])
+        steps = {name: [step(**item) for item in settings.get(name, [])] for name, step in STEPS.items()}
+        pipeline = Pipeline(**{**settings, **steps})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    require(len(pipeline.runs) > 0, "runs", pipeline.runs, "at least one recipe")
+    return pipeline
 
 
 def check_evaluation(run: RunConfig) -> None:

@@ -1,5 +1,6 @@
 """Every recipe and every command that the documents show."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ from lit_transdiff.__main__ import main, parse
 from lit_transdiff.config import SIZES, ModelConfig, check_effects
 from lit_transdiff.loading import load_run, read_yaml, run_from
 from lit_transdiff.pipeline import dry_run, load_pipeline
+from lit_transdiff.tracking.place import flat
 from tests.small import ROOT
 
 OTHERS = ("launch", "sweeps")  # files of Kubernetes and of W&B; sweeps have a test of their own
@@ -61,6 +63,26 @@ def test_a_pipeline_that_trains_its_own_autoencoder_dry_runs(tmp_path: Path):
         (shards / split).symlink_to(ROOT / "data/fashion" / split)
     dry_run(runs, pipeline, said.append)
     assert sum("parameters  " in text for text in said) == len(runs) == 4
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=name)
+def test_output_dir_moves_everything_that_a_pipeline_makes(path: Path):
+    def paths(output: str) -> list[str]:
+        pipeline, runs = load_pipeline(path, [f"output_dir={output}"])
+        settings = [flat(dataclasses.asdict(run)) for run in runs]
+        own = [pipeline.output_dir, pipeline.reference_images, *(step.source for step in pipeline.cache)]
+        return [value for value in (*own, *(v for s in settings for v in s.values())) if isinstance(value, str) and "/" in value]
+
+    shipped = str(read_yaml(path)["output_dir"])
+    stays = [value for value in paths("/else/where") if not value.startswith("/else/where")]
+    assert all(value.startswith("data/") for value in stays), stays
+    assert [value.replace("/else/where", shipped) for value in paths("/else/where")] == paths(shipped)
+
+
+def test_what_a_pipeline_refers_to_is_there(tmp_path: Path):
+    (tmp_path / "pipeline.yaml").write_text("reference_images: ${ouput_dir}/x\nruns: [{recipe: a.yaml}]")
+    with pytest.raises(ValueError, match=r"pipeline\.yaml: reference_images: .*ouput_dir"):
+        load_pipeline(tmp_path / "pipeline.yaml")
 
 
 @pytest.mark.parametrize("size", SIZES)
