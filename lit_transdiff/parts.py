@@ -16,6 +16,7 @@ from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.references import num_groups
 from lit_transdiff.distributed import accumulation, check_spread, micro_batch_size, precision_of, strategy_name, world_size
 from lit_transdiff.distributed.saving import spread
+from lit_transdiff.evaluation.metrics import check_evaluation
 from lit_transdiff.export import export_folder, read_export
 from lit_transdiff.models.adapt import match
 from lit_transdiff.models.autoencoder import Autoencoder, check_latents, kind_of, load_autoencoder
@@ -48,6 +49,7 @@ def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
     check_effects(run)
     kind_of(run.autoencoder.kind, run.autoencoder.path)
     check_sampling(run.sampling)
+    check_evaluation(run.evaluation, scores=run.stage in STAGES and run.evaluation.every > 0)
     check_folder(run)
     if run.init_from is not None and run.init_from not in made:
         export_folder(run.init_from)

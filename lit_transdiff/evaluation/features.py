@@ -221,15 +221,26 @@ EXTRACTORS: dict[str, type[ClassifierFeatures] | type[InceptionFeatures] | type[
 }
 
 
+def check_weights(name: str, weights: str | Path | None) -> None:
+    """Raise ``ValueError`` for an extractor that is in no table, and for one without the path of its weights."""
+    check_name(name)
+    allowed = f"for extractor {name!r} the path of {EXTRACTORS[name].weights_file}"
+    require(bool(weights), "evaluation.extractor_weights", weights, allowed)
+
+
+def check_name(name: str) -> None:
+    """Raise ``ValueError`` for an extractor that is in no table."""
+    if name not in EXTRACTORS:
+        raise unknown("evaluation.extractor", name, EXTRACTORS)
+
+
 def load_extractor(name: str, weights: str | Path | None, device: torch.device | str = "cpu") -> FeatureExtractor:
     """The extractor ``name`` with the weights of a file, on ``device``; nothing is ever downloaded.
 
     Raises ``ValueError`` for an unknown name, without a file or for a wrong one, ``FileNotFoundError`` when it does not exist.
     """
-    if name not in EXTRACTORS:
-        raise unknown("evaluation.extractor", name, EXTRACTORS)
-    expected = EXTRACTORS[name].weights_file
-    require(bool(weights), "evaluation.extractor_weights", weights, f"for extractor {name!r} the path of {expected}")
+    check_weights(name, weights)
     if not Path(str(weights)).is_file():
+        expected = EXTRACTORS[name].weights_file
         raise FileNotFoundError(f"evaluation.extractor_weights: {weights} does not exist; expected {expected}.")
     return EXTRACTORS[name](str(weights)).to(device)

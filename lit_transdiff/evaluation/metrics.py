@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from lit_transdiff.config import EvaluationConfig, require, unknown
+from lit_transdiff.evaluation.features import EXTRACTORS, check_name, check_weights
 from lit_transdiff.evaluation.moments import Gaussian, frechet, gaussian_of
 from lit_transdiff.evaluation.statistics import Statistics, reference_tensor
 from lit_transdiff.models.tokens import token_similarity
@@ -237,6 +238,21 @@ def check_metrics(names: Sequence[str], have: set[str]) -> None:
         if name not in METRICS:
             raise unknown("evaluation.metrics", name, METRICS)
         METRICS[name].check(have)
+
+
+def check_evaluation(settings: EvaluationConfig, *, scores: bool) -> None:
+    """Refuse an extractor or metric that is in no table and, for a run that ``scores``, settings that the metrics cannot do with.
+
+    No file is looked at: the extractor and the reference may be made before they are needed.
+    """
+    check_name(settings.extractor)
+    lacking: set[str] = set()
+    if scores:
+        check_weights(settings.extractor, settings.extractor_weights)
+        extractor = EXTRACTORS[settings.extractor]
+        has = {"reference": settings.reference, "logits": extractor.gives_logits, "spatial features": extractor.num_spatial}
+        lacking = {need for need, value in has.items() if not value}
+    check_metrics(settings.metrics, set(NEEDS) - lacking)
 
 
 def compute_scores(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> dict[str, Score]:

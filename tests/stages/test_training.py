@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from lit_transdiff.checkpoint import open_checkpoint
+from lit_transdiff.distributed import build_fabric
 from lit_transdiff.export import read_export
-from lit_transdiff.parts import build, plan
+from lit_transdiff.loading import save_yaml
+from lit_transdiff.parts import build, check_run, plan
+from lit_transdiff.pipeline import load_pipeline, train_and_score
 from lit_transdiff.sampling import load_generator
 from lit_transdiff.stages import PREPARATORY
 from lit_transdiff.stages.base import TransDiffStage
@@ -209,12 +212,44 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(tmp
         ({"optimizer": {"schedule": "cosin"}}, r"optimizer\.schedule: 'cosin' is not known\. Did you mean 'cosine'"),
         ({"optimizer": {"min_lr": 1e-4}}, r"optimizer\.min_lr: got 0\.0001; allowed: 0\.0, as optimizer\.schedule 'constant'"),
         ({"training": {"micro_batch_size": 3}}, r"training\.micro_batch_size: got 3; allowed: a divisor"),
+        ({"evaluation": {"metrics": ["precison"]}}, r"evaluation\.metrics: 'precison' is not known\. Did you mean 'precision'"),
+        ({"evaluation": {"extractor": "incepton"}}, r"evaluation\.extractor: 'incepton' is not known\. Did you mean 'inception'"),
+        ({"stage": "classifier", "evaluation": {"metrics": ["fid"]}}, r"evaluation\.metrics: 'fid' is not known"),
+        ({"evaluation": {"every": 2}}, r"evaluation\.extractor_weights: got None"),
         ({"distributed": {"strategy": "dpp"}}, r"distributed\.strategy: 'dpp' is not known\. Did you mean 'ddp'"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path, changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         build(small_run(tmp_path, **changes))
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    "scoring, message",
+    [
+        ({"extractor_weights": None}, r"evaluation\.extractor_weights: got None"),
+        ({"reference": None}, "Frechet distance needs the statistics of real images"),
+        ({"extractor": "dinov2"}, "class accuracy needs logits"),
+        ({"metrics": ["spatial_frechet_distance"]}, "needs spatial features"),
+    ],
+)
+def test_what_a_run_cannot_be_scored_with_is_refused_only_where_it_is_scored(tmp_path: Path, scoring: dict, message: str):
+    settings = {"extractor": "classifier", "extractor_weights": "made/later", "reference": "made/later"}
+    settings |= {"metrics": ["frechet_distance", "class_accuracy"]}
+    check_run(small_run(tmp_path, evaluation=settings | {"every": 2}))
+    given = settings | scoring
+    check_run(small_run(tmp_path, evaluation=given))
+    check_run(small_run(tmp_path, stage="classifier", evaluation=given | {"every": 2}))  # of which no image is drawn
+    with pytest.raises(ValueError, match=message):
+        check_run(small_run(tmp_path, evaluation=given | {"every": 2}))
+    with pytest.raises(ValueError, match=message):
+        train_and_score(small_run(tmp_path, evaluation=given), build_fabric())
+    recipe = tmp_path / "recipe.yaml"
+    save_yaml(small_run(tmp_path, evaluation=given), recipe)
+    (tmp_path / "pipeline.yaml").write_text("runs: [{recipe: recipe.yaml}]")
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(tmp_path / "pipeline.yaml")
     assert not (tmp_path / "small").exists()
 
 
