@@ -15,6 +15,7 @@ from lit_transdiff.convert import convert, converted_from
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.evaluation.scores import value
 from lit_transdiff.evaluation.statistics import check_extractor, load_statistics
 from lit_transdiff.files import short_hash
 from lit_transdiff.loading import load_run
@@ -112,9 +113,8 @@ def table(name: str, row: dict[str, Any], result: dict[str, Any], overrides: Seq
     made = result["manifest"]
     lines = [f"{row['model']}, {row['resolution']} x {row['resolution']}", f"{'':22} {'ours':>10} {'published':>10}"]
     for metric, score in result["scores"].items():
-        ours = score["mean"] if isinstance(score, dict) else score
         published = row.get(PUBLISHED.get(metric, ""))
-        lines.append(f"{METRICS[metric].title:22} {ours:10.4g} {published if published is not None else '-':>10}")
+        lines.append(f"{METRICS[metric].title:22} {value(score):10.4g} {published if published is not None else '-':>10}")
     sampling = made["sampling"]
     guidance = sampling["reference_guidance"] or sampling["guidance_scale"]
     lines += [

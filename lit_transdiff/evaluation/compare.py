@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from lit_transdiff.evaluation.metrics import METRICS, Score
-from lit_transdiff.evaluation.results import FOLDER
+from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.evaluation.scores import FOLDER, Score, judged_by, value
 from lit_transdiff.pictures import beside
 
 
@@ -31,9 +31,7 @@ class Row:
 
     @property
     def judged_by(self) -> tuple[Any, ...]:
-        """What two rows must share for their scores to be comparable."""
-        names = ("extractor", "extractor_fingerprint", "reference_hash", "num_images", "label_mode", "num_neighbours")
-        return tuple(self.manifest[name] for name in names)
+        return judged_by(self.manifest)
 
 
 @dataclass(frozen=True)
@@ -148,11 +146,6 @@ def settings_of(rows: list[Row]) -> dict[str, Cell]:
 def line(row: Row, settings: dict[str, Cell], scores: list[str]) -> list[str]:
     """The cells of a row around its scores."""
     return [cell(row) for cell in settings.values()] + scores + [cell(row) for cell in SPEED.values()]
-
-
-def value(score: Score) -> float:
-    """A score as one number: its mean, if it has a spread."""
-    return score["mean"] if isinstance(score, dict) else score
 
 
 def shown(score: Score | None) -> str:

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from lit_transdiff.config import EvaluationConfig, SamplingConfig, require, unknown
 from lit_transdiff.evaluation.features import FeatureExtractor, Features, load_extractor
 from lit_transdiff.evaluation.images import write_npz, write_pngs
-from lit_transdiff.evaluation.metrics import Score, Scored, check_metrics, compute_scores, needed_by, there
+from lit_transdiff.evaluation.metrics import Scored, check_metrics, compute_scores, needed_by, there
 from lit_transdiff.evaluation.moments import gaussian_of
 from lit_transdiff.evaluation.parts import Parts, open_parts, wait_for_batches, wait_for_scores
 from lit_transdiff.evaluation.results import manifest, result_file, write_result
+from lit_transdiff.evaluation.scores import Score
 from lit_transdiff.evaluation.statistics import Statistics, check_extractor, completed, load_statistics
 from lit_transdiff.pictures import grid, to_bytes
 from lit_transdiff.sampling import Generator, check_sampling

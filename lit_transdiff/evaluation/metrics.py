@@ -20,10 +20,10 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from lit_transdiff.config import EvaluationConfig, require, unknown
 from lit_transdiff.evaluation.features import EXTRACTORS, check_name, check_weights
 from lit_transdiff.evaluation.moments import Gaussian, frechet, gaussian_of
+from lit_transdiff.evaluation.scores import Score
 from lit_transdiff.evaluation.statistics import Statistics, reference_tensor
 from lit_transdiff.models.tokens import token_similarity
 
-Score = float | dict[str, float]
 INCEPTION_PART = 5000  # images of a part of the inception score, as in the ADM evaluator
 DISTANCES = 1 << 26  # distances that are held at a time
 # One rank computes the scores of all images; by default torchmetrics would wait for the others to join.

@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_transdiff.config import RunConfig
 from lit_transdiff.evaluation.evaluate import draw, prepare, score, with_reference
 from lit_transdiff.evaluation.features import Features
-from lit_transdiff.evaluation.results import FOLDER
+from lit_transdiff.evaluation.scores import FOLDER, value
 from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now
 
@@ -73,8 +73,8 @@ class OnlineEvaluation(pl.Callback):
 
         features, logits, spatial = map(all_ranks, map(list, zip(*drawn, strict=True)))
         assert features is not None
-        found = score(job, Features(features, logits), [] if spatial is None else [spatial])
-        return {name: value["mean"] if isinstance(value, dict) else value for name, value in found.items()}
+        scores = score(job, Features(features, logits), [] if spatial is None else [spatial])
+        return {name: value(found) for name, found in scores.items()}
 
 
 def gathered(rows: list[Tensor], batch_size: int, num_batches: int, trainer: pl.Trainer) -> Tensor:

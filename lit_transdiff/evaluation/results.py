@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
-from lit_transdiff.evaluation.metrics import INCEPTION_PART, Score
+from lit_transdiff.evaluation.metrics import INCEPTION_PART
+from lit_transdiff.evaluation.scores import FOLDER, Score
 from lit_transdiff.export import export_folder
 from lit_transdiff.runfolder import git_commit
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from lit_transdiff.evaluation.statistics import Statistics
     from lit_transdiff.sampling import Generator
 
-FOLDER = "evaluations"
 PACKAGES = ("lit-transdiff", "torch", "lightning", "torchmetrics", "torch-fidelity", "numpy")
 # The part of a manifest that decides the scores; the rest (date, speed, paths) may differ between equal evaluations.
 DECIDING = [

@@ -18,12 +18,12 @@ from PIL import Image
 
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.evaluation.scores import judged_by
 from lit_transdiff.files import replace_file
 from lit_transdiff.tracking.compare import default_metrics, differing, higher_is_better, scores_of
 from lit_transdiff.tracking.records import AXES, Evaluation, Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
-JUDGES = ("extractor", "extractor_fingerprint", "reference_hash", "num_images", "label_mode", "num_neighbours")
 MAX_POINTS = 500  # of a curve; longer ones are thinned evenly
 MAX_GRIDS = 12  # of a run, evenly over training
 MAX_PIXELS = 520  # width of a picture
@@ -85,8 +85,8 @@ def run_data(run: Run, scores: Sequence[str]) -> dict[str, Any]:
 
 def judge(run: Run) -> str:
     """What the run's last evaluation was judged by: scores of different judges do not compare."""
-    latest = max(run.evaluations, key=lambda evaluation: evaluation.manifest.get("date", ""), default=None)
-    return repr([latest.manifest.get(name) for name in JUDGES]) if latest else ""
+    latest = run.last_evaluation
+    return repr(judged_by(latest.manifest)) if latest else ""
 
 
 def curves(run: Run) -> dict[str, dict[str, list[Any]]]:

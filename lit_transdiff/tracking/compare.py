@@ -61,7 +61,7 @@ def higher_is_better(metric: str) -> bool:
 
 def scores_of(run: Run) -> dict[str, float]:
     """``eval/NAME`` of the run's last evaluation, beside the last value of every logged metric."""
-    latest = max(run.evaluations, key=lambda evaluation: evaluation.manifest.get("date", ""), default=None)
+    latest = run.last_evaluation
     scores = {f"eval/{name}": latest.value(name) for name in latest.scores} if latest else {}
     return {**{key: value for key, value in run.summary.items() if isinstance(value, int | float)}, **scores}
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from lit_transdiff.evaluation.scores import FOLDER
 from lit_transdiff.loading import plain, read_yaml
 from lit_transdiff.tracking.records import AXES, Evaluation, Pictures, Run, last_values
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SIGNS = ("metrics.csv", "environment.json", "evaluations")  # a folder with config.yaml and one of these is a run's
+SIGNS = ("metrics.csv", "environment.json", FOLDER)  # a folder with config.yaml and one of these is a run's
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -50,7 +51,7 @@ def read_folder(folder: Path) -> Run:
         summary=last_values(history),
         where=str(folder),
         read_history=lambda: history,
-        evaluations=[read_evaluation(file) for file in sorted((folder / "evaluations").glob("*.json"))],
+        evaluations=[read_evaluation(file) for file in sorted((folder / FOLDER).glob("*.json"))],
         open_pictures=partial(pictures_of, folder),
     )
 
@@ -58,7 +59,7 @@ def read_folder(folder: Path) -> Run:
 def state_of(folder: Path, config: dict[str, Any]) -> str:
     """finished, when there is what the run is for; unfinished otherwise: a folder does not say whether a process runs."""
     if config["stage"] == "evaluate":
-        return "finished" if any((folder / "evaluations").glob("*.json")) else "unfinished"
+        return "finished" if any((folder / FOLDER).glob("*.json")) else "unfinished"
     export = folder / "export" / "export.json"
     last = json.loads(export.read_text())["step"] if export.is_file() else 0
     return "finished" if last >= config["training"]["max_steps"] else "unfinished"

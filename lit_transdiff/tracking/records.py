@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lit_transdiff.evaluation.scores import value
 from lit_transdiff.tracking.place import flat
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ class Evaluation:
 
     def value(self, name: str) -> float:
         """A score as one number: its mean, if it has a spread."""
-        score = self.scores[name]
-        return score["mean"] if isinstance(score, Mapping) else score
+        return value(self.scores[name])
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Run:
             return table
         wanted = [key for key in keys if key in table]
         return table[[*AXES, *wanted]].dropna(how="all", subset=wanted).reset_index(drop=True)
+
+    @property
+    def last_evaluation(self) -> Evaluation | None:
+        """The newest of its evaluations, if it has any."""
+        return max(self.evaluations, key=lambda evaluation: evaluation.manifest.get("date", ""), default=None)
 
     @property
     def settings(self) -> dict[str, Any]:

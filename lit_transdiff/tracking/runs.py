@@ -13,12 +13,13 @@ from typing import Any
 from PIL import Image
 
 from lit_transdiff.config import require
+from lit_transdiff.evaluation.scores import FOLDER
 from lit_transdiff.tracking.folders import read_folder, run_folders
 from lit_transdiff.tracking.records import Run, fits
 from lit_transdiff.tracking.wandb_logs import log_files, read_log, read_server
 
 KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run folder, in an archive
-RESULTS, PICTURES = ("evaluations/*.json",), ("evaluations/*.png", "samples/*.png", "samples/*/*.png")
+RESULTS, PICTURES = (f"{FOLDER}/*.json",), (f"{FOLDER}/*.png", "samples/*.png", "samples/*/*.png")
 SHRUNK, COLOURS = 320, 32  # width and number of colours of a picture in an archive
 
 
@@ -48,7 +49,7 @@ def read_local(path: Path) -> list[Run]:
     folders = list(run_folders(path)) if path.is_dir() else []
     found = [read_folder(folder) for folder in folders] or [read_log(files) for files in log_files(path)]
     if not found:
-        raise FileNotFoundError(f"{path} holds no run (config.yaml with metrics.csv or evaluations/, or run-*.wandb).")
+        raise FileNotFoundError(f"{path} holds no run (config.yaml with metrics.csv or {FOLDER}/, or run-*.wandb).")
     return found
 
 

@@ -1,0 +1,21 @@
+"""What the results of evaluations are, for those who read them: their folder, their numbers, and which of them compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FOLDER = "evaluations"  # of a run folder
+JUDGED_BY = ("extractor", "extractor_fingerprint", "reference_hash", "num_images", "label_mode", "num_neighbours")
+
+Score = float | dict[str, float]  # a number, or mean and std
+
+
+def value(score: Score) -> float:
+    """A score as one number: its mean, if it has a spread."""
+    return score["mean"] if isinstance(score, Mapping) else score
+
+
+def judged_by(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two results must share for their scores to be comparable."""
+    return tuple(manifest.get(name) for name in JUDGED_BY)
