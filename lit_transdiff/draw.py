@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from lit_transdiff.config import SamplingConfig, require
-from lit_transdiff.pictures import grid, picture, to_bytes
+from lit_transdiff.pictures import grid, save_png, to_bytes
 from lit_transdiff.randomness import mix
 from lit_transdiff.sampling import Generator, fused, fusion_pattern
 
@@ -47,14 +46,13 @@ def draw_samples(
             suffix = f"-reference-{r}" if references and r < len(row) - 1 else ""
             save_image(image, folder / f"seed-{number:04d}{suffix}.png")
     names = [class_names[c] if class_names else str(c) for c in classes]
-    scale = max(1, 96 // rows.shape[-1])
     if references:
         shown, columns = rearrange(rows, "n r c h w -> (n r) c h w"), rows.shape[1]
         names = [name if n == 0 else "" for name in names for n in range(per_class)]
         heads = [f"image {r + 1}" for r in range(columns)]
-        result = grid(shown, columns, row_labels=names, column_labels=heads, scale=scale, title="successive images")
+        result = grid(shown, columns, row_labels=names, column_labels=heads, title="successive images")
     else:
-        result = grid(rows[:, -1], per_class, row_labels=names, scale=scale)
+        result = grid(rows[:, -1], per_class, row_labels=names)
     result.save(output / "grid.png")
     return output / "grid.png"
 
@@ -82,8 +80,7 @@ def draw_fusion(
     labels = [names[0], f"{names[0]} + {names[1]}", names[1]]
     output.mkdir(parents=True, exist_ok=True)
     images = torch.cat([first_row, fused_row, second_row]).cpu()
-    scale = max(1, 96 // images.shape[-1])
-    grid(images, count, row_labels=labels, scale=scale, title=f"semantic fusion, {kind}").save(output / "fusion.png")
+    grid(images, count, row_labels=labels, title=f"semantic fusion, {kind}").save(output / "fusion.png")
     return output / "fusion.png"
 
 
@@ -98,5 +95,4 @@ def images_in_batches(
 
 def save_image(image: Tensor, path: Path) -> None:
     """One image [C, H, W] in [-1, 1] as an 8-bit PNG, grey when C = 1."""
-    pixels: Image.Image = picture(rearrange(to_bytes(image), "c h w -> h w c"))
-    (pixels.convert("L") if image.shape[0] == 1 else pixels).save(path)
+    save_png(to_bytes(image), path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from einops import rearrange, repeat
@@ -16,6 +17,7 @@ from torch import Tensor
 from lit_transdiff.config import require
 
 BACKGROUND, INK, FAINT = (255, 255, 255), (28, 30, 34), (110, 114, 122)
+SHOWN_PIXELS = 96  # width of an image in a grid, at least about
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -31,19 +33,27 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images.float() + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 
 
+def from_bytes(pixels: Tensor) -> Tensor:
+    """uint8 pixels, any shape, as the float32 images in [-1, 1] that ``to_bytes`` makes them of."""
+    return pixels.float() / 127.5 - 1
+
+
 def grid(
     images: Tensor,
     columns: int,
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
-    scale: int = 1,
+    scale: int | None = None,
     title: str | None = None,
 ) -> Image.Image:
     """A picture of ``images`` [N, C, H, W] in rows of ``columns``, enlarged ``scale`` times without smoothing.
 
+    By default images below SHOWN_PIXELS are enlarged towards that size.
+
     There is one row label a row and one column label a column, or none. The picture grows until every label fits.
     """
     rows = math.ceil(len(images) / columns) if columns > 0 else 0
+    scale = max(1, SHOWN_PIXELS // images.shape[-1]) if scale is None else scale
     check_grid(images, rows, columns, scale, row_labels, column_labels)
     tiles = repeat(to_bytes(images.detach().cpu()), "n c h w -> n (h y) (w x) c", y=scale, x=scale)
     height, width = tiles.shape[1:3]
@@ -134,8 +144,17 @@ def caption_lines(caption: str, width: int) -> list[tuple[str, Font]]:
 
 def picture(tile: Tensor) -> Image.Image:
     """One image [H, W, C] of uint8 as an RGB picture."""
-    array = tile.numpy()
-    return Image.fromarray(rearrange(array, "h w 1 -> h w") if array.shape[2] == 1 else array).convert("RGB")
+    return plain(tile).convert("RGB")
+
+
+def plain(tile: Tensor) -> Image.Image:
+    """One image [H, W, C] of uint8 as a picture, grey when C = 1."""
+    return Image.fromarray((rearrange(tile, "h w 1 -> h w") if tile.shape[2] == 1 else tile).numpy())
+
+
+def save_png(pixels: Tensor, path: Path) -> None:
+    """One image [C, H, W] of uint8 as a PNG file, grey when C = 1."""
+    plain(rearrange(pixels, "c h w -> h w c")).save(path)
 
 
 def font(size: int) -> Font:

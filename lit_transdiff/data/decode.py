@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from lit_transdiff.data.index import LatentInfo
+from lit_transdiff.pictures import from_bytes
 
 MAX_PIXELS = 64_000_000  # an image above this many pixels is refused before it is decoded
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
@@ -83,8 +84,8 @@ def crop_to_square(
 
 def image_tensor(image: Image.Image) -> Tensor:
     """[C, H, W] float32 in [-1, 1] of a grey or RGB image."""
-    values = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).to(torch.float32)
-    return rearrange(values / 127.5 - 1, "h w c -> c h w")
+    pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
+    return rearrange(from_bytes(pixels), "h w c -> c h w")
 
 
 def decode_latents(data: bytes, info: LatentInfo, flip: bool) -> Tensor:

@@ -31,7 +31,7 @@ from lit_transdiff.evaluation.parts import Parts, open_parts, wait_for_batches, 
 from lit_transdiff.evaluation.results import manifest, result_file, write_result
 from lit_transdiff.evaluation.scores import Score
 from lit_transdiff.evaluation.statistics import Statistics, check_extractor, completed, load_statistics
-from lit_transdiff.pictures import grid, to_bytes
+from lit_transdiff.pictures import from_bytes, grid, to_bytes
 from lit_transdiff.sampling import Generator, check_sampling
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 SHOWN_CLASSES, SHOWN_IMAGES = 10, 8  # rows and columns of the picture
-SHOWN_PIXELS = 96  # smaller images are enlarged towards this size
 # What --save-images says -> the files that the images are written to.
 SAVE_IMAGES: dict[str, tuple[str, ...]] = {"npz": ("npz",), "folder": ("folder",), "both": ("npz", "folder")}
 
@@ -208,7 +207,7 @@ def finish(job: Job, parts: Parts, file: Path, record: dict[str, Any], start: fl
     pictures: dict[int, Array] = {}
     for kept, pixels in zip(parts.each("kept"), parts.each("pixels"), strict=True):
         pictures |= {i: pixels[place].copy() for place, i in enumerate(kept.tolist()) if i in wanted}
-    samples = torch.from_numpy(np.stack([pictures[i] for i in wanted])).float() / 127.5 - 1
+    samples = from_bytes(torch.from_numpy(np.stack([pictures[i] for i in wanted])))
     write_result(file, scores, record, sample_picture(samples, job.labels[shown], job.generator.class_names, file.stem))
     return scores
 
@@ -266,8 +265,7 @@ def choose_shown(labels: Tensor) -> Tensor:
 def sample_picture(samples: Tensor, labels: Tensor, class_names: Sequence[str], title: str) -> Image.Image:
     """The grid of ``samples`` [rows * columns, C, H, W] with ``labels`` [rows, columns], one class a row."""
     rows = [class_names[c] if class_names else str(c) for c in labels[:, 0].tolist()]
-    scale = max(1, SHOWN_PIXELS // samples.shape[-1])
-    return grid(samples, labels.shape[1], row_labels=rows, scale=scale, title=title)
+    return grid(samples, labels.shape[1], row_labels=rows, title=title)
 
 
 def clock(device: torch.device) -> float:

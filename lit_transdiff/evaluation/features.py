@@ -25,7 +25,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from lit_transdiff.config import require, unknown
 from lit_transdiff.files import short_hash
 from lit_transdiff.models.classifier import load_classifier
-from lit_transdiff.pictures import to_bytes
+from lit_transdiff.pictures import from_bytes, to_bytes
 
 State = dict[str, Tensor]
 
@@ -81,7 +81,7 @@ class ClassifierFeatures(FeatureExtractor):
         super().__init__("classifier", network, short_hash(Path(path)), network.head.in_features, network.num_classes)
 
     def extract(self, pixels: Tensor, spatial: bool) -> Features:
-        images = pixels.float() / 127.5 - 1
+        images = from_bytes(pixels)
         features = self.network.features(images)  # type: ignore[operator]
         return Features(features, self.network.head(features))  # type: ignore[operator]
 

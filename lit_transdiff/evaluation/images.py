@@ -18,7 +18,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from lit_transdiff.config import require
-from lit_transdiff.pictures import picture
+from lit_transdiff.pictures import from_bytes, save_png
 
 Array = np.ndarray
 
@@ -48,7 +48,7 @@ def image_batches(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
             images = min(batch_size, count - first)
             content = file.read(images * int(np.prod(size)))
             pixels = np.frombuffer(content, dtype=np.uint8).reshape(images, *size)
-            yield rearrange(torch.from_numpy(pixels.copy()), "b h w c -> b c h w").float() / 127.5 - 1
+            yield from_bytes(rearrange(torch.from_numpy(pixels.copy()), "b h w c -> b c h w"))
 
 
 def write_npz(path: Path, batches: Iterable[Array], labels: Array) -> None:
@@ -76,8 +76,7 @@ def write_pngs(folder: Path, pixels: Tensor, indices: Sequence[int]) -> None:
     """Write each of ``pixels`` [B, C, H, W] uint8 as ``00000.png``, numbered by ``indices``; grey when C = 1."""
     folder.mkdir(parents=True, exist_ok=True)
     for image, index in zip(pixels, indices, strict=True):
-        shown = picture(rearrange(image, "c h w -> h w c"))
-        (shown.convert("L") if len(image) == 1 else shown).save(png(folder, index))
+        save_png(image, png(folder, index))
 
 
 def png(folder: Path, index: int) -> Path:

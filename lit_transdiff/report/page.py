@@ -20,6 +20,7 @@ from lit_transdiff.config import require
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.scores import judged_by
 from lit_transdiff.files import replace_file
+from lit_transdiff.pictures import narrowed
 from lit_transdiff.tracking.compare import default_metrics, differing, higher_is_better, scores_of
 from lit_transdiff.tracking.records import AXES, Evaluation, Run
 
@@ -121,11 +122,8 @@ def evenly(items: list[Any]) -> list[Any]:
 
 def embedded(picture: Image.Image) -> str:
     """A picture as a data URI."""
-    if picture.width > MAX_PIXELS:
-        size = (MAX_PIXELS, round(picture.height * MAX_PIXELS / picture.width))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="WEBP", quality=80)
+    narrowed(picture, MAX_PIXELS).save(buffer, format="WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -253,8 +253,7 @@ class SampleGrids(pl.Callback):
         similarity = token_similarity(generator.features(list(classes))).mean().item()
         log_now(trainer, {"val/feature_diversity": similarity})
         self.folder.mkdir(parents=True, exist_ok=True)
-        scale = max(1, 96 // images.shape[-1])
-        picture = grid(images, self.per_class, row_labels=self.class_names, scale=scale, title=f"step {step}")
+        picture = grid(images, self.per_class, row_labels=self.class_names, title=f"step {step}")
         picture.save(self.folder / f"step-{step:08d}.png")
         if self.tracker is not None:
             self.tracker.log_picture("samples", picture, step)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.scores import FOLDER
+from lit_transdiff.pictures import narrowed
 from lit_transdiff.tracking.folders import read_folder, run_folders
 from lit_transdiff.tracking.records import Run, fits
 from lit_transdiff.tracking.wandb_logs import log_files, read_log, read_server
@@ -83,9 +84,6 @@ def shrunk(file: Path) -> bytes:
     """A picture as a small PNG."""
     buffer = io.BytesIO()
     with Image.open(file) as opened:
-        picture = opened.convert("RGB")
-    if picture.width > SHRUNK:
-        size = (SHRUNK, round(picture.height * SHRUNK / picture.width))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        picture = narrowed(opened.convert("RGB"), SHRUNK)
     picture.quantize(COLOURS).save(buffer, format="png", optimize=True)
     return buffer.getvalue()

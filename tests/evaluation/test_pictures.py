@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_transdiff.pictures import beside, grid, to_bytes, wrap
+from lit_transdiff.pictures import beside, from_bytes, grid, to_bytes, wrap
 
 
 def coloured(count: int, size: int = 8) -> torch.Tensor:
@@ -66,10 +66,16 @@ def test_grey_images_and_enlargement_without_smoothing() -> None:
     assert (pixels[top : top + 4, left + 4 : left + 8] == 255).all()
 
 
+def test_small_images_are_enlarged_by_default_and_large_ones_are_not() -> None:
+    for size, scale in ((8, 12), (40, 2), (96, 1), (120, 1)):
+        images = torch.rand(2, 3, size, size) * 2 - 1
+        assert grid(images, 2).tobytes() == grid(images, 2, scale=scale).tobytes()
+
+
 def test_bytes() -> None:
     assert to_bytes(torch.tensor([-1.2, -1, 0, 0.5, 1, 3])).tolist() == [0, 0, 128, 191, 255, 255]
     every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_bytes(every.float() / 127.5 - 1), every)
+    assert torch.equal(to_bytes(from_bytes(every)), every) and torch.equal(from_bytes(every), every.float() / 127.5 - 1)
     with pytest.raises(ValueError, match="1 values that are not finite"):
         to_bytes(torch.tensor([0, float("nan")]))
 
