@@ -21,8 +21,9 @@ from lit_transdiff.config import RunConfig, require
 from lit_transdiff.export import export_folder, read_export, write_export
 from lit_transdiff.loading import run_from, to_dict
 from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
+from lit_transdiff.models.layout import Mapped
 from lit_transdiff.models.ldm import is_ldm
-from lit_transdiff.models.official import Mapped, from_released, is_released, read_shape, released_shapes, to_released
+from lit_transdiff.models.official import from_released, is_released, read_shape, released_shapes, to_released
 from lit_transdiff.released import KNOWN, Checkpoint, identity, open_checkpoint, plain, read_file, released_file, state_dict
 
 LEFT_OVER = "left_over.safetensors"

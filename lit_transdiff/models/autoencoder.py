@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from lit_transdiff.config import AutoencoderTraining, require, unknown
 from lit_transdiff.models.execution import compile_blocks
+from lit_transdiff.models.layout import check_layout
 from lit_transdiff.models.ldm import from_diffusers, read_architecture, to_diffusers
-from lit_transdiff.models.official import check_layout
 
 LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior, as in latent diffusion
 CONFIG_FILE = "config.json"

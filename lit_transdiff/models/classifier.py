@@ -5,7 +5,6 @@ Shapes: B batch, C image channels, H W pixels. Images are in [-1, 1].
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -53,15 +52,6 @@ class SmallClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, classes]."""
         return self.head(self.dropout(self.features(images)))
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over the names and bytes of the weights."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
 
 def save_classifier(classifier: SmallClassifier, path: str | Path) -> None:

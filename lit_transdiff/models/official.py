@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from lit_transdiff.config import SIZES, ModelConfig
+from lit_transdiff.models.layout import Mapped, check_layout
 
 # (released, ours), tried in order; a released name that starts with the left side gets the right side instead.
 PREFIXES: tuple[tuple[str, str], ...] = (
@@ -59,14 +59,6 @@ TELLING = {
     "diffdecoder.net.res_blocks.0.mlp.fc1.weight": 2,
     "diffdecoder.net.final_layer.linear.weight": 2,
 }
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """A state dict under other names, and what has no place in it."""
-
-    state: dict[str, Tensor]
-    left_over: dict[str, Tensor]
 
 
 def is_released(state: Mapping[str, Any]) -> bool:
@@ -182,19 +174,6 @@ def linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
 
 def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def check_layout(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ``ValueError`` listing every key that is missing, unexpected or of another shape."""
-    problems = [f"missing: {key} {list(shape)}" for key, shape in shapes.items() if key not in state]
-    problems += [f"unexpected: {key} {list(value.shape)}" for key, value in state.items() if key not in shapes]
-    problems += [
-        f"of another shape: {key} {list(state[key].shape)}, expected {list(shape)}"
-        for key, shape in shapes.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-    if problems:
-        raise ValueError("the checkpoint does not fit:\n  " + "\n  ".join(problems))
 
 
 def from_released(state: Mapping[str, Tensor], config: ModelConfig) -> Mapped:

@@ -1,0 +1,29 @@
+"""State dicts under other names, and whether their names and shapes are those that are expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A state dict under other names, and what has no place in it."""
+
+    state: dict[str, Tensor]
+    left_over: dict[str, Tensor]
+
+
+def check_layout(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ``ValueError`` listing every key that is missing, unexpected or of another shape."""
+    problems = [f"missing: {key} {list(shape)}" for key, shape in shapes.items() if key not in state]
+    problems += [f"unexpected: {key} {list(value.shape)}" for key, value in state.items() if key not in shapes]
+    problems += [
+        f"of another shape: {key} {list(state[key].shape)}, expected {list(shape)}"
+        for key, shape in shapes.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if problems:
+        raise ValueError("the checkpoint does not fit:\n  " + "\n  ".join(problems))
