@@ -28,7 +28,7 @@ from torch import Tensor
 from lit_transdiff.averages import EMA
 from lit_transdiff.config import CheckpointConfig
 from lit_transdiff.endings import CheckpointError
-from lit_transdiff.files import replace_file
+from lit_transdiff.files import replace_file, require_space, whole
 
 MARKER = "COMPLETE.json"
 TRAINING = "training.pt"
@@ -148,25 +148,16 @@ def slice_key(name: str, state: str, start: int) -> str:
     return f"{name}::{state}::{start}"
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise ``CheckpointError`` when the disk cannot hold ``needed`` more bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointError(errno.ENOSPC, f"{folder}: {needed / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB are free.")
-
-
 def write_rank_file(partial: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
     """Write a rank's slices, whole or not at all. Raises ``CheckpointError`` with the reason, and leaves no file then."""
     file = partial / f"rank-{rank:05d}.safetensors"
-    temporary = file.with_suffix(".tmp")
     try:
-        check_space(partial, sum(t.numel() * t.element_size() for t in tensors.values()))
-        save_file(dict(tensors), temporary)
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, file)
+        require_space(partial, sum(t.numel() * t.element_size() for t in tensors.values()))
+        with whole(file) as temporary:
+            save_file(dict(tensors), temporary)
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         replace_file(file.with_suffix(".failed"), b"")
         raise CheckpointError(getattr(error, "errno", None) or errno.EIO, f"{file}: {error}") from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.export import export_folder, read_export, write_export
+from lit_transdiff.files import whole
 from lit_transdiff.loading import run_from, to_dict
 from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
 from lit_transdiff.models.layout import Mapped
@@ -197,7 +198,8 @@ def export_to_released(source: Path, dest: Path) -> str:
     content: dict[str, Any] = {key: mapped.state for key, mapped in states.items()}
     content |= {"epoch": origin["epoch"]} if origin.get("epoch") is not None else {}
     content |= {"args": argparse.Namespace(**origin["args"])} if origin.get("args") else {}
-    write_whole(dest, partial(torch.save, content))
+    with whole(dest) as file:
+        torch.save(content, file)
     lines = [f"{folder} -> {dest}: {', '.join(f'{key} ({len(mapped.state)} tensors)' for key, mapped in states.items())}"]
     lines += [
         f"  made of zeros: {key} (the model has none; it has no effect)"
@@ -224,12 +226,9 @@ def converted_from(folder: Path) -> dict[str, Any]:
 def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, scaling_factor: float) -> str:
     """Write an autoencoder of latent diffusion as a folder of diffusers."""
     network, dropped = KLAutoencoder.from_ldm(state, scaling_factor)
-
-    def write(folder: Path) -> None:
+    with whole(dest) as folder:
         network.save(folder)
         (folder / ORIGIN).write_text(json.dumps(identity(file)))
-
-    write_whole(dest, write)
     count = sum(p.numel() for p in network.model.parameters())
     lines = [f"autoencoder -> {dest}: {len(network.model.state_dict())} tensors mapped, {count:,} parameters, "]
     lines[0] += (
@@ -243,12 +242,6 @@ def autoencoder_to_ldm(source: Path, dest: Path) -> str:
     channels = json.loads((source / CONFIG_FILE).read_text()).get("in_channels")
     network = KLAutoencoder.load(source, channels)
     state = network.to_ldm()
-    write_whole(dest, partial(torch.save, {"model": state}))
+    with whole(dest) as file:
+        torch.save({"model": state}, file)
     return f"{source} -> {dest}: {len(state)} tensors; the layout holds no normalisation (mean and std of the latents)"
-
-
-def write_whole(dest: Path, write: Callable[[Path], None]) -> None:
-    """Write a file or folder under a temporary name, then give it its own."""
-    partial_dest = dest.with_name(dest.name + ".partial")
-    write(partial_dest)
-    partial_dest.rename(dest)

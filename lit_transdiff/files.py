@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -31,11 +33,45 @@ def short_hash(path: Path) -> str:
     return sha256_of(path)[:16]
 
 
+class NoSpaceError(OSError, ValueError):
+    """A disk has too little room for what is to be written."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def partial_name(path: Path) -> Path:
+    """What ``path`` is called until it is whole: a name of this process's own, so that no two processes write the same."""
+    return path.with_name(f"{path.name}.partial-{os.getpid()}")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Write a file or folder whole or not at all: to the name given here, which becomes ``path`` at the end of the block.
+
+    When the block fails, what was written is removed and ``path`` stays as it was. A folder must not exist yet.
+    """
+    partial = partial_name(path)
+    remove(partial)  # left behind by an earlier process of the same number
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    """Write a file of a known content whole or not at all."""
+    with whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def free_bytes(folder: Path) -> int:
@@ -46,10 +82,11 @@ def free_bytes(folder: Path) -> int:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise ``ValueError`` when fewer than ``needed`` bytes are free on the disk of ``folder``."""
+    """Raise ``NoSpaceError``, also a ``ValueError``, when fewer than ``needed`` bytes are free on the disk of ``folder``."""
     free = free_bytes(folder)
     if needed > free:
-        raise ValueError(f"{folder}: {readable(needed)} are to be written, but only {readable(free)} are free on that disk.")
+        text = f"{folder}: {readable(needed)} are to be written, but only {readable(free)} are free on that disk."
+        raise NoSpaceError(errno.ENOSPC, text)
 
 
 def readable(num_bytes: int) -> str:

@@ -24,6 +24,7 @@ from lit_transdiff.files import replace_file
 from lit_transdiff.loading import load_run, save_yaml, to_dict
 
 PACKAGES = (
+    "lit-transdiff",
     "torch",
     "lightning",
     "wandb",
@@ -32,8 +33,10 @@ PACKAGES = (
     "timm",
     "einops",
     "torchmetrics",
+    "torch-fidelity",
     "deepspeed",
     "diffusers",
+    "numpy",
     "pillow",
 )
 # Settings that may change between two starts of one run: they do not decide its numbers so far (max_steps does, where the
@@ -109,24 +112,29 @@ def open_folder(run: RunConfig, num_processes: int | None = None) -> None:
 
 def environment() -> dict[str, Any]:
     """Commit, versions and machine of this process."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": package_versions(),
         "host": platform.node(),
         "cpu_count": os.cpu_count(),
         "num_processes": int(os.environ.get("WORLD_SIZE", 1)),
         "gpus": gpus,
     }
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of this package and of those that its numbers depend on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
 
 
 def git_commit() -> str | None:

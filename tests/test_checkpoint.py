@@ -3,7 +3,6 @@
 import errno
 import itertools
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from lit_transdiff.__main__ import main
 from lit_transdiff.checkpoint import (
     MARKER,
     Checkpoint,
-    check_space,
     complete_checkpoints,
     finish_checkpoint,
     kept,
@@ -26,6 +24,7 @@ from lit_transdiff.checkpoint import (
 from lit_transdiff.config import CheckpointConfig
 from lit_transdiff.endings import CheckpointError
 from lit_transdiff.export import read_export
+from lit_transdiff.files import NoSpaceError
 from lit_transdiff.parts import check_run
 from lit_transdiff.runfolder import last_checkpoint
 from lit_transdiff.trainer import train
@@ -108,12 +107,15 @@ def test_a_rank_that_failed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_rank_file(partial, 0, {"x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="rank-00001 failed"):
         finish_checkpoint(partial, 2, {}, {}, timeout=5)
-    assert not list(partial.glob("*.tmp"))
+    assert not list(partial.glob("*.partial-*"))
 
 
-def test_space_is_looked_at_first(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"GB are needed and [\d.]+ GB are free"):
-        check_space(tmp_path, shutil.disk_usage(tmp_path).free * 2)
+def test_space_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lit_transdiff.files.free_bytes", lambda folder: 3999)
+    monkeypatch.setattr(disk, "save_file", lambda *_: pytest.fail("something was written"))
+    with pytest.raises(CheckpointError, match=r"4 kB are to be written, but only 4 kB are free") as error:
+        write_rank_file(tmp_path, 0, {"x": torch.zeros(1000)})
+    assert error.value.errno == errno.ENOSPC and [path.name for path in tmp_path.iterdir()] == ["rank-00000.failed"]
 
 
 def manifests(*entries: tuple[int, float | None, bool]) -> list[Checkpoint]:
@@ -153,8 +155,10 @@ def test_a_full_disk_stops_with_the_reason_and_leaves_the_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ):
     run = small_run(tmp_path, checkpoint={"asynchronous": asynchronous})
-    monkeypatch.setattr(disk, "check_space", full_from_step(4))
-    with pytest.raises(CheckpointError, match=r"step 4: no checkpoint could be written: .*GB are free.*step-00000002"):
+    monkeypatch.setattr(disk, "require_space", full_from_step(4))
+    with pytest.raises(
+        CheckpointError, match=r"step 4: no checkpoint could be written: .*GB are free on that disk.*step-00000002"
+    ):
         train(run, silent)
     assert [c.step for c in complete_checkpoints(run.folder / "checkpoints")] == [2]
     monkeypatch.undo()
@@ -163,7 +167,7 @@ def test_a_full_disk_stops_with_the_reason_and_leaves_the_earlier_checkpoint(
 
 def test_a_full_disk_need_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     run = small_run(tmp_path, checkpoint={"on_error": "continue"})
-    monkeypatch.setattr(disk, "check_space", full_from_step(4, until=5))
+    monkeypatch.setattr(disk, "require_space", full_from_step(4, until=5))
     train(run, silent)
     assert "step 4: no checkpoint could be written, training goes on" in caplog.text
     assert [c.step for c in complete_checkpoints(run.folder / "checkpoints")] == [6]
@@ -172,7 +176,7 @@ def test_a_full_disk_need_not_stop_training(tmp_path: Path, monkeypatch: pytest.
 def full_from_step(first: int, until: int = 99):
     def check(folder: Path, needed: int) -> None:
         if first <= int(folder.name[5:13]) < until:
-            raise CheckpointError(errno.ENOSPC, f"{folder}: 1 GB are needed and 0 GB are free.")
+            raise NoSpaceError(errno.ENOSPC, f"{folder}: 1 GB are to be written, but only 0 GB are free on that disk.")
 
     return check
 

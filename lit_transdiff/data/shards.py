@@ -13,6 +13,7 @@ import numpy as np
 import webdataset as wds
 
 from lit_transdiff.data.index import ShardIndex
+from lit_transdiff.files import partial_name
 
 TAR_BLOCK, TAR_RECORD = 512, 10240  # bytes that a member, and a whole tar, are filled up to
 
@@ -31,7 +32,7 @@ class ShardWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        self.partial = partial_name(path)
 
     def __enter__(self) -> ShardWriter:
         self.file = self.partial.open("wb")

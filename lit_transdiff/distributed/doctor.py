@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import shutil
 import statistics
 import sys
 import time
@@ -21,7 +19,8 @@ from lightning.fabric import Fabric
 from lit_transdiff.data.index import read_index
 from lit_transdiff.data.shards import ShardReader
 from lit_transdiff.distributed import build_fabric
-from lit_transdiff.runfolder import PACKAGES, git_commit
+from lit_transdiff.files import free_bytes
+from lit_transdiff.runfolder import git_commit, package_versions
 
 BYTES = 64 << 20  # of the message whose all-reduce is timed
 MAX_SKEW = 1.0  # seconds that clocks of nodes may differ
@@ -93,7 +92,7 @@ def check_shared_folder(fabric: Fabric, folder: Path) -> Finding:
     fabric.barrier()
     if fabric.is_global_zero:
         file.unlink()
-        free = shutil.disk_usage(folder).free
+        free = free_bytes(folder)
     else:
         free = 0
     problem = f"{', '.join(blind)}: do not see what the first rank writes" if blind else ""
@@ -112,12 +111,7 @@ def check_clocks(fabric: Fabric, folder: Path) -> Finding:
 
 def check_versions(fabric: Fabric, folder: Path) -> Finding:
     """Python, packages and the commit of this code are the same on every rank."""
-    versions = {"python": platform.python_version(), "commit": str(git_commit())}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions = {"python": platform.python_version(), "commit": str(git_commit()), **package_versions()}
     everywhere = gather(fabric, versions)
     different = [
         f"{name}: {sorted({v[name] for v in everywhere})}" for name in versions if len({v[name] for v in everywhere}) > 1

@@ -31,6 +31,7 @@ from lit_transdiff.evaluation.parts import Parts, open_parts, wait_for_batches, 
 from lit_transdiff.evaluation.results import manifest, result_file, write_result
 from lit_transdiff.evaluation.scores import Score
 from lit_transdiff.evaluation.statistics import Statistics, check_extractor, completed, load_statistics
+from lit_transdiff.files import require_space
 from lit_transdiff.pictures import from_bytes, grid, to_bytes
 from lit_transdiff.sampling import Generator, check_sampling
 
@@ -92,8 +93,8 @@ def evaluate(
     batches wait in a folder beside the result, which all ranks must share: the same call on any number of ranks continues an
     evaluation that was stopped.
 
-    Raises ``ValueError`` before any image is drawn for a metric that lacks what it needs, or a reference made
-    with another extractor.
+    Raises ``ValueError`` before any image is drawn for a metric that lacks what it needs, a reference made with another
+    extractor, or a disk without room for an ``.npz`` of the images.
     """
     start = time.time()
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
@@ -114,9 +115,11 @@ def evaluate(
     kept = "-spatial" * job.spatial + "".join(f"-{kind}" for kind in saved)
     folder = file.with_name(f"{file.stem}-parts-{settings.batch_size}{kept}")
     parts = Parts(folder, settings.num_images, settings.batch_size, "folder" in saved, places["folder"])
-    batches = open_parts(parts, fabric)[rank::world]
+    missing = open_parts(parts, fabric)
     try:
-        draw_missing(job, parts, batches, saved, progress=rank == 0)
+        if "npz" in saved:
+            require_space(parts.folder, bytes_of_images(job, sum(map(len, missing))))
+        draw_missing(job, parts, missing[rank::world], saved, progress=rank == 0)
         if rank > 0:
             wait_for_scores(parts, file)
             return {**json.loads(file.read_text()), "file": str(file)}
@@ -161,6 +164,12 @@ def prepare(generator: Generator, settings: EvaluationConfig, sampling: Sampling
     return Job(
         generator, settings, sampling, extractor, reference, rows.repeat_interleave(kept), kept, needed_by(settings.metrics)
     )
+
+
+def bytes_of_images(job: Job, missing: int) -> int:
+    """What an ``.npz`` of all images takes (three channels each), and until it is written those that are ``missing``."""
+    size = job.generator.run.model.latent_size * job.generator.autoencoder.downsampling
+    return size**2 * (3 * job.settings.num_images + job.generator.run.data.image_channels * missing)
 
 
 def draw_missing(job: Job, parts: Parts, batches: Sequence[range], saved: Sequence[str], progress: bool) -> None:

@@ -5,7 +5,6 @@ Shapes: N images, B images of a batch, C channels, H W pixels.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from lit_transdiff.config import require
+from lit_transdiff.files import whole
 from lit_transdiff.pictures import from_bytes, save_png
 
 Array = np.ndarray
@@ -56,8 +56,7 @@ def write_npz(path: Path, batches: Iterable[Array], labels: Array) -> None:
 
     The file is written whole or not at all, batch by batch, uncompressed like that of ``numpy.savez``.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for i, batch in enumerate(batches):
                 colour = (
@@ -69,7 +68,6 @@ def write_npz(path: Path, batches: Iterable[Array], labels: Array) -> None:
                 file.write(np.ascontiguousarray(colour).tobytes())
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, labels)
-    os.replace(partial, path)
 
 
 def write_pngs(folder: Path, pixels: Tensor, indices: Sequence[int]) -> None:

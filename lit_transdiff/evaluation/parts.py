@@ -19,6 +19,7 @@ import numpy as np
 
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.images import png
+from lit_transdiff.files import whole
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -63,9 +64,8 @@ class Parts:
         return self.folder / IMAGES
 
     def write(self, batch: range, arrays: dict[str, Array]) -> None:
-        partial = self.folder / f".{batch.start:08d}.{os.getpid()}.npz"
-        np.savez(partial, **arrays)  # type: ignore[arg-type]
-        os.replace(partial, self.path(batch))
+        with whole(self.path(batch)) as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     def each(self, name: str) -> Iterator[Array]:
         """The array ``name`` of every batch, in order of the images' indices."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +16,14 @@ from lit_transdiff.config import EvaluationConfig, SamplingConfig
 from lit_transdiff.evaluation.metrics import INCEPTION_PART
 from lit_transdiff.evaluation.scores import FOLDER, Score
 from lit_transdiff.export import export_folder
-from lit_transdiff.runfolder import git_commit
+from lit_transdiff.files import replace_file, whole
+from lit_transdiff.runfolder import git_commit, package_versions
 
 if TYPE_CHECKING:
     from lit_transdiff.evaluation.features import FeatureExtractor
     from lit_transdiff.evaluation.statistics import Statistics
     from lit_transdiff.sampling import Generator
 
-PACKAGES = ("lit-transdiff", "torch", "lightning", "torchmetrics", "torch-fidelity", "numpy")
 # The part of a manifest that decides the scores; the rest (date, speed, paths) may differ between equal evaluations.
 DECIDING = [
     *("run", "weights_fingerprint", "scored_reference", "sampling", "precision", "num_images", "seed", "label_mode"),
@@ -72,7 +70,7 @@ def manifest(
         "reference_images": reference.num_images if reference else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "evaluation_commit": git_commit(),
-        "versions": {package: metadata.version(package) for package in PACKAGES},
+        "versions": package_versions(),
     }
 
 
@@ -99,9 +97,7 @@ def result_file(output: Path, record: dict[str, Any]) -> Path:
 
 
 def write_result(file: Path, scores: dict[str, Score], record: dict[str, Any], picture: Image.Image) -> None:
-    """Write the picture, then the JSON ``file``, each under a temporary name first."""
-    partial = file.with_name(f".{file.stem}.{os.getpid()}")
-    picture.save(partial, format="png")
-    os.replace(partial, file.with_suffix(".png"))
-    partial.write_text(json.dumps({"scores": scores, "manifest": record}, indent=2) + "\n")
-    os.replace(partial, file)
+    """Write the picture, then the JSON ``file``, each whole or not at all."""
+    with whole(file.with_suffix(".png")) as partial:
+        picture.save(partial, format="png")
+    replace_file(file, (json.dumps({"scores": scores, "manifest": record}, indent=2) + "\n").encode())

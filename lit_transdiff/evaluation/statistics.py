@@ -29,7 +29,7 @@ from lit_transdiff.config import require
 from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
 from lit_transdiff.evaluation.moments import Gaussian, Moments
-from lit_transdiff.files import short_hash
+from lit_transdiff.files import short_hash, whole
 
 Array = np.ndarray
 NAMES = ("mu", "sigma", "mu_s", "sigma_s", "num_images", "features", "about")
@@ -140,7 +140,7 @@ def reference_statistics(
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
-    """Write an ``.npz`` file under a temporary name, then rename it; returns the statistics with their path and hash."""
+    """Write an ``.npz`` file, whole or not at all; returns the statistics with their path and hash."""
     path = Path(path)
     require(path.suffix == ".npz", "statistics file", str(path), "a name that ends in .npz")
     arrays = {"mu": statistics.mu, "sigma": statistics.sigma, "about": np.array(json.dumps(statistics.about, sort_keys=True))}
@@ -151,9 +151,8 @@ def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
     if statistics.features is not None:
         arrays["features"] = statistics.features
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(partial, **arrays)  # type: ignore[arg-type]
-    os.replace(partial, path)
+    with whole(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     return load_statistics(path)
 
 

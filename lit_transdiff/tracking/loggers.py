@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.config import RunConfig
+from lit_transdiff.files import whole
 from lit_transdiff.tracking.wandb_run import WandbRun
 
 COLUMNS = ("step", "images_seen", "seconds", "metric", "value")
@@ -60,10 +60,8 @@ class MetricsCSV(Logger):
         if self.path.exists():
             with open(self.path, newline="") as file:
                 header, *rows = list(csv.reader(file))
-            partial = self.path.with_suffix(".partial")
-            with open(partial, "w", newline="") as file:
+            with whole(self.path) as partial, open(partial, "w", newline="") as file:
                 csv.writer(file).writerows([header, *(row for row in rows if int(row[0]) <= step)])
-            os.replace(partial, self.path)
 
 
 def build_loggers(run: RunConfig) -> list[Logger]:

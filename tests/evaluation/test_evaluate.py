@@ -135,6 +135,20 @@ def test_saved_images_are_part_of_what_is_reused(files: Path, tmp_path: Path, mo
         evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="nzp")
 
 
+def test_images_without_room_are_not_drawn(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """22 images of 16 x 16: three channels in the file, one (they are grey) of each that is still to be drawn."""
+    generator, settings = tiny_generator(), tiny_settings(files, metrics=["class_accuracy"])
+    needed = 22 * 16 * 16 * (3 + 1)
+    monkeypatch.setattr("lit_transdiff.files.free_bytes", lambda folder: needed - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, "images", lambda *_: pytest.fail("an image was drawn"))
+        with pytest.raises(ValueError, match=r"22\.5 kB are to be written, but only 22\.5 kB are free on that disk"):
+            evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="npz")
+    evaluate(generator, settings, SAMPLING, output=tmp_path)
+    monkeypatch.setattr("lit_transdiff.files.free_bytes", lambda folder: needed)
+    evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="npz")
+
+
 def test_an_evaluation_that_failed_while_scoring_draws_nothing_again(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
