@@ -143,11 +143,6 @@ class TrainPlan:
         samples = np.concatenate([self.epoch_items(int(e))[places[epochs == e]] for e in np.unique(epochs)])
         return Rows(positions, epochs, samples)
 
-    def items(self, start: int, stop: int) -> list[tuple[int, tuple[int, ...]]]:
-        """(epoch, samples of the item) at positions [start, stop)."""
-        rows = self.rows(start, stop)
-        return [(int(epoch), tuple(samples.tolist())) for epoch, samples in zip(rows.epochs, rows.samples, strict=True)]
-
 
 def evaluation_batches(
     index: ShardIndex, *, num_references: int, batch_size: int, rank: int, world: int, seed: int, num_samples: Optional[int]

@@ -73,13 +73,6 @@ SIZED: dict[str, tuple[Rule, str]] = {
 OPTIONAL = ("encoder.reference_projection.",)
 
 
-def adapt(model: TransDiff, state: Mapping[str, Tensor], positions: str = "new") -> AdaptReport:
-    """Load ``state`` into ``model`` as ``match`` says."""
-    result, report = match(model, state, positions)
-    model.load_state_dict(result)
-    return report
-
-
 def match(model: TransDiff, state: Mapping[str, Tensor], positions: str = "new") -> tuple[dict[str, Tensor], AdaptReport]:
     """What ``model`` takes of ``state``, with a report; it may be on the meta device.
 

@@ -48,12 +48,6 @@ def test_every_item_once_an_epoch_and_batches_straddle(shards):
     assert not np.array_equal(rows.samples[: len(index)], rows.samples[len(index) : 2 * len(index)])
 
 
-def test_items_agree_with_rows(shards):
-    plan = TrainPlan(read_index(shards), 0, num_references=2)
-    rows = plan.rows(28, 36)
-    assert plan.items(28, 36) == [(int(e), tuple(s)) for e, s in zip(rows.epochs, rows.samples.tolist(), strict=True)]
-
-
 def test_order_depends_on_seed_and_epoch_and_keeps_blocks_of_shards_together(shards):
     starts = read_index(shards).starts
     orders = [epoch_order(starts, seed, epoch, 2).tolist() for seed in (0, 1, -1) for epoch in (0, 1)]

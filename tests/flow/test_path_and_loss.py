@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from lit_transdiff.config import FlowConfig
+from lit_transdiff.config import FlowConfig, SamplingConfig
 from lit_transdiff.flow import path
 from lit_transdiff.flow.loss import DENSITIES, draw_times, flow_matching_loss, shift_times
+from lit_transdiff.flow.solvers import euler_maruyama
 from lit_transdiff.models.layers import time_features
 
 X, NOISE = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -25,20 +26,21 @@ def test_velocity_is_the_derivative_of_the_path():
     torch.testing.assert_close(difference, path.target_velocity(X, NOISE), atol=1e-3, rtol=0)
 
 
-def test_conversions_there_and_back():
-    x_t, v = path.interpolate(X, NOISE, T), path.target_velocity(X, NOISE)
-    torch.testing.assert_close(path.to_clean(x_t, v, T), X)
-    torch.testing.assert_close(path.to_noise(x_t, v, T), NOISE)
-    score = path.velocity_to_score(x_t, v, T)
-    torch.testing.assert_close(score, -NOISE / path.spread(T, X))
-    torch.testing.assert_close(path.score_to_velocity(x_t, score, T), v)
+def test_a_state_and_its_velocity_imply_data_and_noise():
+    x_t, v, t = path.interpolate(X, NOISE, T), path.target_velocity(X, NOISE), path.spread(T, X)
+    torch.testing.assert_close(x_t - t * v, X)
+    torch.testing.assert_close(x_t + (1 - t) * v, NOISE)
 
 
 def test_drift_of_the_paper_in_closed_form():
-    """v - t score = (2 - t) v + x_t, which the Euler-Maruyama solver uses."""
+    """v - t score, where the score is -noise / t, is (2 - t) v + x_t, of which the solver takes a plain last step."""
     x_t, v = path.interpolate(X, NOISE, T), path.target_velocity(X, NOISE)
     t = path.spread(T, X)
-    torch.testing.assert_close(v - t * path.velocity_to_score(x_t, v, T), (2 - t) * v + x_t)
+    drift = v - t * (-NOISE / t)
+    torch.testing.assert_close(drift, (2 - t) * v + x_t)
+    for i, time in enumerate(T.tolist()):
+        x = euler_maruyama(lambda x, t, i=i: v[i], x_t[i], [time, 0.0], lambda: NOISE, SamplingConfig())
+        torch.testing.assert_close(x, x_t[i] - time * drift[i])
 
 
 @pytest.mark.parametrize("density", DENSITIES)

@@ -1,12 +1,14 @@
 """Properties of the model that hold whatever its weights are."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from einops import repeat
 from torch import Tensor, nn
 
 from lit_transdiff.config import ModelConfig
-from lit_transdiff.models.adapt import adapt
+from lit_transdiff.models.adapt import AdaptReport, match
 from lit_transdiff.models.tokens import patchify, token_similarity, unpatchify
 from lit_transdiff.models.transdiff import TransDiff
 
@@ -125,6 +127,13 @@ def test_token_similarity_is_the_mean_over_pairs():
     features = torch.randn(2, 7, 5)
     pairs = torch.nn.functional.cosine_similarity(features[:, :, None], features[:, None], dim=-1)
     torch.testing.assert_close(token_similarity(features), pairs.mean(dim=(1, 2)))
+
+
+def adapt(model: TransDiff, state: Mapping[str, Tensor], positions: str = "new") -> AdaptReport:
+    """Load what the model takes of ``state``; strictly, so that nothing is left out."""
+    result, report = match(model, state, positions)
+    model.load_state_dict(result)
+    return report
 
 
 class TestAdapt:
