@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_commands(command, with_overrides)
     add_model_commands(command, with_overrides)
+    add_result_commands(command, with_overrides)
     add_study_commands(command)
     add_machine_commands(command, with_overrides)
     return parser
@@ -104,7 +105,7 @@ def add_trained(sub: argparse.ArgumentParser) -> None:
 
 
 def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
-    """What trains, draws, scores and compares."""
+    """What makes trained models."""
     sub = command(commands.train, "train one run; the same command again continues it")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
@@ -129,6 +130,9 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub.add_argument("--scaling-factor", type=float, default=0.2325, help="latents = samples x this; default: %(default)s")
     with_overrides(sub)
 
+
+def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
+    """What draws from trained models, scores and compares them."""
     sub = command(commands.sample, "draw images from a trained run: a labelled grid and single images")
     add_trained(sub)
     sub.add_argument("--classes", help="numbers separated by commas; default: the first ten")

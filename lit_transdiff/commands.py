@@ -15,6 +15,8 @@ CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a comm
 
 
 def pack(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.encode import Encoding
+    from lit_transdiff.data.pack import Cut
     from lit_transdiff.data.pack import pack as write
 
     names = args.class_names
@@ -23,14 +25,11 @@ def pack(args: argparse.Namespace) -> None:
             args.source,
             args.dest,
             split=args.split,
-            samples_per_shard=args.samples_per_shard,
-            shards=args.shards,
-            shard_size=args.shard_size,
-            seed=args.seed,
-            image_size=args.image_size,
-            pad_to=args.pad_to,
-            limit=args.limit,
             class_names=Path(names) if names and Path(names).is_file() else names and names.split(","),
+            limit=args.limit,
+            seed=args.seed,
+            encoding=Encoding(args.image_size, args.pad_to),
+            cut=Cut(args.samples_per_shard, args.shards, args.shard_size),
             workers=args.workers,
         )
     )

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 
 from lit_transdiff.config import AutoencoderConfig, DataConfig
 from lit_transdiff.data.index import read_index
-from lit_transdiff.data.pack import pack
+from lit_transdiff.data.pack import Cut, pack
 from lit_transdiff.draw import save_image
 from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.statistics import save_statistics
@@ -38,7 +38,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = folder / "images" / f"class-{i % 2}" / f"{i}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         save_image(image, target)
-    pack(folder / "images", folder / "shards", samples_per_shard=16, progress=False)
+    pack(folder / "images", folder / "shards", cut=Cut(samples_per_shard=16), progress=False)
     return folder / "shards"
 
 

@@ -26,6 +26,7 @@ from lit_transdiff.files import free_bytes, readable, replace_file, require_spac
 
 PLAN_FILE = "packing.json"
 SKIPPED_FILE = "skipped.txt"
+AS_THEY_ARE = Encoding()
 ESTIMATED_FROM = 64  # images that are encoded to estimate the size of all
 
 
@@ -75,19 +76,59 @@ class ShardTask:
     encoding: Encoding
 
 
+@dataclass(frozen=True)
+class Packing:
+    """What goes into which shard, and the journal of the shards that are there."""
+
+    images: ImageSource
+    pieces: Sequence[np.ndarray]  # the samples of each shard
+    names: list[str]  # of the shards
+    encoding: Encoding
+    seed: int
+    journal: Journal
+
+    @property
+    def num_images(self) -> int:
+        return sum(len(piece) for piece in self.pieces)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the shards."""
+        return {
+            "files": self.images.identity,
+            "seed": self.seed,
+            **vars(self.encoding),
+            "encoder": None if self.encoding.keeps_files else f"Pillow {PIL.__version__}",
+            "images": self.num_images,
+            "shards": len(self.pieces),
+            "images in the first and the last": [len(self.pieces[0]), len(self.pieces[-1])],
+            "name of the first": self.names[0],
+            "class_names": self.images.class_names,
+        }
+
+    def missing(self) -> list[int]:
+        """The numbers of the shards that are still to be written."""
+        return [number for number, name in enumerate(self.names) if self.journal.finished(name) is None]
+
+    def task(self, number: int) -> ShardTask:
+        """What a process needs to write a shard."""
+        images = self.images
+        chosen = [
+            (images.keys[i], int(images.labels[i]), images.origins[i], images.read(i)) for i in self.pieces[number].tolist()
+        ]
+        return ShardTask(self.journal.folder / self.names[number], chosen, self.encoding)
+
+
 def pack(
     source: str | Path,
     dest: str | Path,
     *,
     split: Optional[str] = None,
-    samples_per_shard: Optional[int] = None,
-    shards: Optional[int] = None,
-    shard_size: Optional[int] = None,
-    seed: int = 0,
-    image_size: Optional[int] = None,
-    pad_to: Optional[int] = None,
-    limit: Optional[int] = None,
     class_names: ClassNames = None,
+    limit: Optional[int] = None,
+    seed: int = 0,
+    encoding: Encoding = AS_THEY_ARE,
+    cut: Cut = Cut(),
     name: Optional[str] = None,
     workers: int = 0,
     progress: bool = True,
@@ -95,62 +136,52 @@ def pack(
     """Pack an image folder (``class/image.*``), IDX files (``split``: "train" or "t10k") or a list file into ``dest``.
 
     Samples are shuffled once with ``seed``; ``limit`` draws that many, evenly over the classes. Files are stored as they
-    are, unless ``image_size`` (pixels: centre crop, resize) or ``pad_to`` (pixels: zeros around) is given. Shards are
-    called ``name-000000.tar`` (``name``: that of ``dest``); ``workers`` processes write them. Every image is decoded;
-    those that cannot be are skipped, reported, and listed in ``skipped.txt``. The same arguments give the same bytes, and
-    go on where a pack was killed. Raises ``ValueError`` for a ``dest`` that holds other shards, or too little disk.
+    are, unless ``encoding`` says otherwise. Shards are called ``name-000000.tar`` (``name``: that of ``dest``); ``workers``
+    processes write them. Every image is decoded; those that cannot be are skipped, reported, and listed in ``skipped.txt``.
+    The same arguments give the same bytes, and go on where a pack was killed. Raises ``ValueError`` for a ``dest`` that holds
+    other shards, or too little disk.
     """
-    dest, encoding, cut = Path(dest), Encoding(image_size, pad_to), Cut(samples_per_shard, shards, shard_size)
+    dest = Path(dest)
     images = open_source(source, split, class_names)
     order = draw(images, limit, seed)
-    journal, sizes = Journal(dest, PLAN_FILE), estimated_sizes(images, order, encoding)
+    sizes = estimated_sizes(images, order, encoding)
     pieces = cut(order, tar_bytes(sizes[order]))
     names = [f"{name or dest.resolve().name}-{number:06d}.tar" for number in range(len(pieces))]
-    plan = plan_of(images, pieces, seed, encoding, names[0])
-    journal.check(plan)
+    packing = Packing(images, pieces, names, encoding, seed, Journal(dest, PLAN_FILE))
+    packing.journal.check(packing.plan)
     if (dest / "index.json").exists():
         return PackReport(read_index(dest), read_skipped(dest))
-    missing = [number for number, shard in enumerate(names) if journal.finished(shard) is None]
-    announce(images, [tar_bytes(sizes[piece]) for piece in pieces], missing, len(order), encoding, dest, progress)
-    journal.begin(plan)
-    tasks = ((journal, task_of(images, pieces[number], dest / names[number], encoding)) for number in missing)
-    with tqdm(total=len(order), desc="packing", unit="image", disable=not progress) as bar:
-        bar.update(len(order) - sum(len(pieces[number]) for number in missing))
-        for done in in_processes(pack_shard, tasks, workers):
-            bar.update(done)
-    return finish(journal, names, images, seed, str(source))
+    announce(packing, [tar_bytes(sizes[piece]) for piece in pieces], progress)
+    packing.journal.begin(packing.plan)
+    write_missing(packing, workers, progress)
+    return finish(packing, str(source))
 
 
-def plan_of(images: ImageSource, pieces: Sequence[np.ndarray], seed: int, encoding: Encoding, first: str) -> dict[str, Any]:
-    """Everything that decides the bytes of the shards."""
-    return {
-        "files": images.identity,
-        "seed": seed,
-        **vars(encoding),
-        "encoder": None if encoding.keeps_files else f"Pillow {PIL.__version__}",
-        "images": sum(len(piece) for piece in pieces),
-        "shards": len(pieces),
-        "images in the first and the last": [len(pieces[0]), len(pieces[-1])],
-        "name of the first": first,
-        "class_names": images.class_names,
-    }
-
-
-def announce(
-    images: ImageSource, shards: Sequence[int], missing: Sequence[int], num: int, encoding: Encoding, dest: Path, progress: bool
-) -> None:
+def announce(packing: Packing, shards: Sequence[int], progress: bool) -> None:
     """Say how many bytes the ``shards`` will have, before any is written.
 
-    Raises ``ValueError`` when the disk has no room for the ``missing`` ones.
+    Raises ``ValueError`` when the disk has no room for the missing ones.
     """
+    images, dest, missing = packing.images, packing.journal.folder, packing.missing()
     left, there = sum(shards[number] for number in missing), len(shards) - len(missing)
     if progress:
         some = f"; {there} of them are there already, {readable(left)} to write" if there else ""
         tqdm.write(
-            f"{num} of {len(images.labels)} images of {len(images.class_names)} classes -> {len(shards)} shards in {dest}, "
-            f"{'' if encoding.keeps_files else 'about '}{readable(sum(shards))}{some}; {readable(free_bytes(dest))} are free"
+            f"{packing.num_images} of {len(images.labels)} images of {len(images.class_names)} classes -> "
+            f"{len(shards)} shards in {dest}, {'' if packing.encoding.keeps_files else 'about '}{readable(sum(shards))}{some}; "
+            f"{readable(free_bytes(dest))} are free"
         )
     require_space(dest, left)
+
+
+def write_missing(packing: Packing, workers: int, progress: bool) -> None:
+    """Write the shards that are not there yet, in ``workers`` processes."""
+    missing = packing.missing()
+    tasks = ((packing.journal, packing.task(number)) for number in missing)
+    with tqdm(total=packing.num_images, desc="packing", unit="image", disable=not progress) as bar:
+        bar.update(packing.num_images - sum(len(packing.pieces[number]) for number in missing))
+        for done in in_processes(pack_shard, tasks, workers):
+            bar.update(done)
 
 
 def estimated_sizes(images: ImageSource, order: np.ndarray, encoding: Encoding) -> np.ndarray:
@@ -164,11 +195,6 @@ def estimated_sizes(images: ImageSource, order: np.ndarray, encoding: Encoding) 
         except ValueError:
             continue
     return np.full(len(images.labels), np.mean(sizes) if sizes else 0).astype(np.int64)
-
-
-def task_of(images: ImageSource, piece: np.ndarray, path: Path, encoding: Encoding) -> ShardTask:
-    chosen = [(images.keys[i], int(images.labels[i]), images.origins[i], images.read(i)) for i in piece.tolist()]
-    return ShardTask(path, chosen, encoding)
 
 
 def pack_shard(journal: Journal, task: ShardTask) -> int:
@@ -195,14 +221,15 @@ def encoded(task: ShardTask, skipped: Skipped) -> Iterator[tuple[str, int, str, 
         yield key, label, extension, data
 
 
-def finish(journal: Journal, names: Sequence[str], images: ImageSource, seed: int, source: str) -> PackReport:
+def finish(packing: Packing, source: str) -> PackReport:
     """Index the shards and list the skipped images."""
-    records = journal.all_finished(names)
+    journal = packing.journal
+    records = journal.all_finished(packing.names)
     skipped = [image for record in records for image in record.skipped]
     write_skipped(journal.folder, skipped)
     readable_images = sum(record.rows.shard.samples for record in records)
     require(readable_images > 0, source, f"{len(skipped)} unreadable images", "at least one readable image")
-    index = join_rows(journal.folder, [record.rows for record in records], images.class_names, seed, None)
+    index = join_rows(journal.folder, [record.rows for record in records], packing.images.class_names, packing.seed, None)
     index.save()
     journal.close()
     return PackReport(index, skipped)

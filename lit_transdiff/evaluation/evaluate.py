@@ -1,18 +1,14 @@
 """Draw images from a trained model, score them, and write the scores with everything that decided them.
 
-Shapes: N images, B images of a batch, R references, C channels, H W pixels, D features, K classes.
-Image i has its own seed and label, and batches are fixed ranges of images: the numbers do not depend on how many ranks draw them.
+Shapes: N images, B images of a batch, R references, C channels, H W pixels.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +18,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_transdiff.config import EvaluationConfig, SamplingConfig, require, unknown
-from lit_transdiff.evaluation.features import FeatureExtractor, Features, load_extractor
+from lit_transdiff.config import EvaluationConfig, SamplingConfig, unknown
+from lit_transdiff.evaluation.features import Features
 from lit_transdiff.evaluation.images import write_npz, write_pngs
-from lit_transdiff.evaluation.metrics import Scored, check_metrics, compute_scores, needed_by, there
-from lit_transdiff.evaluation.moments import gaussian_of
+from lit_transdiff.evaluation.job import Job, draw, images_of_a_class, prepare, score, with_reference
 from lit_transdiff.evaluation.parts import Parts, open_parts, wait_for_batches, wait_for_scores
 from lit_transdiff.evaluation.results import manifest, result_file, write_result
-from lit_transdiff.evaluation.scores import Score
-from lit_transdiff.evaluation.statistics import Statistics, check_extractor, completed, load_statistics
 from lit_transdiff.files import require_space
-from lit_transdiff.pictures import from_bytes, grid, to_bytes
-from lit_transdiff.sampling import Generator, check_sampling
+from lit_transdiff.pictures import from_bytes, grid
+from lit_transdiff.sampling import Generator
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -45,31 +38,32 @@ SAVE_IMAGES: dict[str, tuple[str, ...]] = {"npz": ("npz",), "folder": ("folder",
 
 
 @dataclass(frozen=True)
-class Job:
-    """One evaluation, loaded and checked: what draws, what judges, and what it is compared with."""
+class Output:
+    """Where an evaluation goes: its result ``file``, and the images in each of the ways in which they are ``saved``."""
 
-    generator: Generator
-    settings: EvaluationConfig
-    sampling: SamplingConfig
-    extractor: FeatureExtractor
-    reference: Statistics | None
-    labels: Tensor  # [N]
-    kept: int  # images of a row that are scored
-    needs: set[str]  # of the metrics, as in metrics.NEEDS
+    file: Path
+    saved: tuple[str, ...]
 
     @property
-    def spatial(self) -> bool:
-        return "spatial features" in self.needs
+    def places(self) -> dict[str, Path]:
+        """Where the images are saved."""
+        all_places = {"npz": self.file.with_suffix(".npz"), "folder": self.file.with_name(f"{self.file.stem}-images")}
+        return {kind: all_places[kind] for kind in self.saved}
 
+    @property
+    def is_there(self) -> bool:
+        return self.file.exists() and all(place.exists() for place in self.places.values())
 
-@dataclass(frozen=True)
-class Batch:
-    """What is known of drawn images."""
+    def result(self) -> dict[str, Any]:
+        """The scores, the manifest, and the name of the file."""
+        return {**json.loads(self.file.read_text()), "file": str(self.file)}
 
-    found: Features
-    pixels: Tensor  # [B, C, H, W] uint8, as a file holds them
-    seconds: float  # spent on drawing and decoding
-    evaluations: int  # images that went through the diffusion decoder
+    def parts(self, job: Job) -> Parts:
+        """Where the batches wait; those of other batches, or without something that is wanted now, lie elsewhere."""
+        settings = job.settings
+        kept = "-spatial" * job.spatial + "".join(f"-{kind}" for kind in self.saved)
+        folder = self.file.with_name(f"{self.file.stem}-parts-{settings.batch_size}{kept}")
+        return Parts(folder, settings.num_images, settings.batch_size, self.places.get("folder"))
 
 
 def evaluate(
@@ -97,73 +91,39 @@ def evaluate(
     extractor, or a disk without room for an ``.npz`` of the images.
     """
     start = time.time()
-    rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     if save_images is not None and save_images not in SAVE_IMAGES:
         raise unknown("save_images", save_images, SAVE_IMAGES)
-    saved = SAVE_IMAGES[save_images] if save_images else ()
     job = prepare(generator, settings, sampling)
     record = manifest(generator, settings, sampling, job.extractor, job.reference)
     record |= {
         "spatial_features": job.spatial,
         "images_of_a_class": images_of_a_class(job.labels, generator.run.model.num_classes),
     }
-    file = result_file(output, record)
-    places = {"npz": file.with_suffix(".npz"), "folder": file.with_name(f"{file.stem}-images")}
-    there_already = file.exists() and all(places[kind].exists() for kind in saved)
-    if reuse and (fabric.broadcast(there_already) if fabric else there_already):
-        return {**json.loads(file.read_text()), "file": str(file)}
-    kept = "-spatial" * job.spatial + "".join(f"-{kind}" for kind in saved)
-    folder = file.with_name(f"{file.stem}-parts-{settings.batch_size}{kept}")
-    parts = Parts(folder, settings.num_images, settings.batch_size, "folder" in saved, places["folder"])
+    out = Output(result_file(output, record), SAVE_IMAGES[save_images] if save_images else ())
+    if reuse and (fabric.broadcast(out.is_there) if fabric else out.is_there):
+        return out.result()
+    draw_and_score(job, out, record, fabric, start)
+    return out.result()
+
+
+def draw_and_score(job: Job, output: Output, record: dict[str, Any], fabric: Fabric | None, start: float) -> None:
+    """Draw what is missing, each rank its share; rank 0 waits for all of it and writes the result, for which the others wait."""
+    rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
+    parts = output.parts(job)
     missing = open_parts(parts, fabric)
     try:
-        if "npz" in saved:
+        if "npz" in output.saved:
             require_space(parts.folder, bytes_of_images(job, sum(map(len, missing))))
-        draw_missing(job, parts, missing[rank::world], saved, progress=rank == 0)
+        draw_missing(job, parts, missing[rank::world], output.saved, progress=rank == 0)
         if rank > 0:
-            wait_for_scores(parts, file)
-            return {**json.loads(file.read_text()), "file": str(file)}
+            return wait_for_scores(parts, output.file)
         wait_for_batches(parts)
-        record |= {"saved_images": [places[kind].name for kind in saved], "num_ranks": world}
-        scores = finish(job, parts, file, record, start)
-        if "npz" in saved:
-            write_npz(places["npz"], parts.each("pixels"), job.labels.numpy())
-        parts.publish_images()
+        record |= {"saved_images": [place.name for place in output.places.values()], "num_ranks": world}
+        finish(job, parts, output, record, start)
     except BaseException as error:
         parts.fail(f"rank {rank}: {type(error).__name__}: {error}")
         raise
     parts.remove()
-    return {"scores": scores, "manifest": record, "file": str(file)}
-
-
-def prepare(generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig) -> Job:
-    """Load the extractor and the reference, and refuse whatever could not be scored after the images are drawn."""
-    check_sampling(sampling)
-    extractor = load_extractor(settings.extractor, settings.extractor_weights, generator.device)
-    reference = load_statistics(settings.reference) if settings.reference else None
-    if reference is not None:
-        check_extractor(reference, extractor)
-    num_classes = generator.run.model.num_classes
-    have = there(
-        reference,
-        logits=extractor.gives_logits,
-        class_logits=extractor.num_classes == num_classes,
-        semantic=True,
-        spatial=extractor.num_spatial is not None,
-    )
-    check_metrics(settings.metrics, have)
-    neighbours = settings.num_neighbours
-    require(
-        neighbours < settings.num_images, "evaluation.num_neighbours", neighbours, f"less than num_images={settings.num_images}"
-    )
-    kept = generator.run.model.num_references if settings.keep == "all" else 1
-    for name in ("num_images", "batch_size"):
-        value = getattr(settings, name)
-        require(value % kept == 0, f"evaluation.{name}", value, f"a multiple of the {kept} images of a row that are kept")
-    rows = choose_labels(dataclasses.replace(settings, num_images=settings.num_images // kept), num_classes)
-    return Job(
-        generator, settings, sampling, extractor, reference, rows.repeat_interleave(kept), kept, needed_by(settings.metrics)
-    )
 
 
 def bytes_of_images(job: Job, missing: int) -> int:
@@ -187,23 +147,11 @@ def draw_missing(job: Job, parts: Parts, batches: Sequence[range], saved: Sequen
             bar.update(len(batch))
 
 
-def draw(job: Job, batch: Sequence[int]) -> Batch:
-    """Draw the images of the indices ``batch`` and extract their features."""
-    generator = job.generator
-    first = batch[:: job.kept]  # of each row
-    with counted_rows(generator.network(job.sampling.precision).decoder) as rows:
-        started = clock(generator.device)
-        drawn = generator.images(job.labels[list(first)], image_seeds(job.settings, first), job.sampling)
-        images = drawn[:, -job.kept :].flatten(0, 1)  # [B, C, H, W]
-        seconds = clock(generator.device) - started
-    return Batch(job.extractor(images, spatial=job.spatial), to_bytes(images).cpu(), seconds, sum(rows))
-
-
-def finish(job: Job, parts: Parts, file: Path, record: dict[str, Any], start: float) -> dict[str, Score]:
-    """Score all batches and write the result ``file``; ``record`` gets what is known now. Rank 0 alone does this."""
+def finish(job: Job, parts: Parts, output: Output, record: dict[str, Any], start: float) -> None:
+    """Score all batches and write the result and the images; ``record`` gets what is known now. Rank 0 alone does this."""
     features = torch.from_numpy(np.concatenate(list(parts.each("features"))))
     logits = torch.from_numpy(np.concatenate(list(parts.each("logits")))) if job.extractor.gives_logits else None
-    job = with_reference(job, file.parent)
+    job = with_reference(job, output.file.parent)
     scores = score(job, Features(features, logits), map(torch.from_numpy, parts.each("spatial")))
     seconds, evaluations = np.stack(list(parts.each("cost"))).sum(axis=0).tolist()
     record |= {
@@ -212,54 +160,20 @@ def finish(job: Job, parts: Parts, file: Path, record: dict[str, Any], start: fl
         "wall_seconds": time.time() - start,  # of this command
     }
     shown = choose_shown(job.labels)
+    picture = sample_picture(samples(parts, shown), job.labels[shown], job.generator.class_names, output.file.stem)
+    write_result(output.file, scores, record, picture)
+    if "npz" in output.saved:
+        write_npz(output.places["npz"], parts.each("pixels"), job.labels.numpy())
+    parts.publish_images()
+
+
+def samples(parts: Parts, shown: Tensor) -> Tensor:
+    """The drawn images of the indices ``shown``, any shape, in their order: [n, C, H, W] in [-1, 1]."""
     wanted: list[int] = shown.flatten().tolist()
-    pictures: dict[int, Array] = {}
+    found: dict[int, Array] = {}
     for kept, pixels in zip(parts.each("kept"), parts.each("pixels"), strict=True):
-        pictures |= {i: pixels[place].copy() for place, i in enumerate(kept.tolist()) if i in wanted}
-    samples = from_bytes(torch.from_numpy(np.stack([pictures[i] for i in wanted])))
-    write_result(file, scores, record, sample_picture(samples, job.labels[shown], job.generator.class_names, file.stem))
-    return scores
-
-
-def with_reference(job: Job, folder: Path) -> Job:
-    """``job`` with everything that its metrics need of the reference's images (see ``completed``)."""
-    if job.reference is None:
-        return job
-    features = "reference features" in job.needs
-    reference = completed(job.reference, job.extractor, folder, features=features, spatial=job.spatial)
-    return dataclasses.replace(job, reference=reference)
-
-
-def score(job: Job, found: Features, spatial: Iterable[Tensor]) -> dict[str, Score]:
-    """All scores of drawn images; ``spatial`` gives chunks [B, S] of their spatial features, and is read only where needed."""
-    generator = job.generator
-    scored = Scored(
-        found.features.to(generator.device),
-        job.labels,
-        found.logits,
-        job.extractor.num_classes == generator.run.model.num_classes,
-        partial(generator.features, sampling=job.sampling),
-        gaussian_of(spatial) if job.spatial else None,
-    )
-    return compute_scores(scored, job.reference, job.settings)
-
-
-def choose_labels(settings: EvaluationConfig, num_classes: int) -> Tensor:
-    """The class [N] of every image: equally many of each in order of class, or drawn from ``settings.seed``."""
-    if settings.label_mode == "balanced":
-        return torch.arange(settings.num_images) * num_classes // settings.num_images
-    return torch.from_numpy(np.random.default_rng(settings.seed).integers(num_classes, size=settings.num_images))
-
-
-def images_of_a_class(labels: Tensor, num_classes: int) -> list[int]:
-    """Fewest and most images that a class has."""
-    counts = labels.bincount(minlength=num_classes)
-    return [int(counts.min()), int(counts.max())]
-
-
-def image_seeds(settings: EvaluationConfig, indices: Sequence[int]) -> list[int]:
-    """One seed an image; evaluations with different ``settings.seed`` share none below a million images."""
-    return [settings.seed * 1_000_003 + i for i in indices]
+        found |= {i: pixels[place].copy() for place, i in enumerate(kept.tolist()) if i in wanted}
+    return from_bytes(torch.from_numpy(np.stack([found[i] for i in wanted])))
 
 
 def choose_shown(labels: Tensor) -> Tensor:
@@ -271,25 +185,7 @@ def choose_shown(labels: Tensor) -> Tensor:
     return torch.stack([indices[:columns] for indices in found])
 
 
-def sample_picture(samples: Tensor, labels: Tensor, class_names: Sequence[str], title: str) -> Image.Image:
-    """The grid of ``samples`` [rows * columns, C, H, W] with ``labels`` [rows, columns], one class a row."""
+def sample_picture(images: Tensor, labels: Tensor, class_names: Sequence[str], title: str) -> Image.Image:
+    """The grid of ``images`` [rows * columns, C, H, W] with ``labels`` [rows, columns], one class a row."""
     rows = [class_names[c] if class_names else str(c) for c in labels[:, 0].tolist()]
-    return grid(samples, labels.shape[1], row_labels=rows, title=title)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, after all work given to ``device`` is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-@contextmanager
-def counted_rows(module: torch.nn.Module) -> Iterator[list[int]]:
-    """A list that gets the batch size of every call of ``module`` while the context is open."""
-    rows: list[int] = []
-    handle = module.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    try:
-        yield rows
-    finally:
-        handle.remove()
+    return grid(images, labels.shape[1], row_labels=rows, title=title)

@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.evaluation.evaluate import draw, prepare, score, with_reference
 from lit_transdiff.evaluation.features import Features
+from lit_transdiff.evaluation.job import draw, prepare, score, with_reference
 from lit_transdiff.evaluation.scores import FOLDER, value
 from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now

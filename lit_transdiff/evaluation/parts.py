@@ -39,8 +39,7 @@ class Parts:
     folder: Path
     num_images: int
     batch_size: int
-    with_images: bool  # a batch is done when its PNGs are there, too
-    published: Path  # where the folder of images goes in the end
+    published: Path | None  # where the folder of images goes in the end, if one is wanted: a batch is done with its PNGs only
 
     def batches(self) -> list[range]:
         """The indices of every batch."""
@@ -54,7 +53,7 @@ class Parts:
         """The batch has been drawn and its file is whole."""
         if not zipfile.is_zipfile(self.path(batch)):
             return False
-        return not self.with_images or any(png(f, batch[-1]).is_file() for f in (self.images, self.published))
+        return self.published is None or any(png(f, batch[-1]).is_file() for f in (self.images, self.published))
 
     def missing(self) -> list[range]:
         return [batch for batch in self.batches() if not self.done(batch)]
@@ -75,7 +74,7 @@ class Parts:
 
     def publish_images(self) -> None:
         """Move the folder of images to its place, over an earlier one of the same settings."""
-        if self.images.is_dir():
+        if self.published is not None and self.images.is_dir():
             if self.published.is_dir():
                 shutil.rmtree(self.published)
             os.replace(self.images, self.published)

@@ -117,20 +117,27 @@ def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dic
     }
 
 
-def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every key of the released layout with its shape, in the order of the released parameters.
-
-    Raises ``ValueError`` for a model that the layout cannot hold: decoder patches above 1, or references at another resolution
-    than the context's (the released MRAR is bound to 256 px).
+def check_model(config: ModelConfig) -> None:
+    """Refuse a model that the released layout cannot hold: decoder patches above 1, or references at another resolution than
+    the context's (the released MRAR is bound to 256 px).
     """
     multi = config.num_references > 1
-    patch = config.reference_patch_size if multi else 1
     if config.patch_size != 1 or (multi and config.latent_size**2 != config.num_context_tokens):
         raise ValueError(
             f"the released layout has model.patch_size=1 and, for MRAR, as many context tokens as the latent has pixels; got "
             f"patch_size={config.patch_size}, num_references={config.num_references}, "
             f"{config.num_context_tokens} context tokens for {config.latent_size} x {config.latent_size} pixels"
         )
+
+
+def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every key of the released layout with its shape, in the order of the released parameters.
+
+    Raises ``ValueError`` for a model that the layout cannot hold.
+    """
+    check_model(config)
+    multi = config.num_references > 1
+    patch = config.reference_patch_size if multi else 1
     d, hidden, tokens = config.width, int(config.width * config.mlp_ratio), config.num_context_tokens
     mlp = {"mlp.fc1": (hidden, d), "mlp.fc2": (d, hidden)}
     shapes: dict[str, tuple[int, ...]] = {

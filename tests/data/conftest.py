@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lit_transdiff.data.pack import pack
+from lit_transdiff.data.pack import Cut, pack
 
 CLASSES = ["ant", "bee", "cat", "dog", "elk"]
 PER_CLASS = 13
@@ -30,5 +30,5 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "train"
-    pack(image_folder, folder, samples_per_shard=7, progress=False)
+    pack(image_folder, folder, cut=Cut(samples_per_shard=7), progress=False)
     return folder

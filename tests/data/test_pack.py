@@ -9,8 +9,9 @@ from PIL import Image
 
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.dataset import PlannedDataset
+from lit_transdiff.data.encode import Encoding
 from lit_transdiff.data.index import read_index, verify
-from lit_transdiff.data.pack import pack
+from lit_transdiff.data.pack import Cut, pack
 from lit_transdiff.data.plan import Rows
 
 
@@ -22,7 +23,7 @@ def values_of(index, data):
 
 
 def test_image_folder_is_packed_as_it_is(image_folder, tmp_path):
-    report = pack(image_folder, tmp_path / "x", samples_per_shard=7, progress=False)
+    report = pack(image_folder, tmp_path / "x", cut=Cut(samples_per_shard=7), progress=False)
     index = report.index
     assert index.class_names == ("ant", "bee", "cat", "dog", "elk") and index.class_counts.tolist() == [13] * 5
     assert [shard.samples for shard in index.shards] == [7] * 9 + [2] and not report.skipped
@@ -37,17 +38,17 @@ def test_image_folder_is_packed_as_it_is(image_folder, tmp_path):
 def test_same_bytes_each_time_and_no_overwriting(image_folder, tmp_path):
     sums = []
     for name in ("one", "two"):
-        report = pack(image_folder, tmp_path / name, samples_per_shard=20, seed=3, name="x", progress=False)
+        report = pack(image_folder, tmp_path / name, cut=Cut(samples_per_shard=20), seed=3, name="x", progress=False)
         sums.append([shard.sha256 for shard in report.index.shards])
     assert sums[0] == sums[1]
     assert (tmp_path / "one/index.json").read_bytes() == (tmp_path / "two/index.json").read_bytes()
     assert (tmp_path / "one/index.npz").read_bytes() == (tmp_path / "two/index.npz").read_bytes()
-    other = pack(image_folder, tmp_path / "three", samples_per_shard=20, seed=4, name="x", progress=False)
+    other = pack(image_folder, tmp_path / "three", cut=Cut(samples_per_shard=20), seed=4, name="x", progress=False)
     assert [shard.sha256 for shard in other.index.shards] != sums[0]
     with pytest.raises(ValueError, match=r"made with other settings \(seed was 3, now 4\)"):
-        pack(image_folder, tmp_path / "one", samples_per_shard=20, seed=4, name="x", progress=False)
+        pack(image_folder, tmp_path / "one", cut=Cut(samples_per_shard=20), seed=4, name="x", progress=False)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
-    again = pack(image_folder, tmp_path / "one", samples_per_shard=20, seed=3, name="x", progress=False)
+    again = pack(image_folder, tmp_path / "one", cut=Cut(samples_per_shard=20), seed=3, name="x", progress=False)
     assert str(again) == str(report) and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
     (tmp_path / "one/packing.json").unlink()
     with pytest.raises(ValueError, match=r"already holds index\.json .* but no packing\.json"):
@@ -64,7 +65,7 @@ def test_corrupt_images_are_listed_and_dotted_names_kept_apart(tmp_path):
     (tmp_path / "in/n02/broken.jpg").write_bytes(b"broken")
     (tmp_path / "in/n02/cut.jpg").write_bytes((tmp_path / "in/n02/x.JPEG").read_bytes()[:300])
     (tmp_path / "in/n02/notes.txt").write_text("not an image")
-    report = pack(tmp_path / "in", tmp_path / "out", image_size=8, progress=False)
+    report = pack(tmp_path / "in", tmp_path / "out", encoding=Encoding(image_size=8), progress=False)
     assert sorted(name.rpartition("/")[2] for name, _ in report.skipped) == ["broken.jpg", "cut.jpg"]
     assert "2 unreadable images skipped" in str(report)
     assert "broken.jpg\tnot a readable image" in (tmp_path / "out/skipped.txt").read_text()
@@ -89,7 +90,13 @@ def test_idx_with_padding_and_limit(tmp_path):
     with pytest.raises(ValueError, match="limit: got 61"):
         pack(tmp_path, tmp_path / "out", split="train", limit=61)
     index = pack(
-        tmp_path, tmp_path / "out", split="train", limit=31, pad_to=32, class_names=["a", "b", "c"], progress=False
+        tmp_path,
+        tmp_path / "out",
+        split="train",
+        limit=31,
+        encoding=Encoding(pad_to=32),
+        class_names=["a", "b", "c"],
+        progress=False,
     ).index
     assert index.class_counts.tolist() == [11, 10, 10]
     for key, value in values_of(index, DataConfig(image_size=32, image_channels=1)).items():

@@ -14,6 +14,7 @@ import webdataset as wds
 from PIL import Image
 
 from lit_transdiff.__main__ import main
+from lit_transdiff.data.encode import Encoding
 from lit_transdiff.data.index import verify
 from lit_transdiff.data.pack import Cut, pack
 from lit_transdiff.files import readable
@@ -76,7 +77,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_killed_and_continued_is_as_uninterrupted(photos, tmp_path):
-    options = dict(shards=30, image_size=64, seed=2)
+    options = dict(cut=Cut(shards=30), encoding=Encoding(image_size=64), seed=2)
     line = ["--shards", "30", "--image-size", "64", "--seed", "2", "--workers", "2"]
     whole = pack(photos, tmp_path / "whole/train", **options, progress=False)
     part = tmp_path / "part/train"
@@ -106,41 +107,41 @@ def test_killed_and_continued_is_as_uninterrupted(photos, tmp_path):
 
 def test_a_shard_that_was_damaged_before_the_end_is_written_again(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("lit_transdiff.data.pack.finish", lambda *_: None)  # killed before the index
-    pack(image_folder, tmp_path / "x", samples_per_shard=20, progress=False)
+    pack(image_folder, tmp_path / "x", cut=Cut(samples_per_shard=20), progress=False)
     monkeypatch.undo()
     (tmp_path / "x/x-000001.tar").write_bytes(b"short")
     (tmp_path / "x/x-000002.tar").unlink()
-    pack(image_folder, tmp_path / "x", samples_per_shard=20, progress=False)
-    pack(image_folder, tmp_path / "y", samples_per_shard=20, name="x", progress=False)
+    pack(image_folder, tmp_path / "x", cut=Cut(samples_per_shard=20), progress=False)
+    pack(image_folder, tmp_path / "y", cut=Cut(samples_per_shard=20), name="x", progress=False)
     assert contents(tmp_path / "x") == contents(tmp_path / "y")
 
 
 def test_shards_of_a_given_number_or_size(image_folder, tmp_path):
-    by_number = pack(image_folder, tmp_path / "a", shards=6, progress=False).index
+    by_number = pack(image_folder, tmp_path / "a", cut=Cut(shards=6), progress=False).index
     assert [shard.samples for shard in by_number.shards] == [11] * 5 + [10]
     total = sum(shard.bytes for shard in by_number.shards)
-    by_size = pack(image_folder, tmp_path / "b", shard_size=40_000, progress=False).index
+    by_size = pack(image_folder, tmp_path / "b", cut=Cut(shard_size=40_000), progress=False).index
     assert 3 * 40_000 < total < 5 * 40_000 and [shard.samples for shard in by_size.shards] == [17, 16, 16, 16]
     assert all(shard.bytes <= 40_960 for shard in by_size.shards)  # a tar is filled up to a multiple of 10,240
     with pytest.raises(ValueError, match="shards and shard_size: got"):
         Cut(shards=3, shard_size=5)
     with pytest.raises(ValueError, match="shards: got 66; allowed: at most 65"):
-        pack(image_folder, tmp_path / "c", shards=66, progress=False)
+        pack(image_folder, tmp_path / "c", cut=Cut(shards=66), progress=False)
 
 
 def test_the_size_is_said_and_must_fit_before_anything_is_written(image_folder, photos, tmp_path, capfd, monkeypatch):
     for number in (7, 1):
-        report = pack(image_folder, tmp_path / f"a{number}", shards=number)
+        report = pack(image_folder, tmp_path / f"a{number}", cut=Cut(shards=number))
         size = readable(sum(shard.bytes for shard in report.index.shards))
         said = capfd.readouterr().out
         assert f"65 of 65 images of 5 classes -> {number} shards in {tmp_path / f'a{number}'}, {size};" in said
     (shard,) = report.index.shards
-    report = pack(photos, tmp_path / "b", shards=1, image_size=64)
+    report = pack(photos, tmp_path / "b", cut=Cut(shards=1), encoding=Encoding(image_size=64))
     said = capfd.readouterr().out.split("about ")[1].split(" MB")[0]
     assert float(said) * 1e6 == pytest.approx(report.index.shards[0].bytes, rel=0.05)
     monkeypatch.setattr("lit_transdiff.files.free_bytes", lambda folder: shard.bytes - 1)
     with pytest.raises(ValueError, match=f"{readable(shard.bytes)} are to be written, but only"):
-        pack(image_folder, tmp_path / "c", shards=1, progress=False)
+        pack(image_folder, tmp_path / "c", cut=Cut(shards=1), progress=False)
     assert not (tmp_path / "c").exists()
 
 

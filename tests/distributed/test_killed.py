@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lit_transdiff.config import AutoencoderConfig, DataConfig, RunConfig
-from lit_transdiff.data.pack import pack
+from lit_transdiff.data.pack import Cut, pack
 from lit_transdiff.distributed import build_fabric
 from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.statistics import reference_statistics, save_statistics
@@ -60,7 +60,7 @@ KILLS: dict[tuple[int, int, str, str], list[Moment]] = {  # by processes, worker
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """65 images of 5 classes as shards of images and of latents, and statistics to score with."""
     root = tmp_path_factory.mktemp("data")
-    pack(write_image_folder(root / "files", size=32), root / "images", samples_per_shard=7, progress=False)
+    pack(write_image_folder(root / "files", size=32), root / "images", cut=Cut(samples_per_shard=7), progress=False)
     autoencoder = AutoencoderConfig(kind="kl", path=str(FASHION / "autoencoder"))
     settings = DataConfig(image_size=32, image_channels=1)
     cache(root / "images", root / "latents", autoencoder=autoencoder, data=settings, fabric=build_fabric(), flips=True)

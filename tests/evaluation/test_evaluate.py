@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
-from lit_transdiff.evaluation.evaluate import choose_labels, choose_shown, draw, evaluate, image_seeds, prepare
+from lit_transdiff.evaluation.evaluate import choose_shown, evaluate
 from lit_transdiff.evaluation.features import FeatureExtractor
+from lit_transdiff.evaluation.job import choose_labels, draw, image_seeds, prepare
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.results import result_name
 from lit_transdiff.evaluation.statistics import load_statistics
@@ -154,7 +155,7 @@ def test_an_evaluation_that_failed_while_scoring_draws_nothing_again(
 ) -> None:
     generator, settings = tiny_generator(), tiny_settings(files, metrics=["class_accuracy", "precision"])
     with monkeypatch.context() as patch:
-        patch.setattr("lit_transdiff.evaluation.evaluate.compute_scores", lambda *_: 1 / 0)
+        patch.setattr("lit_transdiff.evaluation.job.compute_scores", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="folder")
     (parts,) = (tmp_path / "evaluations").iterdir()

@@ -13,7 +13,7 @@ from lit_transdiff.evaluation.parts import Parts, open_parts, wait_for_batches, 
 
 
 def make(folder: Path, with_images: bool = False) -> Parts:
-    parts = Parts(folder / "parts", num_images=10, batch_size=4, with_images=with_images, published=folder / "images")
+    parts = Parts(folder / "parts", num_images=10, batch_size=4, published=folder / "images" if with_images else None)
     assert open_parts(parts, None) == [range(0, 4), range(4, 8), range(8, 10)]
     return parts
 
@@ -83,7 +83,7 @@ class SecondRank:
 
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = Parts(tmp_path / "parts", 10, 4, False, tmp_path / "images")
+    parts = Parts(tmp_path / "parts", 10, 4, None)
     monkeypatch.setattr(module, "SHARED_LIMIT", 0.1)
     with pytest.raises(ValueError, match="allowed: a folder that the processes of all nodes share"):
         open_parts(parts, SecondRank())  # type: ignore[arg-type]

@@ -1,0 +1,157 @@
+"""One evaluation as it is done: what draws, what judges, and the scores of what was drawn.
+
+Shapes: N images, B images of a batch, R references, C channels, H W pixels, D features, K classes.
+Image i has its own seed and label, and batches are fixed ranges of images: the numbers do not depend on how many ranks draw them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_transdiff.config import EvaluationConfig, SamplingConfig, require
+from lit_transdiff.evaluation.features import FeatureExtractor, Features, load_extractor
+from lit_transdiff.evaluation.metrics import Scored, check_metrics, compute_scores, needed_by, there
+from lit_transdiff.evaluation.moments import gaussian_of
+from lit_transdiff.evaluation.scores import Score
+from lit_transdiff.evaluation.statistics import Statistics, check_extractor, completed, load_statistics
+from lit_transdiff.pictures import to_bytes
+from lit_transdiff.sampling import Generator, check_sampling
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation, loaded and checked: what draws, what judges, and what it is compared with."""
+
+    generator: Generator
+    settings: EvaluationConfig
+    sampling: SamplingConfig
+    extractor: FeatureExtractor
+    reference: Statistics | None
+    labels: Tensor  # [N]
+    kept: int  # images of a row that are scored
+    needs: set[str]  # of the metrics, as in metrics.NEEDS
+
+    @property
+    def spatial(self) -> bool:
+        return "spatial features" in self.needs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is known of drawn images."""
+
+    found: Features
+    pixels: Tensor  # [B, C, H, W] uint8, as a file holds them
+    seconds: float  # spent on drawing and decoding
+    evaluations: int  # images that went through the diffusion decoder
+
+
+def prepare(generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig) -> Job:
+    """Load the extractor and the reference, and refuse whatever could not be scored after the images are drawn."""
+    check_sampling(sampling)
+    extractor = load_extractor(settings.extractor, settings.extractor_weights, generator.device)
+    reference = load_statistics(settings.reference) if settings.reference else None
+    if reference is not None:
+        check_extractor(reference, extractor)
+    num_classes = generator.run.model.num_classes
+    have = there(
+        reference,
+        logits=extractor.gives_logits,
+        class_logits=extractor.num_classes == num_classes,
+        semantic=True,
+        spatial=extractor.num_spatial is not None,
+    )
+    check_metrics(settings.metrics, have)
+    neighbours = settings.num_neighbours
+    require(
+        neighbours < settings.num_images, "evaluation.num_neighbours", neighbours, f"less than num_images={settings.num_images}"
+    )
+    kept = generator.run.model.num_references if settings.keep == "all" else 1
+    for name in ("num_images", "batch_size"):
+        value = getattr(settings, name)
+        require(value % kept == 0, f"evaluation.{name}", value, f"a multiple of the {kept} images of a row that are kept")
+    rows = choose_labels(dataclasses.replace(settings, num_images=settings.num_images // kept), num_classes)
+    return Job(
+        generator, settings, sampling, extractor, reference, rows.repeat_interleave(kept), kept, needed_by(settings.metrics)
+    )
+
+
+def draw(job: Job, batch: Sequence[int]) -> Batch:
+    """Draw the images of the indices ``batch`` and extract their features."""
+    generator = job.generator
+    first = batch[:: job.kept]  # of each row
+    with counted_rows(generator.network(job.sampling.precision).decoder) as rows:
+        started = clock(generator.device)
+        drawn = generator.images(job.labels[list(first)], image_seeds(job.settings, first), job.sampling)
+        images = drawn[:, -job.kept :].flatten(0, 1)  # [B, C, H, W]
+        seconds = clock(generator.device) - started
+    return Batch(job.extractor(images, spatial=job.spatial), to_bytes(images).cpu(), seconds, sum(rows))
+
+
+def with_reference(job: Job, folder: Path) -> Job:
+    """``job`` with everything that its metrics need of the reference's images (see ``completed``)."""
+    if job.reference is None:
+        return job
+    features = "reference features" in job.needs
+    reference = completed(job.reference, job.extractor, folder, features=features, spatial=job.spatial)
+    return dataclasses.replace(job, reference=reference)
+
+
+def score(job: Job, found: Features, spatial: Iterable[Tensor]) -> dict[str, Score]:
+    """All scores of drawn images; ``spatial`` gives chunks [B, S] of their spatial features, and is read only where needed."""
+    generator = job.generator
+    scored = Scored(
+        found.features.to(generator.device),
+        job.labels,
+        found.logits,
+        job.extractor.num_classes == generator.run.model.num_classes,
+        partial(generator.features, sampling=job.sampling),
+        gaussian_of(spatial) if job.spatial else None,
+    )
+    return compute_scores(scored, job.reference, job.settings)
+
+
+def choose_labels(settings: EvaluationConfig, num_classes: int) -> Tensor:
+    """The class [N] of every image: equally many of each in order of class, or drawn from ``settings.seed``."""
+    if settings.label_mode == "balanced":
+        return torch.arange(settings.num_images) * num_classes // settings.num_images
+    return torch.from_numpy(np.random.default_rng(settings.seed).integers(num_classes, size=settings.num_images))
+
+
+def images_of_a_class(labels: Tensor, num_classes: int) -> list[int]:
+    """Fewest and most images that a class has."""
+    counts = labels.bincount(minlength=num_classes)
+    return [int(counts.min()), int(counts.max())]
+
+
+def image_seeds(settings: EvaluationConfig, indices: Sequence[int]) -> list[int]:
+    """One seed an image; evaluations with different ``settings.seed`` share none below a million images."""
+    return [settings.seed * 1_000_003 + i for i in indices]
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after all work given to ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def counted_rows(module: torch.nn.Module) -> Iterator[list[int]]:
+    """A list that gets the batch size of every call of ``module`` while the context is open."""
+    rows: list[int] = []
+    handle = module.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    try:
+        yield rows
+    finally:
+        handle.remove()
