@@ -8,7 +8,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ from typing import Optional, Union
 import numpy as np
 
 from lit_transdiff.config import require, unknown
-from lit_transdiff.data.scan import IMAGE_MEMBERS
+from lit_transdiff.data.scan import IMAGE_MEMBERS, LABEL, LABELS
 from lit_transdiff.files import sha256_of_lines
 
 IDX_IMAGES, IDX_LABELS = 2051, 2049  # magic numbers
 MAX_KEY_BYTES = 80  # a plain tar header holds 100 with the extension
 UNFIT = re.compile(r"[./\s]")  # for a key: webdataset cuts names at the dot
+NAME = re.compile(r"(?![+-]?\d+(\.\d*)?$).+")  # a label that is the name of a class: not -1, 1.0, or digits of another script
 LISTING_THREADS = 16  # a network disk answers many questions at once
 ClassNames = Optional[Union[Sequence[str], Path]]  # in label order, or a file of them
 
@@ -96,27 +97,47 @@ def plain_key(stem: str) -> str:
 
 
 def list_source(path: Path, class_names: ClassNames) -> ImageSource:
-    """Lines ``path<tab>label`` or ``path,label``; relative to the list file; labels are numbers, or names (then sorted)."""
-    text = path.read_text()
-    delimiter = "\t" if "\t" in text else ","
-    rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1) if row]
-    for number, row in rows:
-        require(len(row) == 2, f"{path}: line {number}", delimiter.join(row), "path and label, with a tab or a comma between")
+    """Lines ``path<tab>label`` or ``path,label``; relative to the list file; labels are numbers, or names (then sorted).
+
+    Raises ``ValueError`` naming the line for a missing file, an empty label, and a number among names or the reverse.
+    """
+    lines = list(text_lines(path))
+    delimiter = "\t" if any("\t" in line for line in lines) else ","
+    rows = [(f"{path}: line {number}", row) for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1) if row]
+    for where, row in rows:
+        require(len(row) == 2, where, delimiter.join(row), "path and label, with a tab or a comma between")
     require(len(rows) > 0, str(path), "an empty list", "lines of path and label")
-    given = [row[1].strip() for _, row in rows]
-    if all(label.isdecimal() for label in given):
-        labels = [int(label) for label in given]
-        found = [str(c) for c in range(max(labels) + 1)]
-    else:
-        found = sorted(set(given))
-        number_of = {name: c for c, name in enumerate(found)}
-        labels = [number_of[label] for label in given]
+    found, labels = number_labels([(where, row[1].strip()) for where, row in rows])
     names = checked_names(class_names, found)
     origins = [str(path.parent / row[0].strip()) for _, row in rows]
-    for (number, _), origin in zip(rows, origins, strict=True):
-        require(os.path.isfile(origin), f"{path}: line {number}", origin, "a file that exists")
+    for (where, _), origin in zip(rows, origins, strict=True):
+        require(os.path.isfile(origin), where, origin, "a file that exists")
     sizes = [os.path.getsize(origin) for origin in origins]
     return file_source(origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names)
+
+
+def text_lines(path: str | Path) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends. Raises ``ValueError`` naming the line that is not UTF-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: line {number}: not UTF-8: {error.reason} at byte {error.start}.") from error
+
+
+def number_labels(given: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]]:
+    """The classes of (where, label) and the class number of each: the label itself, or its place among the sorted names."""
+    numeric = any(LABEL.fullmatch(label) for _, label in given)
+    allowed = f"{LABELS}, as on other lines" if numeric else f"{LABELS}, or the name of a class"
+    for where, label in given:
+        require((LABEL if numeric else NAME).fullmatch(label) is not None, f"{where}: label", label, allowed)
+    if numeric:
+        labels = [int(label) for _, label in given]
+        return [str(c) for c in range(max(labels) + 1)], labels
+    found = sorted({label for _, label in given})
+    number_of = {name: c for c, name in enumerate(found)}
+    return found, [number_of[label] for _, label in given]
 
 
 def file_source(
@@ -179,7 +200,7 @@ def names_from(path: Path, found: list[str]) -> list[str]:
     Of the latter kind is ImageNet's list of synsets, where two birds and machines share a name: such names get their
     class in brackets.
     """
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    lines = [line.strip() for line in text_lines(path) if line.strip()]
     parts = [line.split(maxsplit=1) for line in lines]
     named = {part[0]: part[1] for part in parts if len(part) == 2}
     if not all(name in named for name in found):

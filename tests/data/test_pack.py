@@ -107,6 +107,30 @@ def test_list_file(image_folder, tmp_path):
         pack(image_folder.parent / "list.csv", tmp_path / "b", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["0", "1", ""], "line 3: label: got ''; allowed: a class number"),
+        (["cat", "", "dog"], "line 2: label: got ''; allowed: .*999999, or the name of a class"),
+        (["0", "-1", "2"], "line 2: label: got '-1'; allowed: a class number"),
+        (["cat", "dog", "7"], "line 1: label: got 'cat'; allowed: a class number"),
+        (["1.0", "2.0", "10.0"], r"line 1: label: got '1\.0'; allowed: .* or the name"),
+        (["-1", "-2", "-10"], "line 1: label: got '-1'; allowed: .* or the name"),
+        (["1", "٣", "2"], "line 2: label: got '٣'; allowed: a class number"),
+        (["٣", "٤", "٥"], "line 1: label: got '٣'; allowed: .* or the name"),
+        (["0", "9999999999", "1"], "line 2: label: got '9999999999'"),
+    ],
+)
+def test_a_label_that_would_number_the_classes_anew_is_refused(image_folder, tmp_path, labels, message):
+    path = image_folder.parent / "labels.csv"
+    path.write_text("".join(f"small/ant/{i}.png,{label}\n" for i, label in enumerate(labels)), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        pack(path, tmp_path / "x", progress=False)
+    path.write_bytes(b"small/ant/1.png,0\nsmall/ant/\xe9.png,0\n")
+    with pytest.raises(ValueError, match=r"labels\.csv: line 2: not UTF-8"):
+        pack(path, tmp_path / "x", progress=False)
+
+
 @pytest.mark.parametrize(("folder", "each"), [("train", 400), ("evaluation", 200)])
 def test_bundled_shards(folder, each, request):
     path = request.config.rootpath / "data/fashion" / folder
