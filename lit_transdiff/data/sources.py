@@ -10,9 +10,9 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 
@@ -38,6 +38,8 @@ class ImageSource:
     sizes: np.ndarray  # [N] int64, bytes
     class_names: tuple[str, ...]
     read: Callable[[int], Path | np.ndarray]
+    broken: list[tuple[str, str]] = field(default_factory=list)  # images that cannot be read: what they are called, and why
+    passed_over: Counter[str] = field(default_factory=Counter)  # what lies among the images and is none, by kind
 
     @property
     def identity(self) -> str:
@@ -65,25 +67,55 @@ def open_source(source: str | Path, split: Optional[str] = None, class_names: Cl
 def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
     """``folder/class/image.jpg``: classes are the sorted folder names, as in ImageNet."""
     with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        found = [(entry.name, entry.is_dir(), kind_of(entry)) for entry in entries if not entry.name.startswith(".")]
+    classes = sorted(name for name, is_folder, _ in found if is_folder)
     require(len(classes) > 0, str(folder), "a folder without class folders", "folder/class/image.jpg, or IDX files")
     names = checked_names(class_names, classes)
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         listed = list(threads.map(images_in, [f"{folder}/{name}" for name in classes]))
-    origins = [f"{folder}/{name}/{image}" for name, images in zip(classes, listed, strict=True) for image, _ in images]
-    keys = [key_of(name, image) for name, images in zip(classes, listed, strict=True) for image, _ in images]
-    sizes = [size for images in listed for _, size in images]
-    labels = np.repeat(np.arange(len(classes)), [len(images) for images in listed])
-    return file_source(origins, sizes, labels, keys, names)
+    origins = [f"{folder}/{name}/{image}" for name, of in zip(classes, listed, strict=True) for image, _ in of.images]
+    keys = [key_of(name, image) for name, of in zip(classes, listed, strict=True) for image, _ in of.images]
+    sizes = [size for of in listed for _, size in of.images]
+    labels = np.repeat(np.arange(len(classes)), [len(of.images) for of in listed])
+    passed_over = Counter(kind for _, is_folder, kind in found if not is_folder)
+    for of in listed:
+        passed_over.update(of.passed_over)
+    broken = [link for of in listed for link in of.broken]
+    return replace(file_source(origins, sizes, labels, keys, names), broken=broken, passed_over=passed_over)
 
 
-def images_in(directory: str) -> list[tuple[str, int]]:
-    """(file name, bytes) of the images in a folder, by name."""
+class Listing(NamedTuple):
+    """What lies in a class folder."""
+
+    images: list[tuple[str, int]]  # file name, bytes; by name
+    broken: list[tuple[str, str]]  # path of a link to nothing, and that it is one
+    passed_over: Counter[str]  # kinds of everything else
+
+
+def images_in(directory: str) -> Listing:
+    """The images in a folder, told by their extension. Raises ``ValueError`` when there is none."""
+    images, broken, passed_over = [], [], Counter[str]()
     with os.scandir(directory) as entries:
-        images = [e for e in entries if e.name.rpartition(".")[2].lower() in IMAGE_MEMBERS]
-        found = sorted((entry.name, entry.stat().st_size) for entry in images)
-    require(len(found) > 0, directory, "no images", f"files ending in .{', .'.join(IMAGE_MEMBERS)}")
-    return found
+        for entry in entries:
+            if entry.name.rpartition(".")[2].lower() not in IMAGE_MEMBERS or entry.is_dir():
+                passed_over[kind_of(entry)] += 1
+            elif entry.is_file():
+                images.append((entry.name, entry.stat().st_size))
+            else:
+                broken.append((entry.path, "a link to nothing" if entry.is_symlink() else "not a file"))
+    found = f"no images, but {listed_kinds(passed_over)}" if passed_over else "no images"
+    require(len(images) > 0, directory, found, f"files ending in .{', .'.join(IMAGE_MEMBERS)}")
+    return Listing(sorted(images), sorted(broken), passed_over)
+
+
+def kind_of(entry: os.DirEntry[str]) -> str:
+    """``folders``, or the extension of a file."""
+    return "folders" if entry.is_dir() else os.path.splitext(entry.name)[1].lower() or "files without an extension"
+
+
+def listed_kinds(kinds: Counter[str]) -> str:
+    """Kinds and their numbers, for messages."""
+    return ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
 
 
 def key_of(class_folder: str, file_name: str) -> str:

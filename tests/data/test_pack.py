@@ -73,6 +73,26 @@ def test_corrupt_images_are_listed_and_dotted_names_kept_apart(tmp_path):
     assert all(value.shape == (3, 8, 8) for value in values.values())
 
 
+def test_what_is_no_image_among_the_images_is_reported(tmp_path):
+    """A folder called 2.png, a link to nothing, a sub-folder, files of other formats, and a file beside the class folders."""
+    (tmp_path / "in/a/2.png").mkdir(parents=True)
+    (tmp_path / "in/a/deeper").mkdir()
+    for name in ("in/notes.txt", "in/a/3.tif", "in/a/4.GIF", "in/a/5.gif", "in/a/README"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"in/a: got 'no images, but \.gif \(2\), \.tif \(1\), .*'; allowed: files ending in"):
+        pack(tmp_path / "in", tmp_path / "out", progress=False)
+    Image.new("RGB", (8, 8)).save(tmp_path / "in/a/1.png")
+    (tmp_path / "in/a/6.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "in/a/7.png").symlink_to("1.png")
+    report = pack(tmp_path / "in", tmp_path / "out", progress=False)
+    assert sorted(report.index.key.tolist()) == [b"a_1", b"a_7"]
+    assert report.skipped == [(f"{tmp_path}/in/a/6.png", "a link to nothing")]
+    assert "6.png\ta link to nothing" in (tmp_path / "out/skipped.txt").read_text()
+    expected = "; passed over: .gif (2), .tif (1), .txt (1), files without an extension (1), folders (2)"
+    assert str(report).endswith(f"1 unreadable images skipped, listed in skipped.txt{expected}")
+    assert str(pack(tmp_path / "in", tmp_path / "out", progress=False)) == str(report)
+
+
 def write_idx(path, array, magic):
     path.write_bytes(gzip.compress(struct.pack(f">i{array.ndim}i", magic, *array.shape) + array.tobytes()))
 
