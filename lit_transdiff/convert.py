@@ -21,9 +21,19 @@ from lit_transdiff.config import RunConfig, require
 from lit_transdiff.export import export_folder, read_export, write_export
 from lit_transdiff.loading import run_from, to_dict
 from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
-from lit_transdiff.models.ldm import is_ldm
+from lit_transdiff.models.ldm import TRAINING_ONLY, is_ldm
 from lit_transdiff.models.official import Mapped, from_released, is_released, read_shape, released_shapes, to_released
-from lit_transdiff.released import KNOWN, Checkpoint, identity, open_checkpoint, plain, read_file, released_file, state_dict
+from lit_transdiff.released import (
+    KNOWN,
+    Checkpoint,
+    check_weights,
+    identity,
+    open_checkpoint,
+    plain,
+    read_file,
+    released_file,
+    state_dict,
+)
 
 LEFT_OVER = "left_over.safetensors"
 ORIGIN = "released.json"  # in an autoencoder's folder: the file that it was converted from
@@ -58,6 +68,7 @@ def convert(
     require("model" in content or bare, f"{file}: entries", sorted(content), "model, and beside it model_ema")
     state = state_dict(content.get("model", content), "model", file)
     if is_ldm(state):
+        check_weights({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, "model", file)
         return autoencoder_from_ldm(file, state, dest, scaling_factor)
     what = f"{file}, with {', '.join(list(content)[:3]) or 'nothing'}, ..."
     require(is_released(state), "source", what, "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
@@ -114,9 +125,21 @@ def map_state(kind: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
 
 def write_weights(mapped: Mapped, folder: Path) -> None:
     """``model.safetensors`` in the dtype of the file, and what has no place in our model."""
-    save_file({key: value.contiguous() for key, value in mapped.state.items()}, folder / "model.safetensors")
+    save_file(unshared(mapped.state), folder / "model.safetensors")
     if mapped.left_over:
-        save_file({key: value.contiguous() for key, value in mapped.left_over.items()}, folder / LEFT_OVER)
+        save_file(unshared(mapped.left_over), folder / LEFT_OVER)
+
+
+def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each with memory of its own, as safetensors demands."""
+    result: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, value in state.items():
+        value = value.contiguous()
+        place = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if place in places else value
+        places.add(place)
+    return result
 
 
 def run_of(

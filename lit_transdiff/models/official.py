@@ -99,7 +99,10 @@ def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dic
         raise ValueError(f"not a released TransDiff checkpoint; of another number of dimensions: {', '.join(wrong)}")
     width, channels = state["fake_latent"].shape[1], state["diffdecoder.net.final_layer.linear.weight"].shape[0]
     context, masks = state["diffusion_pos_embed_learned"].shape[1], state["mask_token"].shape[1]
-    if masks < 1 or context % masks:
+    empty = [f"{key} {list(state[key].shape)}" for key in TELLING if state[key].numel() == 0]
+    if empty:
+        raise ValueError(f"not a released TransDiff checkpoint; without a number: {', '.join(empty)}")
+    if context % masks:
         raise ValueError(f"mask_token: got {masks} tokens; allowed: 1, or as many as divide the {context} context tokens")
     blocks = {"encoder_blocks": r"encoder_blocks\.(\d+)\.", "decoder_blocks": r"diffdecoder\.net\.res_blocks\.(\d+)\."}
     counts = {name: len({m[1] for key in state if (m := re.match(pattern, key))}) for name, pattern in blocks.items()}
