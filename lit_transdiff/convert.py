@@ -246,25 +246,36 @@ def converted_from(folder: Path) -> dict[str, Any]:
 def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, scaling_factor: float) -> str:
     """Write an autoencoder of latent diffusion as a folder of diffusers."""
     network, dropped = KLAutoencoder.from_ldm(state, scaling_factor)
+    dtypes = {value.dtype for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
+    dtype = one_type(dtypes)
 
     def write(folder: Path) -> None:
-        network.save(folder)
+        network.save(folder, dtype)
         (folder / ORIGIN).write_text(json.dumps(identity(file)))
 
     write_whole(dest, write)
     count = sum(p.numel() for p in network.model.parameters())
-    lines = [f"autoencoder -> {dest}: {len(network.model.state_dict())} tensors mapped, {count:,} parameters, "]
-    lines[0] += (
+    lines = [
+        f"autoencoder -> {dest}: {len(network.model.state_dict())} tensors mapped, {count:,} parameters, "
         f"latents = samples x {scaling_factor:g}, {network.latent_channels} channels, 1/{network.downsampling} of the size"
-    )
+    ]
+    if dtypes != {torch.float32}:
+        lines.append(f"weights: {', '.join(sorted(map(str, dtypes)))} in the file, stored as {dtype}")
     return "\n".join(lines + [f"dropped: {key} (of its training)" for key in dropped])
+
+
+def one_type(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The type of all weights, where it is one that float32 holds to the bit; else float32."""
+    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16} else torch.float32
 
 
 def autoencoder_to_ldm(source: Path, dest: Path) -> str:
     """Write a folder of diffusers as a checkpoint of latent diffusion."""
+    require(dest.suffix in (".ckpt", ".pth"), "dest", str(dest), "a file name ending in .ckpt or .pth")
     channels = json.loads((source / CONFIG_FILE).read_text()).get("in_channels")
     network = KLAutoencoder.load(source, channels)
-    state = network.to_ldm()
+    dtype = one_type({value.dtype for file in source.glob("*.safetensors") for value in load_file(file).values()})
+    state = {key: value.to(dtype) for key, value in network.to_ldm().items()}
     write_whole(dest, partial(torch.save, {"model": state}))
     return f"{source} -> {dest}: {len(state)} tensors; the layout holds no normalisation (mean and std of the latents)"
 

@@ -294,7 +294,7 @@ class TestAutoencoder:
         with pytest.raises(ValueError, match=r"unexpected: strange\.weight"):
             convert(tmp_path / "kl.ckpt", tmp_path / "folder")
         torch.save({"model": state}, tmp_path / "kl.ckpt")
-        with pytest.raises(ValueError, match=r"missing: decoder\.up_blocks\.1\.upsamplers\.0\.conv\.bias"):
+        with pytest.raises(ValueError, match=r"missing: decoder\.up\.1\.upsample\.conv\.bias \[32\]"):
             convert(tmp_path / "kl.ckpt", tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
 

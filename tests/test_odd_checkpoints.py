@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lit_transdiff.config import ModelConfig
 from lit_transdiff.convert import convert
+from lit_transdiff.models.autoencoder import KLAutoencoder
 from tests import plain_autoencoder
 from tests.test_convert import SMALL, equal, random_state, write_checkpoint
 
@@ -86,3 +88,64 @@ def test_names_that_share_a_tensor_and_an_epoch_that_is_one(tmp_path: Path, auto
         file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL), epoch=epoch)
         with pytest.raises(ValueError, match=r"epoch: got .*; allowed: a whole number"):
             convert(file, tmp_path / "again", autoencoder=autoencoder, num_heads=2)
+
+
+VAE = plain_autoencoder.make(channels=(32, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"decoder.conv_out.weight": None}, "missing: decoder.conv_out.weight"),
+        ({"encoder.down.1.": None}, "missing: encoder.down.1.block.0.conv2.weight"),
+        ({"encoder.conv_in.weight": torch.zeros(3)}, "no convolution: encoder.conv_in.weight [3]"),
+        ({"post_quant_conv.weight": torch.zeros(())}, "no convolution: post_quant_conv.weight []"),
+        ({"encoder.down.2.attn.0.q.weight": None}, "missing: encoder.down.2.attn.0.q.weight [32, 32, 1, 1]"),
+        ({"decoder.mid.attn_1.norm.bias": None}, "missing: decoder.mid.attn_1.norm.bias [32]"),
+        (
+            {"encoder.mid.attn_1.q.weight": torch.zeros(32, 32, 2, 2)},
+            "of another shape: encoder.mid.attn_1.q.weight [32, 32, 2, 2], expected [32, 32, 1, 1]",
+        ),
+        ({"encoder.down.0.block.5.conv1.weight": torch.zeros(1)}, "unexpected: encoder.down.0.block.5.conv1.weight [1]"),
+        ({"encoder.down.9999999999.x": torch.zeros(1)}, "unexpected: encoder.down.9999999999.x [1]"),
+    ],
+)
+def test_an_autoencoder_that_does_not_fit_is_told_by_its_own_names(changes: dict[str, Any], message: str, tmp_path: Path):
+    """``None`` takes away all keys that begin so; only what is wrong is listed."""
+    gone = tuple(key for key, value in changes.items() if value is None)
+    state = {key: value for key, value in VAE.items() if not key.startswith(gone)} if gone else VAE | changes
+    torch.save({"model": state}, tmp_path / "kl.ckpt")
+    with pytest.raises(ValueError) as error:
+        convert(tmp_path / "kl.ckpt", tmp_path / "folder")
+    assert str(error.value) == f"the checkpoint does not fit:\n  {message}"
+
+
+def test_a_level_with_fewer_blocks_lists_its_own_keys(tmp_path: Path):
+    torch.save({k: v for k, v in VAE.items() if not k.startswith("encoder.down.0.block.1.")}, tmp_path / "kl.ckpt")
+    with pytest.raises(ValueError) as error:
+        convert(tmp_path / "kl.ckpt", tmp_path / "folder")
+    assert all(line.startswith("  missing: encoder.down.0.block.1.") for line in str(error.value).splitlines()[1:])
+    torch.save(plain_autoencoder.make(channels=(24, 24)), tmp_path / "kl.ckpt")
+    with pytest.raises(ValueError, match=r"channels of the levels: got \(24, 24\); allowed: multiples of 32"):
+        convert(tmp_path / "kl.ckpt", tmp_path / "folder")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_an_autoencoder_keeps_its_type(dtype: torch.dtype, tmp_path: Path):
+    state = {key: value.to(dtype) for key, value in VAE.items()}
+    torch.save({"model": state}, tmp_path / "kl.ckpt")
+    assert f"weights: {dtype} in the file, stored as {dtype}" in convert(tmp_path / "kl.ckpt", tmp_path / "folder")
+    (weights,) = (load_file(file) for file in (tmp_path / "folder").glob("*.safetensors"))
+    assert {value.dtype for value in weights.values()} == {dtype}
+    assert next(KLAutoencoder.load(tmp_path / "folder", 3).parameters()).dtype == torch.float32
+    convert(tmp_path / "folder", tmp_path / "back.ckpt")
+    back = torch.load(tmp_path / "back.ckpt")["model"]
+    assert all(back[key].dtype == dtype and torch.equal(back[key], value) for key, value in state.items())
+
+
+def test_weights_of_an_autoencoder_that_become_float32_are_reported(tmp_path: Path):
+    torch.save(VAE | {"quant_conv.bias": VAE["quant_conv.bias"].double()}, tmp_path / "kl.ckpt")
+    said = convert(tmp_path / "kl.ckpt", tmp_path / "folder")
+    assert "weights: torch.float32, torch.float64 in the file, stored as torch.float32" in said
+    with pytest.raises(ValueError, match=r"dest: got .*back\.txt'; allowed: a file name ending in \.ckpt or \.pth"):
+        convert(tmp_path / "folder", tmp_path / "back.txt")

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from lit_transdiff.config import AutoencoderTraining, require, unknown
 from lit_transdiff.models.execution import compile_blocks
-from lit_transdiff.models.ldm import from_diffusers, read_architecture, to_diffusers
-from lit_transdiff.models.official import check_layout
+from lit_transdiff.models.ldm import check_ldm, from_diffusers, read_architecture, to_diffusers
 
 LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior, as in latent diffusion
 CONFIG_FILE = "config.json"
@@ -199,9 +198,13 @@ class KLAutoencoder(Autoencoder):
         """
         from diffusers import AutoencoderKL
 
+        settings = read_architecture(state)
+        widths = settings["block_out_channels"]
+        fit = min(widths) > 0 and not any(width % LDM_NORM_GROUPS for width in widths)
+        require(fit, "channels of the levels", widths, f"multiples of {LDM_NORM_GROUPS}")
+        model: Any = AutoencoderKL(**settings, norm_num_groups=LDM_NORM_GROUPS, scaling_factor=scaling_factor)
+        check_ldm(state, model.state_dict())
         mapped = to_diffusers(state)
-        model: Any = AutoencoderKL(**read_architecture(state), norm_num_groups=LDM_NORM_GROUPS, scaling_factor=scaling_factor)
-        check_layout(mapped.state, {key: tuple(value.shape) for key, value in model.state_dict().items()})
         model.load_state_dict(mapped.state)
         channels = model.config.latent_channels
         return cls(model, torch.zeros(channels), torch.full((channels,), 1 / scaling_factor)), sorted(mapped.left_over)
