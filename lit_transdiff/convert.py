@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig, require
-from lit_transdiff.export import export_folder, read_export, write_export
+from lit_transdiff.export import export_folder, read_export, unshared, write_export
 from lit_transdiff.loading import run_from, to_dict
 from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
 from lit_transdiff.models.ldm import TRAINING_ONLY, is_ldm
@@ -47,20 +48,24 @@ def convert(
     autoencoder: str | Path | None = None,
     recipe: RunConfig | None = None,
     num_heads: int | None = None,
-    scaling_factor: float = LATENT_SCALE,
+    scaling_factor: float | None = None,
 ) -> str:
     """Convert ``source`` to ``dest``, in the direction that ``source`` tells, and say what became of every tensor.
 
     A released TransDiff file (or its folder) becomes an export folder; ``autoencoder`` is the folder of its converted
     autoencoder, ``recipe`` gives all settings but the model's shape (sampling, evaluation, ...), which must agree with the
-    file's. A latent-diffusion autoencoder becomes a folder of diffusers. An export folder, run folder or autoencoder folder
-    becomes a file again. Raises ``ValueError`` for anything that does not fit, and for a ``dest`` that exists.
+    file's. A latent-diffusion autoencoder becomes a folder of diffusers; its latents are samples times ``scaling_factor``
+    (``LATENT_SCALE`` if not given). An export folder, run folder or autoencoder folder becomes a file again. Raises
+    ``ValueError`` for anything that does not fit, for an option that has no effect on ``source``, and for a ``dest`` that exists.
     """
     source, dest = Path(source), Path(dest)
+    options = {"autoencoder": autoencoder, "recipe": recipe, "num_heads": num_heads, "scaling_factor": scaling_factor}
+    given = {name for name, value in options.items() if value is not None}
     require(source.exists(), "source", str(source), "a file or folder that exists")
     require(not dest.exists(), "dest", str(dest), "a name that does not exist yet: nothing is overwritten")
     file = released_file(source)
     if file.is_dir():
+        check_options(given, set(), f"{file}, which becomes a file again")
         dest.parent.mkdir(parents=True, exist_ok=True)
         return autoencoder_to_ldm(file, dest) if (file / CONFIG_FILE).is_file() else export_to_released(file, dest)
     content = read_file(file)
@@ -68,14 +73,22 @@ def convert(
     require("model" in content or bare, f"{file}: entries", sorted(content), "model, and beside it model_ema")
     state = state_dict(content.get("model", content), "model", file)
     if is_ldm(state):
+        check_options(given, {"scaling_factor"}, f"the autoencoder {file}")
         check_weights({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, "model", file)
-        return autoencoder_from_ldm(file, state, dest, scaling_factor)
+        return autoencoder_from_ldm(file, state, dest, LATENT_SCALE if scaling_factor is None else scaling_factor)
     what = f"{file}, with {', '.join(list(content)[:3]) or 'nothing'}, ..."
     require(is_released(state), "source", what, "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
+    check_options(given, {"autoencoder", "recipe", "num_heads"}, f"the TransDiff checkpoint {file}")
     if autoencoder is None:
         raise ValueError("autoencoder: got nothing; allowed: the folder of the autoencoder that the model was trained with.")
     network = load_autoencoder("kl", autoencoder, image_channels=3)
     return released_to_export(open_checkpoint(file, content), dest, network, Path(autoencoder), recipe, num_heads)
+
+
+def check_options(given: set[str], effective: set[str], source: str) -> None:
+    """Refuse options that are given and have no effect on ``source``."""
+    allowed = ", ".join(sorted(effective)) or "none"
+    require(given <= effective, "options", sorted(given - effective), f"for {source}: {allowed}")
 
 
 def released_to_export(
@@ -128,18 +141,6 @@ def write_weights(mapped: Mapped, folder: Path) -> None:
     save_file(unshared(mapped.state), folder / "model.safetensors")
     if mapped.left_over:
         save_file(unshared(mapped.left_over), folder / LEFT_OVER)
-
-
-def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, each with memory of its own, as safetensors demands."""
-    result: dict[str, Tensor] = {}
-    places: set[int] = set()
-    for key, value in state.items():
-        value = value.contiguous()
-        place = value.untyped_storage().data_ptr()
-        result[key] = value.clone() if place in places else value
-        places.add(place)
-    return result
 
 
 def run_of(
@@ -245,6 +246,7 @@ def converted_from(folder: Path) -> dict[str, Any]:
 
 def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, scaling_factor: float) -> str:
     """Write an autoencoder of latent diffusion as a folder of diffusers."""
+    require(math.isfinite(scaling_factor) and scaling_factor > 0, "scaling_factor", scaling_factor, "a finite number above 0")
     network, dropped = KLAutoencoder.from_ldm(state, scaling_factor)
     dtypes = {value.dtype for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
     dtype = one_type(dtypes)

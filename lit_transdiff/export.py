@@ -122,6 +122,18 @@ def combined(checkpoints: Sequence[Checkpoint], width: float) -> tuple[dict[str,
     return weights, distance
 
 
+def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each with memory of its own, as safetensors demands."""
+    result: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, value in state.items():
+        value = value.contiguous()
+        place = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if place in places else value
+        places.add(place)
+    return result
+
+
 def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_weights: Callable[[Path], None]) -> None:
     """Write a trained model under a temporary name, then put it in place of what was there."""
     partial = folder.with_name(folder.name + ".partial")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lit_transdiff.config import ModelConfig
-from lit_transdiff.convert import convert
+from lit_transdiff.__main__ import main
+from lit_transdiff.config import SIZES, ModelConfig, RunConfig
+from lit_transdiff.convert import LATENT_SCALE, convert
 from lit_transdiff.models.autoencoder import KLAutoencoder
 from tests import plain_autoencoder
 from tests.test_convert import SMALL, equal, random_state, write_checkpoint
@@ -149,3 +150,51 @@ def test_weights_of_an_autoencoder_that_become_float32_are_reported(tmp_path: Pa
     assert "weights: torch.float32, torch.float64 in the file, stored as torch.float32" in said
     with pytest.raises(ValueError, match=r"dest: got .*back\.txt'; allowed: a file name ending in \.ckpt or \.pth"):
         convert(tmp_path / "folder", tmp_path / "back.txt")
+
+
+class TestOptions:
+    @pytest.mark.parametrize("heads", [1, 16])
+    def test_heads_that_contradict_a_known_size(self, heads: int, tmp_path: Path, autoencoder: Path):
+        file = write_checkpoint(tmp_path / "released", ModelConfig(**SIZES["test"], num_classes=7, latent_channels=4))
+        with pytest.raises(ValueError, match=rf"model\.num_heads: got {heads}; allowed: 2, as the checkpoint is of size 'test'"):
+            convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=heads)
+        convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
+
+    def test_no_heads_at_all(self, tmp_path: Path, autoencoder: Path):
+        file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL))
+        with pytest.raises(ValueError, match=r"model\.num_heads: got 0; allowed: an integer of at least 1"):
+            convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=0)
+
+    def test_settings_without_a_recipe(self, tmp_path: Path, autoencoder: Path, capsys: pytest.CaptureFixture[str]):
+        file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL))
+        command = ["convert", str(file), str(tmp_path / "ours"), "--autoencoder", str(autoencoder), "--num-heads", "2"]
+        assert main([*command, "sampling.num_steps=7"]) == 2
+        assert "override: got ['sampling.num_steps=7']; allowed: only with --recipe" in capsys.readouterr().err
+        assert not (tmp_path / "ours").exists()
+
+    @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+    def test_a_scaling_factor_that_is_none(self, factor: float, tmp_path: Path):
+        torch.save(VAE, tmp_path / "kl.ckpt")
+        with pytest.raises(ValueError, match=r"scaling_factor: got .*; allowed: a finite number above 0"):
+            convert(tmp_path / "kl.ckpt", tmp_path / "folder", scaling_factor=factor)
+        assert not (tmp_path / "folder").exists()
+
+    def test_options_without_effect(self, tmp_path: Path, autoencoder: Path):
+        torch.save(VAE, tmp_path / "kl.ckpt")
+        file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL))
+        every: dict[str, Any] = {
+            "autoencoder": autoencoder,
+            "recipe": RunConfig(),
+            "num_heads": 2,
+            "scaling_factor": LATENT_SCALE,
+        }
+        for source, effective in (
+            (tmp_path / "kl.ckpt", ["scaling_factor"]),
+            (file, ["autoencoder", "num_heads", "recipe"]),
+            (autoencoder, []),
+        ):
+            for name in every.keys() - set(effective):
+                allowed = ", ".join(effective) or "none"
+                with pytest.raises(ValueError, match=rf"options: got \['{name}'\]; allowed: for .*{source}.*: {allowed}\.$"):
+                    convert(source, tmp_path / "out", **{name: every[name]})
+        assert not (tmp_path / "out").exists()
