@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig, require
-from lit_transdiff.export import export_folder, read_export, unshared, write_export
+from lit_transdiff.export import export_folder, read_export, read_weights, unshared, write_export
 from lit_transdiff.loading import run_from, to_dict
 from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
 from lit_transdiff.models.ldm import TRAINING_ONLY, is_ldm
@@ -214,7 +214,7 @@ def export_to_released(source: Path, dest: Path) -> str:
     released_shapes(export.run.model)  # refuses a shape that the layout cannot hold
     raw = folder / "raw" if (folder / "raw" / "model.safetensors").is_file() else folder
     states = {"model": state_of(raw), "model_ema": state_of(folder)}
-    if export.info["weights"] == "last":  # the file had no average
+    if export.info.get("weights") == "last":  # the file had no average
         del states["model_ema"]
     origin = export.info.get("released", {})
     content: dict[str, Any] = {key: mapped.state for key, mapped in states.items()}
@@ -232,7 +232,7 @@ def export_to_released(source: Path, dest: Path) -> str:
 
 def state_of(folder: Path) -> Mapped:
     """The released state dict of an export folder."""
-    left_over = load_file(folder / LEFT_OVER) if (folder / LEFT_OVER).is_file() else {}
+    left_over = read_weights(folder / LEFT_OVER) if (folder / LEFT_OVER).is_file() else {}
     export = read_export(folder)
     return to_released(export.state, export.run.model, left_over)
 
@@ -276,7 +276,7 @@ def autoencoder_to_ldm(source: Path, dest: Path) -> str:
     require(dest.suffix in (".ckpt", ".pth"), "dest", str(dest), "a file name ending in .ckpt or .pth")
     channels = json.loads((source / CONFIG_FILE).read_text()).get("in_channels")
     network = KLAutoencoder.load(source, channels)
-    dtype = one_type({value.dtype for file in source.glob("*.safetensors") for value in load_file(file).values()})
+    dtype = one_type({value.dtype for file in source.glob("*.safetensors") for value in read_weights(file).values()})
     state = {key: value.to(dtype) for key, value in network.to_ldm().items()}
     write_whole(dest, partial(torch.save, {"model": state}))
     return f"{source} -> {dest}: {len(state)} tensors; the layout holds no normalisation (mean and std of the latents)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,56 @@ class TestOptions:
                 with pytest.raises(ValueError, match=rf"options: got \['{name}'\]; allowed: for .*{source}.*: {allowed}\.$"):
                     convert(source, tmp_path / "out", **{name: every[name]})
         assert not (tmp_path / "out").exists()
+
+
+class TestExports:
+    """A trained model whose files are damaged or do not belong together."""
+
+    @pytest.fixture(scope="class")
+    def trained(self, tmp_path_factory: pytest.TempPathFactory, autoencoder: Path) -> Path:
+        folder = tmp_path_factory.mktemp("trained")
+        file = write_checkpoint(folder / "released", ModelConfig(**SMALL))
+        convert(file, folder / "model", autoencoder=autoencoder, num_heads=2)
+        return folder / "model"
+
+    @pytest.mark.parametrize(
+        "name, change, message",
+        [
+            ("model.safetensors", lambda b: b[:5000], "model.safetensors is not a whole safetensors file"),
+            ("model.safetensors", lambda b: b[:-1], "model.safetensors is not a whole safetensors file"),
+            ("model.safetensors", lambda b: b"", "model.safetensors is not a whole safetensors file"),
+            ("export.json", lambda b: b"{", "export.json is not JSON"),
+            ("export.json", lambda b: b"\xff", "export.json is not JSON"),
+            ("export.json", lambda b: b"{}", "export.json: content: got {}; allowed: what an export says"),
+            ("export.json", lambda b: b"[]", "export.json: content: got []"),
+            ("export.json", None, "export.json does not exist"),
+            ("config.yaml", None, "config.yaml does not exist"),
+            (
+                "config.yaml",
+                lambda b: b.replace(b"width: 32", b"width: 64"),
+                "does not belong to config.yaml: the checkpoint does not fit:\n  of another shape: encoder.null_class",
+            ),
+            (
+                "config.yaml",
+                lambda b: b.replace(b"encoder_blocks: 2", b"encoder_blocks: 3"),
+                "does not belong to config.yaml: the checkpoint does not fit:\n  missing: encoder.blocks.2.",
+            ),
+        ],
+    )
+    def test_the_file_is_named(
+        self, name: str, change: Any, message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        shutil.copytree(trained, tmp_path / "model")
+        file = tmp_path / "model" / name
+        file.unlink() if change is None else file.write_bytes(change(file.read_bytes()))
+        assert main(["sample", "--checkpoint", str(tmp_path / "model"), "--classes", "0", "sampling.num_steps=1"]) == 2
+        said = capsys.readouterr().err
+        assert message in said and str(tmp_path / "model") in said
+
+    def test_an_autoencoder_with_damaged_files(self, autoencoder: Path, tmp_path: Path):
+        for name, content in (("diffusion_pytorch_model.safetensors", b"cut"), ("config.json", b"{")):
+            folder = tmp_path / name
+            shutil.copytree(autoencoder, folder)
+            (folder / name).write_bytes(content)
+            with pytest.raises(ValueError, match=rf"{folder}.*(the weights are damaged|is not JSON)"):
+                KLAutoencoder.load(folder, 3)

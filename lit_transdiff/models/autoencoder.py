@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 import torch
 from einops import pack, unpack
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lit_transdiff.config import AutoencoderTraining, require, unknown
@@ -178,12 +179,18 @@ class KLAutoencoder(Autoencoder):
         folder, file = Path(path), Path(path) / CONFIG_FILE
         if not file.is_file():
             raise FileNotFoundError(f"autoencoder.path: {file} does not exist; expected a folder in diffusers' layout.")
-        config = json.loads(file.read_text())
+        try:
+            config = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
         mean, std = read_normalisation(config, str(file))
         channels = config.get("in_channels")
         require(channels == image_channels, f"{file}: in_channels", channels, f"data.image_channels={image_channels}")
         options = dict(local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
-        model, report = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, **options)
+        try:
+            model, report = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder}: the weights are damaged, or not those of config.json: {error}") from error
         for problem in ("missing_keys", "unexpected_keys"):
             keys = sorted(report[problem])[:3]
             require(not keys, f"{folder}: {problem}", keys, "exactly the weights that config.json describes")
