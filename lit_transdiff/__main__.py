@@ -127,7 +127,7 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub.add_argument("--autoencoder", help="folder of the converted autoencoder that the model was trained with")
     sub.add_argument("--recipe", help="YAML that gives all settings but the shape, such as those of sampling and evaluation")
     sub.add_argument("--num-heads", type=int, help="of attention, where width and blocks are of no known size")
-    sub.add_argument("--scaling-factor", type=float, default=0.2325, help="latents = samples x this; default: %(default)s")
+    sub.add_argument("--scaling-factor", type=float, help="of an autoencoder: latents = samples x this; default: 0.2325")
     with_overrides(sub)
 
 

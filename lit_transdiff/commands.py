@@ -115,6 +115,8 @@ def settings(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     from lit_transdiff.convert import convert as write
 
+    if args.overrides and not args.recipe:
+        raise ValueError(f"override: got {args.overrides}; allowed: only with --recipe, whose settings they change.")
     recipe = load_run(args.recipe, args.overrides) if args.recipe else None
     report = write(
         args.source,

@@ -8,24 +8,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig, require
-from lit_transdiff.export import export_folder, read_export, write_export
+from lit_transdiff.export import export_folder, read_export, read_weights, unshared, write_export
 from lit_transdiff.files import whole
 from lit_transdiff.loading import run_from, to_dict
 from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
 from lit_transdiff.models.layout import Mapped
-from lit_transdiff.models.ldm import is_ldm
+from lit_transdiff.models.ldm import TRAINING_ONLY, is_ldm
 from lit_transdiff.models.official import from_released, is_released, read_shape, released_shapes, to_released
-from lit_transdiff.released import KNOWN, Checkpoint, identity, open_checkpoint, plain, read_file, released_file, state_dict
+from lit_transdiff.released import (
+    KNOWN,
+    Checkpoint,
+    check_weights,
+    identity,
+    open_checkpoint,
+    plain,
+    read_file,
+    released_file,
+    state_dict,
+)
 
 LEFT_OVER = "left_over.safetensors"
 ORIGIN = "released.json"  # in an autoencoder's folder: the file that it was converted from
@@ -39,20 +50,24 @@ def convert(
     autoencoder: str | Path | None = None,
     recipe: RunConfig | None = None,
     num_heads: int | None = None,
-    scaling_factor: float = LATENT_SCALE,
+    scaling_factor: float | None = None,
 ) -> str:
     """Convert ``source`` to ``dest``, in the direction that ``source`` tells, and say what became of every tensor.
 
     A released TransDiff file (or its folder) becomes an export folder; ``autoencoder`` is the folder of its converted
     autoencoder, ``recipe`` gives all settings but the model's shape (sampling, evaluation, ...), which must agree with the
-    file's. A latent-diffusion autoencoder becomes a folder of diffusers. An export folder, run folder or autoencoder folder
-    becomes a file again. Raises ``ValueError`` for anything that does not fit, and for a ``dest`` that exists.
+    file's. A latent-diffusion autoencoder becomes a folder of diffusers; its latents are samples times ``scaling_factor``
+    (``LATENT_SCALE`` if not given). An export folder, run folder or autoencoder folder becomes a file again. Raises
+    ``ValueError`` for anything that does not fit, for an option that has no effect on ``source``, and for a ``dest`` that exists.
     """
     source, dest = Path(source), Path(dest)
+    options = {"autoencoder": autoencoder, "recipe": recipe, "num_heads": num_heads, "scaling_factor": scaling_factor}
+    given = {name for name, value in options.items() if value is not None}
     require(source.exists(), "source", str(source), "a file or folder that exists")
     require(not dest.exists(), "dest", str(dest), "a name that does not exist yet: nothing is overwritten")
     file = released_file(source)
     if file.is_dir():
+        check_options(given, set(), f"{file}, which becomes a file again")
         dest.parent.mkdir(parents=True, exist_ok=True)
         return autoencoder_to_ldm(file, dest) if (file / CONFIG_FILE).is_file() else export_to_released(file, dest)
     content = read_file(file)
@@ -60,13 +75,22 @@ def convert(
     require("model" in content or bare, f"{file}: entries", sorted(content), "model, and beside it model_ema")
     state = state_dict(content.get("model", content), "model", file)
     if is_ldm(state):
-        return autoencoder_from_ldm(file, state, dest, scaling_factor)
+        check_options(given, {"scaling_factor"}, f"the autoencoder {file}")
+        check_weights({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, "model", file)
+        return autoencoder_from_ldm(file, state, dest, LATENT_SCALE if scaling_factor is None else scaling_factor)
     what = f"{file}, with {', '.join(list(content)[:3]) or 'nothing'}, ..."
     require(is_released(state), "source", what, "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
+    check_options(given, {"autoencoder", "recipe", "num_heads"}, f"the TransDiff checkpoint {file}")
     if autoencoder is None:
         raise ValueError("autoencoder: got nothing; allowed: the folder of the autoencoder that the model was trained with.")
     network = load_autoencoder("kl", autoencoder, image_channels=3)
     return released_to_export(open_checkpoint(file, content), dest, network, Path(autoencoder), recipe, num_heads)
+
+
+def check_options(given: set[str], effective: set[str], source: str) -> None:
+    """Refuse options that are given and have no effect on ``source``."""
+    allowed = ", ".join(sorted(effective)) or "none"
+    require(given <= effective, "options", sorted(given - effective), f"for {source}: {allowed}")
 
 
 def released_to_export(
@@ -116,9 +140,9 @@ def map_state(kind: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
 
 def write_weights(mapped: Mapped, folder: Path) -> None:
     """``model.safetensors`` in the dtype of the file, and what has no place in our model."""
-    save_file({key: value.contiguous() for key, value in mapped.state.items()}, folder / "model.safetensors")
+    save_file(unshared(mapped.state), folder / "model.safetensors")
     if mapped.left_over:
-        save_file({key: value.contiguous() for key, value in mapped.left_over.items()}, folder / LEFT_OVER)
+        save_file(unshared(mapped.left_over), folder / LEFT_OVER)
 
 
 def run_of(
@@ -192,7 +216,7 @@ def export_to_released(source: Path, dest: Path) -> str:
     released_shapes(export.run.model)  # refuses a shape that the layout cannot hold
     raw = folder / "raw" if (folder / "raw" / "model.safetensors").is_file() else folder
     states = {"model": state_of(raw), "model_ema": state_of(folder)}
-    if export.info["weights"] == "last":  # the file had no average
+    if export.info.get("weights") == "last":  # the file had no average
         del states["model_ema"]
     origin = export.info.get("released", {})
     content: dict[str, Any] = {key: mapped.state for key, mapped in states.items()}
@@ -211,7 +235,7 @@ def export_to_released(source: Path, dest: Path) -> str:
 
 def state_of(folder: Path) -> Mapped:
     """The released state dict of an export folder."""
-    left_over = load_file(folder / LEFT_OVER) if (folder / LEFT_OVER).is_file() else {}
+    left_over = read_weights(folder / LEFT_OVER) if (folder / LEFT_OVER).is_file() else {}
     export = read_export(folder)
     return to_released(export.state, export.run.model, left_over)
 
@@ -225,23 +249,35 @@ def converted_from(folder: Path) -> dict[str, Any]:
 
 def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, scaling_factor: float) -> str:
     """Write an autoencoder of latent diffusion as a folder of diffusers."""
+    require(math.isfinite(scaling_factor) and scaling_factor > 0, "scaling_factor", scaling_factor, "a finite number above 0")
     network, dropped = KLAutoencoder.from_ldm(state, scaling_factor)
+    dtypes = {value.dtype for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
+    dtype = one_type(dtypes)
     with whole(dest) as folder:
-        network.save(folder)
+        network.save(folder, dtype)
         (folder / ORIGIN).write_text(json.dumps(identity(file)))
     count = sum(p.numel() for p in network.model.parameters())
-    lines = [f"autoencoder -> {dest}: {len(network.model.state_dict())} tensors mapped, {count:,} parameters, "]
-    lines[0] += (
+    lines = [
+        f"autoencoder -> {dest}: {len(network.model.state_dict())} tensors mapped, {count:,} parameters, "
         f"latents = samples x {scaling_factor:g}, {network.latent_channels} channels, 1/{network.downsampling} of the size"
-    )
+    ]
+    if dtypes != {torch.float32}:
+        lines.append(f"weights: {', '.join(sorted(map(str, dtypes)))} in the file, stored as {dtype}")
     return "\n".join(lines + [f"dropped: {key} (of its training)" for key in dropped])
+
+
+def one_type(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The type of all weights, where it is one that float32 holds to the bit; else float32."""
+    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16} else torch.float32
 
 
 def autoencoder_to_ldm(source: Path, dest: Path) -> str:
     """Write a folder of diffusers as a checkpoint of latent diffusion."""
+    require(dest.suffix in (".ckpt", ".pth"), "dest", str(dest), "a file name ending in .ckpt or .pth")
     channels = json.loads((source / CONFIG_FILE).read_text()).get("in_channels")
     network = KLAutoencoder.load(source, channels)
-    state = network.to_ldm()
+    dtype = one_type({value.dtype for file in source.glob("*.safetensors") for value in read_weights(file).values()})
+    state = {key: value.to(dtype) for key, value in network.to_ldm().items()}
     with whole(dest) as file:
         torch.save({"model": state}, file)
     return f"{source} -> {dest}: {len(state)} tensors; the layout holds no normalisation (mean and std of the latents)"

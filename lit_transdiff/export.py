@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,10 +58,34 @@ def export_folder(path: str | Path) -> Path:
 
 
 def read_export(path: str | Path) -> Export:
-    """Read a trained model from a run folder or an export folder."""
+    """Read a trained model from a run folder or an export folder.
+
+    Raises ``FileNotFoundError`` or ``ValueError`` naming the file that is missing or damaged.
+    """
     folder = export_folder(path)
-    info = json.loads((folder / "export.json").read_text())
-    return Export(folder, load_run(folder / "config.yaml"), load_file(folder / "model.safetensors"), info)
+    info = read_info(folder / "export.json")
+    return Export(folder, load_run(folder / "config.yaml"), read_weights(folder / "model.safetensors"), info)
+
+
+def read_info(file: Path) -> dict[str, Any]:
+    """What ``export.json`` says of a trained model."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    try:
+        info = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    known = isinstance(info, dict) and isinstance(info.get("autoencoder"), str) and isinstance(info.get("class_names"), list)
+    require(known, f"{file}: content", info, "what an export says: autoencoder, a fingerprint, class_names, a list, and more")
+    return info
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ``ValueError`` naming it when it is damaged."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
 
 
 def export_run(run_folder: Path, step: int | None, average: str, output: str | None) -> Path:
@@ -120,6 +145,18 @@ def combined(checkpoints: Sequence[Checkpoint], width: float) -> tuple[dict[str,
             total.add_(checkpoint.tensor(name, state), alpha=factor)
         weights[name] = total.float()
     return weights, distance
+
+
+def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each with memory of its own, as safetensors demands."""
+    result: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, value in state.items():
+        value = value.contiguous()
+        place = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if place in places else value
+        places.add(place)
+    return result
 
 
 def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_weights: Callable[[Path], None]) -> None:

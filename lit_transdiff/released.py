@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,12 @@ from lit_transdiff.config import require
 from lit_transdiff.files import short_hash
 
 CHECKPOINT = "checkpoint-last.pth"
+# What torch and zipfile raise for a damaged file; a UnicodeDecodeError is a ValueError.
+DAMAGE = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError),
+    *(ArithmeticError, LookupError, AttributeError, TypeError),
+)
+LISTED = 10  # names in a message
 KNOWN = {"model", "model_ema", "optimizer", "scaler", "epoch", "args"}  # what the released training writes
 
 
@@ -43,11 +51,20 @@ def released_file(source: Path) -> Path:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The dictionary in a ``torch.save`` file, without running code from it: tensors, plain values and argparse's Namespace."""
+    """The dictionary in a ``torch.save`` file, without running code from it: tensors, plain values and argparse's Namespace.
+
+    Raises ``ValueError`` naming the file, and of a damaged one the part whose checksum is wrong: torch does not look at those.
+    """
     try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} in it differs from its checksum")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except DAMAGE as error:
         raise ValueError(f"{path}: not a checkpoint that can be read without running code from it: {why(error)}") from error
     require(isinstance(content, dict), str(path), type(content).__name__, "a dictionary of state dicts")
     return content
@@ -56,7 +73,10 @@ def read_file(path: Path) -> dict[str, Any]:
 def why(error: Exception) -> str:
     """What torch refused in a file, without its advice to run the code all the same."""
     refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-    return f"it asks for {refused[1]}" if refused else str(error).strip().split("\n")[0] or "it is empty"
+    unread = re.search(r"WeightsUnpickler error: (.+)", str(error))
+    if refused:
+        return f"it asks for {refused[1]}"
+    return (unread[1] if unread else str(error)).strip().split("\n")[0] or "it is empty"
 
 
 def state_dict(value: Any, name: str, path: Path) -> dict[str, Tensor]:
@@ -64,8 +84,31 @@ def state_dict(value: Any, name: str, path: Path) -> dict[str, Tensor]:
     require(isinstance(value, Mapping), f"{path}: {name}", type(value).__name__, "a state dict")
     strange = [f"{key}: {type(item).__name__}" for key, item in value.items() if not isinstance(item, Tensor)]
     if strange:
-        raise ValueError(f"{path}: {name}: entries that are no tensors: {', '.join(strange[:10])}")
+        raise ValueError(f"{path}: {name}: entries that are no tensors: {listed(strange)}")
     return dict(value)
+
+
+def check_weights(state: Mapping[str, Tensor], name: str, path: Path) -> None:
+    """Raise ``ValueError`` listing the tensors that are no weights: not of a floating type, not dense, or not finite."""
+    strange = [f"{key}: {wrong}" for key, value in state.items() if (wrong := no_weight(value))]
+    if strange:
+        raise ValueError(f"{path}: {name}: entries that are no weights: {listed(strange)}")
+
+
+def no_weight(value: Tensor) -> str | None:
+    """Why a tensor cannot be a weight; nothing if it can."""
+    if value.layout != torch.strided:
+        return str(value.layout).removeprefix("torch.")
+    if not value.is_floating_point():
+        return str(value.dtype).removeprefix("torch.")
+    wide = value.float() if value.dtype.itemsize < 2 else value  # torch has no isfinite for float8
+    return None if bool(torch.isfinite(wide).all()) else "NaN or Inf"
+
+
+def listed(names: list[str]) -> str:
+    """The first of ``names``, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def plain(value: Any) -> Any:
@@ -78,17 +121,33 @@ def plain(value: Any) -> Any:
 
 
 def open_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
-    """The parts of a released file; a bare state dict counts as its ``model``."""
+    """The parts of a released file; a bare state dict counts as its ``model``.
+
+    Raises ``ValueError`` listing what is no weight, and for an epoch that is no whole number.
+    """
     bare = "model" not in content
     args = content.get("args")
+    states = {"model": state_dict(content if bare else content["model"], "model", path)}
+    if content.get("model_ema") is not None:
+        states["model_ema"] = state_dict(content["model_ema"], "model_ema", path)
+    for name, state in states.items():
+        check_weights(state, name, path)
     return Checkpoint(
         path=path,
-        model=dict(content if bare else content["model"]),
-        model_ema=None if content.get("model_ema") is None else state_dict(content["model_ema"], "model_ema", path),
-        epoch=None if bare else content.get("epoch"),
+        model=states["model"],
+        model_ema=states.get("model_ema"),
+        epoch=None if bare else whole_number(content.get("epoch"), f"{path}: epoch"),
         args=dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
         ignored=[] if bare else sorted((content.keys() - KNOWN) | (content.keys() & {"optimizer", "scaler"})),
     )
+
+
+def whole_number(value: Any, where: str) -> int | None:
+    """An integer that may be a tensor; nothing stays nothing."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    whole = number is None or isinstance(number, int) or (isinstance(number, float) and number.is_integer())
+    require(whole, where, value, "a whole number")
+    return None if number is None else int(number)
 
 
 def identity(file: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
 from lit_transdiff.models.context import ContextStream
 from lit_transdiff.models.decoder import Memory
 from lit_transdiff.models.execution import compile_blocks, replay_decoder, round_linear
+from lit_transdiff.models.official import check_layout
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.randomness import PerImageNormal, mix
 
@@ -266,10 +267,15 @@ def load_generator(
 ) -> Generator:
     """The trained model of a run folder or export folder, with its autoencoder, on ``device``.
 
-    ``compile`` and ``cuda_graphs`` change its speed (see ``Generator``), and its numbers by rounding.
+    ``compile`` and ``cuda_graphs`` change its speed (see ``Generator``), and its numbers by rounding. Raises ``ValueError``
+    for files that are damaged or do not belong together.
     """
     export = read_export(checkpoint)
     model = TransDiff(export.run.model).eval().requires_grad_(False)
+    try:
+        check_layout(export.state, {key: tuple(value.shape) for key, value in model.state_dict().items()})
+    except ValueError as error:
+        raise ValueError(f"{export.folder}: model.safetensors does not belong to config.yaml: {error}") from error
     model.load_state_dict(export.state)
     settings = export.run.autoencoder
     autoencoder = load_autoencoder(settings.kind, settings.path, export.run.data.image_channels)

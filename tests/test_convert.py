@@ -191,6 +191,7 @@ class TestTransDiff:
             ({"model_ema": {}}, r"entries: got \['model_ema'\]; allowed: model"),
             ({"note": "text"}, "entries that are no tensors: note: str"),
             ({"fake_latent": torch.zeros(32)}, r"another number of dimensions: fake_latent \[32\]"),
+            ({"fake_latent": torch.zeros(1, 0)}, r"without a number: fake_latent \[1, 0\]"),
             ({"mask_token": torch.zeros(1, 100, 32)}, "mask_token: got 100 tokens"),
             ({"encoder_pos_embed_learned": torch.zeros(1, 200, 32)}, r"model\.num_class_tokens: got -56"),
         ],
@@ -294,7 +295,7 @@ class TestAutoencoder:
         with pytest.raises(ValueError, match=r"unexpected: strange\.weight"):
             convert(tmp_path / "kl.ckpt", tmp_path / "folder")
         torch.save({"model": state}, tmp_path / "kl.ckpt")
-        with pytest.raises(ValueError, match=r"missing: decoder\.up_blocks\.1\.upsamplers\.0\.conv\.bias"):
+        with pytest.raises(ValueError, match=r"missing: decoder\.up\.1\.upsample\.conv\.bias \[32\]"):
             convert(tmp_path / "kl.ckpt", tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
 

@@ -271,9 +271,11 @@ def join_rows(
 
 
 def check_sample(shard: str, sample: ScannedSample, latents: Optional[LatentInfo]) -> None:
-    """A sample is of the kind that is indexed, and a latent has the bytes that its shape says."""
+    """A sample is of the kind that is indexed and not empty, and a latent has the bytes that its shape says."""
     kind = "images" if latents is None else "latents"
     if sample.kind != kind:
         raise ValueError(f"{shard}: sample {sample.key!r} holds {sample.kind}; indexed are {kind}.")
+    if latents is None and sample.size == 0:
+        raise ValueError(f"{shard}: sample {sample.key!r} is an empty image.")
     if latents is not None and sample.size != latents.sample_bytes:
         raise ValueError(f"{shard}: sample {sample.key!r} has {sample.size} bytes; allowed: {latents.sample_bytes}.")

@@ -6,6 +6,7 @@ that was killed is continued by the same command.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from lit_transdiff.data.index import ShardIndex, join_rows, read_index, rows_of
 from lit_transdiff.data.journal import Journal, Skipped
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.shards import ShardWriter, tar_bytes
-from lit_transdiff.data.sources import ClassNames, ImageSource, open_source
+from lit_transdiff.data.sources import ClassNames, ImageSource, listed_kinds, open_source
 from lit_transdiff.files import free_bytes, readable, replace_file, require_space
 
 PLAN_FILE = "packing.json"
@@ -32,15 +33,18 @@ ESTIMATED_FROM = 64  # images that are encoded to estimate the size of all
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was packed, and the ``(name, reason)`` of each image that could not be read."""
+    """What was packed, the ``(name, reason)`` of each image that could not be read, and what was no image by its name."""
 
     index: ShardIndex
     skipped: Skipped
+    passed_over: Counter[str]
 
     def __str__(self) -> str:
         total = sum(shard.bytes for shard in self.index.shards)
         text = f"{len(self.index)} images of {self.index.num_classes} classes in {len(self.index.shards)} shards, {total:,} bytes"
-        return text + (f"; {len(self.skipped)} unreadable images skipped, listed in {SKIPPED_FILE}" if self.skipped else "")
+        if self.skipped:
+            text += f"; {len(self.skipped)} unreadable images skipped, listed in {SKIPPED_FILE}"
+        return text + (f"; passed over: {listed_kinds(self.passed_over)}" if self.passed_over else "")
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,9 @@ def pack(
 
     Samples are shuffled once with ``seed``; ``limit`` draws that many, evenly over the classes. Files are stored as they
     are, unless ``encoding`` says otherwise. Shards are called ``name-000000.tar`` (``name``: that of ``dest``); ``workers``
-    processes write them. Every image is decoded; those that cannot be are skipped, reported, and listed in ``skipped.txt``.
-    The same arguments give the same bytes, and go on where a pack was killed. Raises ``ValueError`` for a ``dest`` that holds
-    other shards, or too little disk.
+    processes write them. Every image is decoded; those that cannot be are skipped, reported, and listed in ``skipped.txt``;
+    files and folders that are no images by their names are counted in the report. The same arguments give the same bytes, and
+    go on where a pack was killed. Raises ``ValueError`` for a ``dest`` that holds other shards, or too little disk.
     """
     dest = Path(dest)
     images = open_source(source, split, class_names)
@@ -150,7 +154,7 @@ def pack(
     packing = Packing(images, pieces, names, encoding, seed, Journal(dest, PLAN_FILE))
     packing.journal.check(packing.plan)
     if (dest / "index.json").exists():
-        return PackReport(read_index(dest), read_skipped(dest))
+        return PackReport(read_index(dest), read_skipped(dest), images.passed_over)
     announce(packing, [tar_bytes(sizes[piece]) for piece in pieces], progress)
     packing.journal.begin(packing.plan)
     write_missing(packing, workers, progress)
@@ -225,14 +229,14 @@ def finish(packing: Packing, source: str) -> PackReport:
     """Index the shards and list the skipped images."""
     journal = packing.journal
     records = journal.all_finished(packing.names)
-    skipped = [image for record in records for image in record.skipped]
+    skipped = [*packing.images.broken, *(image for record in records for image in record.skipped)]
     write_skipped(journal.folder, skipped)
     readable_images = sum(record.rows.shard.samples for record in records)
     require(readable_images > 0, source, f"{len(skipped)} unreadable images", "at least one readable image")
     index = join_rows(journal.folder, [record.rows for record in records], packing.images.class_names, packing.seed, None)
     index.save()
     journal.close()
-    return PackReport(index, skipped)
+    return PackReport(index, skipped, packing.images.passed_over)
 
 
 def write_skipped(folder: Path, skipped: Skipped) -> None:

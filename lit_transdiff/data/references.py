@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
 from lit_transdiff.config import require
 from lit_transdiff.data.index import ShardIndex
-from lit_transdiff.data.sources import key_of
+from lit_transdiff.data.sources import key_of, text_lines
 
 log = logging.getLogger(__name__)
 LINES_AT_A_TIME = 10_000  # of a file of groups
@@ -59,66 +59,107 @@ def check_class_sizes(index: ShardIndex, num_references: int) -> None:
         )
 
 
+class Line(NamedTuple):
+    """A line of a file of groups."""
+
+    number: int
+    keys: list[bytes]  # R
+    folder: Optional[str]  # the class folder, where the line names files
+
+
 def read_groups(path: str | Path, index: ShardIndex, num_references: int) -> np.ndarray:
     """Groups [n, R] int64 from JSON lines.
 
     A line is a list of R sample keys of one class, or ``{"cate": class folder, "files": [file names]}`` as in the index
     file that goes with the released TransDiff: the first R files count, under the keys that ``pack`` gives them.
     Raises ``ValueError`` naming the line for an unknown key, another number of keys, an image that is there twice in a
-    group, or two classes.
+    group, two classes, and a file name that could be that of several images.
     """
     by_key = np.argsort(index.key, kind="stable")
     ordered_keys = index.key[by_key]
+
+    def find(keys: np.ndarray) -> np.ndarray:
+        """The sample of each key; some other one where there is none."""
+        return by_key[np.minimum(np.searchsorted(ordered_keys, keys), len(ordered_keys) - 1)].astype(np.int64)
+
     groups = [np.empty((0, num_references), np.int64)]
-    with open(path, encoding="utf-8") as lines:
-        keys = keys_of_lines(path, lines, num_references)
-        while chunk := list(islice(keys, LINES_AT_A_TIME)):
-            wanted = np.array([line for _, line in chunk], np.bytes_)  # n R
-            places = np.minimum(np.searchsorted(ordered_keys, wanted), len(ordered_keys) - 1)
-            found = by_key[places].astype(np.int64)
-            check_groups(path, [number for number, _ in chunk], wanted, found, index)
-            groups.append(found)
+    lines = lines_of(path, num_references)
+    while chunk := list(islice(lines, LINES_AT_A_TIME)):
+        wanted = np.array([line.keys for line in chunk], np.bytes_)  # n R
+        found, doubles = find(wanted), np.char.add(wanted, b"-2")
+        check_groups(path, chunk, wanted, found, index)
+        check_files(path, chunk, wanted, found, index.key[find(doubles)] == doubles, index)
+        groups.append(found)
     joined = np.concatenate(groups)
     require(len(joined) > 0, str(path), "no groups", "at least one line")
     log.info("%s: %d groups of %d; %d of %d images are in them", path, *joined.shape, len(np.unique(joined)), len(index))
     return joined
 
 
-def keys_of_lines(path: str | Path, lines: Iterable[str], num_references: int) -> Iterator[tuple[int, list[bytes]]]:
-    """(line number, R keys) of each line that is not empty."""
-    for number, text in enumerate(lines, 1):
+def lines_of(path: str | Path, num_references: int) -> Iterator[Line]:
+    """Each line that is not empty, with its R keys."""
+    for number, text in enumerate(text_lines(path), 1):
         if not text.strip():
             continue
         where = f"{path}: line {number}"
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
-        keys = keys_of(value, where, num_references)
+        keys, folder = keys_of(value, where, num_references)
         require(len(keys) == num_references, f"{where}: number of keys", len(keys), f"model.num_references={num_references}")
-        yield number, [key.encode() for key in keys]
+        yield Line(number, [key.encode("utf-8", "surrogatepass") for key in keys], folder)
 
 
-def keys_of(value: Any, where: str, num_references: int) -> list[str]:
-    """The keys that a line asks for."""
+def keys_of(value: Any, where: str, num_references: int) -> tuple[list[str], Optional[str]]:
+    """The keys that a line asks for, and the class folder if it names one."""
     files: Any = value.get("files") if isinstance(value, dict) else value
     require(
         isinstance(files, list) and all(isinstance(f, str) for f in files), where, value, "a list of sample keys or file names"
     )
     if not isinstance(value, dict):
-        return files
-    require(isinstance(value.get("cate"), str), f"{where}: cate", value.get("cate"), "the name of a class folder")
-    return [key_of(value["cate"], file) for file in files[:num_references]]
+        return files, None
+    folder: Any = value.get("cate")
+    require(isinstance(folder, str), f"{where}: cate", folder, "the name of a class folder")
+    return [key_of(folder, file) for file in files[:num_references]], folder
 
 
-def check_groups(path: str | Path, numbers: list[int], wanted: np.ndarray, found: np.ndarray, index: ShardIndex) -> None:
+def check_groups(path: str | Path, lines: Sequence[Line], wanted: np.ndarray, found: np.ndarray, index: ShardIndex) -> None:
     """The samples [n, R] that were found have the keys [n, R] that were wanted, and are different images of one class."""
     for row, column in zip(*np.nonzero(index.key[found] != wanted), strict=True):
-        require(False, f"{path}: line {numbers[row]}: key", wanted[row, column].decode(), f"keys of {index.folder}")
+        key = wanted[row, column].decode(errors="replace")
+        require(False, f"{path}: line {lines[row].number}: key", key, f"keys of {index.folder}")
     ordered = np.sort(found, axis=1)
-    for row in np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)):
-        require(False, f"{path}: line {numbers[row]}", [key.decode() for key in wanted[row]], "different images")
+    for row in np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)).tolist():
+        require(False, f"{path}: line {lines[row].number}", [key.decode() for key in wanted[row]], "different images")
     labels = index.label[found]
-    for row in np.flatnonzero((labels != labels[:, :1]).any(axis=1)):
+    for row in np.flatnonzero((labels != labels[:, :1]).any(axis=1)).tolist():
         classes = sorted({index.class_names[label] for label in labels[row]})
-        require(False, f"{path}: line {numbers[row]}: classes", classes, "one class")
+        require(False, f"{path}: line {lines[row].number}: classes", classes, "one class")
+
+
+def check_files(
+    path: str | Path,
+    lines: Sequence[Line],
+    wanted: np.ndarray,
+    found: np.ndarray,
+    doubled: np.ndarray,
+    index: ShardIndex,
+) -> None:
+    """Where lines name files, each stands for one image, and it is of the class of that name if there is one.
+
+    ``pack`` gives files of one stem keys that end in -2, -3, ...; ``doubled`` [n, R] says which keys have such a second one.
+    """
+    numbers = {
+        name: c for c, name in enumerate(index.class_names) if not name.isdecimal()
+    }  # those may be mere numbers of classes
+    for line, keys, samples, double in zip(lines, wanted, found, doubled, strict=True):
+        if line.folder is None:
+            continue
+        for key in keys[double]:
+            where = f"{path}: line {line.number}: file with the key"
+            allowed = f"a key of one image ({index.folder} also has {key.decode()}-2); write such a line as a list of keys"
+            require(False, where, key.decode(), allowed)
+        label = int(index.label[samples[0]])
+        right = numbers.get(line.folder, label) == label
+        require(right, f"{path}: line {line.number}: cate", line.folder, f"{index.class_names[label]}, the class of its files")

@@ -7,6 +7,7 @@ webdataset would run them.
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import BinaryIO, NamedTuple, Optional
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "bmp")
 LATENT_MEMBER = "bin"
 LABEL_MEMBER = "cls"
+LABEL = re.compile(r"0*[0-9]{1,6}")  # ASCII digits
+LABELS = "a class number, 0 to 999999"
 PICKLE_MEMBERS = ("pickle", "pkl", "pyd", "pth", "pt")
 END_OF_TAR = 1024  # bytes: two blocks of zeros
 
@@ -106,8 +109,8 @@ def sample_from(file: BinaryIO, path: Path, key: str, members: dict[str, tarfile
     label = members[LABEL_MEMBER]
     file.seek(label.offset_data)
     text = file.read(min(label.size, 32)).decode("ascii", errors="replace").strip()
-    if not text.isdecimal():
-        raise ValueError(f"{path.name}: sample {key!r}: label {text!r}; allowed: a class number, 0 and up.")
+    if label.size > 32 or not LABEL.fullmatch(text):
+        raise ValueError(f"{path.name}: sample {key!r}: label {text!r}; allowed: {LABELS}.")
     data = members[payloads[0]]
     kind = "latents" if payloads[0] == LATENT_MEMBER else "images"
     return ScannedSample(key, data.offset_data, data.size, int(text), kind)

@@ -8,21 +8,22 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 
 from lit_transdiff.config import require, unknown
-from lit_transdiff.data.scan import IMAGE_MEMBERS
+from lit_transdiff.data.scan import IMAGE_MEMBERS, LABEL, LABELS
 from lit_transdiff.files import sha256_of_lines
 
 IDX_IMAGES, IDX_LABELS = 2051, 2049  # magic numbers
 MAX_KEY_BYTES = 80  # a plain tar header holds 100 with the extension
 UNFIT = re.compile(r"[./\s]")  # for a key: webdataset cuts names at the dot
+NAME = re.compile(r"(?![+-]?\d+(\.\d*)?$).+")  # a label that is the name of a class: not -1, 1.0, or digits of another script
 LISTING_THREADS = 16  # a network disk answers many questions at once
 ClassNames = Optional[Union[Sequence[str], Path]]  # in label order, or a file of them
 
@@ -37,6 +38,8 @@ class ImageSource:
     sizes: np.ndarray  # [N] int64, bytes
     class_names: tuple[str, ...]
     read: Callable[[int], Path | np.ndarray]
+    broken: list[tuple[str, str]] = field(default_factory=list)  # images that cannot be read: what they are called, and why
+    passed_over: Counter[str] = field(default_factory=Counter)  # what lies among the images and is none, by kind
 
     @property
     def identity(self) -> str:
@@ -64,25 +67,55 @@ def open_source(source: str | Path, split: Optional[str] = None, class_names: Cl
 def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
     """``folder/class/image.jpg``: classes are the sorted folder names, as in ImageNet."""
     with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        found = [(entry.name, entry.is_dir(), kind_of(entry)) for entry in entries if not entry.name.startswith(".")]
+    classes = sorted(name for name, is_folder, _ in found if is_folder)
     require(len(classes) > 0, str(folder), "a folder without class folders", "folder/class/image.jpg, or IDX files")
     names = checked_names(class_names, classes)
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         listed = list(threads.map(images_in, [f"{folder}/{name}" for name in classes]))
-    origins = [f"{folder}/{name}/{image}" for name, images in zip(classes, listed, strict=True) for image, _ in images]
-    keys = [key_of(name, image) for name, images in zip(classes, listed, strict=True) for image, _ in images]
-    sizes = [size for images in listed for _, size in images]
-    labels = np.repeat(np.arange(len(classes)), [len(images) for images in listed])
-    return file_source(origins, sizes, labels, keys, names)
+    origins = [f"{folder}/{name}/{image}" for name, of in zip(classes, listed, strict=True) for image, _ in of.images]
+    keys = [key_of(name, image) for name, of in zip(classes, listed, strict=True) for image, _ in of.images]
+    sizes = [size for of in listed for _, size in of.images]
+    labels = np.repeat(np.arange(len(classes)), [len(of.images) for of in listed])
+    passed_over = Counter(kind for _, is_folder, kind in found if not is_folder)
+    for of in listed:
+        passed_over.update(of.passed_over)
+    broken = [link for of in listed for link in of.broken]
+    return replace(file_source(origins, sizes, labels, keys, names), broken=broken, passed_over=passed_over)
 
 
-def images_in(directory: str) -> list[tuple[str, int]]:
-    """(file name, bytes) of the images in a folder, by name."""
+class Listing(NamedTuple):
+    """What lies in a class folder."""
+
+    images: list[tuple[str, int]]  # file name, bytes; by name
+    broken: list[tuple[str, str]]  # path of a link to nothing, and that it is one
+    passed_over: Counter[str]  # kinds of everything else
+
+
+def images_in(directory: str) -> Listing:
+    """The images in a folder, told by their extension. Raises ``ValueError`` when there is none."""
+    images, broken, passed_over = [], [], Counter[str]()
     with os.scandir(directory) as entries:
-        images = [e for e in entries if e.name.rpartition(".")[2].lower() in IMAGE_MEMBERS]
-        found = sorted((entry.name, entry.stat().st_size) for entry in images)
-    require(len(found) > 0, directory, "no images", f"files ending in .{', .'.join(IMAGE_MEMBERS)}")
-    return found
+        for entry in entries:
+            if entry.name.rpartition(".")[2].lower() not in IMAGE_MEMBERS or entry.is_dir():
+                passed_over[kind_of(entry)] += 1
+            elif entry.is_file():
+                images.append((entry.name, entry.stat().st_size))
+            else:
+                broken.append((entry.path, "a link to nothing" if entry.is_symlink() else "not a file"))
+    found = f"no images, but {listed_kinds(passed_over)}" if passed_over else "no images"
+    require(len(images) > 0, directory, found, f"files ending in .{', .'.join(IMAGE_MEMBERS)}")
+    return Listing(sorted(images), sorted(broken), passed_over)
+
+
+def kind_of(entry: os.DirEntry[str]) -> str:
+    """``folders``, or the extension of a file."""
+    return "folders" if entry.is_dir() else os.path.splitext(entry.name)[1].lower() or "files without an extension"
+
+
+def listed_kinds(kinds: Counter[str]) -> str:
+    """Kinds and their numbers, for messages."""
+    return ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
 
 
 def key_of(class_folder: str, file_name: str) -> str:
@@ -96,27 +129,47 @@ def plain_key(stem: str) -> str:
 
 
 def list_source(path: Path, class_names: ClassNames) -> ImageSource:
-    """Lines ``path<tab>label`` or ``path,label``; relative to the list file; labels are numbers, or names (then sorted)."""
-    text = path.read_text()
-    delimiter = "\t" if "\t" in text else ","
-    rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1) if row]
-    for number, row in rows:
-        require(len(row) == 2, f"{path}: line {number}", delimiter.join(row), "path and label, with a tab or a comma between")
+    """Lines ``path<tab>label`` or ``path,label``; relative to the list file; labels are numbers, or names (then sorted).
+
+    Raises ``ValueError`` naming the line for a missing file, an empty label, and a number among names or the reverse.
+    """
+    lines = list(text_lines(path))
+    delimiter = "\t" if any("\t" in line for line in lines) else ","
+    rows = [(f"{path}: line {number}", row) for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1) if row]
+    for where, row in rows:
+        require(len(row) == 2, where, delimiter.join(row), "path and label, with a tab or a comma between")
     require(len(rows) > 0, str(path), "an empty list", "lines of path and label")
-    given = [row[1].strip() for _, row in rows]
-    if all(label.isdecimal() for label in given):
-        labels = [int(label) for label in given]
-        found = [str(c) for c in range(max(labels) + 1)]
-    else:
-        found = sorted(set(given))
-        number_of = {name: c for c, name in enumerate(found)}
-        labels = [number_of[label] for label in given]
+    found, labels = number_labels([(where, row[1].strip()) for where, row in rows])
     names = checked_names(class_names, found)
     origins = [str(path.parent / row[0].strip()) for _, row in rows]
-    for (number, _), origin in zip(rows, origins, strict=True):
-        require(os.path.isfile(origin), f"{path}: line {number}", origin, "a file that exists")
+    for (where, _), origin in zip(rows, origins, strict=True):
+        require(os.path.isfile(origin), where, origin, "a file that exists")
     sizes = [os.path.getsize(origin) for origin in origins]
     return file_source(origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names)
+
+
+def text_lines(path: str | Path) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends. Raises ``ValueError`` naming the line that is not UTF-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: line {number}: not UTF-8: {error.reason} at byte {error.start}.") from error
+
+
+def number_labels(given: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]]:
+    """The classes of (where, label) and the class number of each: the label itself, or its place among the sorted names."""
+    numeric = any(LABEL.fullmatch(label) for _, label in given)
+    allowed = f"{LABELS}, as on other lines" if numeric else f"{LABELS}, or the name of a class"
+    for where, label in given:
+        require((LABEL if numeric else NAME).fullmatch(label) is not None, f"{where}: label", label, allowed)
+    if numeric:
+        labels = [int(label) for _, label in given]
+        return [str(c) for c in range(max(labels) + 1)], labels
+    found = sorted({label for _, label in given})
+    number_of = {name: c for c, name in enumerate(found)}
+    return found, [number_of[label] for _, label in given]
 
 
 def file_source(
@@ -179,7 +232,7 @@ def names_from(path: Path, found: list[str]) -> list[str]:
     Of the latter kind is ImageNet's list of synsets, where two birds and machines share a name: such names get their
     class in brackets.
     """
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    lines = [line.strip() for line in text_lines(path) if line.strip()]
     parts = [line.split(maxsplit=1) for line in lines]
     named = {part[0]: part[1] for part in parts if len(part) == 2}
     if not all(name in named for name in found):

@@ -73,6 +73,9 @@ def prepare(generator: Generator, settings: EvaluationConfig, sampling: Sampling
     )
     check_metrics(settings.metrics, have)
     neighbours = settings.num_neighbours
+    if reference is not None and {"precision", "recall"} & set(settings.metrics):
+        where = f"evaluation.num_neighbours: features of {settings.reference}"
+        require(neighbours < reference.num_features, where, reference.num_features, f"more than {neighbours}")
     require(
         neighbours < settings.num_images, "evaluation.num_neighbours", neighbours, f"less than num_images={settings.num_images}"
     )

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from lit_transdiff.files import short_hash, whole
 
 Array = np.ndarray
 NAMES = ("mu", "sigma", "mu_s", "sigma_s", "num_images", "features", "about")
+ROUNDING = 1e-6  # how far a covariance in a file may be from symmetric and from no negative eigenvalue, relative to its largest
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Statistics:
             check_gaussian(*self.spatial, ("mu_s", "sigma_s"))
         size, shape = self.mu.size, None if self.features is None else self.features.shape
         require(shape is None or (len(shape) == 2 and shape[1] == size), "features", shape, f"[n, D] with D = {size}")
+        if self.features is not None:
+            require(len(self.features) >= 2, "features", shape, "at least 2 rows")
+            require(bool(np.isfinite(self.features).all()), "features", "NaN or Inf", "finite numbers")
+        require(self.images != 1, "arr_0", "1 image", "at least 2")
 
     @property
     def gaussian(self) -> Gaussian:
@@ -63,7 +69,12 @@ class Statistics:
     @property
     def has_features(self) -> bool:
         """Features are kept, or can be made of the file's images."""
-        return self.features is not None or self.images > 0
+        return self.num_features > 0
+
+    @property
+    def num_features(self) -> int:
+        """Rows of features that are kept, or can be made of the file's images."""
+        return self.images if self.features is None else len(self.features)
 
     @property
     def has_spatial(self) -> bool:
@@ -78,6 +89,17 @@ def check_gaussian(mu: Array, sigma: Array, names: tuple[str, str]) -> None:
     require(sigma.shape == (size, size), names[1], sigma.shape, f"[D, D] with D = {size}")
     finite = bool(np.isfinite(mu).all() and np.isfinite(sigma).all())
     require(finite, " and ".join(names), "NaN or Inf", "finite numbers")
+
+
+def check_covariance(sigma: Array, name: str) -> None:
+    """Refuse finite numbers [D, D] that are no covariance: not symmetric, or with an eigenvalue below 0 by more than rounding."""
+    largest = float(np.abs(sigma).max(initial=0))
+    symmetric = np.allclose(sigma, sigma.T, rtol=10 * ROUNDING, atol=ROUNDING * largest)
+    require(symmetric, name, "a matrix that is not symmetric", "a covariance")
+    if sigma.size:
+        values = torch.linalg.eigvalsh(torch.from_numpy(sigma))
+        lowest, highest = float(values[0]), float(values[-1])
+        require(lowest >= -ROUNDING * highest, name, f"eigenvalues from {lowest:.3g} to {highest:.3g}", "none below 0")
 
 
 class Reservoir:
@@ -115,6 +137,7 @@ def reference_statistics(
     The features of a uniform sample of ``max_features`` images are kept for the metrics that need them (0: none).
     """
     with_spatial = extractor.num_spatial is not None
+    require(max_features != 1, "max_features", max_features, "0 or at least 2")
     moments, spatial, kept = Moments(), Moments(), Reservoir(max_features, seed)
     device = next(extractor.parameters()).device
     for images in batches:
@@ -159,35 +182,53 @@ def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
 def load_statistics(path: str | Path) -> Statistics:
     """Read a statistics file in our layout or a public one; images in it are counted, not read.
 
-    Raises ``FileNotFoundError`` without the file and ``ValueError`` when it is not one.
+    Raises ``FileNotFoundError`` without the file and ``ValueError`` naming it when it is not one, or its numbers are no
+    statistics. That sigma is a covariance is checked here: at 2048 features it takes about a second.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"evaluation.reference: {path} does not exist.")
     try:
         file = np.load(path, allow_pickle=False)
-        require(isinstance(file, np.lib.npyio.NpzFile), "evaluation.reference", str(path), "an .npz file")
+        require(isinstance(file, np.lib.npyio.NpzFile), "content", "a single array", "an .npz file")
         with file:
             names = set(file.files)
             both = all({mu, sigma} <= names or not {mu, sigma} & names for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")))
             complete = both and bool({"mu", "arr_0"} & names)
-            require(complete, f"{path}: arrays", sorted(names), "at least mu and sigma, or images as arr_0; mu_s with sigma_s")
+            require(complete, "arrays", sorted(names), "at least mu and sigma, or images as arr_0; mu_s with sigma_s")
             arrays = {name: file[name] for name in NAMES if name in names}
-        images = images_shape(path)[0] if "arr_0" in names else 0
-    except (zipfile.BadZipFile, EOFError) as error:
+        return statistics_of(arrays, path, images_shape(path)[0] if "arr_0" in names else 0)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"evaluation.reference: {path} is not an .npz file ({error}).") from error
+    except ValueError as error:
+        raise ValueError(f"evaluation.reference: {path}: {error}") from error
+
+
+def statistics_of(arrays: dict[str, Array], path: Path, images: int) -> Statistics:
+    """The statistics that the ``arrays`` of a file hold, checked."""
+    for name in {*NAMES[:4], "features"} & arrays.keys():
+        require(arrays[name].dtype.kind in "fiu", name, str(arrays[name].dtype), "real numbers")
+    num_images = arrays.get("num_images")
+    if num_images is not None:
+        require(num_images.ndim == 0 and num_images.dtype.kind in "iu", "num_images", num_images.tolist(), "an integer")
+    about = json.loads(str(arrays["about"])) if "about" in arrays else {}
+    require(isinstance(about, dict), "about", about, "a JSON object")
     wide = {name: arrays[name].astype(np.float64) for name in NAMES[:4] if name in arrays}
-    return Statistics(
+    require("mu" not in wide or wide["mu"].size > 0, "mu", "no numbers", "[D]")
+    found = Statistics(
         mu=wide.get("mu", np.zeros(0)),
         sigma=wide.get("sigma", np.zeros((0, 0))),
-        num_images=int(arrays["num_images"]) if "num_images" in arrays else None,
+        num_images=None if num_images is None else int(num_images),
         features=arrays.get("features"),
-        about=json.loads(str(arrays["about"])) if "about" in arrays else {},
+        about=about,
         path=str(path),
         hash=short_hash(path),
         spatial=Gaussian(wide["mu_s"], wide["sigma_s"]) if "mu_s" in wide else None,
         images=images,
     )
+    for name in {"sigma", "sigma_s"} & wide.keys():
+        check_covariance(wide[name], name)
+    return found
 
 
 def completed(statistics: Statistics, extractor: FeatureExtractor, folder: Path, *, features: bool, spatial: bool) -> Statistics:

@@ -17,12 +17,12 @@ from typing import Any, Optional
 
 import torch
 from einops import pack, unpack
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lit_transdiff.config import AutoencoderTraining, require, unknown
 from lit_transdiff.models.execution import compile_blocks
-from lit_transdiff.models.layout import check_layout
-from lit_transdiff.models.ldm import from_diffusers, read_architecture, to_diffusers
+from lit_transdiff.models.ldm import check_ldm, from_diffusers, read_architecture, to_diffusers
 
 LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior, as in latent diffusion
 CONFIG_FILE = "config.json"
@@ -179,12 +179,18 @@ class KLAutoencoder(Autoencoder):
         folder, file = Path(path), Path(path) / CONFIG_FILE
         if not file.is_file():
             raise FileNotFoundError(f"autoencoder.path: {file} does not exist; expected a folder in diffusers' layout.")
-        config = json.loads(file.read_text())
+        try:
+            config = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
         mean, std = read_normalisation(config, str(file))
         channels = config.get("in_channels")
         require(channels == image_channels, f"{file}: in_channels", channels, f"data.image_channels={image_channels}")
         options = dict(local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
-        model, report = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, **options)
+        try:
+            model, report = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder}: the weights are damaged, or not those of config.json: {error}") from error
         for problem in ("missing_keys", "unexpected_keys"):
             keys = sorted(report[problem])[:3]
             require(not keys, f"{folder}: {problem}", keys, "exactly the weights that config.json describes")
@@ -199,9 +205,13 @@ class KLAutoencoder(Autoencoder):
         """
         from diffusers import AutoencoderKL
 
+        settings = read_architecture(state)
+        widths = settings["block_out_channels"]
+        fit = min(widths) > 0 and not any(width % LDM_NORM_GROUPS for width in widths)
+        require(fit, "channels of the levels", widths, f"multiples of {LDM_NORM_GROUPS}")
+        model: Any = AutoencoderKL(**settings, norm_num_groups=LDM_NORM_GROUPS, scaling_factor=scaling_factor)
+        check_ldm(state, model.state_dict())
         mapped = to_diffusers(state)
-        model: Any = AutoencoderKL(**read_architecture(state), norm_num_groups=LDM_NORM_GROUPS, scaling_factor=scaling_factor)
-        check_layout(mapped.state, {key: tuple(value.shape) for key, value in model.state_dict().items()})
         model.load_state_dict(mapped.state)
         channels = model.config.latent_channels
         return cls(model, torch.zeros(channels), torch.full((channels,), 1 / scaling_factor)), sorted(mapped.left_over)

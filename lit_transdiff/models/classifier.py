@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -64,14 +64,21 @@ def save_classifier(classifier: SmallClassifier, path: str | Path) -> None:
 def load_classifier(path: str | Path) -> SmallClassifier:
     """The classifier of a file, in evaluation mode and without gradients.
 
-    Raises ``FileNotFoundError`` without the file and ``ValueError`` when its header is not a classifier's.
+    Raises ``FileNotFoundError`` without the file and ``ValueError`` naming it when it is damaged or not a classifier's.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"classifier weights: {path} does not exist.")
-    with safe_open(path, framework="pt") as file:
-        header = (file.metadata() or {}).get(HEADER)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(HEADER)
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if header is None:
         raise ValueError(f"{path}: header: got no {HEADER!r} entry; allowed: a file written by save_classifier.")
-    classifier = SmallClassifier(**json.loads(header))
-    classifier.load_state_dict(load_file(path))
+    try:
+        classifier = SmallClassifier(**json.loads(header))
+        classifier.load_state_dict(weights)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: the weights do not fit the header {header}: {error}") from error
     return classifier.requires_grad_(False).eval()

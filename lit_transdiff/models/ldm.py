@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_transdiff.models.layout import Mapped
+from lit_transdiff.models.layout import Mapped, check_layout
 
 TRAINING_ONLY = "loss."  # the discriminator that some checkpoints carry
 # (latent diffusion, diffusers): how a key begins. {side}: encoder or decoder; {up}: a level of the decoder, reversed.
@@ -43,25 +43,42 @@ def is_ldm(state: Mapping[str, Any]) -> bool:
 
 def num_levels(state: Mapping[str, Any]) -> int:
     """Levels of the encoder; every one but the last halves the size."""
-    return len({match[1] for key in state if (match := re.match(r"encoder\.down(?:_blocks)?\.(\d+)\.", key))})
+    return 1 + max(int(match[1]) for key in state if (match := re.match(r"encoder\.down(?:_blocks)?\.(\d{1,2})\.", key)))
 
 
 def read_architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of diffusers' ``AutoencoderKL`` that the shapes of a latent-diffusion state dict tell."""
+    """The arguments of diffusers' ``AutoencoderKL`` that the shapes of a latent-diffusion state dict tell.
+
+    Raises ``ValueError`` listing what is missing or of another number of dimensions of the keys that they are read from.
+    """
     levels = range(num_levels(state))
+    outputs = [f"encoder.down.{level}.block.0.conv2.weight" for level in levels]
+    telling = ["encoder.conv_in.weight", *outputs, "decoder.conv_out.weight", "post_quant_conv.weight"]
+    wrong = [f"missing: {key}" for key in telling if key not in state]
+    wrong += [f"no convolution: {key} {list(state[key].shape)}" for key in telling if key in state and state[key].ndim != 4]
+    if wrong:
+        raise ValueError("the checkpoint does not fit:\n  " + "\n  ".join(wrong))
     return {
         "in_channels": state["encoder.conv_in.weight"].shape[1],
         "out_channels": state["decoder.conv_out.weight"].shape[0],
         "down_block_types": tuple(
-            "AttnDownEncoderBlock2D" if f"encoder.down.{level}.attn.0.q.weight" in state else "DownEncoderBlock2D"
+            "AttnDownEncoderBlock2D"
+            if any(key.startswith(f"encoder.down.{level}.attn.") for key in state)
+            else "DownEncoderBlock2D"
             for level in levels
         ),
         "up_block_types": ("UpDecoderBlock2D",) * len(levels),
-        "block_out_channels": tuple(state[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in levels),
-        "layers_per_block": len({key.split(".")[4] for key in state if key.startswith("encoder.down.0.block.")}),
+        "block_out_channels": tuple(state[key].shape[0] for key in outputs),
+        "layers_per_block": max(num_blocks(state, level) for level in levels),
         "latent_channels": state["post_quant_conv.weight"].shape[0],
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in state,
+        "mid_block_add_attention": any(".mid.attn_1." in key for key in state),
     }
+
+
+def num_blocks(state: Mapping[str, Any], level: int) -> int:
+    """Residual blocks of a level of the encoder, counted up to the first that is not there at all."""
+    there = {int(match[1]) for key in state if (match := re.match(rf"encoder\.down\.{level}\.block\.(\d+)\.", key))}
+    return next(i for i in range(len(there) + 1) if i not in there)
 
 
 def rename(key: str, levels: int, back: bool = False) -> str:
@@ -85,23 +102,22 @@ def rename(key: str, levels: int, back: bool = False) -> str:
     raise KeyError(f"{key!r} has no name in the other layout.")
 
 
+def check_ldm(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` listing, under its own names, where a state dict does not fit diffusers' ``model`` state dict."""
+    shapes = {key: tuple(value.shape) for key, value in from_diffusers(model).items()}
+    check_layout({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, shapes)
+
+
 def to_diffusers(state: Mapping[str, Tensor]) -> Mapped:
     """diffusers' state dict of a latent-diffusion one; what only its training needed is left over.
 
-    Raises ``ValueError`` listing the keys that have no place.
+    Raises ``KeyError`` for a key that diffusers does not have.
     """
-    levels, result, strange = num_levels(state), {}, []
+    levels, result = num_levels(state), {}
     for key, value in state.items():
-        if key.startswith(TRAINING_ONLY):
-            continue
-        try:
+        if not key.startswith(TRAINING_ONLY):
             name = rename(key, levels)
-        except KeyError:
-            strange.append(f"{key} {list(value.shape)}")
-            continue
-        result[name] = value.flatten(1) if ".attentions." in name and value.ndim == 4 else value
-    if strange:
-        raise ValueError("the checkpoint does not fit:\n  unexpected: " + "\n  unexpected: ".join(strange))
+            result[name] = value.flatten(1) if ".attentions." in name and value.ndim == 4 else value
     return Mapped(result, {key: value for key, value in state.items() if key.startswith(TRAINING_ONLY)})
 
 

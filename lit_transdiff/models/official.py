@@ -77,28 +77,39 @@ def our_name(released: str) -> str:
     raise KeyError(f"{released!r} is not a key of the released checkpoints.")
 
 
-def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
-    """The settings of ``ModelConfig`` that a released state dict has by its shapes.
-
-    The number of heads leaves no trace in them: it is that of the row of ``SIZES`` with the same width and blocks, or
-    ``num_heads``. Raises ``ValueError`` for missing keys and wrong shapes, and for an unknown size without ``num_heads``.
-    """
+def check_telling(state: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` listing what is missing, of another number of dimensions, or empty of the keys in TELLING."""
     missing = [key for key in TELLING if key not in state]
     if missing:
         raise ValueError(f"not a released TransDiff checkpoint; missing: {', '.join(missing)}")
     wrong = [f"{key} {list(state[key].shape)}" for key, ndim in TELLING.items() if state[key].ndim != ndim]
     if wrong:
         raise ValueError(f"not a released TransDiff checkpoint; of another number of dimensions: {', '.join(wrong)}")
+    empty = [f"{key} {list(state[key].shape)}" for key in TELLING if state[key].numel() == 0]
+    if empty:
+        raise ValueError(f"not a released TransDiff checkpoint; without a number: {', '.join(empty)}")
+
+
+def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
+    """The settings of ``ModelConfig`` that a released state dict has by its shapes.
+
+    The number of heads leaves no trace in them: it is that of the row of ``SIZES`` with the same width and blocks, or
+    ``num_heads``. Raises ``ValueError`` for missing keys and wrong shapes, for an unknown size without ``num_heads``, and for a
+    ``num_heads`` that is not that of a known size.
+    """
+    check_telling(state)
     width, channels = state["fake_latent"].shape[1], state["diffdecoder.net.final_layer.linear.weight"].shape[0]
     context, masks = state["diffusion_pos_embed_learned"].shape[1], state["mask_token"].shape[1]
-    if masks < 1 or context % masks:
+    if context % masks:
         raise ValueError(f"mask_token: got {masks} tokens; allowed: 1, or as many as divide the {context} context tokens")
     blocks = {"encoder_blocks": r"encoder_blocks\.(\d+)\.", "decoder_blocks": r"diffdecoder\.net\.res_blocks\.(\d+)\."}
     counts = {name: len({m[1] for key in state if (m := re.match(pattern, key))}) for name, pattern in blocks.items()}
     size, row = next(
         ((name, row) for name, row in SIZES.items() if row["width"] == width and {k: row[k] for k in counts} == counts), ("", {})
     )
-    heads = num_heads or row.get("num_heads")
+    heads = row.get("num_heads") if num_heads is None else num_heads
+    if row and heads != row["num_heads"]:
+        raise ValueError(f"model.num_heads: got {heads}; allowed: {row['num_heads']}, as the checkpoint is of size {size!r}")
     if heads is None:
         raise ValueError(f"model.num_heads: a model of width {width} and {counts} is of no known size; say how many heads it has")
     return {

@@ -74,6 +74,26 @@ def test_corrupt_images_are_listed_and_dotted_names_kept_apart(tmp_path):
     assert all(value.shape == (3, 8, 8) for value in values.values())
 
 
+def test_what_is_no_image_among_the_images_is_reported(tmp_path):
+    """A folder called 2.png, a link to nothing, a sub-folder, files of other formats, and a file beside the class folders."""
+    (tmp_path / "in/a/2.png").mkdir(parents=True)
+    (tmp_path / "in/a/deeper").mkdir()
+    for name in ("in/notes.txt", "in/a/3.tif", "in/a/4.GIF", "in/a/5.gif", "in/a/README"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"in/a: got 'no images, but \.gif \(2\), \.tif \(1\), .*'; allowed: files ending in"):
+        pack(tmp_path / "in", tmp_path / "out", progress=False)
+    Image.new("RGB", (8, 8)).save(tmp_path / "in/a/1.png")
+    (tmp_path / "in/a/6.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "in/a/7.png").symlink_to("1.png")
+    report = pack(tmp_path / "in", tmp_path / "out", progress=False)
+    assert sorted(report.index.key.tolist()) == [b"a_1", b"a_7"]
+    assert report.skipped == [(f"{tmp_path}/in/a/6.png", "a link to nothing")]
+    assert "6.png\ta link to nothing" in (tmp_path / "out/skipped.txt").read_text()
+    expected = "; passed over: .gif (2), .tif (1), .txt (1), files without an extension (1), folders (2)"
+    assert str(report).endswith(f"1 unreadable images skipped, listed in skipped.txt{expected}")
+    assert str(pack(tmp_path / "in", tmp_path / "out", progress=False)) == str(report)
+
+
 def write_idx(path, array, magic):
     path.write_bytes(gzip.compress(struct.pack(f">i{array.ndim}i", magic, *array.shape) + array.tobytes()))
 
@@ -112,6 +132,30 @@ def test_list_file(image_folder, tmp_path):
     (image_folder.parent / "list.csv").write_text("small/ant/1.png,2\nsmall/ant/missing.png,0\n")
     with pytest.raises(ValueError, match=r"line 2: got '.*missing\.png'"):
         pack(image_folder.parent / "list.csv", tmp_path / "b", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["0", "1", ""], "line 3: label: got ''; allowed: a class number"),
+        (["cat", "", "dog"], "line 2: label: got ''; allowed: .*999999, or the name of a class"),
+        (["0", "-1", "2"], "line 2: label: got '-1'; allowed: a class number"),
+        (["cat", "dog", "7"], "line 1: label: got 'cat'; allowed: a class number"),
+        (["1.0", "2.0", "10.0"], r"line 1: label: got '1\.0'; allowed: .* or the name"),
+        (["-1", "-2", "-10"], "line 1: label: got '-1'; allowed: .* or the name"),
+        (["1", "٣", "2"], "line 2: label: got '٣'; allowed: a class number"),
+        (["٣", "٤", "٥"], "line 1: label: got '٣'; allowed: .* or the name"),
+        (["0", "9999999999", "1"], "line 2: label: got '9999999999'"),
+    ],
+)
+def test_a_label_that_would_number_the_classes_anew_is_refused(image_folder, tmp_path, labels, message):
+    path = image_folder.parent / "labels.csv"
+    path.write_text("".join(f"small/ant/{i}.png,{label}\n" for i, label in enumerate(labels)), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        pack(path, tmp_path / "x", progress=False)
+    path.write_bytes(b"small/ant/1.png,0\nsmall/ant/\xe9.png,0\n")
+    with pytest.raises(ValueError, match=r"labels\.csv: line 2: not UTF-8"):
+        pack(path, tmp_path / "x", progress=False)
 
 
 @pytest.mark.parametrize(("folder", "each"), [("train", 400), ("evaluation", 200)])

@@ -2,10 +2,17 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lit_transdiff.data.index import read_index
+from lit_transdiff.data.pack import pack
 from lit_transdiff.data.plan import TrainPlan, epoch_order
 from lit_transdiff.data.references import group_references, num_groups, read_groups
+
+
+def write_image(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8)).save(path)
 
 
 @pytest.mark.parametrize("num_references", [2, 4, 7])
@@ -122,3 +129,37 @@ def test_the_released_index_file(shards, tmp_path):
         path.write_text(json.dumps(lines[0]) + "\n" + json.dumps(line) + "\n")
         with pytest.raises(ValueError, match=message):
             read_groups(path, index, 3)
+
+
+def test_a_file_name_that_may_mean_another_image_is_refused(tmp_path):
+    """Two files of one stem, and of two classes: the keys of the later ones end in -2."""
+    for name in ("n01/n01_0.jpg", "n01/n01_0.png", "n01/n01_1.png", "n01/n01_2.png", "dog/house_0.png", "dog/house_1.png"):
+        write_image(tmp_path / "in" / name)
+    for name in ("dog_house/0.png", "dog_house/dog_house_2.png", "dog_house/dog_house_3.png"):
+        write_image(tmp_path / "in" / name)
+    index = pack(tmp_path / "in", tmp_path / "shards", progress=False).index
+    path = tmp_path / "files.txt"
+
+    def read(*lines):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return [[index.key_of(sample) for sample in group] for group in read_groups(path, index, 2)]
+
+    good = {"cate": "n01", "files": ["n01_1.png", "n01_2.png"]}
+    assert read(good, ["n01_0", "n01_0-2"]) == [["n01_1", "n01_2"], ["n01_0", "n01_0-2"]]
+    for line, message in [
+        ({"cate": "n01", "files": ["n01_0.png", "n01_1.png"]}, "line 2: file with the key: got 'n01_0'; .* also has n01_0-2"),
+        ({"cate": "dog_house", "files": ["0.png", "1.png"]}, "line 2: file with the key: got 'dog_house_0'"),
+        ({"cate": "dog", "files": ["dog_house_2.png", "dog_house_3.png"]}, "line 2: cate: got 'dog'; allowed: dog_house"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read(good, line)
+
+
+@pytest.mark.parametrize(
+    "line", [b'["n\xe901_0","n01_1"]', b"[" * 100_000, b"[" + b"9" * 5000 + b"]", b'["\\ud800","ant_1"]'], ids=range(4)
+)
+def test_a_line_that_cannot_be_read_is_named(shards, tmp_path, line):
+    path = tmp_path / "files.txt"
+    path.write_bytes(b'["ant_0","ant_1"]\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"files\.txt: line 2: "):
+        read_groups(path, read_index(shards), 2)

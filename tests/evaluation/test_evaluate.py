@@ -17,7 +17,7 @@ from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.job import choose_labels, draw, image_seeds, prepare
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.results import result_name
-from lit_transdiff.evaluation.statistics import load_statistics
+from lit_transdiff.evaluation.statistics import Statistics, load_statistics, save_statistics
 from lit_transdiff.files import short_hash
 from lit_transdiff.pictures import to_bytes
 from tests.evaluation.conftest import SAMPLING, tiny_generator, tiny_settings
@@ -211,6 +211,13 @@ def test_labels_seeds_and_shown_images() -> None:
     assert labels[shown[0, 0]] == 0 and labels[shown[-1, 0]] == 29
 
 
+def reference_of(files: Path, rows: int) -> Statistics:
+    """The reference with only so many rows of features."""
+    reference = load_statistics(files / "reference.npz")
+    assert reference.features is not None
+    return dataclasses.replace(reference, features=reference.features[:rows])
+
+
 def test_what_cannot_be_scored_is_refused_before_any_image_is_drawn(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,5 +232,9 @@ def test_what_cannot_be_scored_is_refused_before_any_image_is_drawn(
     ]:
         with pytest.raises(ValueError, match=message):
             evaluate(generator, tiny_settings(files, **changes), SAMPLING, output=tmp_path)
+    few = save_statistics(reference_of(files, rows=3), tmp_path / "few.npz")
+    for metrics in (["precision"], ["recall"]):
+        with pytest.raises(ValueError, match=r"num_neighbours: features of .*few\.npz: got 3; allowed: more than 3"):
+            evaluate(generator, tiny_settings(files, metrics=metrics, reference=few.path), SAMPLING, output=tmp_path)
     with pytest.raises(ValueError, match=r"sampling\.solver"):
         evaluate(generator, tiny_settings(files), SamplingConfig(solver="eular"), output=tmp_path)

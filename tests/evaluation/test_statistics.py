@@ -158,7 +158,54 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
             load_statistics(tmp_path / name)
 
 
+COVARIANCE = np.cov(np.random.default_rng(0).standard_normal((3, 100)))
+MEAN = {"mu": np.zeros(3), "sigma": COVARIANCE}
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"sigma": -COVARIANCE}, "sigma: got 'eigenvalues from -1.*; allowed: none below 0"),
+        ({"sigma": np.triu(COVARIANCE)}, "sigma: got 'a matrix that is not symmetric'"),
+        ({"sigma": COVARIANCE + 0j}, "sigma: got 'complex128'; allowed: real numbers"),
+        ({"mu": np.array(["a", "b", "c"])}, "mu: got '<U1'; allowed: real numbers"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "mu: got 'no numbers'"),
+        ({"mu_s": np.zeros(3), "sigma_s": -COVARIANCE}, "sigma_s: got 'eigenvalues"),
+        ({"features": np.full((5, 3), np.inf)}, "features: got 'NaN or Inf'"),
+        ({"features": np.zeros((1, 3))}, r"features: got \(1, 3\); allowed: at least 2 rows"),
+        ({"features": np.zeros((0, 3))}, r"features: got \(0, 3\); allowed: at least 2 rows"),
+        ({"num_images": np.arange(3)}, r"num_images: got \[0, 1, 2\]; allowed: an integer"),
+        ({"about": np.array("[1]")}, r"about: got \[1\]; allowed: a JSON object"),
+        ({"about": np.array("{")}, "Expecting property name"),
+        ({"arr_0": np.zeros((1, 4, 4, 3), np.uint8)}, "arr_0: got '1 image'"),
+    ],
+)
+def test_numbers_that_are_no_statistics_are_refused_with_the_file(tmp_path: Path, wrong: dict, message: str) -> None:
+    np.savez(tmp_path / "odd.npz", **{**MEAN, **wrong})
+    with pytest.raises(ValueError, match=rf"^evaluation\.reference: {tmp_path}/odd\.npz: {message}"):
+        load_statistics(tmp_path / "odd.npz")
+
+
+def test_a_covariance_may_be_rounded_and_of_low_rank(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((5, 40)) * np.linspace(1, 100, 40)
+    np.savez(tmp_path / "ok.npz", mu=np.zeros(40, np.float32), sigma=np.cov(rows.T).astype(np.float32))
+    assert load_statistics(tmp_path / "ok.npz").mu.dtype == np.float64
+    np.savez(tmp_path / "zero.npz", mu=np.zeros(4), sigma=np.zeros((4, 4)))
+    load_statistics(tmp_path / "zero.npz")
+
+
+def test_a_damaged_compressed_file_is_named(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "whole.npz", **MEAN)
+    content = bytearray((tmp_path / "whole.npz").read_bytes())
+    content[100:140] = bytes(byte ^ 255 for byte in content[100:140])
+    (tmp_path / "damaged.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged\.npz"):
+        load_statistics(tmp_path / "damaged.npz")
+
+
 def test_one_image_has_no_covariance(extractor: FeatureExtractor) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         reference_statistics([random_images(1)], extractor)
     assert reference_statistics([random_images(3)], extractor, max_features=0).features is None
+    with pytest.raises(ValueError, match="max_features: got 1; allowed: 0 or at least 2"):
+        reference_statistics([random_images(3)], extractor, max_features=1)

@@ -42,6 +42,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_file({"head.bias": torch.zeros(10)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="header"):
         load_classifier(tmp_path / "other.safetensors")
+    save_classifier(SmallClassifier(10, 32, 1), tmp_path / "whole.safetensors")
+    content = (tmp_path / "whole.safetensors").read_bytes()
+    for damaged in (b"", content[:100], content[:-1]):
+        (tmp_path / "cut.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cut\.safetensors is not a whole safetensors file"):
+            load_classifier(tmp_path / "cut.safetensors")
+    weights = SmallClassifier(10, 32, 1).state_dict()
+    for header in ('{"num_classes": 11, "image_size": 32, "image_channels": 1}', '{"num_classes": 10}', "{", "[]"):
+        save_file(weights, tmp_path / "odd.safetensors", metadata={"classifier": header})
+        with pytest.raises(ValueError, match=r"odd\.safetensors: the weights do not fit the header"):
+            load_classifier(tmp_path / "odd.safetensors")
 
 
 def test_shipped_classifier_knows_the_bundled_images_and_their_reconstructions() -> None:
