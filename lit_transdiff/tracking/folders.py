@@ -1,10 +1,16 @@
-"""Runs from run folders: what ``train``, ``evaluate`` and sweeps leave, without W&B."""
+"""Runs from run folders: what ``train``, ``evaluate`` and sweeps leave, without W&B.
+
+A file that is damaged is left out with a warning that names it; the rest of its run, and the other runs, are read.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,46 +18,64 @@ from PIL import Image
 
 from lit_transdiff.evaluation.scores import FOLDER
 from lit_transdiff.loading import plain, read_yaml
-from lit_transdiff.tracking.records import AXES, Evaluation, Pictures, Run, last_values
+from lit_transdiff.tracking.records import Evaluation, Pictures, Run
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SIGNS = ("metrics.csv", "environment.json", FOLDER)  # a folder with config.yaml and one of these is a run's
+COLUMNS = ("step", "images_seen", "seconds", "metric", "value", "start")  # of metrics.csv; earlier versions wrote no start
+log = logging.getLogger(__name__)
 
 
 def is_run_folder(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and any((folder / sign).exists() for sign in SIGNS)
 
 
-def run_folders(root: Path) -> Iterator[Path]:
-    """Run folders at and below ``root``, in the order of paths; inside of a run none is looked for."""
+def run_folders(root: Path, seen: set[Path] | None = None) -> Iterator[Path]:
+    """Run folders at and below ``root``, each once whatever links lead to it, in the order of paths, links last.
+
+    Inside of a run none is looked for.
+    """
+    seen = set() if seen is None else seen
+    if root.resolve() in seen:
+        return
+    seen.add(root.resolve())
     if is_run_folder(root):
         yield root
         return
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        yield from run_folders(folder)
+    below = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: (path.is_symlink(), path))
+    for folder in below:
+        if not root.resolve().is_relative_to(folder.resolve()):  # a link upwards leads out of ``root``
+            yield from run_folders(folder, seen)
 
 
 def read_folder(folder: Path) -> Run:
-    """The run of a run folder; its history is read when it is asked for."""
-    config = plain(read_yaml(folder / "config.yaml"))
+    """The run of a run folder; its metrics are read when they are asked for.
+
+    Raises ``ValueError`` when ``config.yaml`` is not that of a run.
+    """
+    try:
+        config = plain(read_yaml(folder / "config.yaml"))
+        name, stage, _ = config["name"], config["stage"], config["training"]["max_steps"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.yaml'} is not the configuration of a run ({error!r}).") from error
     tracking = config.get("tracking") or {}
-    devices = device_count(folder)
-    history = read_metrics(folder / "metrics.csv", devices)
+    rows = cache(partial(read_rows, folder / "metrics.csv"))
     id_file = folder / "wandb" / "run_id"
     return Run(
         id=id_file.read_text() if id_file.is_file() else str(folder),
-        name=config["name"],
-        stage=config["stage"],
+        name=name,
+        stage=stage,
         group=tracking.get("group") or "",
         tags=list(tracking.get("tags") or []),
         state=state_of(folder, config),
         config=config,
-        summary=last_values(history),
         where=str(folder),
-        read_history=lambda: history,
-        evaluations=[read_evaluation(file) for file in sorted((folder / FOLDER).glob("*.json"))],
+        read_summary=cache(lambda: last_values(rows())),
+        read_history=cache(lambda: as_history(rows(), devices_of_starts(folder))),
+        read_step=lambda: int(rows()["step"].max()) if len(rows()) else None,
+        evaluations=evaluations_in(folder / FOLDER),
         open_pictures=partial(pictures_of, folder),
     )
 
@@ -60,36 +84,88 @@ def state_of(folder: Path, config: dict[str, Any]) -> str:
     """finished, when there is what the run is for; unfinished otherwise: a folder does not say whether a process runs."""
     if config["stage"] == "evaluate":
         return "finished" if any((folder / FOLDER).glob("*.json")) else "unfinished"
-    export = folder / "export" / "export.json"
-    last = json.loads(export.read_text())["step"] if export.is_file() else 0
-    return "finished" if last >= config["training"]["max_steps"] else "unfinished"
+    export = read_json(folder / "export" / "export.json") or {}
+    return "finished" if export.get("step", 0) >= config["training"]["max_steps"] else "unfinished"
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds; nothing, with a warning when there is a file, where it cannot be read."""
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        log.warning("%s is not JSON (%s) and is left out.", file, error)
+        return None
+
+
+def devices_of_starts(folder: Path) -> list[int]:
+    """Processes of each start of the run, on all nodes; each had one device."""
+    return [start.get("num_processes", 1) for start in read_json(folder / "environment.json") or []] or [1]
 
 
 def device_count(folder: Path) -> int:
     """Processes of the run's last start, on all nodes; each had one device."""
-    file = folder / "environment.json"
-    starts = json.loads(file.read_text()) if file.is_file() else []
-    return starts[-1].get("num_processes", 1) if starts else 1
+    return devices_of_starts(folder)[-1]
 
 
-def read_metrics(file: Path, devices: int = 1) -> pd.DataFrame:
-    """``metrics.csv`` as one row a step; seconds of all starts together make the device-hours."""
+def read_rows(file: Path) -> pd.DataFrame:
+    """The rows of ``metrics.csv`` with its ``COLUMNS``; lines that are cut or damaged are left out with a warning.
+
+    Where the file does not say which start of the run wrote a row, a clock that goes back begins another.
+    """
     import pandas as pd
 
-    if not file.is_file():
-        return pd.DataFrame(columns=list(AXES), dtype=float)
-    rows = pd.read_csv(file)
-    since = rows["seconds"].diff()
-    rows["device_hours"] = since.where(since >= 0, rows["seconds"]).cumsum() * devices / 3600
-    rows = rows.drop_duplicates(["step", "metric"], keep="last")
+    with_values = list(COLUMNS[:-1])
+    text = file.read_text(errors="replace") if file.is_file() else ",".join(COLUMNS)
+    lines = list(csv.reader(text.splitlines()))
+    head = lines[0] if lines else []
+    if not set(with_values) <= set(head):
+        log.warning("%s does not begin with %s and is left out.", file, ",".join(with_values))
+        return pd.DataFrame(columns=list(COLUMNS), dtype=float)
+    whole = [line for line in lines[1:] if len(line) == len(head)]
+    rows = pd.DataFrame(whole, columns=head)
+    words = rows["value"].str.lower() if len(rows) else rows["value"]
+    numeric = [name for name in head if name != "metric"]
+    rows[numeric] = rows[numeric].apply(pd.to_numeric, errors="coerce")
+    rows = rows[rows[["step", "images_seen", "seconds"]].notna().all(axis=1) & (rows["value"].notna() | (words == "nan"))]
+    if len(rows) < len(lines) - 1:
+        log.warning("%s: %d of its %d lines are damaged and are left out.", file, len(lines) - 1 - len(rows), len(lines) - 1)
+    rows = rows.astype({"step": int, "images_seen": int}).reset_index(drop=True)
+    return rows if "start" in head else rows.assign(start=(rows["seconds"].diff() < 0).cumsum())
+
+
+def as_history(rows: pd.DataFrame, devices: Sequence[int]) -> pd.DataFrame:
+    """Rows of ``metrics.csv`` as one row a step; ``devices`` are those of each start, whose seconds make the device-hours."""
+    since, start = rows["seconds"].diff(), rows["start"]
+    since = since.where((since >= 0) & (start.diff() == 0), rows["seconds"])  # a clock begins at zero
+    ranks = start.map(lambda k: devices[min(int(k), len(devices) - 1)]).astype(float)
+    rows = rows.assign(device_hours=(since * ranks).cumsum() / 3600).drop_duplicates(["step", "metric"], keep="last")
     axes = rows.groupby("step")[["images_seen", "device_hours"]].last()
     table = rows.pivot(index="step", columns="metric", values="value")
     return axes.join(table).reset_index()
 
 
-def read_evaluation(file: Path) -> Evaluation:
-    """One result file."""
-    content = json.loads(file.read_text())
+def last_values(rows: pd.DataFrame) -> dict[str, float]:
+    """The last logged value of each metric, also where it is not a number."""
+    last = rows.drop_duplicates("metric", keep="last")
+    return {str(name): float(value) for name, value in zip(last["metric"], last["value"], strict=True)}
+
+
+def evaluations_in(folder: Path) -> list[Evaluation]:
+    """The results in ``evaluations``."""
+    found = ((file, read_json(file)) for file in sorted(folder.glob("*.json")))
+    return [read_evaluation(file, content) for file, content in found if is_result(file, content)]
+
+
+def is_result(file: Path, content: Any) -> bool:
+    """Whether a JSON file holds a result; when it holds something else, a warning says so."""
+    result = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("scores", "manifest"))
+    if content is not None and not result:
+        log.warning("%s is not a result of evaluate and is left out.", file)
+    return result
+
+
+def read_evaluation(file: Path, content: dict[str, Any]) -> Evaluation:
+    """One result, with the picture beside its file."""
     picture = file.with_suffix(".png")
     return Evaluation(content["scores"], content["manifest"], opener(picture) if picture.is_file() else None)
 
@@ -97,16 +173,30 @@ def read_evaluation(file: Path) -> Evaluation:
 def pictures_of(folder: Path) -> Pictures:
     """``step-...`` through training; grids by the name of their folder (``final``, ``references``), others by their own."""
     samples = folder / "samples"
-    steps: Pictures = {file.stem: opener(file) for file in sorted(samples.glob("*.png"))}
+    steps = [file for file in sorted(samples.glob("*.png")) if not odd_name(file)]
     others = sorted(samples.glob("*/*.png"))
-    return steps | {file.parent.name if file.stem == "grid" else file.stem: opener(file) for file in others}
+    names = {file.stem: file for file in steps} | {
+        file.parent.name if file.stem == "grid" else file.stem: file for file in others
+    }
+    return {name: opener(file) for name, file in names.items()}
+
+
+def odd_name(file: Path) -> bool:
+    """Whether a picture is named as if it were of a step, and is of none: a copy, such as ``step-00000006 (copy).png``."""
+    odd = file.stem.startswith("step-") and not re.fullmatch(r"step-\d+", file.stem)
+    if odd:
+        log.warning("%s names no step of training and is left out.", file)
+    return odd
 
 
 def opener(file: Path) -> Callable[[], Image.Image]:
-    """What reads a picture when it is wanted."""
+    """What reads a picture when it is wanted; it raises ``ValueError`` naming the file where that is no whole picture."""
 
     def load() -> Image.Image:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
+        try:
+            with Image.open(file) as picture:
+                return picture.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{file} is not a whole picture ({error}).") from error
 
     return load

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.files import whole
+from lit_transdiff.tracking.folders import COLUMNS, devices_of_starts
 from lit_transdiff.tracking.wandb_run import WandbRun
-
-COLUMNS = ("step", "images_seen", "seconds", "metric", "value")
 
 
 class MetricsCSV(Logger):
-    """``metrics.csv``, one row a value: step, images seen, wall-clock seconds of this process, metric, value.
+    """``metrics.csv``, one row a value: step, images seen, wall-clock seconds of this process, metric, value, start of the run.
 
-    Rows are appended and flushed, so a kill loses nothing; a resumed run first drops the rows after the step it resumes from.
+    Starts are numbered as in ``environment.json``. Rows are appended and flushed, so a kill loses nothing; a resumed run first
+    drops the rows after the step it resumes from.
     """
 
     def __init__(self, path: Path, images_per_step: int) -> None:
@@ -44,15 +45,28 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        new = not self.path.exists()
+        columns = self.columns()
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file)
-            if new:
+            if columns is None:
                 writer.writerow(COLUMNS)
             seconds = round(time.monotonic() - self.start, 3)
             for name, value in metrics.items():
                 if name != "epoch":
-                    writer.writerow([step, (step or 0) * self.images_per_step, seconds, name, value])
+                    row = [step, (step or 0) * self.images_per_step, seconds, name, value, self.run_start]
+                    writer.writerow(row[: columns or len(COLUMNS)])
+
+    @cached_property
+    def run_start(self) -> int:
+        """The number of this start of the run."""
+        return len(devices_of_starts(self.path.parent)) - 1
+
+    def columns(self) -> int | None:
+        """How many columns the file has, which an earlier version may have begun; nothing where there is none yet."""
+        if not self.path.exists():
+            return None
+        with open(self.path, newline="") as file:
+            return len(next(csv.reader(file), [])) or None
 
     @rank_zero_only
     def drop_after(self, step: int) -> None:

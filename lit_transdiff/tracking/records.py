@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from PIL import Image
 
+LOSSES = ("val/loss", "train/loss")
 AXES = ("step", "images_seen", "device_hours")  # the first columns of every history
+FIELDS = ("id", "name", "stage", "group", "tags", "state", "where")  # of a run, which filters may name
+SECTIONS = ("config", "summary")  # and what they may name a part of
 Pictures = dict[str, "Callable[[], Image.Image]"]  # name -> what opens it
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. ``config`` and ``summary`` are nested as they were given; ``where`` is its folder or address."""
+    """One run. ``config`` is nested as it was given; ``where`` is its folder or address, which no other run has."""
 
     id: str
     name: str
@@ -42,11 +47,27 @@ class Run:
     tags: list[str]
     state: str  # finished, unfinished, running, failed, ...
     config: dict[str, Any]
-    summary: dict[str, Any]
     where: str
+    read_summary: Callable[[], dict[str, Any]] = field(repr=False)
     read_history: Callable[[], pd.DataFrame] = field(repr=False)
+    read_step: Callable[[], int | None] = field(repr=False)
     evaluations: list[Evaluation] = field(default_factory=list, repr=False)
     open_pictures: Callable[[], Pictures] = field(default=dict, repr=False)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The last value of each metric, NaN where that is what was logged."""
+        return self.read_summary()
+
+    @property
+    def step(self) -> int | None:
+        """The last step at which something was logged."""
+        return self.read_step()
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last value of a loss is not a number."""
+        return any(not math.isfinite(self.summary.get(name, 0)) for name in LOSSES)
 
     def history(self, keys: Sequence[str] | None = None) -> pd.DataFrame:
         """One row a logged step: step, images_seen, device_hours, then the metrics; NaN where one was not logged.
@@ -71,41 +92,50 @@ class Run:
 
     def pictures(self) -> dict[str, Image.Image]:
         """Pictures that are not of a training step, such as ``final`` and ``references``."""
-        return {name: load() for name, load in self.open_pictures().items() if not name.startswith("step-")}
+        return opened({name: load for name, load in self.open_pictures().items() if not name.startswith("step-")})
 
     def samples(self) -> dict[int, Image.Image]:
         """The sample grids through training, by step."""
-        found = {int(name[5:]): load for name, load in self.open_pictures().items() if name.startswith("step-")}
-        return {step: found[step]() for step in sorted(found)}
+        found = opened({name: load for name, load in self.open_pictures().items() if name.startswith("step-")})
+        return dict(sorted((int(name[5:]), picture) for name, picture in found.items()))
 
 
-def last_values(history: pd.DataFrame) -> dict[str, float]:
-    """The last value of each metric of a history."""
-    columns = [column for column in history if column not in AXES]
-    found = {str(column): history[column].dropna() for column in columns}
-    return {name: float(values.iloc[-1]) for name, values in found.items() if len(values)}
+def opened(pictures: Pictures) -> dict[str, Image.Image]:
+    """Pictures that can be read, by name; a warning says which cannot."""
+    found = {}
+    for name, load in pictures.items():
+        try:
+            found[name] = load()
+        except ValueError as error:
+            log.warning("%s", error)
+    return found
+
+
+def check_filters(filters: Mapping[str, Any]) -> None:
+    """Refuse a filter that is no field of a run and names no setting or metric."""
+    for key in filters:
+        section, _, rest = key.partition(".")
+        if key not in FIELDS and not (section in SECTIONS and rest):
+            allowed = [*FIELDS, *(f"{name}.NAME" for name in SECTIONS)]
+            raise ValueError(f"filters: {key!r} is not known; allowed: {', '.join(allowed)} (a setting: config.optimizer.lr).")
 
 
 def fits(run: Run, filters: Mapping[str, Any]) -> bool:
     """Whether a run has what ``filters`` ask for.
 
-    A key is a field (``group``, ``stage``, ``name``, ``state``, ``id``), ``config.DOTTED.NAME`` or ``summary.NAME``; a value is
-    what it must equal, a list of which it must be one, or a function that must return true.
+    A key is one of ``FIELDS``, ``config.DOTTED.NAME`` or ``summary.NAME``; a value is what it must equal, a list of which it
+    must be one, or a function that must return true. For ``tags``, a run must have the tag, or one of the list; a function gets
+    all its tags.
     """
     for key, wanted in filters.items():
         section, _, rest = key.partition(".")
-        if section == "config":
-            value = run.settings.get(rest)
-        elif section == "summary":
-            value = run.summary.get(rest)
-        elif section == "tags":
-            value = wanted if wanted in run.tags else None
-        else:
-            value = getattr(run, key)
+        value = run.settings.get(rest) if section == "config" else run.summary.get(rest) if section == "summary" else None
+        value = getattr(run, key) if key in FIELDS else value
         if callable(wanted):
             met = bool(wanted(value))
         else:
-            met = value in wanted if isinstance(wanted, list | tuple | set) else value == wanted
+            allowed = list(wanted) if isinstance(wanted, list | tuple | set) else [wanted]
+            met = any(tag in allowed for tag in run.tags) if key == "tags" else value in allowed or value == wanted
         if not met:
             return False
     return True

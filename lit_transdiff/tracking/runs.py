@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,14 @@ from PIL import Image
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.scores import FOLDER
 from lit_transdiff.pictures import narrowed
-from lit_transdiff.tracking.folders import read_folder, run_folders
-from lit_transdiff.tracking.records import Run, fits
+from lit_transdiff.tracking.folders import opener, read_folder, run_folders
+from lit_transdiff.tracking.records import Run, check_filters, fits, opened
 from lit_transdiff.tracking.wandb_logs import log_files, read_log, read_server
 
 KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run folder, in an archive
 RESULTS, PICTURES = (f"{FOLDER}/*.json",), (f"{FOLDER}/*.png", "samples/*.png", "samples/*/*.png")
 SHRUNK, COLOURS = 320, 32  # width and number of colours of a picture in an archive
+log = logging.getLogger(__name__)
 
 
 def runs(where: str | Path, filters: Mapping[str, Any] | None = None) -> list[Run]:
@@ -30,6 +32,7 @@ def runs(where: str | Path, filters: Mapping[str, Any] | None = None) -> list[Ru
     ``where`` is a folder of run folders, one run folder, an archive of them (``.zip``), a folder of offline W&B runs or one
     ``.wandb`` file; or ``entity/project`` at W&B. Raises ``FileNotFoundError`` when it is neither.
     """
+    check_filters(filters or {})
     path = Path(where).expanduser()
     if path.exists():
         found = read_local(unpacked(path.resolve(), path.stat().st_mtime) if path.suffix == ".zip" else path)
@@ -48,9 +51,20 @@ def of_group(found: Sequence[Run], *groups: str) -> list[Run]:
 def read_local(path: Path) -> list[Run]:
     """Run folders at and below a path; where there are none, W&B's logs."""
     folders = list(run_folders(path)) if path.is_dir() else []
-    found = [read_folder(folder) for folder in folders] or [read_log(files) for files in log_files(path)]
+    found = readable(read_folder, folders) if folders else readable(read_log, log_files(path))
     if not found:
         raise FileNotFoundError(f"{path} holds no run (config.yaml with metrics.csv or {FOLDER}/, or run-*.wandb).")
+    return found
+
+
+def readable(read: Callable[[Any], Run], places: Sequence[Any]) -> list[Run]:
+    """The runs at ``places``; a warning says which cannot be read."""
+    found = []
+    for place in places:
+        try:
+            found.append(read(place))
+        except ValueError as error:
+            log.warning("%s Left out.", error)
     return found
 
 
@@ -75,15 +89,14 @@ def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path
             for part in [run / name for name in KEPT] + [f for pattern in RESULTS for f in sorted(run.glob(pattern))]:
                 if part.is_file():
                     packed.write(part, part.relative_to(folder))
-            for picture in [f for pattern in PICTURES for f in sorted(run.glob(pattern))] if pictures_of(run) else []:
-                packed.writestr(str(picture.relative_to(folder)), shrunk(picture))
+            pictures = {str(f): f for pattern in PICTURES for f in sorted(run.glob(pattern))} if pictures_of(run) else {}
+            for name, picture in opened({name: opener(file) for name, file in pictures.items()}).items():
+                packed.writestr(str(pictures[name].relative_to(folder)), shrunk(picture))
     return file
 
 
-def shrunk(file: Path) -> bytes:
+def shrunk(picture: Image.Image) -> bytes:
     """A picture as a small PNG."""
     buffer = io.BytesIO()
-    with Image.open(file) as opened:
-        picture = narrowed(opened.convert("RGB"), SHRUNK)
-    picture.quantize(COLOURS).save(buffer, format="png", optimize=True)
+    narrowed(picture, SHRUNK).quantize(COLOURS).save(buffer, format="png", optimize=True)
     return buffer.getvalue()

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.tracking.folders import opener
-from lit_transdiff.tracking.records import AXES, Evaluation, Pictures, Run, last_values, number
+from lit_transdiff.tracking.records import AXES, Evaluation, Pictures, Run, number
 from lit_transdiff.tracking.wandb_run import DEVICES, IMAGES, STEP
 
 if TYPE_CHECKING:
     import pandas as pd
 
+ROW_DEVICES = "_devices"  # beside what a row of an offline log says: those of the start that wrote it
 HIDDEN = ("_wandb", "manifest", DEVICES)  # keys of a run's configuration that are no settings
 PICTURES = {"eval/samples": "final", "samples/references": "references"}  # besides the grids through training
 AT_SERVER = {"group": "group", "state": "state", "name": "display_name", "stage": "jobType"}  # filters that W&B itself applies
@@ -66,13 +67,13 @@ def read_log(files: list[Path]) -> Run:
             elif kind == "config":
                 config |= record["config"].get("update", {})
             elif kind == "history":
-                rows.append(with_media(record["history"]["item"]))
+                rows.append(with_media(record["history"]["item"]) | {ROW_DEVICES: devices_of(config)})
             elif kind == "exit":
                 state = "failed" if record["exit"].get("exit_code") else "finished"
-    history = as_history(rows, devices_of(config))
+    joined = by_step(rows)
     folder = files[-1].parent
     pictures = {name: opener(folder / "files" / path) for name, path in picture_paths(rows).items()}
-    summary = last_values(history)
+    summary = last_values(joined)
     return Run(
         id=run.get("run_id", folder.name),
         name=run.get("display_name") or run.get("run_id", ""),
@@ -81,20 +82,24 @@ def read_log(files: list[Path]) -> Run:
         tags=list(run.get("tags", [])),
         state=state,
         config=settings_of(config),
-        summary=summary,
         where=str(folder),
-        read_history=lambda: history,
+        read_summary=lambda: summary,
+        read_history=lambda: as_history(joined),
+        read_step=lambda: max(joined, default=None),
         evaluations=evaluations_of(config, summary),
         open_pictures=lambda: pictures,
     )
 
 
 def read_server(project: str, filters: Mapping[str, Any]) -> list[Run]:
-    """The runs of ``entity/project``."""
+    """The runs of ``entity/project``; raises ``FileNotFoundError`` with what W&B says where it does not give them."""
     import wandb
 
     plain = {AT_SERVER[key]: value for key, value in filters.items() if key in AT_SERVER and isinstance(value, str)}
-    return [read_server_run(found) for found in wandb.Api().runs(project, filters=plain)]
+    try:
+        return [read_server_run(found) for found in wandb.Api().runs(project, filters=plain)]
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        raise FileNotFoundError(f"{project} is no folder here, and W&B does not give such a project: {error}") from error
 
 
 def read_server_run(found: Any) -> Run:
@@ -117,6 +122,8 @@ def read_server_run(found: Any) -> Run:
     def pictures() -> Pictures:
         return {name: lambda path=path: fetch(path) for name, path in picture_paths(rows()).items()}  # type: ignore[misc]
 
+    kept = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+    joined = cache(lambda: by_step(rows(), devices_of(config)))
     return Run(
         id=found.id,
         name=found.name,
@@ -125,21 +132,21 @@ def read_server_run(found: Any) -> Run:
         tags=list(found.tags),
         state=found.state,
         config=settings_of(config),
-        summary={key: value for key, value in summary.items() if isinstance(value, int | float)},
         where=found.url,
-        read_history=cache(lambda: as_history(rows(), devices_of(config))),
+        read_summary=lambda: kept,
+        read_history=cache(lambda: as_history(joined())),
+        read_step=lambda: int(kept[STEP]) if STEP in kept else max(joined(), default=None),
         evaluations=evaluations_of(config, summary),
         open_pictures=pictures,
     )
 
 
-def as_history(rows: list[dict[str, Any]], devices: int) -> pd.DataFrame:
-    """W&B's rows as one row a training step. Rows of one step are joined, the later over the earlier; media are left out.
+def by_step(rows: list[dict[str, Any]], devices: int = 1) -> dict[int, dict[str, Any]]:
+    """W&B's rows by training step, in order; rows of one step are joined, the later over the earlier, and media are left out.
 
-    Seconds of all starts together make the device-hours: the clock of a start that went on offline begins at zero.
+    Seconds of all starts together make the device-hours: the clock of a start that went on offline begins at zero. ``devices``
+    are those of rows that do not say their own.
     """
-    import pandas as pd
-
     joined: dict[int, dict[str, Any]] = {}
     seconds = clock = 0.0
     for i, row in enumerate(rows):
@@ -147,11 +154,25 @@ def as_history(rows: list[dict[str, Any]], devices: int) -> pd.DataFrame:
         numbers = {key: number(value) for key, value in row.items() if not key.startswith("_") and key != STEP}
         line = {key: value for key, value in numbers.items() if isinstance(value, int | float) and not isinstance(value, bool)}
         before, clock = clock, float(row.get("_runtime", clock))
-        seconds += clock - before if clock >= before else clock
-        axes = {"step": step, "images_seen": line.pop(IMAGES, step), "device_hours": seconds * devices / 3600}
+        seconds += (clock - before if clock >= before else clock) * row.get(ROW_DEVICES, devices)
+        axes = {"step": step, "images_seen": line.pop(IMAGES, step), "device_hours": seconds / 3600}
         joined.setdefault(step, {}).update(axes | line)
-    table = pd.DataFrame([joined[step] for step in sorted(joined)])
-    return table if len(table) else pd.DataFrame(columns=list(AXES), dtype=float)
+    return {step: joined[step] for step in sorted(joined)}
+
+
+def as_history(joined: Mapping[int, dict[str, Any]]) -> pd.DataFrame:
+    """Joined rows as a table, one row a training step."""
+    import pandas as pd
+
+    return pd.DataFrame(list(joined.values())) if joined else pd.DataFrame(columns=list(AXES), dtype=float)
+
+
+def last_values(joined: Mapping[int, dict[str, Any]]) -> dict[str, float]:
+    """The last logged value of each metric, also where it is not a number."""
+    found: dict[str, float] = {}
+    for row in joined.values():
+        found |= {name: float(value) for name, value in row.items() if name not in AXES}
+    return found
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:

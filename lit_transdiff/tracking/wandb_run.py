@@ -25,9 +25,8 @@ from PIL import Image
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.loading import to_dict
-from lit_transdiff.tracking.folders import device_count, read_metrics
+from lit_transdiff.tracking.folders import device_count, last_values, read_rows
 from lit_transdiff.tracking.place import trial_place
-from lit_transdiff.tracking.records import last_values
 
 if TYPE_CHECKING:
     import wandb
@@ -129,7 +128,7 @@ class WandbRun(Logger):
             run, folder = self.run, self.run.folder
             self._opened = open_run(run, run_id(folder), folder=folder, name=run.name, job_type=run.stage)
             if self._opened.offline:  # an offline start knows of none before it, and its summary becomes that of the whole run
-                self._opened.summary.update(last_values(read_metrics(folder / "metrics.csv")))
+                self._opened.summary.update(last_values(read_rows(folder / "metrics.csv")))
         return self._opened
 
     def adopt(self, opened: wandb.Run) -> None:
