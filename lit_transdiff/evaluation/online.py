@@ -25,7 +25,7 @@ from lit_transdiff.stages.base import TransDiffStage, log_now
 
 
 class OnlineEvaluation(pl.Callback):
-    """Logs ``eval/<metric>`` every ``evaluation.every`` steps and at the last one, over ``evaluation.online_images`` images.
+    """Logs ``online/<metric>`` every ``evaluation.every`` steps and at the last one, over ``evaluation.online_images`` images.
 
     They are drawn as the run's ``sampling`` says, the same labels and seeds each time, and scored as ``evaluate`` would. The
     batches are shared out among the ranks; every rank then has all features and scores them, so that none waits for another.
@@ -55,7 +55,7 @@ class OnlineEvaluation(pl.Callback):
                 generator.model = stage.averaged_model()  # a copy: under some strategies a rank holds a part of the weights only
                 scores = self.scores(trainer)
                 generator.model = stage.model
-            log_now(trainer, {f"eval/{name}": value for name, value in scores.items()})
+            log_now(trainer, {f"online/{name}": value for name, value in scores.items()})
 
     @torch.no_grad()
     def scores(self, trainer: pl.Trainer) -> dict[str, float]:

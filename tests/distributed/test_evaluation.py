@@ -103,7 +103,7 @@ def test_two_processes_score_while_they_train_as_one_does(tmp_path: Path) -> Non
 
     def scores(folder: Path) -> list[float]:
         with open(folder / "metrics.csv", newline="") as file:
-            return [float(row["value"]) for row in csv.DictReader(file) if row["metric"].startswith("eval/")]
+            return [float(row["value"]) for row in csv.DictReader(file) if row["metric"].startswith("online/")]
 
     one, two = scores(tmp_path / "on-1"), scores(tmp_path / "on-2")
     assert len(one) == 4 and one == pytest.approx(two, rel=1e-3)

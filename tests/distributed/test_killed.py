@@ -164,11 +164,11 @@ def test_killed_at_any_moment_ends_in_the_same_bits(
         code = start(broken, processes, *kill)
         assert code != 0 if processes > 1 or kill[0] == "worker" else code == -signal.SIGKILL, kill
     start(broken, processes)
-    metrics = ("train/loss", "val/loss", "train/gradient_norm", "train/lr", "train/images_seen", "eval/frechet_distance")
+    metrics = ("train/loss", "val/loss", "train/gradient_norm", "train/lr", "train/images_seen", "online/frechet_distance")
     for metric in metrics:
         assert values(whole.folder, metric) == values(broken.folder, metric), metric
     assert len(values(broken.folder)) == 18 and list(values(broken.folder, "val/loss")) == [6, 12, 18]
-    assert list(values(broken.folder, "eval/frechet_distance")) == [4, 8, 12, 16, 18]
+    assert list(values(broken.folder, "online/frechet_distance")) == [4, 8, 12, 16, 18]
     a, b = (load_file(run.folder / "export" / "model.safetensors") for run in (whole, broken))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

@@ -65,9 +65,9 @@ def test_training_is_the_same_to_the_bit_with_scores_and_without(tmp_path: Path,
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     last = [open_checkpoint(run.folder / "checkpoints" / "step-00000006").weights(None) for run in runs]
     assert all(torch.equal(value, last[1][name]) for name, value in last[0].items())
-    assert not logged(plain, "eval/")
-    assert [(step, name) for step, name, _ in logged(scored, "eval/")] == [
-        (step, f"eval/{name}") for step in (2, 4, 6) for name in METRICS
+    assert not logged(plain, "online/")
+    assert [(step, name) for step, name, _ in logged(scored, "online/")] == [
+        (step, f"online/{name}") for step in (2, 4, 6) for name in METRICS
     ]
 
 
@@ -76,11 +76,11 @@ def test_the_last_scores_are_those_of_the_exported_model(tmp_path: Path, referen
     result = train(run, silent)
     settings = dataclasses.replace(run.evaluation, num_images=21)
     expected = evaluate(load_generator(run.folder), settings, run.sampling, output=run.folder)["scores"]
-    found = {name.removeprefix("eval/"): float(value) for step, name, value in logged(run, "eval/") if step == 6}
+    found = {name.removeprefix("online/"): float(value) for step, name, value in logged(run, "online/") if step == 6}
     for name in METRICS:
         value = expected[name]["mean"] if isinstance(expected[name], dict) else expected[name]
         assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
-        assert result.metrics[f"eval/{name}"] == pytest.approx(value, rel=1e-5, abs=1e-6)
+        assert result.metrics[f"online/{name}"] == pytest.approx(value, rel=1e-5, abs=1e-6)
 
 
 def test_the_global_generators_are_left_as_they_were(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
