@@ -32,7 +32,7 @@ def labelled(figure) -> None:
 
 
 def test_curves(found: list[Run]) -> None:
-    figure = plots.curves(found, "train/loss", "step", {"lr0.01-0": "mine"})
+    figure = plots.curves(found, "train/loss", "step", {found[0].where: "mine"})
     (axes,) = figure.axes
     assert len(axes.lines) == 6 and list(axes.lines[0].get_xdata()) == [2, 4, 6]
     assert axes.lines[0].get_ydata()[0] == pytest.approx(found[0].history()["train/loss"][0])
@@ -50,7 +50,7 @@ def test_the_front_is_what_nothing_beats(found: list[Run]) -> None:
     front = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
     drawn = figure.axes[0].lines[1]
     named = [text.get_text() for text in figure.legends[0].get_texts()][2:]
-    wanted = {run.evaluations[0].value("frechet_distance"): labels(found)[run.name] for run in found}
+    wanted = {run.evaluations[0].value("frechet_distance"): labels(found)[run.where] for run in found}
     assert named == [wanted[y] for _, y in front] and named[0].startswith("lr ")
     assert list(zip(drawn.get_xdata(), drawn.get_ydata(), strict=True)) == front
     labelled(figure)
@@ -78,3 +78,34 @@ def test_the_rest_is_labelled(found: list[Run]) -> None:
     labelled(figure)
     wide, high = (axes.get_position().height for axes in figure.axes)
     assert high > 3 * wide  # each row is as high as its pictures
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_legends_name_every_run_as_it_is_called(tmp_path: Path) -> None:
+    for folder, name in (("x", "run"), ("y", "run"), ("z", "_hidden"), ("z", "a$x_{$b$^")):
+        make_run(tmp_path / folder, name, 1.0)
+    figure = plots.curves(runs(tmp_path), "train/loss")
+    assert sorted(texts(figure)) == sorted(["run (x/run)", "run (y/run)", "_hidden", "a$x_{$b$^"])
+    labelled(figure)
+
+
+def test_a_long_legend_is_cut(tmp_path: Path) -> None:
+    for i in range(25):
+        make_run(tmp_path, f"run{i:02}", 1.0)
+    figure = plots.curves(runs(tmp_path), "train/loss")
+    assert len(figure.axes[0].lines) == 25 and len(texts(figure)) == 21 and texts(figure)[-1] == "and 5 more"
+    labelled(figure)
+
+
+def test_scores_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    for i, score in enumerate((1.0, float("nan"), 2.0)):
+        make_run(tmp_path, f"r{i}", score, lr=0.1 * (i + 1))
+    found = runs(tmp_path)
+    figure = plots.parallel_coordinates(found, ["optimizer.lr"], "eval/frechet_distance")
+    assert [line.get_ydata()[-1] for line in figure.axes[0].lines[:2]] == [1.0, 0.0]
+    labelled(figure)
+    assert len(plots.pareto(found).axes[0].lines[0].get_xdata()) == 2
+    labelled(plots.spread(compare(found), "eval/frechet_distance"))

@@ -7,47 +7,65 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.config import require
-from lit_transdiff.evaluation.metrics import METRICS
-from lit_transdiff.tracking.compare import MAX_IN_LABEL, Comparison, higher_is_better, label, labels, scores_of
+from lit_transdiff.tracking.compare import MAX_IN_LABEL, Comparison, distinct, label, labels
 from lit_transdiff.tracking.records import AXES, Run
+from lit_transdiff.tracking.scored import higher_is_better, metric_of, scores_of, title_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL import Image
 
 AXIS_LABELS = {"step": "optimizer steps", "images_seen": "images seen", "device_hours": "device-hours (GPU-hours on GPUs)"}
 GREY = "#9aa0a8"
+MAX_LEGEND, BESIDE = 20, 8  # names in a legend; more than ``BESIDE`` stand beside the axes
 
 
 def label_of(metric: str) -> str:
     """A score's title and which way is better; other metrics by their name."""
-    name = metric.removeprefix("eval/")
-    if metric != name and name in METRICS:
-        return f"{METRICS[name].title} ({'higher' if METRICS[name].higher_is_better else 'lower'} is better)"
-    return metric
+    better = f" ({'higher' if higher_is_better(metric) else 'lower'} is better)" if metric_of(metric) else ""
+    return title_of(metric) + better
+
+
+def legend(axes: Axes | Figure, handles: Sequence[Any], names: Sequence[str], **where: Any) -> None:
+    """A legend of names as they are, with underscores and dollar signs; of more than ``MAX_LEGEND`` it says how many are left."""
+    from matplotlib.lines import Line2D
+
+    more = len(names) - MAX_LEGEND
+    if more > 0:
+        handles = [*handles[:MAX_LEGEND], Line2D([], [], linestyle="none")]
+        names = [*names[:MAX_LEGEND], f"and {more} more"]
+    place = where or (dict(loc="upper left", bbox_to_anchor=(1.01, 1)) if len(names) > BESIDE else {})
+    made = axes.legend(handles, [str(i) for i in range(len(names))], fontsize="small", frameon=False, **place)
+    for text, name in zip(made.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
 
 
 def curves(runs: Sequence[Run], metric: str, over: str = "images_seen", labels: Mapping[str, str] | None = None) -> Figure:
-    """One line a run: ``metric`` over step, images_seen or device_hours. ``labels`` are names for the legend by run name."""
+    """One line a run: ``metric`` over step, images_seen or device_hours. ``labels``: names for the legend by ``run.where``."""
     from matplotlib.figure import Figure
 
     require(over in AXES, "over", over, ", ".join(AXES))
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
+    names = {**distinct(runs, {run.where: run.name for run in runs}), **(labels or {})}
+    drawn = []
     for run in runs:
         history = run.history([metric])
         if metric in history:
-            marker = "o" if len(history) < 30 else None
-            axes.plot(history[over], history[metric], marker=marker, markersize=3, label=(labels or {}).get(run.name, run.name))
+            drawn.append(names[run.where])
+            axes.plot(history[over], history[metric], marker="o" if len(history) < 30 else None, markersize=3)
     require(len(axes.lines) > 0, "metric", metric, "a metric that one of the runs has logged")
+    figure.set_figheight(max(3.6, 0.22 * min(len(drawn), MAX_LEGEND + 1) + 0.4))
     axes.set(xlabel=AXIS_LABELS[over], ylabel=label_of(metric))
-    axes.legend(fontsize="small", frameon=False)
+    legend(axes, axes.lines, drawn)
     axes.grid(alpha=0.3)
     return figure
 
 
 def spread(compared: Comparison, metric: str) -> Figure:
-    """Mean and spread over seeds of each setting, every run as a dot; settings within noise of the best are filled."""
+    """Mean and spread over seeds of each setting, every averaged run as a dot; settings within noise of the best are filled."""
     from matplotlib.figure import Figure
 
     verdicts = compared.verdicts(metric)
@@ -55,14 +73,14 @@ def spread(compared: Comparison, metric: str) -> Figure:
     axes = figure.subplots()
     few = len(compared.settings) <= MAX_IN_LABEL
     names = [label(row) for row in rows_of(compared)] if few else list(compared.groups["first run"])
-    for i, (verdict, group) in enumerate(zip(verdicts["verdict"], rows_of(compared), strict=True)):
-        same = compared.table
-        for name, value in group.items():
-            same = same[(same[name] == value) | (same[name].isna() & (value != value))]
-        axes.plot(same[metric], [i] * len(same), "o", color=GREY, markersize=4)
-        filled = "full" if verdict in ("best", "within noise") else "none"
-        axes.plot(verdicts["mean"].iloc[i], i, "D", color="C0", fillstyle=filled, markersize=9)
-        axes.annotate(verdict, (verdicts["mean"].iloc[i], i), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8)
+    for i, (verdict, mean, rows) in enumerate(zip(verdicts["verdict"], verdicts["mean"], compared.members, strict=True)):
+        axes.plot(compared.table[metric].iloc[rows], [i] * len(rows), "o", color=GREY, markersize=4)
+        if math.isfinite(mean):
+            filled = "full" if verdict in ("best", "within noise") else "none"
+            axes.plot(mean, i, "D", color="C0", fillstyle=filled, markersize=9)
+            axes.annotate(verdict, (mean, i), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8)
+        else:
+            axes.text(0.5, i, verdict, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8)
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel=label_of(metric), ylim=(-0.6, len(names) - 0.3))
     axes.grid(axis="x", alpha=0.3)
     return figure
@@ -70,13 +88,13 @@ def spread(compared: Comparison, metric: str) -> Figure:
 
 def rows_of(compared: Comparison) -> list[dict[str, Any]]:
     """The settings of each group."""
-    keys = compared.settings or ["run"]
+    keys = compared.settings or ["first run"]
     return [dict(zip(keys, values, strict=True)) for values in compared.groups[keys].itertuples(index=False)]
 
 
-def short(name: str) -> str:
+def short(name: str, between: str = ".") -> str:
     """The last word of a dotted name."""
-    return name.split(".")[-1]
+    return name.split(between)[-1]
 
 
 def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float = 3.2) -> Figure:
@@ -103,8 +121,8 @@ def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: s
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    scored = [(run, scores_of(run)[metric]) for run in runs if metric in scores_of(run)]
-    require(len(scored) > 0, "metric", metric, "a metric that one of the runs has")
+    scored = [(run, value) for run in runs if math.isfinite(value := scores_of(run).get(metric, math.nan))]
+    require(len(scored) > 0, "metric", metric, "a metric that is a number in one of the runs")
     scored.sort(key=lambda pair: pair[1], reverse=not higher_is_better(metric))  # the best is drawn last
     places = [positions([run.settings.get(name) for run, _ in scored]) for name in settings]
     places.append(positions([value for _, value in scored]))
@@ -147,33 +165,32 @@ def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: st
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
-    points = [(e.manifest[cost], e.value(short_score(quality)), run.name) for run in runs for e in run.evaluations]
-    require(len(points) > 0, "runs", len(points), "runs with evaluations")
+    name = short(quality, "/")
+    scored = [(e, run) for run in runs for e in run.evaluations if name in e.scores and cost in e.manifest]
+    points = [(e.manifest[cost], e.value(name), run.where) for e, run in scored if math.isfinite(e.value(name))]
+    require(len(points) > 0, "runs", len(points), f"runs with evaluations that say {quality} and {cost}")
     sign = -1 if higher_is_better(quality) else 1
     front, best = [], math.inf
-    for x, y, name in sorted(points, key=lambda point: (point[0], sign * point[1])):
+    for x, y, where in sorted(points, key=lambda point: (point[0], sign * point[1])):
         if sign * y < best:
             best = sign * y
-            front.append((x, y, name))
-    figure = Figure(figsize=(6.4, 3.8 + 0.2 * len(front)), layout="constrained")
+            front.append((x, y, where))
+    figure = Figure(figsize=(6.4, 3.8 + 0.2 * min(len(front), MAX_LEGEND)), layout="constrained")
     axes = figure.subplots()
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color=GREY, label="evaluations")
-    axes.step([x for x, _, _ in front], [y for _, y, _ in front], "-", where="post", color="C0", label="Pareto front")
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color=GREY)
+    axes.step([x for x, _, _ in front], [y for _, y, _ in front], "-", where="post", color="C0")
     told = labels(runs)
-    for i, (x, y, name) in enumerate(front):
-        axes.plot(x, y, "o", color=f"C{i}", label=told[name])
+    for i, (x, y, _) in enumerate(front):
+        axes.plot(x, y, "o", color=f"C{i}")
     axes.set(xlabel=cost.replace("_", " "), ylabel=label_of(quality), xscale="log")
     costs = sorted({x for x, _, _ in points})
     axes.set_xticks([x for i, x in enumerate(costs) if i == 0 or x / costs[i - 1] > 1.15])
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
-    figure.legend(fontsize="small", frameon=False, loc="outside lower center")
+    names = ["evaluations", "Pareto front", *(told[where] for _, _, where in front)]
+    legend(figure, axes.lines, names, loc="outside lower center")
     axes.grid(alpha=0.3)
     return figure
-
-
-def short_score(metric: str) -> str:
-    return metric.removeprefix("eval/")
 
 
 def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = None) -> Figure:

@@ -17,12 +17,11 @@ from typing import Any
 from PIL import Image
 
 from lit_transdiff.config import require
-from lit_transdiff.evaluation.metrics import METRICS
-from lit_transdiff.evaluation.scores import judged_by
 from lit_transdiff.files import replace_file
 from lit_transdiff.pictures import narrowed
-from lit_transdiff.tracking.compare import default_metrics, differing, higher_is_better, scores_of
-from lit_transdiff.tracking.records import AXES, Evaluation, Run
+from lit_transdiff.tracking.compare import differing
+from lit_transdiff.tracking.records import AXES, Evaluation, Run, opened
+from lit_transdiff.tracking.scored import default_metrics, higher_is_better, judge_in_words, judge_of, scores_of, title_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_POINTS = 500  # of a curve; longer ones are thinned evenly
@@ -33,7 +32,7 @@ MAX_PIXELS = 520  # width of a picture
 def write_report(runs: Sequence[Run], file: Path, title: str = "Runs") -> Path:
     """Write the page of ``runs`` to ``file``."""
     require(len(runs) > 0, "runs", len(runs), "at least one")
-    data = json.dumps(page_data(runs), allow_nan=False).replace("</", "<\\/")
+    data = json.dumps(page_data(runs), allow_nan=False).replace("<", "\\u003c")  # no word of a run can end or open a script
     page = TEMPLATE.read_text().replace("{{title}}", html.escape(title)).replace("{{data}}", data)
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, page.encode())
@@ -59,12 +58,6 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def title_of(key: str) -> str:
-    """The name of a score in a table."""
-    name = key.removeprefix("eval/")
-    return METRICS[name].title if key != name and name in METRICS else key
-
-
 def run_data(run: Run, scores: Sequence[str]) -> dict[str, Any]:
     """One run."""
     found = scores_of(run)
@@ -72,22 +65,17 @@ def run_data(run: Run, scores: Sequence[str]) -> dict[str, Any]:
         "name": run.name,
         "stage": run.stage,
         "group": run.group,
-        "state": run.state,
+        "state": "diverged" if run.diverged else run.state,
         "where": run.where,
         "settings": {name: plain(value) for name, value in run.settings.items()},
         "scores": {key: plain(found[key]) for key in scores if key in found},
-        "judge": judge(run),
+        "judges": {key: repr(judge_of(run, key)) for key in scores if key in found},
+        "judge": judge_in_words(run),
         "curves": curves(run),
         "samples": [{"step": step, "picture": embedded(picture)} for step, picture in evenly(list(run.samples().items()))],
         "pictures": [{"name": name, "picture": embedded(picture)} for name, picture in run.pictures().items()],
-        "evaluations": [evaluation_data(evaluation) for evaluation in run.evaluations],
+        "evaluations": [evaluation_data(run, evaluation) for evaluation in run.evaluations],
     }
-
-
-def judge(run: Run) -> str:
-    """What the run's last evaluation was judged by: scores of different judges do not compare."""
-    latest = run.last_evaluation
-    return repr(judged_by(latest.manifest)) if latest else ""
 
 
 def curves(run: Run) -> dict[str, dict[str, list[Any]]]:
@@ -101,16 +89,20 @@ def curves(run: Run) -> dict[str, dict[str, list[Any]]]:
     return found
 
 
-def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
-    """Scores with their spread, the manifest, and the picture."""
+def evaluation_data(run: Run, evaluation: Evaluation) -> dict[str, Any]:
+    """Scores with their spread, the manifest, the picture, and whether it is the one in the table of runs."""
     scores = []
-    for name in evaluation.scores:
-        score = evaluation.scores[name]
-        std = score["std"] if isinstance(score, dict) else None
-        better = name in METRICS and METRICS[name].higher_is_better
-        scores.append({"title": title_of(f"eval/{name}"), "value": plain(evaluation.value(name)), "std": std, "higher": better})
-    picture = embedded(evaluation.open_picture()) if evaluation.open_picture else None
-    return {"scores": scores, "manifest": evaluation.manifest, "picture": picture}
+    for name, score in evaluation.scores.items():
+        key, std = f"eval/{name}", score["std"] if isinstance(score, dict) else None
+        about = {"title": title_of(key), "higher": higher_is_better(key)}
+        scores.append(about | {"value": plain(evaluation.value(name)), "std": plain(std)})
+    picture = opened({"picture": evaluation.open_picture} if evaluation.open_picture else {}).get("picture")
+    return {
+        "scores": scores,
+        "manifest": plain(evaluation.manifest),
+        "picture": embedded(picture) if picture else None,
+        "shown": evaluation is run.evaluation,
+    }
 
 
 def evenly(items: list[Any]) -> list[Any]:
@@ -133,4 +125,6 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
     return (value if isinstance(value, int) else float(value)) if math.isfinite(value) else None

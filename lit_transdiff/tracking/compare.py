@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import html
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_transdiff.config import require
-from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.config import require, unknown
 from lit_transdiff.tracking.records import Run
+from lit_transdiff.tracking.scored import FULL, default_metrics, higher_is_better, judge_in_words, judge_of, scores_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 SEEDS = ("seed", "evaluation.seed")  # runs that differ in these alone are repeats of one another
 NOT_SETTINGS = ("name", "output_dir", "tracking.")  # names and places decide no number
 CONFIDENCE = 0.95
+MAX_NOTES = 10  # on runs that are not averaged, of those printed
 MAX_IN_LABEL = 6  # settings that a label may name
 
 
@@ -34,15 +39,26 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 
 def labels(runs: Sequence[Run]) -> dict[str, str]:
-    """For figures: what tells each run from the others, as ``num_noise_draws 4, seed 1``, by the run's name.
+    """For figures: what tells each run from the others, as ``num_noise_draws 4, seed 1``, by where the run is.
 
     Runs that differ in nothing, or in more than ``MAX_IN_LABEL`` settings, keep their names.
     """
     seeds = [name for name in SEEDS if len({run.settings.get(name) for run in runs}) > 1]
     names = [*differing(runs), *seeds]
     if not 0 < len(names) <= MAX_IN_LABEL:
-        return {run.name: run.name for run in runs}
-    return {run.name: label({name: run.settings.get(name) for name in names}) for run in runs}
+        return distinct(runs, {run.where: run.name for run in runs})
+    return distinct(runs, {run.where: label({name: run.settings.get(name) for name in names}) for run in runs})
+
+
+def distinct(runs: Sequence[Run], texts: Mapping[str, str]) -> dict[str, str]:
+    """Texts of runs by where they are; those that say the same also say the folder that holds the run, and its name or id."""
+    clash = Counter(texts.values())
+    told = {
+        run.where: f"{texts[run.where]} ({Path(run.where).parent.name}/{Path(run.where).name})"
+        for run in runs
+        if clash[texts[run.where]] > 1
+    }
+    return {**texts, **told}
 
 
 def label(settings: Mapping[str, Any]) -> str:
@@ -53,61 +69,110 @@ def label(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in words)
 
 
-def higher_is_better(metric: str) -> bool:
-    """From the table of metrics for ``eval/NAME``; everything else is a loss."""
-    name = metric.removeprefix("eval/")
-    return name in METRICS and METRICS[name].higher_is_better
-
-
-def scores_of(run: Run) -> dict[str, float]:
-    """``eval/NAME`` of the run's last evaluation, beside the last value of every logged metric."""
-    latest = run.last_evaluation
-    scores = {f"eval/{name}": latest.value(name) for name in latest.scores} if latest else {}
-    return {**{key: value for key, value in run.summary.items() if isinstance(value, int | float)}, **scores}
-
-
-def default_metrics(runs: Sequence[Run]) -> list[str]:
-    """The scores that any run has, in the order of the table of metrics, and the losses."""
-    found = dict.fromkeys(name for run in runs for name in scores_of(run))
-    scores = [f"eval/{name}" for name in METRICS if f"eval/{name}" in found]
-    return scores + [name for name in ("val/loss", "train/loss") if name in found]
-
-
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """``table``: one row a run. ``groups``: one row for runs that differ in their seeds alone, with mean, std and count.
+    """``table``: one row a run. ``groups``: one row for finished runs that differ in their seeds alone, with mean, std and count.
 
-    ``settings`` are the columns of settings in both, ``metrics`` the others.
+    ``settings`` are the columns of settings in both, ``metrics`` the others. ``notes`` say which runs are not averaged and why.
+    ``members`` are the rows of ``table`` that each group averages, ``judges`` who judged them, by metric: nothing where they do
+    not agree.
     """
 
     table: pd.DataFrame
     groups: pd.DataFrame
     settings: list[str]
     metrics: list[str]
+    notes: list[str]
+    members: list[list[int]]
+    judges: dict[str, list[Any]]
 
     def verdicts(self, metric: str) -> pd.DataFrame:
         """Each group against the best in ``metric``: its difference, how large noise makes one, and which it is.
 
         Noise is the least significant difference of Fisher at 95 %: t s sqrt(1/n_1 + 1/n_2), where s is the standard deviation
-        over seeds, pooled over all groups that have several. Where no group has two seeds, the verdict is "unknown".
+        over seeds, pooled over all groups that have several. Where no group has two seeds, the verdict is "unknown". Groups are
+        compared with those that were judged alike, and one that has none such is "alone".
         """
         require(metric in self.metrics, "metric", metric, ", ".join(self.metrics))
-        mean, std, count = (self.groups[f"{metric} {part}"] for part in ("mean", "std", "n"))
-        free = (count - 1).clip(lower=0)
-        pooled = ((std.fillna(0) ** 2 * free).sum() / free.sum()) ** 0.5 if free.sum() else float("nan")
-        best = mean.idxmax() if higher_is_better(metric) else mean.idxmin()
-        result = self.groups[self.settings].assign(mean=mean, n=count, difference=mean - mean[best])
-        result["noise"] = student(int(free.sum())) * pooled * (1 / count + 1 / count[best]) ** 0.5
-        result["verdict"] = [verdict(gap, noise, i == best) for i, gap, noise in result[["difference", "noise"]].itertuples()]
+        mean, count = (self.groups[f"{metric} {part}"] for part in ("mean", "n"))
+        result = self.groups[self.settings].assign(mean=mean, n=count, difference=math.nan, noise=math.nan)
+        result["verdict"] = [self.unjudged(metric, i) or "alone" for i in range(len(result))]
+        alike: dict[Any, list[int]] = {}
+        for i, judge in enumerate(self.judges[metric]):
+            if not self.unjudged(metric, i):
+                alike.setdefault(judge, []).append(i)
+        for among in alike.values():
+            if len(among) > 1:
+                result.loc[among, ["difference", "noise"]] = self.differences(metric, among)
+                best = self.best(metric, among)
+                found = result.loc[among, ["difference", "noise"]].itertuples()
+                result.loc[among, "verdict"] = [verdict(gap, noise, i == best) for i, gap, noise in found]
         return result
 
+    def unjudged(self, metric: str, i: int) -> str | None:
+        """Why a group has no verdict, if it has none."""
+        group = self.groups.iloc[i]
+        if group["runs"] == 0:
+            return "no finished run"
+        if self.judges[metric][i] is None:
+            return "judged differently"
+        if group[f"{metric} n"] == 0:
+            return "not measured"
+        return "diverged" if group["diverged"] or not math.isfinite(group[f"{metric} mean"]) else None
+
+    def best(self, metric: str, among: Sequence[int]) -> int:
+        """The group with the best mean."""
+        mean = self.groups[f"{metric} mean"].loc[list(among)]
+        return int(mean.idxmax() if higher_is_better(metric) else mean.idxmin())
+
+    def differences(self, metric: str, among: Sequence[int]) -> Any:
+        """Differences of groups to the best of them, and how large noise makes each, as two columns."""
+        mean, std, count = (self.groups[f"{metric} {part}"].loc[list(among)] for part in ("mean", "std", "n"))
+        best, free = self.best(metric, among), (count - 1).clip(lower=0)
+        pooled = ((std.fillna(0) ** 2 * free).sum() / free.sum()) ** 0.5 if free.sum() else math.nan
+        noise = student(int(free.sum())) * pooled * (1 / count + 1 / count[best]) ** 0.5
+        return [[gap, size] for gap, size in zip(mean - mean[best], noise, strict=True)]
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """Each group in words: mean, spread and verdict of every metric."""
+        keys = self.settings or ["first run"]
+        shown = self.groups[[*keys, "runs"]].copy()
+        for metric in self.metrics:
+            verdicts = self.verdicts(metric)["verdict"]
+            parts = zip(self.groups[f"{metric} mean"], self.groups[f"{metric} std"], verdicts, strict=True)
+            shown[metric] = [in_words(mean, std, word) for mean, std, word in parts]
+        return shown
+
+    def shown(self) -> tuple[list[pd.DataFrame], list[str]]:
+        """What is printed: the table, the groups where one has several runs, and the notes."""
+        judges, notes = self.table["judged by"], self.notes[:MAX_NOTES]
+        notes += [f"and {len(self.notes) - MAX_NOTES} more are not averaged"] if len(self.notes) > MAX_NOTES else []
+        table = self.table
+        if judges.nunique() <= 1:
+            table = table.drop(columns="judged by")
+            notes += [f"scores by {judges.iloc[0]}"] if judges.iloc[0] and any(m.startswith(FULL) for m in self.metrics) else []
+        if self.groups["runs"].max() > 1:
+            return [table, self.summary], notes
+        return [table], [*notes, "no settings have two finished runs of other seeds: how large noise is, is not known"]
+
     def __str__(self) -> str:
-        return self.table.to_string(index=False, float_format=lambda value: f"{value:.4g}")
+        tables, notes = self.shown()
+        texts = [table.to_string(index=False, float_format=lambda value: f"{value:.4g}") for table in tables]
+        return "\n\n".join([*texts, "\n".join(notes)]).rstrip()
 
     __repr__ = __str__  # what a console shows
 
     def _repr_html_(self) -> str:
-        return self.table.to_html(index=False, float_format=lambda value: f"{value:.4g}")
+        tables, notes = self.shown()
+        texts = [table.to_html(index=False, float_format=lambda value: f"{value:.4g}") for table in tables]
+        return "".join([*texts, *(f"<div>{html.escape(note)}</div>" for note in notes)])
+
+
+def in_words(mean: float, std: float, verdict: str) -> str:
+    """``10.5 ± 0.2, within noise``."""
+    spread = f" ± {std:.2g}" if math.isfinite(std) else ""
+    return f"{mean:.4g}{spread}, {verdict}" if math.isfinite(mean) else verdict
 
 
 def verdict(gap: float, noise: float, best: bool) -> str:
@@ -129,37 +194,77 @@ def student(freedom: int) -> float:
 
 
 def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Comparison:
-    """Runs as a table with only the settings that differ, and grouped over their seeds.
+    """Runs as a table with only the settings that differ, and the finished ones grouped over their seeds.
 
-    ``metrics`` default to the scores of their evaluations and the losses.
+    ``metrics`` default to the scores of their evaluations and the losses. Raises ``ValueError`` for one that no run has.
     """
     import pandas as pd
 
     require(len(runs) > 0, "runs", len(runs), "at least one")
-    settings = differing(runs)
+    settings, scores = differing(runs), [scores_of(run) for run in runs]
+    there = dict.fromkeys(name for found in scores for name in found)
+    for name in metrics or []:
+        if name not in there:
+            raise unknown("metrics", name, there)
     chosen = list(metrics) if metrics is not None else default_metrics(runs)
-    rows = []
-    for run in runs:
-        config, scores = run.settings, scores_of(run)
-        row: dict[str, Any] = {"run": run.name, "seed": config.get("seed")}
-        row |= {name: plain(config[name]) if name in config else float("nan") for name in settings}
-        rows.append(row | {name: scores.get(name, float("nan")) for name in chosen})
-    table = pd.DataFrame(rows)
-    return Comparison(table, grouped(table, settings, chosen), settings, chosen)
+    rows = [row_of(run, found, settings, chosen) for run, found in zip(runs, scores, strict=True)]
+    groups: dict[Hashable, list[int]] = {}
+    for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
+        groups.setdefault((run.stage, *(repr(row[name]) for name in settings)), []).append(i)
+    chosen_runs = [averaged(runs, group) for group in groups.values()]
+    members, notes = [kept for kept, _ in chosen_runs], [note for _, why in chosen_runs for note in why]
+    judges = {name: [one_judge(runs, scores, name, kept) for kept in members] for name in chosen}
+    means = []
+    for k, (group, kept) in enumerate(zip(groups.values(), members, strict=True)):
+        about: dict[str, Any] = {name: rows[group[0]][name] for name in settings}
+        about |= {"runs": len(kept), "diverged": sum(runs[i].diverged for i in kept), "first run": runs[group[0]].name}
+        for name in chosen:
+            alike = [] if judges[name][k] is None else kept
+            about |= moments(name, [scores[i][name] for i in alike if name in scores[i]])
+        means.append(about)
+    return Comparison(pd.DataFrame(rows), pd.DataFrame(means), settings, chosen, notes, members, judges)
 
 
-def grouped(table: pd.DataFrame, settings: list[str], metrics: list[str]) -> pd.DataFrame:
-    """One row for each combination of settings, in the order of their first run."""
-    import pandas as pd
+def row_of(run: Run, scores: Mapping[str, float], settings: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    """A run's row of the table."""
+    config = run.settings
+    row = {"run": run.name, "seed": config.get("seed"), "state": "diverged" if run.diverged else run.state, "step": run.step}
+    row |= {name: plain(config[name]) if name in config else math.nan for name in settings}
+    return row | {name: scores.get(name, math.nan) for name in metrics} | {"judged by": judge_in_words(run)}
 
-    keys = settings or ["run"]
-    found = []
-    for values, part in table.groupby(keys, sort=False, dropna=False):
-        row: dict[str, Any] = dict(zip(keys, values, strict=True)) | {"runs": len(part), "first run": part["run"].iloc[0]}
-        for name in metrics:
-            row |= {f"{name} mean": part[name].mean(), f"{name} std": part[name].std(), f"{name} n": part[name].count()}
-        found.append(row)
-    return pd.DataFrame(found)
+
+def averaged(runs: Sequence[Run], group: Sequence[int]) -> tuple[list[int], list[str]]:
+    """Of runs that differ in their seeds alone those to average, finished at the same step, each seed once; and why no others."""
+    finished = [i for i in group if runs[i].state == "finished"]
+    last = max((runs[i].step or 0 for i in finished), default=0)
+    kept: dict[Hashable, int] = {}
+    notes = []
+    for i in group:
+        run = runs[i]
+        seed: Hashable = tuple(run.settings.get(name) for name in SEEDS) if "seed" in run.settings else i
+        if i not in finished:
+            notes.append(f"{run.name} is not averaged: {run.state} at step {run.step}")
+        elif (run.step or 0) != last:
+            notes.append(f"{run.name} is not averaged: it ended at step {run.step}, others of its settings at {last}")
+        elif seed in kept:
+            notes.append(f"{run.name} is not averaged: its settings and seed are those of {runs[kept[seed]].name}")
+        else:
+            kept[seed] = i
+    return list(kept.values()), notes
+
+
+def one_judge(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], metric: str, kept: Sequence[int]) -> Any:
+    """Who judged these runs in ``metric``; nothing where they were not judged alike."""
+    judges = {judge_of(runs[i], metric) for i in kept if metric in scores[i]}
+    return None if len(judges) > 1 else next(iter(judges), ())
+
+
+def moments(metric: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation and number of values; not a number where one of them is none."""
+    count = len(values)
+    mean = sum(values) / count if count else math.nan
+    std = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1)) if count > 1 else math.nan
+    return {f"{metric} mean": mean, f"{metric} std": std, f"{metric} n": count}
 
 
 def plain(value: Any) -> Any:

@@ -81,9 +81,17 @@ class Run:
         return table[[*AXES, *wanted]].dropna(how="all", subset=wanted).reset_index(drop=True)
 
     @property
-    def last_evaluation(self) -> Evaluation | None:
-        """The newest of its evaluations, if it has any."""
-        return max(self.evaluations, key=lambda evaluation: evaluation.manifest.get("date", ""), default=None)
+    def evaluation(self) -> Evaluation | None:
+        """The newest evaluation with the run's own settings; where there is none, the newest."""
+        own = [evaluation for evaluation in self.evaluations if not self.differences(evaluation)]
+        return max(own or self.evaluations, key=lambda evaluation: evaluation.manifest.get("date", ""), default=None)
+
+    def differences(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Sampling, number of images and seed of an evaluation, by dotted name, where they are not the run's own."""
+        own, manifest = self.settings, evaluation.manifest
+        made = {f"evaluation.{name}": manifest[name] for name in ("num_images", "seed") if name in manifest}
+        made |= flat({"sampling": manifest.get("sampling") or {}})
+        return {name: value for name, value in made.items() if name in own and own[name] != value}
 
     @property
     def settings(self) -> dict[str, Any]:

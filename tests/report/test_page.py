@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from lit_transdiff.__main__ import main
 from lit_transdiff.report.page import MAX_POINTS, page_data, report_file, write_report
+from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.runs import archive, runs
 from tests.tracking.test_runs import make_run, write_long
 
@@ -41,12 +43,6 @@ def test_the_page_of_an_archive_lies_beside_it(tmp_path: Path, monkeypatch: pyte
     assert report_file("runs") == Path("runs/report.html")
 
 
-def test_no_word_of_a_run_ends_the_script(tmp_path: Path) -> None:
-    (run,) = runs(make_run(tmp_path, "a", 1.0))
-    page = write_report([dataclasses.replace(run, name="</script>")], tmp_path / "page.html").read_text()
-    assert page.count("</script>") == 2
-
-
 def test_the_file_holds_everything_and_names_nothing_outside(report: Path) -> None:
     page = report.read_text()
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)|@import|url\(|fetch\(|https?://(?!www\.w3\.org)""", page)
@@ -57,6 +53,44 @@ def test_the_file_holds_everything_and_names_nothing_outside(report: Path) -> No
     assert run["curves"]["train/loss"]["value"] == pytest.approx([1.0, 0.5, 1 / 3])
     assert [sample["step"] for sample in run["samples"]] == [2, 6] and run["scores"]["eval/frechet_distance"] == 2.0
     assert run["evaluations"][0]["manifest"]["run"] == "slow0"
+
+
+@pytest.mark.parametrize("name", ["x<!--<script>", "</script>", "<b>b & 'c'\"", "_hidden", "a$x_{$b$^"])
+def test_every_name_stands_in_the_page_as_it_is(tmp_path: Path, name: str) -> None:
+    (run,) = runs(make_run(tmp_path, "a", 1.0))
+    page = write_report([dataclasses.replace(run, name=name)], tmp_path / "page.html").read_text()
+    (embedded,) = re.findall(r'type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert "<" not in embedded and json.loads(embedded)["runs"][0]["name"] == name
+
+
+def test_an_odd_file_takes_only_itself_from_the_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "a", 2.0)
+    content = json.loads((folder / "evaluations" / "r.json").read_text())
+    content["scores"]["inception_score"]["std"] = math.nan
+    content["manifest"]["images_per_second"] = math.inf
+    (folder / "evaluations" / "r.json").write_text(json.dumps(content))
+    for picture in ("evaluations/r.png", "samples/final/grid.png"):
+        (folder / picture).write_bytes(b"")
+    whole = (folder / "samples" / "step-00000006.png").read_bytes()
+    (folder / "samples" / "step-00000006.png").write_bytes(whole[: len(whole) // 2])
+    (run,) = page_data(runs(tmp_path))["runs"]
+    assert [sample["step"] for sample in run["samples"]] == [2] and run["pictures"] == []
+    (evaluation,) = run["evaluations"]
+    assert evaluation["picture"] is None and evaluation["manifest"]["images_per_second"] is None
+    assert [score["std"] for score in evaluation["scores"] if "nception" in score["title"]] == [None]
+
+
+def test_what_does_not_compare_has_other_judges(tmp_path: Path) -> None:
+    make_run(tmp_path, "a", 2.0)
+    folder = make_run(tmp_path, "b", 1.0)
+    content = json.loads((folder / "evaluations" / "r.json").read_text())
+    content["manifest"]["num_images"] = 5
+    (folder / "evaluations" / "r.json").write_text(json.dumps(content))
+    MetricsCSV(folder / "metrics.csv", 8).log_metrics({"train/loss": math.nan}, 6)
+    a, b = page_data(runs(tmp_path))["runs"]
+    assert a["judges"]["eval/frechet_distance"] != b["judges"]["eval/frechet_distance"]
+    assert a["judges"]["val/loss"] == b["judges"]["val/loss"] and b["state"] == "diverged"
+    assert a["judge"].startswith("20 images") and "the newest; not the run's own: num_images 5" in b["judge"]
 
 
 def test_long_runs_make_small_pages(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One call for runs: folders, archives, offline logs and W&B give the same; the comparison judges differences by their noise."""
+"""One call for runs: folders, archives, offline logs and W&B give the same, and what is damaged takes nothing else with it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from PIL import Image
 from lit_transdiff.loading import save_yaml
 from lit_transdiff.runfolder import open_folder
 from lit_transdiff.tracking import folders
-from lit_transdiff.tracking.compare import compare, labels
 from lit_transdiff.tracking.folders import COLUMNS, read_rows
 from lit_transdiff.tracking.loggers import MetricsCSV
-from lit_transdiff.tracking.runs import archive, of_group, runs
+from lit_transdiff.tracking.runs import archive, runs
 from lit_transdiff.tracking.wandb_logs import log_files, read_log
 from lit_transdiff.tracking.wandb_run import WandbRun
 from tests.small import small_run
@@ -320,45 +319,3 @@ def test_ten_thousand_steps_at_wandb_are_read_in_five_seconds(stub: Stub, tmp_pa
     start = cpu_seconds()  # with the time of the server, which is a thread of this process
     (run,) = runs("team/p")
     assert len(run.history()) == 10_000 and cpu_seconds() - start < 5
-
-
-def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
-    for seed, score in enumerate((2.0, 2.2, 2.4)):
-        make_run(tmp_path, f"slow{seed}", score, seed=seed)
-        make_run(tmp_path, f"fast{seed}", score + 0.1, seed=seed, lr=1e-2)
-        make_run(tmp_path, f"bad{seed}", score + 5, seed=seed, lr=1.0)
-    made = compare(runs(tmp_path))
-    assert made.settings == ["optimizer.lr"] and len(made.table) == 9 and len(made.groups) == 3
-    by_lr = made.groups.set_index("optimizer.lr")
-    assert by_lr.loc[1e-3, "eval/frechet_distance mean"] == pytest.approx(2.2)
-    assert by_lr.loc[1e-3, "eval/frechet_distance std"] == pytest.approx(0.2)
-    verdicts = made.verdicts("eval/frechet_distance").set_index("optimizer.lr")["verdict"]
-    assert verdicts.to_dict() == {1e-3: "best", 1e-2: "within noise", 1.0: "worse"}
-    assert made.verdicts("eval/precision").set_index("optimizer.lr")["verdict"][1e-3] == "best"  # higher is better
-    noise = made.verdicts("eval/frechet_distance")["noise"].iloc[0]
-    assert noise == pytest.approx(2.4469 * 0.2 * (2 / 3) ** 0.5, rel=1e-3)  # t of 6 degrees of freedom
-
-
-def test_none_is_a_setting_like_any_other(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        make_run(tmp_path, f"continuous{seed}", 2.0, seed=seed)
-        make_run(tmp_path, f"steps{seed}", 2.5, seed=seed, flow={"discretize": 1000})
-    made = compare(runs(tmp_path))
-    assert made.settings == ["flow.discretize"] and list(made.groups["flow.discretize"]) == ["None", 1000]
-    assert list(made.groups["runs"]) == [2, 2]
-
-
-def test_labels_name_what_differs(tmp_path: Path) -> None:
-    make_run(tmp_path, "a", 2.0)
-    make_run(tmp_path, "b", 2.5, lr=0.1, seed=1, group="other")
-    found = runs(tmp_path)
-    assert labels(found) == {"a": "lr 0.001, seed 0", "b": "lr 0.1, seed 1"}
-    assert labels(found[:1]) == {"a": "a"}
-    assert [run.name for run in of_group(found, "other")] == ["b"]
-    assert of_group(found, "of nobody") == found
-
-
-def test_without_repeats_nothing_is_called_noise(tmp_path: Path) -> None:
-    make_run(tmp_path, "a", 2.0)
-    make_run(tmp_path, "b", 2.5, lr=0.1)
-    assert list(compare(runs(tmp_path)).verdicts("eval/frechet_distance")["verdict"]) == ["best", "unknown"]
