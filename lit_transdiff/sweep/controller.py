@@ -8,6 +8,7 @@ a kill. A trial that was running then is started again with its settings and con
 from __future__ import annotations
 
 import csv
+import difflib
 import os
 import secrets
 import signal
@@ -28,6 +29,7 @@ from lit_transdiff.sweep.journal import Journal, Past
 from lit_transdiff.sweep.search import next_settings, to_stop
 from lit_transdiff.sweep.trial import Trial
 from lit_transdiff.tracking.place import SWEEP_FOLDER, TrialPlace
+from lit_transdiff.tracking.runs import read_local
 from lit_transdiff.tracking.sweep_command import trial_command, write_parameters
 from lit_transdiff.tracking.wandb_logs import log_files, read_log
 
@@ -186,10 +188,21 @@ class Controller:
             return
         trial.state = "stopped" if agent.stopped_at is not None else "finished" if code == 0 else "failed"
         self.journal.write("end", id=trial.id, state=trial.state, values=trial.values)
+        self.check_metric(trial)
         best = trial.best(self.sweep.maximize)
         told = f", best {self.sweep.metric} {best:.5g}" if best is not None else ""
         told += f", exit status {code}: see {self.folder / 'logs' / trial.id}.log" if trial.state == "failed" else ""
         self.say(f"{trial.state:9} {self.place(trial).name}{told}")
+
+    def check_metric(self, trial: Trial) -> None:
+        """Warn when the first trial that finished has not logged the sweep's metric: nothing can be chosen by it."""
+        metric = self.sweep.metric
+        first = [trial.state for trial in self.trials].count("finished") == 1
+        if metric is None or trial.values or trial.state != "finished" or not first:
+            return
+        names = logged_names(self.place(trial))
+        near = difflib.get_close_matches(metric, names, n=3, cutoff=0.3) or names
+        self.say(f"warning   metric.name: the trial has not logged {metric!r}, but {', '.join(near) or 'nothing'}")
 
     def check_hope(self) -> None:
         """Raise ``ValueError`` when the sweep's first trials have all failed."""
@@ -197,6 +210,14 @@ class Controller:
             ended = [trial for trial in self.trials if trial.state == "failed"]
             log = self.folder / "logs" / f"{ended[-1].id}.log"
             raise ValueError(f"the first {len(ended)} trials all failed; see {log}. The same command tries them again.")
+
+
+def logged_names(place: Path) -> list[str]:
+    """The metrics that a trial has logged."""
+    try:
+        return sorted({name for run in read_local(place) for name in run.summary})
+    except FileNotFoundError:
+        return []
 
 
 def hopeless(trials: list[Trial]) -> bool:

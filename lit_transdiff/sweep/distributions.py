@@ -21,11 +21,12 @@ Spec = dict[str, Any]
 
 @dataclass(frozen=True)
 class Distribution:
-    """The fields it must have, how a value is drawn, and what a grid walks through (nothing: no grid can)."""
+    """The fields it must have, how a value is drawn, what a grid walks through (nothing: no grid can), the optional fields."""
 
     needs: tuple[str, ...]
     draw: Callable[[Spec, random.Random], Any]
     values: Callable[[Spec], list[Any]] | None = None
+    takes: tuple[str, ...] = ()
 
 
 def rounded(spec: Spec, value: float) -> float:
@@ -39,6 +40,26 @@ def log_between(spec: Spec, rng: random.Random) -> float:
     return math.exp(rng.uniform(math.log(spec["min"]), math.log(spec["max"])))
 
 
+def inverse_between(spec: Spec, rng: random.Random) -> float:
+    """A value between two whose inverse is log-uniform."""
+    return math.exp(-rng.uniform(-math.log(spec["max"]), -math.log(spec["min"])))
+
+
+def gauss(spec: Spec, rng: random.Random) -> float:
+    """Normal with mean ``mu`` and standard deviation ``sigma``."""
+    return rng.gauss(spec.get("mu", 0), spec.get("sigma", 1))
+
+
+def beta(spec: Spec, rng: random.Random) -> float:
+    """The beta distribution of ``a`` and ``b``, between 0 and 1."""
+    return rng.betavariate(spec.get("a", 1), spec.get("b", 1))
+
+
+def exponential(spec: Spec, rng: random.Random) -> float:
+    """Log-uniform between two exponents of e."""
+    return math.exp(rng.uniform(spec["min"], spec["max"]))
+
+
 def steps(spec: Spec) -> list[Any]:
     """All values of a rounded uniform."""
     q = spec.get("q", 1)
@@ -50,18 +71,25 @@ def choose(spec: Spec, rng: random.Random) -> Any:
     return rng.choices(spec["values"], weights=spec.get("probabilities"))[0]
 
 
-BOTH = ("min", "max")
+BOTH, BELL, SHAPE, Q = ("min", "max"), ("mu", "sigma"), ("a", "b"), ("q",)
 DISTRIBUTIONS: dict[str, Distribution] = {
     "constant": Distribution(("value",), lambda s, rng: s["value"], lambda s: [s["value"]]),
-    "categorical": Distribution(("values",), choose, lambda s: list(s["values"])),
+    "categorical": Distribution(("values",), choose, lambda s: list(s["values"]), ("probabilities",)),
     "int_uniform": Distribution(BOTH, lambda s, rng: rng.randint(s["min"], s["max"]), lambda s: [*range(s["min"], s["max"] + 1)]),
     "uniform": Distribution(BOTH, lambda s, rng: rng.uniform(s["min"], s["max"])),
-    "q_uniform": Distribution(BOTH, lambda s, rng: rounded(s, rng.uniform(s["min"], s["max"])), steps),
-    "log_uniform": Distribution(BOTH, lambda s, rng: math.exp(rng.uniform(s["min"], s["max"]))),
+    "q_uniform": Distribution(BOTH, lambda s, rng: rounded(s, rng.uniform(s["min"], s["max"])), steps, Q),
+    "log_uniform": Distribution(BOTH, exponential),
+    "q_log_uniform": Distribution(BOTH, lambda s, rng: rounded(s, exponential(s, rng)), takes=Q),
     "log_uniform_values": Distribution(BOTH, log_between),
-    "q_log_uniform_values": Distribution(BOTH, lambda s, rng: rounded(s, log_between(s, rng))),
-    "normal": Distribution((), lambda s, rng: rng.gauss(s.get("mu", 0), s.get("sigma", 1))),
-    "log_normal": Distribution((), lambda s, rng: math.exp(rng.gauss(s.get("mu", 0), s.get("sigma", 1)))),
+    "q_log_uniform_values": Distribution(BOTH, lambda s, rng: rounded(s, log_between(s, rng)), takes=Q),
+    "inv_log_uniform": Distribution(BOTH, lambda s, rng: 1 / exponential(s, rng)),
+    "inv_log_uniform_values": Distribution(BOTH, inverse_between),
+    "normal": Distribution((), gauss, takes=BELL),
+    "q_normal": Distribution((), lambda s, rng: rounded(s, gauss(s, rng)), takes=(*BELL, *Q)),
+    "log_normal": Distribution((), lambda s, rng: math.exp(gauss(s, rng)), takes=BELL),
+    "q_log_normal": Distribution((), lambda s, rng: rounded(s, math.exp(gauss(s, rng))), takes=(*BELL, *Q)),
+    "beta": Distribution((), beta, takes=SHAPE),
+    "q_beta": Distribution((), lambda s, rng: rounded(s, beta(s, rng)), takes=(*SHAPE, *Q)),
 }
 
 
@@ -76,16 +104,50 @@ def name_of(spec: Spec) -> str:
 
 
 def check(parameter: str, spec: Any) -> None:
-    """Refuse a parameter that no distribution fits."""
-    require(isinstance(spec, dict) and len(spec) > 0, f"parameters.{parameter}", spec, "value, values, or min and max")
+    """Refuse a parameter that no distribution fits, naming the field."""
+    place = f"parameters.{parameter}"
+    require(isinstance(spec, dict) and len(spec) > 0, place, spec, "value, values, or min and max")
     name = name_of(spec)
     if name not in DISTRIBUTIONS:
-        raise unknown(f"parameters.{parameter}.distribution", name, DISTRIBUTIONS)
-    for field in DISTRIBUTIONS[name].needs:
-        require(field in spec, f"parameters.{parameter}", spec, f"{name} with {' and '.join(DISTRIBUTIONS[name].needs)}")
-    require(
-        name != "categorical" or len(spec["values"]) > 0, f"parameters.{parameter}.values", spec.get("values"), "at least one"
-    )
+        raise unknown(f"{place}.distribution", name, DISTRIBUTIONS)
+    fields = DISTRIBUTIONS[name]
+    for field in fields.needs:
+        require(field in spec, place, spec, f"{name} with {' and '.join(fields.needs)}")
+    for field in spec:
+        if field not in (*fields.needs, *fields.takes, "distribution"):
+            raise unknown(f"{place}: {name}", field, (*fields.needs, *fields.takes, "distribution"))
+    if name == "categorical":
+        check_choices(place, spec)
+    elif name != "constant":
+        check_numbers(place, name, spec)
+
+
+def check_choices(place: str, spec: Spec) -> None:
+    """Refuse values that cannot be chosen from."""
+    values, chances = spec["values"], spec.get("probabilities")
+    require(isinstance(values, list) and len(values) > 0, f"{place}.values", values, "a list of at least one")
+    if chances is not None:
+        numbers = isinstance(chances, list) and all(map(is_number, chances))
+        good = numbers and len(chances) == len(values) and min(chances) >= 0 and sum(chances) > 0
+        require(good, f"{place}.probabilities", chances, f"{len(values)} numbers of at least 0, one for each value")
+
+
+def check_numbers(place: str, name: str, spec: Spec) -> None:
+    """Refuse bounds and shapes that are not numbers of the distribution."""
+    for field in [field for field in spec if field != "distribution"]:
+        require(is_number(spec[field]), f"{place}.{field}", spec[field], "a number")
+    if "min" in spec:
+        require(spec["min"] <= spec["max"], f"{place}.max", spec["max"], f"at least min, which is {spec['min']}")
+        require("log" not in name or "values" not in name or spec["min"] > 0, f"{place}.min", spec["min"], f"above 0 for {name}")
+    for field in BOTH if name == "int_uniform" else ():
+        require(isinstance(spec[field], int), f"{place}.{field}", spec[field], "a whole number for int_uniform")
+    for field in ("q", *SHAPE):
+        require(spec.get(field, 1) > 0, f"{place}.{field}", spec.get(field), "above 0")
+    require(spec.get("sigma", 1) >= 0, f"{place}.sigma", spec.get("sigma"), "at least 0")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def for_optuna(parameter: str, spec: Spec) -> BaseDistribution:
@@ -99,9 +161,11 @@ def for_optuna(parameter: str, spec: Spec) -> BaseDistribution:
         return IntDistribution(spec["min"], spec["max"])
     if name == "q_uniform":
         return FloatDistribution(spec["min"], steps(spec)[-1], step=spec.get("q", 1))
-    if name in ("uniform", "log_uniform_values"):
+    if name in ("uniform", "log_uniform_values", "inv_log_uniform_values"):
         return FloatDistribution(spec["min"], spec["max"], log=name != "uniform")
     if name == "log_uniform":
         return FloatDistribution(math.exp(spec["min"]), math.exp(spec["max"]), log=True)
-    allowed = "constant, categorical, int_uniform, uniform, q_uniform, log_uniform or log_uniform_values for method bayes"
+    if name == "inv_log_uniform":
+        return FloatDistribution(math.exp(-spec["max"]), math.exp(-spec["min"]), log=True)
+    allowed = "constant, categorical, int_uniform, uniform, q_uniform, (inv_)log_uniform or (inv_)log_uniform_values for bayes"
     raise ValueError(f"parameters.{parameter}.distribution: got {name!r}; allowed: {allowed}.")

@@ -6,21 +6,23 @@ The file is W&B's own: ``method``, ``metric``, ``parameters`` (also nested), ``e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lit_transdiff.config import require, unknown
-from lit_transdiff.sweep.distributions import DISTRIBUTIONS, Spec, check, name_of
+from lit_transdiff.sweep.distributions import DISTRIBUTIONS, Spec, check, is_number, name_of
 from lit_transdiff.sweep.search import SEARCHES
 
 KEYS = (
     *("method", "metric", "parameters", "early_terminate", "command", "program", "name", "project", "run_cap"),
-    *("description", "entity"),
+    *("description", "entity", "controller"),
 )
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # as 1e-4, which YAML 1.1 takes for a word
 Path_ = tuple[str, ...]  # the keys that lead to a parameter
 
 
@@ -59,6 +61,7 @@ class SweepFile:
     parameters: dict[Path_, Spec]
     metric: str | None = None
     maximize: bool = False
+    target: float | None = None  # no trial is started once one has reached it
     early_terminate: Hyperband | None = None
     command: list[str] | None = None
     program: str | None = None
@@ -105,9 +108,19 @@ def leaves(parameters: dict[str, Any], prefix: Path_ = ()) -> Iterator[tuple[Pat
     """The parameters below nested ``parameters:`` with the keys that lead to them."""
     for key, spec in parameters.items():
         if isinstance(spec, dict) and "parameters" in spec:
+            require(
+                isinstance(spec["parameters"], dict), f"parameters.{key}.parameters", spec["parameters"], "parameters by name"
+            )
             yield from leaves(spec["parameters"], (*prefix, str(key)))
         else:
             yield (*prefix, str(key)), spec
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with the numbers of YAML 1.2."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{NUMBER.pattern}$"), list("-+.0123456789"))
 
 
 def load_sweep(path: str | Path) -> SweepFile:
@@ -116,7 +129,7 @@ def load_sweep(path: str | Path) -> SweepFile:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.load(path.read_text(), Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     try:
@@ -131,11 +144,18 @@ def sweep_from(settings: Any, name: str) -> SweepFile:
     for key in settings:
         if key not in KEYS:
             raise unknown("setting", key, KEYS)
-    metric, early = settings.get("metric") or {}, settings.get("early_terminate")
-    goal = metric.get("goal", "minimize")
-    require(goal in ("minimize", "maximize"), "metric.goal", goal, "minimize or maximize")
+    metric, early = metric_from(settings.get("metric")), settings.get("early_terminate")
     if early is not None:
+        require(isinstance(early, dict), "early_terminate", early, "type: hyperband, with its settings")
         require(early.get("type") == "hyperband", "early_terminate.type", early.get("type"), "hyperband")
+        for key in early:
+            if key not in ("type", *(field.name for field in fields(Hyperband))):
+                raise unknown("early_terminate", key, [field.name for field in fields(Hyperband)])
+    controller = settings.get("controller", {"type": "local"})
+    require(controller == {"type": "local"}, "controller", controller, "type: local")
+    cap, command = settings.get("run_cap"), settings.get("command")
+    require(cap is None or (isinstance(cap, int) and cap >= 1), "run_cap", cap, "a whole number of at least 1")
+    require(command is None or isinstance(command, list), "command", command, "a list of words")
     parameters = settings.get("parameters")
     require(isinstance(parameters, dict), "parameters", parameters, "parameters by name")
     return SweepFile(
@@ -143,11 +163,27 @@ def sweep_from(settings: Any, name: str) -> SweepFile:
         method=settings.get("method"),  # type: ignore[arg-type]
         parameters=dict(leaves(parameters)),  # type: ignore[arg-type]
         metric=metric.get("name"),
-        maximize=goal == "maximize",
+        maximize=metric.get("goal") == "maximize",
+        target=metric.get("target"),
         early_terminate=Hyperband(**{k: v for k, v in early.items() if k != "type"}) if early else None,
-        command=settings.get("command"),
+        command=command,
         program=settings.get("program"),
         project=settings.get("project"),
-        run_cap=settings.get("run_cap"),
+        run_cap=cap,
         source=settings,
     )
+
+
+def metric_from(metric: Any) -> dict[str, Any]:
+    """A checked ``metric:``; empty where the file has none."""
+    if metric is None:
+        return {}
+    named = isinstance(metric, dict) and isinstance(metric.get("name"), str)
+    require(named, "metric", metric, "name: ..., with goal: minimize or maximize")
+    for key in metric:
+        if key not in ("name", "goal", "target"):
+            raise unknown("metric", key, ("name", "goal", "target"))
+    goal, target = metric.get("goal", "minimize"), metric.get("target")
+    require(goal in ("minimize", "maximize"), "metric.goal", goal, "minimize or maximize")
+    require(target is None or is_number(target), "metric.target", target, "a number")
+    return metric

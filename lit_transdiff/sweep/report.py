@@ -9,16 +9,23 @@ from lit_transdiff.sweep.file import SweepFile
 from lit_transdiff.sweep.trial import Trial
 from lit_transdiff.tracking.compare import compare
 from lit_transdiff.tracking.runs import runs
+from lit_transdiff.tracking.scored import scores_of
 
 
 def outcome(sweep: SweepFile, trials: Sequence[Trial], folder: Path) -> str:
     """The table of the trials, best first, and where to look."""
     count = {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
     told = ", ".join(f"{number} {state}" for state, number in count.items() if number)
-    found = runs(folder)
-    metrics = [sweep.metric] if sweep.metric else None
-    table = compare(found, metrics).table
-    if sweep.metric:
+    head = f"\n{len(trials)} trials: {told}"
+    try:
+        found = runs(folder)
+    except FileNotFoundError:
+        return f"{head}\n\nNo trial has left a run. Their outputs: {folder / 'logs'}"
+    logged = sweep.metric is not None and any(sweep.metric in scores_of(run) for run in found)
+    table = compare(found, [str(sweep.metric)] if logged else None).table
+    if logged:
         table = table.sort_values(sweep.metric, ascending=not sweep.maximize)
-    text = table.drop(columns=["seed"]).to_string(index=False, float_format=lambda value: f"{value:.4g}")
-    return f"\n{len(trials)} trials: {told}\n\n{text}\n\nTry next: lit-transdiff report {folder}"
+    elif sweep.metric is not None:
+        head += f"; none has logged {sweep.metric}"
+    text = table.drop(columns=["seed", "judged by"]).to_string(index=False, float_format=lambda value: f"{value:.4g}")
+    return f"{head}\n\n{text}\n\nTry next: lit-transdiff report {folder}"

@@ -102,7 +102,15 @@ def next_settings(sweep: SweepFile, trials: Sequence[Trial], seed: int = 0) -> d
     """The settings of the next trial, or nothing when the sweep has all it wants."""
     if sweep.run_cap is not None and len(trials) >= sweep.run_cap:
         return None
+    if sweep.target is not None and any(reached(sweep, sweep.target, trial) for trial in trials):
+        return None
     return SEARCHES[sweep.method].next(sweep, trials, seed)
+
+
+def reached(sweep: SweepFile, target: float, trial: Trial) -> bool:
+    """Whether a trial has been as good as the sweep's target."""
+    best = trial.best(sweep.maximize)
+    return best is not None and (best >= target if sweep.maximize else best <= target)
 
 
 def to_stop(rule: Hyperband, trials: Sequence[Trial], maximize: bool) -> list[Trial]:

@@ -16,6 +16,7 @@ import yaml
 from lit_transdiff.endings import EXIT_REQUEUE
 from lit_transdiff.sweep.controller import run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
+from lit_transdiff.sweep.report import outcome
 from lit_transdiff.tracking.runs import runs
 from lit_transdiff.tracking.wandb_logs import log_files, read_log
 from tests.small import ROOT
@@ -114,6 +115,27 @@ def test_a_failure_is_one_trial_and_three_at_the_start_end_the_sweep(tmp_path: P
     (tmp_path / "program.py").write_text(PROGRAM.replace("sys.exit(3)", "sys.exit(0)"))  # what was wrong is put right
     assert [t.state for t in run_sweep(load_sweep(file), tmp_path / "hopeless", say=quiet)] == ["finished"] * 4
     assert len(journal(tmp_path / "hopeless", "start")) == 4
+
+
+def test_a_sweep_of_failures_still_says_how_it_ended(tmp_path: Path) -> None:
+    command = ["${interpreter}", "-c", "import sys; sys.exit(3)"]
+    plan = load_sweep(write_sweep(tmp_path, parameters={"x": {"values": [1, 2]}}, command=command))
+    told = outcome(plan, run_sweep(plan, tmp_path / "out", say=quiet), tmp_path / "out")
+    assert "2 trials: 2 failed" in told and f"No trial has left a run. Their outputs: {tmp_path / 'out' / 'logs'}" in told
+
+
+def test_a_metric_that_no_trial_logs_is_told_at_the_first_one(tmp_path: Path) -> None:
+    program = tmp_path / "other.py"
+    program.write_text("import wandb\nwith wandb.init(mode='offline') as run:\n    run.log({'val/loss': 1.0, 'accuracy': 2.0})\n")
+    metric = {"name": "val_loss", "goal": "minimize"}
+    plan = load_sweep(
+        write_sweep(tmp_path, command=None, program=str(program), metric=metric, parameters={"x": {"values": [1, 2]}})
+    )
+    said: list[str] = []
+    trials = run_sweep(plan, tmp_path / "out", say=said.append)
+    (warning,) = [text for text in said if text.startswith("warning")]
+    assert "metric.name: the trial has not logged 'val_loss', but val/loss" in warning
+    assert "2 finished; none has logged val_loss" in outcome(plan, trials, tmp_path / "out")
 
 
 def test_another_sweep_does_not_go_into_the_same_folder(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,10 +32,17 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "uniform": {"min": 0.5, "max": 2.0},
     "q_uniform": {"min": 0, "max": 10, "q": 5, "distribution": "q_uniform"},
     "log_uniform": {"min": -2, "max": 1, "distribution": "log_uniform"},
+    "q_log_uniform": {"min": 0, "max": 5, "q": 2, "distribution": "q_log_uniform"},
     "log_uniform_values": {"min": 0.01, "max": 1, "distribution": "log_uniform_values"},
+    "inv_log_uniform": {"min": -2, "max": 1, "distribution": "inv_log_uniform"},
+    "inv_log_uniform_values": {"min": 0.01, "max": 1, "distribution": "inv_log_uniform_values"},
     "q_log_uniform_values": {"min": 1, "max": 100, "q": 4, "distribution": "q_log_uniform_values"},
     "normal": {"mu": 1, "sigma": 2, "distribution": "normal"},
     "log_normal": {"mu": 0, "sigma": 1, "distribution": "log_normal"},
+    "q_normal": {"mu": 1, "sigma": 2, "q": 0.5, "distribution": "q_normal"},
+    "q_log_normal": {"mu": 3, "sigma": 0.3, "q": 1, "distribution": "q_log_normal"},
+    "beta": {"a": 2, "b": 2, "distribution": "beta"},
+    "q_beta": {"a": 2, "b": 2, "q": 0.1, "distribution": "q_beta"},
 }
 
 
@@ -61,15 +69,21 @@ def test_draws_lie_where_the_distribution_says(name: str) -> None:
     drawn = [DISTRIBUTIONS[name].draw(spec, rng) for _ in range(4000)]
     if DISTRIBUTIONS[name].values is not None:
         assert {repr(v) for v in drawn} == {repr(v) for v in DISTRIBUTIONS[name].values(spec)}
-    if name in ("normal", "log_normal"):
-        logs = [math.log(v) if name == "log_normal" else v for v in drawn]
+    if "mu" in spec:
+        logs = [math.log(v) if "log" in name else v for v in drawn]
         assert abs(sum(logs) / 4000 - spec["mu"]) < 0.15
+    elif "a" in spec:
+        assert min(drawn) >= 0 and max(drawn) <= 1 and abs(sum(drawn) / 4000 - 0.5) < 0.02
     elif "min" in spec:
-        low, high = (math.exp(spec[k]) if name == "log_uniform" else spec[k] for k in ("min", "max"))
+        sign = -1 if name == "inv_log_uniform" else 1
+        exponents = name.endswith("log_uniform")
+        low, high = sorted(math.exp(sign * spec[k]) if exponents else spec[k] for k in ("min", "max"))
         margin = spec.get("q", 0) / 2  # rounding reaches a little beyond
         assert low - margin <= min(drawn) and max(drawn) <= high + margin
         middle = math.sqrt(low * high) if "log" in name else (low + high) / 2
         assert 0.4 < sum(v < middle for v in drawn) / 4000 + sum(v == middle for v in drawn) / 8000 < 0.6
+    if "q" in spec:
+        assert all(abs(v / spec["q"] - round(v / spec["q"])) < 1e-9 for v in drawn)
 
 
 @pytest.mark.parametrize("method", [m for m in SEARCHES if m != "grid"])
@@ -91,6 +105,26 @@ def test_bayes_finds_more_than_chance() -> None:
         for method in ("bayes", "random")
     }
     assert best["bayes"] < best["random"]
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    lr = "{distribution: log_uniform_values, min: 1e-4, max: 1E-1}"
+    text = f"method: random\nprogram: x\ncontroller: {{type: local}}\nparameters: {{lr: {lr}, b: {{values: [1e3, 5, e4]}}}}\n"
+    (tmp_path / "sweep.yaml").write_text(text)
+    found = load_sweep(tmp_path / "sweep.yaml").parameters
+    assert (found["lr",]["min"], found["lr",]["max"], found["b",]["values"]) == (1e-4, 0.1, [1000.0, 5, "e4"])
+
+
+@pytest.mark.parametrize("goal, target, count", [("minimize", 2.0, 3), ("maximize", 2.0, 1), ("minimize", -1.0, 5)])
+def test_a_target_that_is_reached_ends_a_sweep(goal: str, target: float, count: int) -> None:
+    plan = sweep("grid", {"x": {"values": [4, 3, 2, 1, 0]}}, metric={"name": "loss", "goal": goal, "target": target})
+    assert len(run_all(plan, lambda s: float(s["x"]), 100)) == count
+
+
+def test_bayes_searches_between_the_bounds_of_inverse_distributions() -> None:
+    for name, low, high in (("inv_log_uniform", math.exp(-1), math.exp(2)), ("inv_log_uniform_values", 0.01, 1.0)):
+        trials = run_all(sweep("bayes", {"x": EXAMPLES[name]}), lambda s: s["x"], 8)
+        assert all(low <= trial.settings["x"] <= high for trial in trials)
 
 
 def test_a_cap_ends_a_sweep() -> None:
@@ -121,6 +155,31 @@ def test_hyperband_ends_the_runs_that_wandbs_engine_ends() -> None:
         ({"early_terminate": {"type": "hyperband"}}, "one of max_iter and min_iter"),
         ({"metric": None, "method": "bayes"}, "metric: got None"),
         ({"command": None}, "a command or a program"),
+        ({"command": "train"}, "command: got 'train'; allowed: a list of words"),
+        ({"metric": "loss"}, "metric: got 'loss'; allowed: name: ..."),
+        ({"metric": {"name": "loss", "goal": "small"}}, "metric.goal: got 'small'"),
+        ({"metric": {"name": "loss", "target": "low"}}, "metric.target: got 'low'; allowed: a number"),
+        ({"controller": {"type": "cloud"}}, "controller: got {'type': 'cloud'}; allowed: type: local"),
+        ({"early_terminate": {"type": "hyperband", "min_itr": 3}}, "'min_itr' is not known. Did you mean 'min_iter'"),
+        ({"run_cap": "ten"}, "run_cap: got 'ten'; allowed: a whole number of at least 1"),
+        ({"parameters": {"a": {"min": 5, "max": 1}}}, "parameters.a.max: got 1; allowed: at least min, which is 5"),
+        ({"parameters": {"a": {"min": "low", "max": 1}}}, "parameters.a.min: got 'low'; allowed: a number"),
+        ({"parameters": {"a": {"parameters": 3}}}, "parameters.a.parameters: got 3"),
+        (
+            {"parameters": {"a": {"min": 0, "max": 1, "distribution": "log_uniform_values"}}},
+            "parameters.a.min: got 0; allowed: above 0",
+        ),
+        (
+            {"parameters": {"a": {"min": 0, "max": 1, "q": 0, "distribution": "q_uniform"}}},
+            "parameters.a.q: got 0; allowed: above 0",
+        ),
+        ({"parameters": {"a": {"sigma": -1, "distribution": "normal"}}}, "parameters.a.sigma: got -1"),
+        (
+            {"parameters": {"a": {"values": [1, 2], "probabilities": [1]}}},
+            "parameters.a.probabilities: got [1]; allowed: 2 numbers",
+        ),
+        ({"parameters": {"a": {"values": 3}}}, "parameters.a.values: got 3; allowed: a list"),
+        ({"parameters": {"a": {"values": [1], "probabilites": [1]}}}, "Did you mean 'probabilities'"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_field(change: dict[str, Any], message: str) -> None:
