@@ -109,3 +109,16 @@ def test_scores_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     labelled(figure)
     assert len(plots.pareto(found).axes[0].lines[0].get_xdata()) == 2
     labelled(plots.spread(compare(found), "eval/frechet_distance"))
+
+
+def test_what_was_judged_otherwise_is_on_no_line_with_the_rest(found: list[Run]) -> None:
+    for i, run in enumerate(found):
+        run.evaluations[0].manifest.update({"cost": i + 1, "num_images": 5 if i < 2 else 20})
+    figure = plots.response(found, "optimizer.lr", "eval/frechet_distance")
+    assert sum(len(line.get_xdata()) for line in figure.axes[0].lines[::2]) == 4
+    assert figure.axes[0].get_title() == "2 runs judged otherwise are left out"
+    figure = plots.pareto(found, cost="cost")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    fronts = ["Pareto front of 5 images by None", "Pareto front of 20 images by None"]
+    assert [name for name in names if "front" in name] == fronts
+    labelled(figure)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.config import require
+from lit_transdiff.evaluation.scores import JUDGED_BY, judged_by
 from lit_transdiff.tracking.compare import MAX_IN_LABEL, Comparison, distinct, label, labels
 from lit_transdiff.tracking.records import AXES, Run
-from lit_transdiff.tracking.scored import higher_is_better, metric_of, scores_of, title_of
+from lit_transdiff.tracking.scored import higher_is_better, judge_of, metric_of, scores_of, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 AXIS_LABELS = {"step": "optimizer steps", "images_seen": "images seen", "device_hours": "device-hours (GPU-hours on GPUs)"}
 GREY = "#9aa0a8"
+MARKERS = "o^sDvP"  # of evaluations by one judge
+Point = tuple[float, float, str]  # cost, quality, where the run is
 MAX_LEGEND, BESIDE = 20, 8  # names in a legend; more than ``BESIDE`` stand beside the axes
 
 
@@ -121,8 +124,7 @@ def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: s
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    scored = [(run, value) for run in runs if math.isfinite(value := scores_of(run).get(metric, math.nan))]
-    require(len(scored) > 0, "metric", metric, "a metric that is a number in one of the runs")
+    scored, left_out = judged_alike(runs, metric)
     scored.sort(key=lambda pair: pair[1], reverse=not higher_is_better(metric))  # the best is drawn last
     places = [positions([run.settings.get(name) for run, _ in scored]) for name in settings]
     places.append(positions([value for _, value in scored]))
@@ -138,7 +140,7 @@ def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: s
     axes.set_xticks(range(len(places)), [*map(short, settings), label_of(metric).split(" (")[0]])
     axes.set(yticks=[], ylim=(-0.06, 1.06), ylabel="low to high", xlim=(-0.2, len(places) - 0.6))
     axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
-    axes.set_title("the darker, the better", fontsize=9)
+    axes.set_title("; ".join(filter(None, ["the darker, the better", left_out])), fontsize=9)
     return figure
 
 
@@ -158,7 +160,7 @@ def positions(values: Sequence[Any]) -> tuple[list[float], dict[str, float]]:
 
 
 def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: str = "decoder_evaluations_per_image") -> Figure:
-    """Quality against the cost of an image; the legend names the runs that nothing beats in both.
+    """Quality against the cost of an image; the legend names the runs that nothing beats in both, among those judged alike.
 
     ``cost`` is a number of the manifest.
     """
@@ -167,30 +169,54 @@ def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: st
 
     name = short(quality, "/")
     scored = [(e, run) for run in runs for e in run.evaluations if name in e.scores and cost in e.manifest]
-    points = [(e.manifest[cost], e.value(name), run.where) for e, run in scored if math.isfinite(e.value(name))]
-    require(len(points) > 0, "runs", len(points), f"runs with evaluations that say {quality} and {cost}")
-    sign = -1 if higher_is_better(quality) else 1
-    front, best = [], math.inf
-    for x, y, where in sorted(points, key=lambda point: (point[0], sign * point[1])):
-        if sign * y < best:
-            best = sign * y
-            front.append((x, y, where))
-    figure = Figure(figsize=(6.4, 3.8 + 0.2 * min(len(front), MAX_LEGEND)), layout="constrained")
+    by_judge: dict[tuple[Any, ...], list[Point]] = {}
+    for e, run in scored:
+        if math.isfinite(e.value(name)):
+            by_judge.setdefault(judged_by(e.manifest), []).append((e.manifest[cost], e.value(name), run.where))
+    require(len(by_judge) > 0, "runs", len(scored), f"runs with evaluations that say {quality} and {cost}")
+    told, names = labels(runs), []
+    figure = Figure(layout="constrained")
     axes = figure.subplots()
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color=GREY)
-    axes.step([x for x, _, _ in front], [y for _, y, _ in front], "-", where="post", color="C0")
-    told = labels(runs)
-    for i, (x, y, _) in enumerate(front):
-        axes.plot(x, y, "o", color=f"C{i}")
+    for k, (judge, points) in enumerate(by_judge.items()):
+        best, number = front(points, higher_is_better(quality)), len(axes.lines)
+        among = f" of {judge[JUDGED_BY.index('num_images')]} images by {judge[0]}" if len(by_judge) > 1 else ""
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], MARKERS[k % len(MARKERS)], color=GREY)
+        axes.step([x for x, _, _ in best], [y for _, y, _ in best], "-", where="post", color=f"C{k}")
+        for i, (x, y, _) in enumerate(best):
+            axes.plot(x, y, MARKERS[k % len(MARKERS)], color=f"C{i + number}")
+        names += [f"evaluations{among}", f"Pareto front{among}", *(told[where] for _, _, where in best)]
     axes.set(xlabel=cost.replace("_", " "), ylabel=label_of(quality), xscale="log")
-    costs = sorted({x for x, _, _ in points})
+    costs = sorted({x for points in by_judge.values() for x, _, _ in points})
     axes.set_xticks([x for i, x in enumerate(costs) if i == 0 or x / costs[i - 1] > 1.15])
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
-    names = ["evaluations", "Pareto front", *(told[where] for _, _, where in front)]
+    figure.set_size_inches(6.4, 3.8 + 0.2 * min(len(names) - 2, MAX_LEGEND))
     legend(figure, axes.lines, names, loc="outside lower center")
     axes.grid(alpha=0.3)
     return figure
+
+
+def front(points: Sequence[Point], higher: bool) -> list[Point]:
+    """Points (cost, quality, run) that none beats in both, by cost."""
+    sign = -1 if higher else 1
+    found, best = [], math.inf
+    for x, y, where in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if sign * y < best:
+            best = sign * y
+            found.append((x, y, where))
+    return found
+
+
+def judged_alike(runs: Sequence[Run], metric: str) -> tuple[list[tuple[Run, float]], str]:
+    """The runs whose ``metric`` is a number, with it, of the judge that most share; and how many that leaves out, in words."""
+    found: dict[tuple[Any, ...], list[tuple[Run, float]]] = {}
+    for run in runs:
+        if math.isfinite(value := scores_of(run).get(metric, math.nan)):
+            found.setdefault(judge_of(run, metric), []).append((run, value))
+    require(len(found) > 0, "metric", metric, "a metric that is a number in one of the runs")
+    most = max(found.values(), key=len)
+    others = sum(map(len, found.values())) - len(most)
+    return most, f"{others} runs judged otherwise are left out" if others else ""
 
 
 def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = None) -> Figure:
@@ -198,9 +224,9 @@ def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = No
     import pandas as pd
     from matplotlib.figure import Figure
 
-    rows = [(run.settings.get(setting), str(run.settings.get(by)) if by else "", scores_of(run).get(metric)) for run in runs]
-    table = pd.DataFrame(rows, columns=["x", "by", "y"]).dropna(subset=["y"])
-    require(len(table) > 0, "metric", metric, "a metric that one of the runs has")
+    scored, left_out = judged_alike(runs, metric)
+    rows = [(run.settings.get(setting), str(run.settings.get(by)) if by else "", value) for run, value in scored]
+    table = pd.DataFrame(rows, columns=["x", "by", "y"])
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     if not all(isinstance(x, int | float) for x in table["x"]):
@@ -213,6 +239,7 @@ def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = No
     if len(numbers) == len(table) and min(numbers) > 0 and max(numbers) / min(numbers) > 20:
         axes.set_xscale("log")
     axes.set(xlabel=setting, ylabel=label_of(metric))
+    axes.set_title(left_out, fontsize=9)
     if by:
         axes.legend(fontsize="small", frameon=False)
     axes.grid(alpha=0.3)
