@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -20,7 +21,7 @@ import torch
 
 from lit_transdiff.checkpoint import Checkpoint, complete_checkpoints
 from lit_transdiff.config import RunConfig
-from lit_transdiff.files import replace_file
+from lit_transdiff.files import read_json, replace_file
 from lit_transdiff.loading import load_run, save_yaml, to_dict
 
 PACKAGES = (
@@ -53,6 +54,7 @@ FREE = (
     "training.activation_checkpointing",
     "training.activation_checkpointing_every",
 )
+log = logging.getLogger(__name__)
 FREE_GROUPS = ("sampling", "evaluation", "tracking", "distributed", "checkpoint", "safety")
 
 
@@ -89,7 +91,11 @@ def check_folder(run: RunConfig) -> None:
 def trained_steps(run: RunConfig) -> int:
     """The steps of the trained model in the folder, 0 where there is none."""
     info = run.folder / "export" / "export.json"
-    return json.loads(info.read_text())["step"] if info.exists() else 0
+    try:
+        return int(read_json(info)["step"]) if info.exists() else 0
+    except ValueError as error:
+        log.warning("%s The export is made again.", error)
+        return 0
 
 
 def last_checkpoint(run: RunConfig) -> Checkpoint | None:
@@ -105,7 +111,11 @@ def open_folder(run: RunConfig, num_processes: int | None = None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     save_yaml(run, run.folder / "config.yaml")
     file = run.folder / "environment.json"
-    starts = json.loads(file.read_text()) if file.exists() else []
+    try:
+        starts = read_json(file) if file.exists() else []
+    except ValueError as error:
+        log.warning("%s It is begun anew.", error)
+        starts = []
     this = environment() | ({"num_processes": num_processes} if num_processes else {})
     replace_file(file, json.dumps([*starts, this], indent=2).encode())
 

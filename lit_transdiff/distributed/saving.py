@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.checkpoint import (
     PARTIAL,
@@ -21,9 +22,11 @@ from lit_transdiff.checkpoint import (
     complete_checkpoints,
     finish_checkpoint,
     prune,
+    put_aside,
     write_rank_file,
 )
 from lit_transdiff.config import RunConfig
+from lit_transdiff.distributed import world_size
 from lit_transdiff.distributed.sharding import Sharding, parameter_shapes
 from lit_transdiff.endings import CheckpointError
 from lit_transdiff.runfolder import last_checkpoint
@@ -36,13 +39,42 @@ class TryAgain(Exception):
 
 
 def agreed_checkpoint(run: RunConfig, patience: float = 120.0) -> Checkpoint | None:
+    """The newest checkpoint that is complete and holds what was written; a damaged one is put aside, with a warning.
+
+    Each rank reads its share of the files. Where ranks do not talk to each other yet, ``Checkpoints.setup`` compares.
+    """
+    while (found := newest_checkpoint(run, patience)) is not None:
+        damaged = damaged_file(found, world_size(run))
+        if damaged is None:
+            break
+        log.warning("%s is damaged: it is not what was written. The checkpoint before it is used.", found.folder / damaged)
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            put_aside(found)
+    return found
+
+
+def damaged_file(checkpoint: Checkpoint, world: int) -> str | None:
+    """A file of a checkpoint that is not what was written. Each rank reads its share; all are told, where they talk already."""
+    name: str | None = None
+    try:
+        name = checkpoint.damaged_file(getattr(rank_zero_only, "rank", 0), world)
+    except FileNotFoundError as error:  # another rank has just put it aside
+        name = Path(error.filename).name
+    found: list[Any] = [name]
+    if torch.distributed.is_initialized():
+        found *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, name)
+    return next((name for name in found if name is not None), None)
+
+
+def newest_checkpoint(run: RunConfig, patience: float) -> Checkpoint | None:
     """The newest complete checkpoint; where ranks already talk to each other, the one that the first rank sees.
 
     A shared file system may show a new folder later on other nodes: they wait for it.
     """
     found = last_checkpoint(run)
     if not torch.distributed.is_initialized():
-        return found  # Checkpoints.setup compares
+        return found
     choice = [found.step if found else None]
     torch.distributed.broadcast_object_list(choice, src=0)
     deadline = time.monotonic() + patience

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.files import whole
+from lit_transdiff.files import replace_file
 from lit_transdiff.tracking.wandb_run import WandbRun
 
 COLUMNS = ("step", "images_seen", "seconds", "metric", "value")
@@ -44,7 +45,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        new = not self.path.exists()
+        new = not self.path.exists() or self.path.stat().st_size == 0
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file)
             if new:
@@ -56,12 +57,18 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def drop_after(self, step: int) -> None:
-        """Forget what was logged after ``step``."""
+        """Forget what was logged after ``step``, and lines that a kill or a damaged disk has cut short."""
         if self.path.exists():
-            with open(self.path, newline="") as file:
-                header, *rows = list(csv.reader(file))
-            with whole(self.path) as partial, open(partial, "w", newline="") as file:
-                csv.writer(file).writerows([header, *(row for row in rows if int(row[0]) <= step)])
+            rows = list(csv.reader(self.path.read_text(errors="replace").replace("\0", "").splitlines()))
+            kept = [row for row in rows if len(row) == len(COLUMNS) and row[0].isdigit() and int(row[0]) <= step]
+            replace_file(self.path, as_csv([COLUMNS, *kept]).encode())
+
+
+def as_csv(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as the text of a CSV file."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def build_loggers(run: RunConfig) -> list[Logger]:
