@@ -230,7 +230,7 @@ def kept(found: Iterable[Checkpoint], policy: CheckpointConfig) -> set[Path]:
     """The folders of the checkpoints that the policy keeps."""
     found = sorted(found, key=lambda checkpoint: checkpoint.step)
     keep = {c.folder for c in found[-policy.keep_last :]} | {c.folder for c in found if c.manifest.get("milestone")}
-    scored = [c for c in found if policy.keep_best in c.manifest.get("metrics", {})]
+    scored = [c for c in found if math.isfinite(c.manifest.get("metrics", {}).get(policy.keep_best, math.nan))]
     if scored:
         sign = 1 if policy.best_is == "lowest" else -1
         keep.add(min(scored, key=lambda c: sign * c.manifest["metrics"][policy.keep_best]).folder)

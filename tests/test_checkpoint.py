@@ -138,6 +138,25 @@ def test_the_policy_keeps_last_best_and_milestones():
         assert {str(path) for path in kept(found, policy)} == names[name] | {"1"}, name
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_never_the_best(bad: float):
+    for best_is, best in (("lowest", "2"), ("highest", "3")):
+        found = manifests((1, bad, False), (2, 0.1, False), (3, 0.3, False), (4, bad, False))
+        assert {str(path) for path in kept(found, CheckpointConfig(keep_best="val/loss", best_is=best_is))} == {best, "4"}
+
+
+@pytest.mark.parametrize("metric", ["val/los", "train/loss"])
+def test_the_best_by_a_metric_that_no_validation_logs_is_refused(tmp_path: Path, metric: str):
+    """At the first validation, not after the night."""
+    run = small_run(tmp_path, checkpoint={"keep_best": metric}, training={"validate_every": 2})
+    with pytest.raises(ValueError, match=rf"checkpoint\.keep_best: '{metric}' is not known.*Did you mean 'val/loss'"):
+        train(run, silent)
+    unvalidated = {"validate_every": 2, "num_validation_samples": 0}
+    run = small_run(tmp_path, name="unvalidated", checkpoint={"keep_best": "val/loss"}, training=unvalidated)
+    with pytest.raises(ValueError, match=r"'val/loss' is not known.* Allowed: "):
+        train(run, silent)
+
+
 def test_a_run_keeps_what_its_policy_says(tmp_path: Path):
     """48 images; milestones at the first checkpoint from 20 and from 40 images on; the best validation among steps 2, 4, 6."""
     policy = {"keep_every_images": 20, "keep_best": "val/loss"}

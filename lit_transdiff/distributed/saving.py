@@ -25,7 +25,7 @@ from lit_transdiff.checkpoint import (
     put_aside,
     write_rank_file,
 )
-from lit_transdiff.config import RunConfig
+from lit_transdiff.config import RunConfig, unknown
 from lit_transdiff.distributed import world_size
 from lit_transdiff.distributed.sharding import Sharding, parameter_shapes
 from lit_transdiff.endings import CheckpointError
@@ -116,9 +116,27 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.saved_step = trainer.global_step
+        if self.run.data.evaluation is None or self.run.training.num_validation_samples == 0:
+            self.check_best(trainer)
         if trainer.is_global_zero and self.folder.exists():
             for rest in [*self.folder.glob(f"step-*{PARTIAL}"), *self.folder.glob("step-*.removed")]:
                 shutil.rmtree(rest)
+
+    def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.check_best(trainer)
+
+    def check_best(self, trainer: pl.Trainer) -> None:
+        """Refuse, at the first validation or where there is none, to choose the best checkpoint by what is not logged."""
+        wanted = self.run.checkpoint.keep_best
+        if wanted is not None and wanted not in (known := self.known_metrics(trainer)):
+            raise unknown("checkpoint.keep_best", wanted, known)
+
+    def known_metrics(self, trainer: pl.Trainer) -> list[str]:
+        """The metrics that a checkpoint's marker may hold, also those that are logged less often than a validation."""
+        run = self.run
+        later = [f"eval/{name}" for name in run.evaluation.metrics] if run.evaluation.every else []
+        later += ["val/feature_diversity"] if run.training.sample_every else []
+        return sorted({*filter(judges, trainer.callback_metrics), *later})
 
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
         step = trainer.global_step
@@ -182,7 +200,7 @@ class Checkpoints(pl.Callback):
         """What the marker says."""
         images, milestone = step * self.run.images_per_step, self.run.checkpoint.keep_every_images
         before = (step - self.run.training.checkpoint_every) * self.run.images_per_step
-        numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(("train/", "throughput/"))}
+        numbers = {name: float(value) for name, value in trainer.callback_metrics.items() if judges(name)}
         return {
             "step": step,
             "images_seen": images,
@@ -203,6 +221,11 @@ class Checkpoints(pl.Callback):
             self.error = error
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def judges(metric: str) -> bool:
+    """Whether a metric says how good the weights of a step are."""
+    return not metric.startswith(("train/", "throughput/"))
 
 
 def spread(strategy: str, world: int, micro_batch: int, precision: str) -> dict[str, Any]:
