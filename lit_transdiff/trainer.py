@@ -24,7 +24,7 @@ from lit_transdiff.distributed.watchdog import Pause, Resume, Watchdog
 from lit_transdiff.evaluation.online import OnlineEvaluation
 from lit_transdiff.export import export_checkpoint, write_export
 from lit_transdiff.parts import Parts, build, build_data, describe, export_info, spread_of
-from lit_transdiff.runfolder import check_folder, last_checkpoint, open_folder, trained_steps
+from lit_transdiff.runfolder import FolderLock, check_checkpoint, check_folder, last_checkpoint, open_folder, trained_steps
 from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.stages.callbacks import LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
@@ -115,23 +115,24 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
         step = trained_steps(run)
         say(f"{run.name}: already trained to step {step} in {run.folder}")
         return TrainResult(run.folder, step, {})
-    while True:
-        pl.seed_everything(run.seed, verbose=False)
-        parts = build(run)
-        say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
-        rank_zero_only(open_folder)(run, world_size(run))
-        try:
-            loggers = build_loggers(run)
-            with stop_request() as request:
-                metrics = fit(parts, agreed_checkpoint(run), request, loggers, say)
-            break
-        except (TryAgain, RollBack) as reason:
-            say(f"{run.name}: {reason}")
-    rank_zero_only(write_model)(parts)
-    if (tracker := wandb_of(loggers)) is not None:
-        log_models(tracker, run, metrics.get(WATCHED))
-        tracker.finish()
-    wait_for_export(run)
+    with FolderLock(run.folder) as lock:
+        while True:
+            pl.seed_everything(run.seed, verbose=False)
+            parts = build(run)
+            say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
+            rank_zero_only(lock.take)()
+            try:
+                loggers = build_loggers(run)
+                with stop_request() as request:
+                    metrics = fit(parts, agreed_checkpoint(run), request, loggers, say)
+                break
+            except (TryAgain, RollBack) as reason:
+                say(f"{run.name}: {reason}")
+        rank_zero_only(write_model)(parts)
+        if (tracker := wandb_of(loggers)) is not None:
+            log_models(tracker, run, metrics.get(WATCHED))
+            tracker.finish()
+        wait_for_export(run)
     return TrainResult(run.folder, run.training.max_steps, metrics)
 
 
@@ -141,6 +142,9 @@ def fit(
     """Train from a checkpoint, or from the beginning, to the end; the last values of the metrics."""
     run = parts.run
     start = checkpoint.step if checkpoint else 0
+    if checkpoint is not None:
+        check_checkpoint(run, checkpoint)
+    rank_zero_only(open_folder)(run, world_size(run))
     if start >= run.training.max_steps:
         return {}
     trainer = build_trainer(parts, build_callbacks(parts, start, request, wandb_of(loggers)), loggers)

@@ -26,7 +26,7 @@ from lit_transdiff.models.flops import tokens_of, training_flops
 from lit_transdiff.models.tokens import token_similarity
 from lit_transdiff.pictures import grid, to_bytes
 from lit_transdiff.pictures import picture as as_picture
-from lit_transdiff.runfolder import environment
+from lit_transdiff.runfolder import environment, inputs
 from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now, sharding
 
@@ -164,15 +164,17 @@ class LogTraining(pl.Callback):
 
 
 class SaveOrigin(pl.Callback):
-    """Every checkpoint says what made it: the resolved configuration, the commit, the package versions, what an export says."""
+    """Every checkpoint says what made it: the resolved configuration, its ``inputs``, commit, versions, what an export says."""
 
     def __init__(self, run: RunConfig, info: dict[str, Any]) -> None:
         self.run = run
         self.info = info
         self.environment = environment()
+        self.inputs = inputs(run)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = to_dict(self.run)
+        checkpoint["inputs"] = self.inputs
         checkpoint["environment"] = self.environment
         checkpoint["info"] = self.info
 
