@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -12,6 +13,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def sha256_of(path: Path) -> str:
@@ -105,6 +109,23 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: it holds no JSON ({error}).") from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk is full, or what one may use of it; safetensors gives the number in its text."""
+    return getattr(error, "errno", None) in FULL or any(f"(os error {number})" in str(error) for number in FULL)
+
+
+@contextmanager
+def unless_full(path: Path, go_on: bool) -> Iterator[None]:
+    """With ``go_on``, a full disk in the block costs what it writes to ``path``, with a warning, and does not raise."""
+    try:
+        yield
+    except Exception as error:
+        if not (go_on and is_full(error)):
+            raise
+        log.warning("%s is left out: %s", path, error)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def free_bytes(folder: Path) -> int:

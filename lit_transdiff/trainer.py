@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
-from lit_transdiff.checkpoint import Checkpoint
+from lit_transdiff.checkpoint import PARTIAL, Checkpoint
 from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed import accumulation, compute_dtype, trainer_settings, world_size
 from lit_transdiff.distributed.preemption import StopOnRequest, StopRequest, stop_request
@@ -23,6 +23,7 @@ from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_check
 from lit_transdiff.distributed.watchdog import Pause, Resume, Watchdog
 from lit_transdiff.evaluation.online import OnlineEvaluation
 from lit_transdiff.export import export_checkpoint, write_export
+from lit_transdiff.files import unless_full
 from lit_transdiff.parts import Parts, build, build_data, describe, export_info, spread_of
 from lit_transdiff.runfolder import FolderLock, check_checkpoint, check_folder, last_checkpoint, open_folder, trained_steps
 from lit_transdiff.sampling import Generator
@@ -59,7 +60,9 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: Wan
         slow_last.append(Track(tracker, run, parts.data))
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
         names, folder = parts.data.class_names, run.folder
-        slow_last.append(SampleGrids(parts.autoencoder, names, folder / "samples", training.sample_every, tracker))
+        go_on = run.checkpoint.on_error == "continue"
+        grids = SampleGrids(parts.autoencoder, names, folder / "samples", training.sample_every, tracker, despite_full_disk=go_on)
+        slow_last.append(grids)
         slow_last.append(BestModel(folder / "best", partial(export_model, parts)))
         if run.evaluation.every:
             generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
@@ -183,7 +186,8 @@ def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[
     if trainer.is_global_zero:
         weights = f"ema {run.optimizer.ema_decay}"
         info = {**export_info(parts), "step": step, "images_seen": step * run.images_per_step, "weights": weights, **more}
-        write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
+        with unless_full(folder.with_name(folder.name + PARTIAL), run.checkpoint.on_error == "continue"):
+            write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
 
 
 def wait_for_export(run: RunConfig) -> None:

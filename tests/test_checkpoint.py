@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lit_transdiff import checkpoint as disk
+from lit_transdiff import trainer
 from lit_transdiff.__main__ import main
 from lit_transdiff.checkpoint import (
     MARKER,
@@ -190,6 +192,27 @@ def test_a_full_disk_need_not_stop_training(tmp_path: Path, monkeypatch: pytest.
     train(run, silent)
     assert "step 4: no checkpoint could be written, training goes on" in caplog.text
     assert [c.step for c in complete_checkpoints(run.folder / "checkpoints")] == [6]
+
+
+def test_a_full_disk_costs_pictures_and_the_best_model_but_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def no_picture(self: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    def no_weights(tensors: object, path: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("PIL.Image.Image.save", no_picture)
+    monkeypatch.setattr(trainer, "save_file", no_weights)
+    often = {"sample_every": 2, "validate_every": 2}
+    run = small_run(tmp_path, checkpoint={"on_error": "continue"}, training=often)
+    assert train(run, silent).step == 6
+    assert caplog.text.count(".png is left out") == 3 and caplog.text.count("best.partial is left out") == 2
+    assert not list(run.folder.glob("samples/*")) and not list(run.folder.glob("best*"))
+    with pytest.raises(OSError, match="Disk quota exceeded"):
+        train(small_run(tmp_path, name="strict", training={"sample_every": 2}), silent)
 
 
 def full_from_step(first: int, until: int = 99):

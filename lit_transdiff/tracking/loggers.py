@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +15,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.files import replace_file
+from lit_transdiff.files import is_full, replace_file
 from lit_transdiff.tracking.wandb_run import WandbRun
 
+log = logging.getLogger(__name__)
 COLUMNS = ("step", "images_seen", "seconds", "metric", "value")
 
 
@@ -23,12 +26,16 @@ class MetricsCSV(Logger):
     """``metrics.csv``, one row a value: step, images seen, wall-clock seconds of this process, metric, value.
 
     Rows are appended and flushed, so a kill loses nothing; a resumed run first drops the rows after the step it resumes from.
+    With ``despite_full_disk`` they wait in memory until there is room.
     """
 
-    def __init__(self, path: Path, images_per_step: int) -> None:
+    def __init__(self, path: Path, images_per_step: int, despite_full_disk: bool = False) -> None:
         super().__init__()
         self.path = path
         self.images_per_step = images_per_step
+        self.despite_full_disk = despite_full_disk
+        self.waiting: list[list[Any]] = []
+        self.full = False  # and the people have been told
         self.start = time.monotonic()
 
     @property
@@ -45,15 +52,36 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        new = not self.path.exists() or self.path.stat().st_size == 0
-        with open(self.path, "a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(COLUMNS)
-            seconds = round(time.monotonic() - self.start, 3)
-            for name, value in metrics.items():
-                if name != "epoch":
-                    writer.writerow([step, (step or 0) * self.images_per_step, seconds, name, value])
+        seconds = round(time.monotonic() - self.start, 3)
+        images = (step or 0) * self.images_per_step
+        self.waiting += [[step, images, seconds, name, value] for name, value in metrics.items() if name != "epoch"]
+        self.write()
+
+    def write(self) -> None:
+        """Append the rows that wait, all of them or none."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a", newline="") as file:
+                file.write(as_csv(self.waiting if size else [COLUMNS, *self.waiting]))
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            if not (self.despite_full_disk and is_full(error)):
+                raise
+            if not self.full:
+                log.warning("%s: %s. Training goes on; its numbers wait in memory until there is room.", self.path, error)
+            self.full = True
+            return
+        self.full = False
+        self.waiting.clear()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what still waits; W&B, where it is on, has it anyway."""
+        if self.waiting:
+            self.write()
+        if self.waiting:
+            log.warning("%s: the last %d numbers of this process are lost: there is still no room.", self.path, len(self.waiting))
 
     @rank_zero_only
     def drop_after(self, step: int) -> None:
@@ -73,7 +101,7 @@ def as_csv(rows: Iterable[Sequence[Any]]) -> str:
 
 def build_loggers(run: RunConfig) -> list[Logger]:
     """The CSV file and, unless ``tracking.wandb`` is false, the W&B run of this run folder."""
-    loggers: list[Logger] = [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)]
+    loggers: list[Logger] = [MetricsCSV(run.folder / "metrics.csv", run.images_per_step, run.checkpoint.on_error == "continue")]
     return loggers + ([WandbRun(run)] if run.tracking.wandb else [])
 
 
