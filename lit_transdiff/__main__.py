@@ -9,11 +9,13 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from lit_transdiff import __version__, commands
 from lit_transdiff.config import PRESETS
-from lit_transdiff.endings import EXIT_REQUEUE, CheckpointError, Preempted
+from lit_transdiff.endings import EXIT_REQUEUE, CheckpointError, Preempted, ending_when_asked
 
+RESUMABLE = (commands.train, commands.run, commands.evaluate)  # started again, they go on with what was not done yet
 AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 
 
@@ -217,7 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(line_buffering=True)  # so that the log of a batch job shows how far it is
     quiet_libraries()
     try:
-        args.function(args)
+        with ending_when_asked() if args.function in RESUMABLE else nullcontext():
+            args.function(args)
     except (ValueError, FileNotFoundError) as error:
         print(f"lit-transdiff: {error}", file=sys.stderr)
         return 2

@@ -53,6 +53,7 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: Wan
     numbers = LogTraining(run, compute_dtype(run))
     checkpoints = Checkpoints(run, start, spread_of(run), before_save=finite.look)
     watchdog = Watchdog(run.safety.stall_seconds)
+    stop = StopOnRequest(request, checkpoints, watchdog.rest)
     # The watchdog rests in what may take long. Scores come before LogTraining, which would count their time as training's.
     slow_first: list[Callback] = []
     slow_last: list[Callback] = [SaveOrigin(run, export_info(parts)), checkpoints]
@@ -66,9 +67,9 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: Wan
         slow_last.append(BestModel(folder / "best", partial(export_model, parts)))
         if run.evaluation.every:
             generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
-            slow_first.append(OnlineEvaluation(generator, run))
+            slow_first.append(OnlineEvaluation(generator, run, stop.now))
     callbacks: list[Callback] = [
-        StopOnRequest(request, checkpoints, watchdog.rest),
+        stop,
         Pause(watchdog),
         *slow_first,
         Resume(watchdog),

@@ -17,12 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from lit_transdiff.config import require
-from lit_transdiff.endings import EXIT_REQUEUE, Preempted
+from lit_transdiff.endings import EXIT_REQUEUE, leave
 from lit_transdiff.sweep.file import SweepFile
 from lit_transdiff.sweep.journal import Journal
 from lit_transdiff.sweep.search import next_settings, to_stop
@@ -202,11 +201,6 @@ def hopeless(trials: list[Trial]) -> bool:
     """Whether the sweep's first trials have all failed, and none has ended in another way."""
     ended = [trial.state for trial in trials if trial.state != "running"]
     return len(ended) >= HOPELESS and set(ended) == {"failed"}
-
-
-def leave(number: int, frame: FrameType | None) -> None:
-    """The handler of SIGNALS."""
-    raise Preempted(f"asked to stop ({signal.Signals(number).name}): the same command goes on with the trials that were running.")
 
 
 def run_sweep(
