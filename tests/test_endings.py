@@ -32,6 +32,7 @@ def test_a_signal_outside_the_steps_asks_for_a_requeue(
 ) -> None:
     before = [signal.getsignal(one) for one in STOP_SIGNALS]
     save_yaml(small_run(tmp_path), tmp_path / "run.yaml")
+    monkeypatch.setattr(pipeline, "check_evaluation", lambda *settings, **options: None)
     monkeypatch.setattr(pipeline, "train", lambda run: None)
     monkeypatch.setattr(pipeline, "load_generator", lambda *arguments: asked(number))
     monkeypatch.setattr(trainer, "build", lambda run: asked(number))
