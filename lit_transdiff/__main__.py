@@ -9,11 +9,15 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from lit_transdiff import __version__, commands
 from lit_transdiff.config import PRESETS
-from lit_transdiff.endings import EXIT_REQUEUE, CheckpointError, Preempted
+from lit_transdiff.endings import EXIT_REQUEUE, CheckpointError, Preempted, ending_when_asked
+from lit_transdiff.files import is_full
 
+RESUMABLE = (commands.train, commands.run, commands.evaluate)  # started again, they go on with what was not done yet
+NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS)  # a path that cannot be meant
 AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 
 
@@ -217,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(line_buffering=True)  # so that the log of a batch job shows how far it is
     quiet_libraries()
     try:
-        args.function(args)
+        with ending_when_asked() if args.function in RESUMABLE else nullcontext():
+            args.function(args)
     except (ValueError, FileNotFoundError) as error:
         print(f"lit-transdiff: {error}", file=sys.stderr)
         return 2
@@ -228,10 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lit-transdiff: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
+            print(f"lit-transdiff: {error}. Make room, and start the same command again.", file=sys.stderr)
+            return 1
+        if error.filename is None:  # of no file: a connection, a process
             raise
-        print(f"lit-transdiff: {error}. Make room, and start the same command again.", file=sys.stderr)
-        return 1
+        print(f"lit-transdiff: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2 if error.errno in NOT_HERE else 1
     return 0
 
 

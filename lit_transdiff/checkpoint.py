@@ -2,7 +2,8 @@
 
 ``checkpoints/step-00000500/`` holds ``rank-00000.safetensors`` ... (slices of parameters and of their optimizer states, named
 ``parameter::state::first element`` in the flattened parameter), ``training.pt`` (where training stands) and, written last,
-``COMPLETE.json``. A folder is made under another name and renamed when it is whole, so one that was broken off is never found.
+``COMPLETE.json``, with the size and the CRC-32 of each file. A folder is made under another name and renamed when it is whole, so
+one that was broken off is never found.
 Because each slice says which elements of which parameter it holds, any strategy and any number of ranks reads it.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import shutil
@@ -17,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,15 @@ from torch import Tensor
 from lit_transdiff.averages import EMA
 from lit_transdiff.config import CheckpointConfig
 from lit_transdiff.endings import CheckpointError
-from lit_transdiff.files import replace_file, require_space, whole
+from lit_transdiff.files import crc32_of, read_json, replace_file, require_space, to_disk, whole
 
 MARKER = "COMPLETE.json"
 TRAINING = "training.pt"
 WEIGHT = "weight"  # the "state" that is the parameter itself, float32
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
+CHECKSUM = ".crc32"  # of a rank's file, until the marker holds it
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,14 @@ class Checkpoint:
         assert isinstance(loaded, dict)
         return loaded
 
+    def damaged_file(self, part: int = 0, parts: int = 1) -> str | None:
+        """The first file whose content is not what was written, among every ``parts``-th one from ``part`` on.
+
+        Checkpoints of earlier versions hold no checksums; of them nothing is said.
+        """
+        checksums = sorted(self.manifest.get("crc32", {}).items())
+        return next((name for name, crc32 in checksums[part::parts] if crc32_of(self.folder / name) != crc32), None)
+
     @property
     def averages(self) -> list[str]:
         """The states that are averages of the weights; of a checkpoint with its slices."""
@@ -129,11 +143,32 @@ def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
     """The whole checkpoints of a folder, oldest first. One whose files have other sizes than were written is left out."""
     found = []
     for marker in sorted(checkpoints.glob(f"step-*/{MARKER}")):
-        folder, manifest = marker.parent, json.loads(marker.read_text())
+        folder = marker.parent
+        if not folder.name[5:].isdigit():
+            continue
+        try:
+            manifest = read_json(marker)
+        except ValueError as error:
+            warn_once(f"{error} The checkpoint is left out.")
+            continue
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"] if (folder / name).exists()}
-        if folder.name[5:].isdigit() and sizes == manifest["files"]:
+        if sizes == manifest["files"]:
             found.append(Checkpoint(folder, manifest))
     return found
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Warn of what is found at every look."""
+    log.warning(text)
+
+
+def put_aside(checkpoint: Checkpoint) -> None:
+    """Take a damaged checkpoint out of the list of complete ones, unless another process has done so."""
+    aside = checkpoint.folder.with_name(checkpoint.folder.name + DAMAGED)
+    if checkpoint.folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint.folder, aside)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -155,8 +190,7 @@ def write_rank_file(partial: Path, rank: int, tensors: Mapping[str, Tensor]) -> 
         require_space(partial, sum(t.numel() * t.element_size() for t in tensors.values()))
         with whole(file) as temporary:
             save_file(dict(tensors), temporary)
-            with open(temporary, "rb+") as written:
-                os.fsync(written.fileno())
+            file.with_suffix(CHECKSUM).write_text(str(crc32_of(temporary)))
     except (OSError, SafetensorError) as error:
         replace_file(file.with_suffix(".failed"), b"")
         raise CheckpointError(getattr(error, "errno", None) or errno.EIO, f"{file}: {error}") from error
@@ -174,26 +208,29 @@ def finish_checkpoint(
             raise CheckpointError(errno.EIO, f"{partial}: {reason}.")
         time.sleep(0.05)
     try:
-        with open(partial / TRAINING, "wb") as file:
-            torch.save(dict(training), file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(dict(training), partial / TRAINING)
+        to_disk(partial / TRAINING)
+        crc32 = {TRAINING: crc32_of(partial / TRAINING)}
+        for file in sorted(partial.glob(f"*{CHECKSUM}")):
+            crc32[file.with_suffix(".safetensors").name] = int(file.read_text())
+            file.unlink()
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        whole = {**manifest, "files": sizes}
-        replace_file(partial / MARKER, json.dumps(whole, indent=1).encode())
+        whole_manifest = {**manifest, "files": sizes, "crc32": crc32}
+        replace_file(partial / MARKER, json.dumps(whole_manifest, indent=1).encode())
         folder = partial.with_name(partial.name.removesuffix(PARTIAL))
         shutil.rmtree(folder, ignore_errors=True)  # one that is not complete
         os.replace(partial, folder)
+        to_disk(folder.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise CheckpointError(getattr(error, "errno", None) or errno.EIO, f"{partial}: {error}") from error
-    return Checkpoint(folder, whole)
+    return Checkpoint(folder, whole_manifest)
 
 
 def kept(found: Iterable[Checkpoint], policy: CheckpointConfig) -> set[Path]:
     """The folders of the checkpoints that the policy keeps."""
     found = sorted(found, key=lambda checkpoint: checkpoint.step)
     keep = {c.folder for c in found[-policy.keep_last :]} | {c.folder for c in found if c.manifest.get("milestone")}
-    scored = [c for c in found if policy.keep_best in c.manifest.get("metrics", {})]
+    scored = [c for c in found if math.isfinite(c.manifest.get("metrics", {}).get(policy.keep_best, math.nan))]
     if scored:
         sign = 1 if policy.best_is == "lowest" else -1
         keep.add(min(scored, key=lambda c: sign * c.manifest["metrics"][policy.keep_best]).folder)

@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_transdiff.averages import EMA, POWER, combination, width_of
 from lit_transdiff.checkpoint import Checkpoint, complete_checkpoints
 from lit_transdiff.config import RunConfig, require, unknown
-from lit_transdiff.files import short_hash
+from lit_transdiff.files import replace_file, short_hash, to_disk
 from lit_transdiff.loading import load_run, run_from, save_yaml
 
 FARTHEST = 0.1  # of a combination of averages from the one asked for, by their profiles
@@ -95,6 +95,11 @@ def export_run(run_folder: Path, step: int | None, average: str, output: str | N
         raise FileNotFoundError(f"{run_folder} holds no complete checkpoint.")
     chosen = max(found) if step is None else step
     require(chosen in found, "--step", chosen, f"one of {sorted(found)}")
+    damaged = found[chosen].damaged_file()
+    if damaged is not None:
+        raise ValueError(
+            f"{found[chosen].folder / damaged} is damaged: it is not what was written. Complete steps: {sorted(found)}."
+        )
     folder = Path(output) if output else run_folder / f"export-{chosen:08d}"
     earlier = [checkpoint.index() for step, checkpoint in sorted(found.items()) if step < chosen]
     export_checkpoint(found[chosen].index(), folder, average, earlier)
@@ -166,7 +171,9 @@ def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_we
     partial.mkdir(parents=True)
     write_weights(partial)
     save_yaml(run, partial / "config.yaml")
-    (partial / "export.json").write_text(json.dumps(dict(info), indent=2))
+    for file in partial.rglob("*.safetensors"):
+        to_disk(file)
+    replace_file(partial / "export.json", json.dumps(dict(info), indent=2).encode())
     before = folder.with_name(folder.name + ".before")
     shutil.rmtree(before, ignore_errors=True)
     if folder.exists():

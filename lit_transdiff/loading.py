@@ -43,6 +43,9 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
     """A checked ``RunConfig`` from nested settings (of a YAML file, a checkpoint, or written in Python)."""
     given = OmegaConf.create(settings)
     check_keys(given, RunConfig, "", source)
+    name = given.get("name", "")
+    quoted = "a word; in quotes where YAML takes it for something else, as in name='\"on\"'"
+    require(isinstance(name, str), f"{source}: name", name, quoted)
     size = OmegaConf.select(given, "model.size")
     try:
         model = ModelConfig(size=size) if size else ModelConfig()

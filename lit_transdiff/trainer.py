@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 
-from lit_transdiff.checkpoint import Checkpoint
+from lit_transdiff.checkpoint import PARTIAL, Checkpoint
 from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed import accumulation, compute_dtype, trainer_settings, world_size
 from lit_transdiff.distributed.preemption import StopOnRequest, StopRequest, stop_request
@@ -23,8 +23,9 @@ from lit_transdiff.distributed.saving import Checkpoints, TryAgain, agreed_check
 from lit_transdiff.distributed.watchdog import Pause, Resume, Watchdog
 from lit_transdiff.evaluation.online import OnlineEvaluation
 from lit_transdiff.export import export_checkpoint, write_export
+from lit_transdiff.files import unless_full
 from lit_transdiff.parts import Parts, build, build_data, describe, export_info, spread_of
-from lit_transdiff.runfolder import check_folder, last_checkpoint, open_folder, trained_steps
+from lit_transdiff.runfolder import FolderLock, check_checkpoint, check_folder, last_checkpoint, open_folder, trained_steps
 from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.stages.callbacks import LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
@@ -52,6 +53,7 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: Wan
     numbers = LogTraining(run, compute_dtype(run))
     checkpoints = Checkpoints(run, start, spread_of(run), before_save=finite.look)
     watchdog = Watchdog(run.safety.stall_seconds)
+    stop = StopOnRequest(request, checkpoints, watchdog.rest)
     # The watchdog rests in what may take long. Scores come before LogTraining, which would count their time as training's.
     slow_first: list[Callback] = []
     slow_last: list[Callback] = [SaveOrigin(run, export_info(parts)), checkpoints]
@@ -59,13 +61,15 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: Wan
         slow_last.append(Track(tracker, run, parts.data))
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
         names, folder = parts.data.class_names, run.folder
-        slow_last.append(SampleGrids(parts.autoencoder, names, folder / "samples", training.sample_every, tracker))
+        go_on = run.checkpoint.on_error == "continue"
+        grids = SampleGrids(parts.autoencoder, names, folder / "samples", training.sample_every, tracker, despite_full_disk=go_on)
+        slow_last.append(grids)
         slow_last.append(BestModel(folder / "best", partial(export_model, parts)))
         if run.evaluation.every:
             generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
-            slow_first.append(OnlineEvaluation(generator, run))
+            slow_first.append(OnlineEvaluation(generator, run, stop.now))
     callbacks: list[Callback] = [
-        StopOnRequest(request, checkpoints, watchdog.rest),
+        stop,
         Pause(watchdog),
         *slow_first,
         Resume(watchdog),
@@ -115,23 +119,24 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
         step = trained_steps(run)
         say(f"{run.name}: already trained to step {step} in {run.folder}")
         return TrainResult(run.folder, step, {})
-    while True:
-        pl.seed_everything(run.seed, verbose=False)
-        parts = build(run)
-        say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
-        rank_zero_only(open_folder)(run, world_size(run))
-        try:
-            loggers = build_loggers(run)
-            with stop_request() as request:
-                metrics = fit(parts, agreed_checkpoint(run), request, loggers, say)
-            break
-        except (TryAgain, RollBack) as reason:
-            say(f"{run.name}: {reason}")
-    rank_zero_only(write_model)(parts)
-    if (tracker := wandb_of(loggers)) is not None:
-        log_models(tracker, run, metrics.get(WATCHED))
-        tracker.finish()
-    wait_for_export(run)
+    with FolderLock(run.folder) as lock:
+        while True:
+            pl.seed_everything(run.seed, verbose=False)
+            parts = build(run)
+            say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
+            rank_zero_only(lock.take)()
+            try:
+                loggers = build_loggers(run)
+                with stop_request() as request:
+                    metrics = fit(parts, agreed_checkpoint(run), request, loggers, say)
+                break
+            except (TryAgain, RollBack) as reason:
+                say(f"{run.name}: {reason}")
+        rank_zero_only(write_model)(parts)
+        if (tracker := wandb_of(loggers)) is not None:
+            log_models(tracker, run, metrics.get(WATCHED))
+            tracker.finish()
+        wait_for_export(run)
     return TrainResult(run.folder, run.training.max_steps, metrics)
 
 
@@ -141,6 +146,9 @@ def fit(
     """Train from a checkpoint, or from the beginning, to the end; the last values of the metrics."""
     run = parts.run
     start = checkpoint.step if checkpoint else 0
+    if checkpoint is not None:
+        check_checkpoint(run, checkpoint)
+    rank_zero_only(open_folder)(run, world_size(run))
     if start >= run.training.max_steps:
         return {}
     trainer = build_trainer(parts, build_callbacks(parts, start, request, wandb_of(loggers)), loggers)
@@ -179,7 +187,8 @@ def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[
     if trainer.is_global_zero:
         weights = f"ema {run.optimizer.ema_decay}"
         info = {**export_info(parts), "step": step, "images_seen": step * run.images_per_step, "weights": weights, **more}
-        write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
+        with unless_full(folder.with_name(folder.name + PARTIAL), run.checkpoint.on_error == "continue"):
+            write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
 
 
 def wait_for_export(run: RunConfig) -> None:

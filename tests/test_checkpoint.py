@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lit_transdiff import checkpoint as disk
+from lit_transdiff import trainer
 from lit_transdiff.__main__ import main
 from lit_transdiff.checkpoint import (
     MARKER,
@@ -138,6 +140,25 @@ def test_the_policy_keeps_last_best_and_milestones():
         assert {str(path) for path in kept(found, policy)} == names[name] | {"1"}, name
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_never_the_best(bad: float):
+    for best_is, best in (("lowest", "2"), ("highest", "3")):
+        found = manifests((1, bad, False), (2, 0.1, False), (3, 0.3, False), (4, bad, False))
+        assert {str(path) for path in kept(found, CheckpointConfig(keep_best="val/loss", best_is=best_is))} == {best, "4"}
+
+
+@pytest.mark.parametrize("metric", ["val/los", "train/loss"])
+def test_the_best_by_a_metric_that_no_validation_logs_is_refused(tmp_path: Path, metric: str):
+    """At the first validation, not after the night."""
+    run = small_run(tmp_path, checkpoint={"keep_best": metric}, training={"validate_every": 2})
+    with pytest.raises(ValueError, match=rf"checkpoint\.keep_best: '{metric}' is not known.*Did you mean 'val/loss'"):
+        train(run, silent)
+    unvalidated = {"validate_every": 2, "num_validation_samples": 0}
+    run = small_run(tmp_path, name="unvalidated", checkpoint={"keep_best": "val/loss"}, training=unvalidated)
+    with pytest.raises(ValueError, match=r"'val/loss' is not known.* Allowed: "):
+        train(run, silent)
+
+
 def test_a_run_keeps_what_its_policy_says(tmp_path: Path):
     """48 images; milestones at the first checkpoint from 20 and from 40 images on; the best validation among steps 2, 4, 6."""
     policy = {"keep_every_images": 20, "keep_best": "val/loss"}
@@ -171,6 +192,27 @@ def test_a_full_disk_need_not_stop_training(tmp_path: Path, monkeypatch: pytest.
     train(run, silent)
     assert "step 4: no checkpoint could be written, training goes on" in caplog.text
     assert [c.step for c in complete_checkpoints(run.folder / "checkpoints")] == [6]
+
+
+def test_a_full_disk_costs_pictures_and_the_best_model_but_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def no_picture(self: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    def no_weights(tensors: object, path: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("PIL.Image.Image.save", no_picture)
+    monkeypatch.setattr(trainer, "save_file", no_weights)
+    often = {"sample_every": 2, "validate_every": 2}
+    run = small_run(tmp_path, checkpoint={"on_error": "continue"}, training=often)
+    assert train(run, silent).step == 6
+    assert caplog.text.count(".png is left out") == 3 and caplog.text.count("best.partial is left out") == 2
+    assert not list(run.folder.glob("samples/*")) and not list(run.folder.glob("best*"))
+    with pytest.raises(OSError, match="Disk quota exceeded"):
+        train(small_run(tmp_path, name="strict", training={"sample_every": 2}), silent)
 
 
 def full_from_step(first: int, until: int = 99):

@@ -17,14 +17,13 @@ from lit_transdiff.distributed.kinds import STRATEGIES
 from lit_transdiff.distributed.planner import plan as plan_gpus
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import EXTRACTORS, FeatureExtractor, Features
-from lit_transdiff.evaluation.metrics import METRICS, Metric, Scored
+from lit_transdiff.evaluation.metrics import METRICS, Metric, Scored, check_evaluation
 from lit_transdiff.evaluation.statistics import Statistics
 from lit_transdiff.flow.loss import DENSITIES
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS
 from lit_transdiff.hardware import DEVICES
 from lit_transdiff.loading import load_run, override, preset, save_yaml
 from lit_transdiff.models.autoencoder import AUTOENCODERS, IdentityAutoencoder, Kind
-from lit_transdiff.pipeline import check_evaluation
 from lit_transdiff.sampling import load_generator
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.ar_pretrain import ARPretrain
@@ -125,7 +124,7 @@ def test_a_recipe_of_new_entries_trains_samples_and_is_scored(tmp_path: Path):
     }
     save_yaml(small_run(tmp_path, **changes), tmp_path / "recipe.yaml")
     run = load_run(tmp_path / "recipe.yaml")
-    check_evaluation(run)
+    check_evaluation(run.evaluation, scores=True)
     train(run, say=lambda text: None)
     assert {"stage", "density", "schedule", "solver", "grid", "strategy", "autoencoder somewhere"} <= set(USED)
     generator = load_generator(run.folder)

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_transdiff.distributed.saving import Checkpoints
-from lit_transdiff.endings import Preempted
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from lit_transdiff.endings import STOP_SIGNALS, Preempted
 
 
 class StopRequest:
@@ -31,22 +29,24 @@ class StopRequest:
     def listen(self) -> None:
         """Take the signals (again: Lightning takes them too). Only the main thread of a process can."""
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in STOP_SIGNALS:
                 signal.signal(number, self.handle)
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Listens inside, and gives the signals back."""
+    """Listens inside, and gives the signals back; one that came too late for a step goes to who has listened before."""
     request = StopRequest()
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS} if main else {}
     request.listen()
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if request.received is not None and callable(before.get(signal.Signals[request.received])):
+        signal.raise_signal(signal.Signals[request.received])
 
 
 class StopOnRequest(pl.Callback):
@@ -60,6 +60,7 @@ class StopOnRequest(pl.Callback):
         self.checkpoints = checkpoints
         self.before_save = before_save
         self.latest: Arriving | None = None
+        self.agreed = False  # all ranks know already
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.request.listen()
@@ -69,7 +70,7 @@ class StopOnRequest(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
         if i % trainer.accumulate_grad_batches:
             return
-        if not self.any_rank(trainer):
+        if not (self.agreed or self.any_rank(trainer)):
             return
         self.before_save()
         step = trainer.global_step
@@ -79,6 +80,11 @@ class StopOnRequest(pl.Callback):
         where = self.request.received or "another rank was asked"
         kept = f"the checkpoint of step {step} is complete" if step > 0 else "no step was taken yet"
         raise Preempted(f"asked to stop ({where}): {kept}; the same command goes on from there.")
+
+    def now(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank was asked. All ranks wait for each other here, and stop before the next step if one was."""
+        self.agreed = self.agreed or not trainer.strategy.reduce_boolean_decision(self.request.received is None)
+        return self.agreed
 
     def any_rank(self, trainer: pl.Trainer) -> bool:
         """Whether any rank was asked, as all ranks know one step later: one number, summed over them in every step.

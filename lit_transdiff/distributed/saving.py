@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.checkpoint import (
     PARTIAL,
@@ -21,9 +22,11 @@ from lit_transdiff.checkpoint import (
     complete_checkpoints,
     finish_checkpoint,
     prune,
+    put_aside,
     write_rank_file,
 )
-from lit_transdiff.config import RunConfig
+from lit_transdiff.config import RunConfig, unknown
+from lit_transdiff.distributed import world_size
 from lit_transdiff.distributed.sharding import Sharding, parameter_shapes
 from lit_transdiff.endings import CheckpointError
 from lit_transdiff.runfolder import last_checkpoint
@@ -36,13 +39,42 @@ class TryAgain(Exception):
 
 
 def agreed_checkpoint(run: RunConfig, patience: float = 120.0) -> Checkpoint | None:
+    """The newest checkpoint that is complete and holds what was written; a damaged one is put aside, with a warning.
+
+    Each rank reads its share of the files. Where ranks do not talk to each other yet, ``Checkpoints.setup`` compares.
+    """
+    while (found := newest_checkpoint(run, patience)) is not None:
+        damaged = damaged_file(found, world_size(run))
+        if damaged is None:
+            break
+        log.warning("%s is damaged: it is not what was written. The checkpoint before it is used.", found.folder / damaged)
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            put_aside(found)
+    return found
+
+
+def damaged_file(checkpoint: Checkpoint, world: int) -> str | None:
+    """A file of a checkpoint that is not what was written. Each rank reads its share; all are told, where they talk already."""
+    name: str | None = None
+    try:
+        name = checkpoint.damaged_file(getattr(rank_zero_only, "rank", 0), world)
+    except FileNotFoundError as error:  # another rank has just put it aside
+        name = Path(error.filename).name
+    found: list[Any] = [name]
+    if torch.distributed.is_initialized():
+        found *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, name)
+    return next((name for name in found if name is not None), None)
+
+
+def newest_checkpoint(run: RunConfig, patience: float) -> Checkpoint | None:
     """The newest complete checkpoint; where ranks already talk to each other, the one that the first rank sees.
 
     A shared file system may show a new folder later on other nodes: they wait for it.
     """
     found = last_checkpoint(run)
     if not torch.distributed.is_initialized():
-        return found  # Checkpoints.setup compares
+        return found
     choice = [found.step if found else None]
     torch.distributed.broadcast_object_list(choice, src=0)
     deadline = time.monotonic() + patience
@@ -84,9 +116,27 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.saved_step = trainer.global_step
+        if self.run.data.evaluation is None or self.run.training.num_validation_samples == 0:
+            self.check_best(trainer)
         if trainer.is_global_zero and self.folder.exists():
             for rest in [*self.folder.glob(f"step-*{PARTIAL}"), *self.folder.glob("step-*.removed")]:
                 shutil.rmtree(rest)
+
+    def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.check_best(trainer)
+
+    def check_best(self, trainer: pl.Trainer) -> None:
+        """Refuse, at the first validation or where there is none, to choose the best checkpoint by what is not logged."""
+        wanted = self.run.checkpoint.keep_best
+        if wanted is not None and wanted not in (known := self.known_metrics(trainer)):
+            raise unknown("checkpoint.keep_best", wanted, known)
+
+    def known_metrics(self, trainer: pl.Trainer) -> list[str]:
+        """The metrics that a checkpoint's marker may hold, also those that are logged less often than a validation."""
+        run = self.run
+        later = [f"online/{name}" for name in run.evaluation.metrics] if run.evaluation.every else []
+        later += ["val/feature_diversity"] if run.training.sample_every else []
+        return sorted({*filter(judges, trainer.callback_metrics), *later})
 
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
         step = trainer.global_step
@@ -150,7 +200,7 @@ class Checkpoints(pl.Callback):
         """What the marker says."""
         images, milestone = step * self.run.images_per_step, self.run.checkpoint.keep_every_images
         before = (step - self.run.training.checkpoint_every) * self.run.images_per_step
-        numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(("train/", "throughput/"))}
+        numbers = {name: float(value) for name, value in trainer.callback_metrics.items() if judges(name)}
         return {
             "step": step,
             "images_seen": images,
@@ -171,6 +221,11 @@ class Checkpoints(pl.Callback):
             self.error = error
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def judges(metric: str) -> bool:
+    """Whether a metric says how good the weights of a step are."""
+    return not metric.startswith(("train/", "throughput/"))
 
 
 def spread(strategy: str, world: int, micro_batch: int, precision: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.files import unless_full
 from lit_transdiff.hardware import GB, peak_flops, peak_memory
 from lit_transdiff.loading import to_dict
 from lit_transdiff.models.autoencoder import Autoencoder
@@ -26,7 +27,7 @@ from lit_transdiff.models.flops import tokens_of, training_flops
 from lit_transdiff.models.tokens import token_similarity
 from lit_transdiff.pictures import grid, to_bytes
 from lit_transdiff.pictures import picture as as_picture
-from lit_transdiff.runfolder import environment
+from lit_transdiff.runfolder import environment, inputs
 from lit_transdiff.sampling import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now, sharding
 
@@ -164,15 +165,17 @@ class LogTraining(pl.Callback):
 
 
 class SaveOrigin(pl.Callback):
-    """Every checkpoint says what made it: the resolved configuration, the commit, the package versions, what an export says."""
+    """Every checkpoint says what made it: the resolved configuration, its ``inputs``, commit, versions, what an export says."""
 
     def __init__(self, run: RunConfig, info: dict[str, Any]) -> None:
         self.run = run
         self.info = info
         self.environment = environment()
+        self.inputs = inputs(run)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = to_dict(self.run)
+        checkpoint["inputs"] = self.inputs
         checkpoint["environment"] = self.environment
         checkpoint["info"] = self.info
 
@@ -227,6 +230,7 @@ class SampleGrids(pl.Callback):
         every: int,
         tracker: SampleLog | None = None,
         per_class: int = 6,
+        despite_full_disk: bool = False,
     ) -> None:
         self.autoencoder = autoencoder
         self.folder = folder
@@ -234,6 +238,7 @@ class SampleGrids(pl.Callback):
         self.tracker = tracker
         self.class_names = list(class_names[:10])
         self.per_class = per_class
+        self.despite_full_disk = despite_full_disk
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
         step = trainer.global_step
@@ -252,9 +257,11 @@ class SampleGrids(pl.Callback):
         images = generator.images(labels, list(range(len(labels))))[:, -1]
         similarity = token_similarity(generator.features(list(classes))).mean().item()
         log_now(trainer, {"val/feature_diversity": similarity})
-        self.folder.mkdir(parents=True, exist_ok=True)
         picture = grid(images, self.per_class, row_labels=self.class_names, title=f"step {step}")
-        picture.save(self.folder / f"step-{step:08d}.png")
+        file = self.folder / f"step-{step:08d}.png"
+        with unless_full(file, self.despite_full_disk):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
         if self.tracker is not None:
             self.tracker.log_picture("samples", picture, step)
             if step == trainer.max_steps:

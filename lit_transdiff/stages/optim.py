@@ -29,7 +29,6 @@ class AveragedAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Iterable[Any], *, decays: Mapping[str, Decay], **settings: Any) -> None:
         super().__init__(params, **settings)
-        self.param_groups[0]["num_updates"] = 0
         self._step_supports_amp_scaling = False  # of float16: gradients are unscaled before they are clipped, not in the step
         self.decays = dict(decays)
         self.skip_step = False
@@ -49,15 +48,14 @@ class AveragedAdamW(torch.optim.AdamW):
         averaged = [p for p in self._trained() if p.grad is not None]
         first = {p: p.detach().float().clone() for p in averaged if EMA not in self.state[p]}
         super().step()
-        self.param_groups[0]["num_updates"] += 1
+        self.param_groups[0]["num_updates"] = update = self.param_groups[0].get("num_updates", 0) + 1
         for p, value in first.items():
             for name in self.decays:
                 self.state[p][name] = value.clone()
         if averaged:
             weights = [p.detach().float() for p in averaged]
             for name, decay in self.decays.items():
-                share = 1 - decay(self.param_groups[0]["num_updates"])
-                torch._foreach_lerp_([self.state[p][name] for p in averaged], weights, share)
+                torch._foreach_lerp_([self.state[p][name] for p in averaged], weights, 1 - decay(update))
         return loss
 
 

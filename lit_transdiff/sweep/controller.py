@@ -18,14 +18,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from lit_transdiff.config import require
-from lit_transdiff.endings import EXIT_REQUEUE, Preempted
+from lit_transdiff.endings import EXIT_REQUEUE, leave
 from lit_transdiff.sweep.file import SweepFile
-from lit_transdiff.sweep.journal import Journal, Past
+from lit_transdiff.sweep.journal import Journal
 from lit_transdiff.sweep.search import next_settings, to_stop
 from lit_transdiff.sweep.trial import Trial
 from lit_transdiff.tracking.place import SWEEP_FOLDER, TrialPlace
@@ -72,12 +71,11 @@ class Controller:
         self.say = say
         self.journal = Journal(self.folder, sweep, seed)
         (self.folder / "logs").mkdir(exist_ok=True)
-        past = self.journal.read()
-        self.trials = [entry.trial for entry in past]
+        self.trials = self.journal.read()
         if hopeless(self.trials):  # nothing has ever worked: the same command tries them again
             for trial in self.trials:
                 trial.state = "running"
-        self.again = [entry for entry in past if entry.trial.state == "running"]
+        self.again = [trial for trial in self.trials if trial.state == "running"]
         self.live: list[Agent] = []
 
     def run(self) -> list[Trial]:
@@ -85,8 +83,8 @@ class Controller:
 
         At a signal of SIGNALS the running trials are ended and ``Preempted`` is raised; the same command goes on with them.
         """
-        for entry in self.again:
-            end_orphan(entry)
+        if self.again:
+            end_orphans({trial.id for trial in self.again}, self.folder)
         main = threading.current_thread() is threading.main_thread()  # only there can signals be taken
         before = {number: signal.signal(number, leave) for number in SIGNALS} if main else {}
         try:
@@ -112,7 +110,7 @@ class Controller:
         started = False
         while self.free:
             if self.again:
-                trial = self.again.pop(0).trial
+                trial = self.again.pop(0)
             else:
                 settings = next_settings(self.sweep, self.trials, self.seed)
                 if settings is None:
@@ -183,7 +181,7 @@ class Controller:
         self.live.remove(agent)
         self.free.append(agent.slot)
         if code == EXIT_REQUEUE and agent.stopped_at is None:  # someone else asked it to stop: it goes on
-            self.again.append(Past(trial, None))
+            self.again.append(trial)
             self.say(f"again     {self.place(trial).name}")
             return
         trial.state = "stopped" if agent.stopped_at is not None else "finished" if code == 0 else "failed"
@@ -226,11 +224,6 @@ def hopeless(trials: list[Trial]) -> bool:
     return len(ended) >= HOPELESS and set(ended) == {"failed"}
 
 
-def leave(number: int, frame: FrameType | None) -> None:
-    """The handler of SIGNALS."""
-    raise Preempted(f"asked to stop ({signal.Signals(number).name}): the same command goes on with the trials that were running.")
-
-
 def run_sweep(
     sweep: SweepFile,
     folder: Path,
@@ -244,22 +237,28 @@ def run_sweep(
     return Controller(sweep, folder, seed, slots_of(agents, devices_per_run), say).run()
 
 
-def end_orphan(entry: Past) -> None:
-    """End a trial that outlived its controller, if it is still that process."""
+def end_orphans(trials: set[str], folder: Path) -> None:
+    """End the trials of this sweep that outlived their controller.
+
+    They are known by their environment: the controller may have been killed before it wrote their processes down.
+    """
     import psutil
 
-    if entry.pid is None or not psutil.pid_exists(entry.pid):
-        return
-    try:
-        process = psutil.Process(entry.pid)
-        if process.environ().get("WANDB_RUN_ID") != entry.trial.id:
-            return
-        signal_group(entry.pid, signal.SIGTERM)
-        process.wait(KILL_AFTER)
-    except psutil.TimeoutExpired:
-        signal_group(entry.pid, signal.SIGKILL)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return
+    found = []
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+            ours = environment.get("WANDB_RUN_ID") in trials and environment.get(SWEEP_FOLDER) == str(folder)
+            if ours and os.getpgid(process.pid) == process.pid:  # the trial itself, not its children
+                found.append(process)
+        except (psutil.Error, ProcessLookupError, PermissionError):
+            continue
+    for process in found:
+        signal_group(process.pid, signal.SIGTERM)
+    _, alive = psutil.wait_procs(found, KILL_AFTER)
+    for process in alive:
+        signal_group(process.pid, signal.SIGKILL)
+    psutil.wait_procs(alive, KILL_AFTER)
 
 
 def signal_group(pid: int, number: signal.Signals) -> None:

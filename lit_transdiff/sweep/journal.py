@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lit_transdiff.files import replace_file
 from lit_transdiff.sweep.file import SweepFile
 from lit_transdiff.sweep.trial import Trial
 
-
-@dataclass(frozen=True)
-class Past:
-    """A trial of an earlier start, and the process that ran it."""
-
-    trial: Trial
-    pid: int | None
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -36,12 +31,12 @@ class Journal:
             raise ValueError(f"{folder}: another process runs this sweep.") from error
         file = folder / "sweep.yaml"
         given = {"seed": seed, "sweep": sweep.source}
-        if file.exists():
-            there = yaml.safe_load(file.read_text())
-            if without_cap(there) != without_cap(given):
-                raise ValueError(f"{folder} holds another sweep (see sweep.yaml there). Choose another --output.")
-        file.write_text(yaml.safe_dump(given, sort_keys=False))
+        there = settings_in(file) if file.exists() else given
+        if without_cap(there) != without_cap(given):
+            raise ValueError(f"{folder} holds another sweep (see sweep.yaml there). Choose another --output.")
+        replace_file(file, yaml.safe_dump(given, sort_keys=False).encode())
         self.file = folder / "trials.jsonl"
+        drop_cut_line(self.file)
 
     def write(self, event: str, **content: Any) -> None:
         """Append an event, on disk when this returns."""
@@ -50,9 +45,9 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def read(self) -> list[Past]:
-        """All trials in the order of their start. A last line that a kill cut short is left out."""
-        past: dict[str, Past] = {}
+    def read(self) -> list[Trial]:
+        """All trials in the order of their start. Damaged lines, and events of trials whose start is in one, are left out."""
+        past: dict[str, Trial] = {}
         for line in self.file.read_text().splitlines() if self.file.exists() else []:
             try:
                 event = json.loads(line)
@@ -60,12 +55,31 @@ class Journal:
                 continue
             kind, id_ = event["event"], event["id"]
             if kind == "start":
-                past[id_] = Past(Trial(id_, event["settings"]), None)
-            elif kind == "process":
-                past[id_] = Past(past[id_].trial, event["pid"])
-            else:
-                past[id_].trial.state, past[id_].trial.values = event["state"], event["values"]
+                past[id_] = Trial(id_, event["settings"])
+            elif id_ not in past:
+                log.warning("%s: an event of a trial of which no start is there: %s", self.file, line)
+            elif kind == "end":
+                past[id_].state, past[id_].values = event["state"], event["values"]
         return list(past.values())
+
+
+def settings_in(file: Path) -> dict[str, Any]:
+    """The sweep that a folder was made for. Raises ``ValueError`` naming the file when it holds none."""
+    try:
+        found = yaml.safe_load(file.read_text())
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict) or "sweep" not in found:
+        raise ValueError(f"{file} is damaged: it holds no sweep. Remove it if this is the sweep that the folder was made for.")
+    return found
+
+
+def drop_cut_line(file: Path) -> None:
+    """Cut a file of lines back to its last whole one; what is written next would go on with a line that a kill cut short."""
+    if file.exists():
+        content = file.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(file, content.rfind(b"\n") + 1)
 
 
 def without_cap(given: dict[str, Any]) -> dict[str, Any]:

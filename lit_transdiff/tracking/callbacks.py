@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import DataModule
+from lit_transdiff.files import read_json
 from lit_transdiff.stages.callbacks import NonFiniteLoss
 from lit_transdiff.stages.guard import GuardSteps, RollBack
 from lit_transdiff.tracking.artifacts import data_artifact, make, model_artifact, use
@@ -47,7 +47,7 @@ class BestModel(pl.Callback):
 def best_loss(folder: Path) -> float | None:
     """The validation loss of the best model kept so far, also by an earlier start of the run."""
     file = folder / "export.json"
-    return json.loads(file.read_text())[WATCHED] if file.is_file() else None
+    return float(read_json(file)[WATCHED]) if file.is_file() else None
 
 
 class Track(pl.Callback):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
+import logging
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,22 +16,27 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.files import whole
+from lit_transdiff.files import is_full, replace_file
 from lit_transdiff.tracking.folders import COLUMNS, devices_of_starts
 from lit_transdiff.tracking.wandb_run import WandbRun
+
+log = logging.getLogger(__name__)
 
 
 class MetricsCSV(Logger):
     """``metrics.csv``, one row a value: step, images seen, wall-clock seconds of this process, metric, value, start of the run.
 
     Starts are numbered as in ``environment.json``. Rows are appended and flushed, so a kill loses nothing; a resumed run first
-    drops the rows after the step it resumes from.
+    drops the rows after the step it resumes from. With ``despite_full_disk`` they wait in memory until there is room.
     """
 
-    def __init__(self, path: Path, images_per_step: int) -> None:
+    def __init__(self, path: Path, images_per_step: int, despite_full_disk: bool = False) -> None:
         super().__init__()
         self.path = path
         self.images_per_step = images_per_step
+        self.despite_full_disk = despite_full_disk
+        self.waiting: list[list[Any]] = []
+        self.full = False  # and the people have been told
         self.start = time.monotonic()
 
     @property
@@ -45,42 +53,73 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        columns = self.columns()
-        with open(self.path, "a", newline="") as file:
-            writer = csv.writer(file)
-            if columns is None:
-                writer.writerow(COLUMNS)
-            seconds = round(time.monotonic() - self.start, 3)
-            for name, value in metrics.items():
-                if name != "epoch":
-                    row = [step, (step or 0) * self.images_per_step, seconds, name, value, self.run_start]
-                    writer.writerow(row[: columns or len(COLUMNS)])
+        seconds = round(time.monotonic() - self.start, 3)
+        images = (step or 0) * self.images_per_step
+        self.waiting += [
+            [step, images, seconds, name, value, self.run_start] for name, value in metrics.items() if name != "epoch"
+        ]
+        self.write()
 
     @cached_property
     def run_start(self) -> int:
         """The number of this start of the run."""
         return len(devices_of_starts(self.path.parent)) - 1
 
-    def columns(self) -> int | None:
-        """How many columns the file has, which an earlier version may have begun; nothing where there is none yet."""
+    def columns(self) -> int:
+        """How many columns the file has, which an earlier version may have begun; 0 where it does not begin with their names."""
         if not self.path.exists():
-            return None
-        with open(self.path, newline="") as file:
-            return len(next(csv.reader(file), [])) or None
+            return 0
+        with open(self.path, errors="replace") as file:
+            head = file.readline().strip().split(",")
+        return len(head) if head == list(COLUMNS[: len(head)]) else 0
+
+    def write(self) -> None:
+        """Append the rows that wait, all of them or none."""
+        columns, size = self.columns(), self.path.stat().st_size if self.path.exists() else 0
+        rows = [row[:columns] for row in self.waiting] if columns else [COLUMNS, *self.waiting]
+        try:
+            with open(self.path, "a", newline="") as file:
+                file.write(as_csv(rows))
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            if not (self.despite_full_disk and is_full(error)):
+                raise
+            if not self.full:
+                log.warning("%s: %s. Training goes on; its numbers wait in memory until there is room.", self.path, error)
+            self.full = True
+            return
+        self.full = False
+        self.waiting.clear()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what still waits; W&B, where it is on, has it anyway."""
+        if self.waiting:
+            self.write()
+        if self.waiting:
+            log.warning("%s: the last %d numbers of this process are lost: there is still no room.", self.path, len(self.waiting))
 
     @rank_zero_only
     def drop_after(self, step: int) -> None:
-        """Forget what was logged after ``step``."""
+        """Forget what was logged after ``step``, and lines that a kill or a damaged disk has cut short."""
         if self.path.exists():
-            with open(self.path, newline="") as file:
-                header, *rows = list(csv.reader(file))
-            with whole(self.path) as partial, open(partial, "w", newline="") as file:
-                csv.writer(file).writerows([header, *(row for row in rows if int(row[0]) <= step)])
+            rows = list(csv.reader(self.path.read_text(errors="replace").replace("\0", "").splitlines()))
+            columns = COLUMNS[: self.columns() or None]
+            kept = [row for row in rows if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= step]
+            replace_file(self.path, as_csv([columns, *kept]).encode())
+
+
+def as_csv(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as the text of a CSV file."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def build_loggers(run: RunConfig) -> list[Logger]:
     """The CSV file and, unless ``tracking.wandb`` is false, the W&B run of this run folder."""
-    loggers: list[Logger] = [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)]
+    loggers: list[Logger] = [MetricsCSV(run.folder / "metrics.csv", run.images_per_step, run.checkpoint.on_error == "continue")]
     return loggers + ([WandbRun(run)] if run.tracking.wandb else [])
 
 

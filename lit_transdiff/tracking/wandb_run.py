@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from lit_transdiff.config import RunConfig
+from lit_transdiff.files import replace_file
 from lit_transdiff.loading import to_dict
 from lit_transdiff.tracking.folders import device_count, last_values, read_rows
 from lit_transdiff.tracking.place import trial_place
@@ -96,12 +97,14 @@ def keep_below(folder: Path) -> None:
 
 
 def run_id(folder: Path) -> str:
-    """The W&B id of a run folder: that of the sweep's trial, or one made once."""
+    """The W&B id of a run folder: that of the sweep's trial, or one made once. A lost one is that of W&B's last local files."""
     file = folder / "wandb" / "run_id"
-    if not file.exists():
+    if not file.exists() or not file.read_text().strip("\0\n "):
         trial = trial_place()
+        earlier = sorted((folder / "wandb").glob("*run-*_*-*"), key=lambda place: place.name.split("run-")[-1])
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(trial.id if trial else secrets.token_hex(4))
+        known = trial.id if trial else earlier[-1].name.rpartition("-")[2] if earlier else secrets.token_hex(4)
+        replace_file(file, known.encode())
     return file.read_text()
 
 

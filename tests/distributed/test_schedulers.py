@@ -91,6 +91,26 @@ def test_slurm_is_given_an_error_as_it_is(tmp_path: Path):
     assert not (tmp_path / "scontrol.log").exists() and "nothing.yaml does not exist" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.parametrize("script, job", [("slurm.sbatch", "7"), ("slurm_array.sbatch", "5_2")])
+def test_slurm_counts_stalls_and_not_preemptions(tmp_path: Path, script: str, job: str):
+    """Five stalls in a row are tried again, however often the job was preempted before or in between."""
+    environment = slurm(tmp_path, 1) | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    (tmp_path / "list").write_text("a.yaml\nb.yaml\n")
+
+    def start(code: int, restarts: int) -> int:
+        (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash\nexit {code}\n")
+        line = ["bash", str(ROOT / "experiments/launch" / script), str(tmp_path / "list")]
+        return background(line, tmp_path / "log", **environment, SLURM_RESTART_COUNT=str(restarts)).wait(30)
+
+    codes = [75] * 7 + [76] * 4 + [75] + [76] * 5
+    assert [start(code, restarts) for restarts, code in enumerate(codes)] == [0] * len(codes)
+    assert (tmp_path / "scontrol.log").read_text().splitlines() == [f"requeue {job}"] * len(codes)
+    assert (tmp_path / f".stalls-{job}").read_text() == "5\n"
+    assert start(76, 99) == 76 and start(0, 99) == 0
+    assert not (tmp_path / f".stalls-{job}").exists()
+    assert (tmp_path / "scontrol.log").read_text().count("\n") == len(codes)
+
+
 class Pods:
     """Two pods of one GPU each that run the shipped container's command; what fails is started again, as with OnFailure."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from lit_transdiff.checkpoint import open_checkpoint
 from lit_transdiff.config import RunConfig
+from lit_transdiff.endings import Preempted
 from lit_transdiff.evaluation import online
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import load_extractor
@@ -129,3 +132,29 @@ def test_what_cannot_be_scored_is_refused_before_training(
     run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, **changes))
     with pytest.raises(ValueError, match=message):
         train(run, silent)
+
+
+@pytest.mark.parametrize("batch, step", [(4, 4), (6, 4)])
+def test_a_signal_ends_the_scoring_between_two_batches_and_the_next_start_makes_the_scores(
+    tmp_path: Path, reference: Path, batch: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches an evaluation: the signal comes while one is drawn, and no other is drawn after it."""
+    plain = run_of(tmp_path / "plain", reference, every=2)
+    train(plain, silent)
+    run = run_of(tmp_path, reference, every=2, training={"checkpoint_every": 1000})
+    drawn: list[int] = []
+    draw = online.draw
+
+    def interrupted(*arguments: Any) -> Any:
+        drawn.append(len(drawn) + 1)
+        if drawn[-1] == batch:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return draw(*arguments)
+
+    monkeypatch.setattr(online, "draw", interrupted)
+    with pytest.raises(Preempted, match=rf"asked to stop \(SIGUSR1\): the checkpoint of step {step} is complete"):
+        train(run, silent)
+    assert drawn[-1] == batch
+    train(run, silent)
+    assert drawn[-1] == 9 if batch == 6 else drawn[-1] == 10  # a broken off evaluation is made anew
+    assert logged(run, "online/") == logged(plain, "online/") and logged(run, "train/loss") == logged(plain, "train/loss")

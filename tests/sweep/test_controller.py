@@ -202,6 +202,41 @@ def test_a_killed_sweep_goes_on_with_the_same_trials(tmp_path: Path) -> None:
     assert gone(orphan)
 
 
+def test_an_event_that_a_kill_cut_short_does_no_harm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What follows it stands on a line of its own, and an event whose trial is not known is left out."""
+    file, place = write_sweep(tmp_path, parameters={"x": {"values": [1, 2]}, "pace": {"value": 0.0}}), tmp_path / "out"
+    run_sweep(load_sweep(file), place, say=quiet)
+    lines = (place / "trials.jsonl").read_text().splitlines(keepends=True)
+    (place / "trials.jsonl").write_text(
+        "".join([*lines[:3], '{"event": "end", "id": "0badcafe", "state": "x"}\n', lines[3][:20]])
+    )
+    assert [trial.state for trial in run_sweep(load_sweep(file), place, say=quiet)] == ["finished"] * 2
+    assert "0badcafe" in caplog.text and len(journal(place, "start")) == 2
+    assert [trial.state for trial in run_sweep(load_sweep(file), place, say=quiet)] == ["finished"] * 2
+    (place / "sweep.yaml").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"sweep\.yaml is damaged: it holds no sweep"):
+        run_sweep(load_sweep(file), place, say=quiet)
+
+
+def test_an_orphan_is_found_whose_process_was_never_written_down(tmp_path: Path) -> None:
+    """The controller may be killed between the start of a trial and the line in its journal."""
+    file, place = write_sweep(tmp_path, parameters={"x": {"values": [1]}, "pace": {"value": 0.0}}), tmp_path / "out"
+    (trial,) = run_sweep(load_sweep(file), place, say=quiet)
+    (place / "trials.jsonl").write_text("".join((place / "trials.jsonl").read_text().splitlines(keepends=True)[:1]))
+    environment = {**os.environ, "WANDB_RUN_ID": trial.id, "LIT_TRANSDIFF_SWEEP_FOLDER": str(place)}
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    orphan = subprocess.Popen(sleep, env=environment, start_new_session=True)
+    other = subprocess.Popen(sleep, env={**environment, "WANDB_RUN_ID": "0badcafe"}, start_new_session=True)
+    try:
+        run_sweep(load_sweep(file), place, say=quiet)
+        orphan.wait(5)
+        assert other.poll() is None
+    finally:
+        for process in (orphan, other):
+            process.kill()
+            process.wait()
+
+
 def test_a_program_that_knows_only_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "other.py"
     program.write_text("import wandb\nwith wandb.init() as run:\n    run.log({'loss': run.config['x'] + 1.5})\n")

@@ -1,10 +1,12 @@
 """The CSV file survives restarts; W&B's place and mode come from the run and the environment."""
 
 import csv
+import errno
 from pathlib import Path
 
 import pytest
 
+from lit_transdiff.tracking import loggers
 from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV, build_loggers
 from lit_transdiff.tracking.wandb_run import WandbRun, run_id
 from tests.small import small_run
@@ -32,6 +34,36 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path):
         log.log_metrics({"a": step, "b": step}, step=step)
     log.drop_after(4)
     assert {r["step"] for r in rows(log.path)} == {"2", "4"}
+
+
+def full(path: Path, *arguments: object, **keywords: object) -> object:
+    """``open`` on a full disk: a part of what is written gets there."""
+    file = open(path, *arguments, **keywords)  # type: ignore[call-overload] # noqa: SIM115
+    write = file.write
+
+    def half(text: str) -> None:
+        write(text[: len(text) // 2])
+        file.flush()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file.write = half
+    return file
+
+
+def test_numbers_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    log = MetricsCSV(tmp_path / "metrics.csv", images_per_step=1, despite_full_disk=True)
+    log.log_metrics({"a": 0.5}, step=1)
+    monkeypatch.setattr(loggers, "open", full, raising=False)
+    log.log_metrics({"a": 1.5}, step=2)
+    log.log_metrics({"a": 2.5}, step=3)
+    assert [row["step"] for row in rows(log.path)] == ["1"] and caplog.text.count("wait in memory") == 1
+    strict = MetricsCSV(tmp_path / "metrics.csv", images_per_step=1)
+    with pytest.raises(OSError, match="No space left"):
+        strict.log_metrics({"a": 9.0}, step=9)
+    monkeypatch.undo()
+    log.finalize("success")
+    assert [(row["step"], row["value"]) for row in rows(log.path)] == [("1", "0.5"), ("2", "1.5"), ("3", "2.5")]
+    assert "lost" not in caplog.text
 
 
 def test_without_wandb_there_is_the_file_alone(tmp_path: Path):
