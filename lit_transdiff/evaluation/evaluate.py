@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_transdiff.config import EvaluationConfig, SamplingConfig, unknown
+from lit_transdiff.evaluation.batch_files import BatchFiles, open_batch_files, wait_for_batches, wait_for_scores
 from lit_transdiff.evaluation.features import Features
 from lit_transdiff.evaluation.images import write_npz, write_pngs
 from lit_transdiff.evaluation.job import Job, draw, images_of_a_class, prepare, score, with_reference
-from lit_transdiff.evaluation.parts import Parts, open_parts, wait_for_batches, wait_for_scores
 from lit_transdiff.evaluation.results import manifest, result_file, write_result
 from lit_transdiff.files import require_space
 from lit_transdiff.pictures import from_bytes, grid
@@ -58,12 +58,12 @@ class Output:
         """The scores, the manifest, and the name of the file."""
         return {**json.loads(self.file.read_text()), "file": str(self.file)}
 
-    def parts(self, job: Job) -> Parts:
+    def batch_files(self, job: Job) -> BatchFiles:
         """Where the batches wait; those of other batches, or without something that is wanted now, lie elsewhere."""
         settings = job.settings
         kept = "-spatial" * job.spatial + "".join(f"-{kind}" for kind in self.saved)
         folder = self.file.with_name(f"{self.file.stem}-parts-{settings.batch_size}{kept}")
-        return Parts(folder, settings.num_images, settings.batch_size, self.places.get("folder"))
+        return BatchFiles(folder, settings.num_images, settings.batch_size, self.places.get("folder"))
 
 
 def evaluate(
@@ -109,21 +109,21 @@ def evaluate(
 def draw_and_score(job: Job, output: Output, record: dict[str, Any], fabric: Fabric | None, start: float) -> None:
     """Draw what is missing, each rank its share; rank 0 waits for all of it and writes the result, for which the others wait."""
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
-    parts = output.parts(job)
-    missing = open_parts(parts, fabric)
+    files = output.batch_files(job)
+    missing = open_batch_files(files, fabric)
     try:
         if "npz" in output.saved:
-            require_space(parts.folder, bytes_of_images(job, sum(map(len, missing))))
-        draw_missing(job, parts, missing[rank::world], output.saved, progress=rank == 0)
+            require_space(files.folder, bytes_of_images(job, sum(map(len, missing))))
+        draw_missing(job, files, missing[rank::world], output.saved, progress=rank == 0)
         if rank > 0:
-            return wait_for_scores(parts, output.file)
-        wait_for_batches(parts)
+            return wait_for_scores(files, output.file)
+        wait_for_batches(files)
         record |= {"saved_images": [place.name for place in output.places.values()], "num_ranks": world}
-        finish(job, parts, output, record, start)
+        finish(job, files, output, record, start)
     except BaseException as error:
-        parts.fail(f"rank {rank}: {type(error).__name__}: {error}")
+        files.fail(f"rank {rank}: {type(error).__name__}: {error}")
         raise
-    parts.remove()
+    files.remove()
 
 
 def bytes_of_images(job: Job, missing: int) -> int:
@@ -132,46 +132,46 @@ def bytes_of_images(job: Job, missing: int) -> int:
     return size**2 * (3 * job.settings.num_images + job.generator.run.data.image_channels * missing)
 
 
-def draw_missing(job: Job, parts: Parts, batches: Sequence[range], saved: Sequence[str], progress: bool) -> None:
-    """Draw ``batches`` and write each to ``parts``: features, numbers, and of the images those that are shown or saved."""
+def draw_missing(job: Job, files: BatchFiles, batches: Sequence[range], saved: Sequence[str], progress: bool) -> None:
+    """Draw ``batches`` and write each to ``files``: features, numbers, and of the images those that are shown or saved."""
     shown = set(choose_shown(job.labels).flatten().tolist())
     with tqdm(total=sum(map(len, batches)), desc="images", disable=not progress) as bar:
         for batch in batches:
             drawn = draw(job, batch)
             if "folder" in saved:
-                write_pngs(parts.images, drawn.pixels, batch)
+                write_pngs(files.images, drawn.pixels, batch)
             keep = [i for i in batch if "npz" in saved or i in shown]
             arrays = {name: value.cpu().numpy() for name, value in drawn.found._asdict().items() if value is not None}
             arrays |= {"kept": np.array(keep, dtype=np.int64), "pixels": drawn.pixels[[i - batch.start for i in keep]].numpy()}
-            parts.write(batch, arrays | {"cost": np.array([drawn.seconds, drawn.evaluations])})
+            files.write(batch, arrays | {"cost": np.array([drawn.seconds, drawn.evaluations])})
             bar.update(len(batch))
 
 
-def finish(job: Job, parts: Parts, output: Output, record: dict[str, Any], start: float) -> None:
+def finish(job: Job, files: BatchFiles, output: Output, record: dict[str, Any], start: float) -> None:
     """Score all batches and write the result and the images; ``record`` gets what is known now. Rank 0 alone does this."""
-    features = torch.from_numpy(np.concatenate(list(parts.each("features"))))
-    logits = torch.from_numpy(np.concatenate(list(parts.each("logits")))) if job.extractor.gives_logits else None
+    features = torch.from_numpy(np.concatenate(list(files.each("features"))))
+    logits = torch.from_numpy(np.concatenate(list(files.each("logits")))) if job.extractor.gives_logits else None
     job = with_reference(job, output.file.parent)
-    scores = score(job, Features(features, logits), map(torch.from_numpy, parts.each("spatial")))
-    seconds, evaluations = np.stack(list(parts.each("cost"))).sum(axis=0).tolist()
+    scores = score(job, Features(features, logits), map(torch.from_numpy, files.each("spatial")))
+    seconds, evaluations = np.stack(list(files.each("cost"))).sum(axis=0).tolist()
     record |= {
         "images_per_second": job.settings.num_images / seconds,  # of one device
         "decoder_evaluations_per_image": evaluations / job.settings.num_images,
         "wall_seconds": time.time() - start,  # of this command
     }
     shown = choose_shown(job.labels)
-    picture = sample_picture(samples(parts, shown), job.labels[shown], job.generator.class_names, output.file.stem)
+    picture = sample_picture(samples(files, shown), job.labels[shown], job.generator.class_names, output.file.stem)
     write_result(output.file, scores, record, picture)
     if "npz" in output.saved:
-        write_npz(output.places["npz"], parts.each("pixels"), job.labels.numpy())
-    parts.publish_images()
+        write_npz(output.places["npz"], files.each("pixels"), job.labels.numpy())
+    files.publish_images()
 
 
-def samples(parts: Parts, shown: Tensor) -> Tensor:
+def samples(files: BatchFiles, shown: Tensor) -> Tensor:
     """The drawn images of the indices ``shown``, any shape, in their order: [n, C, H, W] in [-1, 1]."""
     wanted: list[int] = shown.flatten().tolist()
     found: dict[int, Array] = {}
-    for kept, pixels in zip(parts.each("kept"), parts.each("pixels"), strict=True):
+    for kept, pixels in zip(files.each("kept"), files.each("pixels"), strict=True):
         found |= {i: pixels[place].copy() for place, i in enumerate(kept.tolist()) if i in wanted}
     return from_bytes(torch.from_numpy(np.stack([found[i] for i in wanted])))
 

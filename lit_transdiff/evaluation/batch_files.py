@@ -33,7 +33,7 @@ SCORES_LIMIT = 12 * 3600.0  # seconds that the other ranks wait for the remainin
 
 
 @dataclass(frozen=True)
-class Parts:
+class BatchFiles:
     """One ``.npz`` file a batch, written whole or not at all, and ``images/`` where the images go to a folder."""
 
     folder: Path
@@ -93,34 +93,34 @@ class Parts:
             raise RuntimeError((self.folder / FAILED).read_text())
 
 
-def open_parts(parts: Parts, fabric: Fabric | None) -> list[range]:
+def open_batch_files(files: BatchFiles, fabric: Fabric | None) -> list[range]:
     """Make the folder; the batches that are still to be drawn, the same on every rank.
 
     Raises ``ValueError`` on every rank when they do not share the folder.
     """
     token, missing = "", []
     if fabric is None or fabric.is_global_zero:
-        parts.folder.mkdir(parents=True, exist_ok=True)
-        (parts.folder / FAILED).unlink(missing_ok=True)
-        token, missing = secrets.token_hex(8), parts.missing()
-        (parts.folder / TOKEN).write_text(token)
+        files.folder.mkdir(parents=True, exist_ok=True)
+        (files.folder / FAILED).unlink(missing_ok=True)
+        token, missing = secrets.token_hex(8), files.missing()
+        (files.folder / TOKEN).write_text(token)
     if fabric is None or fabric.world_size == 1:
         return missing
     token, missing = fabric.broadcast((token, missing))
-    file = parts.folder / TOKEN
+    file = files.folder / TOKEN
     seen = wait_until(lambda: file.is_file() and file.read_text() == token, SHARED_LIMIT)
     all_see = all(fabric.broadcast(seen, src=rank) for rank in range(fabric.world_size))
-    place = str(parts.folder.parent)
+    place = str(files.folder.parent)
     require(all_see, "output", place, "a folder that the processes of all nodes share; name another with --output")
     return missing
 
 
-def wait_for_batches(parts: Parts) -> None:
+def wait_for_batches(files: BatchFiles) -> None:
     """Return when every batch is there; the ranks are not equally fast, and this needs no collective that could time out."""
-    remaining, since = parts.missing(), time.monotonic()
+    remaining, since = files.missing(), time.monotonic()
     while remaining:
-        parts.check()
-        still = [batch for batch in remaining if not parts.done(batch)]
+        files.check()
+        still = [batch for batch in remaining if not files.done(batch)]
         if len(still) < len(remaining):
             remaining, since = still, time.monotonic()
         elif time.monotonic() - since > PART_LIMIT:
@@ -129,11 +129,11 @@ def wait_for_batches(parts: Parts) -> None:
             time.sleep(PAUSE)
 
 
-def wait_for_scores(parts: Parts, result: Path) -> None:
-    """Return when rank 0 has written ``result`` and removed the parts."""
-    failed = parts.folder / FAILED
-    ended = wait_until(lambda: failed.is_file() or not parts.folder.is_dir(), SCORES_LIMIT)
-    parts.check()
+def wait_for_scores(files: BatchFiles, result: Path) -> None:
+    """Return when rank 0 has written ``result`` and removed the files."""
+    failed = files.folder / FAILED
+    ended = wait_until(lambda: failed.is_file() or not files.folder.is_dir(), SCORES_LIMIT)
+    files.check()
     if not ended:
         raise RuntimeError(f"rank 0 wrote no scores to {result} within {SCORES_LIMIT:.0f} s.")
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lit_transdiff.evaluation import parts as module
-from lit_transdiff.evaluation.parts import Parts, open_parts, wait_for_batches, wait_for_scores
+from lit_transdiff.evaluation import batch_files as module
+from lit_transdiff.evaluation.batch_files import BatchFiles, open_batch_files, wait_for_batches, wait_for_scores
 
 
-def make(folder: Path, with_images: bool = False) -> Parts:
-    parts = Parts(folder / "parts", num_images=10, batch_size=4, published=folder / "images" if with_images else None)
-    assert open_parts(parts, None) == [range(0, 4), range(4, 8), range(8, 10)]
+def make(folder: Path, with_images: bool = False) -> BatchFiles:
+    parts = BatchFiles(folder / "parts", num_images=10, batch_size=4, published=folder / "images" if with_images else None)
+    assert open_batch_files(parts, None) == [range(0, 4), range(4, 8), range(8, 10)]
     return parts
 
 
@@ -34,7 +34,7 @@ def test_a_truncated_batch_is_drawn_again(tmp_path: Path) -> None:
         parts.write(batch, {"rows": np.arange(1000)})
     file = parts.path(range(4, 8))
     file.write_bytes(file.read_bytes()[:-40])
-    assert open_parts(parts, None) == [range(4, 8)]
+    assert open_batch_files(parts, None) == [range(4, 8)]
 
 
 def test_a_batch_whose_images_are_gone_is_drawn_again(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_waiting_ranks_hear_of_a_failure_and_give_up_when_nothing_comes(tmp_path
     for wait in (lambda: wait_for_batches(parts), lambda: wait_for_scores(parts, tmp_path / "result.json")):
         with pytest.raises(RuntimeError, match="rank 3: out of memory"):
             wait()
-    assert len(open_parts(parts, None)) == 3  # the next start forgets it
+    assert len(open_batch_files(parts, None)) == 3  # the next start forgets it
     parts.check()
     parts.remove()
     wait_for_scores(parts, tmp_path / "result.json")
@@ -83,10 +83,10 @@ class SecondRank:
 
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = Parts(tmp_path / "parts", 10, 4, None)
+    parts = BatchFiles(tmp_path / "parts", 10, 4, None)
     monkeypatch.setattr(module, "SHARED_LIMIT", 0.1)
     with pytest.raises(ValueError, match="allowed: a folder that the processes of all nodes share"):
-        open_parts(parts, SecondRank())  # type: ignore[arg-type]
+        open_batch_files(parts, SecondRank())  # type: ignore[arg-type]
     parts.folder.mkdir()
     (parts.folder / "token").write_text("token")
-    assert open_parts(parts, SecondRank()) == []  # type: ignore[arg-type]
+    assert open_batch_files(parts, SecondRank()) == []  # type: ignore[arg-type]
