@@ -147,7 +147,7 @@ def fit(
     run = parts.run
     start = checkpoint.step if checkpoint else 0
     if checkpoint is not None:
-        check_checkpoint(run, checkpoint)
+        rank_zero_only(check_checkpoint)(run, checkpoint)
     rank_zero_only(open_folder)(run, world_size(run))
     if start >= run.training.max_steps:
         return {}

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 from einops import rearrange
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch import Tensor
@@ -171,7 +172,7 @@ class SaveOrigin(pl.Callback):
         self.run = run
         self.info = info
         self.environment = environment()
-        self.inputs = inputs(run)
+        self.inputs = rank_zero_only(inputs)(run) or {}  # read once from a file system that all ranks share
 
     def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = to_dict(self.run)
