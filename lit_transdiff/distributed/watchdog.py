@@ -14,6 +14,8 @@ import lightning.pytorch as pl
 
 from lit_transdiff.endings import EXIT_STALLED
 
+WAITING = "waiting for data"
+
 
 class Watchdog(pl.Callback):
     """Ends the process with ``EXIT_STALLED`` when a step, or the wait for its data, takes longer than ``seconds``.
@@ -43,26 +45,28 @@ class Watchdog(pl.Callback):
         threading.Thread(target=self.look, args=(trainer,), daemon=True, name="watchdog").start()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        self.watch("waiting for data", trainer.global_step * trainer.accumulate_grad_batches)
+        self.watch(WAITING, trainer.global_step * trainer.accumulate_grad_batches)
 
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
         self.watch("computing", i)
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
-        self.watch("waiting for data", i + 1)
+        self.watch(WAITING, i + 1)
 
     def on_validation_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.rest()
 
     def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        self.watch("waiting for data", trainer.global_step * trainer.accumulate_grad_batches)
+        self.watch(WAITING, trainer.global_step * trainer.accumulate_grad_batches)
 
     def on_train_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.stop.set()
 
     def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
         self.stop.set()
-        if "DataLoader worker" in str(exception):
+        # torch's loader says so, or the pipe breaks through which the worker was handing over a batch.
+        broken = isinstance(exception, ConnectionError | EOFError) and self.last[0] == WAITING
+        if broken or "DataLoader worker" in str(exception):
             print(self.describe(trainer, "lost a data worker", *self.last), file=sys.stderr, flush=True)
 
     def look(self, trainer: pl.Trainer) -> None:

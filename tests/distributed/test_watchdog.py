@@ -95,6 +95,26 @@ def test_what_may_take_long_is_not_watched(
     assert len(calls) > 1 and endings == []
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=repr)
+def test_a_worker_lost_while_it_hands_over_a_batch_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
+):
+    original, calls = PlannedDataset.__getitem__, []
+
+    def break_at_the_third(self: PlannedDataset, i: int) -> Any:
+        calls.append(i)
+        if len(calls) == 3:
+            raise error
+        return original(self, i)
+
+    monkeypatch.setattr(PlannedDataset, "__getitem__", break_at_the_third)
+    with pytest.raises(type(error)):
+        train(small_run(tmp_path), lambda text: None)
+    assert re.search(
+        r"rank 0 on \S+: lost a data worker while waiting for data in step 3\. Samples .*\.tar/", capfd.readouterr().err
+    )
+
+
 @pytest.mark.slow
 def test_a_stuck_data_worker_is_named(tmp_path: Path):
     """One of two workers stops for ever; the process says which samples it waits for and ends."""
