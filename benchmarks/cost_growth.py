@@ -105,7 +105,7 @@ def draw(points: dict[tuple[str, int], Point], rate: float, title: str, file: Pa
         mine = [points[name, value] for value in VARIED[name]]
         for row, (measured, computed, unit) in enumerate(
             [
-                ([statistics.median(p.seconds) for p in mine], [p.flops / rate for p in mine], "seconds a step"),
+                ([statistics.median(p.seconds) for p in mine], [p.flops / rate for p in mine], "seconds per step"),
                 ([p.bytes / 1e9 for p in mine], [p.planned_bytes / 1e9 for p in mine], "GB of activations"),
             ]
         ):
