@@ -74,23 +74,29 @@ def draw(rows: dict[str, dict[str, list[float]]], title: str, file: Path) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    families = dict.fromkeys(name.split(",")[0] for name in rows)
-    for colour, family in enumerate(families):
-        mine = {name: values for name, values in rows.items() if name.split(",")[0] == family}
-        x = [statistics.mean(values["evaluations"]) for values in mine.values()]
-        y = [statistics.mean(values["distance"]) for values in mine.values()]
-        spread = [statistics.stdev(values["distance"]) if len(values["distance"]) > 1 else 0.0 for values in mine.values()]
+    figure, axes = plt.subplots(figsize=(11, 6.5), layout="constrained")
+    families = list(dict.fromkeys(name.split(",")[0] for name in rows))
+    at_cost: dict[int, list[str]] = {}  # samplers of one cost stand side by side
+    for name, values in rows.items():
+        at_cost.setdefault(round(statistics.mean(values["evaluations"])), []).append(name)
+    for cost, names in at_cost.items():
+        for i, name in enumerate(names):
+            family, _, text = name.partition(", ")
+            x, distances = cost * 1.033 ** (i - (len(names) - 1) / 2), rows[name]["distance"]
+            y, spread = statistics.mean(distances), statistics.stdev(distances) if len(distances) > 1 else 0.0
+            colour = f"C{families.index(family)}"
+            axes.errorbar(x, y, spread, fmt="o", color=colour, capsize=2, markersize=4)
+            axes.text(x, y + spread, f" {text}", fontsize=7, color=colour, rotation=90, ha="center", va="bottom")
+    for family in families:
         label = "Euler-Maruyama on the paper's grid" if family == "paper" else family.replace("_", "-")
-        axes.errorbar(x, y, spread, fmt="o", color=f"C{colour}", capsize=3, label=label)
-        for name, at, value in zip(mine, x, y, strict=True):
-            text = name.split(", ", 1)[1].replace(" steps", "")
-            axes.annotate(text, (at, value), xytext=(5, 3), textcoords="offset points", fontsize=7, color=f"C{colour}")
+        axes.plot([], [], "o", color=f"C{families.index(family)}", label=label)
     base = statistics.mean(rows[BASELINE]["distance"])
     axes.axhline(base, color="grey", linewidth=0.8, linestyle="--")
     axes.axvline(statistics.mean(rows[BASELINE]["evaluations"]) / 4, color="grey", linewidth=0.8, linestyle=":")
-    costs = sorted({round(statistics.mean(values["evaluations"])) for values in rows.values()})
-    axes.set(xscale="log", xlabel="decoder evaluations an image", ylabel="Frechet distance (lower is better)", title=title)
+    costs = sorted(at_cost)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top + 0.4 * (top - bottom))  # room for what stands on the bars
+    axes.set(xscale="log", xlabel="decoder evaluations per image", ylabel="Frechet distance (lower is better)", title=title)
     axes.set_xticks(costs, [str(cost) for cost in costs], rotation=60, fontsize=8)
     axes.minorticks_off()
     axes.legend(fontsize=8)
@@ -121,7 +127,7 @@ def main() -> None:
         rows[name] = score(generator, sampling, args.images, args.seeds, args.output or Path(args.checkpoint) / "sampler_quality")
     cost = statistics.mean(rows[BASELINE]["evaluations"])
     print(f"{run.name}, guidance {run.sampling.guidance_scale:g}, {args.images} images, {args.seeds} seeds\n")
-    print("| sampler | evaluations an image | of the paper's | Frechet distance | class accuracy |\n|---|---|---|---|---|")
+    print("| sampler | evaluations per image | of the paper's | Frechet distance | class accuracy |\n|---|---|---|---|---|")
     for name, values in rows.items():
         mean = {key: statistics.mean(found) for key, found in values.items()}
         spread = statistics.stdev(values["distance"]) if args.seeds > 1 else 0.0
