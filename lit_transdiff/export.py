@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_transdiff.averages import EMA, POWER, combination, width_of
 from lit_transdiff.checkpoint import Checkpoint, complete_checkpoints
 from lit_transdiff.config import RunConfig, require, unknown
-from lit_transdiff.files import replace_file, short_hash, to_disk
+from lit_transdiff.files import read_json, replace_file, short_hash, to_disk
 from lit_transdiff.loading import load_run, run_from, save_yaml
 
 FARTHEST = 0.1  # of a combination of averages from the one asked for, by their profiles
@@ -71,10 +71,7 @@ def read_info(file: Path) -> dict[str, Any]:
     """What ``export.json`` says of a trained model."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist.")
-    try:
-        info = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    info = read_json(file)
     known = isinstance(info, dict) and isinstance(info.get("autoencoder"), str) and isinstance(info.get("class_names"), list)
     require(known, f"{file}: content", info, "what an export says: autoencoder, a fingerprint, class_names, a list, and more")
     return info
@@ -95,14 +92,16 @@ def export_run(run_folder: Path, step: int | None, average: str, output: str | N
         raise FileNotFoundError(f"{run_folder} holds no complete checkpoint.")
     chosen = max(found) if step is None else step
     require(chosen in found, "--step", chosen, f"one of {sorted(found)}")
-    damaged = found[chosen].damaged_file()
-    if damaged is not None:
-        raise ValueError(
-            f"{found[chosen].folder / damaged} is damaged: it is not what was written. Complete steps: {sorted(found)}."
-        )
+    combines = width_of(average) is not None
+    used = [checkpoint for step, checkpoint in sorted(found.items()) if step == chosen or (combines and step < chosen)]
+    for checkpoint in used:
+        if (damaged := checkpoint.damaged_file()) is not None:
+            raise ValueError(
+                f"{checkpoint.folder / damaged} is damaged: it is not what was written. Complete steps: {sorted(found)}."
+            )
     folder = Path(output) if output else run_folder / f"export-{chosen:08d}"
-    earlier = [checkpoint.index() for step, checkpoint in sorted(found.items()) if step < chosen]
-    export_checkpoint(found[chosen].index(), folder, average, earlier)
+    *earlier, last = [checkpoint.index() for checkpoint in used]
+    export_checkpoint(last, folder, average, earlier)
     return folder
 
 

@@ -68,6 +68,10 @@ def test_a_width_is_chosen_after_training(tmp_path: Path, capsys: pytest.Capture
     assert all(torch.equal(value, kept[f"model.{name}"]) for name, value in read_export(tmp_path / "y").state.items())
     assert export(0.28, "z") == 2 and not (tmp_path / "z").exists()
     assert "allowed: widths near [0.05, 0.07, 0.1]; more checkpoints kept reach farther" in capsys.readouterr().err
+    earlier = checkpoints[0].folder / "rank-00000.safetensors"
+    earlier.write_bytes(earlier.read_bytes()[:-64] + bytes(64))
+    assert export(0.06, "z") == 2 and f"{earlier} is damaged" in capsys.readouterr().err
+    assert main(["export", str(run.folder), "--output", str(tmp_path / "last")]) == 0  # which needs no other checkpoint
 
 
 def test_without_such_averages_there_is_none_to_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -52,13 +52,16 @@ def write_checkpoint(folder: Path, config: ModelConfig, dtype: torch.dtype = tor
     return folder / "checkpoint-last.pth"
 
 
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted autoencoder of 4 channels with downsampling 16."""
-    folder = tmp_path_factory.mktemp("released")
+def converted_autoencoder(folder: Path) -> Path:
+    """A converted autoencoder of 4 channels with downsampling 16, below ``folder``."""
     torch.save({"model": plain_autoencoder.make(channels=(32, 32, 32, 32, 32))}, folder / "kl16.ckpt")
     convert(folder / "kl16.ckpt", folder / "autoencoder")
     return folder / "autoencoder"
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted_autoencoder(tmp_path_factory.mktemp("released"))
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

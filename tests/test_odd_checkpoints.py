@@ -17,16 +17,12 @@ from lit_transdiff.config import SIZES, ModelConfig, RunConfig
 from lit_transdiff.convert import LATENT_SCALE, convert
 from lit_transdiff.models.autoencoder import KLAutoencoder
 from tests import plain_autoencoder
-from tests.test_convert import SMALL, equal, random_state, write_checkpoint
+from tests.test_convert import SMALL, converted_autoencoder, equal, random_state, write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted autoencoder of 4 channels with downsampling 16."""
-    folder = tmp_path_factory.mktemp("autoencoder")
-    torch.save({"model": plain_autoencoder.make(channels=(32, 32, 32, 32, 32))}, folder / "kl16.ckpt")
-    convert(folder / "kl16.ckpt", folder / "autoencoder")
-    return folder / "autoencoder"
+    return converted_autoencoder(tmp_path_factory.mktemp("autoencoder"))
 
 
 @pytest.mark.parametrize(
@@ -217,8 +213,8 @@ class TestExports:
             ("model.safetensors", lambda b: b[:5000], "model.safetensors is not a whole safetensors file"),
             ("model.safetensors", lambda b: b[:-1], "model.safetensors is not a whole safetensors file"),
             ("model.safetensors", lambda b: b"", "model.safetensors is not a whole safetensors file"),
-            ("export.json", lambda b: b"{", "export.json is not JSON"),
-            ("export.json", lambda b: b"\xff", "export.json is not JSON"),
+            ("export.json", lambda b: b"{", "export.json is damaged: it holds no JSON"),
+            ("export.json", lambda b: b"\xff", "export.json is damaged: it holds no JSON"),
             ("export.json", lambda b: b"{}", "export.json: content: got {}; allowed: what an export says"),
             ("export.json", lambda b: b"[]", "export.json: content: got []"),
             ("export.json", None, "export.json does not exist"),
@@ -250,5 +246,5 @@ class TestExports:
             folder = tmp_path / name
             shutil.copytree(autoencoder, folder)
             (folder / name).write_bytes(content)
-            with pytest.raises(ValueError, match=rf"{folder}.*(the weights are damaged|is not JSON)"):
+            with pytest.raises(ValueError, match=rf"{folder}.*(the weights are damaged|is damaged: it holds no JSON)"):
                 KLAutoencoder.load(folder, 3)

@@ -7,7 +7,6 @@ Images are in [-1, 1]; moments are the posterior's [mean | logvar]; latents have
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lit_transdiff.config import AutoencoderTraining, require, unknown
+from lit_transdiff.files import read_json
 from lit_transdiff.models.execution import compile_blocks
 from lit_transdiff.models.ldm import check_ldm, from_diffusers, read_architecture, to_diffusers
 
@@ -179,10 +179,7 @@ class KLAutoencoder(Autoencoder):
         folder, file = Path(path), Path(path) / CONFIG_FILE
         if not file.is_file():
             raise FileNotFoundError(f"autoencoder.path: {file} does not exist; expected a folder in diffusers' layout.")
-        try:
-            config = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from error
+        config = read_json(file)
         mean, std = read_normalisation(config, str(file))
         channels = config.get("in_channels")
         require(channels == image_channels, f"{file}: in_channels", channels, f"data.image_channels={image_channels}")
