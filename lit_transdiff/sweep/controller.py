@@ -81,14 +81,16 @@ class Controller:
     def run(self) -> list[Trial]:
         """Until the search has no more settings and every trial has ended.
 
-        At a signal of SIGNALS the running trials are ended and ``Preempted`` is raised; the same command goes on with them.
+        At a signal of SIGNALS the running trials are ended and ``Preempted`` is raised; the same command goes on with them. It is
+        noted, and raised between two looks: in the middle of a start, it would leave a trial behind that nobody ends.
         """
-        if self.again:
-            end_orphans({trial.id for trial in self.again}, self.folder)
+        asked: list[int] = []
         main = threading.current_thread() is threading.main_thread()  # only there can signals be taken
-        before = {number: signal.signal(number, leave) for number in SIGNALS} if main else {}
+        before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in SIGNALS} if main else {}
         try:
-            while self.fill() or self.live:
+            if self.again:
+                end_orphans({trial.id for trial in self.again}, self.folder)
+            while not asked and (self.fill() or self.live):
                 time.sleep(POLL)
                 for agent in self.live:
                     agent.trial.values = self.values(agent.trial)
@@ -96,6 +98,8 @@ class Controller:
                 for agent in [agent for agent in self.live if agent.process.poll() is not None]:
                     self.end(agent)
                 self.check_hope()
+            if asked:
+                leave(asked[0], None)
         finally:
             for agent in self.live:  # they are in the journal as running: the same command goes on with them
                 signal_group(agent.process.pid, signal.SIGTERM)

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_transdiff.endings import EXIT_REQUEUE
+from lit_transdiff.endings import EXIT_REQUEUE, Preempted
 from lit_transdiff.sweep.controller import run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
+from lit_transdiff.sweep.journal import Journal
 from lit_transdiff.sweep.report import outcome
 from lit_transdiff.tracking.runs import runs
 from lit_transdiff.tracking.wandb_logs import log_files, read_log
@@ -175,6 +176,22 @@ def test_a_sweep_that_is_asked_to_stop_leaves_no_trial_behind(tmp_path: Path, nu
     trials = run_sweep(load_sweep(file), place, say=quiet)
     assert [(trial.state, len(trial.values)) for trial in trials] == [("finished", 9)] * 3
     assert len(journal(place, "start")) == 3
+
+
+def test_a_signal_in_the_middle_of_a_start_leaves_no_trial_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial's process is there, and the controller has not yet taken it among those that it ends."""
+    file, place = write_sweep(tmp_path, parameters={"x": {"values": [1]}, "pace": {"value": 0.5}}), tmp_path / "out"
+    write = Journal.write
+
+    def write_and_signal(self: Journal, event: str, **content: object) -> None:
+        write(self, event, **content)
+        if event == "process":
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(Journal, "write", write_and_signal)
+    with pytest.raises(Preempted, match="SIGHUP"):
+        run_sweep(load_sweep(file), place, say=quiet)
+    assert gone(journal(place, "process")[-1]["pid"])
 
 
 def test_a_trial_that_someone_else_asked_to_stop_goes_on(tmp_path: Path) -> None:
