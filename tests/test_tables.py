@@ -30,7 +30,8 @@ from lit_transdiff.stages.ar_pretrain import ARPretrain
 from lit_transdiff.stages.classifier import ClassifierStage
 from lit_transdiff.stages.optim import SCHEDULES
 from lit_transdiff.sweep.controller import run_sweep
-from lit_transdiff.sweep.file import SweepFile, load_sweep
+from lit_transdiff.sweep.definition import Sweep
+from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.search import SEARCHES, Search
 from lit_transdiff.sweep.trial import Trial
 from lit_transdiff.trainer import train
@@ -153,7 +154,7 @@ def test_a_gpu_and_a_strategy_are_lines_of_the_plan(tmp_path: Path):
 
 
 def test_a_search_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def twice(sweep: SweepFile, trials: Sequence[Trial], seed: int) -> dict[str, Any] | None:
+    def twice(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any] | None:
         return None if len(trials) == 2 else {"x": len(trials)}
 
     monkeypatch.setitem(SEARCHES, "mine", Search(twice))

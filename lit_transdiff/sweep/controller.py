@@ -23,7 +23,7 @@ import torch
 
 from lit_transdiff.config import require
 from lit_transdiff.endings import EXIT_REQUEUE, leave
-from lit_transdiff.sweep.file import SweepFile
+from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.journal import Journal
 from lit_transdiff.sweep.search import next_settings, to_stop
 from lit_transdiff.sweep.trial import Trial
@@ -63,7 +63,7 @@ def slots_of(agents: int | None, devices_per_run: int) -> list[Slot]:
 class Controller:
     """One sweep in one folder."""
 
-    def __init__(self, sweep: SweepFile, folder: Path, seed: int, slots: list[Slot], say: Callable[[str], None]) -> None:
+    def __init__(self, sweep: Sweep, folder: Path, seed: int, slots: list[Slot], say: Callable[[str], None]) -> None:
         self.sweep = sweep
         self.folder = folder.resolve()
         self.seed = seed
@@ -229,7 +229,7 @@ def hopeless(trials: list[Trial]) -> bool:
 
 
 def run_sweep(
-    sweep: SweepFile,
+    sweep: Sweep,
     folder: Path,
     *,
     agents: int | None = None,

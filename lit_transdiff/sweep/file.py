@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lit_transdiff.config import require, unknown
+from lit_transdiff.sweep.definition import Hyperband, Path_, Sweep
 from lit_transdiff.sweep.distributions import DISTRIBUTIONS, Spec, check, is_number, name_of
 from lit_transdiff.sweep.search import SEARCHES
 
@@ -23,85 +24,6 @@ KEYS = (
     *("description", "entity", "controller"),
 )
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # as 1e-4, which YAML 1.1 takes for a word
-Path_ = tuple[str, ...]  # the keys that lead to a parameter
-
-
-@dataclass(frozen=True)
-class Hyperband:
-    """W&B's early termination: bands are numbers of logged values of the metric."""
-
-    eta: float = 3
-    max_iter: int | None = None
-    min_iter: int | None = None
-    s: int = 2
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        one = (self.max_iter is None) != (self.min_iter is None)
-        require(one, "early_terminate", {"max_iter": self.max_iter, "min_iter": self.min_iter}, "one of max_iter and min_iter")
-        require(self.eta > 1, "early_terminate.eta", self.eta, "above 1")
-        require(len(self.bands) > 0, "early_terminate", {"max_iter": self.max_iter, "eta": self.eta}, "max_iter of at least eta")
-
-    @property
-    def bands(self) -> list[int]:
-        """The numbers of values after which a run is judged, ascending."""
-        if self.min_iter is not None:
-            return [int(self.min_iter * self.eta**i) for i in range(30)]
-        assert self.max_iter is not None
-        bands = [self.max_iter / self.eta ** (i + 1) for i in range(self.s)]
-        return sorted({int(band) for band in bands if band >= 1})
-
-
-@dataclass(frozen=True)
-class SweepFile:
-    """What a sweep file says."""
-
-    name: str
-    method: str
-    parameters: dict[Path_, Spec]
-    metric: str | None = None
-    maximize: bool = False
-    target: float | None = None  # no trial is started once one has reached it
-    early_terminate: Hyperband | None = None
-    command: list[str] | None = None
-    program: str | None = None
-    project: str | None = None
-    run_cap: int | None = None
-    source: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.method not in SEARCHES:
-            raise unknown("method", self.method, SEARCHES)
-        search = SEARCHES[self.method]
-        require(len(self.parameters) > 0, "parameters", {}, "at least one parameter")
-        for path, spec in self.parameters.items():
-            check(".".join(path), spec)
-            possible = not search.needs_values or DISTRIBUTIONS[name_of(spec)].values is not None
-            allowed = f"value, values, or whole numbers for method {self.method}"
-            require(possible, f"parameters.{'.'.join(path)}", name_of(spec), allowed)
-        reader = self.method if search.needs_metric else "early_terminate" if self.early_terminate is not None else None
-        require(reader is None or self.metric is not None, "metric", None, f"name and goal, for {reader}")
-        require(self.command is not None or self.program is not None, "command", None, "a command or a program")
-
-    def nested(self, values: dict[Path_, Any]) -> dict[str, Any]:
-        """Values of the parameters in the file's own nesting."""
-        result: dict[str, Any] = {}
-        for path, value in values.items():
-            place = result
-            for key in path[:-1]:
-                place = place.setdefault(key, {})
-            place[path[-1]] = value
-        return result
-
-    def flat(self, settings: dict[str, Any]) -> dict[Path_, Any]:
-        """The inverse of ``nested``."""
-        values: dict[Path_, Any] = {}
-        for path in self.parameters:
-            value: Any = settings
-            for key in path:
-                value = value[key]
-            values[path] = value
-        return values
 
 
 def leaves(parameters: dict[str, Any], prefix: Path_ = ()) -> Iterator[tuple[Path_, Spec]]:
@@ -123,7 +45,7 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{NUMBER.pattern}$"), list("-+.0123456789"))
 
 
-def load_sweep(path: str | Path) -> SweepFile:
+def load_sweep(path: str | Path) -> Sweep:
     """Read a sweep file; raises ``ValueError`` naming the file, the field, the value and what is allowed."""
     path = Path(path)
     if not path.is_file():
@@ -138,7 +60,7 @@ def load_sweep(path: str | Path) -> SweepFile:
         raise ValueError(f"{path}: {error}") from error
 
 
-def sweep_from(settings: Any, name: str) -> SweepFile:
+def sweep_from(settings: Any, name: str) -> Sweep:
     """A checked sweep from the settings of a file; ``name`` is used where it names none."""
     require(isinstance(settings, dict), "sweep file", settings, "settings (key: value)")
     for key in settings:
@@ -158,7 +80,7 @@ def sweep_from(settings: Any, name: str) -> SweepFile:
     require(command is None or isinstance(command, list), "command", command, "a list of words")
     parameters = settings.get("parameters")
     require(isinstance(parameters, dict), "parameters", parameters, "parameters by name")
-    return SweepFile(
+    sweep = Sweep(
         name=settings.get("name") or name,
         method=settings.get("method"),  # type: ignore[arg-type]
         parameters=dict(leaves(parameters)),  # type: ignore[arg-type]
@@ -172,6 +94,24 @@ def sweep_from(settings: Any, name: str) -> SweepFile:
         run_cap=cap,
         source=settings,
     )
+    check_search(sweep)
+    return sweep
+
+
+def check_search(sweep: Sweep) -> None:
+    """Raise ``ValueError`` unless the search is one of SEARCHES and has the parameters and the metric that it asks for."""
+    if sweep.method not in SEARCHES:
+        raise unknown("method", sweep.method, SEARCHES)
+    search = SEARCHES[sweep.method]
+    require(len(sweep.parameters) > 0, "parameters", {}, "at least one parameter")
+    for path, spec in sweep.parameters.items():
+        check(".".join(path), spec)
+        possible = not search.needs_values or DISTRIBUTIONS[name_of(spec)].values is not None
+        allowed = f"value, values, or whole numbers for method {sweep.method}"
+        require(possible, f"parameters.{'.'.join(path)}", name_of(spec), allowed)
+    reader = sweep.method if search.needs_metric else "early_terminate" if sweep.early_terminate is not None else None
+    require(reader is None or sweep.metric is not None, "metric", None, f"name and goal, for {reader}")
+    require(sweep.command is not None or sweep.program is not None, "command", None, "a command or a program")
 
 
 def metric_from(metric: Any) -> dict[str, Any]:

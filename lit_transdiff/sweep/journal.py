@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lit_transdiff.files import replace_file
-from lit_transdiff.sweep.file import SweepFile
+from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Journal:
     """Opens the folder for one controller alone; raises ``ValueError`` when it holds another sweep or another controller runs."""
 
-    def __init__(self, folder: Path, sweep: SweepFile, seed: int) -> None:
+    def __init__(self, folder: Path, sweep: Sweep, seed: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the process ends

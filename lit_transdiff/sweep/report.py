@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_transdiff.sweep.file import SweepFile
+from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.trial import Trial
 from lit_transdiff.tracking.compare import compare
 from lit_transdiff.tracking.runs import runs
 from lit_transdiff.tracking.scored import scores_of
 
 
-def outcome(sweep: SweepFile, trials: Sequence[Trial], folder: Path) -> str:
+def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
     """The table of the trials, best first, and where to look."""
     count = {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
     told = ", ".join(f"{number} {state}" for state, number in count.items() if number)

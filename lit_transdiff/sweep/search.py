@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lit_transdiff.sweep.definition import Hyperband, Sweep
 from lit_transdiff.sweep.distributions import DISTRIBUTIONS, for_optuna, name_of
 from lit_transdiff.sweep.trial import Trial
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
-
-    from lit_transdiff.sweep.file import Hyperband, SweepFile
 
 START_TRIALS = 5  # of bayes, drawn at random
 
@@ -27,25 +26,25 @@ START_TRIALS = 5  # of bayes, drawn at random
 class Search:
     """A search, and what it asks of the sweep file: a metric, or parameters whose values can be listed."""
 
-    next: Callable[[SweepFile, Sequence[Trial], int], dict[str, Any] | None]
+    next: Callable[[Sweep, Sequence[Trial], int], dict[str, Any] | None]
     needs_metric: bool = False
     needs_values: bool = False
 
 
-def grid(sweep: SweepFile, trials: Sequence[Trial], seed: int) -> dict[str, Any] | None:
+def grid(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any] | None:
     """Every combination once, the last parameter fastest."""
     lists = [DISTRIBUTIONS[name_of(spec)].values(spec) for spec in sweep.parameters.values()]  # type: ignore[misc]
     values = next(itertools.islice(itertools.product(*lists), len(trials), None), None)
     return None if values is None else sweep.nested(dict(zip(sweep.parameters, values, strict=True)))
 
 
-def at_random(sweep: SweepFile, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
+def at_random(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
     """Trial i follows from the seed and i alone."""
     rng = random.Random(f"{seed} {len(trials)}")
     return sweep.nested({path: DISTRIBUTIONS[name_of(spec)].draw(spec, rng) for path, spec in sweep.parameters.items()})
 
 
-def bayes(sweep: SweepFile, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
+def bayes(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
     """Optuna's tree-structured Parzen estimator on the best value of each trial; running trials count as poor ones."""
     import optuna
 
@@ -58,7 +57,7 @@ def bayes(sweep: SweepFile, trials: Sequence[Trial], seed: int) -> dict[str, Any
     return sweep.nested({path: from_optuna(spec, asked[".".join(path)]) for path, spec in sweep.parameters.items()})
 
 
-def past(sweep: SweepFile, trial: Trial, distributions: dict[str, Any]) -> FrozenTrial:
+def past(sweep: Sweep, trial: Trial, distributions: dict[str, Any]) -> FrozenTrial:
     """A trial as optuna keeps it."""
     from optuna.trial import TrialState, create_trial
 
@@ -98,7 +97,7 @@ SEARCHES: dict[str, Search] = {
 }
 
 
-def next_settings(sweep: SweepFile, trials: Sequence[Trial], seed: int = 0) -> dict[str, Any] | None:
+def next_settings(sweep: Sweep, trials: Sequence[Trial], seed: int = 0) -> dict[str, Any] | None:
     """The settings of the next trial, or nothing when the sweep has all it wants."""
     if sweep.run_cap is not None and len(trials) >= sweep.run_cap:
         return None
@@ -107,7 +106,7 @@ def next_settings(sweep: SweepFile, trials: Sequence[Trial], seed: int = 0) -> d
     return SEARCHES[sweep.method].next(sweep, trials, seed)
 
 
-def reached(sweep: SweepFile, target: float, trial: Trial) -> bool:
+def reached(sweep: Sweep, target: float, trial: Trial) -> bool:
     """Whether a trial has been as good as the sweep's target."""
     best = trial.best(sweep.maximize)
     return best is not None and (best >= target if sweep.maximize else best <= target)

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from lit_transdiff.sweep.definition import Hyperband, Sweep
 from lit_transdiff.sweep.distributions import DISTRIBUTIONS
-from lit_transdiff.sweep.file import Hyperband, SweepFile, load_sweep, sweep_from
+from lit_transdiff.sweep.file import load_sweep, sweep_from
 from lit_transdiff.sweep.search import SEARCHES, next_settings, to_stop
 from lit_transdiff.sweep.trial import Trial
 from tests.small import ROOT
@@ -46,11 +47,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
-def sweep(method: str, parameters: dict[str, Any], **more: Any) -> SweepFile:
+def sweep(method: str, parameters: dict[str, Any], **more: Any) -> Sweep:
     return sweep_from({**COMMON, "method": method, "parameters": parameters, **more}, "s")
 
 
-def run_all(plan: SweepFile, score, count: int, seed: int = 0) -> list[Trial]:
+def run_all(plan: Sweep, score, count: int, seed: int = 0) -> list[Trial]:
     trials: list[Trial] = []
     while len(trials) < count and (settings := next_settings(plan, trials, seed)) is not None:
         trials.append(Trial(str(len(trials)), settings, "finished", [score(settings)]))

@@ -1,0 +1,75 @@
+"""What a sweep is: its search, its parameters, its metric and its early termination."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lit_transdiff.config import require
+from lit_transdiff.sweep.distributions import Spec
+
+Path_ = tuple[str, ...]  # the keys that lead to a parameter
+
+
+@dataclass(frozen=True)
+class Hyperband:
+    """W&B's early termination: bands are numbers of logged values of the metric."""
+
+    eta: float = 3
+    max_iter: int | None = None
+    min_iter: int | None = None
+    s: int = 2
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        one = (self.max_iter is None) != (self.min_iter is None)
+        require(one, "early_terminate", {"max_iter": self.max_iter, "min_iter": self.min_iter}, "one of max_iter and min_iter")
+        require(self.eta > 1, "early_terminate.eta", self.eta, "above 1")
+        require(len(self.bands) > 0, "early_terminate", {"max_iter": self.max_iter, "eta": self.eta}, "max_iter of at least eta")
+
+    @property
+    def bands(self) -> list[int]:
+        """The numbers of values after which a run is judged, ascending."""
+        if self.min_iter is not None:
+            return [int(self.min_iter * self.eta**i) for i in range(30)]
+        assert self.max_iter is not None
+        bands = [self.max_iter / self.eta ** (i + 1) for i in range(self.s)]
+        return sorted({int(band) for band in bands if band >= 1})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file says; ``load_sweep`` checks it."""
+
+    name: str
+    method: str
+    parameters: dict[Path_, Spec]
+    metric: str | None = None
+    maximize: bool = False
+    target: float | None = None  # no trial is started once one has reached it
+    early_terminate: Hyperband | None = None
+    command: list[str] | None = None
+    program: str | None = None
+    project: str | None = None
+    run_cap: int | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def nested(self, values: dict[Path_, Any]) -> dict[str, Any]:
+        """Values of the parameters in the file's own nesting."""
+        result: dict[str, Any] = {}
+        for path, value in values.items():
+            place = result
+            for key in path[:-1]:
+                place = place.setdefault(key, {})
+            place[path[-1]] = value
+        return result
+
+    def flat(self, settings: dict[str, Any]) -> dict[Path_, Any]:
+        """The inverse of ``nested``."""
+        values: dict[Path_, Any] = {}
+        for path in self.parameters:
+            value: Any = settings
+            for key in path:
+                value = value[key]
+            values[path] = value
+        return values
