@@ -11,9 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_transdiff.config import SamplingConfig, require
+from lit_transdiff.models.fusion import fused, fusion_pattern
 from lit_transdiff.pictures import grid, save_png, to_bytes
 from lit_transdiff.randomness import mix
-from lit_transdiff.sampling import Generator, fused, fusion_pattern
+from lit_transdiff.sampling import Generator
 
 
 def draw_samples(

@@ -6,9 +6,8 @@ Shapes: B images, R references, S context tokens, D width, c h w a latent, C H W
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -19,21 +18,12 @@ from lit_transdiff.export import read_export
 from lit_transdiff.flow.guidance import Pair, guide
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS, Velocity, solve
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
-from lit_transdiff.models.context import ContextStream
+from lit_transdiff.models.context import ContextFn, Contexts, ContextStream, null_contexts
 from lit_transdiff.models.decoder import Memory
 from lit_transdiff.models.execution import compile_blocks, replay_decoder, round_linear
 from lit_transdiff.models.official import check_layout
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.randomness import PerImageNormal, mix
-
-
-class Contexts(Protocol):
-    """What makes the context of images to be drawn, piece by piece (see ``models.context.ContextStream``)."""
-
-    def advance(self, images: Tensor) -> Tensor: ...
-
-
-ContextFn = Callable[[TransDiff, Tensor], Contexts]  # model, labels [B] -> their contexts
 
 
 def check_sampling(sampling: SamplingConfig) -> None:
@@ -50,18 +40,21 @@ def generate(
     sampling: SamplingConfig,
     seeds: Sequence[int],
     contexts: ContextFn = ContextStream,
+    unconditional_contexts: Callable[[], Contexts] | None = None,
 ) -> Tensor:
     """Latents [B, R, c, h, w]: for each of ``labels`` [B] the R successive images of its row (arXiv 2506.09482, section 3.3).
 
     Image r is decoded from the class and images 0 .. r-1, clean. All numbers of a row come from its own seed, so it does not
-    depend on the rest of the batch. ``contexts`` replaces the model's encoder (see ``fused``).
+    depend on the rest of the batch. ``contexts`` replaces the model's encoder (see ``models.fusion``), ``unconditional_contexts``
+    what the model makes of the null class.
     """
     config = model.config
     shape = (config.latent_channels, config.latent_size, config.latent_size)
     draw = PerImageNormal(seeds, labels.device)
     noise = draw(*shape)
     images = noise.new_zeros(len(labels), 0, *shape)
-    conditional, unconditional = Remembered(model, contexts(model, labels)), Remembered(model, ContextStream(model, None))
+    conditional = Remembered(model, contexts(model, labels))
+    unconditional = Remembered(model, (unconditional_contexts or null_contexts(model))())
     for r in range(config.num_references):
         if r > 0 and not sampling.reuse_noise:
             noise = draw(*shape)
@@ -111,40 +104,6 @@ def pair_of(model: TransDiff, conditional: Memory, unconditional: Memory) -> Pai
     return pair
 
 
-def fused(second: Tensor, pattern: Tensor) -> ContextFn:
-    """Contexts that take the tokens where ``pattern`` [S] is true from the labels ``second`` [B].
-
-    The paper's semantic fusion: features of two classes spliced (arXiv 2506.09482, section 4.4).
-    """
-    return lambda model, labels: FusedContexts(ContextStream(model, labels), ContextStream(model, second), pattern)
-
-
-@dataclass
-class FusedContexts:
-    """Two streams of context tokens, and from which of them each token comes."""
-
-    first: ContextStream
-    second: ContextStream
-    pattern: Tensor  # [S] boolean, true: from the second
-    done: int = 0  # tokens
-
-    def advance(self, images: Tensor) -> Tensor:
-        """As ``ContextStream.advance``."""
-        first, second = self.first.advance(images), self.second.advance(images)
-        start, self.done = self.done, self.done + first.shape[1]
-        return torch.where(self.pattern[start : self.done, None].to(first.device), second, first)
-
-
-def fusion_pattern(num_tokens: int, kind: str, seed: int = 0) -> Tensor:
-    """Which context tokens come from the second class, [S] boolean: a random half, or every token of the second half."""
-    if kind == "random":
-        generator = torch.Generator().manual_seed(mix("fusion", seed))
-        return torch.rand(num_tokens, generator=generator).argsort() < num_tokens // 2
-    if kind == "halves":
-        return torch.arange(num_tokens) >= num_tokens // 2
-    raise unknown("fusion", kind, ("random", "halves"))
-
-
 class Generator:
     """A trained model ready to draw images: ``load_generator("runs/x").images(labels, seeds)``."""
 
@@ -158,8 +117,8 @@ class Generator:
         fingerprint: str = "",
         weights: str = "in memory",
     ) -> None:
-        self.model = model
         self.accelerations: list[Callable[[TransDiff], None]] = []
+        self.model = model
         self.autoencoder = autoencoder
         self.run = run
         self.class_names = list(class_names)
@@ -175,7 +134,13 @@ class Generator:
     @model.setter
     def model(self, model: TransDiff) -> None:
         self._model = model
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was made of the model's weights."""
         self.rounded: TransDiff | None = None  # the same with bfloat16 weights, once it is needed
+        self.null_contexts: dict[str, Callable[[], Contexts]] = {}  # of the null class, by precision
+        self.made_of = versions(self.model)
 
     def network(self, precision: str) -> TransDiff:
         """The model that computes in a precision (see ``SamplingConfig``)."""
@@ -203,7 +168,7 @@ class Generator:
         """Apply ``how`` to the model in every precision."""
         self.accelerations.append(how)
         how(self.model)
-        self.rounded = None
+        self.forget()
         return self
 
     @property
@@ -212,7 +177,7 @@ class Generator:
 
     def to(self, device: torch.device | str) -> Generator:
         self.model.to(device)
-        self.rounded = None  # it is made again where the model is
+        self.forget()
         self.autoencoder.to(device)
         return self
 
@@ -244,9 +209,13 @@ class Generator:
         self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: ContextFn = ContextStream
     ) -> Tensor:
         """``generate`` in the precision of ``sampling``."""
-        rounded = sampling.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=rounded, cache_enabled=False):
-            return generate(self.network(sampling.precision), labels, sampling, seeds, contexts)
+        if versions(self.model) != self.made_of:
+            self.forget()
+        precision = sampling.precision
+        network = self.network(precision)
+        null = self.null_contexts.setdefault(precision, null_contexts(network))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+            return generate(network, labels, sampling, seeds, contexts, null)
 
     @torch.no_grad()
     def features(self, labels: Sequence[int] | Tensor, sampling: SamplingConfig | None = None) -> Tensor:
@@ -260,6 +229,11 @@ class Generator:
             seeds = [mix("features", label) for label in labels.tolist()]
             references = self.latents(labels, seeds, sampling or self.run.sampling)[:, :-1]
         return self.model.encoder.features(classes, references)
+
+
+def versions(model: TransDiff) -> list[tuple[int, int]]:
+    """Where each weight lies, and how often it was changed there."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
 
 
 def load_generator(

@@ -7,8 +7,9 @@ from torch import nn
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.models.autoencoder import load_autoencoder
 from lit_transdiff.models.context import ContextStream
+from lit_transdiff.models.fusion import fused, fusion_pattern
 from lit_transdiff.randomness import GlobalBatchNormal, PerImageNormal, mix
-from lit_transdiff.sampling import Generator, check_sampling, fused, fusion_pattern, generate
+from lit_transdiff.sampling import Generator, check_sampling, generate
 from tests.models.test_transdiff import build
 from tests.small import small_run
 
@@ -121,6 +122,23 @@ def test_semantic_features_are_those_of_the_whole_row(num_references: int, tmp_p
     features = generator.features([0, 3])
     assert features.shape == (2, 16, 16)
     assert torch.allclose(features[1:], generator.features([3]), atol=1e-5)
+
+
+@pytest.mark.parametrize("num_references", [1, 4])
+def test_a_generator_begins_the_null_class_once_for_the_same_weights(num_references: int, tmp_path):
+    geometry = {"latent_channels": 2, "latent_size": 4, "patch_size": 1, "num_classes": 5, "num_references": num_references}
+    model, begun = build(num_references).requires_grad_(False), []
+    generator = Generator(model, load_autoencoder("identity", None, 2), small_run(tmp_path, model=geometry), list("abcde"))
+    model.encoder.input_norm.register_forward_hook(lambda module, inputs, output: begun.append(len(output)))
+    drawn = []
+    for change, times in ((1.0, 1), (1.0, 0), (1.5, 1), (1.0, 0)):
+        if change != 1:
+            model.encoder.null_class.mul_(change)
+        begun.clear()
+        drawn.append(generator.latents(LABELS, SEEDS, SAMPLING))
+        assert begun.count(1) == times  # one row: the null class; labels and later groups have three
+        assert torch.equal(drawn[-1], generate(model, LABELS, SAMPLING, SEEDS))
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[2], drawn[3]) and not torch.equal(drawn[1], drawn[2])
 
 
 def test_generator_checks_labels_and_gives_images(tmp_path):

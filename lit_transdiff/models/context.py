@@ -5,10 +5,27 @@ Shapes: B images, U distinct classes among them, L tokens per reference, D width
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
+from lit_transdiff.models.layers import KeysValues
 from lit_transdiff.models.transdiff import TransDiff
+
+Beginning = tuple[Tensor, list[KeysValues]]  # see ARTransformer.begin
+
+
+class Contexts(Protocol):
+    """What makes the context of images to be drawn, piece by piece (see ``ContextStream``)."""
+
+    def advance(self, images: Tensor) -> Tensor: ...
+
+
+ContextFn = Callable[[TransDiff, Tensor], Contexts]  # model, labels [B] -> their contexts
 
 
 class ContextStream:
@@ -17,7 +34,8 @@ class ContextStream:
     The first group depends on the class alone, so it is made once a class; a single one is given as one row that stands for all.
     """
 
-    def __init__(self, model: TransDiff, labels: Tensor | None) -> None:
+    def __init__(self, model: TransDiff, labels: Tensor | None, begin: Callable[[], Beginning] | None = None) -> None:
+        """``begin`` gives the beginning when it is known."""
         self.model = model
         self.groups = 0
         self.row_of: Tensor | None = None  # [B], which of the classes
@@ -25,6 +43,7 @@ class ContextStream:
         if labels is not None:
             distinct, self.row_of = labels.unique(return_inverse=True)
             self.classes = model.encoder.class_vectors(distinct)
+        self.begin = begin or (lambda: model.encoder.begin(self.classes))
 
     def advance(self, images: Tensor) -> Tensor:
         """The context tokens that are new since the last call, [B or 1, n L, D]; ``images`` [B, r, C, H, W] are all so far.
@@ -34,8 +53,8 @@ class ContextStream:
         encoder, parts = self.model.encoder, []
         while self.groups <= images.shape[1]:
             if self.groups == 0:
-                features, self.past = encoder.begin(self.classes)
-                features = self.spread(features)
+                features, past = self.begin()
+                features, self.past = self.spread(features), [replace(block) for block in past]
             else:
                 if self.groups == 1:
                     self.spread_past(len(images))
@@ -55,3 +74,9 @@ class ContextStream:
         row_of = torch.zeros(rows, dtype=torch.long, device=self.classes.device) if self.row_of is None else self.row_of
         for block in self.past:
             block.take(row_of)
+
+
+def null_contexts(model: TransDiff) -> Callable[[], ContextStream]:
+    """Streams of the null class, whose beginning, the same for all images, is computed for the first of them alone."""
+    begin = cache(lambda: model.encoder.begin(model.encoder.null_class))
+    return lambda: ContextStream(model, None, begin)
