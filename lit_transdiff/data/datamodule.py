@@ -72,12 +72,9 @@ class DataModule(pl.LightningDataModule):
 
     def check_source(self, remote: bool) -> None:
         """The settings that go with a URL, or with a folder, in ``data.train``."""
-        data, num_references = self.data, self.num_references
+        data = self.data
         if remote:
             require(data.index is not None, "data.index", None, "the index.json of data.train, which is a URL")
-            require(
-                num_references == 1, "model.num_references", num_references, "1 when data.train is a URL: groups need files here"
-            )
             require(data.groups is None, "data.groups", data.groups, "nothing when data.train is a URL")
         else:
             require("://" not in data.train, "data.train", data.train, "a folder, http://, https://, or pipe:COMMAND for others")
@@ -142,7 +139,7 @@ class DataModule(pl.LightningDataModule):
         }
         total = self.max_steps * layout.accumulation
         if is_url(self.data.train):
-            stream = StreamDataset(index, self.data, self.seed, layout, total)
+            stream = StreamDataset(index, self.data, self.seed, layout, total, self.num_references)
             identity |= {"world": layout.world, "micro_batch_size": layout.micro_batch, "num_workers": self.data.num_workers}
             return TrainLoader(stream, lambda: self.start(layout), identity, **loader_options(self.data.num_workers))
         groups = None if self.data.groups is None else read_groups(self.data.groups, index, self.num_references)

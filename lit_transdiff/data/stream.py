@@ -1,16 +1,18 @@
 """Remote shards, read as a stream: exact order and resume for the same number of ranks and workers.
 
 Each reader (worker of a rank) has an endless stream of its own: of every epoch's permutation of the shards it takes each
-n-th one, n being all readers together, and shuffles in a buffer that is emptied at the end of the epoch. So the stream is
-a pure function of (seed, epoch, reader), and the place in it follows from the micro-step. Resuming reads the current
-epoch's shards again up to that place, without decoding.
+n-th one, n being all readers together, and shuffles in a buffer that is emptied at the end of the epoch. Samples then wait,
+as bytes, until R of their class are there. So the stream is a pure function of (seed, epoch, reader), and the place in it follows
+from the micro-step. Resuming reads the current epoch's shards again up to that place, without decoding.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -28,6 +30,7 @@ from lit_transdiff.config import DataConfig, require
 from lit_transdiff.data.dataset import Batch, SampleDecoder
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.plan import BatchLayout, generator
+from lit_transdiff.data.references import num_groups
 from lit_transdiff.data.scan import IMAGE_MEMBERS, LATENT_MEMBER, PICKLE_MEMBERS
 
 log = logging.getLogger(__name__)
@@ -48,9 +51,12 @@ def is_url(source: str) -> bool:
 
 
 class StreamDataset(IterableDataset):
-    """Whole batches (R = 1) of this rank, from ``first_micro_step`` on; ``index`` says what each shard holds."""
+    """Whole batches of this rank, from ``first_micro_step`` on; ``index`` says what each shard holds."""
 
-    def __init__(self, index: ShardIndex, data: DataConfig, seed: int, layout: BatchLayout, total: int) -> None:
+    def __init__(
+        self, index: ShardIndex, data: DataConfig, seed: int, layout: BatchLayout, total: int, num_references: int = 1
+    ) -> None:
+        """Raises ``ValueError`` for URLs other than those of the index's shards, and where ``share`` would during the run."""
         self.urls: list[str] = expand_urls(data.train)
         names = [shard.name for shard in index.shards]
         require(
@@ -65,10 +71,12 @@ class StreamDataset(IterableDataset):
         require(
             readers <= len(names), "data.num_workers", data.num_workers, f"at most {len(names)} shards / {layout.world} ranks"
         )
-        self.index, self.seed, self.layout, self.total = index, seed, layout, total
+        self.index, self.seed, self.layout, self.total, self.num_references = index, seed, layout, total, num_references
         self.skip = data.on_bad_sample == "skip"
         self.decode = SampleDecoder(index, data, seed, training=True)
         self.first_micro_step = 0
+        if num_references > 1:
+            self.check_shares(readers, math.ceil(total / max(1, data.num_workers)) * layout.micro_batch)
 
     def __len__(self) -> int:
         """Micro-batches of the whole run, also when resuming."""
@@ -80,33 +88,75 @@ class StreamDataset(IterableDataset):
         first = self.first_micro_step + place  # workers take turns; the one with place 0 has the first
         reader = self.layout.rank * workers + first % workers
         done = first // workers * self.layout.micro_batch  # samples that this reader gave before
-        samples = self.decoded(self.stream(reader, self.layout.world * workers, done))
+        rows = self.decoded(self.stream(reader, self.layout.world * workers, done))
         for micro_step in range(first, self.total, workers):
-            yield self.batch(micro_step, list(islice(samples, self.layout.micro_batch)))
+            yield self.batch(micro_step, list(islice(rows, self.layout.micro_batch)))
 
-    def batch(self, micro_step: int, rows: list[tuple[int, Tensor]]) -> Batch:
-        samples = np.array([sample for sample, _ in rows], np.int64)
+    def batch(self, micro_step: int, rows: list[tuple[list[int], Tensor]]) -> Batch:
+        samples = np.array([group for group, _ in rows], np.int64)
         start = self.layout.start(micro_step)
         return Batch(
-            values=torch.stack([values for _, values in rows])[:, None],
-            labels=torch.from_numpy(self.index.label[samples].astype(np.int64)),
-            samples=torch.from_numpy(samples)[:, None],
+            values=torch.stack([values for _, values in rows]),
+            labels=torch.from_numpy(self.index.label[samples[:, 0]].astype(np.int64)),
+            samples=torch.from_numpy(samples),
             positions=torch.arange(start, start + len(rows)),
         )
 
-    def stream(self, reader: int, readers: int, done: int) -> Iterator[tuple[int, StreamedSample]]:
-        """(epoch, sample) without end, after the first ``done`` ones. Bad samples count, so an epoch is as long as indexed."""
+    def share(self, epoch: int, reader: int, readers: int) -> tuple[list[int], np.ndarray]:
+        """The shards that a reader has in an epoch, and how many samples of each class are in them.
+
+        Raises ``ValueError`` for a class of which there are fewer than R, so that they make no group.
+        """
+        shards = generator(self.seed, epoch).permutation(len(self.urls))[reader::readers].tolist()
+        starts = self.index.starts
+        labels = np.concatenate([self.index.label[starts[shard] : starts[shard + 1]] for shard in shards])
+        counts = np.bincount(labels, minlength=self.index.num_classes)
+        for c in np.flatnonzero((counts > 0) & (counts < self.num_references)):
+            raise ValueError(
+                f"model.num_references: got {self.num_references}, but in epoch {epoch} one of {readers} readers (ranks times "
+                f"data.num_workers) has {counts[c]} images of class {self.index.class_names[c]!r}: "
+                f"{len(shards)} of {len(self.urls)} shards; allowed: fewer readers, or a folder of shards in data.train."
+            )
+        return shards, counts
+
+    def check_shares(self, readers: int, rows: int) -> None:
+        """Raise ``ValueError`` now for a share that would be refused before each reader has given ``rows`` rows."""
+        for reader in range(readers):
+            given = epoch = 0
+            while given < rows:
+                given += num_groups(self.share(epoch, reader, readers)[1], self.num_references)
+                epoch += 1
+
+    def stream(self, reader: int, readers: int, done: int) -> Iterator[tuple[int, list[StreamedSample]]]:
+        """(epoch, row of R samples) without end, after the first ``done``. Bad samples count: an epoch is as long as indexed."""
         epoch = 0
         while True:
-            shards = generator(self.seed, epoch).permutation(len(self.urls))[reader::readers].tolist()
-            length = sum(self.index.shards[shard].samples for shard in shards)
+            shards, counts = self.share(epoch, reader, readers)
+            length = num_groups(counts, self.num_references)
             if done < length:
                 shuffle = wds.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=random.Random(f"{self.seed}/{epoch}/{reader}"))
-                pipeline = wds.DataPipeline(partial(iter, shards), self.read_shards, shuffle, wds.slice(done, None))
-                for sample in pipeline:
-                    yield epoch, sample
+                grouped = partial(self.grouped, counts=counts)
+                pipeline = wds.DataPipeline(partial(iter, shards), self.read_shards, shuffle, grouped, wds.slice(done, None))
+                for row in pipeline:
+                    yield epoch, row
             done = max(0, done - length)
             epoch += 1
+
+    def grouped(self, samples: Iterator[StreamedSample], counts: np.ndarray) -> Iterator[list[StreamedSample]]:
+        """Rows of R samples of one class, in the order in which they become whole; ``counts`` are the samples of each class.
+
+        What is left of a class at the end is filled up with samples of its row before.
+        """
+        waiting, kept = defaultdict[int, list[StreamedSample]](list), {}
+        for sample in samples:
+            c = int(self.index.label[sample.sample])
+            waiting[c].append(sample)
+            if len(waiting[c]) == self.num_references:
+                row = waiting.pop(c)
+                kept[c] = row[: -counts[c] % self.num_references]
+                yield row
+        for c, row in waiting.items():
+            yield row + kept[c]
 
     def read_shards(self, shards: Iterator[int]) -> Iterator[StreamedSample]:
         """Exactly the indexed samples of each shard; those that are not found carry the reason."""
@@ -131,22 +181,28 @@ class StreamDataset(IterableDataset):
                     raise ValueError(problem)
                 yield from (StreamedSample(sample, None, problem) for sample in range(found, end))
 
-    def decoded(self, samples: Iterator[tuple[int, StreamedSample]]) -> Iterator[tuple[int, Tensor]]:
-        """(sample, values). With ``on_bad_sample: skip`` the next readable one is given in place of a bad one, too."""
+    def decoded(self, rows: Iterator[tuple[int, list[StreamedSample]]]) -> Iterator[tuple[list[int], Tensor]]:
+        """(samples, values [R, ...]). With ``on_bad_sample: skip`` the next readable row also takes the place of a bad one."""
         bad, skipped = 0, 0
-        for epoch, (sample, content, problem) in samples:
+        for epoch, row in rows:
             try:
-                require(content is not None, self.index.name_of(sample), problem, "a sample that can be read")
-                values = self.decode(content or b"", sample, epoch)
+                values = torch.stack([self.values(sample, epoch) for sample in row])
             except ValueError as error:
                 if not self.skip or bad > len(self.index):  # in the latter case nothing can be read
                     raise
                 bad, skipped = bad + 1, skipped + 1
-                log.warning("bad sample %s; the next one is used instead (%d skipped by this process)", error, skipped)
+                log.warning("bad sample %s; the next row is used instead (%d skipped by this process)", error, skipped)
                 continue
             for _ in range(bad + 1):
-                yield sample, values
+                yield [sample for sample, _, _ in row], values
             bad = 0
+
+    def values(self, streamed: StreamedSample, epoch: int) -> Tensor:
+        """The values of a sample; raises ``ValueError`` naming it when there are none."""
+        sample, content, problem = streamed
+        if content is None:
+            raise ValueError(f"{self.index.name_of(sample)}: got {problem}; allowed: a sample that can be read.")
+        return self.decode(content, sample, epoch)
 
 
 def payload(raw: dict[str, Any], shard: str) -> Optional[bytes]:

@@ -170,7 +170,10 @@ def test_validation_sizes(shards):
         (dict(num_classes=10), r"data.train: classes in .*: got 5; allowed: model.num_classes=10"),
         (dict(micro_batch_size=5), "training.micro_batch_size: got 5"),
         (dict(train="pipe:cat x.tar"), "data.index: got None"),
-        (dict(train="pipe:cat x.tar", index="index.json", num_references=2), "model.num_references: got 2; allowed: 1"),
+        (
+            dict(train="pipe:cat x.tar", index="index.json", groups="groups.jsonl"),
+            "data.groups: got 'groups.jsonl'; allowed: nothing",
+        ),
         (dict(evaluation="http://host/x.tar"), "data.evaluation: got 'http"),
     ],
 )

@@ -18,16 +18,17 @@ def remote(folder, name="train", last=9):
     return dict(train=f"pipe:cat {folder}/{name}-{{000000..{last:06d}}}.tar", index=str(folder / "index.json"))
 
 
-def streamed(shards, rank=0, world=1, steps=12, **data):
+def streamed(shards, rank=0, world=1, steps=12, num_references=1, **data):
     layout = BatchLayout(8, 8 // world, rank, world)
     config = DataConfig(**(remote(shards) | dict(image_size=8, image_channels=1) | data))
-    return StreamDataset(read_index(shards, check_files=False), config, 0, layout, steps)
+    return StreamDataset(read_index(shards, check_files=False), config, 0, layout, steps, num_references)
 
 
+@pytest.mark.parametrize("num_references", [1, 2])
 @pytest.mark.parametrize(("accumulation", "workers"), [(1, 0), (2, 0), (1, 2), (2, 2)])
-def test_a_resumed_stream_reads_what_the_uninterrupted_one_does(shards, tmp_path, accumulation, workers):
+def test_a_resumed_stream_reads_what_the_uninterrupted_one_does(shards, tmp_path, accumulation, workers, num_references):
     def new():
-        return module_for(shards, accumulation=accumulation, num_workers=workers, **remote(shards))
+        return module_for(shards, accumulation=accumulation, num_workers=workers, num_references=num_references, **remote(shards))
 
     whole = fit(new(), tmp_path / "whole", 6, accumulation).rows
     assert [p for positions, _, _ in whole for p in positions] == list(range(96))
@@ -49,6 +50,29 @@ def test_each_sample_once_an_epoch_over_ranks(shards):
     alone = torch.cat([batch.samples for batch in streamed(shards, steps=25)]).flatten().tolist()
     assert sorted(alone[:65]) == sorted(alone[65:130]) == list(range(len(index)))
     assert alone[:65] != alone[65:130]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_groups_are_of_one_class_and_use_every_image_of_an_epoch(shards, world):
+    index = read_index(shards)
+    used, per_epoch = [], 0
+    for rank in range(world):
+        dataset = streamed(shards, rank, world, steps=8, num_references=3)
+        rows = torch.cat([batch.samples for batch in dataset]).tolist()
+        for row in rows:
+            assert len(set(row)) == 3 and len(set(index.label[row])) == 1
+        counts = dataset.share(0, rank, world)[1]
+        share = int((-(-counts // 3)).sum())
+        used += [sample for row in rows[:share] for sample in row]
+        per_epoch += share
+        assert rows[:share] != rows[share : 2 * share]
+    assert set(used) == set(range(len(index))) and len(used) == 3 * per_epoch
+
+
+def test_a_share_that_is_too_small_for_groups_is_refused_before_training(shards):
+    match = r"model\.num_references: got 4, but in epoch \d one of 10 readers .* has [123] images of class '.*': 1 of 10 shards"
+    with pytest.raises(ValueError, match=match):
+        streamed(shards, world=2, num_workers=5, num_references=4)
 
 
 def test_values_are_those_of_the_local_reader(shards):
