@@ -15,11 +15,10 @@ import yaml
 
 from lit_transdiff.tracking.runs import runs
 from tests.small import ROOT
-from tests.sweep.test_controller import TINY, write_recipe
+from tests.sweep.test_controller import TINY, train_command, write_recipe
 from tests.wandb_stub import Stub
 
 pytestmark = pytest.mark.slow
-OURS = ["${env}", "${interpreter}", "-m", "lit_transdiff", "train"]
 
 
 @pytest.fixture
@@ -54,16 +53,7 @@ def sweep_and_agent(stub: Stub, folder: Path, **settings: Any) -> list[dict[str,
 
 
 def test_an_agent_trains_with_nested_settings_and_none(stub: Stub, tmp_path: Path) -> None:
-    command = [
-        "${env}",
-        "${interpreter}",
-        "-m",
-        "lit_transdiff",
-        "train",
-        str(write_recipe(tmp_path)),
-        *TINY,
-        "${args_no_hyphens}",
-    ]
+    command = train_command(write_recipe(tmp_path), *TINY)
     parameters = {
         "optimizer": {"parameters": {"lr": {"values": [0.001, 0.01]}}},
         "training.micro_batch_size": {"value": None},
@@ -92,19 +82,9 @@ def test_hyperband_at_the_server_ends_a_run(stub: Stub, tmp_path: Path) -> None:
     """The second trial is worse at the first band: its agent ends it."""
     long = [word for word in TINY if "max_steps" not in word and "validate_every" not in word]
     long += ["training.max_steps=200", "training.validate_every=4"]
-    command = [
-        "${env}",
-        "${interpreter}",
-        "-m",
-        "lit_transdiff",
-        "train",
-        str(write_recipe(tmp_path)),
-        *long,
-        "${args_no_hyphens}",
-    ]
-    parameters = {"training.max_steps": {"value": 40}, "optimizer.lr": {"values": [0.001, 1e-9]}}
-    second = {"parameters": parameters, "early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 3}}
-    parameters["training.max_steps"] = {"value": 400}
-    made = sweep_and_agent(stub, tmp_path, method="grid", command=command, **second)
+    command = train_command(write_recipe(tmp_path), *long)
+    parameters = {"training.max_steps": {"value": 400}, "optimizer.lr": {"values": [0.001, 1e-9]}}
+    early = {"type": "hyperband", "min_iter": 2, "eta": 3}
+    made = sweep_and_agent(stub, tmp_path, method="grid", command=command, parameters=parameters, early_terminate=early)
     assert made[0]["state"] == "finished" and made[1]["stopped"]
     assert len(made[1]["history"]) < len(made[0]["history"])

@@ -271,6 +271,11 @@ TINY = [
 ]
 
 
+def train_command(recipe: Path, *words: str) -> list[str]:
+    """A sweep file's ``command`` that trains a recipe with ``words`` and the trial's settings."""
+    return ["${env}", "${interpreter}", "-m", "lit_transdiff", "train", str(recipe), *words, "${args_no_hyphens}"]
+
+
 def write_recipe(folder: Path) -> Path:
     """A run on the bundled images without an autoencoder."""
     from lit_transdiff.loading import to_yaml
@@ -284,16 +289,7 @@ def write_recipe(folder: Path) -> Path:
 @pytest.mark.slow
 def test_trials_of_our_own_are_runs_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    command = [
-        "${env}",
-        "${interpreter}",
-        "-m",
-        "lit_transdiff",
-        "train",
-        str(write_recipe(tmp_path)),
-        *TINY,
-        "${args_no_hyphens}",
-    ]
+    command = train_command(write_recipe(tmp_path), *TINY)
     parameters = {
         "optimizer": {"parameters": {"lr": {"values": [0.001, 0.01]}}},
         "training.micro_batch_size": {"value": None},
