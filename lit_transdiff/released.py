@@ -126,7 +126,8 @@ def open_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     Raises ``ValueError`` listing what is no weight, and for an epoch that is no whole number.
     """
     bare = "model" not in content
-    args = content.get("args")
+    args = None if bare else arguments(content.get("args"))
+    converted = {"model", "model_ema", "epoch"} | ({"args"} if args is not None else set())
     states = {"model": state_dict(content if bare else content["model"], "model", path)}
     if content.get("model_ema") is not None:
         states["model_ema"] = state_dict(content["model_ema"], "model_ema", path)
@@ -137,9 +138,17 @@ def open_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         model=states["model"],
         model_ema=states.get("model_ema"),
         epoch=None if bare else whole_number(content.get("epoch"), f"{path}: epoch"),
-        args=dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
-        ignored=[] if bare else sorted((content.keys() - KNOWN) | (content.keys() & {"optimizer", "scaler"})),
+        args=args or {},
+        ignored=[] if bare else sorted(content.keys() - converted),
     )
+
+
+def arguments(value: Any) -> dict[str, Any] | None:
+    """The arguments of a training by name, if there are any; None for something else."""
+    if value is None:
+        return {}
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    return dict(value) if isinstance(value, Mapping) else None
 
 
 def whole_number(value: Any, where: str) -> int | None:

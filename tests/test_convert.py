@@ -179,12 +179,17 @@ class TestTransDiff:
         back = torch.load(tmp_path / "back.pth", weights_only=False)["model_ema"]
         assert equal(back, {key: value.data for key, value in state.items()})
 
-    def test_the_arguments_of_the_training_come_back(self, tmp_path: Path, autoencoder: Path):
+    @pytest.mark.parametrize("kind", [argparse.Namespace, dict])
+    def test_the_arguments_of_the_training_come_back(self, tmp_path: Path, autoencoder: Path, kind: type):
         args = {"resume": None, "bf16": True, "lr": 1e-4, "betas": [0.9, 0.95], "more": {"a": None}}
-        file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL), args=argparse.Namespace(**args))
+        file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL), args=kind(**args))
         convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
         convert(tmp_path / "ours", tmp_path / "back.pth")
         assert vars(torch.load(tmp_path / "back.pth", weights_only=False)["args"]) == args
+
+    def test_arguments_that_are_none_are_in_the_report(self, tmp_path: Path, autoencoder: Path):
+        file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL), args=["--lr", "1e-4"])
+        assert "not converted: args" in convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
 
     @pytest.mark.parametrize(
         "content, message",
