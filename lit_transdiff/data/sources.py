@@ -70,6 +70,8 @@ def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
         found = [(entry.name, entry.is_dir(), kind_of(entry)) for entry in entries if not entry.name.startswith(".")]
     classes = sorted(name for name, is_folder, _ in found if is_folder)
     require(len(classes) > 0, str(folder), "a folder without class folders", "folder/class/image.jpg, or IDX files")
+    for name in classes:
+        require(readable(name) == name, f"{folder}: class folder", readable(name), "a name in UTF-8")
     names = checked_names(class_names, classes)
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         listed = list(threads.map(images_in, [f"{folder}/{name}" for name in classes]))
@@ -88,7 +90,7 @@ class Listing(NamedTuple):
     """What lies in a class folder."""
 
     images: list[tuple[str, int]]  # file name, bytes; by name
-    broken: list[tuple[str, str]]  # path of a link to nothing, and that it is one
+    broken: list[tuple[str, str]]  # path of an image that cannot be read, such as a link to nothing, and why
     passed_over: Counter[str]  # kinds of everything else
 
 
@@ -99,6 +101,8 @@ def images_in(directory: str) -> Listing:
         for entry in entries:
             if entry.name.rpartition(".")[2].lower() not in IMAGE_MEMBERS or entry.is_dir():
                 passed_over[kind_of(entry)] += 1
+            elif readable(entry.name) != entry.name:
+                broken.append((readable(entry.path), "a name that is not UTF-8"))
             elif entry.is_file():
                 images.append((entry.name, entry.stat().st_size))
             else:
@@ -108,9 +112,14 @@ def images_in(directory: str) -> Listing:
     return Listing(sorted(images), sorted(broken), passed_over)
 
 
+def readable(name: str) -> str:
+    """The name of a file for people, which need not be UTF-8 on a disk."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def kind_of(entry: os.DirEntry[str]) -> str:
     """``folders``, or the extension of a file."""
-    return "folders" if entry.is_dir() else os.path.splitext(entry.name)[1].lower() or "files without an extension"
+    return "folders" if entry.is_dir() else os.path.splitext(readable(entry.name))[1].lower() or "files without an extension"
 
 
 def listed_kinds(kinds: Counter[str]) -> str:

@@ -1,5 +1,7 @@
 import gzip
+import os
 import struct
+import sys
 import tarfile
 
 import numpy as np
@@ -72,6 +74,22 @@ def test_corrupt_images_are_listed_and_dotted_names_kept_apart(tmp_path):
     values = values_of(report.index, DataConfig(image_size=8))
     assert set(values) == {"n01_1", "n01_a_b", "n01_a_b-2", "n02_x"}
     assert all(value.shape == (3, 8, 8) for value in values.values())
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its disks take names in UTF-8 alone")
+def test_names_that_are_not_utf8_are_told(tmp_path):
+    latin = os.fsdecode(b"\xe9")
+    (tmp_path / "in/a").mkdir(parents=True)
+    for name in ("1", latin):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"in/a/{name}.png")
+    (tmp_path / f"in/a/x.{latin}").touch()
+    report = pack(tmp_path / "in", tmp_path / "out", progress=False)
+    assert report.skipped == [(f"{tmp_path}/in/a/\\xe9.png", "a name that is not UTF-8")]
+    assert "\\xe9.png\ta name that is not UTF-8" in (tmp_path / "out/skipped.txt").read_text()
+    assert ".\\xe9 (1)" in str(report)
+    (tmp_path / "in/a").rename(tmp_path / "in" / latin)
+    with pytest.raises(ValueError, match=r"in: class folder: got .*xe9'; allowed: a name in UTF-8"):
+        pack(tmp_path / "in", tmp_path / "other", progress=False)
 
 
 def test_what_is_no_image_among_the_images_is_reported(tmp_path):
