@@ -30,7 +30,7 @@ from lit_transdiff.config import DataConfig, require
 from lit_transdiff.data.dataset import Batch, SampleDecoder
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.plan import BatchLayout, generator
-from lit_transdiff.data.references import num_groups
+from lit_transdiff.data.references import check_class_sizes, num_groups
 from lit_transdiff.data.scan import IMAGE_MEMBERS, LATENT_MEMBER, PICKLE_MEMBERS
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class StreamDataset(IterableDataset):
     def __init__(
         self, index: ShardIndex, data: DataConfig, seed: int, layout: BatchLayout, total: int, num_references: int = 1
     ) -> None:
-        """Raises ``ValueError`` for URLs other than those of the index's shards, and where ``share`` would during the run."""
+        """Raises ``ValueError`` for URLs other than those of the index's shards, and for what ``share`` would refuse later."""
         self.urls: list[str] = expand_urls(data.train)
         names = [shard.name for shard in index.shards]
         require(
@@ -75,6 +75,7 @@ class StreamDataset(IterableDataset):
         self.skip = data.on_bad_sample == "skip"
         self.decode = SampleDecoder(index, data, seed, training=True)
         self.first_micro_step = 0
+        check_class_sizes(index, num_references)
         if num_references > 1:
             self.check_shares(readers, math.ceil(total / max(1, data.num_workers)) * layout.micro_batch)
 
@@ -103,29 +104,37 @@ class StreamDataset(IterableDataset):
         )
 
     def share(self, epoch: int, reader: int, readers: int) -> tuple[list[int], np.ndarray]:
-        """The shards that a reader has in an epoch, and how many samples of each class are in them.
+        """The shards that a reader has in an epoch, and how many samples of each class it takes from them.
 
-        Raises ``ValueError`` for a class of which there are fewer than R, so that they make no group.
+        Fewer than R of a class make no group: they are left out in this epoch. Raises ``ValueError`` where nothing is left.
         """
         shards = generator(self.seed, epoch).permutation(len(self.urls))[reader::readers].tolist()
         starts = self.index.starts
         labels = np.concatenate([self.index.label[starts[shard] : starts[shard + 1]] for shard in shards])
         counts = np.bincount(labels, minlength=self.index.num_classes)
-        for c in np.flatnonzero((counts > 0) & (counts < self.num_references)):
+        counts[counts < self.num_references] = 0
+        if not counts.any():
             raise ValueError(
-                f"model.num_references: got {self.num_references}, but in epoch {epoch} one of {readers} readers (ranks times "
-                f"data.num_workers) has {counts[c]} images of class {self.index.class_names[c]!r}: "
-                f"{len(shards)} of {len(self.urls)} shards; allowed: fewer readers, or a folder of shards in data.train."
+                f"model.num_references: got {self.num_references}, but no class is as often in {len(shards)} of {len(self.urls)} "
+                f"shards, which each of {readers} readers (ranks times data.num_workers) has in an epoch; allowed: fewer readers."
             )
         return shards, counts
 
     def check_shares(self, readers: int, rows: int) -> None:
-        """Raise ``ValueError`` now for a share that would be refused before each reader has given ``rows`` rows."""
+        """Raise now what ``share`` would before each reader has given ``rows`` rows, and warn of what it leaves out."""
+        taken = held = 0
         for reader in range(readers):
             given = epoch = 0
             while given < rows:
-                given += num_groups(self.share(epoch, reader, readers)[1], self.num_references)
+                shards, counts = self.share(epoch, reader, readers)
+                given += num_groups(counts, self.num_references)
+                taken, held = taken + int(counts.sum()), held + sum(self.index.shards[shard].samples for shard in shards)
                 epoch += 1
+        if taken < held:
+            log.warning(
+                "data.train: %.2g%% of the images are left out of an epoch, as one of %d readers has fewer than %d of a class",
+                *(100 * (1 - taken / held), readers, self.num_references),
+            )
 
     def stream(self, reader: int, readers: int, done: int) -> Iterator[tuple[int, list[StreamedSample]]]:
         """(epoch, row of R samples) without end, after the first ``done``. Bad samples count: an epoch is as long as indexed."""
@@ -143,13 +152,15 @@ class StreamDataset(IterableDataset):
             epoch += 1
 
     def grouped(self, samples: Iterator[StreamedSample], counts: np.ndarray) -> Iterator[list[StreamedSample]]:
-        """Rows of R samples of one class, in the order in which they become whole; ``counts`` are the samples of each class.
+        """Rows of R samples of one class, in the order in which they become whole; ``counts`` are the samples to take of each.
 
         What is left of a class at the end is filled up with samples of its row before.
         """
         waiting, kept = defaultdict[int, list[StreamedSample]](list), {}
         for sample in samples:
             c = int(self.index.label[sample.sample])
+            if not counts[c]:
+                continue
             waiting[c].append(sample)
             if len(waiting[c]) == self.num_references:
                 row = waiting.pop(c)

@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import pytest
@@ -18,8 +19,8 @@ def remote(folder, name="train", last=9):
     return dict(train=f"pipe:cat {folder}/{name}-{{000000..{last:06d}}}.tar", index=str(folder / "index.json"))
 
 
-def streamed(shards, rank=0, world=1, steps=12, num_references=1, **data):
-    layout = BatchLayout(8, 8 // world, rank, world)
+def streamed(shards, rank=0, world=1, steps=12, num_references=1, batch=8, **data):
+    layout = BatchLayout(batch, batch // world, rank, world)
     config = DataConfig(**(remote(shards) | dict(image_size=8, image_channels=1) | data))
     return StreamDataset(read_index(shards, check_files=False), config, 0, layout, steps, num_references)
 
@@ -69,10 +70,17 @@ def test_groups_are_of_one_class_and_use_every_image_of_an_epoch(shards, world):
     assert set(used) == set(range(len(index))) and len(used) == 3 * per_epoch
 
 
-def test_a_share_that_is_too_small_for_groups_is_refused_before_training(shards):
-    match = r"model\.num_references: got 4, but in epoch \d one of 10 readers .* has [123] images of class '.*': 1 of 10 shards"
-    with pytest.raises(ValueError, match=match):
-        streamed(shards, world=2, num_workers=5, num_references=4)
+def test_what_a_reader_has_too_few_of_is_left_out_with_a_warning(shards, caplog):
+    """Two shards hold 14 images: of some of the five classes fewer than three."""
+    index = read_index(shards)
+    dataset = streamed(shards, world=5, steps=20, num_references=3, batch=10)
+    share = re.search(r"data\.train: (\d+)% of the images are left out .* one of 5 readers has fewer than 3", caplog.text)
+    assert share is not None and 0 < int(share[1]) < 60
+    rows = torch.cat([batch.samples for batch in dataset]).tolist()
+    assert len(rows) == 40
+    assert all(len(set(row)) == 3 and len(set(index.label[row])) == 1 for row in rows)
+    with pytest.raises(ValueError, match=r"model\.num_references: got 7, but no class is as often in 1 of 10 shards"):
+        streamed(shards, world=10, num_references=7, batch=10)
 
 
 def test_values_are_those_of_the_local_reader(shards):
