@@ -1,12 +1,15 @@
 """Sampling: results are a function of label and seed alone."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.models.autoencoder import load_autoencoder
-from lit_transdiff.models.context import ContextStream
+from lit_transdiff.models.context import ContextStream, null_contexts
 from lit_transdiff.models.fusion import fused, fusion_pattern
 from lit_transdiff.randomness import GlobalBatchNormal, PerImageNormal, mix
 from lit_transdiff.sampling import Generator, check_sampling, generate
@@ -139,6 +142,21 @@ def test_a_generator_begins_the_null_class_once_for_the_same_weights(num_referen
         assert begun.count(1) == times  # one row: the null class; labels and later groups have three
         assert torch.equal(drawn[-1], generate(model, LABELS, SAMPLING, SEEDS))
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[2], drawn[3]) and not torch.equal(drawn[1], drawn[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [LABELS, None], ids=["classes", "null"])
+def test_a_context_that_is_done_with_frees_its_memory_at_once(labels: torch.Tensor | None):
+    """Keys and values of a batch are large, and the collector of circles may come late."""
+    gc.disable()
+    try:
+        stream = null_contexts(build(4))() if labels is None else ContextStream(build(4), labels)
+        stream.advance(torch.randn(3, 1, 2, 4, 4))
+        left = weakref.ref(stream)
+        del stream
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_generator_checks_labels_and_gives_images(tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -43,7 +43,7 @@ class ContextStream:
         if labels is not None:
             distinct, self.row_of = labels.unique(return_inverse=True)
             self.classes = model.encoder.class_vectors(distinct)
-        self.begin = begin or (lambda: model.encoder.begin(self.classes))
+        self.begin = begin or partial(model.encoder.begin, self.classes)
 
     def advance(self, images: Tensor) -> Tensor:
         """The context tokens that are new since the last call, [B or 1, n L, D]; ``images`` [B, r, C, H, W] are all so far.
@@ -78,5 +78,5 @@ class ContextStream:
 
 def null_contexts(model: TransDiff) -> Callable[[], ContextStream]:
     """Streams of the null class, whose beginning, the same for all images, is computed for the first of them alone."""
-    begin = cache(lambda: model.encoder.begin(model.encoder.null_class))
+    begin = cache(partial(model.encoder.begin, model.encoder.null_class))
     return lambda: ContextStream(model, None, begin)
