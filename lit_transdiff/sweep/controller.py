@@ -86,7 +86,8 @@ class Controller:
         """
         asked: list[int] = []
         main = threading.current_thread() is threading.main_thread()  # only there can signals be taken
-        before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in SIGNALS} if main else {}
+        heard = [number for number in SIGNALS if main and signal.getsignal(number) != signal.SIG_IGN]  # under nohup not all
+        before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in heard}
         try:
             if self.again:
                 end_orphans({trial.id for trial in self.again}, self.folder)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from lit_transdiff.endings import EXIT_REQUEUE, Preempted
-from lit_transdiff.sweep.controller import run_sweep, slots_of
+from lit_transdiff.sweep.controller import SIGNALS, run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.journal import Journal
 from lit_transdiff.sweep.report import outcome
@@ -149,11 +149,17 @@ def test_another_sweep_does_not_go_into_the_same_folder(tmp_path: Path) -> None:
 def start_sweep(file: Path, place: Path) -> subprocess.Popen[bytes]:
     """A sweep as a process of its own, whose second trial has started."""
     command = [sys.executable, "-m", "lit_transdiff", "sweep", str(file), "--output", str(place)]
-    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=ignore_nothing)
     while not (place / "trials.jsonl").exists() or len(journal(place, "process")) < 2:
         assert started.poll() is None, "ended before it could be killed"
         time.sleep(0.05)
     return started
+
+
+def ignore_nothing() -> None:
+    """These tests may themselves run under nohup or in the background."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def gone(pid: int) -> bool:
@@ -186,12 +192,23 @@ def test_a_signal_in_the_middle_of_a_start_leaves_no_trial_behind(tmp_path: Path
     def write_and_signal(self: Journal, event: str, **content: object) -> None:
         write(self, event, **content)
         if event == "process":
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Journal, "write", write_and_signal)
-    with pytest.raises(Preempted, match="SIGHUP"):
+    with pytest.raises(Preempted, match="SIGTERM"):
         run_sweep(load_sweep(file), place, say=quiet)
     assert gone(journal(place, "process")[-1]["pid"])
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As of a closed terminal under nohup."""
+    file = write_sweep(tmp_path, parameters={"x": {"values": [1, 2]}, "pace": {"value": 0.0}})
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trials = run_sweep(load_sweep(file), tmp_path / "out", say=lambda text: os.kill(os.getpid(), signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [trial.state for trial in trials] == ["finished"] * 2
 
 
 def test_a_trial_that_someone_else_asked_to_stop_goes_on(tmp_path: Path) -> None:
