@@ -1,6 +1,7 @@
 """The commands: one thin function each, no logic. Their options are in ``__main__``.
 
-The heavy imports are inside the functions, so that ``--help`` and a bad option answer at once.
+The heavy imports are inside the functions, after what can be said without them, so that ``--help``, a bad option and a wrong path
+are answered at once.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from lit_transdiff.loading import load_run, override, preset
+from lit_transdiff.config import RunConfig
+from lit_transdiff.loading import load_run, override, preset, read_yaml
+from lit_transdiff.paths import check_files, check_images, check_source, checkpoints_folder, export_folder, local_path
 
 CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
 
 
 def pack(args: argparse.Namespace) -> None:
+    check_images(Path(args.source))
     from lit_transdiff.data.encode import Encoding
     from lit_transdiff.data.pack import Cut
     from lit_transdiff.data.pack import pack as write
@@ -50,10 +54,13 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def cache(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import index_files
+
+    run = load_run(args.run, args.overrides)
+    index_files(args.source)
     from lit_transdiff.distributed import build_fabric
     from lit_transdiff.prepare import cache as write
 
-    run = load_run(args.run, args.overrides)
     fabric = build_fabric()
     found = write(
         args.source,
@@ -68,11 +75,15 @@ def cache(args: argparse.Namespace) -> None:
 
 
 def statistics(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import index_files
+
+    run = load_run(args.run, args.overrides)
+    if not args.source.endswith(".npz"):
+        index_files(args.source)
     from lit_transdiff.distributed import default_device
     from lit_transdiff.evaluation.features import load_extractor
     from lit_transdiff.prepare import statistics as write
 
-    run = load_run(args.run, args.overrides)
     extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights, default_device())
     found = write(args.source, args.dest, data=run.data, extractor=extractor)
     print(f"{found.num_images} images, {found.mu.size} features, hash {found.hash}: {args.dest}")
@@ -82,6 +93,7 @@ def train(args: argparse.Namespace) -> None:
     from lit_transdiff.tracking.place import placed
 
     run = placed(load_run(args.run, args.overrides))
+    check_inputs(run)
     if args.dry_run:
         from lit_transdiff.pipeline import dry_run
 
@@ -96,7 +108,21 @@ def train(args: argparse.Namespace) -> None:
     print(f"trained: {fit(run).folder}")
 
 
+def check_inputs(run: RunConfig) -> None:
+    """Look for the data and the model that a new run starts from; training itself looks more closely."""
+    from lit_transdiff.data.index import index_files
+
+    if run.folder.exists():  # it may be done, and need them no more
+        return
+    for source in (run.data.train, run.data.evaluation):
+        if source and "://" not in source and not source.startswith("pipe:"):
+            index_files(source)
+    if run.init_from is not None:
+        export_folder(run.init_from)
+
+
 def run(args: argparse.Namespace) -> None:
+    read_yaml(args.pipeline)
     from lit_transdiff.distributed import build_fabric
     from lit_transdiff.pipeline import dry_run, load_pipeline, run_pipeline
 
@@ -113,11 +139,12 @@ def settings(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    from lit_transdiff.convert import convert as write
-
     if args.overrides and not args.recipe:
         raise ValueError(f"override: got {args.overrides}; allowed: only with --recipe, whose settings they change.")
     recipe = load_run(args.recipe, args.overrides) if args.recipe else None
+    check_source(Path(args.source))
+    from lit_transdiff.convert import convert as write
+
     report = write(
         args.source,
         args.dest,
@@ -130,6 +157,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
+    export_folder(args.checkpoint)
     from lit_transdiff.distributed import default_device
     from lit_transdiff.draw import draw_fusion, draw_samples
     from lit_transdiff.sampling import load_generator
@@ -149,6 +177,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    export_folder(args.checkpoint)
     from lit_transdiff.distributed import build_fabric
     from lit_transdiff.pipeline import score_checkpoint
     from lit_transdiff.sampling import load_generator
@@ -164,6 +193,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def reproduce(args: argparse.Namespace) -> None:
+    given = {name: Path(getattr(args, name)) for name in ("weights", "vae", "inception", "reference")}
+    check_files({name: path for name, path in given.items() if not path.is_dir()})
     from lit_transdiff.distributed import build_fabric
     from lit_transdiff.reproduce import Files
     from lit_transdiff.reproduce import reproduce as redo
@@ -175,23 +206,28 @@ def reproduce(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
+    from lit_transdiff.evaluation.scores import result_files
+
+    result_files(args.folder)
     from lit_transdiff.evaluation.compare import compare as table
 
     print(table(args.folder, args.output or args.folder))
 
 
 def sweep(args: argparse.Namespace) -> None:
-    from lit_transdiff.sweep.controller import run_sweep
     from lit_transdiff.sweep.file import load_sweep
-    from lit_transdiff.sweep.report import outcome
 
     plan = load_sweep(args.file)
+    from lit_transdiff.sweep.controller import run_sweep
+    from lit_transdiff.sweep.report import outcome
+
     folder = Path(args.output or Path("runs") / "sweeps" / plan.name)
     trials = run_sweep(plan, folder, agents=args.agents, devices_per_run=args.devices_per_run, seed=args.seed)
     print(outcome(plan, trials, folder))
 
 
 def report(args: argparse.Namespace) -> None:
+    local_path(args.folder)
     from lit_transdiff.report.page import report_file, write_report
     from lit_transdiff.tracking.runs import runs
 
@@ -199,18 +235,24 @@ def report(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    checkpoints_folder(args.run_folder)
     from lit_transdiff.export import export_run
 
     print(export_run(Path(args.run_folder), args.step, args.average, args.output))
 
 
 def plan(args: argparse.Namespace) -> None:
+    run = load_run(args.run, args.overrides)
     from lit_transdiff.distributed.planner import plan as outline
 
-    print(outline(load_run(args.run, args.overrides), args.gpus, args.gpu, args.mfu))
+    print(outline(run, args.gpus, args.gpu, args.mfu))
 
 
 def doctor(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import index_files
+
+    if args.shards:
+        index_files(args.shards)
     from lit_transdiff.distributed.doctor import examine
 
     sys.exit(examine(Path(args.folder), Path(args.shards) if args.shards else None))

@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig, require
-from lit_transdiff.export import export_folder, read_export, read_weights, unshared, write_export
+from lit_transdiff.export import read_export, read_weights, unshared, write_export
 from lit_transdiff.files import whole
 from lit_transdiff.loading import run_from, to_dict
 from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
 from lit_transdiff.models.layout import Mapped
 from lit_transdiff.models.ldm import TRAINING_ONLY, is_ldm
 from lit_transdiff.models.official import from_released, is_released, read_shape, released_shapes, to_released
+from lit_transdiff.paths import check_source, export_folder
 from lit_transdiff.released import (
     KNOWN,
     Checkpoint,
@@ -63,7 +64,7 @@ def convert(
     source, dest = Path(source), Path(dest)
     options = {"autoencoder": autoencoder, "recipe": recipe, "num_heads": num_heads, "scaling_factor": scaling_factor}
     given = {name for name, value in options.items() if value is not None}
-    require(source.exists(), "source", str(source), "a file or folder that exists")
+    check_source(source)
     require(not dest.exists(), "dest", str(dest), "a name that does not exist yet: nothing is overwritten")
     file = released_file(source)
     if file.is_dir():

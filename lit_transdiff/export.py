@@ -23,6 +23,7 @@ from lit_transdiff.checkpoint import Checkpoint, complete_checkpoints
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.files import read_json, replace_file, short_hash, to_disk
 from lit_transdiff.loading import load_run, run_from, save_yaml
+from lit_transdiff.paths import checkpoints_folder, export_folder
 
 FARTHEST = 0.1  # of a combination of averages from the one asked for, by their profiles
 
@@ -40,21 +41,6 @@ class Export:
     def fingerprint(self) -> str:
         """SHA-256 of the weights file, 16 hexadecimal digits."""
         return short_hash(self.folder / "model.safetensors")
-
-
-def export_folder(path: str | Path) -> Path:
-    """The export folder that ``path`` (a run folder or an export folder) stands for.
-
-    Raises ``FileNotFoundError`` naming the trained runs nearby when there is none.
-    """
-    path = Path(path)
-    for candidate in (path, path / "export"):
-        if (candidate / "model.safetensors").is_file():
-            return candidate
-    root = path if path.is_dir() else path.parent
-    nearby = sorted(str(p.parent.parent) for p in root.glob("*/export/model.safetensors")) if root.is_dir() else []
-    hint = f" Trained runs there: {', '.join(nearby)}." if nearby else ""
-    raise FileNotFoundError(f"{path} holds no trained model (no export/model.safetensors).{hint}")
 
 
 def read_export(path: str | Path) -> Export:
@@ -87,7 +73,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def export_run(run_folder: Path, step: int | None, average: str, output: str | None) -> Path:
     """Export a checkpoint of a run folder (the last one, if ``step`` is nothing) and return the folder."""
-    found = {checkpoint.step: checkpoint for checkpoint in complete_checkpoints(run_folder / "checkpoints")}
+    found = {checkpoint.step: checkpoint for checkpoint in complete_checkpoints(checkpoints_folder(run_folder))}
     if not found:
         raise FileNotFoundError(f"{run_folder} holds no complete checkpoint.")
     chosen = max(found) if step is None else step

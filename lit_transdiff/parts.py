@@ -17,9 +17,10 @@ from lit_transdiff.data.references import num_groups
 from lit_transdiff.distributed import accumulation, check_spread, micro_batch_size, precision_of, strategy_name, world_size
 from lit_transdiff.distributed.saving import spread
 from lit_transdiff.evaluation.metrics import check_evaluation
-from lit_transdiff.export import export_folder, read_export
+from lit_transdiff.export import read_export
 from lit_transdiff.models.adapt import match
 from lit_transdiff.models.autoencoder import Autoencoder, check_latents, kind_of, load_autoencoder
+from lit_transdiff.paths import export_folder
 from lit_transdiff.runfolder import check_folder
 from lit_transdiff.sampling import check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES

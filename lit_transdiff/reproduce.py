@@ -20,6 +20,7 @@ from lit_transdiff.evaluation.statistics import check_extractor, load_statistics
 from lit_transdiff.files import short_hash
 from lit_transdiff.loading import load_run
 from lit_transdiff.models.ldm import is_ldm
+from lit_transdiff.paths import check_files
 from lit_transdiff.released import CHECKPOINT, read_file
 from lit_transdiff.sampling import load_generator
 
@@ -42,9 +43,7 @@ class Files:
 
     def check(self, settings: EvaluationConfig) -> None:
         """Refuse files that do not exist, all at once, and those that could not be scored with: before anything is made."""
-        found = {"weights": self.checkpoint, "vae": self.vae, "inception": self.inception, "reference": self.reference}
-        missing = [f"{name}: {path}" for name, path in found.items() if not path.is_file()]
-        require(not missing, "files", "; ".join(missing), "files that exist")
+        check_files({"weights": self.checkpoint, "vae": self.vae, "inception": self.inception, "reference": self.reference})
         check_extractor(load_statistics(self.reference), load_extractor(settings.extractor, self.inception))
 
 

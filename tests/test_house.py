@@ -19,6 +19,7 @@ LAYERS = {
     "hardware": 0,
     "pictures": 1,
     "loading": 1,
+    "paths": 1,
     "settings": 1,
     "randomness": 1,
     "checkpoint": 2,
@@ -45,6 +46,7 @@ LAYERS = {
     "pipeline": 10,
     "commands": 11,
     "__main__": 12,
+    "api": 12,
 }
 MAX_FILE, MAX_FUNCTION = 300, 45  # lines
 DOORS = {

@@ -131,12 +131,8 @@ class ShardIndex:
         replace_file(self.folder / "index.json", (json.dumps(header, indent=1) + "\n").encode())
 
 
-def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
-    """The index of a folder (or of an ``index.json``), checked against its sidecar and against the sizes of the shards.
-
-    ``check_files=False`` for shards that are not here. Raises ``FileNotFoundError`` for a missing folder, index or
-    shard and ``ValueError`` for anything that does not fit; ``verify`` also compares the checksums.
-    """
+def index_files(path: str | Path) -> tuple[Path, Path]:
+    """The two files of the index of a folder (or of an ``index.json``). Raises ``FileNotFoundError`` when they are not there."""
     path = Path(path)
     folder = path.parent if path.name == "index.json" else path
     header_path, sidecar_path = folder / "index.json", folder / "index.npz"
@@ -151,6 +147,17 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
             f"{folder} has no {missing}. Index shards that are there with: lit-transdiff index {folder}; "
             f"make shards from images with: lit-transdiff pack SRC {folder}"
         )
+    return header_path, sidecar_path
+
+
+def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
+    """The index of a folder (or of an ``index.json``), checked against its sidecar and against the sizes of the shards.
+
+    ``check_files=False`` for shards that are not here. Raises ``FileNotFoundError`` for a missing folder, index or
+    shard and ``ValueError`` for anything that does not fit; ``verify`` also compares the checksums.
+    """
+    header_path, sidecar_path = index_files(path)
+    folder = header_path.parent
     try:
         header = json.loads(header_path.read_text())
         require(header.get("format") == FORMAT, "format", header.get("format"), repr(FORMAT))

@@ -19,6 +19,7 @@ import numpy as np
 from lit_transdiff.config import require, unknown
 from lit_transdiff.data.scan import IMAGE_MEMBERS, LABEL, LABELS
 from lit_transdiff.files import sha256_of_lines
+from lit_transdiff.paths import check_images
 
 IDX_IMAGES, IDX_LABELS = 2051, 2049  # magic numbers
 MAX_KEY_BYTES = 80  # a plain tar header holds 100 with the extension
@@ -52,10 +53,9 @@ class ImageSource:
 def open_source(source: str | Path, split: Optional[str] = None, class_names: ClassNames = None) -> ImageSource:
     """Find out what ``source`` is: a list file, a folder of IDX files (``split``: "train" or "t10k"), or class folders."""
     source = Path(source)
+    check_images(source)
     if source.is_file():
         found = list_source(source, class_names)
-    elif not source.is_dir():
-        raise FileNotFoundError(f"{source} does not exist; allowed: an image folder, a folder of IDX files, a list file.")
     elif any(source.glob("*-idx3-ubyte*")):
         return idx_source(source, split, class_names)
     else:

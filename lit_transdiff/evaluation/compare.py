@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from lit_transdiff.evaluation.metrics import METRICS
-from lit_transdiff.evaluation.scores import FOLDER, Score, judged_by, value
+from lit_transdiff.evaluation.scores import Score, judged_by, result_files, value
 from lit_transdiff.pictures import beside
 
 
@@ -53,11 +53,7 @@ def collect(folder: str | Path) -> list[Row]:
 
     Raises ``FileNotFoundError`` when there is none and ``ValueError`` for a file that is not a result.
     """
-    folder = Path(folder)
-    files = sorted(file for file in folder.rglob("*.json") if file.parent.name == FOLDER)
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no result ({FOLDER}/*.json): evaluate a trained run first.")
-    return [read_row(file) for file in files]
+    return [read_row(file) for file in result_files(folder)]
 
 
 def read_row(file: Path) -> Row:

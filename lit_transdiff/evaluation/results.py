@@ -15,8 +15,8 @@ from PIL import Image
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
 from lit_transdiff.evaluation.metrics import INCEPTION_PART
 from lit_transdiff.evaluation.scores import FOLDER, Score
-from lit_transdiff.export import export_folder
 from lit_transdiff.files import replace_file, whole
+from lit_transdiff.paths import export_folder
 from lit_transdiff.runfolder import git_commit, package_versions
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 FOLDER = "evaluations"  # of a run folder
@@ -19,3 +20,11 @@ def value(score: Score) -> float:
 def judged_by(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two results must share for their scores to be comparable."""
     return tuple(manifest.get(name) for name in JUDGED_BY)
+
+
+def result_files(folder: str | Path) -> list[Path]:
+    """Every result at or below ``folder``, in the order of paths. Raises ``FileNotFoundError`` when there is none."""
+    files = sorted(file for file in Path(folder).rglob("*.json") if file.parent.name == FOLDER)
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no result ({FOLDER}/*.json): evaluate a trained run first.")
+    return files

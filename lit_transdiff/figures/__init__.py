@@ -1,0 +1,3 @@
+"""Figures of runs and their comparisons."""
+
+from lit_transdiff.figures import plots as plots

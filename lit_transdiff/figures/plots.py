@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
+__all__ = ["bars", "curves", "parallel_coordinates", "pareto", "response", "side_by_side", "spread"]
 AXIS_LABELS = {"step": "optimizer steps", "images_seen": "images seen", "device_hours": "device-hours (GPU-hours on GPUs)"}
 GREY = "#9aa0a8"
 MARKERS = "o^sDvP"  # of evaluations by one judge

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.export import export_folder
+from lit_transdiff.paths import export_folder
 from lit_transdiff.tracking.artifacts import evaluation_artifact, make, model_artifact, use
 from lit_transdiff.tracking.folders import opener
 from lit_transdiff.tracking.loggers import MetricsCSV

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.scores import FOLDER
+from lit_transdiff.paths import local_path
 from lit_transdiff.pictures import narrowed
 from lit_transdiff.tracking.folders import opener, read_folder, run_folders
 from lit_transdiff.tracking.records import Run, check_filters, fits, opened
@@ -33,13 +34,11 @@ def runs(where: str | Path, filters: Mapping[str, Any] | None = None) -> list[Ru
     ``.wandb`` file; or ``entity/project`` at W&B. Raises ``FileNotFoundError`` when it is neither.
     """
     check_filters(filters or {})
-    path = Path(where).expanduser()
-    if path.exists():
-        found = read_local(unpacked(path.resolve(), path.stat().st_mtime) if path.suffix == ".zip" else path)
-    elif str(where).count("/") == 1 and not str(where).startswith((".", "/")) and not path.parent.exists():
+    path = local_path(where)
+    if path is None:
         found = read_server(str(where), filters or {})
     else:
-        raise FileNotFoundError(f"{where} is no folder, and no project at W&B (entity/project).")
+        found = read_local(unpacked(path.resolve(), path.stat().st_mtime) if path.suffix == ".zip" else path)
     return sorted((run for run in found if fits(run, filters or {})), key=lambda run: (run.group, run.name))
 
 
