@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    package_data={"lit_transdiff.report": ["page.html"]},
+    package_data={"lit_transdiff.study": ["report.html"]},
     packages=find_packages(include=["lit_transdiff", "lit_transdiff.*"]),
     install_requires=REQUIREMENTS,
     extras_require={

@@ -24,8 +24,8 @@ from benchmarks.allocations import Allocations
 from benchmarks.model_speed import CLIP, machine
 from lit_transdiff.config import SIZES, FlowConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from lit_transdiff.data.datamodule import Batch
-from lit_transdiff.distributed.memory import pass_cost
 from lit_transdiff.models.flops import training_flops
+from lit_transdiff.planning.memory import pass_cost
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.optim import build_optimizer
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.dataset import PlannedDataset, loader_options
 from lit_transdiff.data.index import LatentInfo, ShardIndex, index_shards, read_index
-from lit_transdiff.data.plan import TrainPlan
+from lit_transdiff.data.order import TrainPlan
 from lit_transdiff.data.processes import clean_context
 from lit_transdiff.data.shards import ShardWriter
 

@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 from data_reading import SHAPE, latent, write_shards
 
+from lit_transdiff.checkpoints.run_folder import open_folder
 from lit_transdiff.config import AutoencoderTraining, RunConfig
+from lit_transdiff.config.loading import load_run
 from lit_transdiff.data.index import LatentInfo
 from lit_transdiff.distributed import compute_dtype
-from lit_transdiff.loading import load_run
 from lit_transdiff.models.autoencoder import KLAutoencoder
-from lit_transdiff.parts import build
-from lit_transdiff.runfolder import open_folder
-from lit_transdiff.stages.callbacks import LogTraining
 from lit_transdiff.tracking.loggers import MetricsCSV
-from lit_transdiff.trainer import build_trainer
+from lit_transdiff.training.build import build
+from lit_transdiff.training.callbacks import LogTraining
+from lit_transdiff.training.trainer import build_trainer
 
 ROOT = Path(__file__).parent.parent
 LATENTS = 2048

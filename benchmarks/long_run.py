@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.model_speed import machine
-from lit_transdiff.loading import load_run
-from lit_transdiff.tracking.runs import runs
-from lit_transdiff.trainer import train
+from lit_transdiff.config.loading import load_run
+from lit_transdiff.study.runs import runs
+from lit_transdiff.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 SHOWN = {

@@ -29,16 +29,16 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import plain
+from lit_transdiff.base.randomness import PerImageNormal
 from lit_transdiff.config import SIZES, ModelConfig, OptimizerConfig, RunConfig, SamplingConfig
 from lit_transdiff.flow.loss import flow_matching_loss
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.execution import compile_blocks
 from lit_transdiff.models.linear import product, takes_onednn
-from lit_transdiff.models.official import to_released
 from lit_transdiff.models.tokens import patchify
 from lit_transdiff.models.transdiff import TransDiff
-from lit_transdiff.randomness import PerImageNormal
-from lit_transdiff.sampling import Generator
+from lit_transdiff.released.key_names import to_released
+from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.stages.optim import build_optimizer
 
 GUIDANCE, DRIFT_SCALE, NOISE_SCALE = 1.3, 0.89, 0.95

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lit_transdiff.config import PRESETS, SamplingConfig
 from lit_transdiff.distributed import default_device
 from lit_transdiff.evaluation.evaluate import evaluate
-from lit_transdiff.sampling import Generator, load_generator
+from lit_transdiff.sampling.generator import Generator, load_generator
 
 BASELINE = "paper, 100 steps"
 

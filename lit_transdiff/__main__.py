@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-from lit_transdiff import __version__, commands
+from lit_transdiff import __version__
+from lit_transdiff.base.endings import EXIT_REQUEUE, CheckpointError, Preempted, ending_when_asked
+from lit_transdiff.base.files import is_full
+from lit_transdiff.cli import commands
 from lit_transdiff.config import PRESETS
-from lit_transdiff.endings import EXIT_REQUEUE, CheckpointError, Preempted, ending_when_asked
-from lit_transdiff.files import is_full
 
 RESUMABLE = (commands.train, commands.run, commands.evaluate)  # started again, they go on with what was not done yet
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS)  # a path that cannot be meant

@@ -6,8 +6,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import wandb
+
+from tests.wandb_stub import Stub
 
 torch.set_num_threads(1)
 
@@ -15,3 +20,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    """A server that the client of this process uses; every operation that it was asked for must be known to it."""
+    with Stub() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
+        wandb.teardown()
+        yield server
+        assert server.state.unknown == []
+    wandb.teardown()

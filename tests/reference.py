@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_transdiff.config import ModelConfig
-from lit_transdiff.models.official import from_released, read_shape
 from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.released.key_names import from_released, read_shape
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = json.loads((FIXTURES / "index.json").read_text())

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.loading import run_from
+from lit_transdiff.config.loading import run_from
 
 ROOT = Path(__file__).parent.parent
 FASHION = ROOT / "data" / "fashion"

@@ -18,17 +18,17 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from lit_transdiff.__main__ import main
+from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.config import RunConfig
-from lit_transdiff.convert import convert
+from lit_transdiff.config.loading import load_run
 from lit_transdiff.data.index import index_shards
 from lit_transdiff.data.shards import ShardWriter
-from lit_transdiff.export import read_export
-from lit_transdiff.loading import load_run
-from lit_transdiff.models.official import our_name, released_shapes
+from lit_transdiff.evaluation.prepare import cache
 from lit_transdiff.models.transdiff import TransDiff
-from lit_transdiff.parts import plan
-from lit_transdiff.prepare import cache
-from lit_transdiff.trainer import train
+from lit_transdiff.released.convert import convert
+from lit_transdiff.released.key_names import our_name, released_shapes
+from lit_transdiff.training.build import plan
+from lit_transdiff.training.trainer import train
 from tests import plain_autoencoder
 from tests.reference import FIXTURES
 from tests.small import ROOT

@@ -14,13 +14,13 @@ import pytest
 import wandb
 from nbclient import NotebookClient
 
-from lit_transdiff.loading import load_run
+from lit_transdiff.config.loading import load_run
+from lit_transdiff.study.folders import read_folder
+from lit_transdiff.study.records import AXES
 from lit_transdiff.tracking.evaluations import log_result
-from lit_transdiff.tracking.folders import read_folder
-from lit_transdiff.tracking.records import AXES
 from lit_transdiff.tracking.wandb_run import WandbRun
 from tests.small import ROOT
-from tests.tracking.test_runs import make_run
+from tests.study.test_runs import make_run
 from tests.wandb_stub import Stub
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

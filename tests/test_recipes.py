@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lit_transdiff.__main__ import main, parse
+from lit_transdiff.cli.pipeline import dry_run, load_pipeline
 from lit_transdiff.config import SIZES, ModelConfig, check_effects
-from lit_transdiff.loading import load_run, read_yaml, run_from
-from lit_transdiff.pipeline import dry_run, load_pipeline
+from lit_transdiff.config.loading import load_run, read_yaml, run_from
 from lit_transdiff.tracking.place import flat
 from tests.small import ROOT
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from lit_transdiff.__main__ import main
+from lit_transdiff.checkpoints.run_folder import last_checkpoint
 from lit_transdiff.config import SIZES, FlowConfig, ModelConfig, OptimizerConfig, SamplingConfig
 from lit_transdiff.flow.guidance import guide
 from lit_transdiff.flow.loss import draw_times
 from lit_transdiff.flow.solvers import time_grid
-from lit_transdiff.models.official import read_shape, released_shapes
 from lit_transdiff.models.transdiff import TransDiff
-from lit_transdiff.runfolder import last_checkpoint
-from lit_transdiff.sampling import generate
+from lit_transdiff.released.key_names import read_shape, released_shapes
+from lit_transdiff.sampling.generator import generate
 from lit_transdiff.stages.optim import lr_factor
-from lit_transdiff.trainer import train
+from lit_transdiff.training.trainer import train
 from tests.models.test_transdiff import build as small_model
 from tests.small import small_run
 

@@ -10,21 +10,21 @@ import torch
 import yaml
 from torch import Tensor
 
+from lit_transdiff.base.hardware import DEVICES
 from lit_transdiff.config import EvaluationConfig, FlowConfig, SamplingConfig
+from lit_transdiff.config.loading import load_run, override, preset, save_yaml
 from lit_transdiff.config.model import SIZES
 from lit_transdiff.config.sampling import PRESETS
-from lit_transdiff.distributed.kinds import STRATEGIES
-from lit_transdiff.distributed.planner import plan as plan_gpus
+from lit_transdiff.distributed.strategies import STRATEGIES
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import EXTRACTORS, FeatureExtractor, Features
 from lit_transdiff.evaluation.metrics import METRICS, Metric, Scored, check_evaluation
 from lit_transdiff.evaluation.statistics import Statistics
 from lit_transdiff.flow.loss import DENSITIES
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS
-from lit_transdiff.hardware import DEVICES
-from lit_transdiff.loading import load_run, override, preset, save_yaml
 from lit_transdiff.models.autoencoder import AUTOENCODERS, IdentityAutoencoder, Kind
-from lit_transdiff.sampling import load_generator
+from lit_transdiff.planning.planner import plan as plan_gpus
+from lit_transdiff.sampling.generator import load_generator
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.ar_pretrain import ARPretrain
 from lit_transdiff.stages.classifier import ClassifierStage
@@ -34,7 +34,7 @@ from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.search import SEARCHES, Search
 from lit_transdiff.sweep.trial import Trial
-from lit_transdiff.trainer import train
+from lit_transdiff.training.trainer import train
 from tests.small import small_run
 
 USED: list[str] = []

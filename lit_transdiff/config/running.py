@@ -23,7 +23,7 @@ class TrackingConfig:
 class DistributedConfig:
     """On what the run is spread."""
 
-    strategy: str = "auto"  # a name in distributed.kinds.STRATEGIES, or auto: single on one device, ddp on several
+    strategy: str = "auto"  # a name in distributed.strategies.STRATEGIES, or auto: single on one device, ddp on several
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU where there is one
     devices: Optional[int] = None  # per node; null: what torchrun or srun started, else one
     num_nodes: int = 1  # of the job; torchrun and srun go over it

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from lit_transdiff.config import DataConfig, require
 from lit_transdiff.data.dataset import Batch, PlannedDataset, loader_options
 from lit_transdiff.data.index import ShardIndex, read_index
-from lit_transdiff.data.plan import BatchLayout, Rows, TrainPlan, evaluation_batches
+from lit_transdiff.data.order import BatchLayout, Rows, TrainPlan, evaluation_batches
 from lit_transdiff.data.references import read_groups
 from lit_transdiff.data.stream import StreamDataset, is_url
 

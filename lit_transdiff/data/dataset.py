@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from lit_transdiff.config import DataConfig, require
 from lit_transdiff.data.decode import crop_to_square, decode_latents, drawing_from, image_tensor, open_image
 from lit_transdiff.data.index import ShardIndex
-from lit_transdiff.data.plan import Rows, coin_flips, generator
+from lit_transdiff.data.order import Rows, coin_flips, generator
 from lit_transdiff.data.processes import clean_context, exit_with_parent
 from lit_transdiff.data.shards import ShardReader
 

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from lit_transdiff.data.index import LatentInfo
-from lit_transdiff.pictures import from_bytes
+from lit_transdiff.data.pixels import from_bytes
 
 MAX_PIXELS = 64_000_000  # an image above this many pixels is refused before it is decoded
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}

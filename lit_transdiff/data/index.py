@@ -18,10 +18,10 @@ from zipfile import BadZipFile
 import numpy as np
 from tqdm import tqdm
 
+from lit_transdiff.base.files import replace_file, sha256_of, sha256_of_lines
 from lit_transdiff.config import require
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import ScannedSample, scan_shard
-from lit_transdiff.files import replace_file, sha256_of, sha256_of_lines
 
 FORMAT = "lit_transdiff shards"
 VERSION = 1

@@ -16,8 +16,8 @@ from typing import Any, Optional
 
 import numpy as np
 
+from lit_transdiff.base.files import replace_file
 from lit_transdiff.data.index import Shard, ShardRows
-from lit_transdiff.files import replace_file
 
 RECORDS = "finished"
 Skipped = list[tuple[str, str]]  # of images that could not be read: what it is called, and why

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from lit_transdiff.base.files import free_bytes, readable, require_space
 from lit_transdiff.config import DataConfig, require
 from lit_transdiff.data.dataset import Batch, PlannedDataset, loader_options
 from lit_transdiff.data.index import LatentInfo, ShardIndex, join_rows, read_index, rows_of
 from lit_transdiff.data.journal import Journal
-from lit_transdiff.data.plan import Rows
+from lit_transdiff.data.order import Rows
 from lit_transdiff.data.processes import ahead
 from lit_transdiff.data.shards import ShardWriter, tar_bytes
-from lit_transdiff.files import free_bytes, readable, require_space
 
 PLAN_FILE = "caching.json"
 BATCHES_AHEAD = 2  # that are encoded before they are written

@@ -16,6 +16,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
+from lit_transdiff.base.files import free_bytes, readable, replace_file, require_space
 from lit_transdiff.config import require
 from lit_transdiff.data.encode import Encoding, encode_sample
 from lit_transdiff.data.index import ShardIndex, join_rows, read_index, rows_of
@@ -23,7 +24,6 @@ from lit_transdiff.data.journal import Journal, Skipped
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.shards import ShardWriter, tar_bytes
 from lit_transdiff.data.sources import ClassNames, ImageSource, listed_kinds, open_source
-from lit_transdiff.files import free_bytes, readable, replace_file, require_space
 
 PLAN_FILE = "packing.json"
 SKIPPED_FILE = "skipped.txt"

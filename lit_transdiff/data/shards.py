@@ -12,8 +12,8 @@ from typing import Any, Optional
 import numpy as np
 import webdataset as wds
 
+from lit_transdiff.base.files import partial_name
 from lit_transdiff.data.index import ShardIndex
-from lit_transdiff.files import partial_name
 
 TAR_BLOCK, TAR_RECORD = 512, 10240  # bytes that a member, and a whole tar, are filled up to
 

@@ -16,10 +16,10 @@ from typing import NamedTuple, Optional, Union
 
 import numpy as np
 
+from lit_transdiff.base.files import sha256_of_lines
 from lit_transdiff.config import require, unknown
+from lit_transdiff.config.paths import check_images
 from lit_transdiff.data.scan import IMAGE_MEMBERS, LABEL, LABELS
-from lit_transdiff.files import sha256_of_lines
-from lit_transdiff.paths import check_images
 
 IDX_IMAGES, IDX_LABELS = 2051, 2049  # magic numbers
 MAX_KEY_BYTES = 80  # a plain tar header holds 100 with the extension

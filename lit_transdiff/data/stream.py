@@ -29,7 +29,7 @@ from webdataset.tariterators import tarfile_samples
 from lit_transdiff.config import DataConfig, require
 from lit_transdiff.data.dataset import Batch, SampleDecoder
 from lit_transdiff.data.index import ShardIndex
-from lit_transdiff.data.plan import BatchLayout, generator
+from lit_transdiff.data.order import BatchLayout, generator
 from lit_transdiff.data.references import check_class_sizes, num_groups
 from lit_transdiff.data.scan import IMAGE_MEMBERS, LATENT_MEMBER, PICKLE_MEMBERS
 

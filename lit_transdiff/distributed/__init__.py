@@ -1,7 +1,6 @@
 """How a run is spread over devices: strategies by name."""
 
-from lit_transdiff.distributed.choice import check_spread, strategy_name, trainer_settings
-from lit_transdiff.distributed.kinds import STRATEGIES, Kind
+from lit_transdiff.distributed.strategies import STRATEGIES, Kind, check_spread, strategy_name, trainer_settings
 from lit_transdiff.distributed.world import (
     accumulation,
     build_fabric,

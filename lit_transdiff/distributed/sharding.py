@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_transdiff.averages import EMA
-from lit_transdiff.checkpoint import TRAINING, WEIGHT, Checkpoint, open_checkpoint, slice_key
+from lit_transdiff.checkpoints.averages import EMA
+from lit_transdiff.checkpoints.format import TRAINING, WEIGHT, Checkpoint, open_checkpoint, slice_key
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,37 @@
-"""Strategies on one device, with whole copies (DDP), and with shards (FSDP2). ZeRO is in ``zero``."""
+"""How a run is spread over devices: each strategy with its traits in one table, and the choice by name.
+
+Strategies on one device, with whole copies (DDP), and with shards (FSDP2) are here; ZeRO is in ``zero``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.distributed.restarts import join
 from lit_transdiff.distributed.sharding import Holder, Piece, Sharding
+from lit_transdiff.distributed.world import (
+    accumulation,
+    devices_of,
+    micro_batch_size,
+    num_nodes,
+    precision_of,
+    timeout_of,
+    world_size,
+)
 from lit_transdiff.models.layers import CrossAttention
 from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.stages import PREPARATORY
 
 
 class Single(Sharding, SingleDeviceStrategy):
@@ -53,3 +71,145 @@ def shard_piece(name: str, p: DTensor, rank: int, world: int) -> Piece:
     rows, row = p.shape[0], p.numel() // p.shape[0]
     each = -(-rows // world)
     return Piece(name, min(rank * each, rows) * row, 0, p.to_local().numel())
+
+
+BUCKETS = 2 * 200_000_000 * 4.0  # bytes of DeepSpeed's two buffers for gradients on their way
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A strategy: how it is built, what it sends, which parts one of n GPUs holds 1 / n of, and what it takes.
+
+    ``sent``: bytes that a GPU sends in a step, of the bytes of a ring over the weights, those of a ring over the gradients, and
+    the number of passes.
+    """
+
+    build: Callable[[RunConfig], Strategy]
+    sent: Callable[[float, float, int], float]
+    alone: bool = False  # for one device; the others are for several
+    cuts_weights: bool = False
+    cuts_gradients: bool = False
+    cuts_optimizer: bool = False  # its moments, and the averages of the weights
+    has_master: bool = False  # a second float32 copy of the weights, cut, that the optimizer updates
+    keeps_reduced: bool = False  # its reduced part of the gradients beside the whole ones
+    buffers: float = 0.0  # bytes
+    own_autocast: bool = False  # Lightning is told float32
+    offloads: tuple[str, ...] = ("none",)  # where it can keep the optimizer's state (distributed.offload)
+    offloads_parameters: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether every device keeps whole parameters and whole optimizer states."""
+        return not (self.cuts_weights or self.cuts_gradients or self.cuts_optimizer)
+
+
+def build_single(run: RunConfig) -> Strategy:
+    return Single(torch.device("cuda", 0) if devices_of(run)[0] == "gpu" else torch.device("cpu"))
+
+
+def build_ddp(run: RunConfig) -> Strategy:
+    return DDP(timeout=timeout_of(run), gradient_as_bucket_view=True)  # no second copy of the gradients
+
+
+def build_fsdp(run: RunConfig) -> Strategy:
+    return FSDP(data_parallel_size=world_size(run), tensor_parallel_size=1, timeout=timeout_of(run))
+
+
+def build_zero(stage: int, run: RunConfig) -> Strategy:
+    from lit_transdiff.distributed.zero import ZeRO  # DeepSpeed takes seconds to import
+
+    on_cpu, bf16 = devices_of(run)[0] == "cpu", precision_of(run) != "32-true"
+    micro = micro_batch_size(run)
+    return ZeRO(stage, run.distributed, micro_batch=micro, on_cpu=on_cpu, bf16=bf16, timeout=timeout_of(run))
+
+
+DeepSpeed = partial(Kind, cuts_optimizer=True, has_master=True, buffers=BUCKETS, own_autocast=True)
+STRATEGIES: dict[str, Kind] = {
+    "single": Kind(build_single, lambda weights, gradients, passes: 0.0, alone=True),
+    # Gradients are reduced and gathered once a step.
+    "ddp": Kind(build_ddp, lambda weights, gradients, passes: 2 * gradients),
+    # Gradients go to their owners once a step, then the updated weights to all.
+    "zero1": DeepSpeed(
+        partial(build_zero, 1),
+        lambda weights, gradients, passes: gradients + weights,
+        keeps_reduced=True,
+        offloads=("none", "cpu"),
+    ),
+    # Gradients are reduced in every pass.
+    "zero2": DeepSpeed(
+        partial(build_zero, 2),
+        lambda weights, gradients, passes: passes * gradients + weights,
+        cuts_gradients=True,
+        offloads=("none", "cpu"),
+    ),
+    # Weights are gathered for both directions of every pass.
+    "zero3": DeepSpeed(
+        partial(build_zero, 3),
+        lambda weights, gradients, passes: passes * (2 * weights + gradients),
+        cuts_weights=True,
+        cuts_gradients=True,
+        offloads=("none", "cpu", "nvme"),
+        offloads_parameters=True,
+    ),
+    "fsdp": Kind(
+        build_fsdp,
+        lambda weights, gradients, passes: passes * (2 * weights + gradients),
+        cuts_weights=True,
+        cuts_gradients=True,
+        cuts_optimizer=True,
+    ),
+}
+EVERYWHERE = ("auto", "fp32", "bf16-mixed")  # precisions that every strategy has
+
+
+def whole_strategies() -> list[str]:
+    """Those that keep whole parameters on every device: they take every stage and every precision."""
+    return [name for name, kind in STRATEGIES.items() if kind.whole]
+
+
+def strategy_name(run: RunConfig) -> str:
+    """The strategy, with ``auto`` resolved: ``single`` on one device, ``ddp`` on several."""
+    name, world = run.distributed.strategy, world_size(run)
+    if name == "auto":
+        name = "single" if world == 1 else "ddp"
+    if name not in STRATEGIES:
+        raise unknown("distributed.strategy", name, ["auto", *STRATEGIES])
+    kind, wholes = STRATEGIES[name], whole_strategies()
+    require(not kind.alone or world == 1, "distributed.strategy", name, f"ddp on {world} devices")
+    allowed = f"{' or '.join(wholes)} in stage {run.stage}"
+    require(kind.whole or run.stage not in PREPARATORY, "distributed.strategy", name, allowed)
+    precision = run.training.precision
+    require(kind.whole or precision in EVERYWHERE, "training.precision", precision, f"{EVERYWHERE} with strategy {name}")
+    offload, places = run.distributed.offload, " or ".join(map(repr, kind.offloads))
+    require(offload in kind.offloads, "distributed.offload", offload, f"{places} with strategy {name}")
+    parameters = run.distributed.offload_parameters
+    possible = not parameters or kind.offloads_parameters
+    require(possible, "distributed.offload_parameters", parameters, f"false with strategy {name}")
+    return name
+
+
+def check_spread(run: RunConfig) -> None:
+    """Refuse a strategy, batch or offload that is not possible here."""
+    strategy_name(run)
+    micro_batch_size(run)
+    if run.distributed.offload == "nvme":
+        from lit_transdiff.distributed.zero import check_nvme
+
+        check_nvme(run.distributed, on_cpu=devices_of(run)[0] == "cpu")
+
+
+def trainer_settings(run: RunConfig) -> dict[str, Any]:
+    """The part of the Trainer's arguments that depends on devices."""
+    accelerator, devices = devices_of(run)
+    kind = STRATEGIES[strategy_name(run)]
+    join("nccl" if accelerator == "gpu" else "gloo", timeout_of(run))
+    plain_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return dict(
+        plugins=[SLURMEnvironment(auto_requeue=False)] if plain_slurm else None,  # see preemption
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes(run),
+        strategy=kind.build(run),
+        precision="32-true" if kind.own_autocast else precision_of(run),
+        accumulate_grad_batches=accumulation(run),
+    )

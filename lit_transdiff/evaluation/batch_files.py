@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lit_transdiff.base.files import whole
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.images import png
-from lit_transdiff.files import whole
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

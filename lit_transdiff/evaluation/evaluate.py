@@ -18,15 +18,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_transdiff.base.files import require_space
 from lit_transdiff.config import EvaluationConfig, SamplingConfig, unknown
+from lit_transdiff.data.pixels import from_bytes
 from lit_transdiff.evaluation.batch_files import BatchFiles, open_batch_files, wait_for_batches, wait_for_scores
 from lit_transdiff.evaluation.features import Features
 from lit_transdiff.evaluation.images import write_npz, write_pngs
 from lit_transdiff.evaluation.job import Job, draw, images_of_a_class, prepare, score, with_reference
 from lit_transdiff.evaluation.results import manifest, result_file, write_result
-from lit_transdiff.files import require_space
-from lit_transdiff.pictures import from_bytes, grid
-from lit_transdiff.sampling import Generator
+from lit_transdiff.sampling.generator import Generator
+from lit_transdiff.sampling.pictures import grid
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

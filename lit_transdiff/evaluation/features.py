@@ -22,10 +22,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from lit_transdiff.base.files import short_hash
 from lit_transdiff.config import require, unknown
-from lit_transdiff.files import short_hash
+from lit_transdiff.data.pixels import from_bytes, to_bytes
 from lit_transdiff.models.classifier import load_classifier
-from lit_transdiff.pictures import from_bytes, to_bytes
 
 State = dict[str, Tensor]
 

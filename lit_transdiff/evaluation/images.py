@@ -16,9 +16,10 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from lit_transdiff.base.files import whole
 from lit_transdiff.config import require
-from lit_transdiff.files import whole
-from lit_transdiff.pictures import from_bytes, save_png
+from lit_transdiff.data.pixels import from_bytes
+from lit_transdiff.sampling.pictures import save_png
 
 Array = np.ndarray
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from lit_transdiff.config import EvaluationConfig, SamplingConfig, require
+from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.evaluation.features import FeatureExtractor, Features, load_extractor
 from lit_transdiff.evaluation.metrics import Scored, check_metrics, compute_scores, needed_by, there
 from lit_transdiff.evaluation.moments import gaussian_of
 from lit_transdiff.evaluation.scores import Score
 from lit_transdiff.evaluation.statistics import Statistics, check_extractor, completed, load_statistics
-from lit_transdiff.pictures import to_bytes
-from lit_transdiff.sampling import Generator, check_sampling
+from lit_transdiff.sampling.generator import Generator, check_sampling
 
 
 @dataclass(frozen=True)

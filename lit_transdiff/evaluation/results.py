@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from lit_transdiff.base.files import replace_file, whole
+from lit_transdiff.checkpoints.run_folder import git_commit, package_versions
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
+from lit_transdiff.config.paths import export_folder
 from lit_transdiff.evaluation.metrics import INCEPTION_PART
 from lit_transdiff.evaluation.scores import FOLDER, Score
-from lit_transdiff.files import replace_file, whole
-from lit_transdiff.paths import export_folder
-from lit_transdiff.runfolder import git_commit, package_versions
 
 if TYPE_CHECKING:
     from lit_transdiff.evaluation.features import FeatureExtractor
     from lit_transdiff.evaluation.statistics import Statistics
-    from lit_transdiff.sampling import Generator
+    from lit_transdiff.sampling.generator import Generator
 
 # The part of a manifest that decides the scores; the rest (date, speed, paths) may differ between equal evaluations.
 DECIDING = [

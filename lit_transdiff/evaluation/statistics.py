@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_transdiff.base.files import short_hash, whole
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
 from lit_transdiff.evaluation.moments import Gaussian, Moments
-from lit_transdiff.files import short_hash, whole
 
 Array = np.ndarray
 NAMES = ("mu", "sigma", "mu_s", "sigma_s", "num_images", "features", "about")

@@ -19,8 +19,8 @@ from einops import pack, unpack
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lit_transdiff.base.files import read_json
 from lit_transdiff.config import AutoencoderTraining, require, unknown
-from lit_transdiff.files import read_json
 from lit_transdiff.models.execution import compile_blocks
 from lit_transdiff.models.ldm import check_ldm, from_diffusers, read_architecture, to_diffusers
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_transdiff.base.randomness import mix
 from lit_transdiff.config import unknown
 from lit_transdiff.models.context import ContextFn, ContextStream
-from lit_transdiff.randomness import mix
 
 
 def fused(second: Tensor, pattern: Tensor) -> ContextFn:

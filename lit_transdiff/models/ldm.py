@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_transdiff.models.layout import Mapped, check_layout
+from lit_transdiff.models.state_dicts import Mapped, check_layout
 
 TRAINING_ONLY = "loss."  # the discriminator that some checkpoints carry
 # (latent diffusion, diffusers): how a key begins. {side}: encoder or decoder; {up}: a level of the decoder, reversed.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from lit_transdiff.hardware import mkl_lags
+from lit_transdiff.base.hardware import mkl_lags
 
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 WORTHWHILE = 8e6  # multiply-adds of a product from which oneDNN's longer call pays

@@ -14,12 +14,12 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from lit_transdiff.base.randomness import GlobalBatchNormal, PerImageNormal, mix
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.flow.loss import DENSITIES, draw_times, flow_matching_loss
 from lit_transdiff.models.execution import compile_blocks, recompute_blocks
 from lit_transdiff.models.transdiff import TransDiff
-from lit_transdiff.randomness import GlobalBatchNormal, PerImageNormal, mix
 from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor
 
 # Normal numbers of a shape, one row for each image of the batch: [B, *shape].

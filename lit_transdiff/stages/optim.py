@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_transdiff.averages import EMA, constant_state, power_decay, power_state
+from lit_transdiff.checkpoints.averages import EMA, constant_state, power_decay, power_state
 from lit_transdiff.config import OptimizerConfig, unknown
 
 Decay = Callable[[int], float]  # of an average, at the update 1, 2, ...

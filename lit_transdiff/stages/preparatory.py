@@ -10,8 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lit_transdiff.base.randomness import mix
 from lit_transdiff.config import RunConfig, require
-from lit_transdiff.randomness import mix
 from lit_transdiff.stages.base import log_now
 from lit_transdiff.stages.optim import check_optimizer, lr_factor
 

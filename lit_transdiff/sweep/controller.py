@@ -21,16 +21,16 @@ from pathlib import Path
 
 import torch
 
+from lit_transdiff.base.endings import EXIT_REQUEUE, leave
 from lit_transdiff.config import require
-from lit_transdiff.endings import EXIT_REQUEUE, leave
+from lit_transdiff.study.runs import read_local
+from lit_transdiff.study.wandb_logs import log_files, read_log
+from lit_transdiff.sweep.command import trial_command, write_parameters
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.journal import Journal
 from lit_transdiff.sweep.search import next_settings, to_stop
 from lit_transdiff.sweep.trial import Trial
 from lit_transdiff.tracking.place import SWEEP_FOLDER, TrialPlace
-from lit_transdiff.tracking.runs import read_local
-from lit_transdiff.tracking.sweep_command import trial_command, write_parameters
-from lit_transdiff.tracking.wandb_logs import log_files, read_log
 
 POLL = 0.5  # seconds between looks at the trials
 KILL_AFTER = 60.0  # seconds that a trial has to end after SIGTERM

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lit_transdiff.files import replace_file
+from lit_transdiff.base.files import replace_file
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.trial import Trial
 

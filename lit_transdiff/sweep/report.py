@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lit_transdiff.study.compare import compare
+from lit_transdiff.study.runs import runs
+from lit_transdiff.study.scored import scores_of
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.trial import Trial
-from lit_transdiff.tracking.compare import compare
-from lit_transdiff.tracking.runs import runs
-from lit_transdiff.tracking.scored import scores_of
 
 
 def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:

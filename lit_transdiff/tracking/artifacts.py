@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_transdiff.files import short_hash
+from lit_transdiff.base.files import short_hash
 from lit_transdiff.tracking.wandb_run import WandbRun
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.paths import export_folder
+from lit_transdiff.config.paths import export_folder
+from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.tracking.artifacts import evaluation_artifact, make, model_artifact, use
-from lit_transdiff.tracking.folders import opener
 from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.wandb_run import WandbRun, open_run, run_id
 

@@ -15,9 +15,9 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_transdiff.base.files import is_full, replace_file
 from lit_transdiff.config import RunConfig
-from lit_transdiff.files import is_full, replace_file
-from lit_transdiff.tracking.folders import COLUMNS, devices_of_starts
+from lit_transdiff.tracking.metrics_file import COLUMNS, devices_of_starts
 from lit_transdiff.tracking.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)

@@ -23,10 +23,10 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import RunConfig
-from lit_transdiff.files import replace_file
-from lit_transdiff.loading import to_dict
-from lit_transdiff.tracking.folders import device_count, last_values, read_rows
+from lit_transdiff.config.loading import to_dict
+from lit_transdiff.tracking.metrics_file import device_count, last_values, read_rows
 from lit_transdiff.tracking.place import trial_place
 
 if TYPE_CHECKING:

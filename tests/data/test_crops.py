@@ -12,7 +12,7 @@ from lit_transdiff.data.dataset import SampleDecoder
 from lit_transdiff.data.decode import crop_to_square, drawing_from
 from lit_transdiff.data.encode import Encoding, encode_sample
 from lit_transdiff.data.index import read_index
-from lit_transdiff.data.plan import generator
+from lit_transdiff.data.order import generator
 
 SIZES = [(64, 64), (65, 64), (63, 64), (500, 375), (375, 500), (333, 251), (129, 128), (127, 300), (40, 20), (900, 31), (31, 1)]
 

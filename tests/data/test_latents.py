@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from lit_transdiff.base.files import readable
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.dataset import PlannedDataset
 from lit_transdiff.data.index import read_index
 from lit_transdiff.data.latents import LatentCache, latent_info
+from lit_transdiff.data.order import TrainPlan
 from lit_transdiff.data.pack import pack
-from lit_transdiff.data.plan import TrainPlan
-from lit_transdiff.files import readable
 
 PIXELS = DataConfig(image_size=8, image_channels=1)
 CPU = torch.device("cpu")
@@ -154,7 +154,7 @@ def test_the_size_is_said_and_must_fit_before_anything_is_written(shards, tmp_pa
     cache(shards, tmp_path / "a")
     total = sum(path.stat().st_size for path in (tmp_path / "a").glob("*.tar"))
     assert "65 x 2 latents of shape (4, 4, 4) in float16 -> 10 shards" in said[0] and f", {readable(total)};" in said[0]
-    monkeypatch.setattr("lit_transdiff.files.free_bytes", lambda folder: total - 1)
+    monkeypatch.setattr("lit_transdiff.base.files.free_bytes", lambda folder: total - 1)
     with pytest.raises(ValueError, match=f"{readable(total)} are to be written, but only"):
         LatentCache(shards, tmp_path / "b", info, PIXELS).begin(said.append)
     assert not (tmp_path / "b").exists()

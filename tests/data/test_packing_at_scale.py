@@ -14,10 +14,10 @@ import webdataset as wds
 from PIL import Image
 
 from lit_transdiff.__main__ import main
+from lit_transdiff.base.files import readable
 from lit_transdiff.data.encode import Encoding
 from lit_transdiff.data.index import verify
 from lit_transdiff.data.pack import Cut, pack
-from lit_transdiff.files import readable
 from tests.small import ROOT
 
 
@@ -139,7 +139,7 @@ def test_the_size_is_said_and_must_fit_before_anything_is_written(image_folder, 
     report = pack(photos, tmp_path / "b", cut=Cut(shards=1), encoding=Encoding(image_size=64))
     said = capfd.readouterr().out.split("about ")[1].split(" MB")[0]
     assert float(said) * 1e6 == pytest.approx(report.index.shards[0].bytes, rel=0.05)
-    monkeypatch.setattr("lit_transdiff.files.free_bytes", lambda folder: shard.bytes - 1)
+    monkeypatch.setattr("lit_transdiff.base.files.free_bytes", lambda folder: shard.bytes - 1)
     with pytest.raises(ValueError, match=f"{readable(shard.bytes)} are to be written, but only"):
         pack(image_folder, tmp_path / "c", cut=Cut(shards=1), progress=False)
     assert not (tmp_path / "c").exists()

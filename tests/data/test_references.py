@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from lit_transdiff.data.index import read_index
+from lit_transdiff.data.order import TrainPlan, epoch_order
 from lit_transdiff.data.pack import pack
-from lit_transdiff.data.plan import TrainPlan, epoch_order
 from lit_transdiff.data.references import group_references, num_groups, read_groups
 
 

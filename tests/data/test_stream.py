@@ -7,7 +7,7 @@ import torch
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import index_shards, read_index
-from lit_transdiff.data.plan import BatchLayout
+from lit_transdiff.data.order import BatchLayout
 from lit_transdiff.data.stream import StreamDataset
 
 from .test_datamodule import fit, module_for

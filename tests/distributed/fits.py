@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from lit_transdiff.loading import run_from
+from lit_transdiff.config.loading import run_from
 from lit_transdiff.stages.base import TransDiffStage
-from lit_transdiff.trainer import train
+from lit_transdiff.training.trainer import train
 
 
 class PowerCut(RuntimeError):

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-import lit_transdiff.distributed.saving as saving
-from lit_transdiff.evaluation import online
-from lit_transdiff.loading import run_from
+import lit_transdiff.training.checkpointing as saving
+from lit_transdiff.config.loading import run_from
 from lit_transdiff.stages.base import TransDiffStage
-from lit_transdiff.trainer import train
+from lit_transdiff.training import online_evaluation as online
+from lit_transdiff.training.trainer import train
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.loading import to_dict
+from lit_transdiff.config.loading import to_dict
 from tests.small import ROOT
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}

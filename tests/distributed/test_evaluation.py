@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.evaluation.evaluate import evaluate
-from lit_transdiff.loading import save_yaml
 from tests.distributed.test_two_processes import NO_DROPOUT, start
 from tests.evaluation.conftest import SAMPLING, tiny_files, tiny_generator, tiny_settings
 from tests.small import FASHION, ROOT, small_run

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lit_transdiff.checkpoint import complete_checkpoints
+from lit_transdiff.base.endings import EXIT_REQUEUE, EXIT_STALLED
+from lit_transdiff.checkpoints.format import complete_checkpoints
 from lit_transdiff.config import RunConfig
-from lit_transdiff.endings import EXIT_REQUEUE, EXIT_STALLED
-from lit_transdiff.loading import save_yaml
+from lit_transdiff.config.loading import save_yaml
 from tests.distributed.launch import ENVIRONMENT, command_line, values
 from tests.small import ROOT, small_run
 

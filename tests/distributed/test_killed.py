@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 from lit_transdiff.config import AutoencoderConfig, DataConfig, RunConfig
+from lit_transdiff.config.loading import to_dict
 from lit_transdiff.data.pack import Cut, pack
 from lit_transdiff.distributed import build_fabric
 from lit_transdiff.evaluation.features import load_extractor
+from lit_transdiff.evaluation.prepare import cache
 from lit_transdiff.evaluation.statistics import reference_statistics, save_statistics
-from lit_transdiff.loading import to_dict
-from lit_transdiff.prepare import cache
 from tests.data.conftest import CLASSES, PER_CLASS, write_image_folder
 from tests.distributed import killed
 from tests.distributed.launch import ENVIRONMENT, command_line, values

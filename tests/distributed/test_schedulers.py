@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_transdiff.checkpoint import complete_checkpoints
+from lit_transdiff.checkpoints.format import complete_checkpoints
 from tests.distributed.launch import free_port, values
 from tests.distributed.test_interrupted import background, children, run_in, steps_logged, until
 from tests.small import ROOT

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lit_transdiff.checkpoint import complete_checkpoints, open_checkpoint
+from lit_transdiff.checkpoints.export import export_checkpoint, read_export
+from lit_transdiff.checkpoints.format import complete_checkpoints, open_checkpoint
 from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed import STRATEGIES
-from lit_transdiff.export import export_checkpoint, read_export
 from lit_transdiff.models.execution import can_compile
-from lit_transdiff.trainer import train
+from lit_transdiff.training.trainer import train
 from tests.distributed.launch import fit_all, values
 from tests.small import small_run
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from lit_transdiff.config import EvaluationConfig, RunConfig, SamplingConfig
+from lit_transdiff.config.loading import run_from
 from lit_transdiff.evaluation.features import FeatureExtractor, load_extractor
 from lit_transdiff.evaluation.statistics import reference_statistics, save_statistics
-from lit_transdiff.loading import run_from
 from lit_transdiff.models.autoencoder import load_autoencoder
 from lit_transdiff.models.classifier import SmallClassifier, save_classifier
 from lit_transdiff.models.transdiff import TransDiff
-from lit_transdiff.sampling import Generator
+from lit_transdiff.sampling.generator import Generator
 
 SAMPLING = SamplingConfig(solver="euler", grid="uniform", num_steps=2, guidance_scale=1.5)
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+from lit_transdiff.base.files import short_hash
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
+from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.evaluation.evaluate import choose_shown, evaluate
 from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.job import choose_labels, draw, image_seeds, prepare
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.results import result_name
 from lit_transdiff.evaluation.statistics import Statistics, load_statistics, save_statistics
-from lit_transdiff.files import short_hash
-from lit_transdiff.pictures import to_bytes
 from tests.evaluation.conftest import SAMPLING, tiny_generator, tiny_settings
 
 
@@ -140,13 +140,13 @@ def test_images_without_room_are_not_drawn(files: Path, tmp_path: Path, monkeypa
     """22 images of 16 x 16: three channels in the file, one (they are grey) of each that is still to be drawn."""
     generator, settings = tiny_generator(), tiny_settings(files, metrics=["class_accuracy"])
     needed = 22 * 16 * 16 * (3 + 1)
-    monkeypatch.setattr("lit_transdiff.files.free_bytes", lambda folder: needed - 1)
+    monkeypatch.setattr("lit_transdiff.base.files.free_bytes", lambda folder: needed - 1)
     with monkeypatch.context() as patch:
         patch.setattr(generator, "images", lambda *_: pytest.fail("an image was drawn"))
         with pytest.raises(ValueError, match=r"22\.5 kB are to be written, but only 22\.5 kB are free on that disk"):
             evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="npz")
     evaluate(generator, settings, SAMPLING, output=tmp_path)
-    monkeypatch.setattr("lit_transdiff.files.free_bytes", lambda folder: needed)
+    monkeypatch.setattr("lit_transdiff.base.files.free_bytes", lambda folder: needed)
     evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="npz")
 
 

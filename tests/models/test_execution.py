@@ -12,8 +12,8 @@ from lit_transdiff.models import execution
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.execution import can_compile, compile_blocks, recompute_blocks
 from lit_transdiff.models.transdiff import TransDiff
-from lit_transdiff.parts import check_run
-from lit_transdiff.sampling import Generator, generate
+from lit_transdiff.sampling.generator import Generator, generate
+from lit_transdiff.training.build import check_run
 from tests.models.test_transdiff import build
 from tests.small import small_run
 

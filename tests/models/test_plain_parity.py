@@ -6,13 +6,13 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from benchmarks import plain
+from lit_transdiff.base.randomness import PerImageNormal
 from lit_transdiff.config import FlowConfig, ModelConfig, SamplingConfig
 from lit_transdiff.flow.loss import draw_times, flow_matching_loss
-from lit_transdiff.models.official import to_released
 from lit_transdiff.models.tokens import patchify
 from lit_transdiff.models.transdiff import TransDiff
-from lit_transdiff.randomness import PerImageNormal
-from lit_transdiff.sampling import generate
+from lit_transdiff.released.key_names import to_released
+from lit_transdiff.sampling.generator import generate
 from tests.reference import assert_near, latents_to_tokens, load
 
 HEADS = 2

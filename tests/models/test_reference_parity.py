@@ -12,10 +12,10 @@ from lit_transdiff.flow.loss import draw_times, flow_matching_loss
 from lit_transdiff.flow.path import interpolate
 from lit_transdiff.flow.solvers import solve, time_grid
 from lit_transdiff.models.layers import time_features
-from lit_transdiff.models.official import our_name
 from lit_transdiff.models.tokens import patchify, token_similarity, unpatchify
 from lit_transdiff.models.transdiff import TransDiff
-from lit_transdiff.sampling import pair_of, velocity_of
+from lit_transdiff.released.key_names import our_name
+from lit_transdiff.sampling.generator import pair_of, velocity_of
 from tests.reference import CASES, FIXTURES, assert_near, latents_to_tokens, load, model, tokens_to_latents
 
 

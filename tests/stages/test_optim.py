@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_transdiff.averages import power_of, power_state
+from lit_transdiff.checkpoints.averages import power_of, power_state
 from lit_transdiff.config import OptimizerConfig
 from lit_transdiff.stages.optim import SCHEDULES, AveragedAdamW, average_decays, build_optimizer, lr_factor, parameter_groups
 from tests.models.test_transdiff import build

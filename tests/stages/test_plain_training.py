@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import plain
+from lit_transdiff.base.randomness import GlobalBatchNormal, mix
+from lit_transdiff.checkpoints.run_folder import last_checkpoint
 from lit_transdiff.config import RunConfig
 from lit_transdiff.flow.loss import draw_times
-from lit_transdiff.models.official import to_released
 from lit_transdiff.models.tokens import patchify
-from lit_transdiff.parts import build
-from lit_transdiff.randomness import GlobalBatchNormal, mix
-from lit_transdiff.runfolder import last_checkpoint
-from lit_transdiff.trainer import train
+from lit_transdiff.released.key_names import to_released
+from lit_transdiff.training.build import build
+from lit_transdiff.training.trainer import train
 from tests.reference import latents_to_tokens
 from tests.small import small_run
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig
+from lit_transdiff.config.loading import load_run, run_from
 from lit_transdiff.data.datamodule import Batch
-from lit_transdiff.loading import load_run, run_from
 from lit_transdiff.models.autoencoder import check_latents, load_autoencoder
 from lit_transdiff.models.classifier import load_classifier
 from lit_transdiff.stages import PREPARATORY

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_transdiff.trainer import train
+from lit_transdiff.training.trainer import train
 from tests.small import small_run
 
 WAITING = {

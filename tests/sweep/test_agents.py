@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lit_transdiff.tracking.runs import runs
+from lit_transdiff.study.runs import runs
 from tests.small import ROOT
 from tests.sweep.test_controller import TINY, train_command, write_recipe
 from tests.wandb_stub import Stub

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_transdiff.endings import EXIT_REQUEUE, Preempted
+from lit_transdiff.base.endings import EXIT_REQUEUE, Preempted
+from lit_transdiff.study.runs import runs
+from lit_transdiff.study.wandb_logs import log_files, read_log
 from lit_transdiff.sweep.controller import SIGNALS, run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.journal import Journal
 from lit_transdiff.sweep.report import outcome
-from lit_transdiff.tracking.runs import runs
-from lit_transdiff.tracking.wandb_logs import log_files, read_log
 from tests.small import ROOT
 
 # Logs a loss that falls towards x, one value every PACE seconds, into the trial's folder, going on where it was.
@@ -295,7 +295,7 @@ def train_command(recipe: Path, *words: str) -> list[str]:
 
 def write_recipe(folder: Path) -> Path:
     """A run on the bundled images without an autoencoder."""
-    from lit_transdiff.loading import to_yaml
+    from lit_transdiff.config.loading import to_yaml
     from tests.small import small_run
 
     file = folder / "recipe.yaml"

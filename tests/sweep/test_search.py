@@ -191,8 +191,8 @@ def test_a_bad_file_is_refused_with_the_field(change: dict[str, Any], message: s
 
 @pytest.mark.parametrize("file", sorted((ROOT / "experiments/sweeps").glob("*.yaml")), ids=lambda f: f.stem)
 def test_the_shipped_sweeps_are_read_and_name_real_settings(file) -> None:
-    from lit_transdiff.loading import load_run
-    from lit_transdiff.tracking.sweep_command import trial_command
+    from lit_transdiff.config.loading import load_run
+    from lit_transdiff.sweep.command import trial_command
 
     plan = load_sweep(file)
     settings = next_settings(plan, [])

@@ -15,15 +15,15 @@ import wandb
 from PIL import Image
 
 from lit_transdiff.__main__ import main
+from lit_transdiff.cli.pipeline import train_and_score
 from lit_transdiff.distributed import build_fabric
-from lit_transdiff.pipeline import train_and_score
-from lit_transdiff.stages.callbacks import NonFiniteLoss
+from lit_transdiff.study.runs import runs
 from lit_transdiff.tracking.loggers import MetricsCSV
-from lit_transdiff.tracking.runs import runs
 from lit_transdiff.tracking.wandb_run import WandbRun
-from lit_transdiff.trainer import train
+from lit_transdiff.training.callbacks import NonFiniteLoss
+from lit_transdiff.training.trainer import train
 from tests.small import FASHION, small_run
-from tests.stages.test_guard import spoil
+from tests.training.test_guard import spoil
 from tests.wandb_stub import Stub
 
 TRACKED = {"wandb": True, "project": "p", "group": "g", "tags": ["t"]}

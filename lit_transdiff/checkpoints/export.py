@@ -1,0 +1,167 @@
+"""The plain form of a trained model: ``model.safetensors`` (averaged weights), ``config.yaml`` and ``export.json``.
+
+Every command that uses a trained model reads this form; a run folder stands for the ``export`` folder in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_transdiff.base.files import read_json, replace_file, short_hash, to_disk
+from lit_transdiff.checkpoints.averages import EMA, POWER, combination, width_of
+from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
+from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.config.loading import load_run, run_from, save_yaml
+from lit_transdiff.config.paths import checkpoints_folder, export_folder
+
+FARTHEST = 0.1  # of a combination of averages from the one asked for, by their profiles
+
+
+@dataclass(frozen=True)
+class Export:
+    """A trained model as it lies on disk: its run, its weights and where they come from (step, images seen, versions)."""
+
+    folder: Path
+    run: RunConfig
+    state: dict[str, Tensor]
+    info: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights file, 16 hexadecimal digits."""
+        return short_hash(self.folder / "model.safetensors")
+
+
+def read_export(path: str | Path) -> Export:
+    """Read a trained model from a run folder or an export folder.
+
+    Raises ``FileNotFoundError`` or ``ValueError`` naming the file that is missing or damaged.
+    """
+    folder = export_folder(path)
+    info = read_info(folder / "export.json")
+    return Export(folder, load_run(folder / "config.yaml"), read_weights(folder / "model.safetensors"), info)
+
+
+def read_info(file: Path) -> dict[str, Any]:
+    """What ``export.json`` says of a trained model."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    info = read_json(file)
+    known = isinstance(info, dict) and isinstance(info.get("autoencoder"), str) and isinstance(info.get("class_names"), list)
+    require(known, f"{file}: content", info, "what an export says: autoencoder, a fingerprint, class_names, a list, and more")
+    return info
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ``ValueError`` naming it when it is damaged."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def export_run(run_folder: Path, step: int | None, average: str, output: str | None) -> Path:
+    """Export a checkpoint of a run folder (the last one, if ``step`` is nothing) and return the folder."""
+    found = {checkpoint.step: checkpoint for checkpoint in complete_checkpoints(checkpoints_folder(run_folder))}
+    if not found:
+        raise FileNotFoundError(f"{run_folder} holds no complete checkpoint.")
+    chosen = max(found) if step is None else step
+    require(chosen in found, "--step", chosen, f"one of {sorted(found)}")
+    combines = width_of(average) is not None
+    used = [checkpoint for step, checkpoint in sorted(found.items()) if step == chosen or (combines and step < chosen)]
+    for checkpoint in used:
+        if (damaged := checkpoint.damaged_file()) is not None:
+            raise ValueError(
+                f"{checkpoint.folder / damaged} is damaged: it is not what was written. Complete steps: {sorted(found)}."
+            )
+    folder = Path(output) if output else run_folder / f"export-{chosen:08d}"
+    *earlier, last = [checkpoint.index() for checkpoint in used]
+    export_checkpoint(last, folder, average, earlier)
+    return folder
+
+
+def export_checkpoint(checkpoint: Checkpoint, folder: Path, average: str = EMA, earlier: Sequence[Checkpoint] = ()) -> None:
+    """Write the plain form of a checkpoint of one of the three stages, whatever strategy and number of ranks wrote it.
+
+    ``average`` is one that the checkpoint holds, ``last`` for the weights themselves, or a power-function average of any width
+    that follows from those that it and ``earlier`` checkpoints of the run hold.
+    """
+    training = checkpoint.training()
+    run, info = run_from(training["run"]), training["info"]
+    width = width_of(average)
+    if average in (*checkpoint.averages, "last"):
+        weights = checkpoint.weights(None if average == "last" else average)
+        said = (
+            "last" if average == "last" else f"ema {run.optimizer.ema_decay if average == EMA else average.removeprefix('ema_')}"
+        )
+    elif width is not None:
+        weights, distance = combined([*earlier, checkpoint], width)
+        said = f"power-function average of width {width} (profile within {distance:.1%})"
+    else:
+        raise unknown("average", average, [*checkpoint.averages, "last"])
+    state = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
+    info = {**info, "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": said}
+    write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
+
+
+def combined(checkpoints: Sequence[Checkpoint], width: float) -> tuple[dict[str, Tensor], float]:
+    """Weights and buffers with the power-function average of ``width`` at the last of ``checkpoints``, from all that they hold.
+
+    Also the distance of its profile from the one asked for. Raises ``ValueError`` when that is more than ``FARTHEST``.
+    """
+    held = [(checkpoint, state) for checkpoint in checkpoints for state in checkpoint.averages if width_of(state) is not None]
+    require(len(held) > 0, "--average", f"{POWER}{width}", "a run with optimizer.power_widths, as in [0.05, 0.1]")
+    updates = {checkpoint.step: checkpoint.training()["param_groups"][0]["num_updates"] for checkpoint in checkpoints}
+    snapshots = [(updates[checkpoint.step], width_of(state) or 0.0) for checkpoint, state in held]
+    factors, distance = combination(snapshots, updates[checkpoints[-1].step], width)
+    widths = sorted({width for _, width in snapshots})
+    found = f"{width}, which the averages of {len(checkpoints)} checkpoints give within {distance:.0%} only"
+    require(distance <= FARTHEST, "--average: width", found, f"widths near {widths}; more checkpoints kept reach farther")
+    weights = checkpoints[-1].weights(None)
+    for name in {name for name, state in checkpoints[-1].slices if state == held[-1][1]}:
+        total = torch.zeros(checkpoints[-1].shapes[name], dtype=torch.float64)
+        for (checkpoint, state), factor in zip(held, factors.tolist(), strict=True):
+            total.add_(checkpoint.tensor(name, state), alpha=factor)
+        weights[name] = total.float()
+    return weights, distance
+
+
+def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each with memory of its own, as safetensors demands."""
+    result: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, value in state.items():
+        value = value.contiguous()
+        place = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if place in places else value
+        places.add(place)
+    return result
+
+
+def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_weights: Callable[[Path], None]) -> None:
+    """Write a trained model under a temporary name, then put it in place of what was there."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_weights(partial)
+    save_yaml(run, partial / "config.yaml")
+    for file in partial.rglob("*.safetensors"):
+        to_disk(file)
+    replace_file(partial / "export.json", json.dumps(dict(info), indent=2).encode())
+    before = folder.with_name(folder.name + ".before")
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, before)
+    os.replace(partial, folder)
+    shutil.rmtree(before, ignore_errors=True)

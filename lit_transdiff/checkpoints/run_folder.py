@@ -1,0 +1,283 @@
+"""The folder of a run: what it holds, and whether a run may write to it.
+
+``config.yaml`` (resolved), ``environment.json`` (commit, versions, machine; one entry a start), ``metrics.csv``,
+``checkpoints/``, ``samples/``, ``export/`` (the trained model, written when the run has finished), ``evaluations/``, ``wandb/``,
+``lock`` (held by the process that trains).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+
+from lit_transdiff.base.files import crc32_of, read_json, replace_file
+from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
+from lit_transdiff.config import RunConfig
+from lit_transdiff.config.loading import load_run, run_from, save_yaml, to_dict
+
+PACKAGES = (
+    "lit-transdiff",
+    "torch",
+    "lightning",
+    "wandb",
+    "omegaconf",
+    "webdataset",
+    "timm",
+    "einops",
+    "torchmetrics",
+    "torch-fidelity",
+    "deepspeed",
+    "diffusers",
+    "numpy",
+    "pillow",
+)
+LOCK_PATIENCE = 60.0  # seconds in which a process that is about to end, or to be started again elsewhere, frees the folder
+# Settings that may change between two starts of one run: they do not decide its numbers so far (max_steps does, where the
+# learning rate follows it; num_workers does for a stream, which refuses another one itself). The folder is what it is, by
+# whatever path it is reached.
+FREE = (
+    "name",
+    "output_dir",
+    "data.num_workers",
+    "training.max_steps",
+    "training.log_every",
+    "training.validate_every",
+    "training.checkpoint_every",
+    "training.sample_every",
+    "training.micro_batch_size",
+    "training.precision",
+    "training.compile",
+    "training.activation_checkpointing",
+    "training.activation_checkpointing_every",
+)
+# Settings that are paths: what lies there may not change; the path may.
+PLACES = ("data.train", "data.evaluation", "data.index", "data.groups", "autoencoder.path", "init_from")
+log = logging.getLogger(__name__)
+FREE_GROUPS = ("sampling", "evaluation", "tracking", "distributed", "checkpoint", "safety")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the settings that differ between two nested configurations, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in old:
+        name = f"{prefix}{key}"
+        if isinstance(old[key], dict):
+            found |= differences(old[key], new[key], name + ".")
+        elif old[key] != new[key]:
+            found[name] = (old[key], new[key])
+    return found
+
+
+def content_of(place: str | None) -> str | None:
+    """A checksum of what a path leads to: the index of shards, the weights of a model, or a file; nothing where none is here."""
+    if place is None or "://" in place or place.startswith("pipe:"):
+        return None
+    path = Path(place)
+    if path.is_file():
+        files = [path]
+    elif (path / "index.json").is_file():
+        files = [path / "index.json"]
+    else:
+        folder = path / "export" if (path / "export").is_dir() else path
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    return " ".join(f"{crc32_of(file):08x}-{file.stat().st_size}" for file in files) or None
+
+
+def inputs(run: RunConfig) -> dict[str, str]:
+    """Checksums of what the run's paths lead to, by the settings' names, for its checkpoints."""
+    settings = to_dict(run)
+    places = {name: setting(settings, name) for name in PLACES}
+    return {name: content for name, place in places.items() if (content := content_of(place)) is not None}
+
+
+def setting(settings: Mapping[str, Any], name: str) -> Any:
+    """The value of a dotted name in nested settings."""
+    for part in name.split("."):
+        settings = settings[part]
+    return settings
+
+
+def same_place(old: str | None, new: str | None, content: str | None) -> bool:
+    """Whether two paths lead to the same: in other words, or to the same ``content`` (without it, what ``old`` leads to now)."""
+    if old is None or new is None or "://" in old + new:
+        return old == new
+    now = content_of(new)
+    return Path(old).resolve() == Path(new).resolve() or (now is not None and now == (content or content_of(old)))
+
+
+def changed(there: RunConfig, run: RunConfig, contents: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
+    """The settings of ``run`` that are not those of ``there`` and decide its numbers; ``contents``: its ``inputs`` then."""
+    free = [name for name in FREE if name != "training.max_steps" or run.optimizer.schedule == "constant"]
+    return {
+        name: (old, new)
+        for name, (old, new) in differences(to_dict(there), to_dict(run)).items()
+        if name not in free
+        and name.split(".")[0] not in FREE_GROUPS
+        and not (name in PLACES and same_place(old, new, contents.get(name)))
+    }
+
+
+def refuse(what: Path, found: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise ``ValueError`` when there are settings that have changed."""
+    if found:
+        listed = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in found.items())
+        raise ValueError(f"{what} holds a run with other settings ({listed}). Give this one another name=...")
+
+
+def check_folder(run: RunConfig) -> None:
+    """Refuse a folder that holds a run with other settings: nothing is overwritten, and no run continues as another."""
+    file = run.folder / "config.yaml"
+    if not file.exists() or not file.read_bytes().strip(b"\0\n "):
+        return  # lost: check_checkpoint knows
+    checkpoint = last_checkpoint(run)
+    found = changed(load_run(file), run, {})
+    if found.keys() & PLACES and checkpoint is not None:
+        found = changed(load_run(file), run, checkpoint.training().get("inputs", {}))
+    refuse(run.folder, found)
+
+
+def check_checkpoint(run: RunConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of a run with other settings, or of one whose paths led to something else."""
+    training = checkpoint.training()
+    contents = training.get("inputs")
+    if contents is None:
+        log.warning("%s is of an earlier version: whether its data are still the same is not known.", checkpoint.folder)
+        contents = {}
+    found = changed(run_from(training["run"]), run, contents)
+    now = inputs(run)
+    for name in PLACES[:-1]:  # a model that a run starts from may be trained further
+        old, new = contents.get(name), now.get(name)
+        if old is not None and new is not None and old != new:
+            found[name] = (f"content {old}", f"content {new}")
+    refuse(checkpoint.folder, found)
+
+
+class FolderLock:
+    """Held by the one process that trains in a folder, from ``take`` to the end of the block, or to its own end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file: IO[str] | None = None
+
+    def take(self) -> None:
+        """Raises ``ValueError`` when another process still holds it after ``LOCK_PATIENCE`` seconds."""
+        if self.file is not None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.folder / "lock", "a+")  # noqa: SIM115 - held until the block ends
+        deadline, told = time.monotonic() + LOCK_PATIENCE, False
+        while not self.taken():
+            self.file.seek(0)
+            holder = f"another process trains this run ({self.file.read().strip() or 'it does not say which'})"
+            if time.monotonic() >= deadline:
+                raise ValueError(f"{self.folder}: {holder}.")
+            if not told:
+                log.warning("%s: %s; waiting %.0f s for it to end", self.folder, holder, LOCK_PATIENCE)
+                told = True
+            time.sleep(0.2)
+        self.file.truncate(0)
+        self.file.write(f"{platform.node()}, pid {os.getpid()}\n")
+        self.file.flush()
+
+    def taken(self) -> bool:
+        """Try once. Where the file system has no locks, say so and go on."""
+        assert self.file is not None
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return False
+            log.warning("%s: no locks there (%s): a second process that trains this run is not noticed", self.folder, error)
+        return True
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def trained_steps(run: RunConfig) -> int:
+    """The steps of the trained model in the folder, 0 where there is none."""
+    info = run.folder / "export" / "export.json"
+    try:
+        return int(read_json(info)["step"]) if info.exists() else 0
+    except ValueError as error:
+        log.warning("%s The export is made again.", error)
+        return 0
+
+
+def last_checkpoint(run: RunConfig) -> Checkpoint | None:
+    """The newest complete checkpoint of the run, or nothing."""
+    return max(complete_checkpoints(run.folder / "checkpoints"), key=lambda found: found.step, default=None)
+
+
+def open_folder(run: RunConfig, num_processes: int | None = None) -> None:
+    """Make the folder and write the resolved configuration and the environment of this start.
+
+    ``num_processes`` is that of all nodes; without it, what the launcher says in ``WORLD_SIZE``.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    save_yaml(run, run.folder / "config.yaml")
+    file = run.folder / "environment.json"
+    try:
+        starts = read_json(file) if file.exists() else []
+    except ValueError as error:
+        log.warning("%s It is begun anew.", error)
+        starts = []
+    this = environment() | ({"num_processes": num_processes} if num_processes else {})
+    replace_file(file, json.dumps([*starts, this], indent=2).encode())
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and machine of this process."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "num_processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "gpus": gpus,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of this package and of those that its numbers depend on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, with ``-dirty`` when it has changes; nothing outside a checkout."""
+    root = Path(__file__).parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,85 @@
+"""The page of the public names, docs/api.md, made from their signatures and docstrings: ``python -m lit_transdiff.cli.api``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import lit_transdiff
+
+WIDTH = 110  # of a signature in one line
+HEAD = """\
+# Python
+
+```python
+from lit_transdiff import load_run, train
+```
+
+The names below are imported from `lit_transdiff`, and each is loaded when it is first used: `import lit_transdiff` takes no time.
+Everything else may move between versions.
+
+This page is made from the source: `python -m lit_transdiff.cli.api > docs/api.md`."""
+
+
+def page() -> str:
+    """All public names, in the order of the table."""
+    return "\n\n".join([HEAD, *(entry(name, getattr(lit_transdiff, name)) for name in lit_transdiff.PUBLIC)]) + "\n"
+
+
+def entry(name: str, value: Any) -> str:
+    """A heading, the signature and the docstring of a name, and of a class or module what is public in it."""
+    parts = [f"## `{name}`"]
+    if not isinstance(value, ModuleType):
+        parts.append(code(signature(name, value)))
+    parts.append(text(value))
+    if value is lit_transdiff.RunConfig:
+        return "\n\n".join([*parts, "[All settings](settings.md)"])
+    for member, found in members(value):
+        parts += [code(signature(f"{name}.{member}", found)), text(found)]
+    return "\n\n".join(parts)
+
+
+def members(value: Any) -> Iterator[tuple[str, Any]]:
+    """The functions that a module names in ``__all__``, or the public ones that a class defines itself and documents."""
+    if isinstance(value, ModuleType):
+        yield from ((name, getattr(value, name)) for name in value.__all__)
+    elif inspect.isclass(value):
+        yield from ((n, found) for n, found in vars(value).items() if n[0] != "_" and inspect.isfunction(found) and found.__doc__)
+
+
+def signature(name: str, value: Any) -> str:
+    """How it is called, on one line or a parameter a line; a run's many settings are left to their own page."""
+    if value is lit_transdiff.RunConfig:
+        return f"{name}(**settings)"
+    found = inspect.signature(value)
+    parameters = [parameter(p) for p in found.parameters.values() if p.name != "self"]
+    keywords = [parameter(p) for p in found.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if keywords:
+        parameters.insert(parameters.index(keywords[0]), "*")
+    returned = "" if inspect.isclass(value) else f" -> {found.return_annotation}"
+    line = f"{name}({', '.join(parameters)}){returned}"
+    if len(line) <= WIDTH:
+        return line
+    return f"{name}(\n" + "".join(f"    {p},\n" for p in parameters) + f"){returned}"
+
+
+def parameter(found: inspect.Parameter) -> str:
+    """One parameter as the source writes it."""
+    star = {found.VAR_POSITIONAL: "*", found.VAR_KEYWORD: "**"}.get(found.kind, "")
+    default = getattr(found.default, "__name__", repr(found.default))
+    return f"{star}{found.name}: {found.annotation}" + ("" if found.default is found.empty else f" = {default}")
+
+
+def code(line: str) -> str:
+    return f"```python\n{line}\n```"
+
+
+def text(value: Any) -> str:
+    """A docstring as Markdown."""
+    return (inspect.getdoc(value) or "").replace("``", "`")
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,258 @@
+"""The commands: one thin function each, no logic. Their options are in ``__main__``.
+
+The heavy imports are inside the functions, after what can be said without them, so that ``--help``, a bad option and a wrong path
+are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lit_transdiff.config import RunConfig
+from lit_transdiff.config.loading import load_run, override, preset, read_yaml
+from lit_transdiff.config.paths import check_files, check_images, check_source, checkpoints_folder, export_folder, local_path
+
+CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
+
+
+def pack(args: argparse.Namespace) -> None:
+    check_images(Path(args.source))
+    from lit_transdiff.data.encode import Encoding
+    from lit_transdiff.data.pack import Cut
+    from lit_transdiff.data.pack import pack as write
+
+    names = args.class_names
+    print(
+        write(
+            args.source,
+            args.dest,
+            split=args.split,
+            class_names=Path(names) if names and Path(names).is_file() else names and names.split(","),
+            limit=args.limit,
+            seed=args.seed,
+            encoding=Encoding(args.image_size, args.pad_to),
+            cut=Cut(args.samples_per_shard, args.shards, args.shard_size),
+            workers=args.workers,
+        )
+    )
+
+
+def index(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import index_shards
+
+    found = index_shards(args.folder, args.class_names.split(",") if args.class_names else None, workers=args.workers)
+    print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
+
+
+def verify(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import verify as check
+
+    found = check(args.folder, args.workers)
+    print(f"{len(found)} samples in {len(found.shards)} shards: every checksum is right")
+
+
+def cache(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import index_files
+
+    run = load_run(args.run, args.overrides)
+    index_files(args.source)
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.evaluation.prepare import cache as write
+
+    fabric = build_fabric()
+    found = write(
+        args.source,
+        args.dest,
+        autoencoder=run.autoencoder,
+        data=run.data,
+        fabric=fabric,
+        flips=args.flips,
+        batch_size=args.batch_size,
+    )
+    fabric.print(f"{len(found)} latents of shape {found.latents.shape if found.latents else ''} in {args.dest}")
+
+
+def statistics(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import index_files
+
+    run = load_run(args.run, args.overrides)
+    if not args.source.endswith(".npz"):
+        index_files(args.source)
+    from lit_transdiff.distributed import default_device
+    from lit_transdiff.evaluation.features import load_extractor
+    from lit_transdiff.evaluation.prepare import statistics as write
+
+    extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights, default_device())
+    found = write(args.source, args.dest, data=run.data, extractor=extractor)
+    print(f"{found.num_images} images, {found.mu.size} features, hash {found.hash}: {args.dest}")
+
+
+def train(args: argparse.Namespace) -> None:
+    from lit_transdiff.tracking.place import placed
+
+    run = placed(load_run(args.run, args.overrides))
+    check_inputs(run)
+    if args.dry_run:
+        from lit_transdiff.cli.pipeline import dry_run
+
+        return dry_run([run])
+    if args.evaluate:
+        from lit_transdiff.cli.pipeline import train_and_score
+        from lit_transdiff.distributed import build_fabric
+
+        return train_and_score(run, build_fabric())
+    from lit_transdiff.training.trainer import train as fit
+
+    print(f"trained: {fit(run).folder}")
+
+
+def check_inputs(run: RunConfig) -> None:
+    """Look for the data and the model that a new run starts from; training itself looks more closely."""
+    from lit_transdiff.data.index import index_files
+
+    if run.folder.exists():  # it may be done, and need them no more
+        return
+    for source in (run.data.train, run.data.evaluation):
+        if source and "://" not in source and not source.startswith("pipe:"):
+            index_files(source)
+    if run.init_from is not None:
+        export_folder(run.init_from)
+
+
+def run(args: argparse.Namespace) -> None:
+    read_yaml(args.pipeline)
+    from lit_transdiff.cli.pipeline import dry_run, load_pipeline, run_pipeline
+    from lit_transdiff.distributed import build_fabric
+
+    pipeline, runs = load_pipeline(args.pipeline, args.overrides)
+    if args.dry_run:
+        return dry_run(runs, pipeline)
+    run_pipeline(pipeline, runs, build_fabric())
+
+
+def settings(args: argparse.Namespace) -> None:
+    from lit_transdiff.config.reference import as_markdown, as_text
+
+    print(as_markdown() if args.markdown else as_text(args.name), end="")
+
+
+def convert(args: argparse.Namespace) -> None:
+    if args.overrides and not args.recipe:
+        raise ValueError(f"override: got {args.overrides}; allowed: only with --recipe, whose settings they change.")
+    recipe = load_run(args.recipe, args.overrides) if args.recipe else None
+    check_source(Path(args.source))
+    from lit_transdiff.released.convert import convert as write
+
+    report = write(
+        args.source,
+        args.dest,
+        autoencoder=args.autoencoder,
+        recipe=recipe,
+        num_heads=args.num_heads,
+        scaling_factor=args.scaling_factor,
+    )
+    print(report)
+
+
+def sample(args: argparse.Namespace) -> None:
+    export_folder(args.checkpoint)
+    from lit_transdiff.distributed import default_device
+    from lit_transdiff.sampling.draw import draw_fusion, draw_samples
+    from lit_transdiff.sampling.generator import load_generator
+
+    generator = load_generator(args.checkpoint, default_device(), compile=args.compile, cuda_graphs=args.cuda_graphs)
+    sampling = override(generator.run, preset(args.preset) + args.overrides, CHANGEABLE).sampling
+    output = Path(args.output or Path(args.checkpoint) / "samples" / "drawn")
+    common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
+    classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(min(10, generator.run.model.num_classes)))
+    generator.check_labels(classes)
+    if args.fuse:
+        if len(classes) != 2:
+            raise ValueError(f"--classes: got {args.classes!r}; allowed with --fuse: two classes, as in 0,7.")
+        print(draw_fusion(generator, (classes[0], classes[1]), args.per_class, output, kind=args.fuse, **common))
+    else:
+        print(draw_samples(generator, classes, args.per_class, output, references=args.references, **common))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    export_folder(args.checkpoint)
+    from lit_transdiff.cli.pipeline import score_checkpoint
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.sampling.generator import load_generator
+
+    fabric = build_fabric()
+    generator = load_generator(args.checkpoint, fabric.device, compile=args.compile, cuda_graphs=args.cuda_graphs)
+    settings = override(generator.run, preset(args.preset) + args.overrides, (*CHANGEABLE, "tracking"))
+    output = Path(args.output) if args.output else None
+    result = score_checkpoint(generator, settings, output, fabric, save_images=args.save_images)
+    for name, value in result["scores"].items():
+        fabric.print(f"{name:20} {value}")
+    fabric.print(result["file"])
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    given = {name: Path(getattr(args, name)) for name in ("weights", "vae", "inception", "reference")}
+    check_files({name: path for name, path in given.items() if not path.is_dir()})
+    from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.released.reproduce import Files
+    from lit_transdiff.released.reproduce import reproduce as redo
+
+    files = Files(Path(args.weights), Path(args.vae), Path(args.inception), Path(args.reference))
+    fabric = build_fabric()
+    output, experiments = Path(args.output), Path(args.experiments)
+    fabric.print(redo(args.row, files, output, fabric=fabric, experiments=experiments, overrides=args.overrides))
+
+
+def compare(args: argparse.Namespace) -> None:
+    from lit_transdiff.evaluation.scores import result_files
+
+    result_files(args.folder)
+    from lit_transdiff.study.table import compare as table
+
+    print(table(args.folder, args.output or args.folder))
+
+
+def sweep(args: argparse.Namespace) -> None:
+    from lit_transdiff.sweep.file import load_sweep
+
+    plan = load_sweep(args.file)
+    from lit_transdiff.sweep.controller import run_sweep
+    from lit_transdiff.sweep.report import outcome
+
+    folder = Path(args.output or Path("runs") / "sweeps" / plan.name)
+    trials = run_sweep(plan, folder, agents=args.agents, devices_per_run=args.devices_per_run, seed=args.seed)
+    print(outcome(plan, trials, folder))
+
+
+def report(args: argparse.Namespace) -> None:
+    local_path(args.folder)
+    from lit_transdiff.study.report import report_file, write_report
+    from lit_transdiff.study.runs import runs
+
+    print(write_report(runs(args.folder), Path(args.output or report_file(args.folder)), title=args.folder))
+
+
+def export(args: argparse.Namespace) -> None:
+    checkpoints_folder(args.run_folder)
+    from lit_transdiff.checkpoints.export import export_run
+
+    print(export_run(Path(args.run_folder), args.step, args.average, args.output))
+
+
+def plan(args: argparse.Namespace) -> None:
+    run = load_run(args.run, args.overrides)
+    from lit_transdiff.planning.planner import plan as outline
+
+    print(outline(run, args.gpus, args.gpu, args.mfu))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index import index_files
+
+    if args.shards:
+        index_files(args.shards)
+    from lit_transdiff.planning.doctor import examine
+
+    sys.exit(examine(Path(args.folder), Path(args.shards) if args.shards else None))

@@ -1,0 +1,232 @@
+"""A pipeline: what is prepared once (autoencoder, classifier, caches, reference statistics), then a list of runs, each trained,
+sampled and scored; last the comparison.
+
+Every step that has been done is left as it is, so the same command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+
+from lit_transdiff.checkpoints.run_folder import open_folder
+from lit_transdiff.config import RunConfig, require
+from lit_transdiff.config.loading import check_keys, load_run, plain, read_yaml, resolved, to_yaml
+from lit_transdiff.distributed import world_size
+from lit_transdiff.evaluation.evaluate import evaluate
+from lit_transdiff.evaluation.features import load_extractor
+from lit_transdiff.evaluation.metrics import check_evaluation
+from lit_transdiff.evaluation.prepare import cache, check_statistics, statistics
+from lit_transdiff.sampling.draw import draw_samples
+from lit_transdiff.sampling.generator import Generator, load_generator
+from lit_transdiff.stages import PREPARATORY, STAGES
+from lit_transdiff.study.table import compare
+from lit_transdiff.tracking.evaluations import evaluation_run, log_evaluation, log_own_scores
+from lit_transdiff.tracking.place import placed, trial_place
+from lit_transdiff.training.build import plan
+from lit_transdiff.training.trainer import train
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """Image shards whose latents are cached with the autoencoder of the first of the three stages."""
+
+    source: str
+    dest: str  # below the pipeline's output_dir
+    flips: bool = False
+
+
+@dataclass(frozen=True)
+class RunStep:
+    """A recipe (path relative to the pipeline's file) with its own overrides."""
+
+    recipe: str
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What ``lit-transdiff run`` does; the folder of everything is ``output_dir``."""
+
+    output_dir: str
+    runs: list[RunStep]
+    cache: list[CacheStep] = field(default_factory=list)
+    reference_images: str | None = None  # image shards that the reference statistics of the evaluations are made of
+    samples_per_class: int = 8
+    overrides: list[str] = field(default_factory=list)  # for all runs
+
+
+STEPS: dict[str, type[RunStep] | type[CacheStep]] = {"runs": RunStep, "cache": CacheStep}
+PATHS = ("output_dir", "cache", "reference_images")  # settings that may say ${output_dir}
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipeline, list[RunConfig]]:
+    """Read a pipeline and all its runs; every setting is checked before anything starts.
+
+    ``overrides`` apply to all runs; ``output_dir`` also moves the pipeline's own files, whose paths may begin with
+    ``${output_dir}``.
+    """
+    pipeline = read_pipeline(path, [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")])
+    common = [*pipeline.overrides, *overrides, f"output_dir={pipeline.output_dir}"]
+    runs = [load_run(Path(path).parent / step.recipe, [*step.overrides, *common]) for step in pipeline.runs]
+    names = [run.name for run in runs]
+    require(len(set(names)) == len(names), "runs", names, "runs of different names")
+    require(any(run.stage not in PREPARATORY for run in runs), "runs", names, f"at least one run of {', '.join(STAGES)}")
+    for run in runs:
+        check_evaluation(run.evaluation, scores=run.stage in STAGES)
+    return pipeline, runs
+
+
+def read_pipeline(path: str | Path, moved: Sequence[str]) -> Pipeline:
+    """The pipeline of a YAML file; the last of ``moved`` is its ``output_dir``, in the place of the file's."""
+    given = read_yaml(path)
+    if "stage" in given:
+        raise ValueError(f"{path} is the recipe of one run; start it with: lit-transdiff train {path}")
+    check_keys(given, Pipeline, "", str(path))
+    for name, schema in STEPS.items():
+        for i, step in enumerate(given.get(name, [])):
+            check_keys(step, schema, f"{name}[{i}].", str(path))
+    given["output_dir"] = moved[-1] if moved else given.get("output_dir", "runs")
+    try:
+        # Only paths: what the overrides refer to are settings of the runs.
+        settings = plain(given) | resolved(given, [name for name in PATHS if name in given])
+        steps = {name: [step(**item) for item in settings.get(name, [])] for name, step in STEPS.items()}
+        pipeline = Pipeline(**{**settings, **steps})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    require(len(pipeline.runs) > 0, "runs", pipeline.runs, "at least one recipe")
+    return pipeline
+
+
+def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say: Callable[[str], None] = print) -> None:
+    """Do every step that is not done yet."""
+    for run in runs:
+        wanted, allowed = world_size(run), f"the {fabric.world_size} that this command runs in (torchrun starts several)"
+        require(wanted == fabric.world_size, f"{run.name}: distributed: processes", wanted, allowed)
+    start = time.monotonic()
+    root = Path(pipeline.output_dir)
+
+    def announce(text: str) -> None:
+        if fabric.is_global_zero:
+            say(f"\n[{time.monotonic() - start:5.0f} s] {text}")
+
+    for run in [run for run in runs if run.stage in PREPARATORY]:
+        announce(f"train       {run.name}")
+        train(run, say)
+    stages = [run for run in runs if run.stage not in PREPARATORY]
+    for step in pipeline.cache:
+        announce(f"cache       {step.source} -> {root / step.dest}")
+        first = stages[0]
+        cache(step.source, root / step.dest, autoencoder=first.autoencoder, data=first.data, fabric=fabric, flips=step.flips)
+    if pipeline.reference_images is not None:
+        announce(f"reference   {pipeline.reference_images} -> {stages[0].evaluation.reference}")
+        prepare_reference(pipeline.reference_images, stages[0], fabric)
+    for run in stages:
+        announce(f"train       {run.name}")
+        train(run, say)
+        announce(f"evaluate    {run.name}")
+        sample_and_score(run, pipeline.samples_per_class, fabric)
+    if fabric.is_global_zero:
+        announce(f"compare     {root}")
+        say(str(compare(root, root)))
+        say(farewell(root, stages[-1]))
+
+
+def farewell(root: Path, last: RunConfig) -> str:
+    """Where to look, and what to try next."""
+    checkpoint = last.folder
+    command = "lit-transdiff" if shutil.which("lit-transdiff") else os.path.relpath(sys.argv[0])
+    return f"""Pictures:  {root / "comparison.png"}  (the stages side by side)
+           {checkpoint / "samples" / "final" / "grid.png"}
+Try next:  {command} sample --checkpoint {checkpoint} --classes 0,7 --per-class 8 --seed 1
+           {command} sample --checkpoint {checkpoint} --classes 5,9 --fuse halves
+           {command} evaluate --checkpoint {checkpoint} sampling.solver=heun sampling.num_steps=10
+           {command} compare {root}"""
+
+
+def prepare_reference(source: str, run: RunConfig, fabric: Fabric) -> None:
+    """Make the reference statistics of a run's evaluations, unless they exist; those of something else are refused."""
+    settings = run.evaluation
+    if settings.reference is None:
+        raise ValueError("reference_images: the runs say no evaluation.reference, the file that the statistics go to.")
+    if fabric.is_global_zero:
+        extractor = load_extractor(settings.extractor, settings.extractor_weights, fabric.device)
+        make = check_statistics if Path(settings.reference).exists() else statistics
+        make(source, settings.reference, data=run.data, extractor=extractor)
+    fabric.barrier()
+
+
+def sample_and_score(run: RunConfig, per_class: int, fabric: Fabric) -> dict[str, Any]:
+    """The grid of samples and the scores of a trained run, unless it has them; an MRAR run also shows its successive images."""
+    generator = load_generator(run.folder, fabric.device)
+    names = generator.class_names
+    classes = list(range(min(run.model.num_classes, 10)))
+    folder = run.folder / "samples" / "final"
+    if fabric.is_global_zero and not is_newer(folder / "grid.png", run.folder / "export" / "export.json"):
+        draw_samples(generator, classes, per_class, folder, class_names=names)
+        if run.model.num_references > 1:
+            draw_samples(generator, classes, 1, run.folder / "samples" / "references", class_names=names, references=True)
+    return score_own(run, generator, fabric)
+
+
+def score_own(run: RunConfig, generator: Generator, fabric: Fabric) -> dict[str, Any]:
+    """Score a trained run with its own settings, unless it has been; the scores go to the run itself."""
+    start = time.time()
+    result = evaluate(generator, run.evaluation, run.sampling, fabric=fabric, output=run.folder, reuse=True)
+    if fabric.is_global_zero and Path(result["file"]).stat().st_mtime >= start:
+        log_own_scores(run, result)
+    fabric.barrier()
+    return result
+
+
+def train_and_score(run: RunConfig, fabric: Fabric) -> None:
+    """Train a run to its end, then score it."""
+    check_evaluation(run.evaluation, scores=True)
+    train(run)
+    result = score_own(run, load_generator(run.folder, fabric.device), fabric)
+    fabric.print(f"scored: {result['file']}")
+
+
+def score_checkpoint(
+    generator: Generator, settings: RunConfig, output: Path | None, fabric: Fabric, *, save_images: str | None = None
+) -> dict[str, Any]:
+    """Score a trained model with any sampling and evaluation settings, as a run of its own in W&B.
+
+    As a trial of a sweep it is also a run folder of its own.
+    """
+    checkpoint = generator.checkpoint
+    run = placed(evaluation_run(settings, checkpoint))
+    trial = trial_place() is not None
+    folder = output or (run.folder if trial else Path(checkpoint))
+    if trial and fabric.is_global_zero:
+        open_folder(run)
+    fabric.barrier()
+    result = evaluate(
+        generator, settings.evaluation, settings.sampling, fabric=fabric, output=folder, reuse=trial, save_images=save_images
+    )
+    if fabric.is_global_zero:
+        log_evaluation(run, result, folder, trial=trial)
+    fabric.barrier()
+    return result
+
+
+def is_newer(file: Path, other: Path) -> bool:
+    return file.exists() and file.stat().st_mtime >= other.stat().st_mtime
+
+
+def dry_run(runs: Sequence[RunConfig], pipeline: Pipeline | None = None, say: Callable[[str], None] = print) -> None:
+    """Print each run's resolved configuration, parameter counts and planned steps, without writing anything."""
+    made = {str(Path(pipeline.output_dir) / step.dest) for step in pipeline.cache} if pipeline else set()
+    for run in runs:
+        outline = plan(run, made)
+        say(to_yaml(run))
+        say(outline + "\n")
+        made |= {str(run.folder), str(run.folder / "export")}

@@ -1,0 +1,222 @@
+"""Every setting of a run: its name, what it may be, its default and its meaning, read from ``config`` and its source.
+
+The meaning is the comment beside a field, and the range is what the checks of its class allow, so that neither is written
+twice. ``lit-transdiff settings --markdown`` prints ``docs/settings.md``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import re
+import sys
+import tokenize
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_transdiff.config import NESTED, PRESETS, SIZES, RunConfig, unknown
+
+PACKAGE = Path(__file__).parents[1]
+WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
+TABLE = re.compile(r"\b([a-z_.]+)\.([A-Z]+)\b")  # how a comment names the table of an open set, as in flow.solvers.SOLVERS
+HEAD = """\
+# All settings
+
+A YAML file, and `key=value` after a command, set any of these by its dotted name; what is not set has its default. Lists are
+written as in `optimizer.betas=[0.9,0.99]`, no value as `null`. `lit-transdiff settings` prints this in a terminal, for a section
+or a setting as in `lit-transdiff settings sampling` or `lit-transdiff settings optimizer.lr`. Checks that span several settings
+are not listed: a run that breaks one is refused before it starts, with the field, its value and what is allowed.
+
+This page is made from the source: `lit-transdiff settings --markdown > docs/settings.md`."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting; ``name`` is dotted, ``default`` is YAML."""
+
+    name: str
+    values: str
+    default: str
+    meaning: str
+
+
+def all_settings() -> dict[str, list[Setting]]:
+    """Section -> its settings, in the order of the source; the section of a run's own fields is ``""``."""
+    whole = RunConfig()
+    sections = {name: list(settings_of(cls, getattr(whole, name), f"{name}.")) for name, cls in NESTED.items()}
+    return {"": list(settings_of(RunConfig, whole, ""))} | sections
+
+
+def settings_of(cls: type, defaults: Any, prefix: str) -> Iterator[Setting]:
+    """The fields of one class but its sections; the defaults are those of an instance."""
+    tree = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    hints, meanings, ranges = typing.get_type_hints(cls), comments(cls, tree), Ranges(dict(vars(sys.modules[cls.__module__])))
+    ranges.visit(tree)
+    for field, hint in ((field, hints[field.name]) for field in dataclasses.fields(cls)):
+        if not dataclasses.is_dataclass(hint):
+            name, meaning, default = prefix + field.name, meanings[field.name], getattr(defaults, field.name)
+            values = [
+                values_of(hint, list(SIZES) if name == "model.size" else names_of(meaning), default),
+                *(ranges.found.get(name, {}) if prefix else ()),
+            ]
+            yield Setting(name, ", ".join(values), as_yaml(default), meaning)
+
+
+def values_of(hint: Any, names: Sequence[str], default: Any) -> str:
+    """What a field may be: the names of its table, to which a default such as ``auto`` is added, or its type in words."""
+    if not names:
+        return in_words(hint)
+    if hint is str:
+        return quoted(names if default in names else [default, *names])
+    return f"list of {quoted(names)}"
+
+
+def comments(cls: type, tree: ast.ClassDef) -> dict[str, str]:
+    """Field -> the comments beside it and in the lines below, up to the next statement of the class."""
+    tokens = tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline)
+    lines = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    starts = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) for node in tree.body]
+    return {
+        node.target.id: " ".join(text for line, text in lines.items() if start <= line < after)
+        for node, start, after in zip(tree.body, starts, [*starts[1:], sys.maxsize], strict=True)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+class Ranges(ast.NodeVisitor):
+    """Walks through the checks of a class; ``found``: dotted name -> what ``require`` allows, where it says so in plain words.
+
+    ``known`` are the names that its module defines; those that the checks assign or loop over are added.
+    """
+
+    def __init__(self, known: dict[str, Any]) -> None:
+        self.known = known
+        self.found: dict[str, dict[str, None]] = {}
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if isinstance(node.targets[0], ast.Name):
+            self.known[node.targets[0].id] = self.value(node.value)
+
+    def visit_For(self, node: ast.For) -> None:
+        for item in self.value(node.iter) or ():
+            self.known[ast.unparse(node.target)] = item
+            self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if ast.unparse(node.func) == "require":
+            name, allowed = self.value(node.args[1]), self.value(node.args[3])
+            if name and allowed:
+                self.found.setdefault(name, {})[re.sub("^(an )?integers? of ", "", allowed)] = None
+
+    def value(self, node: ast.expr) -> Any:
+        """What an expression of constants and known names is; ``None`` for others."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name):
+            return self.known.get(node.id)
+        if isinstance(node, ast.Tuple):
+            return [self.value(item) for item in node.elts]
+        if isinstance(node, ast.JoinedStr):
+            parts = [self.value(part.value if isinstance(part, ast.FormattedValue) else part) for part in node.values]
+            return None if None in parts else "".join(map(str, parts))
+        return None
+
+
+def names_of(meaning: str) -> list[str]:
+    """The names in the tables that a comment points to, read from their source: importing them takes seconds."""
+    return [name for module, table in TABLE.findall(meaning) for name in keys_of(module, table)]
+
+
+def keys_of(module: str, table: str) -> list[str]:
+    """The keys of a dictionary written in a module of this package."""
+    place = PACKAGE.joinpath(*module.split("."))
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == table:
+            assert isinstance(node.value, ast.Dict)
+            return [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
+    raise ValueError(f"{file}: has no table {table}.")
+
+
+def in_words(hint: Any) -> str:
+    """A type as words, as in ``integer or null``; the members of a ``Literal`` by name."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return quoted(parts)
+    if origin is list:
+        return f"list of {in_words(parts[0])}s".replace("texts", "names")
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if part is types.NoneType else in_words(part) for part in parts)
+    return WORDS[hint]
+
+
+def quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def as_yaml(value: Any) -> str:
+    """A default as it stands in a YAML file."""
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def as_markdown() -> str:
+    """The page of all settings."""
+    parts = [HEAD]
+    for section, settings in all_settings().items():
+        about = first_paragraph(NESTED[section] if section else RunConfig)
+        parts.append(f"## {f'`{section}`' if section else 'The run'}\n\n{plain(about)}")
+        rows = [(f"`{s.name}`", s.values, f"`{s.default}`", plain(s.meaning)) for s in settings]
+        parts.append(table(("setting", "values", "default", "meaning"), rows))
+        parts += extra_tables(section)
+    return "\n\n".join(parts) + "\n"
+
+
+def extra_tables(section: str) -> list[str]:
+    """The tables of names that stand for several settings."""
+    if section == "model":
+        columns = list(next(iter(SIZES.values())))
+        rows = [(f"`{name}`", *map(str, size.values())) for name, size in SIZES.items()]
+        return ["Sizes (a field that is given goes over its size's):", table(("`model.size`", *columns), rows)]
+    if section == "sampling":
+        rows = [
+            (f"`{name}`", quoted(f"sampling.{key}={as_yaml(value)}" for key, value in preset.items()))
+            for name, preset in PRESETS.items()
+        ]
+        return ["Presets of `sample` and `evaluate`:", table(("`--preset`", "sets"), rows)]
+    return []
+
+
+def first_paragraph(cls: type) -> str:
+    return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
+
+
+def plain(text: str) -> str:
+    """Text of the source as Markdown in a table."""
+    return text.replace("``", "`").replace("|", "\\|")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def as_text(word: str | None = None) -> str:
+    """The settings for a terminal: all, those of a section, or one. Raises ``ValueError`` for a name that there is not."""
+    everything = [setting for settings in all_settings().values() for setting in settings]
+    chosen = [s for s in everything if word is None or s.name == word or s.name.startswith(f"{word}.")]
+    if not chosen:
+        raise unknown("setting", word, [*NESTED, *(setting.name for setting in everything)])
+    lines = []
+    for s in chosen:
+        lines.append(f"{s.name} = {s.default}    ({s.values.replace('`', '')})")
+        lines += [f"    {s.meaning.replace('``', '')}"] if s.meaning else []
+    return "\n".join(lines) + "\n"

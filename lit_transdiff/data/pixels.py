@@ -1,0 +1,25 @@
+"""Images in [-1, 1] <-> the uint8 pixels of a file."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_transdiff.config import require
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1], any shape, as the uint8 a file would hold: round(clip((x + 1) / 2 * 255, 0, 255)).
+
+    Raises ``ValueError`` for values that are not finite.
+    """
+    broken = int((~torch.isfinite(images)).sum())
+    require(
+        broken == 0, "images", f"{broken} values that are not finite", "numbers in [-1, 1]; the model or its settings diverged"
+    )
+    return ((images.float() + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
+
+
+def from_bytes(pixels: Tensor) -> Tensor:
+    """uint8 pixels, any shape, as the float32 images in [-1, 1] that ``to_bytes`` makes them of."""
+    return pixels.float() / 127.5 - 1

@@ -1,0 +1,138 @@
+"""What is made once from a data set before training and scoring: cached latents and reference statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_transdiff.base.files import short_hash
+from lit_transdiff.config import AutoencoderConfig, DataConfig
+from lit_transdiff.data.datamodule import DataModule
+from lit_transdiff.data.index import ShardIndex, read_index
+from lit_transdiff.data.latents import LatentCache, latent_info
+from lit_transdiff.evaluation.features import FeatureExtractor
+from lit_transdiff.evaluation.images import image_batches, images_shape
+from lit_transdiff.evaluation.statistics import (
+    Statistics,
+    check_extractor,
+    load_statistics,
+    reference_statistics,
+    save_statistics,
+)
+from lit_transdiff.models.autoencoder import load_autoencoder
+
+
+def cache(
+    source: str | Path,
+    dest: str | Path,
+    *,
+    autoencoder: AutoencoderConfig,
+    data: DataConfig,
+    fabric: Fabric,
+    flips: bool,
+    batch_size: int = 64,
+) -> ShardIndex:
+    """Write the autoencoder's moments of the image shards ``source`` as latent shards ``dest``, over all ranks of ``fabric``.
+
+    A cache that was stopped is continued, on any number of ranks; a finished one is left as it is; one of another
+    autoencoder, other images, or another crop, size or number of flips is refused.
+    """
+    network = load_autoencoder(autoencoder.kind, autoencoder.path, data.image_channels).to(fabric.device)
+    info = latent_info(network.encode, data, fingerprint=network.fingerprint, flips=flips, device=fabric.device)
+    work = LatentCache(source, dest, info, data)
+    if work.is_finished:
+        return read_index(dest)
+    if fabric.is_global_zero:
+        work.begin()
+    fabric.barrier()
+    work.write(
+        network.encode,
+        batch_size=batch_size,
+        device=fabric.device,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+        progress=fabric.is_global_zero,
+    )
+    fabric.barrier()
+    if fabric.is_global_zero:
+        work.finish()
+    fabric.barrier()
+    return read_index(dest)
+
+
+def statistics(
+    source: str | Path, dest: str | Path, *, data: DataConfig, extractor: FeatureExtractor, batch_size: int = 100
+) -> Statistics:
+    """Reference statistics of all images of the shards ``source``, written to the file ``dest``.
+
+    ``source`` may also be an ``.npz`` file of images in the ADM evaluator's layout, which are taken as they are.
+    """
+    batches, count = batches_of(source, data, batch_size)
+    progress = tqdm(batches, desc="statistics", unit="batch", total=math.ceil(count / batch_size))
+    found = reference_statistics(progress, extractor, source=str(source), settings=made_of(source, data))
+    return save_statistics(found, dest)
+
+
+def batches_of(source: str | Path, data: DataConfig, batch_size: int) -> tuple[Iterator[Tensor], int]:
+    """Batches [B, C, H, W] in [-1, 1] of all images of shards or of an ``.npz`` file, and the number of images."""
+    if Path(source).suffix == ".npz":
+        return image_batches(source, batch_size), images_shape(source)[0]
+    return images_of(source, data, batch_size), len(read_index(source))
+
+
+def made_of(source: str | Path, data: DataConfig) -> dict[str, Any]:
+    """What decides the images that statistics are made of, besides the extractor."""
+    if Path(source).suffix == ".npz":
+        return {"source_hash": short_hash(Path(source))}
+    settings = {"image_size": data.image_size, "image_channels": data.image_channels, "crop": data.crop}
+    return {**settings, "source_hash": short_hash(Path(source) / "index.json")}
+
+
+def check_statistics(source: str | Path, dest: str | Path, *, data: DataConfig, extractor: FeatureExtractor) -> Statistics:
+    """The statistics of an existing file; raises ``ValueError`` when they are of other images or of another extractor.
+
+    A file in a public layout does not say what it was made of, and is taken as it is.
+    """
+    found = load_statistics(dest)
+    check_extractor(found, extractor)
+    said, wanted = found.about.get("settings", {}), made_of(source, data)
+    different = [name for name in wanted if said.get(name, wanted[name]) != wanted[name]]
+    other = [f"{name}: {said[name]!r} there, {wanted[name]!r} wanted" for name in different]
+    if different:
+        why = "; ".join(other)
+        raise ValueError(
+            f"evaluation.reference: {dest} was made of other images ({why}). Choose another name, or remove that file."
+        )
+    return found
+
+
+def images_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterator[Tensor]:
+    """Every image of a folder of shards once, as batches [B, C, H, W] in [-1, 1]."""
+    index = read_index(source)
+    settings = DataConfig(
+        evaluation=str(source),
+        image_size=data.image_size,
+        image_channels=data.image_channels,
+        crop=data.crop,
+        horizontal_flip=False,
+    )
+    module = DataModule(
+        settings,
+        num_references=1,
+        num_classes=index.num_classes,
+        global_batch_size=1,
+        max_steps=1,
+        seed=0,
+        evaluation_batch_size=batch_size,
+    )
+    module.setup()
+    loader = module.val_dataloader()
+    assert isinstance(loader, torch.utils.data.DataLoader)
+    return (batch.values[:, 0] for batch in loader)

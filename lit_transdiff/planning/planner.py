@@ -1,0 +1,210 @@
+"""What a run needs before it is paid for: memory by part, communication, operations, time and sizes, for every strategy.
+
+All sizes are bytes and all rates are a second. The shares of each strategy are those of this code: float32 weights, gradients,
+moments and averages, bfloat16 in the passes alone (with precision bf16-true the averages alone are float32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_transdiff.base.hardware import DEVICES, GB, Device
+from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.data.index import read_index
+from lit_transdiff.distributed.strategies import EVERYWHERE, STRATEGIES, whole_strategies
+from lit_transdiff.models.autoencoder import kind_of
+from lit_transdiff.planning.memory import ModelCost, PassCost, model_cost, pass_cost
+from lit_transdiff.stages import STAGES
+
+FLOAT = 4
+AUTOENCODER = 66_456_019 * FLOAT  # the released KL autoencoder (kl16); only a run on images holds it
+OVERHEAD = 1.5 * GB  # CUDA's context, the communication library, workspaces
+USABLE = 0.92  # of the memory, as the allocator cannot fill all gaps
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a GPU, by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    averages: float
+    activations: float
+    autoencoder: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelCost, cost: PassCost, images: bool) -> Memory:
+    """Memory of one of ``gpus`` GPUs at its fullest moment, with micro-batches of ``rows`` rows."""
+    kind = STRATEGIES[strategy]
+    number = 2 if run.training.precision == "bf16-true" and kind.whole else FLOAT
+    weights, trained = model.parameters * number, model.trained * number
+    averages = model.trained * FLOAT * run.optimizer.num_averages
+    offloaded = run.distributed.offload != "none" and len(kind.offloads) > 1
+
+    def part(size: float, cut: bool) -> float:
+        return size / gpus if cut else size
+
+    gathered = 2 * model.largest_unit * FLOAT if kind.cuts_weights else 0  # this block, and the next one on its way
+    master = trained / gpus if kind.has_master and not offloaded else 0
+    reduced = trained / gpus if kind.keeps_reduced else 0
+    return Memory(
+        weights=part(weights, kind.cuts_weights) + gathered + master,
+        gradients=part(trained, kind.cuts_gradients) + reduced,
+        optimizer=0 if offloaded else part(2 * trained, kind.cuts_optimizer),
+        averages=0 if offloaded else part(averages, kind.cuts_optimizer),
+        activations=cost.kept(rows),
+        autoencoder=AUTOENCODER + rows * image_bytes(run) if images else 0,
+        buffers=kind.buffers,
+    )
+
+
+def image_bytes(run: RunConfig) -> float:
+    """The largest layer of the autoencoder's encoder for one row: 128 channels at full size, in float32, three at a time."""
+    return 3 * 128 * run.data.image_size**2 * FLOAT * run.model.num_references
+
+
+def communication(strategy: str, gpus: int, accumulation: int, model: ModelCost) -> float:
+    """Bytes that one GPU sends in a step, with ring collectives."""
+    ring = (gpus - 1) / gpus
+    weights, gradients = model.parameters * FLOAT * ring, model.trained * FLOAT * ring
+    return STRATEGIES[strategy].sent(weights, gradients, accumulation)
+
+
+def micro_batches(run: RunConfig, gpus: int) -> list[int]:
+    """Rows a GPU and pass: every power of two, and the whole, that divide a GPU's part of the global batch."""
+    per_gpu = run.training.global_batch_size // gpus
+    sizes = {2**k for k in range(per_gpu.bit_length()) if per_gpu % 2**k == 0} | {per_gpu}
+    return sorted(sizes)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy with its largest micro-batch that fits, or with the smallest if none does."""
+
+    strategy: str
+    rows: int
+    fits: bool
+    memory: Memory
+    sent: float
+
+
+def rows_of(run: RunConfig, gpus: int, device: Device, model: ModelCost, cost: PassCost, images: bool) -> list[Row]:
+    """Every strategy and micro-batch."""
+    table = []
+    for strategy, kind in STRATEGIES.items():
+        if kind.alone != (gpus == 1):
+            continue
+        for rows in micro_batches(run, gpus):
+            memory = memory_of(run, strategy, gpus, rows, model, cost, images)
+            passes = run.training.global_batch_size // (gpus * rows)
+            fits = memory.total + OVERHEAD <= USABLE * device.memory
+            table.append(Row(strategy, rows, fits, memory, communication(strategy, gpus, passes, model)))
+    return table
+
+
+def data_of(run: RunConfig) -> tuple[bool, str]:
+    """Whether the run reads images, so that the autoencoder is on each GPU, and a line about its data."""
+    has_weights = kind_of(run.autoencoder.kind, run.autoencoder.path).has_folder
+    if (Path(run.data.train) / "index.json").is_file():
+        index = read_index(run.data.train, check_files=False)
+        size = int(index.size.sum())
+        images = index.kind == "images" and has_weights
+        return images, f"data           {run.data.train}: {len(index):,} {index.kind}, {size / GB:.2f} GB"
+    images = has_weights and "latents" not in run.data.train
+    kind = "images" if images else "latents"
+    return images, f"data           {run.data.train or 'none'} is not on this machine; counted as {kind}"
+
+
+def plan(run: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
+    """The whole plan as text."""
+    if gpu not in DEVICES:
+        raise unknown("--gpu", gpu, DEVICES)
+    if run.stage not in STAGES:
+        raise ValueError(f"stage: got {run.stage!r}; a plan is made of {', '.join(STAGES)}; the others are small.")
+    size = run.training.global_batch_size
+    require(gpus >= 1 and size % gpus == 0, "--gpus", gpus, f"a divisor of training.global_batch_size={size}")
+    require(0 < mfu <= 1, "--mfu", mfu, "above 0 and at most 1")
+    bf16 = run.training.precision != "fp32"
+    model, cost, device = model_cost(run), pass_cost(run, bf16), DEVICES[gpu]
+    images, data = data_of(run)
+    table = rows_of(run, gpus, device, model, cost, images)
+    wanted = run.training.micro_batch_size
+    return "\n".join(
+        [
+            *describe_model(run, model, cost, bf16),
+            data,
+            "",
+            *describe_time(run, gpus, gpu, device, cost, mfu, model),
+            "",
+            f"Memory a GPU in GB ({gpu}: {device.memory / GB:.0f} GB, of which {USABLE:.0%} count, less {OVERHEAD / GB:.1f} GB):",
+            *memory_table(table, device, wanted),
+            *refusals(run),
+        ]
+    )
+
+
+def refusals(run: RunConfig) -> list[str]:
+    """Which strategies of the table do not take the run's precision, and what is counted for them."""
+    precision = run.training.precision
+    others = [name for name, kind in STRATEGIES.items() if not kind.whole]
+    if precision in EVERYWHERE:
+        return []
+    return [f"{', '.join(others)} refuse training.precision={precision}; they are counted with bf16-mixed."]
+
+
+def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool) -> list[str]:
+    checkpoint = (model.parameters + model.trained * (2 + run.optimizer.num_averages)) * FLOAT
+    return [
+        f"run            {run.name}, stage {run.stage}, size {run.model.size}, R = {run.model.num_references}",
+        f"parameters     {model.parameters:,} ({model.trained:,} trained): encoder {model.encoder:,}, decoder {model.decoder:,}",
+        f"precision      {'bfloat16' if bf16 else 'float32'} passes; averages float32, weights, gradients and moments "
+        + (f"bfloat16 ({' and '.join(whole_strategies())} only)" if run.training.precision == "bf16-true" else "float32"),
+        f"operations     {cost.row_flops / 1e9:,.0f} GFLOP a row of {run.model.num_references}, forward and backward; "
+        f"{cost.row_flops * run.training.global_batch_size / 1e15:,.2f} PFLOP a step of {run.training.global_batch_size} rows",
+        f"activations    {cost.row_bytes / GB:.3f} GB a row, {cost.fixed_bytes / GB:.2f} GB once"
+        + (f" ({run.training.activation_checkpointing}: recomputed in the backward pass)" if cost.recomputed_flops else ""),
+        f"checkpoint     {checkpoint / GB:.2f} GB; export {model.parameters * FLOAT / GB:.2f} GB",
+    ]
+
+
+def describe_time(run: RunConfig, gpus: int, gpu: str, device: Device, cost: PassCost, mfu: float, model: ModelCost) -> list[str]:
+    """Steps, hours and what the network must carry, at the stated share of the peak."""
+    training = run.training
+    operations = (cost.row_flops + cost.recomputed_flops) * training.global_batch_size / gpus
+    seconds = operations / (device.flops * mfu)
+    images = training.global_batch_size * run.model.num_references / seconds
+    hours = seconds * training.max_steps / 3600
+    sent = communication("ddp" if gpus > 1 else "single", gpus, 1, model) / device.collective_rate(gpus)
+    return [
+        f"{gpus} x {gpu} at {mfu:.0%} of {device.flops / 1e12:,.0f} TFLOP/s: {seconds:.3f} s a step, {images:,.0f} images/s",
+        f"{training.max_steps:,} steps: {hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours (without validation, grids and saves)",
+        f"network        {device.collective_rate(gpus) / GB:g} GB/s: gradients of ddp take {sent:.3f} s a step, "
+        + ("hidden behind the backward pass" if sent < 0.6 * seconds else "MORE than the backward pass hides"),
+    ]
+
+
+def memory_table(table: list[Row], device: Device, wanted: int | None) -> list[str]:
+    """One line a strategy and micro-batch: those around the largest that fits, and the run's own."""
+    head = f"{'strategy':9}{'rows':>5}{'passes':>8}" + "".join(f"{name:>13}" for name in (*vars(table[0].memory), "total"))
+    lines = [head + f"{'GB sent':>10}"]
+    for strategy in dict.fromkeys(row.strategy for row in table):
+        mine = [row for row in table if row.strategy == strategy]
+        largest = max((i for i, row in enumerate(mine) if row.fits), default=-1)
+        shown = {0, largest, largest + 1} | {i for i, row in enumerate(mine) if row.rows == wanted}
+        whole = mine[-1].rows
+        for i, row in enumerate(mine):
+            if i not in shown:
+                continue
+            numbers = "".join(f"{value / GB:13.2f}" for value in (*vars(row.memory).values(), row.memory.total))
+            note = ("  <- the run's" if row.rows == wanted else "") if row.fits else "  does not fit"
+            lines.append(f"{strategy:9}{row.rows:5}{whole // row.rows:8}{numbers}{row.sent / GB:10.2f}{note}")
+        if largest < 0:
+            lines.append(f"{strategy} does not fit, whatever the micro-batch.")
+    return lines

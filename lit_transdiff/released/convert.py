@@ -1,0 +1,284 @@
+"""Released checkpoints <-> ours: TransDiff's ``checkpoint-last.pth`` and latent diffusion's ``kl16.ckpt``, bit for bit both ways.
+
+A converted TransDiff is an export folder of the averaged weights (``model_ema``), with ``raw``, an export folder of the last
+ones (``model``), in it. What has no place in our model lies beside the weights in ``left_over.safetensors``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_transdiff.base.files import whole
+from lit_transdiff.checkpoints.export import read_export, read_weights, unshared, write_export
+from lit_transdiff.config import RunConfig, require
+from lit_transdiff.config.loading import run_from, to_dict
+from lit_transdiff.config.paths import check_source, export_folder
+from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
+from lit_transdiff.models.ldm import TRAINING_ONLY, is_ldm
+from lit_transdiff.models.state_dicts import Mapped
+from lit_transdiff.released.files import (
+    KNOWN,
+    Checkpoint,
+    check_weights,
+    identity,
+    open_checkpoint,
+    plain,
+    read_file,
+    released_file,
+    state_dict,
+)
+from lit_transdiff.released.key_names import from_released, is_released, read_shape, released_shapes, to_released
+
+LEFT_OVER = "left_over.safetensors"
+ORIGIN = "released.json"  # in an autoencoder's folder: the file that it was converted from
+LATENT_SCALE = 0.2325  # of the released TransDiff models (and MAR's): latents = samples x 0.2325
+
+
+def convert(
+    source: str | Path,
+    dest: str | Path,
+    *,
+    autoencoder: str | Path | None = None,
+    recipe: RunConfig | None = None,
+    num_heads: int | None = None,
+    scaling_factor: float | None = None,
+) -> str:
+    """Convert ``source`` to ``dest``, in the direction that ``source`` tells, and say what became of every tensor.
+
+    A released TransDiff file (or its folder) becomes an export folder; ``autoencoder`` is the folder of its converted
+    autoencoder, ``recipe`` gives all settings but the model's shape (sampling, evaluation, ...), which must agree with the
+    file's. A latent-diffusion autoencoder becomes a folder of diffusers; its latents are samples times ``scaling_factor``
+    (``LATENT_SCALE`` if not given). An export folder, run folder or autoencoder folder becomes a file again. Raises
+    ``ValueError`` for anything that does not fit, for an option that has no effect on ``source``, and for a ``dest`` that exists.
+    """
+    source, dest = Path(source), Path(dest)
+    options = {"autoencoder": autoencoder, "recipe": recipe, "num_heads": num_heads, "scaling_factor": scaling_factor}
+    given = {name for name, value in options.items() if value is not None}
+    check_source(source)
+    require(not dest.exists(), "dest", str(dest), "a name that does not exist yet: nothing is overwritten")
+    file = released_file(source)
+    if file.is_dir():
+        check_options(given, set(), f"{file}, which becomes a file again")
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        return autoencoder_to_ldm(file, dest) if (file / CONFIG_FILE).is_file() else export_to_released(file, dest)
+    content = read_file(file)
+    bare = not KNOWN & content.keys()
+    require("model" in content or bare, f"{file}: entries", sorted(content), "model, and beside it model_ema")
+    state = state_dict(content.get("model", content), "model", file)
+    if is_ldm(state):
+        check_options(given, {"scaling_factor"}, f"the autoencoder {file}")
+        check_weights({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, "model", file)
+        return autoencoder_from_ldm(file, state, dest, LATENT_SCALE if scaling_factor is None else scaling_factor)
+    what = f"{file}, with {', '.join(list(content)[:3]) or 'nothing'}, ..."
+    require(is_released(state), "source", what, "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
+    check_options(given, {"autoencoder", "recipe", "num_heads"}, f"the TransDiff checkpoint {file}")
+    if autoencoder is None:
+        raise ValueError("autoencoder: got nothing; allowed: the folder of the autoencoder that the model was trained with.")
+    network = load_autoencoder("kl", autoencoder, image_channels=3)
+    return released_to_export(open_checkpoint(file, content), dest, network, Path(autoencoder), recipe, num_heads)
+
+
+def check_options(given: set[str], effective: set[str], source: str) -> None:
+    """Refuse options that are given and have no effect on ``source``."""
+    allowed = ", ".join(sorted(effective)) or "none"
+    require(given <= effective, "options", sorted(given - effective), f"for {source}: {allowed}")
+
+
+def released_to_export(
+    checkpoint: Checkpoint,
+    dest: Path,
+    autoencoder: Autoencoder,
+    autoencoder_path: Path,
+    recipe: RunConfig | None,
+    num_heads: int | None,
+) -> str:
+    """Write the export folder of a released checkpoint."""
+    run = run_of(checkpoint, dest.name, autoencoder, autoencoder_path, recipe, num_heads)
+    averaged = {"ema": checkpoint.model_ema} if checkpoint.model_ema is not None else {}
+    states: dict[str, dict[str, Tensor]] = averaged | {"last": checkpoint.model}
+    mapped = {kind: map_state(kind, state, run) for kind, state in states.items()}
+    info = {
+        "name": run.name,
+        "stage": run.stage,
+        "step": None,
+        "images_seen": None,
+        "autoencoder": autoencoder.fingerprint,
+        "class_names": [str(c) for c in range(run.model.num_classes)],
+        "released": {
+            **identity(checkpoint.path),
+            "epoch": checkpoint.epoch,
+            "args": plain(checkpoint.args),
+        },
+    }
+    best, *others = mapped
+
+    def write_all(folder: Path) -> None:
+        write_weights(mapped[best], folder)
+        for kind in others:
+            write_export(folder / "raw", run, {**info, "weights": kind}, partial(write_weights, mapped[kind]))
+
+    write_export(dest, run, {**info, "weights": best}, write_all)
+    return report(checkpoint, dest, run, mapped)
+
+
+def map_state(kind: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
+    """Our names for a released state; errors say which of the file's states they are about."""
+    try:
+        return from_released(state, run.model)
+    except ValueError as error:
+        raise ValueError(f"{'model_ema' if kind == 'ema' else 'model'}: {error}") from error
+
+
+def write_weights(mapped: Mapped, folder: Path) -> None:
+    """``model.safetensors`` in the dtype of the file, and what has no place in our model."""
+    save_file(unshared(mapped.state), folder / "model.safetensors")
+    if mapped.left_over:
+        save_file(unshared(mapped.left_over), folder / LEFT_OVER)
+
+
+def run_of(
+    checkpoint: Checkpoint,
+    name: str,
+    autoencoder: Autoencoder,
+    autoencoder_path: Path,
+    recipe: RunConfig | None,
+    num_heads: int | None,
+) -> RunConfig:
+    """The run of a released checkpoint: its shape, the autoencoder's, and everything else from ``recipe``."""
+    if recipe is not None and num_heads is None:
+        num_heads = recipe.model.num_heads
+    shape = read_shape(checkpoint.model, num_heads)
+    if recipe is not None:
+        wrong = {key: value for key, value in shape.items() if key != "size" and getattr(recipe.model, key) != value}
+        listed = "; ".join(
+            f"model.{key}: {value} in the checkpoint, {getattr(recipe.model, key)} in the recipe" for key, value in wrong.items()
+        )
+        if wrong:
+            raise ValueError(f"{checkpoint.path} is of another shape than the recipe: {listed}")
+    channels = shape["latent_channels"]
+    require(autoencoder.latent_channels == channels, "autoencoder: latent channels", autoencoder.latent_channels, f"{channels}")
+    image_size = shape["latent_size"] * autoencoder.downsampling
+    if recipe is not None:
+        where = f"{autoencoder_path}: image size of latents of {shape['latent_size']} x {shape['latent_size']}"
+        require(
+            image_size == recipe.data.image_size, where, image_size, f"data.image_size={recipe.data.image_size} of the recipe"
+        )
+    one_step = shape["num_references"] == 1
+    wide = shape["latent_size"] ** 2 > shape["num_context_tokens"]
+    settings = to_dict(recipe or RunConfig())
+    settings |= {
+        "name": name,
+        "stage": "mrar_finetune" if not one_step else "diffusion_head" if wide else "ar_pretrain",
+        "init_from": None,
+        "model": settings["model"] | shape,
+        "autoencoder": {"kind": "kl", "path": str(autoencoder_path)},
+        "data": settings["data"] | {"image_size": image_size, "image_channels": 3},
+    }
+    return run_from(settings, source=str(checkpoint.path))
+
+
+def report(checkpoint: Checkpoint, dest: Path, run: RunConfig, mapped: Mapping[str, Mapped]) -> str:
+    """What became of every entry and tensor."""
+    model = run.model
+    kind = "one-step" if model.num_references == 1 else f"MRAR with {model.num_references} references"
+    lines = [
+        f"{checkpoint.path} -> {dest}: {kind}, width {model.width}, {model.encoder_blocks} + {model.decoder_blocks} blocks, "
+        f"{model.num_classes} classes, latents of {model.latent_size} x {model.latent_size} x {model.latent_channels}"
+    ]
+    for name, part in mapped.items():
+        entry = "model_ema" if name == "ema" else "model"
+        place = dest if part is next(iter(mapped.values())) else dest / "raw"
+        count = sum(value.numel() for value in [*part.state.values(), *part.left_over.values()])
+        lines.append(f"{entry}: {len(part.state)} tensors mapped, {count:,} parameters -> {place}")
+        lines += [
+            f"  kept aside: {key} {list(value.shape)}, which gets no gradient in a one-step model"
+            for key, value in part.left_over.items()
+        ]
+    if "ema" not in mapped:
+        lines.append("model_ema: not in the file; model stands for it")
+    return "\n".join(lines + [f"not converted: {name}" for name in checkpoint.ignored])
+
+
+def export_to_released(source: Path, dest: Path) -> str:
+    """Write an export (of ours, or converted) as a released checkpoint."""
+    folder = export_folder(source)
+    require(dest.suffix == ".pth", "dest", str(dest), "a file name ending in .pth")
+    export = read_export(folder)
+    released_shapes(export.run.model)  # refuses a shape that the layout cannot hold
+    raw = folder / "raw" if (folder / "raw" / "model.safetensors").is_file() else folder
+    states = {"model": state_of(raw), "model_ema": state_of(folder)}
+    if export.info.get("weights") == "last":  # the file had no average
+        del states["model_ema"]
+    origin = export.info.get("released", {})
+    content: dict[str, Any] = {key: mapped.state for key, mapped in states.items()}
+    content |= {"epoch": origin["epoch"]} if origin.get("epoch") is not None else {}
+    content |= {"args": argparse.Namespace(**origin["args"])} if origin.get("args") else {}
+    with whole(dest) as file:
+        torch.save(content, file)
+    lines = [f"{folder} -> {dest}: {', '.join(f'{key} ({len(mapped.state)} tensors)' for key, mapped in states.items())}"]
+    lines += [
+        f"  made of zeros: {key} (the model has none; it has no effect)"
+        for key in states["model_ema" if "model_ema" in states else "model"].left_over
+    ]
+    lines += ["  model: the averaged weights, as the export has no others"] if raw == folder and "model_ema" in states else []
+    return "\n".join(lines)
+
+
+def state_of(folder: Path) -> Mapped:
+    """The released state dict of an export folder."""
+    left_over = read_weights(folder / LEFT_OVER) if (folder / LEFT_OVER).is_file() else {}
+    export = read_export(folder)
+    return to_released(export.state, export.run.model, left_over)
+
+
+def converted_from(folder: Path) -> dict[str, Any]:
+    """What an export folder or an autoencoder's folder says of the file that it was converted from; nothing if it was not."""
+    if (folder / CONFIG_FILE).is_file():
+        return json.loads((folder / ORIGIN).read_text()) if (folder / ORIGIN).is_file() else {}
+    return read_export(folder).info.get("released", {})
+
+
+def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, scaling_factor: float) -> str:
+    """Write an autoencoder of latent diffusion as a folder of diffusers."""
+    require(math.isfinite(scaling_factor) and scaling_factor > 0, "scaling_factor", scaling_factor, "a finite number above 0")
+    network, dropped = KLAutoencoder.from_ldm(state, scaling_factor)
+    dtypes = {value.dtype for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
+    dtype = one_type(dtypes)
+    with whole(dest) as folder:
+        network.save(folder, dtype)
+        (folder / ORIGIN).write_text(json.dumps(identity(file)))
+    count = sum(p.numel() for p in network.model.parameters())
+    lines = [
+        f"autoencoder -> {dest}: {len(network.model.state_dict())} tensors mapped, {count:,} parameters, "
+        f"latents = samples x {scaling_factor:g}, {network.latent_channels} channels, 1/{network.downsampling} of the size"
+    ]
+    if dtypes != {torch.float32}:
+        lines.append(f"weights: {', '.join(sorted(map(str, dtypes)))} in the file, stored as {dtype}")
+    return "\n".join(lines + [f"dropped: {key} (of its training)" for key in dropped])
+
+
+def one_type(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The type of all weights, where it is one that float32 holds to the bit; else float32."""
+    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16} else torch.float32
+
+
+def autoencoder_to_ldm(source: Path, dest: Path) -> str:
+    """Write a folder of diffusers as a checkpoint of latent diffusion."""
+    require(dest.suffix in (".ckpt", ".pth"), "dest", str(dest), "a file name ending in .ckpt or .pth")
+    channels = json.loads((source / CONFIG_FILE).read_text()).get("in_channels")
+    network = KLAutoencoder.load(source, channels)
+    dtype = one_type({value.dtype for file in source.glob("*.safetensors") for value in read_weights(file).values()})
+    state = {key: value.to(dtype) for key, value in network.to_ldm().items()}
+    with whole(dest) as file:
+        torch.save({"model": state}, file)
+    return f"{source} -> {dest}: {len(state)} tensors; the layout holds no normalisation (mean and std of the latents)"

@@ -1,0 +1,164 @@
+"""The files of the released training, read without running code from them: state dicts, epoch and arguments."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_transdiff.base.files import short_hash
+from lit_transdiff.config import require
+
+CHECKPOINT = "checkpoint-last.pth"
+# What torch and zipfile raise for a damaged file; a UnicodeDecodeError is a ValueError.
+DAMAGE = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError),
+    *(ArithmeticError, LookupError, AttributeError, TypeError),
+)
+LISTED = 10  # names in a message
+KNOWN = {"model", "model_ema", "optimizer", "scaler", "epoch", "args"}  # what the released training writes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A released file, read: its state dicts, and the rest by name."""
+
+    path: Path
+    model: dict[str, Tensor]
+    model_ema: dict[str, Tensor] | None
+    epoch: int | None
+    args: dict[str, Any]
+    ignored: list[str]  # entries that are not converted
+
+
+def released_file(source: Path) -> Path:
+    """The checkpoint in a released folder; any other source is taken as it is."""
+    if (source / CHECKPOINT).is_file():
+        return source / CHECKPOINT
+    numbered = sorted(file.name for file in source.glob("checkpoint-*.pth")) if source.is_dir() else []
+    require(not numbered, "source", str(source), f"the file itself, as the folder has no {CHECKPOINT}: {', '.join(numbered)}")
+    return source
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The dictionary in a ``torch.save`` file, without running code from it: tensors, plain values and argparse's Namespace.
+
+    Raises ``ValueError`` naming the file, and of a damaged one the part whose checksum is wrong: torch does not look at those.
+    """
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} in it differs from its checksum")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except DAMAGE as error:
+        raise ValueError(f"{path}: not a checkpoint that can be read without running code from it: {why(error)}") from error
+    require(isinstance(content, dict), str(path), type(content).__name__, "a dictionary of state dicts")
+    return content
+
+
+def why(error: Exception) -> str:
+    """What torch refused in a file, without its advice to run the code all the same."""
+    refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    unread = re.search(r"WeightsUnpickler error: (.+)", str(error))
+    if refused:
+        return f"it asks for {refused[1]}"
+    return (unread[1] if unread else str(error)).strip().split("\n")[0] or "it is empty"
+
+
+def state_dict(value: Any, name: str, path: Path) -> dict[str, Tensor]:
+    """``value``, if it is a state dict: names of tensors. Raises ``ValueError`` listing what is not."""
+    require(isinstance(value, Mapping), f"{path}: {name}", type(value).__name__, "a state dict")
+    strange = [f"{key}: {type(item).__name__}" for key, item in value.items() if not isinstance(item, Tensor)]
+    if strange:
+        raise ValueError(f"{path}: {name}: entries that are no tensors: {listed(strange)}")
+    return dict(value)
+
+
+def check_weights(state: Mapping[str, Tensor], name: str, path: Path) -> None:
+    """Raise ``ValueError`` listing the tensors that are no weights: not of a floating type, not dense, or not finite."""
+    strange = [f"{key}: {wrong}" for key, value in state.items() if (wrong := no_weight(value))]
+    if strange:
+        raise ValueError(f"{path}: {name}: entries that are no weights: {listed(strange)}")
+
+
+def no_weight(value: Tensor) -> str | None:
+    """Why a tensor cannot be a weight; nothing if it can."""
+    if value.layout != torch.strided:
+        return str(value.layout).removeprefix("torch.")
+    if not value.is_floating_point():
+        return str(value.dtype).removeprefix("torch.")
+    wide = value.float() if value.dtype.itemsize < 2 else value  # torch has no isfinite for float8
+    return None if bool(torch.isfinite(wide).all()) else "NaN or Inf"
+
+
+def listed(names: list[str]) -> str:
+    """The first of ``names``, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: lists for tuples, text for what JSON does not know."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, (int, float, str)) else str(value)
+
+
+def open_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
+    """The parts of a released file; a bare state dict counts as its ``model``.
+
+    Raises ``ValueError`` listing what is no weight, and for an epoch that is no whole number.
+    """
+    bare = "model" not in content
+    args = None if bare else arguments(content.get("args"))
+    converted = {"model", "model_ema", "epoch"} | ({"args"} if args is not None else set())
+    states = {"model": state_dict(content if bare else content["model"], "model", path)}
+    if content.get("model_ema") is not None:
+        states["model_ema"] = state_dict(content["model_ema"], "model_ema", path)
+    for name, state in states.items():
+        check_weights(state, name, path)
+    return Checkpoint(
+        path=path,
+        model=states["model"],
+        model_ema=states.get("model_ema"),
+        epoch=None if bare else whole_number(content.get("epoch"), f"{path}: epoch"),
+        args=args or {},
+        ignored=[] if bare else sorted(content.keys() - converted),
+    )
+
+
+def arguments(value: Any) -> dict[str, Any] | None:
+    """The arguments of a training by name, if there are any; None for something else."""
+    if value is None:
+        return {}
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    return dict(value) if isinstance(value, Mapping) else None
+
+
+def whole_number(value: Any, where: str) -> int | None:
+    """An integer that may be a tensor; nothing stays nothing."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    whole = number is None or isinstance(number, int) or (isinstance(number, float) and number.is_integer())
+    require(whole, where, value, "a whole number")
+    return None if number is None else int(number)
+
+
+def identity(file: Path) -> dict[str, str]:
+    """Which file something was converted from."""
+    return {"file": file.name, "hash": short_hash(file)}

@@ -1,0 +1,125 @@
+"""A row of the paper's table with one command: convert the released files, generate, score, and print ours beside the paper's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+
+from lit_transdiff.base.files import short_hash
+from lit_transdiff.config import EvaluationConfig, RunConfig, require, unknown
+from lit_transdiff.config.loading import load_run
+from lit_transdiff.config.paths import check_files
+from lit_transdiff.evaluation.evaluate import evaluate
+from lit_transdiff.evaluation.features import load_extractor
+from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.evaluation.scores import value
+from lit_transdiff.evaluation.statistics import check_extractor, load_statistics
+from lit_transdiff.models.ldm import is_ldm
+from lit_transdiff.released.convert import convert, converted_from
+from lit_transdiff.released.files import CHECKPOINT, read_file
+from lit_transdiff.sampling.generator import load_generator
+
+BASELINES = "baselines.json"
+PUBLISHED = {"frechet_distance": "fid", "inception_score": "inception_score"}  # metric -> field of a row
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a lab has of the released files: the checkpoint's folder, the autoencoder, InceptionV3, the reference statistics."""
+
+    weights: Path
+    vae: Path
+    inception: Path
+    reference: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.weights / CHECKPOINT if self.weights.is_dir() else self.weights
+
+    def check(self, settings: EvaluationConfig) -> None:
+        """Refuse files that do not exist, all at once, and those that could not be scored with: before anything is made."""
+        check_files({"weights": self.checkpoint, "vae": self.vae, "inception": self.inception, "reference": self.reference})
+        check_extractor(load_statistics(self.reference), load_extractor(settings.extractor, self.inception))
+
+
+def read_row(name: str, experiments: Path) -> dict[str, Any]:
+    """The published row ``name`` of ``baselines.json`` that has a recipe."""
+    file = experiments / BASELINES
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; run this in the project's folder, or say --experiments FOLDER.")
+    rows = {key: row for key, row in json.loads(file.read_text())["rows"].items() if "recipe" in row}
+    if name not in rows:
+        raise unknown("row", name, rows)
+    return rows[name]
+
+
+def reproduce(
+    name: str,
+    files: Files,
+    output: Path,
+    *,
+    fabric: Fabric,
+    experiments: Path = Path("experiments"),
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> str:
+    """Do the row ``name`` (as in ``L-MRAR``) in ``output``; what is already there is not done again. Returns the table.
+
+    All settings are the recipe's; ``overrides`` change them, and the table then says so.
+    """
+    row = read_row(name, experiments)
+    paths = [f"evaluation.extractor_weights={files.inception}", f"evaluation.reference={files.reference}"]
+    recipe = load_run(experiments / row["recipe"], [*paths, *overrides])
+    files.check(recipe.evaluation)
+    if fabric.is_global_zero:
+        prepare(name, files, output, recipe, say)
+    fabric.barrier()
+    model = output / name
+    generator = load_generator(model, fabric.device)
+    result = evaluate(generator, recipe.evaluation, recipe.sampling, output=model, fabric=fabric, reuse=True)
+    return table(name, row, result, overrides)
+
+
+def prepare(name: str, files: Files, output: Path, recipe: RunConfig, say: Callable[[str], None]) -> None:
+    """Convert the autoencoder and the model, unless they were converted before from the same file."""
+    autoencoder, model = output / "autoencoder", output / name
+    if not autoencoder.exists():
+        state = read_file(files.vae)
+        require(is_ldm(state.get("model", state)), "vae", str(files.vae), "an autoencoder of latent diffusion, such as kl16.ckpt")
+        say(convert(files.vae, autoencoder))
+    check_origin(autoencoder, files.vae)
+    if not model.exists():
+        say(convert(files.checkpoint, model, autoencoder=autoencoder, recipe=recipe))
+    check_origin(model, files.checkpoint)
+
+
+def check_origin(folder: Path, file: Path) -> None:
+    """Raise ``ValueError`` when a folder of an earlier start was converted from another file than the one given now."""
+    origin = converted_from(folder)
+    allowed = "that file; or another --output, or remove the folder"
+    require(
+        origin.get("hash") == short_hash(file), str(folder), f"converted from another {origin.get('file')} than {file}", allowed
+    )
+
+
+def table(name: str, row: dict[str, Any], result: dict[str, Any], overrides: Sequence[str]) -> str:
+    """Our scores beside the published ones, with what decided ours."""
+    made = result["manifest"]
+    lines = [f"{row['model']}, {row['resolution']} x {row['resolution']}", f"{'':22} {'ours':>10} {'published':>10}"]
+    for metric, score in result["scores"].items():
+        published = row.get(PUBLISHED.get(metric, ""))
+        lines.append(f"{METRICS[metric].title:22} {value(score):10.4g} {published if published is not None else '-':>10}")
+    sampling = made["sampling"]
+    guidance = sampling["reference_guidance"] or sampling["guidance_scale"]
+    lines += [
+        f"{made['num_images']:,} images, {made['label_mode']} labels, {sampling['solver']} {sampling['num_steps']} steps, "
+        f"guidance {guidance}, scales {sampling['drift_scale']} and {sampling['noise_scale']}, {made['precision']}",
+        f"published: {row['source']}",
+        f"ours: {result['file']}",
+    ]
+    return "\n".join(lines + ([f"not the paper's settings: {' '.join(overrides)}"] if overrides else []))

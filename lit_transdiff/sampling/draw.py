@@ -1,0 +1,100 @@
+"""Pictures from a trained model: labelled grids and single images, semantic fusion, the row of successive images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_transdiff.base.randomness import mix
+from lit_transdiff.config import SamplingConfig, require
+from lit_transdiff.data.pixels import to_bytes
+from lit_transdiff.models.fusion import fused, fusion_pattern
+from lit_transdiff.sampling.generator import Generator
+from lit_transdiff.sampling.pictures import grid, save_png
+
+
+def draw_samples(
+    generator: Generator,
+    classes: Sequence[int],
+    per_class: int,
+    output: Path,
+    *,
+    sampling: SamplingConfig | None = None,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+    references: bool = False,
+    batch_size: int = 64,
+) -> Path:
+    """Write ``output/grid.png`` and ``output/class-XXXX/seed-XXXX.png``, one for each of ``per_class`` images of ``classes``.
+
+    With ``references`` the grid shows the R successive images of each row. The image of a class and number depends on
+    ``seed``, the class and the number alone.
+    """
+    require(per_class >= 1, "per_class", per_class, "at least 1")
+    labels = [c for c in classes for _ in range(per_class)]
+    numbers = list(range(per_class)) * len(classes)
+    rows = images_in_batches(
+        generator, labels, [mix(seed, c, n) for c, n in zip(labels, numbers, strict=True)], sampling, batch_size
+    )
+    for row, label, number in zip(rows, labels, numbers, strict=True):
+        folder = output / f"class-{label:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for r, image in enumerate(row if references else row[-1:]):
+            suffix = f"-reference-{r}" if references and r < len(row) - 1 else ""
+            save_image(image, folder / f"seed-{number:04d}{suffix}.png")
+    names = [class_names[c] if class_names else str(c) for c in classes]
+    if references:
+        shown, columns = rearrange(rows, "n r c h w -> (n r) c h w"), rows.shape[1]
+        names = [name if n == 0 else "" for name in names for n in range(per_class)]
+        heads = [f"image {r + 1}" for r in range(columns)]
+        result = grid(shown, columns, row_labels=names, column_labels=heads, title="successive images")
+    else:
+        result = grid(rows[:, -1], per_class, row_labels=names)
+    result.save(output / "grid.png")
+    return output / "grid.png"
+
+
+def draw_fusion(
+    generator: Generator,
+    pair: tuple[int, int],
+    count: int,
+    output: Path,
+    *,
+    kind: str = "halves",
+    sampling: SamplingConfig | None = None,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+) -> Path:
+    """Write ``output/fusion.png``: ``count`` images of both classes and, between them, of their spliced features."""
+    a, b = pair
+    seeds = [mix(seed, "fusion", n) for n in range(count)]
+    pattern = fusion_pattern(generator.run.model.num_context_tokens, kind, seed)
+    second = generator.check_labels([b] * count)
+    first_row = generator.images([a] * count, seeds, sampling)[:, -1]
+    fused_row = generator.images([a] * count, seeds, sampling, contexts=fused(second, pattern))[:, -1]
+    second_row = generator.images(second, seeds, sampling)[:, -1]
+    names = [class_names[c] if class_names else str(c) for c in pair]
+    labels = [names[0], f"{names[0]} + {names[1]}", names[1]]
+    output.mkdir(parents=True, exist_ok=True)
+    images = torch.cat([first_row, fused_row, second_row]).cpu()
+    grid(images, count, row_labels=labels, title=f"semantic fusion, {kind}").save(output / "fusion.png")
+    return output / "fusion.png"
+
+
+def images_in_batches(
+    generator: Generator, labels: Sequence[int], seeds: Sequence[int], sampling: SamplingConfig | None, batch_size: int
+) -> Tensor:
+    """All images [N, R, C, H, W] of the labels' rows, on the CPU."""
+    starts = tqdm(range(0, len(labels), batch_size), desc="sampling", unit="batch", disable=len(labels) <= batch_size)
+    parts = [generator.images(labels[i : i + batch_size], seeds[i : i + batch_size], sampling).cpu() for i in starts]
+    return torch.cat(parts)
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """One image [C, H, W] in [-1, 1] as an 8-bit PNG, grey when C = 1."""
+    save_png(to_bytes(image), path)

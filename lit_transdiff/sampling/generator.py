@@ -1,0 +1,267 @@
+"""From labels to images: the loop over references, one generator per image.
+
+Shapes: B images, R references, S context tokens, D width, c h w a latent, C H W an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from lit_transdiff.base.randomness import PerImageNormal, mix
+from lit_transdiff.checkpoints.export import read_export
+from lit_transdiff.config import RunConfig, SamplingConfig, require, unknown
+from lit_transdiff.flow.guidance import Pair, guide
+from lit_transdiff.flow.solvers import GRIDS, SOLVERS, Velocity, solve
+from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
+from lit_transdiff.models.context import ContextFn, Contexts, ContextStream, null_contexts
+from lit_transdiff.models.decoder import Memory
+from lit_transdiff.models.execution import compile_blocks, replay_decoder, round_linear
+from lit_transdiff.models.state_dicts import check_layout
+from lit_transdiff.models.transdiff import TransDiff
+
+
+def check_sampling(sampling: SamplingConfig) -> None:
+    """Refuse a solver or grid that is in no table."""
+    for field, table in (("solver", SOLVERS), ("grid", GRIDS)):
+        if getattr(sampling, field) not in table:
+            raise unknown(f"sampling.{field}", getattr(sampling, field), table)
+
+
+@torch.no_grad()
+def generate(
+    model: TransDiff,
+    labels: Tensor,
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    contexts: ContextFn = ContextStream,
+    unconditional_contexts: Callable[[], Contexts] | None = None,
+) -> Tensor:
+    """Latents [B, R, c, h, w]: for each of ``labels`` [B] the R successive images of its row (arXiv 2506.09482, section 3.3).
+
+    Image r is decoded from the class and images 0 .. r-1, clean. All numbers of a row come from its own seed, so it does not
+    depend on the rest of the batch. ``contexts`` replaces the model's encoder (see ``models.fusion``), ``unconditional_contexts``
+    what the model makes of the null class.
+    """
+    config = model.config
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    draw = PerImageNormal(seeds, labels.device)
+    noise = draw(*shape)
+    images = noise.new_zeros(len(labels), 0, *shape)
+    conditional = Remembered(model, contexts(model, labels))
+    unconditional = Remembered(model, (unconditional_contexts or null_contexts(model))())
+    for r in range(config.num_references):
+        if r > 0 and not sampling.reuse_noise:
+            noise = draw(*shape)
+        scale = sampling.reference_guidance[r] if sampling.reference_guidance else sampling.guidance_scale
+        memory = conditional.after(images)
+        velocity = velocity_of(model, memory)
+        if scale > 1:
+            low, high = sampling.guidance_interval
+            velocity = guide(velocity, pair_of(model, memory, unconditional.after(images)), scale, (low, high))
+        steps = sampling.reference_steps[r] if sampling.reference_steps else sampling.num_steps
+        image = solve(velocity, noise, replace(sampling, num_steps=steps), lambda: draw(*shape))
+        images = torch.cat([images, image[:, None]], dim=1)
+    return images
+
+
+class Remembered:
+    """The decoder's memory of a context that grows: keys and values of its earlier tokens are kept."""
+
+    def __init__(self, model: TransDiff, contexts: Contexts) -> None:
+        self.model, self.contexts = model, contexts
+        self.memory: Memory | None = None
+
+    def after(self, images: Tensor) -> Memory:
+        """The memory of the image after ``images`` [B, r, c, h, w]; to be asked for with a growing r."""
+        new = self.model.memory(self.contexts.advance(images))
+        self.memory = new if self.memory is None else self.memory.join(new)
+        return self.memory
+
+
+def velocity_of(model: TransDiff, memory: Memory) -> Velocity:
+    """The model's velocity at a time that all rows share, in the precision of the state."""
+
+    def velocity(x_t: Tensor, t: float) -> Tensor:
+        return model.velocity(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), memory).to(x_t.dtype)
+
+    return velocity
+
+
+def pair_of(model: TransDiff, conditional: Memory, unconditional: Memory) -> Pair:
+    """The velocities of both memories, in one pass of the decoder."""
+    velocity = velocity_of(model, conditional.beside(unconditional))
+
+    def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        c, u = velocity(torch.cat([x_t, x_t]), t).chunk(2)
+        return c, u
+
+    return pair
+
+
+class Generator:
+    """A trained model ready to draw images: ``load_generator("runs/x").images(labels, seeds)``."""
+
+    def __init__(
+        self,
+        model: TransDiff,
+        autoencoder: Autoencoder,
+        run: RunConfig,
+        class_names: Sequence[str],
+        checkpoint: str = "",
+        fingerprint: str = "",
+        weights: str = "in memory",
+    ) -> None:
+        self.accelerations: list[Callable[[TransDiff], None]] = []
+        self.model = model
+        self.autoencoder = autoencoder
+        self.run = run
+        self.class_names = list(class_names)
+        self.checkpoint = checkpoint
+        self.fingerprint = fingerprint
+        self.weights = weights  # which the model has: "last", or "ema" and the decay
+
+    @property
+    def model(self) -> TransDiff:
+        """The model in float32."""
+        return self._model
+
+    @model.setter
+    def model(self, model: TransDiff) -> None:
+        self._model = model
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was made of the model's weights."""
+        self.rounded: TransDiff | None = None  # the same with bfloat16 weights, once it is needed
+        self.null_contexts: dict[str, Callable[[], Contexts]] = {}  # of the null class, by precision
+        self.made_of = versions(self.model)
+
+    def network(self, precision: str) -> TransDiff:
+        """The model that computes in a precision (see ``SamplingConfig``)."""
+        if precision == "fp32":
+            return self.model
+        if self.rounded is None:
+            self.rounded = TransDiff(self.model.config).to(self.device).eval().requires_grad_(False)
+            self.rounded.load_state_dict(self.model.state_dict())
+            round_linear(self.rounded)
+            for accelerate in self.accelerations:
+                accelerate(self.rounded)
+        return self.rounded
+
+    def compile(self) -> Generator:
+        """Run the decoder's blocks and the autoencoder through torch.compile; where it does not work, a log says so."""
+        self.autoencoder.compile_parts()
+        return self.accelerate(lambda model: compile_blocks(model.decoder.blocks))
+
+    def replay(self) -> Generator:
+        """Run the decoder as CUDA graphs; raises ``ValueError`` without a GPU. Call it last."""
+        require(self.device.type == "cuda", "CUDA graphs", str(self.device), "a GPU")
+        return self.accelerate(replay_decoder)
+
+    def accelerate(self, how: Callable[[TransDiff], None]) -> Generator:
+        """Apply ``how`` to the model in every precision."""
+        self.accelerations.append(how)
+        how(self.model)
+        self.forget()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> Generator:
+        self.model.to(device)
+        self.forget()
+        self.autoencoder.to(device)
+        return self
+
+    def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
+        """``labels`` as a tensor on the model's device; raises ``ValueError`` for a class that the model does not have."""
+        tensor = torch.as_tensor(labels, device=self.device)
+        for label in tensor.flatten().tolist():
+            require(0 <= label < self.run.model.num_classes, "classes", label, f"0 to {self.run.model.num_classes - 1}")
+        return tensor
+
+    @torch.no_grad()
+    def images(
+        self,
+        labels: Sequence[int] | Tensor,
+        seeds: Sequence[int],
+        sampling: SamplingConfig | None = None,
+        contexts: ContextFn = ContextStream,
+    ) -> Tensor:
+        """Images [B, R, C, H, W] in [-1, 1], the R successive images of each label's row; the last is the final one."""
+        sampling = sampling or self.run.sampling
+        check_sampling(sampling)
+        labels = self.check_labels(labels)
+        require(len(seeds) == len(labels), "seeds", len(seeds), f"one for each of the {len(labels)} labels")
+        latents = self.latents(labels, seeds, sampling, contexts)
+        images = self.autoencoder.decode(rearrange(latents, "b r c h w -> (b r) c h w"))
+        return rearrange(images, "(b r) c h w -> b r c h w", b=len(labels))
+
+    def latents(
+        self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: ContextFn = ContextStream
+    ) -> Tensor:
+        """``generate`` in the precision of ``sampling``."""
+        if versions(self.model) != self.made_of:
+            self.forget()
+        precision = sampling.precision
+        network = self.network(precision)
+        null = self.null_contexts.setdefault(precision, null_contexts(network))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+            return generate(network, labels, sampling, seeds, contexts, null)
+
+    @torch.no_grad()
+    def features(self, labels: Sequence[int] | Tensor, sampling: SamplingConfig | None = None) -> Tensor:
+        """Semantic features [B, R L, D] of the labels' rows, before the position embedding.
+
+        For R > 1 they follow from the class and R - 1 references, which are drawn first, with one seed a class.
+        """
+        labels = self.check_labels(labels)
+        classes, references = self.model.encoder.class_vectors(labels), None
+        if self.run.model.num_references > 1:
+            seeds = [mix("features", label) for label in labels.tolist()]
+            references = self.latents(labels, seeds, sampling or self.run.sampling)[:, :-1]
+        return self.model.encoder.features(classes, references)
+
+
+def versions(model: TransDiff) -> list[tuple[int, int]]:
+    """Where each weight lies, and how often it was changed there."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+
+
+def load_generator(
+    checkpoint: str | Path, device: torch.device | str = "cpu", *, compile: bool = False, cuda_graphs: bool = False
+) -> Generator:
+    """The trained model of a run folder or export folder, with its autoencoder, on ``device``.
+
+    ``compile`` and ``cuda_graphs`` change its speed (see ``Generator``), and its numbers by rounding. Raises ``ValueError``
+    for files that are damaged or do not belong together.
+    """
+    export = read_export(checkpoint)
+    model = TransDiff(export.run.model).eval().requires_grad_(False)
+    try:
+        check_layout(export.state, {key: tuple(value.shape) for key, value in model.state_dict().items()})
+    except ValueError as error:
+        raise ValueError(f"{export.folder}: model.safetensors does not belong to config.yaml: {error}") from error
+    model.load_state_dict(export.state)
+    settings = export.run.autoencoder
+    autoencoder = load_autoencoder(settings.kind, settings.path, export.run.data.image_channels)
+    trained_with = export.info["autoencoder"]
+    require(
+        autoencoder.fingerprint == trained_with,
+        "autoencoder.path",
+        settings.path,
+        f"the autoencoder {trained_with} of {checkpoint}",
+    )
+    names, weights = export.info["class_names"], export.info["weights"]
+    generator = Generator(model, autoencoder, export.run, names, str(checkpoint), export.fingerprint, weights).to(device)
+    if compile:
+        generator.compile()
+    return generator.replay() if cuda_graphs else generator

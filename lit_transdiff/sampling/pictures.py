@@ -1,0 +1,177 @@
+"""Labelled pictures of images: grids of samples, and several pictures beside each other.
+
+Shapes: N images, C channels (1 or 3), H W pixels. Images are in [-1, 1]. Needs no library but Pillow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from einops import rearrange, repeat
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lit_transdiff.config import require
+from lit_transdiff.data.pixels import to_bytes
+
+BACKGROUND, INK, FAINT = (255, 255, 255), (28, 30, 34), (110, 114, 122)
+SHOWN_PIXELS = 96  # width of an image in a grid, at least about
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def grid(
+    images: Tensor,
+    columns: int,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    scale: int | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """A picture of ``images`` [N, C, H, W] in rows of ``columns``, enlarged ``scale`` times without smoothing.
+
+    By default images below SHOWN_PIXELS are enlarged towards that size.
+
+    There is one row label a row and one column label a column, or none. The picture grows until every label fits.
+    """
+    rows = math.ceil(len(images) / columns) if columns > 0 else 0
+    scale = max(1, SHOWN_PIXELS // images.shape[-1]) if scale is None else scale
+    check_grid(images, rows, columns, scale, row_labels, column_labels)
+    tiles = repeat(to_bytes(images.detach().cpu()), "n c h w -> n (h y) (w x) c", y=scale, x=scale)
+    height, width = tiles.shape[1:3]
+    gap = max(2, min(height, width) // 24)
+    margin = 4 * gap + 6
+    small, large = font(min(20, max(13, height // 5))), font(min(26, max(17, height // 4)))
+
+    left = max((text_width(label, small) + 10 for label in row_labels or ()), default=0)
+    step_x = max([width + gap] + [text_width(label, small) + 12 for label in column_labels or ()])
+    step_y = max(height + gap, line_height(small) if row_labels else 0)
+    lines = wrap(title, large, max(left + columns * step_x - gap, 360)) if title else []
+    top = len(lines) * line_height(large) + (10 if lines else 0)
+    header = line_height(small) + 4 if column_labels else 0
+    inner = max([left + columns * step_x - gap] + [text_width(line, large) for line in lines])
+
+    canvas = Image.new("RGB", (inner + 2 * margin, top + header + rows * step_y - gap + 2 * margin), BACKGROUND)
+    pen = ImageDraw.Draw(canvas)
+    for i, line in enumerate(lines):
+        pen.text((margin, margin + i * line_height(large)), line, INK, font=large)
+    x_0, y_0 = margin + left, margin + top + header
+    for i, label in enumerate(column_labels or ()):
+        pen.text((x_0 + i * step_x + (step_x - gap) // 2, y_0 - 6), label, FAINT, font=small, anchor="mb")
+    for i, label in enumerate(row_labels or ()):
+        pen.text((x_0 - 10, y_0 + i * step_y + (step_y - gap) // 2), label, FAINT, font=small, anchor="rm")
+    for i, tile in enumerate(tiles):
+        row, column = divmod(i, columns)
+        corner = (x_0 + column * step_x + (step_x - gap - width) // 2, y_0 + row * step_y + (step_y - gap - height) // 2)
+        canvas.paste(picture(tile), corner)
+    return canvas
+
+
+def check_grid(
+    images: Tensor, rows: int, columns: int, scale: int, row_labels: Sequence[str] | None, column_labels: Sequence[str] | None
+) -> None:
+    """Refuse what cannot be laid out."""
+    shape = tuple(images.shape)
+    require(len(shape) == 4 and shape[0] > 0 and shape[1] in (1, 3), "images", shape, "[N, C, H, W] with N above 0 and C 1 or 3")
+    require(columns >= 1 and scale >= 1, "columns and scale", (columns, scale), "integers of at least 1")
+    require(row_labels is None or len(row_labels) == rows, "row_labels", row_labels, f"{rows} labels")
+    require(column_labels is None or len(column_labels) == columns, "column_labels", column_labels, f"{columns} labels")
+
+
+def beside(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3, max_width: int = 900) -> Image.Image:
+    """Pictures in rows of ``columns``, each under its caption (lines separated by newlines; the first is in large type).
+
+    Pictures wider than ``max_width`` pixels are made smaller; captions are wrapped to the width of their column.
+    """
+    count = len(pictures)
+    require(count > 0 and count == len(captions), "captions", len(captions), f"one for each of {count} pictures, at least one")
+    margin, columns = 24, min(columns, count)
+    shown = [narrowed(p.convert("RGB"), max_width) for p in pictures]
+    texts = [caption_lines(caption, max(320, *(p.width for p in shown))) for caption in captions]
+    width = max([p.width for p in shown] + [text_width(words, face) for text in texts for words, face in text])
+
+    rows = [range(i, min(i + columns, count)) for i in range(0, count, columns)]
+    heads = [max(sum(line_height(face) for _, face in texts[i]) for i in row) + 8 for row in rows]
+    bodies = [max(shown[i].height for i in row) for row in rows]
+    size = (columns * (width + margin) + margin, sum(heads) + sum(bodies) + margin * (len(rows) + 1))
+    canvas = Image.new("RGB", size, BACKGROUND)
+    pen = ImageDraw.Draw(canvas)
+    top = margin
+    for row, head, body in zip(rows, heads, bodies, strict=True):
+        for column, i in enumerate(row):
+            x, y = margin + column * (width + margin), top
+            for n, (words, face) in enumerate(texts[i]):
+                pen.text((x, y), words, FAINT if n else INK, font=face)
+                y += line_height(face)
+            canvas.paste(shown[i], (x, top + head))
+        top += head + body + margin
+    return canvas
+
+
+def narrowed(picture: Image.Image, max_width: int) -> Image.Image:
+    """``picture``, made smaller when it is wider than ``max_width``."""
+    if picture.width <= max_width:
+        return picture
+    return picture.resize((max_width, round(picture.height * max_width / picture.width)), Image.Resampling.LANCZOS)
+
+
+def caption_lines(caption: str, width: int) -> list[tuple[str, Font]]:
+    """A caption's lines, wrapped, each with its font."""
+    head, *rest = caption.split("\n")
+    small = font(20)
+    return [(words, font(28)) for words in wrap(head, font(28), width)] + [
+        (w, small) for line in rest for w in wrap(line, small, width)
+    ]
+
+
+def picture(tile: Tensor) -> Image.Image:
+    """One image [H, W, C] of uint8 as an RGB picture."""
+    return plain(tile).convert("RGB")
+
+
+def plain(tile: Tensor) -> Image.Image:
+    """One image [H, W, C] of uint8 as a picture, grey when C = 1."""
+    return Image.fromarray((rearrange(tile, "h w 1 -> h w") if tile.shape[2] == 1 else tile).numpy())
+
+
+def save_png(pixels: Tensor, path: Path) -> None:
+    """One image [C, H, W] of uint8 as a PNG file, grey when C = 1."""
+    plain(rearrange(pixels, "c h w -> h w c")).save(path)
+
+
+def font(size: int) -> Font:
+    """Pillow's own font at ``size`` pixels."""
+    return ImageFont.load_default(size)
+
+
+def text_width(text: str, face: Font) -> int:
+    return math.ceil(face.getlength(text))
+
+
+def line_height(face: Font) -> int:
+    return math.ceil(1.35 * face.getbbox("Ag|")[3])
+
+
+def wrap(text: str, face: Font, width: int) -> list[str]:
+    """``text`` in lines of at most ``width`` pixels; a longer word stays whole."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and text_width(f"{lines[-1]} {word}", face) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def opener(file: Path) -> Callable[[], Image.Image]:
+    """What reads a picture when it is wanted; it raises ``ValueError`` naming the file where that is no whole picture."""
+
+    def load() -> Image.Image:
+        try:
+            with Image.open(file) as picture:
+                return picture.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{file} is not a whole picture ({error}).") from error
+
+    return load

@@ -1,0 +1,137 @@
+"""Runs from run folders: what ``train``, ``evaluate`` and sweeps leave, without W&B.
+
+A file that is damaged is left out with a warning that names it; the rest of its run, and the other runs, are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lit_transdiff.evaluation.scores import FOLDER
+from lit_transdiff.sampling.pictures import opener
+from lit_transdiff.study.records import Evaluation, Pictures, Run
+from lit_transdiff.tracking.metrics_file import devices_of_starts, last_values, read_json, read_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIGNS = ("metrics.csv", "environment.json", FOLDER)  # a folder with config.yaml and one of these is a run's
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is seven times as fast
+log = logging.getLogger(__name__)
+
+
+def is_run_folder(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and any((folder / sign).exists() for sign in SIGNS)
+
+
+def run_folders(root: Path, seen: set[Path] | None = None) -> Iterator[Path]:
+    """Run folders at and below ``root``, each once whatever links lead to it, in the order of paths, links last.
+
+    Inside of a run none is looked for.
+    """
+    seen = set() if seen is None else seen
+    if root.resolve() in seen:
+        return
+    seen.add(root.resolve())
+    if is_run_folder(root):
+        yield root
+        return
+    below = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: (path.is_symlink(), path))
+    for folder in below:
+        if not root.resolve().is_relative_to(folder.resolve()):  # a link upwards leads out of ``root``
+            yield from run_folders(folder, seen)
+
+
+def read_folder(folder: Path) -> Run:
+    """The run of a run folder; its metrics are read when they are asked for.
+
+    Raises ``ValueError`` when ``config.yaml`` is not that of a run.
+    """
+    try:
+        config = yaml.load((folder / "config.yaml").read_text(), Loader)  # plain settings, as the run's start has written them
+        name, stage, _ = config["name"], config["stage"], config["training"]["max_steps"]
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder / 'config.yaml'} is not the configuration of a run ({error!r}).") from error
+    tracking = config.get("tracking") or {}
+    rows = cache(partial(read_rows, folder / "metrics.csv"))
+    id_file = folder / "wandb" / "run_id"
+    return Run(
+        id=id_file.read_text() if id_file.is_file() else str(folder),
+        name=name,
+        stage=stage,
+        group=tracking.get("group") or "",
+        tags=list(tracking.get("tags") or []),
+        state=state_of(folder, config),
+        config=config,
+        where=str(folder),
+        read_summary=cache(lambda: last_values(rows())),
+        read_history=cache(lambda: as_history(rows(), devices_of_starts(folder))),
+        read_step=lambda: int(rows()["step"].max()) if len(rows()) else None,
+        evaluations=evaluations_in(folder / FOLDER),
+        open_pictures=partial(pictures_of, folder),
+    )
+
+
+def state_of(folder: Path, config: dict[str, Any]) -> str:
+    """finished, when there is what the run is for; unfinished otherwise: a folder does not say whether a process runs."""
+    if config["stage"] == "evaluate":
+        return "finished" if any((folder / FOLDER).glob("*.json")) else "unfinished"
+    export = read_json(folder / "export" / "export.json") or {}
+    return "finished" if export.get("step", 0) >= config["training"]["max_steps"] else "unfinished"
+
+
+def as_history(rows: pd.DataFrame, devices: Sequence[int]) -> pd.DataFrame:
+    """Rows of ``metrics.csv`` as one row a step; ``devices`` are those of each start, whose seconds make the device-hours."""
+    since, start = rows["seconds"].diff(), rows["start"]
+    since = since.where((since >= 0) & (start.diff() == 0), rows["seconds"])  # a clock begins at zero
+    ranks = start.map(lambda k: devices[min(int(k), len(devices) - 1)]).astype(float)
+    rows = rows.assign(device_hours=(since * ranks).cumsum() / 3600).drop_duplicates(["step", "metric"], keep="last")
+    axes = rows.groupby("step")[["images_seen", "device_hours"]].last()
+    table = rows.pivot(index="step", columns="metric", values="value")
+    return axes.join(table).reset_index()
+
+
+def evaluations_in(folder: Path) -> list[Evaluation]:
+    """The results in ``evaluations``."""
+    found = ((file, read_json(file)) for file in sorted(folder.glob("*.json")))
+    return [read_evaluation(file, content) for file, content in found if is_result(file, content)]
+
+
+def is_result(file: Path, content: Any) -> bool:
+    """Whether a JSON file holds a result; when it holds something else, a warning says so."""
+    result = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("scores", "manifest"))
+    if content is not None and not result:
+        log.warning("%s is not a result of evaluate and is left out.", file)
+    return result
+
+
+def read_evaluation(file: Path, content: dict[str, Any]) -> Evaluation:
+    """One result, with the picture beside its file."""
+    picture = file.with_suffix(".png")
+    return Evaluation(content["scores"], content["manifest"], opener(picture) if picture.is_file() else None)
+
+
+def pictures_of(folder: Path) -> Pictures:
+    """``step-...`` through training; grids by the name of their folder (``final``, ``references``), others by their own."""
+    samples = folder / "samples"
+    steps = [file for file in sorted(samples.glob("*.png")) if not odd_name(file)]
+    others = sorted(samples.glob("*/*.png"))
+    names = {file.stem: file for file in steps} | {
+        file.parent.name if file.stem == "grid" else file.stem: file for file in others
+    }
+    return {name: opener(file) for name, file in names.items()}
+
+
+def odd_name(file: Path) -> bool:
+    """Whether a picture is named as if it were of a step, and is of none: a copy, such as ``step-00000006 (copy).png``."""
+    odd = file.stem.startswith("step-") and not re.fullmatch(r"step-\d+", file.stem)
+    if odd:
+        log.warning("%s names no step of training and is left out.", file)
+    return odd

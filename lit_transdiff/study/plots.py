@@ -1,0 +1,260 @@
+"""Figures of runs. Each function takes runs or tables and returns a labelled matplotlib figure; copy and change it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lit_transdiff.config import require
+from lit_transdiff.evaluation.scores import JUDGED_BY, judged_by
+from lit_transdiff.study.compare import MAX_IN_LABEL, Comparison, distinct, label, labels
+from lit_transdiff.study.records import AXES, Run
+from lit_transdiff.study.scored import higher_is_better, judge_of, metric_of, scores_of, title_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+__all__ = ["bars", "curves", "parallel_coordinates", "pareto", "response", "side_by_side", "spread"]
+AXIS_LABELS = {"step": "optimizer steps", "images_seen": "images seen", "device_hours": "device-hours (GPU-hours on GPUs)"}
+GREY = "#9aa0a8"
+MARKERS = "o^sDvP"  # of evaluations by one judge
+Point = tuple[float, float, str]  # cost, quality, where the run is
+MAX_LEGEND, BESIDE = 20, 8  # names in a legend; more than ``BESIDE`` stand beside the axes
+
+
+def label_of(metric: str) -> str:
+    """A score's title and which way is better; other metrics by their name."""
+    better = f" ({'higher' if higher_is_better(metric) else 'lower'} is better)" if metric_of(metric) else ""
+    return title_of(metric) + better
+
+
+def legend(axes: Axes | Figure, handles: Sequence[Any], names: Sequence[str], **where: Any) -> None:
+    """A legend of names as they are, with underscores and dollar signs; of more than ``MAX_LEGEND`` it says how many are left."""
+    from matplotlib.lines import Line2D
+
+    more = len(names) - MAX_LEGEND
+    if more > 0:
+        handles = [*handles[:MAX_LEGEND], Line2D([], [], linestyle="none")]
+        names = [*names[:MAX_LEGEND], f"and {more} more"]
+    place = where or (dict(loc="upper left", bbox_to_anchor=(1.01, 1)) if len(names) > BESIDE else {})
+    made = axes.legend(handles, [str(i) for i in range(len(names))], fontsize="small", frameon=False, **place)
+    for text, name in zip(made.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
+
+
+def curves(runs: Sequence[Run], metric: str, over: str = "images_seen", labels: Mapping[str, str] | None = None) -> Figure:
+    """One line a run: ``metric`` over step, images_seen or device_hours. ``labels``: names for the legend by ``run.where``."""
+    from matplotlib.figure import Figure
+
+    require(over in AXES, "over", over, ", ".join(AXES))
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    names = {**distinct(runs, {run.where: run.name for run in runs}), **(labels or {})}
+    drawn = []
+    for run in runs:
+        history = run.history([metric])
+        if metric in history:
+            drawn.append(names[run.where])
+            axes.plot(history[over], history[metric], marker="o" if len(history) < 30 else None, markersize=3)
+    require(len(axes.lines) > 0, "metric", metric, "a metric that one of the runs has logged")
+    figure.set_figheight(max(3.6, 0.22 * min(len(drawn), MAX_LEGEND + 1) + 0.4))
+    axes.set(xlabel=AXIS_LABELS[over], ylabel=label_of(metric))
+    legend(axes, axes.lines, drawn)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def spread(compared: Comparison, metric: str) -> Figure:
+    """Mean and spread over seeds of each setting, every averaged run as a dot; settings within noise of the best are filled."""
+    from matplotlib.figure import Figure
+
+    verdicts = compared.verdicts(metric)
+    figure = Figure(figsize=(6.4, 0.5 * len(verdicts) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    few = len(compared.settings) <= MAX_IN_LABEL
+    names = [label(row) for row in rows_of(compared)] if few else list(compared.groups["first run"])
+    for i, (verdict, mean, rows) in enumerate(zip(verdicts["verdict"], verdicts["mean"], compared.members, strict=True)):
+        axes.plot(compared.table[metric].iloc[rows], [i] * len(rows), "o", color=GREY, markersize=4)
+        if math.isfinite(mean):
+            filled = "full" if verdict in ("best", "within noise") else "none"
+            axes.plot(mean, i, "D", color="C0", fillstyle=filled, markersize=9)
+            axes.annotate(verdict, (mean, i), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8)
+        else:
+            axes.text(0.5, i, verdict, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel=label_of(metric), ylim=(-0.6, len(names) - 0.3))
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def rows_of(compared: Comparison) -> list[dict[str, Any]]:
+    """The settings of each group."""
+    keys = compared.settings or ["first run"]
+    return [dict(zip(keys, values, strict=True)) for values in compared.groups[keys].itertuples(index=False)]
+
+
+def short(name: str, between: str = ".") -> str:
+    """The last word of a dotted name."""
+    return name.split(between)[-1]
+
+
+def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float = 3.2) -> Figure:
+    """Pictures in a row or more, each under its name and ``width`` inches wide."""
+    from matplotlib.figure import Figure
+
+    require(len(pictures) > 0, "pictures", len(pictures), "at least one")
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    shapes = [picture.height / picture.width for picture in pictures.values()]
+    heights = [width * max(shapes[i * columns : (i + 1) * columns]) + 0.3 for i in range(rows)]
+    figure = Figure(figsize=(width * columns, sum(heights)), layout="constrained", dpi=60)
+    for axes in figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flat:
+        axes.set_axis_off()
+    for axes, (name, picture) in zip(figure.axes, pictures.items(), strict=False):
+        axes.imshow(picture)
+        axes.set_title(name, fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: str) -> Figure:
+    """One line a run through its settings to its ``metric``; the better, the darker. Words and lists are spaced evenly."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    scored, left_out = judged_alike(runs, metric)
+    scored.sort(key=lambda pair: pair[1], reverse=not higher_is_better(metric))  # the best is drawn last
+    places = [positions([run.settings.get(name) for run, _ in scored]) for name in settings]
+    places.append(positions([value for _, value in scored]))
+    figure = Figure(figsize=(1.9 * len(places) + 0.8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for i in range(len(scored)):
+        tone = colormaps["viridis_r"](i / max(1, len(scored) - 1))
+        axes.plot(range(len(places)), [place[0][i] for place in places], color=tone, alpha=0.85, linewidth=1.6)
+    for x, (_, marks) in enumerate(places):
+        axes.axvline(x, color=GREY, linewidth=0.8)
+        for text, height in marks.items():
+            axes.text(x + 0.03, height, text, fontsize=8, va="center")
+    axes.set_xticks(range(len(places)), [*map(short, settings), label_of(metric).split(" (")[0]])
+    axes.set(yticks=[], ylim=(-0.06, 1.06), ylabel="low to high", xlim=(-0.2, len(places) - 0.6))
+    axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
+    axes.set_title("; ".join(filter(None, ["the darker, the better", left_out])), fontsize=9)
+    return figure
+
+
+def positions(values: Sequence[Any]) -> tuple[list[float], dict[str, float]]:
+    """Heights in [0, 1] of values and the marks of their axis: numbers by size (by logarithm over two decades), others evenly."""
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    if numeric:
+        low, high = min(values), max(values)
+        bend = math.log if low > 0 and high / low > 99 else float
+        span = bend(high) - bend(low)
+        heights = [(bend(value) - bend(low)) / span if span else 0.5 for value in values]
+        ends = {f"{low:.3g}": 0.0, f"{high:.3g}": 1.0} if span else {f"{low:.3g}": 0.5}
+        return heights, ends
+    kinds = sorted({str(value) for value in values})
+    marks = {kind: i / max(1, len(kinds) - 1) for i, kind in enumerate(kinds)}
+    return [marks[str(value)] for value in values], marks
+
+
+def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: str = "decoder_evaluations_per_image") -> Figure:
+    """Quality against the cost of an image; the legend names the runs that nothing beats in both, among those judged alike.
+
+    ``cost`` is a number of the manifest.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    name = short(quality, "/")
+    scored = [(e, run) for run in runs for e in run.evaluations if name in e.scores and cost in e.manifest]
+    by_judge: dict[tuple[Any, ...], list[Point]] = {}
+    for e, run in scored:
+        if math.isfinite(e.value(name)):
+            by_judge.setdefault(judged_by(e.manifest), []).append((e.manifest[cost], e.value(name), run.where))
+    require(len(by_judge) > 0, "runs", len(scored), f"runs with evaluations that say {quality} and {cost}")
+    told, names = labels(runs), []
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    for k, (judge, points) in enumerate(by_judge.items()):
+        best, number = front(points, higher_is_better(quality)), len(axes.lines)
+        among = f" of {judge[JUDGED_BY.index('num_images')]} images by {judge[0]}" if len(by_judge) > 1 else ""
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], MARKERS[k % len(MARKERS)], color=GREY)
+        axes.step([x for x, _, _ in best], [y for _, y, _ in best], "-", where="post", color=f"C{k}")
+        for i, (x, y, _) in enumerate(best):
+            axes.plot(x, y, MARKERS[k % len(MARKERS)], color=f"C{i + number}")
+        names += [f"evaluations{among}", f"Pareto front{among}", *(told[where] for _, _, where in best)]
+    axes.set(xlabel=cost.replace("_", " "), ylabel=label_of(quality), xscale="log")
+    costs = sorted({x for points in by_judge.values() for x, _, _ in points})
+    axes.set_xticks([x for i, x in enumerate(costs) if i == 0 or x / costs[i - 1] > 1.15])
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    figure.set_size_inches(6.4, 3.8 + 0.2 * min(len(names) - 2, MAX_LEGEND))
+    legend(figure, axes.lines, names, loc="outside lower center")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def front(points: Sequence[Point], higher: bool) -> list[Point]:
+    """Points (cost, quality, run) that none beats in both, by cost."""
+    sign = -1 if higher else 1
+    found, best = [], math.inf
+    for x, y, where in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if sign * y < best:
+            best = sign * y
+            found.append((x, y, where))
+    return found
+
+
+def judged_alike(runs: Sequence[Run], metric: str) -> tuple[list[tuple[Run, float]], str]:
+    """The runs whose ``metric`` is a number, with it, of the judge that most share; and how many that leaves out, in words."""
+    found: dict[tuple[Any, ...], list[tuple[Run, float]]] = {}
+    for run in runs:
+        if math.isfinite(value := scores_of(run).get(metric, math.nan)):
+            found.setdefault(judge_of(run, metric), []).append((run, value))
+    require(len(found) > 0, "metric", metric, "a metric that is a number in one of the runs")
+    most = max(found.values(), key=len)
+    others = sum(map(len, found.values())) - len(most)
+    return most, f"{others} runs judged otherwise are left out" if others else ""
+
+
+def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = None) -> Figure:
+    """``metric`` over one setting, a line for each value of the setting ``by``; repeats are joined by their mean."""
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    scored, left_out = judged_alike(runs, metric)
+    rows = [(run.settings.get(setting), str(run.settings.get(by)) if by else "", value) for run, value in scored]
+    table = pd.DataFrame(rows, columns=["x", "by", "y"])
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    if not all(isinstance(x, int | float) for x in table["x"]):
+        table["x"] = table["x"].astype(str)
+    for i, (name, part) in enumerate(table.groupby("by")):
+        mean = part.groupby("x")["y"].mean()
+        axes.plot(part["x"], part["y"], "o", color=f"C{i}", alpha=0.4, markersize=4)
+        axes.plot(mean.index, mean.values, "-", color=f"C{i}", label=f"{short(by)} {name}" if by else None)
+    numbers = [x for x in table["x"] if isinstance(x, int | float)]
+    if len(numbers) == len(table) and min(numbers) > 0 and max(numbers) / min(numbers) > 20:
+        axes.set_xscale("log")
+    axes.set(xlabel=setting, ylabel=label_of(metric))
+    axes.set_title(left_out, fontsize=9)
+    if by:
+        axes.legend(fontsize="small", frameon=False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def bars(values: Mapping[str, float], label: str, names: str = "") -> Figure:
+    """Named numbers as bars, with their values written on them; ``names`` says what the names are."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(3.2, 1.3 * len(values)), 3.2), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.bar(list(values), list(values.values()), color="C0", width=0.6)
+    axes.bar_label(drawn, fmt="%.3g")
+    axes.set(xlabel=names, ylabel=label)
+    axes.margins(y=0.15)
+    return figure

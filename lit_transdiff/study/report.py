@@ -1,0 +1,130 @@
+"""``lit-transdiff report``: one HTML file with everything about some runs, for people who would rather look.
+
+The page holds its data, its pictures and its script: it needs no server and no network, and can be sent as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lit_transdiff.base.files import replace_file
+from lit_transdiff.config import require
+from lit_transdiff.sampling.pictures import narrowed
+from lit_transdiff.study.compare import differing
+from lit_transdiff.study.records import AXES, Evaluation, Run, opened
+from lit_transdiff.study.scored import default_metrics, higher_is_better, judge_in_words, judge_of, scores_of, title_of
+
+TEMPLATE = Path(__file__).with_name("report.html")
+MAX_POINTS = 500  # of a curve; longer ones are thinned evenly
+MAX_GRIDS = 12  # of a run, evenly over training
+MAX_PIXELS = 520  # width of a picture
+
+
+def write_report(runs: Sequence[Run], file: Path, title: str = "Runs") -> Path:
+    """Write the page of ``runs`` to ``file``."""
+    require(len(runs) > 0, "runs", len(runs), "at least one")
+    data = json.dumps(page_data(runs), allow_nan=False).replace("<", "\\u003c")  # no word of a run can end or open a script
+    page = TEMPLATE.read_text().replace("{{title}}", html.escape(title)).replace("{{data}}", data)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, page.encode())
+    return file
+
+
+def report_file(where: str) -> Path:
+    """Where the page of the runs at ``where`` goes: into a folder, beside a file, and for a project at W&B here, by its name."""
+    path = Path(where)
+    if path.is_dir():
+        return path / "report.html"
+    return path.with_suffix(".html") if path.is_file() else Path(where.replace("/", "-") + ".html")
+
+
+def page_data(runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything that the page shows, in plain lists and dictionaries."""
+    scores = default_metrics(runs)
+    return {
+        "runs": [run_data(run, scores) for run in runs],
+        "differing": [name for name in differing(runs) if name != "stage"],  # which has a column already
+        "scores": [{"key": key, "title": title_of(key), "higher": higher_is_better(key)} for key in scores],
+        "metrics": sorted({str(column) for run in runs for column in run.history() if column not in AXES}),
+    }
+
+
+def run_data(run: Run, scores: Sequence[str]) -> dict[str, Any]:
+    """One run."""
+    found = scores_of(run)
+    return {
+        "name": run.name,
+        "stage": run.stage,
+        "group": run.group,
+        "state": "diverged" if run.diverged else run.state,
+        "where": run.where,
+        "settings": {name: plain(value) for name, value in run.settings.items()},
+        "scores": {key: plain(found[key]) for key in scores if key in found},
+        "judges": {key: repr(judge_of(run, key)) for key in scores if key in found},
+        "judge": judge_in_words(run),
+        "curves": curves(run),
+        "samples": [{"step": step, "picture": embedded(picture)} for step, picture in evenly(list(run.samples().items()))],
+        "pictures": [{"name": name, "picture": embedded(picture)} for name, picture in run.pictures().items()],
+        "evaluations": [evaluation_data(run, evaluation) for evaluation in run.evaluations],
+    }
+
+
+def curves(run: Run) -> dict[str, dict[str, list[Any]]]:
+    """For each metric the axes and values of the steps that have one."""
+    history, found = run.history(), {}
+    for column in [column for column in history if column not in AXES]:
+        rows = history[[*AXES, column]].dropna()
+        rows = rows.iloc[:: max(1, math.ceil(len(rows) / MAX_POINTS))]
+        axes = {axis: [plain(value) for value in rows[axis]] for axis in AXES}
+        found[str(column)] = axes | {"value": [plain(value) for value in rows[column]]}
+    return found
+
+
+def evaluation_data(run: Run, evaluation: Evaluation) -> dict[str, Any]:
+    """Scores with their spread, the manifest, the picture, and whether it is the one in the table of runs."""
+    scores = []
+    for name, score in evaluation.scores.items():
+        key, std = f"eval/{name}", score["std"] if isinstance(score, dict) else None
+        about = {"title": title_of(key), "higher": higher_is_better(key)}
+        scores.append(about | {"value": plain(evaluation.value(name)), "std": plain(std)})
+    picture = opened({"picture": evaluation.open_picture} if evaluation.open_picture else {}).get("picture")
+    return {
+        "scores": scores,
+        "manifest": plain(evaluation.manifest),
+        "picture": embedded(picture) if picture else None,
+        "shown": evaluation is run.evaluation,
+    }
+
+
+def evenly(items: list[Any]) -> list[Any]:
+    """At most MAX_GRIDS of the items, the first and the last among them."""
+    if len(items) <= MAX_GRIDS:
+        return items
+    return [items[round(i * (len(items) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
+
+
+def embedded(picture: Image.Image) -> str:
+    """A picture as a data URI."""
+    buffer = io.BytesIO()
+    narrowed(picture, MAX_PIXELS).save(buffer, format="WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON holds; numbers that are not finite become nothing."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return (value if isinstance(value, int) else float(value)) if math.isfinite(value) else None

@@ -1,0 +1,101 @@
+"""One call for runs, wherever they are: ``runs("runs/fashion")``, ``runs("entity/project", {"group": "lr"})``."""
+
+from __future__ import annotations
+
+import io
+import logging
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lit_transdiff.config import require
+from lit_transdiff.config.paths import local_path
+from lit_transdiff.evaluation.scores import FOLDER
+from lit_transdiff.sampling.pictures import narrowed, opener
+from lit_transdiff.study.folders import read_folder, run_folders
+from lit_transdiff.study.records import Run, check_filters, fits, opened
+from lit_transdiff.study.wandb_logs import log_files, read_log, read_server
+
+KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run folder, in an archive
+RESULTS, PICTURES = (f"{FOLDER}/*.json",), (f"{FOLDER}/*.png", "samples/*.png", "samples/*/*.png")
+SHRUNK, COLOURS = 320, 32  # width and number of colours of a picture in an archive
+log = logging.getLogger(__name__)
+
+
+def runs(where: str | Path, filters: Mapping[str, Any] | None = None) -> list[Run]:
+    """All runs at ``where`` that fit ``filters`` (see ``records.fits``), in the order of their names.
+
+    ``where`` is a folder of run folders, one run folder, an archive of them (``.zip``), a folder of offline W&B runs or one
+    ``.wandb`` file; or ``entity/project`` at W&B. Raises ``FileNotFoundError`` when it is neither.
+    """
+    check_filters(filters or {})
+    path = local_path(where)
+    if path is None:
+        found = read_server(str(where), filters or {})
+    else:
+        found = read_local(unpacked(path.resolve(), path.stat().st_mtime) if path.suffix == ".zip" else path)
+    return sorted((run for run in found if fits(run, filters or {})), key=lambda run: (run.group, run.name))
+
+
+def of_group(found: Sequence[Run], *groups: str) -> list[Run]:
+    """The runs of these groups (experiments or sweeps); all of them, where none is."""
+    return [run for run in found if run.group in groups] or list(found)
+
+
+def read_local(path: Path) -> list[Run]:
+    """Run folders at and below a path; where there are none, W&B's logs."""
+    folders = list(run_folders(path)) if path.is_dir() else []
+    found = readable(read_folder, folders) if folders else readable(read_log, log_files(path))
+    if not found:
+        raise FileNotFoundError(f"{path} holds no run (config.yaml with metrics.csv or {FOLDER}/, or run-*.wandb).")
+    return found
+
+
+def readable(read: Callable[[Any], Run], places: Sequence[Any]) -> list[Run]:
+    """The runs at ``places``; a warning says which cannot be read."""
+    found = []
+    for place in places:
+        try:
+            found.append(read(place))
+        except ValueError as error:
+            log.warning("%s Left out.", error)
+    return found
+
+
+@cache
+def unpacked(file: Path, changed: float) -> Path:
+    """An archive's content in a temporary folder, unpacked once a process and version."""
+    folder = Path(tempfile.mkdtemp(prefix="lit-transdiff-runs-"))
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path], bool] = lambda run: True) -> Path:
+    """Write what ``runs`` reads of the run folders below ``folder`` into one small ``.zip``: no weights, no checkpoints.
+
+    Pictures are made smaller, and kept of the run folders for which ``pictures_of`` is true.
+    """
+    folder, file = Path(folder), Path(file)
+    require(file.suffix == ".zip", "file", str(file), "a name ending in .zip")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for run in run_folders(folder):
+            for part in [run / name for name in KEPT] + [f for pattern in RESULTS for f in sorted(run.glob(pattern))]:
+                if part.is_file():
+                    packed.write(part, part.relative_to(folder))
+            pictures = {str(f): f for pattern in PICTURES for f in sorted(run.glob(pattern))} if pictures_of(run) else {}
+            for name, picture in opened({name: opener(file) for name, file in pictures.items()}).items():
+                packed.writestr(str(pictures[name].relative_to(folder)), shrunk(picture))
+    return file
+
+
+def shrunk(picture: Image.Image) -> bytes:
+    """A picture as a small PNG."""
+    buffer = io.BytesIO()
+    narrowed(picture, SHRUNK).quantize(COLOURS).save(buffer, format="png", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,205 @@
+"""Runs from W&B: the logs that offline runs leave (``run-*.wandb``), and the server through its public API."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_transdiff.sampling.pictures import opener
+from lit_transdiff.study.records import AXES, Evaluation, Pictures, Run, number
+from lit_transdiff.tracking.wandb_run import DEVICES, IMAGES, STEP
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROW_DEVICES = "_devices"  # beside what a row of an offline log says: those of the start that wrote it
+HIDDEN = ("_wandb", "manifest", DEVICES)  # keys of a run's configuration that are no settings
+PICTURES = {"eval/samples": "final", "samples/references": "references"}  # besides the grids through training
+AT_SERVER = {"group": "group", "state": "state", "name": "display_name", "stage": "jobType"}  # filters that W&B itself applies
+
+
+def log_files(root: Path) -> list[list[Path]]:
+    """The ``.wandb`` files at and below ``root``, those of one run (it may have been restarted) together, in order of time."""
+    files = [root] if root.is_file() else sorted(root.rglob("run-*.wandb"), key=lambda f: f.parent.name.removeprefix("offline-"))
+    by_run: dict[tuple[Path, str], list[Path]] = {}
+    for file in files:
+        by_run.setdefault((file.parent.parent, file.stem), []).append(file)
+    return list(by_run.values())
+
+
+def records(file: Path) -> Iterable[dict[str, Any]]:
+    """What a ``.wandb`` file holds, through W&B's own reader; raises ``ValueError`` for a file that it cannot read."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise ValueError(f"{file}: {done.stderr.decode().strip() or 'wandb cannot read it'}")
+    return (json.loads(line) for line in done.stdout.splitlines())
+
+
+def with_media(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the log with its media (spread over ``KEY._type``, ``KEY.path``, ...) as one dictionary a key."""
+    for key in [key.removesuffix("._type") for key in row if key.endswith("._type")]:
+        parts = {name: row[name] for name in row if name.startswith(f"{key}.")}
+        row = {name: value for name, value in row.items() if name not in parts}
+        row[key] = {name.removeprefix(f"{key}."): value for name, value in parts.items()}
+    return row
+
+
+def read_log(files: list[Path]) -> Run:
+    """One run from its log files."""
+    run: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    state = "unfinished"
+    for file in files:
+        state = "unfinished"
+        for record in records(file):
+            kind = record["type"]
+            if kind == "run":
+                run |= {key: value for key, value in record["run"].items() if value}
+                config |= record["run"].get("config", {}).get("update", {})
+            elif kind == "config":
+                config |= record["config"].get("update", {})
+            elif kind == "history":
+                rows.append(with_media(record["history"]["item"]) | {ROW_DEVICES: devices_of(config)})
+            elif kind == "exit":
+                state = "failed" if record["exit"].get("exit_code") else "finished"
+    joined = by_step(rows)
+    folder = files[-1].parent
+    pictures = {name: opener(folder / "files" / path) for name, path in picture_paths(rows).items()}
+    summary = last_values(joined)
+    return Run(
+        id=run.get("run_id", folder.name),
+        name=run.get("display_name") or run.get("run_id", ""),
+        stage=run.get("job_type", ""),
+        group=run.get("run_group", ""),
+        tags=list(run.get("tags", [])),
+        state=state,
+        config=settings_of(config),
+        where=str(folder),
+        read_summary=lambda: summary,
+        read_history=lambda: as_history(joined),
+        read_step=lambda: max(joined, default=None),
+        evaluations=evaluations_of(config, summary),
+        open_pictures=lambda: pictures,
+    )
+
+
+def read_server(project: str, filters: Mapping[str, Any]) -> list[Run]:
+    """The runs of ``entity/project``; raises ``FileNotFoundError`` with what W&B says where it does not give them."""
+    import wandb
+
+    plain = {AT_SERVER[key]: value for key, value in filters.items() if key in AT_SERVER and isinstance(value, str)}
+    try:
+        return [read_server_run(found) for found in wandb.Api().runs(project, filters=plain)]
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        raise FileNotFoundError(f"{project} is no folder here, and W&B does not give such a project: {error}") from error
+
+
+def read_server_run(found: Any) -> Run:
+    """One run of the public API; its history is fetched once, when it is asked for."""
+    config = dict(found.config)
+    summary = {key: number(value) for key, value in dict(found.summary).items() if not key.startswith("_")}
+
+    @cache
+    def rows() -> list[dict[str, Any]]:
+        return list(found.scan_history())
+
+    @cache
+    def folder() -> Path:
+        return Path(tempfile.mkdtemp(prefix="wandb-pictures-"))
+
+    def fetch(path: str) -> Any:
+        found.file(path).download(root=str(folder()), exist_ok=True)
+        return opener(folder() / path)()
+
+    def pictures() -> Pictures:
+        return {name: lambda path=path: fetch(path) for name, path in picture_paths(rows()).items()}  # type: ignore[misc]
+
+    kept = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+    joined = cache(lambda: by_step(rows(), devices_of(config)))
+    return Run(
+        id=found.id,
+        name=found.name,
+        stage=found.job_type or "",
+        group=found.group or "",
+        tags=list(found.tags),
+        state=found.state,
+        config=settings_of(config),
+        where=found.url,
+        read_summary=lambda: kept,
+        read_history=cache(lambda: as_history(joined())),
+        read_step=lambda: int(kept[STEP]) if STEP in kept else max(joined(), default=None),
+        evaluations=evaluations_of(config, summary),
+        open_pictures=pictures,
+    )
+
+
+def by_step(rows: list[dict[str, Any]], devices: int = 1) -> dict[int, dict[str, Any]]:
+    """W&B's rows by training step, in order; rows of one step are joined, the later over the earlier, and media are left out.
+
+    Seconds of all starts together make the device-hours: the clock of a start that went on offline begins at zero. ``devices``
+    are those of rows that do not say their own.
+    """
+    joined: dict[int, dict[str, Any]] = {}
+    seconds = clock = 0.0
+    for i, row in enumerate(rows):
+        step = int(row.get(STEP, row.get("_step", i)))
+        numbers = {key: number(value) for key, value in row.items() if not key.startswith("_") and key != STEP}
+        line = {key: value for key, value in numbers.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        before, clock = clock, float(row.get("_runtime", clock))
+        seconds += (clock - before if clock >= before else clock) * row.get(ROW_DEVICES, devices)
+        axes = {"step": step, "images_seen": line.pop(IMAGES, step), "device_hours": seconds / 3600}
+        joined.setdefault(step, {}).update(axes | line)
+    return {step: joined[step] for step in sorted(joined)}
+
+
+def as_history(joined: Mapping[int, dict[str, Any]]) -> pd.DataFrame:
+    """Joined rows as a table, one row a training step."""
+    import pandas as pd
+
+    return pd.DataFrame(list(joined.values())) if joined else pd.DataFrame(columns=list(AXES), dtype=float)
+
+
+def last_values(joined: Mapping[int, dict[str, Any]]) -> dict[str, float]:
+    """The last logged value of each metric, also where it is not a number."""
+    found: dict[str, float] = {}
+    for row in joined.values():
+        found |= {name: float(value) for name, value in row.items() if name not in AXES}
+    return found
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without what W&B and the evaluation put there, and without a sweep's repeats by dotted name."""
+    return {key: value for key, value in config.items() if key not in HIDDEN and "." not in key}
+
+
+def devices_of(config: dict[str, Any]) -> int:
+    """Devices of all nodes; runs of other programs say nothing and count as one."""
+    return config.get(DEVICES) or 1
+
+
+def evaluations_of(config: dict[str, Any], summary: Mapping[str, Any]) -> list[Evaluation]:
+    """The evaluation that a run logged: its scores are in the summary, its manifest in the configuration."""
+    scores = {key[5:]: value for key, value in summary.items() if key.startswith("eval/") and isinstance(value, int | float)}
+    plain = {name: value for name, value in scores.items() if not name.endswith("_std")}
+    both = {
+        name: {"mean": value, "std": scores[f"{name}_std"]} if f"{name}_std" in scores else value for name, value in plain.items()
+    }
+    return [Evaluation(both, config.get("manifest") or {})] if both else []
+
+
+def picture_paths(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Where the pictures of a run lie below its files: ``step-...`` through training, others once a run."""
+    found: dict[str, str] = {}
+    for row in rows:
+        for key, name in {"samples": f"step-{row.get(STEP, 0):08d}", **PICTURES}.items():
+            if isinstance(row.get(key), dict) and "path" in row[key]:
+                found[name] = row[key]["path"]
+    return found

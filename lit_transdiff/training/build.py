@@ -1,0 +1,198 @@
+"""What a run is made of: built and checked before anything is trained, and described for people."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lit_transdiff.checkpoints.export import read_export
+from lit_transdiff.checkpoints.run_folder import check_folder
+from lit_transdiff.config import RunConfig, check_effects, require, unknown
+from lit_transdiff.config.paths import export_folder
+from lit_transdiff.data.datamodule import DataModule
+from lit_transdiff.data.index import ShardIndex
+from lit_transdiff.data.references import num_groups
+from lit_transdiff.distributed import accumulation, check_spread, micro_batch_size, precision_of, strategy_name, world_size
+from lit_transdiff.evaluation.metrics import check_evaluation
+from lit_transdiff.models.adapt import match
+from lit_transdiff.models.autoencoder import Autoencoder, check_latents, kind_of, load_autoencoder
+from lit_transdiff.sampling.generator import check_sampling
+from lit_transdiff.stages import PREPARATORY, STAGES
+from lit_transdiff.stages.base import ToLatents, TransDiffStage
+from lit_transdiff.training.checkpointing import spread
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of, built and checked, before training."""
+
+    run: RunConfig
+    stage: pl.LightningModule
+    data: DataModule
+    autoencoder: Autoencoder | None
+    report: str
+
+
+def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
+    """Refuse names that are in no table and settings that do not fit together or the run folder.
+
+    ``made`` are files and folders that do not exist yet but will, when the run starts (the steps of a pipeline before it).
+    """
+    if run.stage not in STAGES and run.stage not in PREPARATORY:
+        raise unknown("stage", run.stage, [*STAGES, *PREPARATORY])
+    stage = STAGES[run.stage] if run.stage in STAGES else PREPARATORY[run.stage]
+    stage.check(run)
+    check_effects(run)
+    kind_of(run.autoencoder.kind, run.autoencoder.path)
+    check_sampling(run.sampling)
+    check_evaluation(run.evaluation, scores=run.stage in STAGES and run.evaluation.every > 0)
+    check_folder(run)
+    if run.init_from is not None and run.init_from not in made:
+        export_folder(run.init_from)
+    check_spread(run)
+
+
+def build(run: RunConfig) -> Parts:
+    """The stage, its data and its autoencoder; every mismatch between them is reported here."""
+    check_run(run)
+    if run.stage in PREPARATORY:
+        return Parts(run, PREPARATORY[run.stage](run), build_data(run, None), None, "")
+    autoencoder = build_autoencoder(run)
+    if run.training.compile:
+        autoencoder.compile_parts()
+    data = build_data(run, autoencoder)
+    stage = STAGES[run.stage](run, to_latents(autoencoder, data.index_of("data.train").kind))
+    return Parts(run, stage, data, autoencoder, initialise_from(run, stage))
+
+
+def build_autoencoder(run: RunConfig) -> Autoencoder:
+    """The run's frozen autoencoder, checked against the latents that the model expects."""
+    autoencoder = load_autoencoder(run.autoencoder.kind, run.autoencoder.path, run.data.image_channels)
+    channels, size = autoencoder.latent_channels, run.data.image_size // autoencoder.downsampling
+    model = run.model
+    require(model.latent_channels == channels, "model.latent_channels", model.latent_channels, f"the autoencoder's {channels}")
+    allowed = f"{size}, which is data.image_size / {autoencoder.downsampling}"
+    require(model.latent_size == size, "model.latent_size", model.latent_size, allowed)
+    return autoencoder
+
+
+def build_data(run: RunConfig, autoencoder: Autoencoder | None) -> DataModule:
+    """The run's data, opened and checked against its index."""
+    data = DataModule(
+        run.data,
+        num_references=run.model.num_references if autoencoder else 1,
+        num_classes=run.model.num_classes,
+        global_batch_size=run.training.global_batch_size,
+        micro_batch_size=micro_batch_size(run),
+        max_steps=run.training.max_steps,
+        seed=run.seed,
+        num_validation_samples=run.training.num_validation_samples,
+        autoencoder_fingerprint=autoencoder.fingerprint if autoencoder else None,
+    )
+    data.setup("fit")
+    return data
+
+
+def to_latents(autoencoder: Autoencoder, kind: str) -> ToLatents:
+    """What makes latents of a batch: images are encoded by the frozen autoencoder, cached moments are only sampled.
+
+    The first batch is checked: an autoencoder whose normalisation does not fit the data is refused.
+    """
+    checked = False
+
+    def convert(values: Tensor, noise: Tensor) -> Tensor:
+        nonlocal checked
+        autoencoder.to(values.device)
+        with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
+            moments = autoencoder.encode(values) if kind == "images" else values.float()
+            latents = autoencoder.sample(moments, noise)
+        if not checked:
+            check_latents(latents)
+            checked = True
+        return latents
+
+    return convert
+
+
+def initialise_from(run: RunConfig, stage: TransDiffStage, load: bool = True) -> str:
+    """Load the (averaged) weights of ``init_from``; the report says what was copied, adapted, dropped and newly made.
+
+    With ``load`` false only the report is made; the model may then be on the meta device.
+    """
+    if run.init_from is None:
+        return ""
+    export = read_export(run.init_from)
+    try:
+        found, report = match(stage.model, export.state, run.init_positions)
+    except ValueError as error:
+        raise ValueError(f"init_from: {export.folder}: {error}") from error
+    if load:
+        stage.model.load_state_dict(found)
+    return f"initialised from {export.folder}: {report}"
+
+
+def plan(run: RunConfig, made: Collection[str] = ()) -> str:
+    """What a run would do, checked as far as possible without the things in ``made`` that earlier steps will make."""
+    check_run(run, made)
+    trained_now = run.stage in PREPARATORY or run.autoencoder.path in made
+    autoencoder = None if trained_now else build_autoencoder(run)
+    index = None if run.data.train in made else build_data(run, autoencoder).index_of("data.train")
+    if run.stage in PREPARATORY:
+        return describe(run, PREPARATORY[run.stage](run), index)
+    with torch.device("meta"):  # shapes are enough, and a large model takes neither time nor memory
+        stage = STAGES[run.stage](run, lambda values, noise: values)
+    report = f"initialised from {run.init_from}" if run.init_from in made else initialise_from(run, stage, load=False)
+    return describe(run, stage, index, report)
+
+
+def describe(run: RunConfig, stage: pl.LightningModule, index: ShardIndex | None, report: str = "") -> str:
+    """Parameter counts and planned steps, for people; ``index`` is nothing where the data are not there yet."""
+    training = run.training
+    total, trained = count(stage.parameters()), count(p for p in stage.parameters() if p.requires_grad)
+    lines = [
+        f"run         {run.name} -> {run.folder}",
+        f"stage       {run.stage}",
+        f"parameters  {total:,} ({trained:,} trained)",
+    ]
+    if isinstance(stage, TransDiffStage):
+        encoder, decoder = count(stage.model.encoder.parameters()), count(stage.model.decoder.parameters())
+        lines.append(f"            encoder {encoder:,}, decoder {decoder:,}")
+    rows, references = training.max_steps * training.global_batch_size, run.model.num_references
+    epochs = ""
+    if index is not None:
+        items = num_groups(index.class_counts, references)
+        lines.append(f"data        {run.data.train}: {len(index):,} {index.kind}, {items:,} rows of {references}")
+        epochs = f" ({rows / items:.1f} epochs)"
+    else:
+        lines.append(f"data        {run.data.train}: made before this run starts")
+    lines += [
+        f"steps       {training.max_steps:,} of {training.global_batch_size} rows{epochs}, {rows * references:,} images seen",
+        f"batch       {world_size(run)} device(s) x {micro_batch_size(run)} x {accumulation(run)} pass(es)",
+        f"strategy    {strategy_name(run)}, precision {precision_of(run)}"
+        + (", weights in bfloat16" if run.training.precision == "bf16-true" else ""),
+    ]
+    return "\n".join([*lines, *([report] if report else [])])
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def export_info(parts: Parts) -> dict[str, Any]:
+    """What an export says of itself, beside the step."""
+    return {
+        "name": parts.run.name,
+        "stage": parts.run.stage,
+        "autoencoder": parts.autoencoder.fingerprint if parts.autoencoder else None,
+        "class_names": list(parts.data.class_names),
+    }
+
+
+def spread_of(run: RunConfig) -> dict[str, Any]:
+    """How the run is spread, for its checkpoints."""
+    return spread(strategy_name(run), world_size(run), micro_batch_size(run), precision_of(run))

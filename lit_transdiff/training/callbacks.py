@@ -1,0 +1,275 @@
+"""What watches a run: finite loss, loss by time, throughput, sample grids."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from einops import rearrange
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_transdiff.base.files import unless_full
+from lit_transdiff.base.hardware import GB, peak_flops, peak_memory
+from lit_transdiff.checkpoints.run_folder import environment, inputs
+from lit_transdiff.config import RunConfig
+from lit_transdiff.config.loading import to_dict
+from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.data.pixels import to_bytes
+from lit_transdiff.models.autoencoder import Autoencoder
+from lit_transdiff.models.flops import tokens_of, training_flops
+from lit_transdiff.models.tokens import token_similarity
+from lit_transdiff.sampling.generator import Generator
+from lit_transdiff.sampling.pictures import grid
+from lit_transdiff.sampling.pictures import picture as as_picture
+from lit_transdiff.stages.base import TransDiffStage, log_now, sharding
+
+TIME_BINS = 10
+
+
+class NonFiniteLoss(FloatingPointError):
+    """Training met a loss that is not a number."""
+
+
+class StopOnNonFinite(pl.Callback):
+    """Ends training at a non-finite loss, naming the step and the samples of its batch; the last checkpoint stays.
+
+    Losses stay on the device and are looked at together every ``every`` steps and before each checkpoint, so that a step waits
+    for nothing. All ranks stop when one has met one.
+    """
+
+    def __init__(self, every: int, checkpoint_every: int, folder: Path) -> None:
+        self.every = every
+        self.checkpoint_every = checkpoint_every
+        self.folder = folder
+        self.recent: deque[tuple[int, Tensor, Tensor]] = deque()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+        step = trainer.global_step
+        self.recent.append((step, outputs["loss"].detach(), batch.samples))
+        if not (step % self.every and step % self.checkpoint_every and step < trainer.max_steps):
+            self.look(trainer)
+
+    def look(self, trainer: pl.Trainer) -> None:
+        """Stop if one of the recent losses is not finite. All ranks call this together."""
+        if not self.recent:
+            return
+        step = self.recent[-1][0]
+        finite = torch.stack([loss for _, loss, _ in self.recent]).isfinite().tolist()
+        message = next((self.describe(trainer, *self.recent[i]) for i, ok in enumerate(finite) if not ok), None)
+        self.recent.clear()
+        if message is not None or not trainer.strategy.reduce_boolean_decision(message is None):
+            raise NonFiniteLoss(message or f"step {step}: another rank met a loss that is not finite.")
+
+    def describe(self, trainer: pl.Trainer, step: int, loss: Tensor, samples: Tensor) -> str:
+        keys = trainer.datamodule.keys(samples)  # type: ignore[attr-defined]
+        shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
+        return (
+            f"the loss is {loss.item()} at step {step} on rank {trainer.global_rank}. Samples of that batch: {shown}. "
+            f"Training has stopped; the last checkpoint in {self.folder} is from before."
+        )
+
+
+class LogTraining(pl.Callback):
+    """Loss and loss by time bin (means over all ranks), learning rate, gradient norm, throughput, time spent waiting for data.
+
+    Sums stay on the device; everything is fetched and reduced once every ``every`` steps. ``dtype`` is what is computed in: MFU
+    is a share of the device's best, which the log and the first values say the source of.
+    """
+
+    def __init__(self, run: RunConfig, dtype: torch.dtype) -> None:
+        self.run = run
+        self.dtype = dtype
+        self.every = run.training.log_every
+        self.images_per_step = run.images_per_step
+        self.last: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        if isinstance(stage, TransDiffStage):
+            self.peak = peak_flops(stage.device, self.dtype)
+            rank_zero_info(f"throughput/mfu is a share of {self.peak.flops / 1e12:.4g} TFLOP/s a device: {self.peak.source}")
+        self.reset(stage)
+        self.batch_end = self.window_start
+
+    def reset(self, stage: pl.LightningModule) -> None:
+        self.sums = torch.zeros(2, TIME_BINS, device=stage.device)
+        self.loss, self.passes, self.waited = torch.zeros((), device=stage.device), 0, 0.0
+        self.norm: Tensor | None = None
+        self.window_start = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch, i: int) -> None:
+        self.waited += time.perf_counter() - self.batch_end
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        if (trainer.global_step + 1) % self.every == 0:
+            self.norm = sharding(trainer).gradient_norm()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+        self.passes += 1
+        if "rows" in outputs:
+            bins = (outputs["t"] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+            self.sums[0].index_add_(0, bins, outputs["rows"].float())
+            self.sums[1].index_add_(0, bins, torch.ones_like(outputs["rows"], dtype=torch.float32))
+            self.loss += outputs["rows"].mean()
+        else:
+            self.loss += outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning has divided it
+        steps_done = trainer.global_step
+        if steps_done % self.every == 0 and (i + 1) % trainer.accumulate_grad_batches == 0:
+            self.last = self.metrics(trainer)
+            log_now(trainer, self.last)
+            self.reset(stage)
+        self.batch_end = time.perf_counter()
+
+    def metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.window_start
+        images = self.passes / trainer.accumulate_grad_batches * self.images_per_step
+        sums = torch.cat([self.sums.flatten(), self.loss[None] / self.passes])
+        *bins, loss = trainer.strategy.reduce(sums, reduce_op="mean").tolist()
+        result = {
+            "train/loss": loss,
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/images_seen": float(trainer.global_step * self.images_per_step),
+            "throughput/images_per_second": images / elapsed,
+            "throughput/data_wait_fraction": self.waited / elapsed,
+            "throughput/peak_memory_gb": peak_memory(trainer.lightning_module.device) / GB,  # of the first rank
+        }
+        if isinstance(trainer.lightning_module, TransDiffStage):
+            result |= self.rates(trainer.lightning_module, trainer.world_size, images / elapsed)
+            apart, size = trainer.strategy.reduce(sharding(trainer).average_distance(), reduce_op="mean").tolist()
+            result["train/ema_distance"] = (apart / size) ** 0.5 if size else 0.0  # no average before the first step
+        norm = self.norm if self.norm is not None else sharding(trainer).gradient_norm_of_step()
+        if norm is not None:
+            result["train/gradient_norm"] = norm.item()
+        for b, (total, rows) in enumerate(zip(bins[:TIME_BINS], bins[TIME_BINS:], strict=True)):
+            if rows > 0:
+                result[f"train/loss_t{b / TIME_BINS:.1f}"] = total / rows
+        return result
+
+    def rates(self, stage: TransDiffStage, devices: int, images_per_second: float) -> dict[str, float]:
+        """Tokens a second through the blocks, and the share of the devices' best that the model's operations are."""
+        model, draws = self.run.model, self.run.flow.num_noise_draws
+        rows = images_per_second / model.num_references
+        flops = rows * training_flops(model, draws, frozen_encoder=not stage.trains_encoder)
+        share = flops / (devices * self.peak.flops)
+        found = {"throughput/tokens_per_second": rows * tokens_of(model, draws), "throughput/mfu": share}
+        if not self.last:  # once a start
+            found |= {"throughput/peak_tflops": self.peak.flops / 1e12, "throughput/peak_is_measured": float(self.peak.measured)}
+        return found
+
+
+class SaveOrigin(pl.Callback):
+    """Every checkpoint says what made it: the resolved configuration, its ``inputs``, commit, versions, what an export says."""
+
+    def __init__(self, run: RunConfig, info: dict[str, Any]) -> None:
+        self.run = run
+        self.info = info
+        self.environment = environment()
+        self.inputs = rank_zero_only(inputs)(run) or {}  # read once from a file system that all ranks share
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = to_dict(self.run)
+        checkpoint["inputs"] = self.inputs
+        checkpoint["environment"] = self.environment
+        checkpoint["info"] = self.info
+
+
+class Progress(pl.Callback):
+    """One bar a run: optimizer steps, time left, and the loss when it is logged."""
+
+    def __init__(self, name: str, numbers: LogTraining) -> None:
+        self.name = name
+        self.numbers = numbers
+        self.bar = tqdm(disable=True)  # the real one is made when the number of steps is known
+
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}
+        done, hidden = trainer.global_step, not trainer.is_global_zero
+        self.bar = tqdm(
+            desc=self.name, total=trainer.max_steps, initial=done, unit="step", disable=hidden, dynamic_ncols=True, **quiet
+        )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+        if self.numbers.last:
+            self.bar.set_postfix_str(f"loss {self.numbers.last['train/loss']:.4f}", refresh=False)
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
+        self.bar.close()
+
+
+class SampleLog(Protocol):
+    """What else wants the images drawn during training, beside the run folder."""
+
+    def log_picture(self, key: str, picture: Image.Image, step: int) -> None: ...
+
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
+
+
+class SampleGrids(pl.Callback):
+    """A labelled grid of images from the averaged weights, with the same seeds throughout training: ``samples/step-*.png``.
+
+    ``tracker`` gets the same grids and, at the last step, a table of the single images. The similarity of the semantic features
+    (``feature_diversity``, arXiv 2506.09482) of the classes shown is logged with each grid.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        class_names: Sequence[str],
+        folder: Path,
+        every: int,
+        tracker: SampleLog | None = None,
+        per_class: int = 6,
+        despite_full_disk: bool = False,
+    ) -> None:
+        self.autoencoder = autoencoder
+        self.folder = folder
+        self.every = every
+        self.tracker = tracker
+        self.class_names = list(class_names[:10])
+        self.per_class = per_class
+        self.despite_full_disk = despite_full_disk
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+        step = trainer.global_step
+        whole_step = (i + 1) % trainer.accumulate_grad_batches == 0
+        if whole_step and (step == trainer.max_steps or (self.every and step % self.every == 0)):
+            self.draw(trainer, stage, step)
+
+    def draw(self, trainer: pl.Trainer, stage: pl.LightningModule, step: int) -> None:
+        assert isinstance(stage, TransDiffStage)
+        classes = range(len(self.class_names))
+        labels = torch.tensor([c for c in classes for _ in range(self.per_class)])
+        model = stage.averaged_model()  # all ranks give their part
+        if not trainer.is_global_zero:
+            return
+        generator = Generator(model, self.autoencoder, stage.run, self.class_names).to(stage.device)
+        images = generator.images(labels, list(range(len(labels))))[:, -1]
+        similarity = token_similarity(generator.features(list(classes))).mean().item()
+        log_now(trainer, {"val/feature_diversity": similarity})
+        picture = grid(images, self.per_class, row_labels=self.class_names, title=f"step {step}")
+        file = self.folder / f"step-{step:08d}.png"
+        with unless_full(file, self.despite_full_disk):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+        if self.tracker is not None:
+            self.tracker.log_picture("samples", picture, step)
+            if step == trainer.max_steps:
+                self.tracker.log_table("samples_table", ["class", "name", "seed", "image"], self.rows(labels, images), step)
+
+    def rows(self, labels: Tensor, images: Tensor) -> list[list[Any]]:
+        """One row an image: class, its name, seed, picture."""
+        tiles = rearrange(to_bytes(images.cpu()), "n c h w -> n h w c")
+        return [[c, self.class_names[c], seed, as_picture(tiles[seed])] for seed, c in enumerate(labels.tolist())]

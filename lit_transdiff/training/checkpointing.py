@@ -1,0 +1,255 @@
+"""When checkpoints are written, by whom, and what happens when one cannot be."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_transdiff.base.endings import CheckpointError
+from lit_transdiff.checkpoints.format import (
+    PARTIAL,
+    Checkpoint,
+    checkpoint_folder,
+    complete_checkpoints,
+    finish_checkpoint,
+    prune,
+    put_aside,
+    write_rank_file,
+)
+from lit_transdiff.checkpoints.run_folder import last_checkpoint
+from lit_transdiff.config import RunConfig, unknown
+from lit_transdiff.distributed import world_size
+from lit_transdiff.distributed.sharding import Sharding, parameter_shapes
+
+log = logging.getLogger(__name__)
+
+
+class TryAgain(Exception):
+    """This attempt cannot go on, but the next one from the last checkpoint can."""
+
+
+def agreed_checkpoint(run: RunConfig, patience: float = 120.0) -> Checkpoint | None:
+    """The newest checkpoint that is complete and holds what was written; a damaged one is put aside, with a warning.
+
+    Each rank reads its share of the files. Where ranks do not talk to each other yet, ``Checkpoints.setup`` compares.
+    """
+    while (found := newest_checkpoint(run, patience)) is not None:
+        damaged = damaged_file(found, world_size(run))
+        if damaged is None:
+            break
+        log.warning("%s is damaged: it is not what was written. The checkpoint before it is used.", found.folder / damaged)
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            put_aside(found)
+    return found
+
+
+def damaged_file(checkpoint: Checkpoint, world: int) -> str | None:
+    """A file of a checkpoint that is not what was written. Each rank reads its share; all are told, where they talk already."""
+    name: str | None = None
+    try:
+        name = checkpoint.damaged_file(getattr(rank_zero_only, "rank", 0), world)
+    except FileNotFoundError as error:  # another rank has just put it aside
+        name = Path(error.filename).name
+    found: list[Any] = [name]
+    if torch.distributed.is_initialized():
+        found *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, name)
+    return next((name for name in found if name is not None), None)
+
+
+def newest_checkpoint(run: RunConfig, patience: float) -> Checkpoint | None:
+    """The newest complete checkpoint; where ranks already talk to each other, the one that the first rank sees.
+
+    A shared file system may show a new folder later on other nodes: they wait for it.
+    """
+    found = last_checkpoint(run)
+    if not torch.distributed.is_initialized():
+        return found
+    choice = [found.step if found else None]
+    torch.distributed.broadcast_object_list(choice, src=0)
+    deadline = time.monotonic() + patience
+    while (found.step if found else None) != choice[0]:
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                errno.ESTALE, f"{run.folder}: the first rank sees the checkpoint of step {choice[0]}, not {found}."
+            )
+        time.sleep(0.5)
+        found = last_checkpoint(run)
+    return found
+
+
+class Checkpoints(pl.Callback):
+    """Saves between two steps, after the validation that belongs to the first, so that a resumed run repeats nothing.
+
+    Tensors are copied to CPU memory; with ``checkpoint.asynchronous`` a thread then writes the files while training goes on, and
+    a failure is noticed by all ranks together at the next save or at the end. ``start`` is the step of the
+    checkpoint that this rank is about to load; ``identity`` says how the run is spread; ``before_save`` may refuse by raising.
+    """
+
+    def __init__(self, run: RunConfig, start: int, identity: dict[str, Any], before_save: Callable[[pl.Trainer], None]) -> None:
+        self.run = run
+        self.start = start
+        self.identity = identity
+        self.before_save = before_save
+        self.folder = run.folder / "checkpoints"
+        self.thread: threading.Thread | None = None
+        self.error: CheckpointError | None = None
+        self.saved_step = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse to start from different checkpoints: the next attempt agrees on one."""
+        steps: list[Any] = [self.start] * trainer.world_size
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(steps, self.start)
+        if len(set(steps)) > 1:
+            raise TryAgain(f"ranks saw different last checkpoints (steps {steps}); they agree now")
+
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.saved_step = trainer.global_step
+        if self.run.data.evaluation is None or self.run.training.num_validation_samples == 0:
+            self.check_best(trainer)
+        if trainer.is_global_zero and self.folder.exists():
+            for rest in [*self.folder.glob(f"step-*{PARTIAL}"), *self.folder.glob("step-*.removed")]:
+                shutil.rmtree(rest)
+
+    def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.check_best(trainer)
+
+    def check_best(self, trainer: pl.Trainer) -> None:
+        """Refuse, at the first validation or where there is none, to choose the best checkpoint by what is not logged."""
+        wanted = self.run.checkpoint.keep_best
+        if wanted is not None and wanted not in (known := self.known_metrics(trainer)):
+            raise unknown("checkpoint.keep_best", wanted, known)
+
+    def known_metrics(self, trainer: pl.Trainer) -> list[str]:
+        """The metrics that a checkpoint's marker may hold, also those that are logged less often than a validation."""
+        run = self.run
+        later = [f"online/{name}" for name in run.evaluation.metrics] if run.evaluation.every else []
+        later += ["val/feature_diversity"] if run.training.sample_every else []
+        return sorted({*filter(judges, trainer.callback_metrics), *later})
+
+    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
+        step = trainer.global_step
+        due = i % trainer.accumulate_grad_batches == 0 and step % self.run.training.checkpoint_every == 0
+        if due and step != self.saved_step:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        if trainer.global_step != self.saved_step:
+            self.save(trainer)
+        self.settle(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
+        self.wait()
+
+    def last(self) -> Path | None:
+        """The newest complete checkpoint, with the one that is being written."""
+        self.wait()
+        return max((c.folder for c in complete_checkpoints(self.folder)), default=None)
+
+    def wait(self) -> None:
+        """Until the thread has written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def settle(self, trainer: pl.Trainer) -> None:
+        """Wait for the last save and agree on whether it worked. Raises on all ranks when one failed and the run is to stop."""
+        self.wait()
+        error, self.error = self.error, None
+        if trainer.strategy.reduce_boolean_decision(error is None):
+            return
+        last = self.last()
+        message = f"{error or 'another rank could not write'} The last complete checkpoint is {last or 'none yet'}."
+        if self.run.checkpoint.on_error == "stop":
+            raise CheckpointError(errno.EIO, f"step {self.saved_step}: no checkpoint could be written: {message}")
+        log.warning("step %d: no checkpoint could be written, training goes on: %s", self.saved_step, message)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save this step; all ranks call it together."""
+        self.settle(trainer)
+        self.before_save(trainer)
+        strategy = cast(Sharding, trainer.strategy)
+        step = self.saved_step = trainer.global_step
+        partial = checkpoint_folder(self.folder, step).with_name(checkpoint_folder(self.folder, step).name + PARTIAL)
+        if trainer.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        trainer.strategy.barrier()
+        tensors, training = strategy.slices(), strategy.training_state()
+        manifest = self.manifest(trainer, step)
+        arguments = (partial, trainer.global_rank, trainer.world_size, tensors, training, manifest)
+        if self.run.checkpoint.asynchronous:
+            self.thread = threading.Thread(target=self.write, args=arguments, name=f"checkpoint {step}")
+            self.thread.start()
+        else:
+            self.write(*arguments)
+            self.settle(trainer)
+
+    def manifest(self, trainer: pl.Trainer, step: int) -> dict[str, Any]:
+        """What the marker says."""
+        images, milestone = step * self.run.images_per_step, self.run.checkpoint.keep_every_images
+        before = (step - self.run.training.checkpoint_every) * self.run.images_per_step
+        numbers = {name: float(value) for name, value in trainer.callback_metrics.items() if judges(name)}
+        return {
+            "step": step,
+            "images_seen": images,
+            "shapes": parameter_shapes(trainer.lightning_module),
+            "metrics": numbers,
+            "milestone": milestone > 0 and images // milestone > max(0, before) // milestone,
+            **self.identity,
+        }
+
+    def write(self, partial: Path, rank: int, world: int, tensors: Any, training: Any, manifest: Any) -> None:
+        """The part that may run beside the training: no collectives, ranks meet through their files."""
+        try:
+            write_rank_file(partial, rank, tensors)
+            if rank == 0:
+                finish_checkpoint(partial, world, training, manifest, self.run.distributed.timeout_minutes * 60)
+                prune(self.folder, self.run.checkpoint)
+        except CheckpointError as error:
+            self.error = error
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def judges(metric: str) -> bool:
+    """Whether a metric says how good the weights of a step are."""
+    return not metric.startswith(("train/", "throughput/"))
+
+
+def spread(strategy: str, world: int, micro_batch: int, precision: str) -> dict[str, Any]:
+    """How a run is spread, as far as its last digits depend on it."""
+    return {
+        "strategy": strategy,
+        "world": world,
+        "micro_batch_size": micro_batch,
+        "precision": precision,
+        "device": "gpu" if torch.cuda.is_available() else "cpu",
+    }
+
+
+def what_changes(checkpoint: Checkpoint, now: dict[str, Any]) -> str:
+    """What continuing on another strategy, world or precision changes; nothing when it is exact."""
+    changed = [f"{k} {checkpoint.manifest[k]} -> {v}" for k, v in now.items() if checkpoint.manifest[k] != v]
+    if not changed:
+        return ""
+    keys = {text.split()[0] for text in changed}
+    lines = [f"continued with {', '.join(changed)}. The data, noise, times and dropped labels of each step stay the same."]
+    if keys & {"strategy", "world", "micro_batch_size", "device"}:
+        lines.append("Sums are taken in another order: losses agree within float32 rounding, not bit for bit.")
+    if keys & {"world", "micro_batch_size"}:
+        lines.append("Dropout draws other masks: its generator is seeded by step, pass and rank.")
+    if "precision" in keys:
+        lines.append("Rounding is that of the other precision from here on.")
+    return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""Steps whose loss is not finite or a spike: named, and skipped or undone, up to a limit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lit_transdiff.base.files import replace_file
+from lit_transdiff.config import SafetyConfig
+from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.stages.optim import AveragedAdamW
+from lit_transdiff.training.callbacks import NonFiniteLoss
+
+log = logging.getLogger(__name__)
+HISTORY, ENOUGH = 50, 20  # losses that a median is taken of, and how many there must be
+
+
+class RollBack(Exception):
+    """Training goes back to the last checkpoint; the bad step is left out when it comes again."""
+
+
+class GuardSteps(pl.Callback):
+    """Looks at each step's loss before the optimizer moves; all ranks decide alike.
+
+    ``skip``: weights, moments and averages stay as they are and the next batch follows. ``roll_back``: training goes back to the
+    last checkpoint, and the steps listed in ``bad_steps.json`` of the run folder are skipped. Looking costs a reduction a step.
+    """
+
+    def __init__(self, safety: SafetyConfig, folder: Path) -> None:
+        self.safety = safety
+        self.file = folder / "bad_steps.json"
+        self.left_out: set[int] = set(json.loads(self.file.read_text())) if self.file.exists() else set()
+        self.recent: deque[float] = deque(maxlen=HISTORY)
+        self.num_bad = 0
+        self.loss: Tensor | None = None
+        self.batches: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": list(self.recent), "num_bad": self.num_bad}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.recent.extend(state["recent"])
+        self.num_bad = state["num_bad"]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch, i: int) -> None:
+        if i % trainer.accumulate_grad_batches == 0:
+            self.loss, self.batches = None, []
+        self.batches.append(batch.samples)
+
+    def on_before_backward(self, trainer: pl.Trainer, stage: pl.LightningModule, loss: Tensor) -> None:
+        self.loss = loss.detach().float() + (0 if self.loss is None else self.loss)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: Any) -> None:
+        assert self.loss is not None
+        own, step = self.loss.item(), trainer.global_step + 1
+        average = trainer.strategy.reduce(torch.nan_to_num(self.loss, nan=math.inf), reduce_op="mean").item()
+        median = statistics.median(self.recent) if len(self.recent) >= ENOUGH else math.inf
+        spike = self.safety.spike_factor > 0 and average > self.safety.spike_factor * median
+        if step in self.left_out:
+            self.skip(stage)
+        elif not math.isfinite(average) or spike:
+            self.react(trainer, stage, step, own, f"{average:.4g}; median before {median:.4g}")
+        else:
+            self.recent.append(average)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+        if (i + 1) % trainer.accumulate_grad_batches == 0:
+            self.optimizer(stage).skip_step = False
+
+    def react(self, trainer: pl.Trainer, stage: pl.LightningModule, step: int, own: float, mean: str) -> None:
+        """Say what happened, then stop, skip or go back."""
+        self.num_bad += 1
+        keys = trainer.datamodule.keys(torch.cat([samples.flatten() for samples in self.batches]))  # type: ignore[attr-defined]
+        shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
+        bad = max(self.num_bad, len(self.left_out) + 1)
+        message = (
+            f"bad step {step} ({bad} so far): the loss on rank {trainer.global_rank} is {own:.4g} (mean over ranks {mean}). "
+            f"Samples of that batch: {shown}."
+        )
+        if self.safety.on_bad_step == "stop" or bad > self.safety.max_bad_steps:
+            raise NonFiniteLoss(f"{message} Training has stopped (safety.on_bad_step, safety.max_bad_steps).")
+        log.warning(message)
+        if self.safety.on_bad_step == "skip":
+            return self.skip(stage)
+        if trainer.is_global_zero:
+            replace_file(self.file, json.dumps(sorted(self.left_out | {step})).encode())
+        trainer.strategy.barrier()
+        raise RollBack(f"going back to the last checkpoint; step {step} will be left out")
+
+    def skip(self, stage: pl.LightningModule) -> None:
+        self.optimizer(stage).skip_step = True
+
+    def optimizer(self, stage: pl.LightningModule) -> AveragedAdamW:
+        """Ours, out of what a strategy wraps it in."""
+        wrapped = stage.optimizers(use_pl_optimizer=False)
+        optimizer = getattr(wrapped, "optimizer", wrapped)
+        assert isinstance(optimizer, AveragedAdamW)
+        return optimizer

@@ -1,0 +1,117 @@
+"""Scores while a run trains: the averaged weights draw a few images, on a schedule, and training does not notice.
+
+Shapes: N images, B images of a batch, K batches of a rank, W ranks, D numbers a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lit_transdiff.config import RunConfig
+from lit_transdiff.evaluation.features import Features
+from lit_transdiff.evaluation.job import draw, prepare, score, with_reference
+from lit_transdiff.evaluation.scores import FOLDER, value
+from lit_transdiff.sampling.generator import Generator
+from lit_transdiff.stages.base import TransDiffStage, log_now
+
+log = logging.getLogger(__name__)
+
+
+class OnlineEvaluation(pl.Callback):
+    """Logs ``online/<metric>`` every ``evaluation.every`` steps and at the last one, over ``evaluation.online_images`` images.
+
+    They are drawn as the run's ``sampling`` says, the same labels and seeds each time, and scored as ``evaluate`` would. The
+    batches are shared out among the ranks; every rank then has all features and scores them, so that none waits for another.
+    The global random generators, the weights and their averages are afterwards what they were, to the bit.
+
+    ``asked_to_stop`` is looked at before each batch, by all ranks together: the scores are then left for the next start of the
+    run, which makes them before its first step. Those of the last step are left out, as a trained run is not trained again.
+
+    Raises ``ValueError`` for settings that cannot be scored when it is made, before training.
+    """
+
+    def __init__(self, generator: Generator, run: RunConfig, asked_to_stop: Callable[[pl.Trainer], bool]) -> None:
+        self.every = run.evaluation.every
+        self.folder = run.folder / FOLDER
+        settings = dataclasses.replace(run.evaluation, num_images=run.evaluation.online_images)
+        self.job = prepare(generator, settings, run.sampling)
+        self.asked_to_stop = asked_to_stop
+        self.due = False  # the scores of this step are still to be made
+
+    def state_dict(self) -> dict[str, bool]:
+        return {"due": self.due}
+
+    def load_state_dict(self, state: dict[str, bool]) -> None:
+        self.due = state["due"]
+
+    def on_fit_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.job.extractor.to(stage.device)
+        self.job.generator.autoencoder.to(stage.device)
+        self.job = with_reference(self.job, self.folder)
+
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        if self.due:
+            self.log_scores(trainer, stage)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
+        step = trainer.global_step
+        whole_step = (i + 1) % trainer.accumulate_grad_batches == 0
+        if whole_step and (step % self.every == 0 or step == trainer.max_steps):
+            self.log_scores(trainer, stage)
+
+    def log_scores(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        """Score the averaged weights, unless the job is to stop."""
+        assert isinstance(stage, TransDiffStage)
+        generator = self.job.generator
+        with isolate_rng():
+            generator.model = stage.averaged_model()  # a copy: under some strategies a rank holds a part of the weights only
+            scores = self.scores(trainer)
+            generator.model = stage.model
+        self.due = scores is None
+        if scores is not None:
+            log_now(trainer, {f"online/{name}": value for name, value in scores.items()})
+        elif trainer.global_step == trainer.max_steps:
+            log.warning("asked to stop: there are no online/ scores of the last step; lit-transdiff evaluate makes them")
+
+    @torch.no_grad()
+    def scores(self, trainer: pl.Trainer) -> dict[str, float] | None:
+        """The scores by name (of one with a spread its mean), or nothing when the job is to stop."""
+        job, world = self.job, trainer.world_size
+        images = range(job.settings.num_images)
+        batches = [images[first : first + job.settings.batch_size] for first in images[:: job.settings.batch_size]]
+        # A rank for which there is no batch draws the first one again; what it finds lies behind the last image.
+        mine = batches[trainer.global_rank :: world] or batches[:1]
+        drawn = []
+        for turn in range(math.ceil(len(batches) / world)):  # on all ranks the same number
+            if self.asked_to_stop(trainer):
+                return None
+            drawn += [draw(job, batch).found for batch in mine[turn : turn + 1]]
+
+        def all_ranks(rows: list[Tensor | None]) -> Tensor | None:
+            present = [part for part in rows if part is not None]
+            return gathered(present, job.settings.batch_size, len(batches), trainer)[: len(images)] if present else None
+
+        features, logits, spatial = map(all_ranks, map(list, zip(*drawn, strict=True)))
+        assert features is not None
+        scores = score(job, Features(features, logits), [] if spatial is None else [spatial])
+        return {name: value(found) for name, found in scores.items()}
+
+
+def gathered(rows: list[Tensor], batch_size: int, num_batches: int, trainer: pl.Trainer) -> Tensor:
+    """The batches [B, D] of all ranks in order of the images: batch k of rank w is batch k W + w; padding lies at the end."""
+    world = trainer.world_size
+    full = torch.stack([F.pad(part, (0, 0, 0, batch_size - len(part))) for part in rows])
+    full = F.pad(full, (0, 0, 0, 0, 0, math.ceil(num_batches / world) - len(full)))
+    everything = trainer.strategy.all_gather(full) if world > 1 else full[None]
+    return rearrange(everything, "w k b d -> (k w b) d")

@@ -1,0 +1,117 @@
+"""Being asked to stop: SIGTERM or SIGUSR1 -> save at the end of the step, and exit so that a scheduler starts the job again."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lit_transdiff.base.endings import STOP_SIGNALS, Preempted
+from lit_transdiff.training.checkpointing import Checkpoints
+
+
+class StopRequest:
+    """Whether this process was asked to stop. The handler does nothing else: saving inside one deadlocks several ranks."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def listen(self) -> None:
+        """Take the signals (again: Lightning takes them too). Only the main thread of a process can."""
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, self.handle)
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Listens inside, and gives the signals back; one that came too late for a step goes to who has listened before."""
+    request = StopRequest()
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS} if main else {}
+    request.listen()
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if request.received is not None and callable(before.get(signal.Signals[request.received])):
+        signal.raise_signal(signal.Signals[request.received])
+
+
+class StopOnRequest(pl.Callback):
+    """Between two steps, when any rank was asked to stop: all ranks save together and raise ``Preempted``.
+
+    ``before_save`` is called before the save, which may take long.
+    """
+
+    def __init__(self, request: StopRequest, checkpoints: Checkpoints, before_save: Callable[[], None]) -> None:
+        self.request = request
+        self.checkpoints = checkpoints
+        self.before_save = before_save
+        self.latest: Arriving | None = None
+        self.agreed = False  # all ranks know already
+
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.request.listen()
+        if trainer.received_sigterm:
+            self.request.received = "SIGTERM"
+
+    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
+        if i % trainer.accumulate_grad_batches:
+            return
+        if not (self.agreed or self.any_rank(trainer)):
+            return
+        self.before_save()
+        step = trainer.global_step
+        if step > 0 and step != self.checkpoints.saved_step:
+            self.checkpoints.save(trainer)
+        self.checkpoints.settle(trainer)
+        where = self.request.received or "another rank was asked"
+        kept = f"the checkpoint of step {step} is complete" if step > 0 else "no step was taken yet"
+        raise Preempted(f"asked to stop ({where}): {kept}; the same command goes on from there.")
+
+    def now(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank was asked. All ranks wait for each other here, and stop before the next step if one was."""
+        self.agreed = self.agreed or not trainer.strategy.reduce_boolean_decision(self.request.received is None)
+        return self.agreed
+
+    def any_rank(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank was asked, as all ranks know one step later: one number, summed over them in every step.
+
+        The sum of the step before is looked at, so that the host waits for no step that the devices are still at.
+        """
+        asked = self.request.received is not None
+        if trainer.world_size == 1:
+            return asked
+        sum_of_ranks = torch.full((), int(asked), device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(sum_of_ranks)
+        before, self.latest = self.latest, Arriving(sum_of_ranks)
+        return before is not None and before.value() > 0
+
+
+class Arriving:
+    """A number on its way from the device to the host."""
+
+    def __init__(self, number: Tensor) -> None:
+        self.number, self.arrived = number, None
+        if number.is_cuda:
+            self.number = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def value(self) -> float:
+        """Waits until it is there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.number.item()

@@ -1,0 +1,99 @@
+"""What a training run tells W&B besides its numbers: the data it reads, its best model so far, and a loss that is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_transdiff.base.files import read_json
+from lit_transdiff.config import RunConfig
+from lit_transdiff.data.datamodule import DataModule
+from lit_transdiff.tracking.artifacts import data_artifact, make, model_artifact, use
+from lit_transdiff.tracking.wandb_run import WandbRun, run_id
+from lit_transdiff.training.callbacks import NonFiniteLoss
+from lit_transdiff.training.guard import GuardSteps, RollBack
+
+WATCHED = "val/loss"
+# Writes the averaged weights to a folder, with what more the export is to say; every rank calls it.
+Export = Callable[[pl.Trainer, Path, Mapping[str, Any]], None]
+
+
+class BestModel(pl.Callback):
+    """Keeps the averaged weights of the lowest validation loss in the folder ``best``, one export, replaced when it improves.
+
+    The last validation is left out: what it judges is the run's export.
+    """
+
+    def __init__(self, folder: Path, export: Export) -> None:
+        self.folder = folder
+        self.export = export
+
+    def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        value = trainer.callback_metrics.get(WATCHED)
+        if value is None or not math.isfinite(value) or trainer.global_step >= trainer.max_steps:
+            return
+        best = best_loss(self.folder)  # the same on all ranks, which share the folder and end together below
+        trainer.strategy.barrier()
+        if best is None or float(value) < best:
+            self.export(trainer, self.folder, {WATCHED: float(value)})
+        trainer.strategy.barrier()
+
+
+def best_loss(folder: Path) -> float | None:
+    """The validation loss of the best model kept so far, also by an earlier start of the run."""
+    file = folder / "export.json"
+    return float(read_json(file)[WATCHED]) if file.is_file() else None
+
+
+class Track(pl.Callback):
+    """The run's lineage and its alerts."""
+
+    def __init__(self, tracker: WandbRun, run: RunConfig, data: DataModule) -> None:
+        self.tracker = tracker  # not ``log``: Lightning overwrites that name in callbacks
+        self.run = run
+        self.data = data
+        self.num_bad = 0  # steps left out, of which the people have been told
+
+    @rank_zero_only
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        index = self.data.index_of("data.train")
+        about = {"samples": len(index), "classes": index.num_classes, "shards": len(index.shards), "kind": index.kind}
+        use(self.tracker, data_artifact(Path(index.folder) / "index.json", about))
+        self.num_bad = left_out(trainer)
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
+        if left_out(trainer) > self.num_bad:
+            self.num_bad = left_out(trainer)
+            told = f"batch {i + 1} of this start; {self.num_bad} bad steps so far. The run's log names the samples."
+            self.tracker.alert(f"{self.run.name}: a bad step was left out", told, bad=True)
+
+    @rank_zero_only
+    def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, NonFiniteLoss):
+            self.tracker.alert(f"{self.run.name}: the loss is not finite", str(exception), bad=True)
+        elif isinstance(exception, RollBack):
+            self.tracker.alert(f"{self.run.name}: a bad step", str(exception), bad=True)
+
+
+def left_out(trainer: pl.Trainer) -> int:
+    """Steps that the run has left out for their loss so far."""
+    return next((callback.num_bad for callback in trainer.callbacks if isinstance(callback, GuardSteps)), 0)  # type: ignore[attr-defined]
+
+
+@rank_zero_only
+def log_models(tracker: WandbRun, run: RunConfig, last_loss: float | None) -> None:
+    """The models that a finished run leaves, as versions of one artifact: ``best``, then ``latest``; one if they are the same.
+
+    ``last_loss``: the validation loss of the last step.
+    """
+    upload, id_, best = run.tracking.upload_models, run_id(run.folder), best_loss(run.folder / "best")
+    earlier = best is not None and last_loss is not None and best < last_loss
+    if earlier:
+        make(tracker, model_artifact(run.name, id_, run.folder / "best", upload=upload), ["best"])
+    make(tracker, model_artifact(run.name, id_, run.folder / "export", upload=upload), [] if earlier else ["best"])

@@ -1,0 +1,207 @@
+"""From a run's configuration to a trained model in its run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
+
+from lit_transdiff.base.files import unless_full
+from lit_transdiff.checkpoints.export import export_checkpoint, write_export
+from lit_transdiff.checkpoints.format import PARTIAL, Checkpoint
+from lit_transdiff.checkpoints.run_folder import (
+    FolderLock,
+    check_checkpoint,
+    check_folder,
+    last_checkpoint,
+    open_folder,
+    trained_steps,
+)
+from lit_transdiff.config import RunConfig
+from lit_transdiff.distributed import accumulation, compute_dtype, trainer_settings, world_size
+from lit_transdiff.sampling.generator import Generator
+from lit_transdiff.stages.base import TransDiffStage
+from lit_transdiff.stages.preparatory import PreparatoryStage
+from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, wandb_of
+from lit_transdiff.tracking.wandb_run import WandbRun
+from lit_transdiff.training.build import Parts, build, build_data, describe, export_info, spread_of
+from lit_transdiff.training.callbacks import LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
+from lit_transdiff.training.checkpointing import Checkpoints, TryAgain, agreed_checkpoint, what_changes
+from lit_transdiff.training.guard import GuardSteps, RollBack
+from lit_transdiff.training.online_evaluation import OnlineEvaluation
+from lit_transdiff.training.preemption import StopOnRequest, StopRequest, stop_request
+from lit_transdiff.training.tracking import WATCHED, BestModel, Track, log_models
+from lit_transdiff.training.watchdog import Pause, Resume, Watchdog
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run leaves: its folder, its last step, and the last value of each metric."""
+
+    folder: Path
+    step: int
+    metrics: dict[str, float]
+
+
+def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: WandbRun | None) -> list[Callback]:
+    """What watches a run and saves it; the order matters where it is said."""
+    run, training = parts.run, parts.run.training
+    guarded = isinstance(parts.stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
+    finite = StopOnNonFinite(training.log_every, training.checkpoint_every, run.folder / "checkpoints")
+    numbers = LogTraining(run, compute_dtype(run))
+    checkpoints = Checkpoints(run, start, spread_of(run), before_save=finite.look)
+    watchdog = Watchdog(run.safety.stall_seconds)
+    stop = StopOnRequest(request, checkpoints, watchdog.rest)
+    # The watchdog rests in what may take long. Scores come before LogTraining, which would count their time as training's.
+    slow_first: list[Callback] = []
+    slow_last: list[Callback] = [SaveOrigin(run, export_info(parts)), checkpoints]
+    if tracker is not None:
+        slow_last.append(Track(tracker, run, parts.data))
+    if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
+        names, folder = parts.data.class_names, run.folder
+        go_on = run.checkpoint.on_error == "continue"
+        grids = SampleGrids(parts.autoencoder, names, folder / "samples", training.sample_every, tracker, despite_full_disk=go_on)
+        slow_last.append(grids)
+        slow_last.append(BestModel(folder / "best", partial(export_model, parts)))
+        if run.evaluation.every:
+            generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
+            slow_first.append(OnlineEvaluation(generator, run, stop.now))
+    callbacks: list[Callback] = [
+        stop,
+        Pause(watchdog),
+        *slow_first,
+        Resume(watchdog),
+        GuardSteps(run.safety, run.folder) if guarded else finite,
+        numbers,
+        Progress(run.name, numbers),
+        Pause(watchdog),
+        *slow_last,
+        watchdog,
+    ]
+    watching = run.safety.stall_seconds > 0
+    return [callback for callback in callbacks if watching or not isinstance(callback, Watchdog | Pause | Resume)]
+
+
+def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
+    """Lightning's Trainer for a run. The whole run is one epoch of max_steps; the data order has its own."""
+    run, training = parts.run, parts.run.training
+    validate_every = training.validate_every or training.max_steps
+    return pl.Trainer(
+        **trainer_settings(run),
+        max_steps=training.max_steps,
+        max_epochs=-1,
+        gradient_clip_val=run.optimizer.gradient_clip or None,
+        val_check_interval=min(validate_every, training.max_steps) * accumulation(run),
+        check_val_every_n_epoch=None,  # count over the whole run
+        limit_val_batches=1.0 if run.data.evaluation else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        callbacks=callbacks,
+        logger=loggers,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,  # see Checkpoints
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=run.folder,
+    )
+
+
+def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
+    """Train a run to its end, continuing from its last checkpoint if there is one, and export the averaged weights.
+
+    A run that has already finished is left as it is.
+    """
+    say = rank_zero_only(say)
+    if trained_steps(run) >= run.training.max_steps:
+        check_folder(run)
+        step = trained_steps(run)
+        say(f"{run.name}: already trained to step {step} in {run.folder}")
+        return TrainResult(run.folder, step, {})
+    with FolderLock(run.folder) as lock:
+        while True:
+            pl.seed_everything(run.seed, verbose=False)
+            parts = build(run)
+            say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
+            rank_zero_only(lock.take)()
+            try:
+                loggers = build_loggers(run)
+                with stop_request() as request:
+                    metrics = fit(parts, agreed_checkpoint(run), request, loggers, say)
+                break
+            except (TryAgain, RollBack) as reason:
+                say(f"{run.name}: {reason}")
+        rank_zero_only(write_model)(parts)
+        if (tracker := wandb_of(loggers)) is not None:
+            log_models(tracker, run, metrics.get(WATCHED))
+            tracker.finish()
+        wait_for_export(run)
+    return TrainResult(run.folder, run.training.max_steps, metrics)
+
+
+def fit(
+    parts: Parts, checkpoint: Checkpoint | None, request: StopRequest, loggers: list[Logger], say: Callable[[str], None]
+) -> dict[str, float]:
+    """Train from a checkpoint, or from the beginning, to the end; the last values of the metrics."""
+    run = parts.run
+    start = checkpoint.step if checkpoint else 0
+    if checkpoint is not None:
+        rank_zero_only(check_checkpoint)(run, checkpoint)
+    rank_zero_only(open_folder)(run, world_size(run))
+    if start >= run.training.max_steps:
+        return {}
+    trainer = build_trainer(parts, build_callbacks(parts, start, request, wandb_of(loggers)), loggers)
+    if checkpoint is not None:
+        changes = what_changes(checkpoint, spread_of(run))
+        say(f"continuing from {checkpoint.folder}" + (f"; {changes}" if changes else ""))
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.drop_after(checkpoint.step if checkpoint else -1)
+    trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint.folder if checkpoint else None)
+    if trainer.global_step != run.training.max_steps:
+        raise RuntimeError(f"training ended at step {trainer.global_step} of {run.training.max_steps}.")
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def write_model(parts: Parts) -> None:
+    """Export the last checkpoint; a preparatory stage may look at training batches from the start for it."""
+    run, stage = parts.run, parts.stage
+    checkpoint = last_checkpoint(run)
+    assert checkpoint is not None
+    checkpoint = checkpoint.index()
+    if isinstance(stage, TransDiffStage):
+        return export_checkpoint(checkpoint, run.folder / "export")
+    stage.load_state_dict(checkpoint.weights(None))
+    assert isinstance(stage, PreparatoryStage)
+    batches = build_data(run, None).train_dataloader()
+    info = {**export_info(parts), "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": "last"}
+    write_export(run.folder / "export", run, info, lambda folder: stage.export(folder, batches))
+
+
+def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[str, Any]) -> None:
+    """Write the averaged weights as they are now to ``folder``, with ``more`` in what the export says. All ranks call this."""
+    run, stage, step = parts.run, parts.stage, trainer.global_step
+    assert isinstance(stage, TransDiffStage)
+    state = {name: value.cpu().contiguous() for name, value in stage.averaged_model().state_dict().items()}
+    if trainer.is_global_zero:
+        weights = f"ema {run.optimizer.ema_decay}"
+        info = {**export_info(parts), "step": step, "images_seen": step * run.images_per_step, "weights": weights, **more}
+        with unless_full(folder.with_name(folder.name + PARTIAL), run.checkpoint.on_error == "continue"):
+            write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
+
+
+def wait_for_export(run: RunConfig) -> None:
+    """Return when the first rank has written the trained model."""
+    deadline = time.monotonic() + 60 * run.distributed.timeout_minutes
+    while trained_steps(run) < run.training.max_steps:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{run.folder / 'export'}: the first rank has not written it.")
+        time.sleep(0.1)

@@ -1,0 +1,112 @@
+"""A process that makes no step for too long says where it is, and ends: a stuck worker or a lost rank holds no job forever."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import platform
+import sys
+import threading
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lit_transdiff.base.endings import EXIT_STALLED
+
+WAITING = "waiting for data"
+
+
+class Watchdog(pl.Callback):
+    """Ends the process with ``EXIT_STALLED`` when a step, or the wait for its data, takes longer than ``seconds``.
+
+    It stands last among the callbacks, and ``Pause`` before those that may take as long as they take between two steps (sample
+    grids, scores, saves); ``Resume`` ends a pause early, before callbacks in which ranks wait for each other only shortly.
+    """
+
+    def __init__(self, seconds: float, poll: float = 1.0) -> None:
+        self.seconds = seconds
+        self.poll = min(poll, seconds / 4)
+        self.busy_with: tuple[str, int] | None = None  # (what, micro-step); nothing between two steps
+        self.last = ("starting", 0)
+        self.since = time.monotonic()
+        self.stop = threading.Event()
+
+    def watch(self, what: str, micro_step: int) -> None:
+        self.since, self.last = time.monotonic(), (what, micro_step)
+        self.busy_with = self.last
+
+    def rest(self) -> None:
+        self.busy_with = None
+
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.stop.clear()
+        self.rest()
+        threading.Thread(target=self.look, args=(trainer,), daemon=True, name="watchdog").start()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.watch(WAITING, trainer.global_step * trainer.accumulate_grad_batches)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
+        self.watch("computing", i)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
+        self.watch(WAITING, i + 1)
+
+    def on_validation_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.rest()
+
+    def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.watch(WAITING, trainer.global_step * trainer.accumulate_grad_batches)
+
+    def on_train_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.stop.set()
+
+    def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
+        self.stop.set()
+        # torch's loader says so, or the pipe breaks through which the worker was handing over a batch.
+        broken = isinstance(exception, ConnectionError | EOFError) and self.last[0] == WAITING
+        if broken or "DataLoader worker" in str(exception):
+            print(self.describe(trainer, "lost a data worker", *self.last), file=sys.stderr, flush=True)
+
+    def look(self, trainer: pl.Trainer) -> None:
+        """The thread: every ``poll`` seconds."""
+        while not self.stop.wait(self.poll):
+            busy = self.busy_with
+            if busy is not None and time.monotonic() - self.since > self.seconds:
+                problem = f"stalled for {self.seconds:.0f} s (safety.stall_seconds)"
+                print(self.describe(trainer, problem, *busy), file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(EXIT_STALLED)
+
+    def describe(self, trainer: pl.Trainer, problem: str, what: str, micro_step: int) -> str:
+        keys = trainer.datamodule.planned_keys(micro_step)  # type: ignore[attr-defined]
+        shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
+        step = micro_step // trainer.accumulate_grad_batches + 1
+        return (
+            f"lit-transdiff: rank {trainer.global_rank} on {platform.node()}: {problem} while {what} in step {step}. "
+            f"Samples of that batch: {shown or 'unknown'}. This process ends now."
+        )
+
+
+class Pause(pl.Callback):
+    """From here on the watchdog rests, until the callbacks of this moment are done."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self.watchdog = watchdog
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
+        self.watchdog.rest()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
+        self.watchdog.rest()
+
+
+class Resume(pl.Callback):
+    """From here on the watchdog watches again at the end of a step."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self.watchdog = watchdog
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
+        self.watchdog.watch("finishing", i)

@@ -1,0 +1,73 @@
+"""How commands end when they are asked to, and when something is wrong."""
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from lit_transdiff.__main__ import main
+from lit_transdiff.base.endings import EXIT_REQUEUE, STOP_SIGNALS, Preempted, ending_when_asked
+from lit_transdiff.cli import pipeline
+from lit_transdiff.config.loading import save_yaml
+from lit_transdiff.training import trainer
+from lit_transdiff.training.preemption import stop_request
+from tests.small import small_run
+
+
+def asked(number: signal.Signals) -> None:
+    """What takes long, and is signalled in it; libraries in between catch what they can."""
+    try:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    except Exception:
+        pytest.fail("kept by a library")
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("during", ["set-up", "evaluation"])
+def test_a_signal_outside_the_steps_asks_for_a_requeue(
+    tmp_path: Path, during: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(one) for one in STOP_SIGNALS]
+    save_yaml(small_run(tmp_path), tmp_path / "run.yaml")
+    monkeypatch.setattr(pipeline, "check_evaluation", lambda *settings, **options: None)
+    monkeypatch.setattr(pipeline, "train", lambda run: None)
+    monkeypatch.setattr(pipeline, "load_generator", lambda *arguments: asked(number))
+    monkeypatch.setattr(trainer, "build", lambda run: asked(number))
+    options = ["--evaluate"] if during == "evaluation" else []
+    start = time.monotonic()
+    assert main(["train", str(tmp_path / "run.yaml"), *options]) == EXIT_REQUEUE
+    assert time.monotonic() - start < 4
+    assert f"asked to stop ({number.name}): the same command goes on" in capsys.readouterr().err
+    assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
+
+
+def test_a_signal_after_the_last_step_is_not_lost() -> None:
+    with pytest.raises(Preempted, match="SIGUSR1"), ending_when_asked(), stop_request() as request:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.received == "SIGUSR1"  # between two steps it would be looked at
+
+
+@pytest.mark.parametrize("number, code", [(errno.EACCES, 2), (errno.EROFS, 2), (errno.EIO, 1)])
+def test_a_file_that_cannot_be_used_is_named_in_one_line(
+    tmp_path: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(run: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / "place"))
+
+    save_yaml(small_run(tmp_path), tmp_path / "run.yaml")
+    monkeypatch.setattr(trainer, "build", refused)
+    assert main(["train", str(tmp_path / "run.yaml")]) == code
+    assert capsys.readouterr().err.splitlines()[-1] == f"lit-transdiff: {tmp_path / 'place'}: {os.strerror(number)}"
+
+
+def test_a_folder_below_a_file_and_a_name_that_is_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_yaml(small_run(tmp_path), tmp_path / "run.yaml")
+    assert main(["train", str(tmp_path / "run.yaml"), f"output_dir={tmp_path / 'run.yaml'}"]) == 2
+    assert f"lit-transdiff: {tmp_path / 'run.yaml' / 'small'}: Not a directory" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "run.yaml"), "name=on"]) == 2
+    assert "name: got True; allowed: a word" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "run.yaml"), 'name="on"', "--dry-run"]) == 0

@@ -1,0 +1,118 @@
+"""The plan's numbers against what PyTorch really allocates and computes on the CPU."""
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.allocations import Allocations
+from lit_transdiff.config import ModelConfig, RunConfig
+from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.distributed.strategies import STRATEGIES
+from lit_transdiff.models.flops import decoder_flops, encoder_flops
+from lit_transdiff.planning.memory import model_cost, pass_cost
+from lit_transdiff.planning.planner import communication, memory_of, plan
+from lit_transdiff.stages import STAGES
+from lit_transdiff.stages.optim import build_optimizer
+from tests.small import ROOT, small_run
+
+ROWS = 8
+MIDDLE = {"width": 64, "num_heads": 4, "encoder_blocks": 3, "decoder_blocks": 2, "patch_size": 4, "num_context_tokens": 64}
+KINDS: dict[str, dict[str, Any]] = {
+    "one-step": {"model": MIDDLE},
+    "recomputed": {"model": MIDDLE, "training": {"activation_checkpointing": "all"}},
+    "decoder recomputed": {"model": MIDDLE, "training": {"activation_checkpointing": "decoder"}},
+    "every other": {"model": MIDDLE, "training": {"activation_checkpointing": "all", "activation_checkpointing_every": 2}},
+    "bf16": {"model": MIDDLE, "training": {"precision": "bf16-mixed"}},
+    "MRAR": {"stage": "mrar_finetune", "model": {**MIDDLE, "num_references": 4}},
+}
+
+
+def kind_run(folder: Path, kind: str) -> RunConfig:
+    run = small_run(folder, **KINDS[kind])
+    return replace(run, model=replace(run.model, attention_dropout=0.0))
+
+
+def batch_of(config: ModelConfig) -> Batch:
+    shape = (ROWS, config.num_references, config.latent_channels, config.latent_size, config.latent_size)
+    labels = torch.zeros(ROWS, dtype=torch.int64)
+    return Batch(torch.randn(shape), labels, torch.zeros(shape[:2], dtype=torch.int64), labels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str):
+    """A real step: parameters, gradients, moments and averages to the byte; the peak of the passes within a tenth."""
+    run = kind_run(tmp_path, kind)
+    bf16 = run.training.precision == "bf16-mixed"
+    model, cost = model_cost(run), pass_cost(run, bf16)
+    planned = memory_of(run, "single", 1, ROWS, model, cost, images=False)
+
+    stage = STAGES[run.stage](run, lambda values, noise: values)
+    optimizer = build_optimizer(stage.model, run.optimizer)
+    batch = batch_of(run.model)
+    gc.collect()
+    with Allocations() as allocations:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = stage.objective(batch, lambda *shape: torch.randn(ROWS, *shape))[0].mean()
+        loss.backward()
+    gradients = sum(p.grad.numel() * 4 for p in stage.parameters())
+    assert gradients == planned.gradients
+    assert sum(p.numel() * 4 for p in stage.parameters()) == planned.weights
+    optimizer.step()
+    states = [optimizer.state[p] for p in stage.parameters()]
+    assert sum(s["exp_avg"].numel() * 4 + s["exp_avg_sq"].numel() * 4 for s in states) == planned.optimizer
+    assert sum(s["ema"].numel() * 4 for s in states) == planned.averages
+    assert 0.9 * (allocations.peak - gradients) < planned.activations < 1.1 * allocations.peak
+
+
+@pytest.mark.parametrize("kind", ["one-step", "MRAR"])
+def test_operations_are_those_of_a_real_pass(tmp_path: Path, kind: str):
+    run = kind_run(tmp_path, kind)
+    stage = STAGES[run.stage](run, lambda values, noise: values)
+    # Not every release of torch counts the fused attention of CPUs.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        stage.objective(batch_of(run.model), lambda *shape: torch.randn(ROWS, *shape))
+    forward = encoder_flops(run.model) + decoder_flops(run.model, run.flow.num_noise_draws)
+    assert forward * ROWS == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_shares_of_the_strategies(tmp_path: Path):
+    """On many GPUs what is cut goes to nothing, and what is not stays; a strategy that cuts more holds less and sends more."""
+    run = kind_run(tmp_path, "one-step")
+    model, cost = model_cost(run), pass_cost(run, False)
+    memory = {name: memory_of(run, name, 1000, 1, model, cost, images=False) for name in STRATEGIES}
+    whole = model.parameters * 4
+    assert memory["ddp"].optimizer == 2 * whole and memory["zero1"].optimizer == 2 * whole / 1000
+    assert memory["zero1"].gradients > memory["zero2"].gradients == whole / 1000
+    assert memory["zero2"].weights > whole > memory["zero3"].weights > memory["fsdp"].weights
+    sent = [communication(name, 1000, 4, model) for name in ("single", "ddp", "zero1", "zero2", "zero3")]
+    assert sent == sorted(sent) and sent[0] == 0
+    assert communication("ddp", 2, 1, model) == whole  # half of the gradients there, half of them back
+
+
+def test_a_plan_says_what_fits_and_what_does_not():
+    from lit_transdiff.config.loading import load_run
+
+    recipe = ROOT / "experiments/imagenet256/mrar_huge.yaml"
+    text = plan(load_run(recipe), 64, "a100-40gb", 0.35)
+    assert "1,328,033,296" in text and "does not fit" in text and "GPU-hours" in text
+    text = plan(load_run(recipe), 64, "h200", 0.35)
+    assert "zero3, fsdp refuse training.precision=bf16-true" in text  # as the run would
+    weights = {line.split()[0]: float(line.split()[3]) for line in text.splitlines() if line.endswith("<- the run's")}
+    assert weights["ddp"] == 2.66 and weights["zero1"] > 5.31  # float32 in all that is counted with bf16-mixed
+    small = plan(load_run(recipe), 64, "rtx4090", 0.35)
+    assert "ddp does not fit, whatever the micro-batch." in small
+    with pytest.raises(ValueError, match=r"--gpu: 'h20' is not known\. Did you mean 'h200'"):
+        plan(load_run(recipe), 64, "h20", 0.35)
+    assert "refuse" not in plan(load_run(recipe, ["training.precision=bf16-mixed"]), 64, "h200", 0.35)
+    with pytest.raises(ValueError, match="stage: got 'autoencoder'; a plan is made of ar_pretrain"):
+        plan(load_run(ROOT / "experiments/fashion/autoencoder.yaml"), 1, "h200", 0.35)
+    with pytest.raises(ValueError, match=r"--gpus: got 0; allowed: a divisor"):
+        plan(load_run(recipe), 0, "h200", 0.35)
+    with pytest.raises(ValueError, match=r"--gpus: got 3; allowed: a divisor of training\.global_batch_size=2048"):
+        plan(load_run(recipe), 3, "h200", 0.35)

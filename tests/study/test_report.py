@@ -1,0 +1,145 @@
+"""The page of a report: one file that needs nothing else, and works in a real browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_transdiff.__main__ import main
+from lit_transdiff.study.report import MAX_POINTS, page_data, report_file, write_report
+from lit_transdiff.study.runs import archive, runs
+from lit_transdiff.tracking.loggers import MetricsCSV
+from tests.study.test_runs import make_run, write_long
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    for seed in (0, 1):
+        make_run(tmp_path / "runs", f"slow{seed}", 2.0 + seed, seed=seed, group="other" if seed else "g")
+        make_run(tmp_path / "runs", f"fast{seed} <b>", 3.0 + seed, seed=seed, lr=0.1)
+    assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "report.html")]) == 0
+    return tmp_path / "report.html"
+
+
+def test_the_page_of_an_archive_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "runs", "a", 1.0)
+    packed = archive(tmp_path / "runs", tmp_path / "packed.zip")
+    assert main(["report", str(packed)]) == 0
+    assert f"<h1>{packed}</h1>" in (tmp_path / "packed.html").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert report_file("entity/project") == Path("entity-project.html")  # a folder of the project's name would hide the project
+    assert report_file("runs") == Path("runs/report.html")
+
+
+def test_the_file_holds_everything_and_names_nothing_outside(report: Path) -> None:
+    page = report.read_text()
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)|@import|url\(|fetch\(|https?://(?!www\.w3\.org)""", page)
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    assert [run["name"] for run in data["runs"]] == ["fast0 <b>", "fast1 <b>", "slow0", "slow1"]
+    assert data["differing"] == ["optimizer.lr"] and "val/loss" in data["metrics"]
+    run = data["runs"][2]
+    assert run["curves"]["train/loss"]["value"] == pytest.approx([1.0, 0.5, 1 / 3])
+    assert [sample["step"] for sample in run["samples"]] == [2, 6] and run["scores"]["eval/frechet_distance"] == 2.0
+    assert run["evaluations"][0]["manifest"]["run"] == "slow0"
+
+
+@pytest.mark.parametrize("name", ["x<!--<script>", "</script>", "<b>b & 'c'\"", "_hidden", "a$x_{$b$^"])
+def test_every_name_stands_in_the_page_as_it_is(tmp_path: Path, name: str) -> None:
+    (run,) = runs(make_run(tmp_path, "a", 1.0))
+    page = write_report([dataclasses.replace(run, name=name)], tmp_path / "page.html").read_text()
+    (embedded,) = re.findall(r'type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert "<" not in embedded and json.loads(embedded)["runs"][0]["name"] == name
+
+
+def test_an_odd_file_takes_only_itself_from_the_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "a", 2.0)
+    content = json.loads((folder / "evaluations" / "r.json").read_text())
+    content["scores"]["inception_score"]["std"] = math.nan
+    content["manifest"]["images_per_second"] = math.inf
+    (folder / "evaluations" / "r.json").write_text(json.dumps(content))
+    for picture in ("evaluations/r.png", "samples/final/grid.png"):
+        (folder / picture).write_bytes(b"")
+    whole = (folder / "samples" / "step-00000006.png").read_bytes()
+    (folder / "samples" / "step-00000006.png").write_bytes(whole[: len(whole) // 2])
+    (run,) = page_data(runs(tmp_path))["runs"]
+    assert [sample["step"] for sample in run["samples"]] == [2] and run["pictures"] == []
+    (evaluation,) = run["evaluations"]
+    assert evaluation["picture"] is None and evaluation["manifest"]["images_per_second"] is None
+    assert [score["std"] for score in evaluation["scores"] if "nception" in score["title"]] == [None]
+
+
+def test_what_does_not_compare_has_other_judges(tmp_path: Path) -> None:
+    make_run(tmp_path, "a", 2.0)
+    folder = make_run(tmp_path, "b", 1.0)
+    content = json.loads((folder / "evaluations" / "r.json").read_text())
+    content["manifest"]["num_images"] = 5
+    (folder / "evaluations" / "r.json").write_text(json.dumps(content))
+    MetricsCSV(folder / "metrics.csv", 8).log_metrics({"train/loss": math.nan}, 6)
+    a, b = page_data(runs(tmp_path))["runs"]
+    assert a["judges"]["eval/frechet_distance"] != b["judges"]["eval/frechet_distance"]
+    assert a["judges"]["val/loss"] == b["judges"]["val/loss"] and b["state"] == "diverged"
+    assert a["judge"].startswith("20 images") and "the newest; not the run's own: num_images 5" in b["judge"]
+
+
+def test_long_runs_make_small_pages(tmp_path: Path) -> None:
+    found = runs(write_long(tmp_path, 10_000))
+    assert len(page_data(found)["runs"][0]["curves"]["a"]["value"]) <= MAX_POINTS
+    assert write_report(found, tmp_path / "page.html").stat().st_size < 1_000_000
+
+
+@pytest.fixture
+def page(report: Path) -> Iterator[Any]:
+    """The report in a headless browser, with no network; every error of its script fails the test."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser here: none of {', '.join(BROWSERS)}")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
+        opened, errors = context.new_page(), []
+        opened.on("pageerror", lambda error: errors.append(str(error)))
+        opened.goto(report.as_uri())
+        yield opened
+        assert errors == []
+        browser.close()
+
+
+def test_it_works_in_a_browser(page: Any, tmp_path: Path) -> None:
+    assert page.locator("#runs tr").count() == 5 and page.locator("#plot .curve").count() == 4
+    page.screenshot(path=os.environ.get("REPORT_SCREENSHOT") or str(tmp_path / "page.png"), full_page=True)
+    page.locator("#runs input").first.uncheck()
+    assert page.locator("#plot .curve").count() == 3 and page.locator("#samples .card").count() == 3
+    page.locator("#tick").select_option(label="group other")
+    assert page.locator("#plot .curve").count() == 1 and page.locator("#runs input:checked").count() == 1
+    page.locator("#tick").select_option(label="all")
+    assert page.locator("#plot .curve").count() == 4
+    page.locator("#runs input").first.uncheck()
+    page.locator("th", has_text="optimizer.lr").first.click()
+    page.locator("#metric").select_option("train/loss")
+    page.locator("#axis").select_option("device_hours")
+    page.locator("#log").check()
+    box = page.locator("#plot").bounding_box()
+    page.mouse.move(box["x"] + 700, box["y"] + 200)
+    assert "device-hours" in page.locator("#tip").inner_text() and "slow0" in page.locator("#tip").inner_text()
+    before = page.locator("#samples img").first.get_attribute("src")
+    page.locator("#when").fill("0")
+    assert page.locator("#samples img").first.get_attribute("src") != before
+    assert "step 2 of 6" in page.locator("#samples").inner_text()
+    page.locator("#left").select_option("0")
+    page.locator("#right").select_option("2")
+    assert "optimizer.lr" in page.locator("#differences").inner_text()
+    page.locator("details summary").first.click()
+    assert '"guidance_scale"' in page.locator("details pre").first.inner_text()
