@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from lit_transdiff.base.files import read_json
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import run_from
 
@@ -43,3 +45,9 @@ SETTINGS: dict[str, Any] = {
 def small_run(folder: Path, **changes: Any) -> RunConfig:
     """``SETTINGS`` with ``changes`` (nested dictionaries), writing below ``folder``."""
     return run_from(OmegaConf.merge(OmegaConf.create(SETTINGS), OmegaConf.create({"output_dir": str(folder), **changes})))
+
+
+def without_checksums(*files: Path) -> None:
+    """Take the checksums out of JSON files: such were written by earlier versions."""
+    for file in files:
+        file.write_text(json.dumps({name: value for name, value in read_json(file).items() if name != "crc32"}))

@@ -1,7 +1,6 @@
 """Files of a run that a lost machine has left empty, cut or zeroed: they are noticed, named, and the run goes on."""
 
 import csv
-import json
 import os
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.wandb_run import run_id
 from lit_transdiff.training.trainer import train
-from tests.small import small_run
+from tests.small import small_run, without_checksums
 
 
 def silent(text: str) -> None:
@@ -69,7 +68,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, capsys: pytest.Cap
 def test_checkpoints_without_checksums_are_read(tmp_path: Path) -> None:
     run = two_checkpoints(tmp_path)
     marker = run.folder / "checkpoints" / "step-00000006" / MARKER
-    marker.write_text(json.dumps({name: value for name, value in read_json(marker).items() if name != "crc32"}))
+    without_checksums(marker)
     assert train(run, silent).step == 6
 
 

@@ -8,13 +8,17 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
+SEAL = "checksum"  # the entry of a JSON file that holds the CRC-32 of the others
+CHECKSUMS = "checksums.json"  # the CRC-32 of the files beside it, where there is no export.json that holds them
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -103,12 +107,66 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """A JSON file that holds a checksum of its own content, which ``read_json`` looks at."""
+    return (json.dumps({**content, SEAL: seal_of(content)}, indent=1) + "\n").encode()
+
+
+def seal_of(content: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content).encode()):08x}"
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises ``ValueError`` naming the file when it is none."""
+    """The content of a JSON file. Raises ``ValueError`` naming the file when it is none, or not what was sealed."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: it holds no JSON ({error}).") from error
+    if isinstance(content, dict) and content.pop(SEAL, None) not in (None, seal_of(content)):
+        raise ValueError(f"{path} is damaged: its content does not fit its checksum. If you changed it, remove {SEAL!r} from it.")
+    return content
+
+
+def crc32_of_files(folder: Path) -> dict[str, int]:
+    """The CRC-32 of each file in a folder, by its name."""
+    return {path.name: crc32_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def check_file(path: Path) -> None:
+    """Raise ``ValueError`` when a file is not what was written, by the CRC-32 that ``export.json`` beside it holds, or else
+    ``checksums.json``.
+
+    A file is read once a process. Nothing is known of files of earlier versions and of others.
+    """
+    for record in (path.with_name("export.json"), path.with_name(CHECKSUMS)):
+        content = read_json(record) if record.is_file() else None
+        known = content.get("crc32", {}) if isinstance(content, dict) else {}
+        if path.name in known and path.is_file():
+            stat = path.stat()
+            found = crc32_once(path, stat.st_size, stat.st_mtime_ns)
+            if found != known[path.name]:
+                raise ValueError(
+                    f"{path} is damaged: its CRC-32 is {found:08x}, in {record.name} it is {known[path.name]:08x}. Copy it again "
+                    f"from where it came, or make it again. If you changed it, remove 'crc32' and {SEAL!r} from {record.name}."
+                )
+            return
+
+
+@lru_cache(maxsize=256)
+def crc32_once(path: Path, size: int, modified: int) -> int:
+    """The CRC-32 of a file that has this size and was last modified then."""
+    return crc32_of(path)
+
+
+def check_zip(path: Path) -> None:
+    """Raise ``ValueError`` for a zip archive (``.npz``, ``.pth``) with a part that differs from the CRC-32 in the archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: {damaged} in it differs from its checksum")
 
 
 def is_full(error: BaseException) -> bool:

@@ -1,11 +1,11 @@
-"""The plain form of a trained model: ``model.safetensors`` (averaged weights), ``config.yaml`` and ``export.json``.
+"""The plain form of a trained model: ``model.safetensors`` (averaged weights), ``config.yaml`` and ``export.json``, which holds
+the CRC-32 of the others.
 
 Every command that uses a trained model reads this form; a run folder stands for the ``export`` folder in it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_transdiff.base.files import read_json, replace_file, short_hash, to_disk
+from lit_transdiff.base.files import check_file, crc32_of_files, read_json, replace_file, sealed, short_hash, to_disk
 from lit_transdiff.checkpoints.averages import EMA, POWER, combination, width_of
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
 from lit_transdiff.config import RunConfig, require, unknown
@@ -50,6 +50,7 @@ def read_export(path: str | Path) -> Export:
     """
     folder = export_folder(path)
     info = read_info(folder / "export.json")
+    check_file(folder / "config.yaml")
     return Export(folder, load_run(folder / "config.yaml"), read_weights(folder / "model.safetensors"), info)
 
 
@@ -65,6 +66,7 @@ def read_info(file: Path) -> dict[str, Any]:
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ``ValueError`` naming it when it is damaged."""
+    check_file(file)
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -158,7 +160,7 @@ def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_we
     save_yaml(run, partial / "config.yaml")
     for file in partial.rglob("*.safetensors"):
         to_disk(file)
-    replace_file(partial / "export.json", json.dumps(dict(info), indent=2).encode())
+    replace_file(partial / "export.json", sealed({**info, "crc32": crc32_of_files(partial)}))
     before = folder.with_name(folder.name + ".before")
     shutil.rmtree(before, ignore_errors=True)
     if folder.exists():

@@ -2,15 +2,14 @@
 
 ``checkpoints/step-00000500/`` holds ``rank-00000.safetensors`` ... (slices of parameters and of their optimizer states, named
 ``parameter::state::first element`` in the flattened parameter), ``training.pt`` (where training stands) and, written last,
-``COMPLETE.json``, with the size and the CRC-32 of each file. A folder is made under another name and renamed when it is whole, so
-one that was broken off is never found.
+``COMPLETE.json``, with the size and the CRC-32 of each file, and its own. A folder is made under another name and renamed when
+it is whole, so one that was broken off is never found.
 Because each slice says which elements of which parameter it holds, any strategy and any number of ranks reads it.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_transdiff.base.endings import CheckpointError
-from lit_transdiff.base.files import crc32_of, read_json, replace_file, require_space, to_disk, whole
+from lit_transdiff.base.files import crc32_of, read_json, replace_file, require_space, sealed, to_disk, whole
 from lit_transdiff.checkpoints.averages import EMA
 from lit_transdiff.config import CheckpointConfig
 
@@ -147,7 +146,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
         if not folder.name[5:].isdigit():
             continue
         try:
-            manifest = read_json(marker)
+            manifest = read_manifest(marker)
         except ValueError as error:
             warn_once(f"{error} The checkpoint is left out.")
             continue
@@ -155,6 +154,16 @@ def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
         if sizes == manifest["files"]:
             found.append(Checkpoint(folder, manifest))
     return found
+
+
+def read_manifest(marker: Path) -> dict[str, Any]:
+    """What a marker says. Raises ``ValueError`` naming it when it is damaged, or is of another step than its folder."""
+    manifest = read_json(marker)
+    if not isinstance(manifest, dict) or not {"step", "shapes", "files"} <= manifest.keys():
+        raise ValueError(f"{marker} is damaged: it lacks what the marker of a checkpoint says.")
+    if manifest["step"] != int(marker.parent.name[5:]):
+        raise ValueError(f"{marker} is damaged, or its folder was renamed: it is of step {manifest['step']}.")
+    return manifest
 
 
 @cache
@@ -216,7 +225,7 @@ def finish_checkpoint(
             file.unlink()
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         whole_manifest = {**manifest, "files": sizes, "crc32": crc32}
-        replace_file(partial / MARKER, json.dumps(whole_manifest, indent=1).encode())
+        replace_file(partial / MARKER, sealed(whole_manifest))
         folder = partial.with_name(partial.name.removesuffix(PARTIAL))
         shutil.rmtree(folder, ignore_errors=True)  # one that is not complete
         os.replace(partial, folder)

@@ -40,14 +40,14 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def index(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.index import index_shards
+    from lit_transdiff.data.verify import index_again
 
-    found = index_shards(args.folder, args.class_names.split(",") if args.class_names else None, workers=args.workers)
+    found = index_again(args.folder, args.class_names.split(",") if args.class_names else None, workers=args.workers)
     print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
 
 
 def verify(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.index import verify as check
+    from lit_transdiff.data.verify import verify as check
 
     found = check(args.folder, args.workers)
     print(f"{len(found)} samples in {len(found.shards)} shards: every checksum is right")

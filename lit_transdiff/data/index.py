@@ -1,13 +1,15 @@
 """The index of a folder of shards: ``index.json`` for people, ``index.npz`` for random access.
 
 The sidecar holds one row a sample, in shard order: ``offset`` (int64, bytes), ``size`` (int32, bytes), ``label``
-(int32) and ``key`` (fixed-width bytes). With it any sample is one ``pread`` away, and any order can be planned.
+(int32), ``key`` (fixed-width bytes) and ``checksum`` (uint32 for each part, see ``checksums``; earlier versions wrote none). With
+it any sample is one ``pread`` away, and any order can be planned. It also holds ``header``, the CRC-32 of ``index.json``.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from lit_transdiff.base.files import replace_file, sha256_of, sha256_of_lines
 from lit_transdiff.config import require
+from lit_transdiff.data.checksums import checksums_in
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import ScannedSample, scan_shard
 
@@ -41,7 +44,7 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class ShardRows:
-    """One shard and its rows of the index: an array of each of ``COLUMNS``, and ``key``."""
+    """One shard and its rows of the index: an array of each of ``COLUMNS``, ``key`` and ``checksum``."""
 
     shard: Shard
     columns: dict[str, np.ndarray]
@@ -75,6 +78,7 @@ class ShardIndex:
     key: np.ndarray  # [N] bytes
     seed: Optional[int] = None  # of the shuffle when the shards were packed
     latents: Optional[LatentInfo] = None
+    checksum: Optional[np.ndarray] = None  # [N, parts] uint32
 
     def __len__(self) -> int:
         return len(self.label)
@@ -115,10 +119,7 @@ class ShardIndex:
 
     def save(self) -> None:
         """Write ``index.npz``, then ``index.json``, each under a temporary name first."""
-        buffer = io.BytesIO()
-        np.savez(buffer, offset=self.offset, size=self.size, label=self.label, key=self.key)
-        replace_file(self.folder / "index.npz", buffer.getvalue())
-        header = {
+        content = {
             "format": FORMAT,
             "version": VERSION,
             "kind": self.kind,
@@ -128,7 +129,17 @@ class ShardIndex:
             "latents": None if self.latents is None else asdict(self.latents),
             "shards": [asdict(shard) for shard in self.shards],
         }
-        replace_file(self.folder / "index.json", (json.dumps(header, indent=1) + "\n").encode())
+        header = (json.dumps(content, indent=1) + "\n").encode()
+        self.save_sidecar(header)
+        replace_file(self.folder / "index.json", header)
+
+    def save_sidecar(self, header: bytes) -> None:
+        """Write ``index.npz``, which belongs to an ``index.json`` of these bytes."""
+        buffer, columns = io.BytesIO(), {name: getattr(self, name) for name in (*COLUMNS, "key")}
+        if self.checksum is not None:
+            columns["checksum"] = self.checksum
+        np.savez(buffer, header=np.uint32(zlib.crc32(header)), **columns)
+        replace_file(self.folder / "index.npz", buffer.getvalue())
 
 
 def index_files(path: str | Path) -> tuple[Path, Path]:
@@ -159,13 +170,16 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
     header_path, sidecar_path = index_files(path)
     folder = header_path.parent
     try:
-        header = json.loads(header_path.read_text())
+        text = header_path.read_bytes()
+        header = json.loads(text)
         require(header.get("format") == FORMAT, "format", header.get("format"), repr(FORMAT))
         require(header["version"] == VERSION, "version", header["version"], f"{VERSION}")
         with np.load(sidecar_path, allow_pickle=False) as sidecar:
-            columns = {name: sidecar[name] for name in (*COLUMNS, "key")}
+            columns = {name: sidecar[name] for name in sidecar.files}
+        if int(columns.pop("header", zlib.crc32(text))) != zlib.crc32(text):
+            raise ValueError("index.json is not what was written with index.npz")
         index = index_from(folder, header, columns)
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
         again = f"Make it again: lit-transdiff index {folder}"
         raise ValueError(f"{folder}: the index is damaged or of another version ({error}). {again}") from error
     if check_files:
@@ -184,7 +198,8 @@ def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarr
         shards=tuple(Shard(**shard) for shard in header["shards"]),
         seed=header["seed"],
         latents=latents,
-        **columns,
+        checksum=columns.get("checksum"),
+        **{name: columns[name] for name in (*COLUMNS, "key")},
     )
     counts = {name: int(count) for name, count in zip(index.class_names, index.class_counts, strict=False)}
     fits = int(index.starts[-1]) == header["samples"] and counts == header["classes"] and len(index.key) == len(index)
@@ -204,21 +219,6 @@ def check_sizes(index: ShardIndex) -> None:
             raise ValueError(f"{path}: {size} bytes, but {shard.bytes} in index.json: the shard is damaged or was replaced.")
 
 
-def verify(folder: str | Path, workers: int = 0) -> ShardIndex:
-    """Compare the SHA-256 of every shard with the index; raises ``ValueError`` naming all shards that differ."""
-    index = read_index(folder)
-    sums = in_processes(named_sum, ((index.folder / shard.name,) for shard in index.shards), workers)
-    damaged = sorted({(shard.name, shard.sha256) for shard in index.shards} - set(sums))
-    if damaged:
-        names = ", ".join(name for name, _ in damaged)
-        raise ValueError(f"{folder}: {len(damaged)} of {len(index.shards)} shards differ from their SHA-256: {names}.")
-    return index
-
-
-def named_sum(path: Path) -> tuple[str, str]:
-    return path.name, sha256_of(path)
-
-
 def index_shards(
     folder: str | Path,
     class_names: Optional[Sequence[str]] = None,
@@ -226,8 +226,9 @@ def index_shards(
     latents: Optional[LatentInfo] = None,
     workers: int = 0,
     progress: bool = True,
+    save: bool = True,
 ) -> ShardIndex:
-    """Scan the tars of a folder (in name order, in ``workers`` processes) and write their index.
+    """Scan the tars of a folder (in name order, in ``workers`` processes) and ``save`` their index.
 
     Without ``class_names`` the classes are called by their numbers, 0 to the largest label. Raises ``ValueError`` naming
     shard and key for whatever ``scan_shard`` refuses, and for a key that two shards share.
@@ -238,19 +239,20 @@ def index_shards(
         raise FileNotFoundError(f"{folder} has no *.tar (compressed tars cannot be read at an offset; unpack them first).")
     tasks = ((path, latents) for path in paths)
     scanned = tqdm(in_processes(rows_of, tasks, workers), desc="indexing", unit="shard", total=len(paths), disable=not progress)
-    rows = sorted(scanned, key=lambda found: found.shard.name)
-    index = join_rows(folder, rows, class_names, seed, latents)
-    index.save()
+    index = join_rows(folder, sorted(scanned, key=lambda found: found.shard.name), class_names, seed, latents)
+    if save:
+        index.save()
     return index
 
 
 def rows_of(path: Path, latents: Optional[LatentInfo]) -> ShardRows:
     """Scan one shard: its checksum and where its samples lie. ``latents`` says what they are expected to be."""
-    scanned = scan_shard(path)
+    scanned, parts = scan_shard(path), latents.flips if latents else 1
     for sample in scanned:
         check_sample(path.name, sample, latents)
     columns = {name: np.array([getattr(sample, name) for sample in scanned], kind) for name, kind in COLUMNS.items()}
     columns["key"] = np.array([sample.key.encode() for sample in scanned], np.bytes_)
+    columns["checksum"] = checksums_in(path, ((sample.offset, sample.size) for sample in scanned), parts)
     classes = len({sample.label for sample in scanned})
     return ShardRows(Shard(path.name, len(scanned), path.stat().st_size, sha256_of(path), classes), columns)
 
@@ -265,11 +267,12 @@ def join_rows(
     """The index of shards that were scanned one by one, in their order; a shard without samples is left out."""
     rows = [found for found in rows if found.shard.samples]
     require(len(rows) > 0, str(folder), "shards without a sample", "at least one sample")
-    columns = {name: np.concatenate([found.columns[name] for found in rows]) for name in (*COLUMNS, "key")}
+    names = set.intersection(*(set(found.columns) for found in rows))  # records of earlier versions hold no checksums
+    columns = {name: np.concatenate([found.columns[name] for found in rows]) for name in names}
     highest = int(columns["label"].max())
-    names = tuple(str(c) for c in range(highest + 1)) if class_names is None else tuple(class_names)
-    require(highest < len(names), f"{folder}: label", highest, f"0 to {len(names) - 1} (class names)")
-    index = ShardIndex(folder, names, tuple(found.shard for found in rows), seed=seed, latents=latents, **columns)
+    classes = tuple(str(c) for c in range(highest + 1)) if class_names is None else tuple(class_names)
+    require(highest < len(classes), f"{folder}: label", highest, f"0 to {len(classes) - 1} (class names)")
+    index = ShardIndex(folder, classes, tuple(found.shard for found in rows), seed=seed, latents=latents, **columns)
     by_key = np.argsort(index.key, kind="stable")
     for place in np.flatnonzero(index.key[by_key[1:]] == index.key[by_key[:-1]]):
         one, other = (index.shards[index.shard_of(sample)].name for sample in by_key[place : place + 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from contextlib import nullcontext, suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Optional
@@ -13,6 +14,7 @@ import numpy as np
 import webdataset as wds
 
 from lit_transdiff.base.files import partial_name
+from lit_transdiff.data.checksums import check_content, checksum_of, damaged
 from lit_transdiff.data.index import ShardIndex
 
 TAR_BLOCK, TAR_RECORD = 512, 10240  # bytes that a member, and a whole tar, are filled up to
@@ -61,7 +63,8 @@ class ShardReader:
     """Reads the bytes of any sample of an index; keeps at most ``max_open`` files open.
 
     ``pread`` has no file position, so a reader may be shared by threads and inherited by forked workers; pickled, it
-    opens its files anew.
+    opens its files anew. What is read is compared with its checksum: images each time, which costs little beside decoding them,
+    latents the first time.
     """
 
     def __init__(self, index: ShardIndex, max_open: int = 128) -> None:
@@ -70,7 +73,8 @@ class ShardReader:
         self.descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "descriptors": OrderedDict()}
+        kept = {name: value for name, value in self.__dict__.items() if name != "unread"}
+        return {**kept, "descriptors": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()
@@ -88,20 +92,36 @@ class ShardReader:
         self.descriptors.move_to_end(shard)
         return self.descriptors[shard]
 
+    @cached_property
+    def unread(self) -> np.ndarray:
+        """[N, parts] bool: what this process has not compared with its checksum yet, where there are some."""
+        checksum = self.index.checksum
+        return np.zeros((len(self.index), 2), bool) if checksum is None else np.ones(checksum.shape, bool)
+
     def read(self, sample: int) -> bytes:
-        """The image file, or the raw latents, of a sample. Raises ``ValueError`` naming shard and key for a short read."""
+        """The image file, or the raw latents, of a sample. Raises ``ValueError`` naming it for damage or a short read."""
         size = int(self.index.size[sample])
         data = os.pread(self.descriptor(self.index.shard_of(sample)), size, int(self.index.offset[sample]))
         if len(data) != size:
             raise ValueError(f"{self.index.name_of(sample)}: {len(data)} of {size} bytes read: the shard is truncated.")
+        check_content(self.index, sample, data)
         return data
 
     def read_parts(self, samples: np.ndarray, first: np.ndarray, out: np.ndarray) -> None:
-        """Read straight into ``out`` [n, bytes] uint8, shard by shard: of each sample as many bytes, from byte ``first`` on."""
+        """Read straight into ``out`` [n, bytes] uint8, shard by shard: of each sample as many bytes, from byte ``first`` on.
+
+        Raises ``ValueError`` as ``read`` does.
+        """
         length, view = out.shape[1], out.reshape(-1).data
         shards = (np.searchsorted(self.index.starts, samples, side="right") - 1).tolist()
         offsets = (self.index.offset[samples] + first).tolist()
+        parts = first // length
+        unread = self.unread[samples, parts].tolist()
         for i in np.argsort(samples, kind="stable").tolist():
-            found = os.preadv(self.descriptor(shards[i]), [view[i * length : (i + 1) * length]], offsets[i])
+            content = view[i * length : (i + 1) * length]
+            found = os.preadv(self.descriptor(shards[i]), [content], offsets[i])
             if found != length:
                 raise ValueError(f"{self.index.name_of(samples[i])}: {found} of {length} bytes read: the shard is truncated.")
+            if unread[i] and checksum_of(content) != self.index.checksum[samples[i], parts[i]]:  # type: ignore[index]
+                raise damaged(self.index, int(samples[i]))
+        self.unread[samples, parts] = False

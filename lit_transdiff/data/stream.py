@@ -27,6 +27,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tarfile_samples
 
 from lit_transdiff.config import DataConfig, require
+from lit_transdiff.data.checksums import check_content
 from lit_transdiff.data.dataset import Batch, SampleDecoder
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.order import BatchLayout, generator
@@ -183,7 +184,7 @@ class StreamDataset(IterableDataset):
                 content = payload(raw, name)
                 if content is None or raw["__key__"] != self.index.key_of(found) or len(content) != self.index.size[found]:
                     break
-                yield StreamedSample(found, content)
+                yield self.checked(found, content)
                 found += 1
             if found < end:
                 count = f"only {found - first} of {end - first} samples are as in the index"
@@ -191,6 +192,16 @@ class StreamDataset(IterableDataset):
                 if not self.skip:
                     raise ValueError(problem)
                 yield from (StreamedSample(sample, None, problem) for sample in range(found, end))
+
+    def checked(self, sample: int, content: bytes) -> StreamedSample:
+        """A sample with its bytes; a damaged one with the reason why it has none, or ``ValueError``."""
+        try:
+            check_content(self.index, sample, content)
+        except ValueError as error:
+            if not self.skip:
+                raise
+            return StreamedSample(sample, None, str(error))
+        return StreamedSample(sample, content)
 
     def decoded(self, rows: Iterator[tuple[int, list[StreamedSample]]]) -> Iterator[tuple[list[int], Tensor]]:
         """(samples, values [R, ...]). With ``on_bad_sample: skip`` the next readable row also takes the place of a bad one."""

@@ -5,7 +5,6 @@ Shapes: N images, B images of a batch, R references, C channels, H W pixels.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_transdiff.base.files import require_space
+from lit_transdiff.base.files import read_json, require_space
 from lit_transdiff.config import EvaluationConfig, SamplingConfig, unknown
 from lit_transdiff.data.pixels import from_bytes
 from lit_transdiff.evaluation.batch_files import BatchFiles, open_batch_files, wait_for_batches, wait_for_scores
@@ -57,7 +56,7 @@ class Output:
 
     def result(self) -> dict[str, Any]:
         """The scores, the manifest, and the name of the file."""
-        return {**json.loads(self.file.read_text()), "file": str(self.file)}
+        return {**read_json(self.file), "file": str(self.file)}
 
     def batch_files(self, job: Job) -> BatchFiles:
         """Where the batches wait; those of other batches, or without something that is wanted now, lie elsewhere."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from lit_transdiff.base.files import replace_file, whole
+from lit_transdiff.base.files import read_json, replace_file, sealed, whole
 from lit_transdiff.checkpoints.run_folder import git_commit, package_versions
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
 from lit_transdiff.config.paths import export_folder
@@ -80,8 +80,8 @@ def origin(checkpoint: str) -> dict[str, Any]:
         return {"training": None, "training_commit": None}
     folder = export_folder(checkpoint)
     environment = folder.parent / "environment.json"
-    starts = json.loads(environment.read_text()) if environment.is_file() else []
-    training = json.loads((folder / "export.json").read_text())
+    starts = read_json(environment) if environment.is_file() else []
+    training = read_json(folder / "export.json")
     return {"training": training, "training_commit": starts[-1]["git_commit"] if starts else None}
 
 
@@ -100,4 +100,4 @@ def write_result(file: Path, scores: dict[str, Score], record: dict[str, Any], p
     """Write the picture, then the JSON ``file``, each whole or not at all."""
     with whole(file.with_suffix(".png")) as partial:
         picture.save(partial, format="png")
-    replace_file(file, (json.dumps({"scores": scores, "manifest": record}, indent=2) + "\n").encode())
+    replace_file(file, sealed({"scores": scores, "manifest": record}))

@@ -19,7 +19,7 @@ from einops import pack, unpack
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lit_transdiff.base.files import read_json
+from lit_transdiff.base.files import check_file, read_json
 from lit_transdiff.config import AutoencoderTraining, require, unknown
 from lit_transdiff.models.execution import compile_blocks
 from lit_transdiff.models.ldm import check_ldm, from_diffusers, read_architecture, to_diffusers
@@ -179,6 +179,8 @@ class KLAutoencoder(Autoencoder):
         folder, file = Path(path), Path(path) / CONFIG_FILE
         if not file.is_file():
             raise FileNotFoundError(f"autoencoder.path: {file} does not exist; expected a folder in diffusers' layout.")
+        for written in (file, *sorted(folder.glob("*.safetensors"))):
+            check_file(written)
         config = read_json(file)
         mean, std = read_normalisation(config, str(file))
         channels = config.get("in_channels")

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lit_transdiff.base.files import check_file
 from lit_transdiff.config import require
 
 FEATURES = 64
@@ -68,6 +69,7 @@ def load_classifier(path: str | Path) -> SmallClassifier:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"classifier weights: {path} does not exist.")
+    check_file(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER)

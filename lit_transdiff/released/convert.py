@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_transdiff.base.files import whole
+from lit_transdiff.base.files import CHECKSUMS, crc32_of_files, replace_file, sealed, whole
 from lit_transdiff.checkpoints.export import read_export, read_weights, unshared, write_export
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import run_from, to_dict
@@ -257,6 +257,7 @@ def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, sc
     with whole(dest) as folder:
         network.save(folder, dtype)
         (folder / ORIGIN).write_text(json.dumps(identity(file)))
+        replace_file(folder / CHECKSUMS, sealed({"crc32": crc32_of_files(folder)}))
     count = sum(p.numel() for p in network.model.parameters())
     lines = [
         f"autoencoder -> {dest}: {len(network.model.state_dict())} tensors mapped, {count:,} parameters, "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_transdiff.base.files import short_hash
+from lit_transdiff.base.files import check_zip, short_hash
 from lit_transdiff.config import require
 
 CHECKPOINT = "checkpoint-last.pth"
@@ -58,10 +58,7 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{damaged} in it differs from its checksum")
+            check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except DAMAGE as error:

@@ -17,7 +17,7 @@ import yaml
 from lit_transdiff.evaluation.scores import FOLDER
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.study.records import Evaluation, Pictures, Run
-from lit_transdiff.tracking.metrics_file import devices_of_starts, last_values, read_json, read_rows
+from lit_transdiff.tracking.metrics_file import content_of, devices_of_starts, last_values, read_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +83,7 @@ def state_of(folder: Path, config: dict[str, Any]) -> str:
     """finished, when there is what the run is for; unfinished otherwise: a folder does not say whether a process runs."""
     if config["stage"] == "evaluate":
         return "finished" if any((folder / FOLDER).glob("*.json")) else "unfinished"
-    export = read_json(folder / "export" / "export.json") or {}
+    export = content_of(folder / "export" / "export.json") or {}
     return "finished" if export.get("step", 0) >= config["training"]["max_steps"] else "unfinished"
 
 
@@ -100,7 +100,7 @@ def as_history(rows: pd.DataFrame, devices: Sequence[int]) -> pd.DataFrame:
 
 def evaluations_in(folder: Path) -> list[Evaluation]:
     """The results in ``evaluations``."""
-    found = ((file, read_json(file)) for file in sorted(folder.glob("*.json")))
+    found = ((file, content_of(file)) for file in sorted(folder.glob("*.json")))
     return [read_evaluation(file, content) for file, content in found if is_result(file, content)]
 
 

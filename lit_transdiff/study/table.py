@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from lit_transdiff.base.files import read_json
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.scores import Score, judged_by, result_files, value
 from lit_transdiff.sampling.pictures import beside
@@ -59,9 +59,9 @@ def collect(folder: str | Path) -> list[Row]:
 def read_row(file: Path) -> Row:
     """Read one result file."""
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
         return Row(file, content["scores"], content["manifest"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a result of evaluate ({error}); remove it or evaluate again.") from error
 
 

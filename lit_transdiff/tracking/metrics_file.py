@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lit_transdiff.base.files import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,18 +16,18 @@ COLUMNS = ("step", "images_seen", "seconds", "metric", "value", "start")  # of m
 log = logging.getLogger(__name__)
 
 
-def read_json(file: Path) -> Any:
-    """What a JSON file holds; nothing, with a warning when there is a file, where it cannot be read."""
+def content_of(file: Path) -> Any:
+    """What a JSON file holds; nothing, with a warning when there is a file, where it is damaged."""
     try:
-        return json.loads(file.read_text()) if file.is_file() else None
+        return read_json(file) if file.is_file() else None
     except ValueError as error:
-        log.warning("%s is not JSON (%s) and is left out.", file, error)
+        log.warning("%s It is left out.", error)
         return None
 
 
 def devices_of_starts(folder: Path) -> list[int]:
     """Processes of each start of the run, on all nodes; each had one device."""
-    return [start.get("num_processes", 1) for start in read_json(folder / "environment.json") or []] or [1]
+    return [start.get("num_processes", 1) for start in content_of(folder / "environment.json") or []] or [1]
 
 
 def device_count(folder: Path) -> int:

@@ -8,9 +8,10 @@ from PIL import Image
 
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.dataset import PlannedDataset
-from lit_transdiff.data.index import index_shards, read_index, verify
+from lit_transdiff.data.index import index_shards, read_index
 from lit_transdiff.data.order import Rows
 from lit_transdiff.data.shards import ShardReader
+from lit_transdiff.data.verify import verify
 
 
 def png(size=(8, 8)):

@@ -12,9 +12,10 @@ from PIL import Image
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.dataset import PlannedDataset
 from lit_transdiff.data.encode import Encoding
-from lit_transdiff.data.index import read_index, verify
+from lit_transdiff.data.index import read_index
 from lit_transdiff.data.order import Rows
 from lit_transdiff.data.pack import Cut, pack
+from lit_transdiff.data.verify import verify
 
 
 def values_of(index, data):

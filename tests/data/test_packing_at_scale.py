@@ -16,8 +16,8 @@ from PIL import Image
 from lit_transdiff.__main__ import main
 from lit_transdiff.base.files import readable
 from lit_transdiff.data.encode import Encoding
-from lit_transdiff.data.index import verify
 from lit_transdiff.data.pack import Cut, pack
+from lit_transdiff.data.verify import verify
 from tests.small import ROOT
 
 

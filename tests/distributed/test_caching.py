@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_transdiff.data.index import verify
+from lit_transdiff.data.verify import verify
 from tests.distributed.test_two_processes import command_line, start
 from tests.small import FASHION, ROOT
 

@@ -18,6 +18,7 @@ from lit_transdiff.models.autoencoder import KLAutoencoder
 from lit_transdiff.released.convert import LATENT_SCALE, convert
 from tests import plain_autoencoder
 from tests.released.test_convert import SMALL, converted_autoencoder, equal, random_state, write_checkpoint
+from tests.small import without_checksums
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +236,7 @@ class TestExports:
         self, name: str, change: Any, message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ):
         shutil.copytree(trained, tmp_path / "model")
+        without_checksums(tmp_path / "model" / "export.json")
         file = tmp_path / "model" / name
         file.unlink() if change is None else file.write_bytes(change(file.read_bytes()))
         assert main(["sample", "--checkpoint", str(tmp_path / "model"), "--classes", "0", "sampling.num_steps=1"]) == 2
@@ -246,5 +248,8 @@ class TestExports:
             folder = tmp_path / name
             shutil.copytree(autoencoder, folder)
             (folder / name).write_bytes(content)
+            with pytest.raises(ValueError, match=rf"{folder / name} is damaged: its CRC-32 is .*, in checksums.json it is "):
+                KLAutoencoder.load(folder, 3)
+            (folder / "checksums.json").unlink()
             with pytest.raises(ValueError, match=rf"{folder}.*(the weights are damaged|is damaged: it holds no JSON)"):
                 KLAutoencoder.load(folder, 3)

@@ -1,0 +1,92 @@
+"""Are shards still what was indexed? ``verify`` looks, and ``index_again`` makes no index of damaged ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+from lit_transdiff.base.files import sha256_of
+from lit_transdiff.data.checksums import checksums_in
+from lit_transdiff.data.index import ShardIndex, index_shards, read_index
+from lit_transdiff.data.processes import in_processes
+
+LISTED = 10  # samples in a message
+log = logging.getLogger(__name__)
+
+
+def verify(folder: str | Path, workers: int = 0) -> ShardIndex:
+    """Compare the SHA-256 of every shard with the index; raises ``ValueError`` naming shards and samples that differ."""
+    index = read_index(folder)
+    sums = set(in_processes(named_sum, ((index.folder / shard.name,) for shard in index.shards), workers))
+    differing = [number for number, shard in enumerate(index.shards) if (shard.name, shard.sha256) not in sums]
+    if differing:
+        names = ", ".join(index.shards[number].name for number in differing)
+        samples = [sample for number in differing for sample in damaged_samples(index, number)]
+        raise ValueError(
+            f"{folder}: {len(differing)} of {len(index.shards)} shards differ from their SHA-256: {names}.{told(index, samples)} "
+            "Copy them again, or make the shards again."
+        )
+    return index
+
+
+def named_sum(path: Path) -> tuple[str, str]:
+    return path.name, sha256_of(path)
+
+
+def damaged_samples(index: ShardIndex, number: int) -> list[int]:
+    """The samples of a shard that differ from their checksums, as far as the index holds some."""
+    if index.checksum is None:
+        return []
+    mine = slice(index.starts[number], index.starts[number + 1])
+    places = zip(index.offset[mine].tolist(), index.size[mine].tolist(), strict=True)
+    found = checksums_in(index.folder / index.shards[number].name, places, index.checksum.shape[1])
+    return (np.flatnonzero((found != index.checksum[mine]).any(axis=1)) + mine.start).tolist()
+
+
+def told(index: ShardIndex, samples: Sequence[int]) -> str:
+    """Damaged samples in a message."""
+    if index.checksum is None:
+        return ""
+    listed = ", ".join(f"{index.name_of(sample)} (byte {index.offset[sample]})" for sample in samples[:LISTED])
+    more = ", ..." if len(samples) > LISTED else ""
+    return f" Damaged samples: {listed}{more}." if samples else " No sample is damaged: only names, labels or gaps between them."
+
+
+def index_again(folder: str | Path, class_names: Optional[Sequence[str]] = None, workers: int = 0) -> ShardIndex:
+    """Index the shards of a folder. Where they have an index, its class names, seed and latents stay, and it gets what it lacks.
+
+    Raises ``ValueError`` for a shard that is as long as in that index and differs from it: it is damaged, and would be indexed as
+    sound.
+    """
+    folder = Path(folder)
+    before = index_of(folder)
+    if before is None:
+        return index_shards(folder, class_names, workers=workers)
+    index = index_shards(folder, class_names or before.class_names, before.seed, before.latents, workers, save=False)
+    now = {(shard.name, shard.bytes): shard.sha256 for shard in index.shards}
+    differing = [shard.name for shard in before.shards if now.get((shard.name, shard.bytes), shard.sha256) != shard.sha256]
+    if differing:
+        raise ValueError(
+            f"{folder}: {', '.join(differing)}: not what was indexed, and as long: damaged. Copy them again, or make the shards "
+            "again. If you replaced them, remove index.json and start this command again."
+        )
+    if (index.shards, index.class_names) == (before.shards, before.class_names):
+        index.save_sidecar((folder / "index.json").read_bytes())  # which stays, to the byte: runs know their data by it
+    else:
+        index.save()
+    return index
+
+
+def index_of(folder: Path) -> Optional[ShardIndex]:
+    """The index that a folder has, of shards that are there or not; nothing, with a warning, where it is damaged."""
+    try:
+        return read_index(folder, check_files=False)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        log.warning("%s", error)
+        return None
