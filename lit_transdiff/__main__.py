@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 from lit_transdiff import __version__
-from lit_transdiff.base.endings import EXIT_REQUEUE, CheckpointError, Preempted, ending_when_asked
+from lit_transdiff.base.endings import EXIT_REQUEUE, CheckpointError, Preempted, TrialsFailed, ending_when_asked
 from lit_transdiff.base.files import is_full
 from lit_transdiff.cli import commands
 from lit_transdiff.config import PRESETS
@@ -174,12 +174,14 @@ def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.
 
 def add_study_commands(command: AddCommand) -> None:
     """What looks at many runs together."""
-    sub = command(commands.sweep, "run a W&B sweep file on this machine, without a server; the same command again continues it")
+    text = "run a W&B sweep file on this machine, without a server; the same command continues it and tries failed trials again"
+    sub = command(commands.sweep, text)
     sub.add_argument("file", help="the sweep's YAML")
     sub.add_argument("--output", help="folder of the trials; default: runs/sweeps/NAME")
     sub.add_argument("--agents", type=int, help="trials at once; default: as many as the GPUs allow, or one on CPUs")
     sub.add_argument("--devices-per-run", type=int, default=1, help="GPUs of one trial, where its command is torchrun's")
     sub.add_argument("--seed", type=int, default=0, help="of random and bayes")
+    sub.add_argument("--tries", type=int, default=3, help="attempts of a trial that fails, one a command; default: %(default)s")
 
     sub = command(commands.report, "one HTML page of all runs below a folder: curves, samples, scores, differences")
     sub.add_argument("folder", help="a folder of runs, an archive of them, or entity/project at W&B")
@@ -230,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Preempted as reason:
         print(f"lit-transdiff: {reason}", file=sys.stderr)
         return EXIT_REQUEUE
-    except (FloatingPointError, CheckpointError) as error:
+    except (FloatingPointError, CheckpointError, TrialsFailed) as error:
         print(f"lit-transdiff: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -1,7 +1,7 @@
 """How a process ends when it has not done what it should: exit codes for schedulers, and the errors behind them.
 
-0 done; 1 training failed; 2 a bad setting, a missing file, or a run that another process trains; 75 asked to stop, start it
-again; 76 stalled.
+0 done; 1 training, or a trial of a sweep, failed; 2 a bad setting, a missing file, or a run that another process trains; 75 asked
+to stop, start it again; 76 stalled.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # as schedulers send them befor
 
 class Preempted(BaseException):
     """The process ends because it was asked to; what was done is on disk. Like Ctrl-C, no ``except Exception`` keeps it."""
+
+
+class TrialsFailed(Exception):
+    """Trials of a sweep have failed; the others are there."""
 
 
 class CheckpointError(OSError):

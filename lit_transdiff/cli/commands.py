@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from lit_transdiff.base.endings import TrialsFailed
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import load_run, override, preset, read_yaml
 from lit_transdiff.config.paths import check_files, check_images, check_source, checkpoints_folder, export_folder, local_path
@@ -219,11 +220,14 @@ def sweep(args: argparse.Namespace) -> None:
 
     plan = load_sweep(args.file)
     from lit_transdiff.sweep.controller import run_sweep
-    from lit_transdiff.sweep.report import outcome
+    from lit_transdiff.sweep.report import failures, outcome
 
     folder = Path(args.output or Path("runs") / "sweeps" / plan.name)
-    trials = run_sweep(plan, folder, agents=args.agents, devices_per_run=args.devices_per_run, seed=args.seed)
+    how = dict(agents=args.agents, devices_per_run=args.devices_per_run, seed=args.seed, tries=args.tries)
+    trials = run_sweep(plan, folder, **how)
     print(outcome(plan, trials, folder))
+    if failed := failures(trials, folder, args.tries):
+        raise TrialsFailed(failed)
 
 
 def report(args: argparse.Namespace) -> None:

@@ -2,12 +2,12 @@
 
 The controller does what W&B's server and agents do together: it chooses settings, starts a trial on each free slot of devices,
 follows the metric in the trial's own files, ends trials early, and remembers everything, so that the same command goes on after
-a kill. A trial that was running then is started again with its settings and continues from its checkpoint.
+a kill. A trial that was running then is started again with its settings and continues from its checkpoint; so is one that has
+failed, once each time that the command is given, until it has had as many attempts as ``--tries`` says.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import os
 import secrets
@@ -16,24 +16,24 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from lit_transdiff.base.endings import EXIT_REQUEUE, leave
+from lit_transdiff.base.endings import EXIT_REQUEUE, TrialsFailed, leave
 from lit_transdiff.config import require
-from lit_transdiff.study.runs import read_local
-from lit_transdiff.study.wandb_logs import log_files, read_log
 from lit_transdiff.sweep.command import trial_command, write_parameters
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.journal import Journal
 from lit_transdiff.sweep.search import next_settings, to_stop
-from lit_transdiff.sweep.trial import Trial
+from lit_transdiff.sweep.trial import State, Trial
+from lit_transdiff.sweep.values import logged_names, logged_values
 from lit_transdiff.tracking.place import SWEEP_FOLDER, TrialPlace
 
 POLL = 0.5  # seconds between looks at the trials
 KILL_AFTER = 60.0  # seconds that a trial has to end after SIGTERM
+TRIES = 3  # attempts of a trial, over all calls of the command
 HOPELESS = 3  # so many failures before any success end the sweep
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a closed terminal
 Slot = tuple[int, ...]  # GPUs of one trial; empty on CPUs
@@ -46,6 +46,7 @@ class Agent:
     trial: Trial
     process: subprocess.Popen[bytes]
     slot: Slot
+    old: list[float] = field(default_factory=list)  # values that an attempt before, which failed, has left in the trial's files
     stopped_at: float | None = None
 
 
@@ -63,7 +64,9 @@ def slots_of(agents: int | None, devices_per_run: int) -> list[Slot]:
 class Controller:
     """One sweep in one folder."""
 
-    def __init__(self, sweep: Sweep, folder: Path, seed: int, slots: list[Slot], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, sweep: Sweep, folder: Path, seed: int, slots: list[Slot], say: Callable[[str], None], tries: int = TRIES
+    ) -> None:
         self.sweep = sweep
         self.folder = folder.resolve()
         self.seed = seed
@@ -72,11 +75,17 @@ class Controller:
         self.journal = Journal(self.folder, sweep, seed)
         (self.folder / "logs").mkdir(exist_ok=True)
         self.trials = self.journal.read()
-        if hopeless(self.trials):  # nothing has ever worked: the same command tries them again
-            for trial in self.trials:
-                trial.state = "running"
+        self.retry(tries)
         self.again = [trial for trial in self.trials if trial.state == "running"]
         self.live: list[Agent] = []
+
+    def retry(self, tries: int) -> None:
+        """Give each trial that has failed another attempt, if it has had fewer than ``tries``, or nothing has ever worked."""
+        always = hopeless(self.trials)
+        for trial in self.trials:
+            if trial.state == "failed" and (always or trial.failures < tries):
+                self.journal.write("again", id=trial.id)
+                trial.begin_again()
 
     def run(self) -> list[Trial]:
         """Until the search has no more settings and every trial has ended.
@@ -93,11 +102,11 @@ class Controller:
                 end_orphans({trial.id for trial in self.again}, self.folder)
             while not asked and (self.fill() or self.live):
                 time.sleep(POLL)
-                for agent in self.live:
-                    agent.trial.values = self.values(agent.trial)
-                self.stop_losers()
                 for agent in [agent for agent in self.live if agent.process.poll() is not None]:
                     self.end(agent)
+                for agent in self.live:
+                    agent.trial.values = self.new_values(agent)
+                self.stop_losers()
                 self.check_hope()
             if asked:
                 leave(asked[0], None)
@@ -146,32 +155,31 @@ class Controller:
         }
         environment |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, slot))} if slot else {}
         self.place(trial).mkdir(exist_ok=True)
+        old = self.values(trial) if trial.failures else []
         with open(self.folder / "logs" / f"{trial.id}.log", "ab") as log:
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         self.journal.write("process", id=trial.id, pid=process.pid)
-        self.live.append(Agent(trial, process, slot))
-        self.say(f"start     {self.place(trial).name}" + (f" on GPU {','.join(map(str, slot))}" if slot else ""))
+        self.live.append(Agent(trial, process, slot, old))
+        attempt = f", attempt {trial.failures + 1}" if trial.failures else ""
+        self.say(f"start     {self.place(trial).name}{attempt}" + (f" on GPU {','.join(map(str, slot))}" if slot else ""))
 
     def values(self, trial: Trial) -> list[float]:
         """The values of the sweep's metric that the trial has logged so far, in order."""
-        metric, place = self.sweep.metric, self.place(trial)
-        if metric is None:
-            return []
-        if (place / "metrics.csv").is_file():
-            with open(place / "metrics.csv", newline="") as file:
-                return [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == metric and row["value"]]
-        logs = log_files(place / "wandb") if (place / "wandb").is_dir() else []
-        table = read_log(logs[0]).history() if logs else {}
-        return [float(value) for value in table[metric].dropna()] if metric in table else []
+        return logged_values(self.place(trial), self.sweep.metric) if self.sweep.metric is not None else []
+
+    def new_values(self, agent: Agent) -> list[float]:
+        """The same without what a failed attempt has left, until this one changes it: going on, or from the beginning."""
+        values = self.values(agent.trial)
+        return [] if repr(values) == repr(agent.old) else values  # repr, because NaN is not NaN
 
     def stop_losers(self) -> None:
         """Early termination: SIGTERM, so that the trial can save what it has; SIGKILL when it does not end."""
         if self.sweep.early_terminate is not None:
             lost = {trial.id for trial in to_stop(self.sweep.early_terminate, self.trials, self.sweep.maximize)}
             for agent in self.live:
-                if agent.trial.id in lost and agent.stopped_at is None:
+                if agent.trial.id in lost and agent.stopped_at is None and agent.process.poll() is None:
                     agent.stopped_at = time.monotonic()
                     self.say(f"stop      {self.place(agent.trial).name} after {len(agent.trial.values)} values")
                     signal_group(agent.process.pid, signal.SIGTERM)
@@ -182,45 +190,40 @@ class Controller:
     def end(self, agent: Agent) -> None:
         """Note how a trial ended."""
         trial, code = agent.trial, agent.process.returncode
-        trial.values = self.values(trial)
         self.live.remove(agent)
         self.free.append(agent.slot)
         if code == EXIT_REQUEUE and agent.stopped_at is None:  # someone else asked it to stop: it goes on
             self.again.append(trial)
             self.say(f"again     {self.place(trial).name}")
             return
-        trial.state = "stopped" if agent.stopped_at is not None else "finished" if code == 0 else "failed"
+        state: State = "stopped" if agent.stopped_at is not None else "finished" if code == 0 else "failed"
+        trial.end(state, self.values(trial) if code == 0 else self.new_values(agent))
         self.journal.write("end", id=trial.id, state=trial.state, values=trial.values)
         self.check_metric(trial)
         best = trial.best(self.sweep.maximize)
         told = f", best {self.sweep.metric} {best:.5g}" if best is not None else ""
+        told += ", the last is no number" if trial.diverged else ""
         told += f", exit status {code}: see {self.folder / 'logs' / trial.id}.log" if trial.state == "failed" else ""
         self.say(f"{trial.state:9} {self.place(trial).name}{told}")
 
     def check_metric(self, trial: Trial) -> None:
-        """Warn when the first trial that finished has not logged the sweep's metric: nothing can be chosen by it."""
+        """Warn when the first trial that finished has logged no number as the sweep's metric: nothing can be chosen by it."""
         metric = self.sweep.metric
         first = [trial.state for trial in self.trials].count("finished") == 1
-        if metric is None or trial.values or trial.state != "finished" or not first:
+        if metric is None or trial.finite() or trial.state != "finished" or not first:
             return
+        if trial.values:
+            return self.say(f"warning   metric.name: what the trial has logged as {metric!r} is no finite number")
         names = logged_names(self.place(trial))
         near = difflib.get_close_matches(metric, names, n=3, cutoff=0.3) or names
         self.say(f"warning   metric.name: the trial has not logged {metric!r}, but {', '.join(near) or 'nothing'}")
 
     def check_hope(self) -> None:
-        """Raise ``ValueError`` when the sweep's first trials have all failed."""
+        """Raise ``TrialsFailed`` when the sweep's first trials have all failed."""
         if hopeless(self.trials):
             ended = [trial for trial in self.trials if trial.state == "failed"]
             log = self.folder / "logs" / f"{ended[-1].id}.log"
-            raise ValueError(f"the first {len(ended)} trials all failed; see {log}. The same command tries them again.")
-
-
-def logged_names(place: Path) -> list[str]:
-    """The metrics that a trial has logged."""
-    try:
-        return sorted({name for run in read_local(place) for name in run.summary})
-    except FileNotFoundError:
-        return []
+            raise TrialsFailed(f"the first {len(ended)} trials all failed; see {log}. The same command tries them again.")
 
 
 def hopeless(trials: list[Trial]) -> bool:
@@ -236,10 +239,12 @@ def run_sweep(
     agents: int | None = None,
     devices_per_run: int = 1,
     seed: int = 0,
+    tries: int = TRIES,
     say: Callable[[str], None] = print,
 ) -> list[Trial]:
     """Run or continue a sweep in ``folder`` to its end; the trials are its run folders."""
-    return Controller(sweep, folder, seed, slots_of(agents, devices_per_run), say).run()
+    require(tries >= 1, "--tries", tries, "at least 1")
+    return Controller(sweep, folder, seed, slots_of(agents, devices_per_run), say, tries).run()
 
 
 def end_orphans(trials: set[str], folder: Path) -> None:

@@ -47,6 +47,8 @@ class Sweep:
     metric: str | None = None
     maximize: bool = False
     target: float | None = None  # no trial is started once one has reached it
+    impute: str = "worst"  # what a trial that has failed counts as in bayes: worst, best or latest
+    impute_while_running: str = "false"  # what a running trial counts as in bayes: nothing (false), worst, best or latest
     early_terminate: Hyperband | None = None
     command: list[str] | None = None
     program: str | None = None

@@ -23,6 +23,8 @@ KEYS = (
     *("method", "metric", "parameters", "early_terminate", "command", "program", "name", "project", "run_cap"),
     *("description", "entity", "controller"),
 )
+METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
+IMPUTES = ("worst", "best", "latest")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # as 1e-4, which YAML 1.1 takes for a word
 
 
@@ -87,6 +89,8 @@ def sweep_from(settings: Any, name: str) -> Sweep:
         metric=metric.get("name"),
         maximize=metric.get("goal") == "maximize",
         target=metric.get("target"),
+        impute=metric.get("impute", "worst"),
+        impute_while_running=metric.get("impute_while_running", "false"),
         early_terminate=Hyperband(**{k: v for k, v in early.items() if k != "type"}) if early else None,
         command=command,
         program=settings.get("program"),
@@ -121,9 +125,13 @@ def metric_from(metric: Any) -> dict[str, Any]:
     named = isinstance(metric, dict) and isinstance(metric.get("name"), str)
     require(named, "metric", metric, "name: ..., with goal: minimize or maximize")
     for key in metric:
-        if key not in ("name", "goal", "target"):
-            raise unknown("metric", key, ("name", "goal", "target"))
+        if key not in METRIC_KEYS:
+            raise unknown("metric", key, METRIC_KEYS)
     goal, target = metric.get("goal", "minimize"), metric.get("target")
     require(goal in ("minimize", "maximize"), "metric.goal", goal, "minimize or maximize")
     require(target is None or is_number(target), "metric.target", target, "a number")
-    return metric
+    impute, running = metric.get("impute", "worst"), metric.get("impute_while_running", "false")
+    running = "false" if running is False else running  # as YAML reads the word
+    require(impute in IMPUTES, "metric.impute", impute, ", ".join(IMPUTES))
+    require(running in (*IMPUTES, "false"), "metric.impute_while_running", running, ", ".join((*IMPUTES, "false")))
+    return {**metric, "impute_while_running": running}

@@ -46,21 +46,34 @@ class Journal:
             os.fsync(file.fileno())
 
     def read(self) -> list[Trial]:
-        """All trials in the order of their start. Damaged lines, and events of trials whose start is in one, are left out."""
+        """All trials in the order of their start, each as its last attempt ended.
+
+        A trial's events are ``start``, ``process`` (one for each process), ``end`` (one for each attempt), and ``again`` before
+        an attempt after a failure. Damaged lines, and events of trials whose start is in one, are left out.
+        """
         past: dict[str, Trial] = {}
-        for line in self.file.read_text().splitlines() if self.file.exists() else []:
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:
+        for line in self.file.read_text(errors="replace").splitlines() if self.file.exists() else []:
+            if not (event := event_in(line)):
                 continue
-            kind, id_ = event["event"], event["id"]
-            if kind == "start":
+            kind, id_ = event.get("event"), str(event.get("id"))
+            if kind == "start" and "settings" in event:
                 past[id_] = Trial(id_, event["settings"])
             elif id_ not in past:
                 log.warning("%s: an event of a trial of which no start is there: %s", self.file, line)
-            elif kind == "end":
-                past[id_].state, past[id_].values = event["state"], event["values"]
+            elif kind == "end" and "state" in event:
+                past[id_].end(event["state"], event.get("values", []))
+            elif kind == "again":
+                past[id_].begin_again()
         return list(past.values())
+
+
+def event_in(line: str) -> dict[str, Any]:
+    """An event of the journal; empty for a line that is none."""
+    try:
+        event = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return event if isinstance(event, dict) else {}
 
 
 def settings_in(file: Path) -> dict[str, Any]:

@@ -29,3 +29,14 @@ def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
         head += f"; none has logged {sweep.metric}"
     text = table.drop(columns=["seed", "judged by"]).to_string(index=False, float_format=lambda value: f"{value:.4g}")
     return f"{head}\n\n{text}\n\nTry next: lit-transdiff report {folder}"
+
+
+def failures(trials: Sequence[Trial], folder: Path, tries: int) -> str | None:
+    """What to say of the trials that have failed, and how to try them again; nothing, if none has."""
+    failed = [trial for trial in trials if trial.state == "failed"]
+    if not failed:
+        return None
+    more = max(trial.failures for trial in failed) + 1
+    again = "The same command" if all(trial.failures < tries for trial in failed) else f"With --tries {more} the same command"
+    log = folder / "logs" / f"{failed[-1].id}.log"
+    return f"{len(failed)} of {len(trials)} trials failed; see {log}. {again} tries them again."

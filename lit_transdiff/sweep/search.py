@@ -7,6 +7,7 @@ it had not been. SEARCHES lists them.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,30 +46,54 @@ def at_random(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any
 
 
 def bayes(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
-    """Optuna's tree-structured Parzen estimator on the best value of each trial; running trials count as poor ones."""
+    """Optuna's tree-structured Parzen estimator on what each trial counts as; running trials count as poor ones."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {".".join(path): for_optuna(".".join(path), spec) for path, spec in sweep.parameters.items()}
     sampler = optuna.samplers.TPESampler(seed=hash_of(seed, len(trials)), n_startup_trials=START_TRIALS, constant_liar=True)
     study = optuna.create_study(direction="maximize" if sweep.maximize else "minimize", sampler=sampler)
-    study.add_trials([past(sweep, trial, distributions) for trial in trials])
+    worst = worst_value(trials, sweep.maximize)
+    study.add_trials([past(sweep, trial, distributions, counts_as(sweep, trial, worst)) for trial in trials])
     asked = study.ask(distributions).params
     return sweep.nested({path: from_optuna(spec, asked[".".join(path)]) for path, spec in sweep.parameters.items()})
 
 
-def past(sweep: Sweep, trial: Trial, distributions: dict[str, Any]) -> FrozenTrial:
-    """A trial as optuna keeps it."""
+def past(sweep: Sweep, trial: Trial, distributions: dict[str, Any], value: float | None) -> FrozenTrial:
+    """A trial as optuna keeps it; one without a value tells optuna nothing but where it was."""
     from optuna.trial import TrialState, create_trial
 
     values = sweep.flat(trial.settings)
     params = {".".join(path): to_optuna(spec, values[path]) for path, spec in sweep.parameters.items()}
-    best = trial.best(sweep.maximize)
+    if value is None:
+        state = TrialState.RUNNING if trial.state == "running" else TrialState.FAIL
+        return create_trial(state=state, params=params, distributions=distributions)
+    return create_trial(value=value, params=params, distributions=distributions)
+
+
+def worst_value(trials: Sequence[Trial], maximize: bool) -> float | None:
+    """The worst value that any trial has logged which has ended; nothing where there is none."""
+    values = [value for trial in trials if trial.state != "running" for value in trial.finite()]
+    return (min if maximize else max)(values, default=None)
+
+
+def counts_as(sweep: Sweep, trial: Trial, worst: float | None) -> float | None:
+    """The value of a trial in a search: its best; of one that has failed, diverged or logged no number by ``metric.impute``.
+
+    A running trial has none unless ``metric.impute_while_running`` says which. Nothing, where no trial has logged a number.
+    """
     if trial.state == "running":
-        return create_trial(state=TrialState.RUNNING, params=params, distributions=distributions)
-    if best is None or trial.state == "failed":
-        return create_trial(state=TrialState.FAIL, params=params, distributions=distributions)
-    return create_trial(value=best, params=params, distributions=distributions)
+        return None if sweep.impute_while_running == "false" else imputed(sweep.impute_while_running, sweep, trial, worst)
+    best = trial.best(sweep.maximize)
+    if best is None or trial.diverged or trial.state == "failed":
+        return imputed(sweep.impute, sweep, trial, worst)
+    return best
+
+
+def imputed(rule: str, sweep: Sweep, trial: Trial, worst: float | None) -> float | None:
+    """W&B's rules: the trial's own best or latest number, or the worst of all trials, which also stands for a missing one."""
+    own = {"best": trial.best(sweep.maximize), "latest": next(reversed(trial.finite()), None)}.get(rule)
+    return worst if own is None else own
 
 
 def to_optuna(spec: dict[str, Any], value: Any) -> Any:
@@ -116,18 +141,19 @@ def to_stop(rule: Hyperband, trials: Sequence[Trial], maximize: bool) -> list[Tr
     """The running trials that hyperband ends: worse than the best 1/eta of all that got as far (arXiv 1603.06560, as at W&B).
 
     A trial is judged at the highest band that it has reached, by its best value so far, or by the value at that band when the
-    rule is strict.
+    rule is strict. A value that is no number is worse than any, and a trial whose last is none does not pass a band.
     """
     sign = -1 if maximize else 1
+    costs = {trial.id: [sign * value if math.isfinite(value) else math.inf for value in trial.values] for trial in trials}
     lost = []
     for trial in trials:
-        values = [sign * value for value in trial.finite()]
+        values = costs[trial.id]
         reached = [band for band in rule.bands if band <= len(values)]
         if trial.state != "running" or not reached:
             continue
         band = reached[-1]
-        there = sorted(sign * other.finite()[band - 1] for other in trials if len(other.finite()) >= band)
+        there = sorted(other[band - 1] for other in costs.values() if len(other) >= band)
         threshold = there[int(len(there) / rule.eta)]
-        if (values[band - 1] if rule.strict else min(values)) > threshold:
+        if trial.diverged or (values[band - 1] if rule.strict else min(values)) > threshold:
             lost.append(trial)
     return lost

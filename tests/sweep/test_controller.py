@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_transdiff.base.endings import EXIT_REQUEUE, Preempted
+from lit_transdiff.__main__ import main
+from lit_transdiff.base.endings import EXIT_REQUEUE, Preempted, TrialsFailed
 from lit_transdiff.study.runs import runs
 from lit_transdiff.study.wandb_logs import log_files, read_log
 from lit_transdiff.sweep.controller import SIGNALS, run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.journal import Journal
-from lit_transdiff.sweep.report import outcome
+from lit_transdiff.sweep.report import failures, outcome
 from tests.small import ROOT
 
 # Logs a loss that falls towards x, one value every PACE seconds, into the trial's folder, going on where it was.
@@ -37,6 +38,9 @@ with open(file, "a") as out:
 if settings["x"] == "7":
     sys.exit(3)
 """
+
+
+HEAD = "step,images_seen,seconds,metric,value,start\n"
 
 
 def write_sweep(folder: Path, **changes: object) -> Path:
@@ -111,11 +115,107 @@ def test_a_failure_is_one_trial_and_three_at_the_start_end_the_sweep(tmp_path: P
     file = write_sweep(tmp_path, parameters={"x": {"values": [1, 7]}, "pace": {"value": 0.0}})
     assert [t.state for t in run_sweep(load_sweep(file), tmp_path / "out", say=quiet)] == ["finished", "failed"]
     file = write_sweep(tmp_path, parameters={"x": {"values": [7, 7, 7, 7]}, "pace": {"value": 0.0}})
-    with pytest.raises(ValueError, match=r"the first 3 trials all failed.*The same command tries them again"):
+    with pytest.raises(TrialsFailed, match=r"the first 3 trials all failed.*The same command tries them again"):
         run_sweep(load_sweep(file), tmp_path / "hopeless", say=quiet)
     (tmp_path / "program.py").write_text(PROGRAM.replace("sys.exit(3)", "sys.exit(0)"))  # what was wrong is put right
     assert [t.state for t in run_sweep(load_sweep(file), tmp_path / "hopeless", say=quiet)] == ["finished"] * 4
     assert len(journal(tmp_path / "hopeless", "start")) == 4
+
+
+# Fails at x = 2 and 3 while the file "broken" exists, having logged what was far better than all else.
+BRITTLE = """
+import os, pathlib, sys
+x, broken = float(dict(word.split("=") for word in sys.argv[1:])["x"]), pathlib.Path(__file__).with_name("broken").exists()
+with open(pathlib.Path(__file__).with_name("done"), "a") as done:
+    print(f"{x:g}", "failed" if broken and x in (2, 3) else "finished", file=done)
+value = -100 if broken and x in (2, 3) else x
+HEAD = "step,images_seen,seconds,metric,value,start\\n"
+pathlib.Path(os.environ["WANDB_DIR"], "metrics.csv").write_text(HEAD + f"1,8,0,loss,{value},0\\n")
+sys.exit(5 if broken and x in (2, 3) else 0)
+"""
+
+
+def test_failed_trials_are_tried_again_and_finished_ones_are_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, place, broken = write_sweep(tmp_path, parameters={"x": {"values": [1, 2, 3, 4]}}), tmp_path / "out", tmp_path / "broken"
+    (tmp_path / "program.py").write_text(BRITTLE)
+    broken.touch()
+    command = ["sweep", str(file), "--output", str(place)]
+    assert main(command) == 1
+    told = capsys.readouterr()
+    assert "4 trials: 2 finished, 2 failed" in told.out
+    assert "2 of 4 trials failed; see" in told.err and told.err.rstrip().endswith("The same command tries them again.")
+    assert main([*command, "--tries", "2"]) == 1  # the same failure again: each has had its two attempts
+    assert "With --tries 3 the same command tries them again." in capsys.readouterr().err
+    assert main([*command, "--tries", "2"]) == 1
+    assert len((tmp_path / "done").read_text().splitlines()) == 6
+    broken.unlink()
+    assert main(command) == 0
+    assert "4 trials: 4 finished" in capsys.readouterr().out
+    done = (tmp_path / "done").read_text().split()
+    assert [(done.count(x), done.count(f"{x}")) for x in "14"] == [(1, 1)] * 2 and [done.count(x) for x in "23"] == [3, 3]
+    trials = Journal(place, load_sweep(file), 0).read()
+    assert [(trial.state, trial.values, trial.failures) for trial in trials] == [
+        ("finished", [1.0], 0),
+        ("finished", [2.0], 2),
+        ("finished", [3.0], 2),
+        ("finished", [4.0], 0),
+    ]
+    ends = [(event["id"], event["state"], event["values"]) for event in journal(place, "end")]
+    assert [(state, values) for id_, state, values in ends if id_ == trials[1].id] == [
+        ("failed", [-100.0]),
+        ("failed", []),  # it has logged nothing that was not there before
+        ("finished", [2.0]),
+    ]
+    assert len(journal(place, "start")) == 4 and len(list(place.glob("x_*"))) == 4  # each trial once, in one folder
+
+
+def test_an_attempt_that_a_signal_ends_is_none_of_the_failed_ones(tmp_path: Path) -> None:
+    """A trial that failed once and was then interrupted goes on as one that was running, however few its attempts may be."""
+    file, place = write_sweep(tmp_path, parameters={"x": {"values": [1, 7]}, "pace": {"value": 0.0}}), tmp_path / "out"
+    run_sweep(load_sweep(file), place, say=quiet)
+    trial = journal(place, "end")[-1]["id"]
+    with open(place / "trials.jsonl", "a") as events:
+        events.write(json.dumps({"event": "again", "id": trial}) + "\n")
+    (tmp_path / "program.py").write_text(PROGRAM.replace("sys.exit(3)", "sys.exit(0)"))
+    trials = run_sweep(load_sweep(file), place, tries=1, say=quiet)
+    assert [(trial.state, trial.failures) for trial in trials] == [("finished", 0), ("finished", 1)]
+    assert failures(trials, place, 1) is None
+
+
+def test_hyperband_does_not_judge_an_attempt_by_what_the_one_before_left(tmp_path: Path) -> None:
+    """A trial that diverged, failed and now begins anew: until it writes, its file ends with NaN."""
+    file = write_sweep(
+        tmp_path, parameters={"x": {"values": [5, 2]}}, early_terminate={"type": "hyperband", "min_iter": 1, "eta": 3}
+    )
+    (tmp_path / "program.py").write_text("import time\ntime.sleep(1.2)\n" + BRITTLE.replace("-100 if", "'nan' if"))
+    (tmp_path / "broken").touch()
+    assert [trial.state for trial in run_sweep(load_sweep(file), tmp_path / "out", say=quiet)] == ["finished", "failed"]
+    (tmp_path / "broken").unlink()
+    assert [trial.state for trial in run_sweep(load_sweep(file), tmp_path / "out", say=quiet)] == ["finished"] * 2
+
+
+@pytest.mark.parametrize("content", ["word", "nan", "-inf", "", "1.5,0\n2,2,2,loss,nan"])
+def test_what_is_no_number_does_not_end_a_sweep(tmp_path: Path, content: str) -> None:
+    """A trial that finished, and logged a word, NaN, an infinity, nothing, or NaN in the end."""
+    row = f"1,1,1,loss,{content},0\n"
+    program = f"import os, pathlib; pathlib.Path(os.environ['WANDB_DIR'], 'metrics.csv').write_text({HEAD + row!r})"
+    plan = load_sweep(write_sweep(tmp_path, parameters={"x": {"values": [1]}}, command=["${interpreter}", "-c", program]))
+    said: list[str] = []
+    (trial,) = run_sweep(plan, tmp_path / "out", say=said.append)
+    assert trial.state == "finished" and (trial.diverged or not trial.values)
+    warned = [text for text in said if text.startswith("warning")]
+    assert len(warned) == (0 if "1.5" in content else 1), said
+    (again,) = run_sweep(plan, tmp_path / "out", say=quiet)
+    assert again.values == pytest.approx(trial.values, nan_ok=True)  # as the journal keeps them
+
+
+def test_values_of_wandb_end_with_what_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "other.py"
+    log = "run.log({'loss': 1.0}); run.log({'loss': float('nan')})"
+    program.write_text(f"import wandb\nwith wandb.init(mode='offline') as run:\n    {log}\n")
+    file = write_sweep(tmp_path, command=None, program=str(program), parameters={"x": {"values": [2]}})
+    (trial,) = run_sweep(load_sweep(file), tmp_path / "out", say=quiet)
+    assert trial.finite() == [1.0] and trial.diverged
 
 
 def test_a_sweep_of_failures_still_says_how_it_ended(tmp_path: Path) -> None:

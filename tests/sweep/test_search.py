@@ -14,7 +14,7 @@ import pytest
 from lit_transdiff.sweep.definition import Hyperband, Sweep
 from lit_transdiff.sweep.distributions import DISTRIBUTIONS
 from lit_transdiff.sweep.file import load_sweep, sweep_from
-from lit_transdiff.sweep.search import SEARCHES, next_settings, to_stop
+from lit_transdiff.sweep.search import SEARCHES, counts_as, next_settings, to_stop, worst_value
 from lit_transdiff.sweep.trial import Trial
 from tests.small import ROOT
 
@@ -108,6 +108,68 @@ def test_bayes_finds_more_than_chance() -> None:
     assert best["bayes"] < best["random"]
 
 
+LR = {"optimizer.lr": {"min": 1e-5, "max": 10.0, "distribution": "log_uniform_values"}}
+
+
+def diverging(trial: Trial, how: str) -> None:
+    """Fill in what a training that is best at 3e-3 leaves, and one that diverges above 1e-2, in several ways."""
+    lr = trial.settings["optimizer.lr"]
+    loss = abs(math.log10(lr / 3e-3))
+    ends: dict[str, tuple[str, list[float]]] = {
+        "fails": ("failed", []),
+        "fails late": ("failed", [0.001]),
+        "nan": ("finished", [loss, math.nan]),
+        "only nan": ("finished", [math.nan] * 3),
+        "inf": ("finished", [math.inf]),
+        "nothing": ("finished", []),
+    }
+    trial.state, trial.values = ends[how] if lr > 1e-2 else ("finished", [2 * loss, loss])  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("goal", ["minimize", "maximize"])
+@pytest.mark.parametrize("how", ["fails", "fails late", "nan", "only nan", "inf", "nothing"])
+def test_bayes_leaves_the_region_where_trials_fail(how: str, goal: str) -> None:
+    plan = sweep("bayes", LR, metric={"name": "loss", "goal": goal})
+    trials: list[Trial] = []
+    for i in range(30):
+        trials.append(Trial(str(i), next_settings(plan, trials, 0) or {}))
+        diverging(trials[-1], how)
+        if goal == "maximize":
+            trials[-1].values = [-value for value in trials[-1].values]  # -inf among them
+    bad = [trial.settings["optimizer.lr"] > 1e-2 for trial in trials]
+    assert sum(bad) <= 18 and sum(bad[-10:]) <= 7, bad
+
+
+@pytest.mark.parametrize(
+    "metric, counts",
+    [
+        ({}, [2.0, 9.0, 9.0, 9.0, 9.0, None]),
+        ({"impute": "worst"}, [2.0, 9.0, 9.0, 9.0, 9.0, None]),
+        ({"impute": "best"}, [2.0, 4.0, 1.0, 9.0, 9.0, None]),
+        ({"impute": "latest"}, [2.0, 6.0, 1.0, 9.0, 9.0, None]),
+        ({"impute_while_running": "worst"}, [2.0, 9.0, 9.0, 9.0, 9.0, 9.0]),
+        ({"impute_while_running": "best"}, [2.0, 9.0, 9.0, 9.0, 9.0, 7.0]),
+        ({"impute_while_running": "latest"}, [2.0, 9.0, 9.0, 9.0, 9.0, 8.0]),
+        ({"impute_while_running": False}, [2.0, 9.0, 9.0, 9.0, 9.0, None]),
+    ],
+)
+def test_what_counts_for_a_trial_without_a_result(metric: dict[str, Any], counts: list[float | None]) -> None:
+    """Minimised: a finished trial, one that failed, one that diverged, one without a metric, one of NaN alone, a running one."""
+    states = ["finished", "failed", "finished", "finished", "finished", "running"]
+    values = [[9.0, 2.0, 3.0], [4.0, 6.0], [1.0, math.nan], [], [math.nan], [7.0, 30.0, 8.0]]
+    trials = [Trial(str(i), {}, state, v) for i, (state, v) in enumerate(zip(states, values, strict=True))]  # type: ignore[arg-type]
+    plan = sweep("bayes", LR, metric={"name": "loss", "goal": "minimize", **metric})
+    worst = worst_value(trials, plan.maximize)
+    assert [counts_as(plan, trial, worst) for trial in trials] == counts
+
+
+def test_failures_alone_tell_bayes_nothing() -> None:
+    trials = [Trial(str(i), {"optimizer.lr": 0.1}, "failed") for i in range(8)]
+    plan = sweep("bayes", LR)
+    assert worst_value(trials, False) is None
+    assert 1e-5 <= (next_settings(plan, trials, 0) or {})["optimizer.lr"] <= 10
+
+
 def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
     lr = "{distribution: log_uniform_values, min: 1e-4, max: 1E-1}"
     text = f"method: random\nprogram: x\ncontroller: {{type: local}}\nparameters: {{lr: {lr}, b: {{values: [1e3, 5, e4]}}}}\n"
@@ -141,6 +203,16 @@ def test_hyperband_ends_the_runs_that_wandbs_engine_ends() -> None:
         assert [int(trial.id) for trial in stopped] == case["stopped"]
 
 
+@pytest.mark.parametrize("goal", ["minimize", "maximize"])
+@pytest.mark.parametrize("rule", [{"min_iter": 2, "strict": False}, {"max_iter": 6, "s": 1}, {"min_iter": 2, "strict": True}])
+def test_hyperband_promotes_nothing_whose_last_value_is_no_number(rule: dict[str, Any], goal: str) -> None:
+    sign = -1 if goal == "maximize" else 1
+    values = [[3.0, 2.0, 1.0], [0.5, 0.4, math.nan], [0.5, math.inf], [math.nan] * 3, [math.nan]]
+    trials = [Trial(str(i), {}, "running", [sign * value for value in v]) for i, v in enumerate(values)]
+    assert [trial.id for trial in to_stop(Hyperband(**rule), trials, goal == "maximize")] == ["1", "2", "3"]
+    assert [trial.id for trial in to_stop(Hyperband(**rule), trials[3:], goal == "maximize")] == ["3"]  # nothing to compare with
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -160,6 +232,12 @@ def test_hyperband_ends_the_runs_that_wandbs_engine_ends() -> None:
         ({"metric": "loss"}, "metric: got 'loss'; allowed: name: ..."),
         ({"metric": {"name": "loss", "goal": "small"}}, "metric.goal: got 'small'"),
         ({"metric": {"name": "loss", "target": "low"}}, "metric.target: got 'low'; allowed: a number"),
+        ({"metric": {"name": "loss", "impute": "median"}}, "metric.impute: got 'median'; allowed: worst, best, latest"),
+        (
+            {"metric": {"name": "loss", "impute_while_running": "true"}},
+            "metric.impute_while_running: got 'true'; allowed: worst, best, latest, false",
+        ),
+        ({"metric": {"name": "loss", "inpute": "best"}}, "Did you mean 'impute'"),
         ({"controller": {"type": "cloud"}}, "controller: got {'type': 'cloud'}; allowed: type: local"),
         ({"early_terminate": {"type": "hyperband", "min_itr": 3}}, "'min_itr' is not known. Did you mean 'min_iter'"),
         ({"run_cap": "ten"}, "run_cap: got 'ten'; allowed: a whole number of at least 1"),

@@ -1,0 +1,51 @@
+"""What a trial has logged, read from the files in its run folder: ``metrics.csv``, or the log that W&B keeps there."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+from lit_transdiff.study.runs import read_local
+from lit_transdiff.study.wandb_logs import log_files, read_log
+
+
+def logged_values(folder: Path, metric: str) -> list[float]:
+    """The values of ``metric`` in the order logged; NaN stands for every one that is no number."""
+    file, logs = folder / "metrics.csv", folder / "wandb"
+    if file.is_file():
+        with open(file, newline="", errors="replace") as lines:
+            rows = [row for row in csv.DictReader(lines) if row.get("metric") == metric]
+        return [as_number(row.get("value")) for row in rows if row.get("value")]
+    return values_in_log(logs, metric) if logs.is_dir() else []
+
+
+def values_in_log(folder: Path, metric: str) -> list[float]:
+    """The same from W&B's files; none where W&B cannot read them, as in the moment in which it begins one."""
+    try:
+        runs = [read_log(files) for files in log_files(folder)[:1]]
+    except ValueError:
+        return []
+    values: list[float] = []
+    for run in runs:
+        history, last = run.history(), run.summary.get(metric)
+        values += [as_number(value) for value in history[metric].dropna()] if metric in history else []
+        if last is not None and not math.isfinite(as_number(last)) and not (values and math.isnan(values[-1])):
+            values.append(math.nan)  # which the history cannot tell from a step without a value
+    return values
+
+
+def as_number(value: object) -> float:
+    """A logged value as a number; NaN for a word."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def logged_names(folder: Path) -> list[str]:
+    """The metrics that a trial has logged."""
+    try:
+        return sorted({name for run in read_local(folder) for name in run.summary})
+    except FileNotFoundError:
+        return []
