@@ -16,6 +16,7 @@ from lit_transdiff.base.endings import EXIT_REQUEUE, CheckpointError, Preempted,
 from lit_transdiff.base.files import is_full
 from lit_transdiff.cli import commands
 from lit_transdiff.config import PRESETS
+from lit_transdiff.config.imports import import_modules
 
 RESUMABLE = (commands.train, commands.run, commands.evaluate)  # started again, they go on with what was not done yet
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS)  # a path that cannot be meant
@@ -33,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     def command(function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(function.__name__, help=text, description=text)
         sub.set_defaults(function=function)
+        sub.add_argument(
+            "--import", dest="imports", action="append", default=[], metavar="MODULE", help="a module of your own, imported first"
+        )
         return sub
 
     def with_overrides(sub: argparse.ArgumentParser) -> None:
@@ -225,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         with ending_when_asked() if args.function in RESUMABLE else nullcontext():
+            import_modules(args.imports)
             args.function(args)
     except (ValueError, FileNotFoundError) as error:
         print(f"lit-transdiff: {error}", file=sys.stderr)

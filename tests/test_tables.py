@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 
 from lit_transdiff.base.hardware import DEVICES
-from lit_transdiff.config import EvaluationConfig, FlowConfig, SamplingConfig
+from lit_transdiff.config import EvaluationConfig, FlowConfig, OptimizerConfig, SamplingConfig
 from lit_transdiff.config.loading import load_run, override, preset, save_yaml
 from lit_transdiff.config.model import SIZES
 from lit_transdiff.config.sampling import PRESETS
@@ -20,7 +20,8 @@ from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import EXTRACTORS, FeatureExtractor, Features
 from lit_transdiff.evaluation.metrics import METRICS, Metric, Scored, check_evaluation
 from lit_transdiff.evaluation.statistics import Statistics
-from lit_transdiff.flow.loss import DENSITIES
+from lit_transdiff.flow.guidance import GUIDANCE
+from lit_transdiff.flow.loss import DENSITIES, LOSS_TERMS, OBJECTIVES, Prediction
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS
 from lit_transdiff.models.autoencoder import AUTOENCODERS, IdentityAutoencoder, Kind
 from lit_transdiff.planning.planner import plan as plan_gpus
@@ -28,7 +29,7 @@ from lit_transdiff.sampling.generator import load_generator
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.ar_pretrain import ARPretrain
 from lit_transdiff.stages.classifier import ClassifierStage
-from lit_transdiff.stages.optim import SCHEDULES
+from lit_transdiff.stages.optim import OPTIMIZERS, SCHEDULES, Averaging
 from lit_transdiff.sweep.controller import run_sweep
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.file import load_sweep
@@ -55,9 +56,33 @@ def density(normal: Tensor, config: FlowConfig) -> Tensor:
     return torch.full_like(normal, 0.5)
 
 
+def objective(prediction: Prediction, config: FlowConfig) -> Tensor:
+    USED.append("objective")
+    return (prediction.velocity - prediction.target).abs().flatten(1).mean(1)
+
+
+def loss_term(prediction: Prediction, config: FlowConfig) -> Tensor:
+    USED.append("loss term")
+    return prediction.clean.square().flatten(1).mean(1)
+
+
+def guidance(scale: float, t: float) -> float:
+    USED.append("guidance")
+    return scale if t < 0.5 else 1.0
+
+
 def schedule(progress: float) -> float:
     USED.append("schedule")
     return 1 - progress
+
+
+class AveragedSGD(Averaging, torch.optim.SGD):
+    """An optimizer of torch, with averages."""
+
+
+def optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, decays: Any) -> Averaging:
+    USED.append("optimizer")
+    return AveragedSGD(groups, decays=decays, lr=config.lr)
 
 
 class MyStage(ARPretrain):
@@ -101,6 +126,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> None:
     single = STRATEGIES["single"]
     lines: list[tuple[dict[str, Any], Any]] = [
         *((SOLVERS, solver), (GRIDS, grid), (DENSITIES, density), (SCHEDULES, schedule), (STAGES, MyStage)),
+        *((OBJECTIVES, objective), (LOSS_TERMS, loss_term), (GUIDANCE, guidance), (OPTIMIZERS, optimizer)),
         *((AUTOENCODERS, Kind(MyAutoencoder)), (EXTRACTORS, MyExtractor), (METRICS, Metric(metric, "my metric", True, ()))),
         (STRATEGIES, replace(single, build=lambda run: USED.append("strategy") or single.build(run))),
         (SIZES, dict(width=16, num_heads=2, encoder_blocks=1, decoder_blocks=1)),
@@ -116,9 +142,9 @@ def test_a_recipe_of_new_entries_trains_samples_and_is_scored(tmp_path: Path):
         "stage": "mine",
         "model": {"size": "mine"},
         "autoencoder": {"kind": "mine", "path": "somewhere"},
-        "flow": {"density": "mine"},
-        "optimizer": {"schedule": "mine", "min_lr": 1e-5},
-        "sampling": {"solver": "mine", "grid": "mine"},
+        "flow": {"density": "mine", "objective": "mine", "loss_terms": {"mine": 0.5}},
+        "optimizer": {"name": "mine", "schedule": "mine", "min_lr": 1e-5},
+        "sampling": {"solver": "mine", "grid": "mine", "guidance": "mine", "guidance_scale": 2.0},
         "distributed": {"strategy": "mine"},
         "evaluation": {"extractor": "mine", "extractor_weights": __file__, "metrics": ["mine"], "num_images": 4},
         "training": {"max_steps": 3},
@@ -127,7 +153,8 @@ def test_a_recipe_of_new_entries_trains_samples_and_is_scored(tmp_path: Path):
     run = load_run(tmp_path / "recipe.yaml")
     check_evaluation(run.evaluation, scores=True)
     train(run, say=lambda text: None)
-    assert {"stage", "density", "schedule", "solver", "grid", "strategy", "autoencoder somewhere"} <= set(USED)
+    trained = {"stage", "density", "objective", "loss term", "optimizer", "schedule", "strategy", "autoencoder somewhere"}
+    assert trained | {"solver", "grid", "guidance"} <= set(USED)
     generator = load_generator(run.folder)
     sampling = override(run, preset("mine"), ("sampling",)).sampling
     found = evaluate(generator, run.evaluation, sampling, output=tmp_path / "scores")

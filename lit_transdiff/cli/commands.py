@@ -57,7 +57,7 @@ def verify(args: argparse.Namespace) -> None:
 def cache(args: argparse.Namespace) -> None:
     from lit_transdiff.data.index import index_files
 
-    run = load_run(args.run, args.overrides)
+    run = load_run(args.run, args.overrides, args.imports)
     index_files(args.source)
     from lit_transdiff.distributed import build_fabric
     from lit_transdiff.evaluation.prepare import cache as write
@@ -78,7 +78,7 @@ def cache(args: argparse.Namespace) -> None:
 def statistics(args: argparse.Namespace) -> None:
     from lit_transdiff.data.index import index_files
 
-    run = load_run(args.run, args.overrides)
+    run = load_run(args.run, args.overrides, args.imports)
     if not args.source.endswith(".npz"):
         index_files(args.source)
     from lit_transdiff.distributed import default_device
@@ -93,7 +93,7 @@ def statistics(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     from lit_transdiff.tracking.place import placed
 
-    run = placed(load_run(args.run, args.overrides))
+    run = placed(load_run(args.run, args.overrides, args.imports))
     check_inputs(run)
     if args.dry_run:
         from lit_transdiff.cli.pipeline import dry_run
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     from lit_transdiff.cli.pipeline import dry_run, load_pipeline, run_pipeline
     from lit_transdiff.distributed import build_fabric
 
-    pipeline, runs = load_pipeline(args.pipeline, args.overrides)
+    pipeline, runs = load_pipeline(args.pipeline, args.overrides, args.imports)
     if args.dry_run:
         return dry_run(runs, pipeline)
     run_pipeline(pipeline, runs, build_fabric())
@@ -142,7 +142,7 @@ def settings(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     if args.overrides and not args.recipe:
         raise ValueError(f"override: got {args.overrides}; allowed: only with --recipe, whose settings they change.")
-    recipe = load_run(args.recipe, args.overrides) if args.recipe else None
+    recipe = load_run(args.recipe, args.overrides, args.imports) if args.recipe else None
     check_source(Path(args.source))
     from lit_transdiff.released.convert import convert as write
 
@@ -246,7 +246,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    run = load_run(args.run, args.overrides)
+    run = load_run(args.run, args.overrides, args.imports)
     from lit_transdiff.planning.planner import plan as outline
 
     print(outline(run, args.gpus, args.gpu, args.mfu))

@@ -68,15 +68,17 @@ STEPS: dict[str, type[RunStep] | type[CacheStep]] = {"runs": RunStep, "cache": C
 PATHS = ("output_dir", "cache", "reference_images")  # settings that may say ${output_dir}
 
 
-def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Pipeline, list[RunConfig]]:
+def load_pipeline(
+    path: str | Path, overrides: Sequence[str] = (), imports: Sequence[str] = ()
+) -> tuple[Pipeline, list[RunConfig]]:
     """Read a pipeline and all its runs; every setting is checked before anything starts.
 
-    ``overrides`` apply to all runs; ``output_dir`` also moves the pipeline's own files, whose paths may begin with
-    ``${output_dir}``.
+    ``overrides`` and ``imports`` apply to all runs; ``output_dir`` also moves the pipeline's own files, whose paths may begin
+    with ``${output_dir}``.
     """
     pipeline = read_pipeline(path, [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")])
     common = [*pipeline.overrides, *overrides, f"output_dir={pipeline.output_dir}"]
-    runs = [load_run(Path(path).parent / step.recipe, [*step.overrides, *common]) for step in pipeline.runs]
+    runs = [load_run(Path(path).parent / step.recipe, [*step.overrides, *common], imports) for step in pipeline.runs]
     names = [run.name for run in runs]
     require(len(set(names)) == len(names), "runs", names, "runs of different names")
     require(any(run.stage not in PREPARATORY for run in runs), "runs", names, f"at least one run of {', '.join(STAGES)}")

@@ -29,5 +29,6 @@ def check_finite(config: Any, prefix: str = "") -> None:
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         if is_dataclass(value):
             check_finite(value, f"{name}.")
-        numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, float)]
+        items = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+        numbers = [item for item in items if isinstance(item, float)]
         require(all(map(math.isfinite, numbers)), name, value, "finite numbers")

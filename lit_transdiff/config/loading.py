@@ -17,19 +17,25 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import NESTED, PRESETS, ModelConfig, RunConfig, require, unknown
+from lit_transdiff.config.imports import import_modules
 
 SCHEMAS = (RunConfig, *NESTED.values())  # of which lit-transdiff settings knows every field
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(path: str | Path, overrides: Sequence[str] = (), imports: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML (with its ``base:`` chain), apply ``dotted.key=value`` overrides, and check the whole.
+
+    The modules of its ``imports``, to which those given here are added, are imported first.
 
     Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything that is not a valid setting.
     """
     settings = read_yaml(path)
     if "runs" in settings:
         raise ValueError(f"{path} is a pipeline, a list of runs; start it with: lit-transdiff run {path}")
-    return run_from(merge(settings, parse_overrides(overrides)), source=str(path))
+    settings = merge(settings, parse_overrides(overrides))
+    if imports:
+        settings["imports"] = list(dict.fromkeys([*(settings.get("imports") or []), *imports]))
+    return run_from(settings, source=str(path))
 
 
 def merge(*settings: Any) -> DictConfig:
@@ -46,6 +52,7 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
     name = given.get("name", "")
     quoted = "a word; in quotes where YAML takes it for something else, as in name='\"on\"'"
     require(isinstance(name, str), f"{source}: name", name, quoted)
+    import_modules(plain(given).get("imports") or [])
     size = OmegaConf.select(given, "model.size")
     try:
         model = ModelConfig(size=size) if size else ModelConfig()

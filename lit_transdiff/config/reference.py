@@ -25,7 +25,7 @@ from lit_transdiff.config import NESTED, PRESETS, SIZES, RunConfig, unknown
 
 PACKAGE = Path(__file__).parents[1]
 WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
-TABLE = re.compile(r"\b([a-z_.]+)\.([A-Z]+)\b")  # how a comment names the table of an open set, as in flow.solvers.SOLVERS
+TABLE = re.compile(r"\b([a-z_.]+)\.([A-Z_]+)\b")  # how a comment names the table of an open set, as in flow.solvers.SOLVERS
 HEAD = """\
 # All settings
 
@@ -76,7 +76,7 @@ def values_of(hint: Any, names: Sequence[str], default: Any) -> str:
         return in_words(hint)
     if hint is str:
         return quoted(names if default in names else [default, *names])
-    return f"list of {quoted(names)}"
+    return f"list of {quoted(names)}" if typing.get_origin(hint) is list else f"weights of {quoted(names)}"
 
 
 def comments(cls: type, tree: ast.ClassDef) -> dict[str, str]:
@@ -131,12 +131,15 @@ class Ranges(ast.NodeVisitor):
 
 
 def names_of(meaning: str) -> list[str]:
-    """The names in the tables that a comment points to, read from their source: importing them takes seconds."""
+    """The names in the tables that a comment points to; those that are not loaded are read from their source, in no time."""
     return [name for module, table in TABLE.findall(meaning) for name in keys_of(module, table)]
 
 
 def keys_of(module: str, table: str) -> list[str]:
-    """The keys of a dictionary written in a module of this package."""
+    """The keys of a dictionary of this package, with those that imported modules have added; else those in its source."""
+    loaded = sys.modules.get(f"lit_transdiff.{module}")
+    if loaded is not None:
+        return list(getattr(loaded, table))
     place = PACKAGE.joinpath(*module.split("."))
     file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
     for node in ast.parse(file.read_text()).body:
@@ -151,6 +154,8 @@ def in_words(hint: Any) -> str:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return quoted(parts)
+    if origin is dict:
+        return f"{in_words(parts[0])}: {in_words(parts[1])}"
     if origin is list:
         return f"list of {in_words(parts[0])}s".replace("texts", "names")
     if origin in (typing.Union, types.UnionType):

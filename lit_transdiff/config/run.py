@@ -22,6 +22,7 @@ class RunConfig:
     name: str = "run"  # of the run and of its folder
     stage: str = "ar_pretrain"  # a name in stages.STAGES or stages.PREPARATORY
     output_dir: str = "runs"  # the run folder is output_dir/name
+    imports: list[str] = field(default_factory=list)  # modules of your own that add entries to the tables, as in [my_lab.ideas]
     seed: int = 0  # of weights, data order, noise and dropout
     init_from: Optional[str] = None  # run folder or export folder whose (EMA) weights this run starts from
     init_positions: Literal["new", "interpolate"] = "new"

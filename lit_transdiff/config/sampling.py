@@ -34,6 +34,7 @@ class SamplingConfig:
     drift_scale: float = 1.0  # the paper's scale_0
     noise_scale: float = 1.0  # the paper's scale_1
     guidance_scale: float = 1.0  # v = u + scale (c - u) of classifier-free guidance; 1: none
+    guidance: str = "constant"  # a name in flow.guidance.GUIDANCE: how the scale depends on t
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # t (1 = noise) between which guidance acts
     reference_guidance: Optional[list[float]] = None  # one guidance_scale per reference instead
     reference_steps: Optional[list[int]] = None  # one num_steps per reference instead

@@ -12,6 +12,9 @@ from lit_transdiff.config.checks import require
 class FlowConfig:
     """The training objective: how t is drawn, how many draws per image, how often the label is dropped."""
 
+    objective: str = "velocity"  # a name in flow.loss.OBJECTIVES: the error that is minimised
+    loss_terms: dict[str, float] = field(default_factory=dict)
+    # names in flow.loss.LOSS_TERMS with their weights, which are added to the objective, as in {direction: 0.1}
     density: str = "logit_normal"  # a name in flow.loss.DENSITIES
     density_mean: float = 0.0  # of the normal under the logit; logit_normal only
     density_std: float = 1.0  # of the same normal
@@ -30,11 +33,12 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with the paper's two groups, warm-up, clipping and the average of the weights."""
+    """The optimizer with the paper's two groups of parameters, warm-up, clipping and the average of the weights."""
 
-    lr: float = 8e-4  # of AdamW, after the warm-up
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
-    eps: float = 1e-8  # of AdamW
+    name: str = "adamw"  # a name in stages.optim.OPTIMIZERS
+    lr: float = 8e-4  # learning rate after the warm-up
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay rates of the first and second moments of adamw
+    eps: float = 1e-8  # added to the root of adamw's second moment
     weight_decay: float = 0.02  # of the encoder's matrices; biases, norms and the decoder have none
     warmup_steps: int = 0  # steps of the linear warm-up
     warmup_offset: float = 1.0  # step s warms up to (s + offset) / warmup_steps; the reference: 1 - 1 / accumulated passes

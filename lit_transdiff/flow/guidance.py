@@ -10,10 +10,30 @@ from lit_transdiff.flow.solvers import Velocity
 
 ROUNDING = 1e-6  # of the times of a grid, which are float32: the one at 0.7 is in [0.7, 1]
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # x_t, t -> conditional and unconditional velocity
+Schedule = Callable[[float, float], float]  # the largest scale, t -> the scale at t
 
 
-def guide(conditional: Velocity, both: Pair, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
-    """v = u + scale (c - u) where low <= t <= high, else c (arXiv 2207.12598; interval: arXiv 2404.07724).
+def constant(scale: float, t: float) -> float:
+    """The same scale at all times."""
+    return scale
+
+
+def rising(scale: float, t: float) -> float:
+    """No guidance at noise (t = 1), then linearly up to the whole scale at data (t = 0)."""
+    return 1 + (scale - 1) * (1 - t)
+
+
+GUIDANCE: dict[str, Schedule] = {"constant": constant, "rising": rising}
+
+
+def guide(
+    conditional: Velocity,
+    both: Pair,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+    schedule: Schedule = constant,
+) -> Velocity:
+    """v = u + scale(t) (c - u) where low <= t <= high, else c (arXiv 2207.12598; interval: arXiv 2404.07724).
 
     ``both`` gives (c, u) in one pass. It is never called outside the interval, nor for a scale of 1, which is no guidance.
     """
@@ -27,6 +47,6 @@ def guide(conditional: Velocity, both: Pair, scale: float, interval: tuple[float
         if not low <= t <= high:
             return conditional(x_t, t)
         c, u = both(x_t, t)
-        return u + scale * (c - u)
+        return u + schedule(scale, t) * (c - u)
 
     return guided

@@ -1,4 +1,4 @@
-"""Densities of t, and the flow-matching loss.
+"""Densities of t, and the flow-matching loss: an objective, and terms that are added to it.
 
 Shapes: x [B, ...] clean latents, noise [B, ...], t [B]. Randomness is an argument: numbers that are uniform or normal.
 """
@@ -6,12 +6,13 @@ Shapes: x [B, ...] clean latents, noise [B, ...], t [B]. Randomness is an argume
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_transdiff.config import FlowConfig
-from lit_transdiff.flow.path import interpolate, target_velocity
+from lit_transdiff.config import FlowConfig, unknown
+from lit_transdiff.flow.path import interpolate, spread, target_velocity
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -44,7 +45,66 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
     return t if shift == 1 else t / (t + (1 - t) / shift)
 
 
-def flow_matching_loss(velocity_fn: VelocityFn, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Mean squared error of the velocity for every row, [B]; the loss of a batch is its mean (arXiv 2506.09482, eq. 8)."""
-    v = velocity_fn(interpolate(x, noise, t), t)
-    return (v.float() - target_velocity(x, noise)).square().flatten(1).mean(1)
+@dataclass(frozen=True)
+class Prediction:
+    """A velocity that the network has predicted, and what it was predicted from: all [B, ...], and t [B]."""
+
+    velocity: Tensor
+    x: Tensor
+    noise: Tensor
+    t: Tensor
+    x_t: Tensor
+
+    @property
+    def target(self) -> Tensor:
+        """The velocity of the path."""
+        return target_velocity(self.x, self.noise)
+
+    @property
+    def clean(self) -> Tensor:
+        """The clean latents that the predicted velocity implies, x_t - t v."""
+        return self.x_t - spread(self.t, self.x_t) * self.velocity
+
+
+LossFn = Callable[[Prediction, FlowConfig], Tensor]  # -> the loss of every row, [B]
+
+
+def velocity_error(prediction: Prediction, config: FlowConfig) -> Tensor:
+    """Mean squared error of the velocity (arXiv 2506.09482, eq. 8)."""
+    return (prediction.velocity - prediction.target).square().flatten(1).mean(1)
+
+
+def clean_error(prediction: Prediction, config: FlowConfig) -> Tensor:
+    """Mean squared error of the clean latents: that of the velocity, weighted by t^2."""
+    return (prediction.clean - prediction.x).square().flatten(1).mean(1)
+
+
+def direction_error(prediction: Prediction, config: FlowConfig) -> Tensor:
+    """1 - the cosine between predicted and true velocity (the velocity direction loss of arXiv 2501.01423)."""
+    return 1 - nn.functional.cosine_similarity(prediction.velocity.flatten(1), prediction.target.flatten(1))
+
+
+OBJECTIVES: dict[str, LossFn] = {"velocity": velocity_error, "clean": clean_error}
+LOSS_TERMS: dict[str, LossFn] = {"direction": direction_error}
+
+
+def flow_matching_loss(velocity_fn: VelocityFn, x: Tensor, noise: Tensor, t: Tensor, config: FlowConfig | None = None) -> Tensor:
+    """The objective of every row and the weighted loss terms, [B]; the loss of a batch is its mean."""
+    config = config or FlowConfig()
+    x_t = interpolate(x, noise, t)
+    prediction = Prediction(velocity_fn(x_t, t).float(), x, noise, t, x_t)
+    rows = OBJECTIVES[config.objective](prediction, config)
+    for name, weight in config.loss_terms.items():
+        rows = rows + weight * LOSS_TERMS[name](prediction, config)
+    return rows
+
+
+def check_flow(config: FlowConfig) -> None:
+    """Refuse a density, an objective or a loss term that is in no table."""
+    if config.density not in DENSITIES:
+        raise unknown("flow.density", config.density, DENSITIES)
+    if config.objective not in OBJECTIVES:
+        raise unknown("flow.objective", config.objective, OBJECTIVES)
+    for name in config.loss_terms:
+        if name not in LOSS_TERMS:
+            raise unknown("flow.loss_terms", name, LOSS_TERMS)

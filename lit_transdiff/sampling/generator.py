@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_transdiff.base.randomness import PerImageNormal, mix
 from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.config import RunConfig, SamplingConfig, require, unknown
-from lit_transdiff.flow.guidance import Pair, guide
+from lit_transdiff.flow.guidance import GUIDANCE, Pair, guide
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS, Velocity, solve
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
 from lit_transdiff.models.context import ContextFn, Contexts, ContextStream, null_contexts
@@ -27,8 +27,8 @@ from lit_transdiff.models.transdiff import TransDiff
 
 
 def check_sampling(sampling: SamplingConfig) -> None:
-    """Refuse a solver or grid that is in no table."""
-    for field, table in (("solver", SOLVERS), ("grid", GRIDS)):
+    """Refuse a solver, a grid or a schedule of guidance that is in no table."""
+    for field, table in (("solver", SOLVERS), ("grid", GRIDS), ("guidance", GUIDANCE)):
         if getattr(sampling, field) not in table:
             raise unknown(f"sampling.{field}", getattr(sampling, field), table)
 
@@ -63,7 +63,8 @@ def generate(
         velocity = velocity_of(model, memory)
         if scale > 1:
             low, high = sampling.guidance_interval
-            velocity = guide(velocity, pair_of(model, memory, unconditional.after(images)), scale, (low, high))
+            pair, schedule = pair_of(model, memory, unconditional.after(images)), GUIDANCE[sampling.guidance]
+            velocity = guide(velocity, pair, scale, (low, high), schedule)
         steps = sampling.reference_steps[r] if sampling.reference_steps else sampling.num_steps
         image = solve(velocity, noise, replace(sampling, num_steps=steps), lambda: draw(*shape))
         images = torch.cat([images, image[:, None]], dim=1)

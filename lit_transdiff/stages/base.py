@@ -15,9 +15,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from lit_transdiff.base.randomness import GlobalBatchNormal, PerImageNormal, mix
-from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.config import RunConfig, require
 from lit_transdiff.data.datamodule import Batch
-from lit_transdiff.flow.loss import DENSITIES, draw_times, flow_matching_loss
+from lit_transdiff.flow.loss import check_flow, draw_times, flow_matching_loss
 from lit_transdiff.models.execution import compile_blocks, recompute_blocks
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor
@@ -77,8 +77,7 @@ class TransDiffStage(pl.LightningModule):
     @classmethod
     def check(cls, run: RunConfig) -> None:
         """Refuse settings that cannot work, before anything expensive starts."""
-        if run.flow.density not in DENSITIES:
-            raise unknown("flow.density", run.flow.density, DENSITIES)
+        check_flow(run.flow)
         check_optimizer(run.optimizer)
         frozen, again = run.training.frozen_dropout, run.training.activation_checkpointing
         allowed = f"false in stage {run.stage}, which freezes nothing"
@@ -108,7 +107,7 @@ class TransDiffStage(pl.LightningModule):
         noise = rearrange(normal(num_references, draws, *shape), "b r m c h w -> (r m b) c h w")
         memory = self.model.memory(self.context(batch.labels, x[:, :-1], drop), every_reference=True)
         rows = repeat(x, "b r c h w -> (r m b) c h w", m=draws)
-        return flow_matching_loss(lambda x_t, t: self.model.velocity(x_t, t, memory), rows, noise, t), t
+        return flow_matching_loss(lambda x_t, t: self.model.velocity(x_t, t, memory), rows, noise, t, flow), t
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         step, size = self.global_step, self.run.training.global_batch_size

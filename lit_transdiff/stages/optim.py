@@ -1,4 +1,4 @@
-"""AdamW with the paper's parameter groups and an average of the weights kept as one of its states.
+"""Optimizers with the paper's parameter groups and averages of the weights kept as some of their states.
 
 The average (EMA) is float32 and lives in the optimizer's state, so whatever shards, saves and restores the optimizer does the
 same to it.
@@ -20,10 +20,11 @@ from lit_transdiff.config import OptimizerConfig, unknown
 Decay = Callable[[int], float]  # of an average, at the update 1, 2, ...
 
 
-class AveragedAdamW(torch.optim.AdamW):
-    """AdamW that keeps ``average <- decay average + (1 - decay) parameter`` after every step, starting from the first parameters.
+class Averaging(torch.optim.Optimizer):
+    """Before an optimizer among a class's bases: it keeps averages of the parameters, which start from the first ones.
 
-    ``decays``: name of the state -> decay. A strategy that shards the optimizer's tensors shards these with them.
+    After every step ``average <- decay average + (1 - decay) parameter``, for each of ``decays``: name of the state -> decay. A
+    strategy that shards the optimizer's tensors shards these with them.
     ``skip_step`` makes ``step`` change nothing, whatever the gradients. ``num_updates`` of the first group counts the others.
     """
 
@@ -59,6 +60,10 @@ class AveragedAdamW(torch.optim.AdamW):
         return loss
 
 
+class AveragedAdamW(Averaging, torch.optim.AdamW):
+    """AdamW (arXiv 1711.05101) that keeps averages."""
+
+
 def average_decays(config: OptimizerConfig) -> dict[str, Decay]:
     """Name of each average of the weights -> its decay; the first one is validated, sampled and exported."""
     constant = {EMA: config.ema_decay} | {constant_state(decay): decay for decay in config.more_ema_decays}
@@ -80,15 +85,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in settings if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AveragedAdamW:
-    return AveragedAdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        decays=average_decays(config),
-        fused=True,  # one kernel for all of a step
-    )
+Groups = list[dict[str, Any]]  # of parameters, with their weight decay
+
+
+def adamw(groups: Groups, config: OptimizerConfig, decays: Mapping[str, Decay]) -> Averaging:
+    betas = (config.betas[0], config.betas[1])
+    return AveragedAdamW(groups, decays=decays, lr=config.lr, betas=betas, eps=config.eps, fused=True)  # one kernel a step
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig, Mapping[str, Decay]], Averaging]] = {"adamw": adamw}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Averaging:
+    """The optimizer of a run over the trainable parameters of its model."""
+    groups = parameter_groups(model, config.weight_decay)
+    return OPTIMIZERS[config.name](groups, config, average_decays(config))
 
 
 def constant(progress: float) -> float:
@@ -117,6 +128,8 @@ def lr_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Refuse a schedule that is in no table."""
+    """Refuse an optimizer or a schedule that is in no table."""
+    if config.name not in OPTIMIZERS:
+        raise unknown("optimizer.name", config.name, OPTIMIZERS)
     if config.schedule not in SCHEDULES:
         raise unknown("optimizer.schedule", config.schedule, SCHEDULES)

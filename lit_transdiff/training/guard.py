@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import SafetyConfig
 from lit_transdiff.data.datamodule import Batch
-from lit_transdiff.stages.optim import AveragedAdamW
+from lit_transdiff.stages.optim import Averaging
 from lit_transdiff.training.callbacks import NonFiniteLoss
 
 log = logging.getLogger(__name__)
@@ -99,9 +99,9 @@ class GuardSteps(pl.Callback):
     def skip(self, stage: pl.LightningModule) -> None:
         self.optimizer(stage).skip_step = True
 
-    def optimizer(self, stage: pl.LightningModule) -> AveragedAdamW:
+    def optimizer(self, stage: pl.LightningModule) -> Averaging:
         """Ours, out of what a strategy wraps it in."""
         wrapped = stage.optimizers(use_pl_optimizer=False)
         optimizer = getattr(wrapped, "optimizer", wrapped)
-        assert isinstance(optimizer, AveragedAdamW)
+        assert isinstance(optimizer, Averaging)
         return optimizer

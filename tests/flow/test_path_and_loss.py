@@ -7,7 +7,7 @@ import torch
 
 from lit_transdiff.config import FlowConfig, SamplingConfig
 from lit_transdiff.flow import path
-from lit_transdiff.flow.loss import DENSITIES, draw_times, flow_matching_loss, shift_times
+from lit_transdiff.flow.loss import DENSITIES, check_flow, draw_times, flow_matching_loss, shift_times
 from lit_transdiff.flow.solvers import euler_maruyama
 from lit_transdiff.models.layers import time_features
 
@@ -87,3 +87,29 @@ def test_loss_is_zero_for_the_true_velocity_and_per_row():
     wrong = torch.tensor([0.0, 0, 1, 0, 0])
     rows = flow_matching_loss(lambda x_t, t: NOISE - X + path.spread(wrong, X), X, NOISE, T)
     torch.testing.assert_close(rows, wrong.double())
+
+
+def test_objectives_and_terms_by_their_formulas():
+    v = lambda x_t, t: x_t.sin()  # noqa: E731
+    error = flow_matching_loss(v, X, NOISE, T)
+    clean = flow_matching_loss(v, X, NOISE, T, FlowConfig(objective="clean"))
+    torch.testing.assert_close(clean, T.square() * error)
+    both = flow_matching_loss(v, X, NOISE, T, FlowConfig(loss_terms={"direction": 0.25}))
+    predicted, true = v(path.interpolate(X, NOISE, T), T).float().flatten(1), (NOISE - X).flatten(1)
+    cosine = (predicted * true).sum(1) / (predicted.norm(dim=1) * true.norm(dim=1))
+    torch.testing.assert_close(both, error + 0.25 * (1 - cosine))
+    longer = flow_matching_loss(lambda x_t, t: 3 * (NOISE - X), X, NOISE, T, FlowConfig(loss_terms={"direction": 1.0}))
+    torch.testing.assert_close(longer, (2 * (NOISE - X)).square().flatten(1).mean(1))  # the right direction costs nothing
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"objective": "velocty"}, r"flow\.objective: 'velocty' is not known\. Did you mean 'velocity'"),
+        ({"loss_terms": {"directon": 1.0}}, r"flow\.loss_terms: 'directon' is not known\. Did you mean 'direction'"),
+        ({"density": "normal"}, r"flow\.density: 'normal' is not known"),
+    ],
+)
+def test_a_name_in_no_table_is_refused(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        check_flow(FlowConfig(**changes))

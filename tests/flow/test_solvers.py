@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lit_transdiff.config import SamplingConfig
-from lit_transdiff.flow.guidance import guide
+from lit_transdiff.flow.guidance import GUIDANCE, guide
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS, solve, time_grid
 
 STD = 0.4
@@ -103,6 +103,10 @@ class TestGuidance:
     def test_formula(self):
         guided = guide(lambda x, t: x, lambda x, t: (x, 3 * x), 1.5)
         assert guided(torch.ones(1), 1.0).item() == 3 + 1.5 * (1 - 3)
+
+    def test_a_rising_scale_is_none_at_noise_and_whole_at_data(self):
+        guided = guide(lambda x, t: x, lambda x, t: (x, 0 * x), 3.0, schedule=GUIDANCE["rising"])
+        assert [guided(torch.ones(1), t).item() for t in (1.0, 0.5, 0.0)] == [1, 2, 3]
 
     def test_scale_one_never_calls_the_unconditional_function(self):
         conditional = lambda x, t: x  # noqa: E731
