@@ -6,19 +6,36 @@ import argparse
 import errno
 import io
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 from lit_transdiff import __version__
-from lit_transdiff.base.endings import EXIT_REQUEUE, CheckpointError, Preempted, TrialsFailed, ending_when_asked
+from lit_transdiff.base.endings import (
+    STOP_SIGNALS,
+    CheckpointError,
+    Preempted,
+    TrialsFailed,
+    ending_when_asked,
+    leave,
+    leave_undone,
+)
 from lit_transdiff.base.files import is_full
 from lit_transdiff.cli import commands
 from lit_transdiff.config import PRESETS
 from lit_transdiff.config.imports import import_modules
 
-RESUMABLE = (commands.train, commands.run, commands.evaluate)  # started again, they go on with what was not done yet
+# Started again, they go on with what was not done yet; of the others, whom any other signal may kill, Ctrl-C leaves nothing.
+RESUMABLE = (
+    commands.train,
+    commands.run,
+    commands.evaluate,
+    commands.reproduce,
+    commands.cache,
+    commands.pack,
+    commands.sweep,
+)
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS)  # a path that cannot be meant
 AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 
@@ -227,8 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that the log of a batch job shows how far it is
     quiet_libraries()
+    goes_on = args.function in RESUMABLE
     try:
-        with ending_when_asked() if args.function in RESUMABLE else nullcontext():
+        with ending_when_asked(leave if goes_on else leave_undone, STOP_SIGNALS if goes_on else (signal.SIGINT,)):
             import_modules(args.imports)
             args.function(args)
     except (ValueError, FileNotFoundError) as error:
@@ -236,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Preempted as reason:
         print(f"lit-transdiff: {reason}", file=sys.stderr)
-        return EXIT_REQUEUE
+        return reason.code
     except (FloatingPointError, CheckpointError, TrialsFailed) as error:
         print(f"lit-transdiff: {error}", file=sys.stderr)
         return 1

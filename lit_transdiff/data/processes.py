@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from lit_transdiff.base.endings import STOP_SIGNALS
 from lit_transdiff.config import require
 
 T = TypeVar("T")
-PRELOAD = ["lit_transdiff.data.stream", "lit_transdiff.data.pack"]  # the slow imports of this room, once for all processes
+# The slow imports of this room, once for all processes, and what makes them deaf to signals.
+PRELOAD = ["lit_transdiff.data.server", "lit_transdiff.data.stream", "lit_transdiff.data.pack"]
 
 
 def clean_context() -> Any:
@@ -27,13 +32,15 @@ def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], w
     """``function(*task)`` of every task, in the order in which they end; with 0 workers here, one after the other.
 
     ``tasks`` may be an iterator: few of them wait at a time. An exception in a task is raised here. The processes end when
-    this one is killed.
+    this one is killed, and when it is asked to stop: what a task was at is broken off.
     """
     require(workers >= 0, "workers", workers, "at least 0 (0: this process alone)")
     if workers == 0:
         yield from (function(*task) for task in tasks)
         return
-    with ProcessPoolExecutor(workers, mp_context=clean_context(), initializer=exit_with_parent) as pool:
+    context = clean_context()
+    needed, held = context.Pipe(duplex=False)  # the processes end when the end that is held here is closed
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent, initargs=(needed,)) as pool:
         waiting: set[Future[T]] = set()
         try:
             for task in tasks:
@@ -44,6 +51,11 @@ def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], w
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
+        except Exception:
+            raise
+        except BaseException:  # asked to stop
+            held.close()
+            raise
         finally:
             for future in waiting:
                 future.cancel()
@@ -59,13 +71,27 @@ def ahead(items: Iterator[T], number: int) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def exit_with_parent() -> None:
-    """End this process when the one that started it dies; it would wait for tasks for ever."""
+def exit_with_parent(needed: Connection | None = None) -> None:
+    """End this process when the one that started it dies, says so, or closes its end of ``needed``.
+
+    It would wait for tasks for ever. Other signals are that one's: a terminal, a launcher or a scheduler sends them to all
+    processes, and what this one makes may still be wanted before the end.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
+    for number in STOP_SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
-        parent.join()
+        multiprocessing.connection.wait([parent.sentinel, *([needed] if needed else [])])
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            continue
+        os._exit(1)
+
+    for target in (watch, obey):
+        threading.Thread(target=target, daemon=True).start()

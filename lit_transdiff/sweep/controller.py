@@ -13,7 +13,6 @@ import os
 import secrets
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from lit_transdiff.base.endings import EXIT_REQUEUE, TrialsFailed, leave
+from lit_transdiff.base.endings import EXIT_INTERRUPTED, EXIT_REQUEUE, TrialsFailed, ending_when_asked, leave
 from lit_transdiff.config import require
 from lit_transdiff.sweep.command import trial_command, write_parameters
 from lit_transdiff.sweep.definition import Sweep
@@ -35,7 +34,6 @@ POLL = 0.5  # seconds between looks at the trials
 KILL_AFTER = 60.0  # seconds that a trial has to end after SIGTERM
 TRIES = 3  # attempts of a trial, over all calls of the command
 HOPELESS = 3  # so many failures before any success end the sweep
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a closed terminal
 Slot = tuple[int, ...]  # GPUs of one trial; empty on CPUs
 
 
@@ -78,6 +76,7 @@ class Controller:
         self.retry(tries)
         self.again = [trial for trial in self.trials if trial.state == "running"]
         self.live: list[Agent] = []
+        self.asked: list[int] = []  # the signals that have come
 
     def retry(self, tries: int) -> None:
         """Give each trial that has failed another attempt, if it has had fewer than ``tries``, or nothing has ever worked."""
@@ -90,17 +89,22 @@ class Controller:
     def run(self) -> list[Trial]:
         """Until the search has no more settings and every trial has ended.
 
-        At a signal of SIGNALS the running trials are ended and ``Preempted`` is raised; the same command goes on with them. It is
-        noted, and raised between two looks: in the middle of a start, it would leave a trial behind that nobody ends.
+        At a signal the running trials are ended and ``Preempted`` is raised; the same command goes on with them. It is
+        noted, and raised between two looks: in the middle of a start, it would leave a trial behind that nobody ends. A second
+        Ctrl-C does not wait for the trials, which save and end all the same.
         """
-        asked: list[int] = []
-        main = threading.current_thread() is threading.main_thread()  # only there can signals be taken
-        heard = [number for number in SIGNALS if main and signal.getsignal(number) != signal.SIG_IGN]  # under nohup not all
-        before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in heard}
+        with ending_when_asked(lambda number, _: self.asked.append(number)):
+            self.until_asked()
+        if self.asked:
+            leave(self.asked[0], None)
+        return self.trials
+
+    def until_asked(self) -> None:
+        """The same, ending at a signal; no trial outlives it."""
         try:
             if self.again:
                 end_orphans({trial.id for trial in self.again}, self.folder)
-            while not asked and (self.fill() or self.live):
+            while not self.asked and (self.fill() or self.live):
                 time.sleep(POLL)
                 for agent in [agent for agent in self.live if agent.process.poll() is not None]:
                     self.end(agent)
@@ -108,16 +112,11 @@ class Controller:
                     agent.trial.values = self.new_values(agent)
                 self.stop_losers()
                 self.check_hope()
-            if asked:
-                leave(asked[0], None)
         finally:
             for agent in self.live:  # they are in the journal as running: the same command goes on with them
                 signal_group(agent.process.pid, signal.SIGTERM)
             for agent in self.live:
                 wait_or_kill(agent.process)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return self.trials
 
     def fill(self) -> bool:
         """Start trials on free slots; whether one was started."""
@@ -192,7 +191,7 @@ class Controller:
         trial, code = agent.trial, agent.process.returncode
         self.live.remove(agent)
         self.free.append(agent.slot)
-        if code == EXIT_REQUEUE and agent.stopped_at is None:  # someone else asked it to stop: it goes on
+        if code in (EXIT_REQUEUE, EXIT_INTERRUPTED) and agent.stopped_at is None:  # someone else asked it to stop: it goes on
             self.again.append(trial)
             self.say(f"again     {self.place(trial).name}")
             return

@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_transdiff.base.files import is_full, replace_file
+from lit_transdiff.base.files import is_full, replace_file, to_disk
 from lit_transdiff.config import RunConfig
 from lit_transdiff.tracking.metrics_file import COLUMNS, devices_of_starts
 from lit_transdiff.tracking.wandb_run import WandbRun
@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 class MetricsCSV(Logger):
     """``metrics.csv``, one row a value: step, images seen, wall-clock seconds of this process, metric, value, start of the run.
 
-    Starts are numbered as in ``environment.json``. Rows are appended and flushed, so a kill loses nothing; a resumed run first
-    drops the rows after the step it resumes from. With ``despite_full_disk`` they wait in memory until there is room.
+    Starts are numbered as in ``environment.json``. Rows are on disk before training goes on, so that those up to a checkpoint
+    are there when it is; a resumed run first drops the rows after its step, and makes them again. Then the file is, but for
+    times and starts, that of a run that was never stopped. With ``despite_full_disk`` rows wait in memory until there is room.
     """
 
     def __init__(self, path: Path, images_per_step: int, despite_full_disk: bool = False) -> None:
@@ -74,12 +75,15 @@ class MetricsCSV(Logger):
         return len(head) if head == list(COLUMNS[: len(head)]) else 0
 
     def write(self) -> None:
-        """Append the rows that wait, all of them or none."""
+        """Append the rows that wait to the file on disk, all of them or none."""
         columns, size = self.columns(), self.path.stat().st_size if self.path.exists() else 0
         rows = [row[:columns] for row in self.waiting] if columns else [COLUMNS, *self.waiting]
         try:
             with open(self.path, "a", newline="") as file:
                 file.write(as_csv(rows))
+            to_disk(self.path)
+            if not size:  # and its name
+                to_disk(self.path.parent)
         except OSError as error:
             if self.path.exists():
                 os.truncate(self.path, size)

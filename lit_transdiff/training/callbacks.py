@@ -32,8 +32,7 @@ from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid
 from lit_transdiff.sampling.pictures import picture as as_picture
 from lit_transdiff.stages.base import TransDiffStage, log_now, sharding
-
-TIME_BINS = 10
+from lit_transdiff.training.window import TIME_BINS, Window
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -82,8 +81,9 @@ class StopOnNonFinite(pl.Callback):
 class LogTraining(pl.Callback):
     """Loss and loss by time bin (means over all ranks), learning rate, gradient norm, throughput, time spent waiting for data.
 
-    Sums stay on the device; everything is fetched and reduced once every ``every`` steps. ``dtype`` is what is computed in: MFU
-    is a share of the device's best, which the log and the first values say the source of.
+    Sums stay on the device; everything is fetched and reduced once every ``every`` steps. Checkpoints hold them, so that a run
+    that was stopped between two such steps logs what it would have. ``dtype`` is what is computed in: MFU is a share of the
+    device's best, which is logged with it.
     """
 
     def __init__(self, run: RunConfig, dtype: torch.dtype) -> None:
@@ -92,36 +92,39 @@ class LogTraining(pl.Callback):
         self.every = run.training.log_every
         self.images_per_step = run.images_per_step
         self.last: dict[str, float] = {}
+        self.earlier: dict[str, Any] | None = None  # the window of the checkpoint that training goes on from
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["window"] = self.window.state(trainer)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.earlier = checkpoint.get("window")  # none in a checkpoint of an earlier version
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         if isinstance(stage, TransDiffStage):
             self.peak = peak_flops(stage.device, self.dtype)
             rank_zero_info(f"throughput/mfu is a share of {self.peak.flops / 1e12:.4g} TFLOP/s a device: {self.peak.source}")
         self.reset(stage)
-        self.batch_end = self.window_start
+        if self.earlier is not None:
+            self.window.go_on(self.earlier, trainer)
+        self.batch_end = time.perf_counter()
 
     def reset(self, stage: pl.LightningModule) -> None:
-        self.sums = torch.zeros(2, TIME_BINS, device=stage.device)
-        self.loss, self.passes, self.waited = torch.zeros((), device=stage.device), 0, 0.0
+        self.window = Window(stage.device)
         self.norm: Tensor | None = None
-        self.window_start = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch, i: int) -> None:
-        self.waited += time.perf_counter() - self.batch_end
+        self.window.waited += time.perf_counter() - self.batch_end
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if (trainer.global_step + 1) % self.every == 0:
             self.norm = sharding(trainer).gradient_norm()
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
-        self.passes += 1
         if "rows" in outputs:
-            bins = (outputs["t"] * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-            self.sums[0].index_add_(0, bins, outputs["rows"].float())
-            self.sums[1].index_add_(0, bins, torch.ones_like(outputs["rows"], dtype=torch.float32))
-            self.loss += outputs["rows"].mean()
+            self.window.add_rows(outputs["rows"], outputs["t"])
         else:
-            self.loss += outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning has divided it
+            self.window.add(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # Lightning has divided it
         steps_done = trainer.global_step
         if steps_done % self.every == 0 and (i + 1) % trainer.accumulate_grad_batches == 0:
             self.last = self.metrics(trainer)
@@ -130,16 +133,15 @@ class LogTraining(pl.Callback):
         self.batch_end = time.perf_counter()
 
     def metrics(self, trainer: pl.Trainer) -> dict[str, float]:
-        elapsed = time.perf_counter() - self.window_start
-        images = self.passes / trainer.accumulate_grad_batches * self.images_per_step
-        sums = torch.cat([self.sums.flatten(), self.loss[None] / self.passes])
-        *bins, loss = trainer.strategy.reduce(sums, reduce_op="mean").tolist()
+        elapsed = self.window.seconds()
+        images = self.window.passes / trainer.accumulate_grad_batches * self.images_per_step
+        loss, by_time = self.window.means(trainer)
         result = {
             "train/loss": loss,
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train/images_seen": float(trainer.global_step * self.images_per_step),
             "throughput/images_per_second": images / elapsed,
-            "throughput/data_wait_fraction": self.waited / elapsed,
+            "throughput/data_wait_fraction": self.window.waited / elapsed,
             "throughput/peak_memory_gb": peak_memory(trainer.lightning_module.device) / GB,  # of the first rank
         }
         if isinstance(trainer.lightning_module, TransDiffStage):
@@ -149,10 +151,7 @@ class LogTraining(pl.Callback):
         norm = self.norm if self.norm is not None else sharding(trainer).gradient_norm_of_step()
         if norm is not None:
             result["train/gradient_norm"] = norm.item()
-        for b, (total, rows) in enumerate(zip(bins[:TIME_BINS], bins[TIME_BINS:], strict=True)):
-            if rows > 0:
-                result[f"train/loss_t{b / TIME_BINS:.1f}"] = total / rows
-        return result
+        return result | {f"train/loss_t{b / TIME_BINS:.1f}": by_time[b] for b in by_time}
 
     def rates(self, stage: TransDiffStage, devices: int, images_per_second: float) -> dict[str, float]:
         """Tokens a second through the blocks, and the share of the devices' best that the model's operations are."""
@@ -160,10 +159,12 @@ class LogTraining(pl.Callback):
         rows = images_per_second / model.num_references
         flops = rows * training_flops(model, draws, frozen_encoder=not stage.trains_encoder)
         share = flops / (devices * self.peak.flops)
-        found = {"throughput/tokens_per_second": rows * tokens_of(model, draws), "throughput/mfu": share}
-        if not self.last:  # once a start
-            found |= {"throughput/peak_tflops": self.peak.flops / 1e12, "throughput/peak_is_measured": float(self.peak.measured)}
-        return found
+        return {
+            "throughput/tokens_per_second": rows * tokens_of(model, draws),
+            "throughput/mfu": share,
+            "throughput/peak_tflops": self.peak.flops / 1e12,
+            "throughput/peak_is_measured": float(self.peak.measured),
+        }
 
 
 class SaveOrigin(pl.Callback):

@@ -105,6 +105,7 @@ class Checkpoints(pl.Callback):
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
         self.saved_step = 0
+        self.metrics: dict[str, float] = {}  # the last ones of the start before
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse to start from different checkpoints: the next attempt agrees on one."""
@@ -114,8 +115,15 @@ class Checkpoints(pl.Callback):
         if len(set(steps)) > 1:
             raise TryAgain(f"ranks saw different last checkpoints (steps {steps}); they agree now")
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["metrics"] = numbers_of(trainer)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.metrics = checkpoint.get("metrics", {})
+
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.saved_step = trainer.global_step
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.items()})
         if self.run.data.evaluation is None or self.run.training.num_validation_samples == 0:
             self.check_best(trainer)
         if trainer.is_global_zero and self.folder.exists():
@@ -200,12 +208,11 @@ class Checkpoints(pl.Callback):
         """What the marker says."""
         images, milestone = step * self.run.images_per_step, self.run.checkpoint.keep_every_images
         before = (step - self.run.training.checkpoint_every) * self.run.images_per_step
-        numbers = {name: float(value) for name, value in trainer.callback_metrics.items() if judges(name)}
         return {
             "step": step,
             "images_seen": images,
             "shapes": parameter_shapes(trainer.lightning_module),
-            "metrics": numbers,
+            "metrics": numbers_of(trainer),
             "milestone": milestone > 0 and images // milestone > max(0, before) // milestone,
             **self.identity,
         }
@@ -221,6 +228,11 @@ class Checkpoints(pl.Callback):
             self.error = error
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def numbers_of(trainer: pl.Trainer) -> dict[str, float]:
+    """The last values of the metrics that say how good the weights are."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if judges(name)}
 
 
 def judges(metric: str) -> bool:

@@ -1,9 +1,12 @@
-"""Being asked to stop: SIGTERM or SIGUSR1 -> save at the end of the step, and exit so that a scheduler starts the job again."""
+"""Being asked to stop: a scheduler's signal, a closed terminal or Ctrl-C -> save at the end of the step, and exit.
+
+The exit code says whether a scheduler is to start the job again.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,39 +16,41 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_transdiff.base.endings import STOP_SIGNALS, Preempted
+from lit_transdiff.base.endings import STOP_SIGNALS, Preempted, code_of, ending_when_asked
 from lit_transdiff.training.checkpointing import Checkpoints
 
 
 class StopRequest:
-    """Whether this process was asked to stop. The handler does nothing else: saving inside one deadlocks several ranks."""
+    """Whether this process was asked to stop. The handler does no more: saving inside one deadlocks several ranks."""
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.heard: list[int] = []
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        if number == signal.SIGINT and self.received is None and os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, b"\nlit-transdiff: Ctrl-C: the run is saved at the end of this step; a second one quits at once.\n")
+        self.received = self.received or signal.Signals(number).name
+
+    @property
+    def code(self) -> int:
+        """The exit code that this process was asked for, 0 when it was not asked."""
+        return 0 if self.received is None else code_of(signal.Signals[self.received])
 
     def listen(self) -> None:
-        """Take the signals (again: Lightning takes them too). Only the main thread of a process can."""
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                signal.signal(number, self.handle)
+        """Take the signals again: Lightning takes them too."""
+        for number in self.heard:
+            signal.signal(number, self.handle)
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
     """Listens inside, and gives the signals back; one that came too late for a step goes to who has listened before."""
     request = StopRequest()
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS} if main else {}
-    request.listen()
-    try:
+    with ending_when_asked(request.handle):
+        request.heard = [number for number in STOP_SIGNALS if signal.getsignal(number) == request.handle]
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if request.received is not None and callable(before.get(signal.Signals[request.received])):
+    if request.received is not None and callable(signal.getsignal(signal.Signals[request.received])):
         signal.raise_signal(signal.Signals[request.received])
 
 
@@ -72,6 +77,7 @@ class StopOnRequest(pl.Callback):
             return
         if not (self.agreed or self.any_rank(trainer)):
             return
+        code = int(trainer.strategy.reduce(torch.tensor(self.request.code, device=stage.device), reduce_op="max"))
         self.before_save()
         step = trainer.global_step
         if step > 0 and step != self.checkpoints.saved_step:
@@ -79,7 +85,7 @@ class StopOnRequest(pl.Callback):
         self.checkpoints.settle(trainer)
         where = self.request.received or "another rank was asked"
         kept = f"the checkpoint of step {step} is complete" if step > 0 else "no step was taken yet"
-        raise Preempted(f"asked to stop ({where}): {kept}; the same command goes on from there.")
+        raise Preempted(f"asked to stop ({where}): {kept}; the same command goes on from there.", code)
 
     def now(self, trainer: pl.Trainer) -> bool:
         """Whether any rank was asked. All ranks wait for each other here, and stop before the next step if one was."""

@@ -156,8 +156,8 @@ def fit(
     if checkpoint is not None:
         rank_zero_only(check_checkpoint)(run, checkpoint)
     rank_zero_only(open_folder)(run, world_size(run))
-    if start >= run.training.max_steps:
-        return {}
+    if checkpoint is not None and start >= run.training.max_steps:
+        return dict(checkpoint.manifest["metrics"])
     trainer = build_trainer(parts, build_callbacks(parts, start, request, wandb_of(loggers)), loggers)
     if checkpoint is not None:
         changes = what_changes(checkpoint, spread_of(run))

@@ -3,18 +3,20 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from lit_transdiff.__main__ import main
-from lit_transdiff.base.endings import EXIT_REQUEUE, STOP_SIGNALS, Preempted, ending_when_asked
-from lit_transdiff.cli import pipeline
+from lit_transdiff.base.endings import EXIT_INTERRUPTED, EXIT_REQUEUE, STOP_SIGNALS, Preempted, ending_when_asked
+from lit_transdiff.cli import commands, pipeline
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.training import trainer
 from lit_transdiff.training.preemption import stop_request
-from tests.small import small_run
+from tests.small import ROOT, small_run
 
 
 def asked(number: signal.Signals) -> None:
@@ -39,10 +41,64 @@ def test_a_signal_outside_the_steps_asks_for_a_requeue(
     monkeypatch.setattr(trainer, "build", lambda run: asked(number))
     options = ["--evaluate"] if during == "evaluation" else []
     start = time.monotonic()
-    assert main(["train", str(tmp_path / "run.yaml"), *options]) == EXIT_REQUEUE
+    code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE
+    assert main(["train", str(tmp_path / "run.yaml"), *options]) == code
     assert time.monotonic() - start < 4
     assert f"asked to stop ({number.name}): the same command goes on" in capsys.readouterr().err
     assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
+
+
+@pytest.mark.parametrize("command", ["sample --checkpoint x", "index x", "verify x", "convert a b", "export x", "compare x"])
+def test_ctrl_c_ends_any_command_in_one_line(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *words = command.split()
+
+    def long(args: object) -> None:
+        asked(signal.SIGINT)
+
+    long.__name__ = name
+    monkeypatch.setattr(commands, name, long)
+    assert main([name, *words]) == EXIT_INTERRUPTED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "lit-transdiff: asked to stop (SIGINT): nothing is finished; the same command begins anew."
+
+
+TWICE = """
+import os, signal, sys, threading, time
+from lit_transdiff.base.endings import Preempted, ending_when_asked
+
+def press(seconds):
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+with ending_when_asked(lambda number, frame: print("first", flush=True)):
+    for seconds in (0.1, 0.2, {second}):  # a terminal and a launcher both send the first
+        press(seconds)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    signal.sigtimedwait([signal.SIGUSR2], 4)
+    threading.Event().wait(0.1)
+    print("waited to the end", flush=True)
+"""
+
+
+@pytest.mark.parametrize("second, code", [(1.6, EXIT_INTERRUPTED), (0.5, 0)])
+def test_the_second_ctrl_c_quits_at_once(second: float, code: int) -> None:
+    def ignore_nothing() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    line = [sys.executable, "-c", TWICE.format(second=second)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, preexec_fn=ignore_nothing, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert ("quit at once" in done.stderr) == (code != 0) == ("waited to the end" not in done.stdout)
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending_when_asked():
+            os.kill(os.getpid(), signal.SIGHUP)  # of a closed terminal, under nohup
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_after_the_last_step_is_not_lost() -> None:

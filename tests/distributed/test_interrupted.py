@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lit_transdiff.base.endings import EXIT_REQUEUE, EXIT_STALLED
+from lit_transdiff.base.endings import EXIT_REQUEUE, EXIT_STALLED, STOP_SIGNALS, code_of
 from lit_transdiff.checkpoints.format import complete_checkpoints
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import save_yaml
@@ -33,7 +33,15 @@ def run_in(folder: Path, name: str, **training: int) -> tuple[RunConfig, str]:
 
 def background(line: list[str], log: Path, **environment: str) -> subprocess.Popen:
     with open(log, "w") as file:
-        return subprocess.Popen(line, cwd=ROOT, env={**ENVIRONMENT, **environment}, stdout=file, stderr=file)
+        environment = {**ENVIRONMENT, **environment}
+        return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=file, stderr=file, preexec_fn=ignore_nothing)
+
+
+def ignore_nothing() -> None:
+    """These tests may themselves run under nohup or in the background. The processes make a group, as of a terminal."""
+    os.setsid()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def until(condition: object, process: subprocess.Popen, seconds: float = 180) -> None:
@@ -65,15 +73,15 @@ def same_weights(a: RunConfig, b: RunConfig) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_asks_for_a_requeue(tmp_path: Path, number: signal.Signals):
-    """As SLURM's ``--signal`` does: the process gets the signal, saves off its rhythm, and exits with 75."""
+    """As Ctrl-C or SLURM's ``--signal`` does: the process gets the signal, saves off its rhythm, and says how it ends."""
     run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
     process = background([sys.executable, *TRAIN, file], tmp_path / "log")
     until(steps_logged(run), process)
     process.send_signal(number)
     asked = time.monotonic()
-    assert process.wait(60) == EXIT_REQUEUE
+    assert process.wait(60) == code_of(number)
     assert time.monotonic() - asked < 20
     (checkpoint,) = complete_checkpoints(run.folder / "checkpoints")
     text = (tmp_path / "log").read_text()
@@ -95,6 +103,37 @@ def test_one_signalled_rank_of_two_stops_both(tmp_path: Path):
     assert len(complete_checkpoints(run.folder / "checkpoints")) == 1
     assert "asked to stop (another rank was asked)" in text and "asked to stop (SIGTERM)" in text
     assert len(re.findall(rf"exitcode\s*: {EXIT_REQUEUE}", text)) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_leaves_no_trace(tmp_path: Path, number: signal.Signals, processes: int):
+    """As of a terminal, or of torchrun: data workers hear it, too, in the middle of a window of the metrics."""
+    runs = {}
+    for name in ("whole", "run"):
+        rhythm = {"max_steps": 60, "checkpoint_every": 1000, "log_every": 7, "validate_every": 0, "sample_every": 0}
+        runs[name] = small_run(tmp_path, name=name, training=rhythm, data={"num_workers": 2})
+        save_yaml(runs[name], tmp_path / f"{name}.yaml")
+    line = command_line(processes, *TRAIN, str(tmp_path / "run.yaml"))
+    process = background(line, tmp_path / "log")
+    until(steps_logged(runs["run"]), process)
+    os.killpg(process.pid, number)
+    code = process.wait(100)
+    text = (tmp_path / "log").read_text()
+    assert code == code_of(number) if processes == 1 else code != 0, text
+    checkpoint = complete_checkpoints(runs["run"].folder / "checkpoints")[-1]
+    assert f"asked to stop ({number.name}): the checkpoint of step {checkpoint.step} is complete" in text
+    for name in ("run", "whole"):
+        done = background(command_line(processes, *TRAIN, str(tmp_path / f"{name}.yaml")), tmp_path / f"{name}.log")
+        assert done.wait(200) == 0, (tmp_path / f"{name}.log").read_text()
+    assert numbers(runs["run"]) == numbers(runs["whole"])
+
+
+def numbers(run: RunConfig) -> list[tuple[str, str, str]]:
+    """Step, metric and value of each row of ``metrics.csv``; rates without their values."""
+    lines = [line.split(",") for line in (run.folder / "metrics.csv").read_text().splitlines()]
+    return [(step, name, "" if name.startswith("throughput/") else value) for step, _, _, name, value, _ in lines]
 
 
 @pytest.mark.slow

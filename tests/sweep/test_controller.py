@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from lit_transdiff.__main__ import main
-from lit_transdiff.base.endings import EXIT_REQUEUE, Preempted, TrialsFailed
+from lit_transdiff.base.endings import EXIT_REQUEUE, STOP_SIGNALS, Preempted, TrialsFailed, code_of
 from lit_transdiff.study.runs import runs
 from lit_transdiff.study.wandb_logs import log_files, read_log
-from lit_transdiff.sweep.controller import SIGNALS, run_sweep, slots_of
+from lit_transdiff.sweep.controller import run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.journal import Journal
 from lit_transdiff.sweep.report import failures, outcome
@@ -258,7 +258,7 @@ def start_sweep(file: Path, place: Path) -> subprocess.Popen[bytes]:
 
 def ignore_nothing() -> None:
     """These tests may themselves run under nohup or in the background."""
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -277,7 +277,7 @@ def test_a_sweep_that_is_asked_to_stop_leaves_no_trial_behind(tmp_path: Path, nu
     asked = start_sweep(file, place)
     asked.send_signal(number)
     told = asked.communicate(timeout=60)[1].decode()
-    assert asked.returncode == EXIT_REQUEUE and number.name in told and "Traceback" not in told
+    assert asked.returncode == code_of(number) and number.name in told and "Traceback" not in told
     assert gone(journal(place, "process")[-1]["pid"])
     trials = run_sweep(load_sweep(file), place, say=quiet)
     assert [(trial.state, len(trial.values)) for trial in trials] == [("finished", 9)] * 3

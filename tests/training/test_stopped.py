@@ -1,0 +1,104 @@
+"""The numbers of a run that was stopped, at whatever step and by whatever, are those of a run that never was."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_transdiff.base.endings import EXIT_INTERRUPTED, Preempted
+from lit_transdiff.checkpoints.format import complete_checkpoints
+from lit_transdiff.config import RunConfig
+from lit_transdiff.training import callbacks
+from lit_transdiff.training.trainer import train
+from tests.small import small_run
+
+RHYTHM = {"max_steps": 14, "log_every": 5, "checkpoint_every": 3, "validate_every": 4, "sample_every": 7}
+STAGES: dict[str, dict[str, Any]] = {
+    "one-step": {},
+    "accumulated": {"training": {"micro_batch_size": 4}},
+    "classifier": {"stage": "classifier"},
+}
+
+
+class PowerCut(BaseException):
+    """What nothing tidies up after."""
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def run_in(folder: Path, changes: dict[str, Any]) -> RunConfig:
+    return small_run(folder, **{**changes, "training": {**RHYTHM, **changes.get("training", {})}})
+
+
+def rows(run: RunConfig) -> list[tuple[str, str, str, str]]:
+    """Step, images seen, metric and value of each row of the file; rates without their values."""
+    lines = [line.split(",") for line in (run.folder / "metrics.csv").read_text().splitlines()]
+    return [(s, i, name, "" if name.startswith("throughput/") else value) for s, i, _, name, value, _ in lines]
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[tuple[str, ...]]]:
+    found: dict[str, list[tuple[str, ...]]] = {}
+
+    def of(kind: str) -> list[tuple[str, ...]]:
+        if kind not in found:
+            run = run_in(tmp_path_factory.mktemp("whole"), STAGES[kind])
+            train(run, say=quiet)
+            found[kind] = rows(run)
+        return found[kind]
+
+    return of
+
+
+def at(step: int, what: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    """Do it in the first forward pass of a step (from 0)."""
+    start = callbacks.LogTraining.on_train_batch_start
+
+    def on_train_batch_start(self: Any, trainer: Any, stage: Any, batch: Any, i: int) -> None:
+        if trainer.global_step == step:
+            what()
+        start(self, trainer, stage, batch, i)
+
+    patch.setattr(callbacks.LogTraining, "on_train_batch_start", on_train_batch_start)
+
+
+def cut() -> None:
+    raise PowerCut
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_power_cut_in_mid_window_leaves_no_trace(
+    tmp_path: Path, untouched: Callable[[str], list[tuple[str, ...]]], kind: str
+) -> None:
+    run = run_in(tmp_path, STAGES[kind])
+    for step in (4, 8, 13):  # after the checkpoints of steps 3, 6 and 12, each in the middle of a window
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+            at(step, cut, patch)
+            train(run, say=quiet)
+        with open(run.folder / "metrics.csv", "a") as file:
+            file.write(f"{step},1")  # a row that the cut has torn
+    train(run, say=quiet)
+    assert rows(run) == untouched(kind)
+    logged = [(step, name) for step, _, name, _ in rows(run)]
+    validated = "val/accuracy" if kind == "classifier" else "val/loss"
+    assert [step for step, name in logged if name == "train/loss"] == ["5", "10"]
+    assert [step for step, name in logged if name == validated] == ["4", "8", "12"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_saves_at_once_and_leaves_no_trace(
+    tmp_path: Path, untouched: Callable[[str], list[tuple[str, ...]]], number: signal.Signals
+) -> None:
+    run = run_in(tmp_path, STAGES["one-step"])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted, match=number.name) as ended:
+        at(7, lambda: os.kill(os.getpid(), number), patch)
+        train(run, say=quiet)
+    assert ended.value.code == (EXIT_INTERRUPTED if number == signal.SIGINT else 75)
+    assert complete_checkpoints(run.folder / "checkpoints")[-1].step == 8
+    train(run, say=quiet)
+    assert rows(run) == untouched("one-step")
