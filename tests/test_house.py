@@ -36,6 +36,7 @@ DOORS = {
     "torch_fidelity": {"evaluation/"},
     "diffusers": {"models/autoencoder.py"},
     "omegaconf": {"config/loading.py"},
+    "yaml": {"config/yaml_text.py"},
 }
 
 

@@ -20,6 +20,7 @@ from lightning.fabric import Fabric
 from lit_transdiff.checkpoints.run_folder import open_folder
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import check_keys, load_run, plain, read_yaml, resolved, to_yaml
+from lit_transdiff.config.typed import typed
 from lit_transdiff.distributed import world_size
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import load_extractor
@@ -94,16 +95,17 @@ def read_pipeline(path: str | Path, moved: Sequence[str]) -> Pipeline:
         raise ValueError(f"{path} is the recipe of one run; start it with: lit-transdiff train {path}")
     check_keys(given, Pipeline, "", str(path))
     for name, schema in STEPS.items():
-        for i, step in enumerate(given.get(name, [])):
+        steps = plain(given).get(name)
+        for i, step in enumerate(steps if isinstance(steps, list) else []):
             check_keys(step, schema, f"{name}[{i}].", str(path))
     given["output_dir"] = moved[-1] if moved else given.get("output_dir", "runs")
     try:
         # Only paths: what the overrides refer to are settings of the runs.
         settings = plain(given) | resolved(given, [name for name in PATHS if name in given])
-        steps = {name: [step(**item) for item in settings.get(name, [])] for name, step in STEPS.items()}
-        pipeline = Pipeline(**{**settings, **steps})
-    except (TypeError, ValueError) as error:
+        pipeline = typed(settings, Pipeline, "")
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    assert isinstance(pipeline, Pipeline)
     require(len(pipeline.runs) > 0, "runs", pipeline.runs, "at least one recipe")
     return pipeline
 

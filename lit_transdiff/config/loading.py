@@ -7,17 +7,19 @@ know, with the field's path, the value, and the nearest match.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import NESTED, PRESETS, ModelConfig, RunConfig, require, unknown
 from lit_transdiff.config.imports import import_modules
+from lit_transdiff.config.typed import typed
+from lit_transdiff.config.yaml_text import read, read_file
 
 SCHEMAS = (RunConfig, *NESTED.values())  # of which lit-transdiff settings knows every field
 
@@ -39,56 +41,90 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), imports: Sequence[
 
 
 def merge(*settings: Any) -> DictConfig:
-    """Nested settings, the later over the earlier."""
-    merged = OmegaConf.merge(*settings)
-    assert isinstance(merged, DictConfig)
-    return merged
+    """Nested settings, the later over the earlier; what is no section replaces what stood there."""
+    merged: dict[str, Any] = {}
+    for given in settings:
+        merged = over(merged, OmegaConf.to_container(given) if OmegaConf.is_config(given) else given)
+    return OmegaConf.create(merged)
+
+
+def over(below: Any, above: Any) -> Any:
+    """``above``, with what sections of the same name below have besides."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: over(below.get(key), value) for key, value in above.items()}
 
 
 def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") -> RunConfig:
     """A checked ``RunConfig`` from nested settings (of a YAML file, a checkpoint, or written in Python)."""
-    given = OmegaConf.create(settings)
-    check_keys(given, RunConfig, "", source)
-    name = given.get("name", "")
-    quoted = "a word; in quotes where YAML takes it for something else, as in name='\"on\"'"
-    require(isinstance(name, str), f"{source}: name", name, quoted)
-    import_modules(plain(given).get("imports") or [])
-    size = OmegaConf.select(given, "model.size")
+    with refusing(source):
+        given = OmegaConf.create(settings)
+        check_keys(given, RunConfig, "", source)
+        imports = plain(given).get("imports")
+        size = OmegaConf.select(given, "model.size")
     try:
-        model = ModelConfig(size=size) if size else ModelConfig()
-        run = OmegaConf.to_object(merge(OmegaConf.structured(RunConfig(model=model)), given))
-        assert isinstance(run, RunConfig)
-        return run
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        value = OmegaConf.select(given, key) if key != "?" else None
-        raise ValueError(f"{source}: {key}: got {value!r}; {str(error).splitlines()[0]}") from error
+        import_modules(typed(imports or [], list[str], "imports"))
+        model = ModelConfig(size=typed(size, str, "model.size")) if size else ModelConfig()
+        with refusing():
+            whole = merge(to_dict(RunConfig(model=model)), given)
+            run = typed(OmegaConf.to_container(whole, resolve=True), RunConfig, "")
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    assert isinstance(run, RunConfig)
+    return run
 
 
-def read_yaml(path: str | Path) -> DictConfig:
-    """The settings of a YAML file merged over those of its ``base:`` (a path relative to the file)."""
+@contextmanager
+def refusing(source: str = "") -> Iterator[None]:
+    """What OmegaConf refuses (a ``${key}`` that stands for nothing), as one line that names the setting."""
+    try:
+        yield
+    except (OmegaConfBaseException, RecursionError) as error:
+        name = ": ".join(part for part in (source, getattr(error, "full_key", None)) if part) or "?"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        allowed = "${name} of another setting, as in ${output_dir}/x"
+        raise ValueError(f"{name}: {reason}; allowed: {allowed}.") from error
+
+
+def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> DictConfig:
+    """The settings of a YAML file merged over those of its ``base:`` (a path relative to the file).
+
+    ``above`` are the files whose base it is. Raises ``ValueError`` for a file that is its own base.
+    """
     path = Path(path)
-    require(not path.is_dir(), "the YAML of a run", str(path), "a file, not a folder")
+    chain, asked = [*above, path], f"{above[-1]}: base" if above else "the YAML of a run"
+    loop = f"a file that is not its own base, as in {' -> '.join(map(str, chain))}"
+    require(path.resolve() not in map(Path.resolve, above), asked, str(path), loop)
+    require(not path.is_dir(), asked, str(path), "a file, not a folder")
     if not path.is_file():
         nearby = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{path} does not exist." + (f" In that folder: {', '.join(nearby)}." if nearby else ""))
-    try:
-        settings = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, DictConfig):
-        raise ValueError(f"{path}: expected settings (key: value), got a {type(settings).__name__}.")
-    base = settings.pop("base", None)
-    return settings if base is None else merge(read_yaml(path.parent / base), settings)
+        said = f"{asked}: " if above else ""
+        raise FileNotFoundError(f"{said}{path} does not exist." + (f" In that folder: {', '.join(nearby)}." if nearby else ""))
+    given = read_file(path, spelled=True)
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: expected settings (key: value), got {'nothing' if given is None else repr(given)[:80]}.")
+    base = given.pop("base", None)
+    with refusing(str(path)):
+        settings = OmegaConf.create(given)
+        if base is None:
+            return settings
+        require(isinstance(base, str) and base != "", f"{path}: base", base, "the path of one YAML file, relative to this one")
+        return merge(read_yaml(path.parent / base, chain), settings)
 
 
 def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     """``["model.width=192", ...]`` as nested settings; the word None (which W&B sweeps send) means nothing."""
+    settings = OmegaConf.create({})
     for item in overrides:
-        require("=" in item and not item.startswith("-"), "override", item, "dotted.key=value")
-    return OmegaConf.create(without_none(plain(OmegaConf.from_dotlist(list(overrides)))))
+        key, sign, text = item.partition("=")
+        words = key.split(".")
+        require(sign == "=" and all(words) and not item.startswith("-"), "override", item, "dotted.key=value")
+        value = without_none(read(text, f"override {item}", spelled=True))
+        for word in reversed(words):
+            value = {word: value}
+        with refusing(f"override {item}"):
+            settings = merge(settings, value)
+    return settings
 
 
 def without_none(value: Any) -> Any:
@@ -141,10 +177,8 @@ def resolved(settings: DictConfig, names: Sequence[str]) -> dict[str, Any]:
 
     Raises ``ValueError`` for a ``${key}`` that stands for nothing.
     """
-    try:
+    with refusing():
         result = OmegaConf.to_container(OmegaConf.masked_copy(settings, list(names)), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{getattr(error, 'full_key', None) or '?'}: {str(error).splitlines()[0]}") from error
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}
 

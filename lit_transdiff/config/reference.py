@@ -14,7 +14,6 @@ import json
 import re
 import sys
 import tokenize
-import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_transdiff.config import NESTED, PRESETS, SIZES, RunConfig, unknown
+from lit_transdiff.config.typed import in_words, quoted
 
 PACKAGE = Path(__file__).parents[1]
-WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
 TABLE = re.compile(r"\b([a-z_.]+)\.([A-Z_]+)\b")  # how a comment names the table of an open set, as in flow.solvers.SOLVERS
 HEAD = """\
 # All settings
@@ -147,24 +146,6 @@ def keys_of(module: str, table: str) -> list[str]:
             assert isinstance(node.value, ast.Dict)
             return [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
     raise ValueError(f"{file}: has no table {table}.")
-
-
-def in_words(hint: Any) -> str:
-    """A type as words, as in ``integer or null``; the members of a ``Literal`` by name."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return quoted(parts)
-    if origin is dict:
-        return f"{in_words(parts[0])}: {in_words(parts[1])}"
-    if origin is list:
-        return f"list of {in_words(parts[0])}s".replace("texts", "names")
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("null" if part is types.NoneType else in_words(part) for part in parts)
-    return WORDS[hint]
-
-
-def quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def as_yaml(value: Any) -> str:

@@ -12,8 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.evaluation.scores import FOLDER
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.study.records import Evaluation, Pictures, Run
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SIGNS = ("metrics.csv", "environment.json", FOLDER)  # a folder with config.yaml and one of these is a run's
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is seven times as fast
 log = logging.getLogger(__name__)
 
 
@@ -55,9 +53,9 @@ def read_folder(folder: Path) -> Run:
     Raises ``ValueError`` when ``config.yaml`` is not that of a run.
     """
     try:
-        config = yaml.load((folder / "config.yaml").read_text(), Loader)  # plain settings, as the run's start has written them
+        config = read_file(folder / "config.yaml")  # plain settings, as the run's start has written them
         name, stage, _ = config["name"], config["stage"], config["training"]["max_steps"]
-    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.yaml'} is not the configuration of a run ({error!r}).") from error
     tracking = config.get("tracking") or {}
     rows = cache(partial(read_rows, folder / "metrics.csv"))

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_transdiff.config import unknown
+from lit_transdiff.config.yaml_text import dump
 
 
 def trial_command(command: Sequence[str] | None, program: str | None, settings: dict[str, Any], json_file: Path) -> list[str]:
@@ -35,4 +34,4 @@ def trial_command(command: Sequence[str] | None, program: str | None, settings: 
 
 def write_parameters(settings: dict[str, Any], file: Path) -> None:
     """The swept settings as an agent hands them over (``WANDB_SWEEP_PARAM_PATH``)."""
-    file.write_text(yaml.safe_dump({"wandb_version": 1, **{key: {"value": value} for key, value in settings.items()}}))
+    file.write_text(dump({"wandb_version": 1, **{key: {"value": value} for key, value in settings.items()}}))

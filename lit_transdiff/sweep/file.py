@@ -6,15 +6,13 @@ The file is W&B's own: ``method``, ``metric``, ``parameters`` (also nested), ``e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_transdiff.config import require, unknown
+from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.sweep.definition import Hyperband, Path_, Sweep
 from lit_transdiff.sweep.distributions import DISTRIBUTIONS, Spec, check, is_number, name_of
 from lit_transdiff.sweep.search import SEARCHES
@@ -25,7 +23,6 @@ KEYS = (
 )
 METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 IMPUTES = ("worst", "best", "latest")
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # as 1e-4, which YAML 1.1 takes for a word
 
 
 def leaves(parameters: dict[str, Any], prefix: Path_ = ()) -> Iterator[tuple[Path_, Spec]]:
@@ -40,22 +37,12 @@ def leaves(parameters: dict[str, Any], prefix: Path_ = ()) -> Iterator[tuple[Pat
             yield (*prefix, str(key)), spec
 
 
-class Loader(yaml.SafeLoader):
-    """YAML with the numbers of YAML 1.2."""
-
-
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{NUMBER.pattern}$"), list("-+.0123456789"))
-
-
 def load_sweep(path: str | Path) -> Sweep:
     """Read a sweep file; raises ``ValueError`` naming the file, the field, the value and what is allowed."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        settings = yaml.load(path.read_text(), Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    settings = read_file(path)
     try:
         return sweep_from(settings, path.stem)
     except (TypeError, ValueError) as error:

@@ -9,9 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_transdiff.base.files import replace_file
+from lit_transdiff.config.yaml_text import dump, read_file
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.trial import Trial
 
@@ -34,7 +33,7 @@ class Journal:
         there = settings_in(file) if file.exists() else given
         if without_cap(there) != without_cap(given):
             raise ValueError(f"{folder} holds another sweep (see sweep.yaml there). Choose another --output.")
-        replace_file(file, yaml.safe_dump(given, sort_keys=False).encode())
+        replace_file(file, dump(given).encode())
         self.file = folder / "trials.jsonl"
         drop_cut_line(self.file)
 
@@ -79,8 +78,8 @@ def event_in(line: str) -> dict[str, Any]:
 def settings_in(file: Path) -> dict[str, Any]:
     """The sweep that a folder was made for. Raises ``ValueError`` naming the file when it holds none."""
     try:
-        found = yaml.safe_load(file.read_text())
-    except yaml.YAMLError:
+        found = read_file(file)
+    except ValueError:
         found = None
     if not isinstance(found, dict) or "sweep" not in found:
         raise ValueError(f"{file} is damaged: it holds no sweep. Remove it if this is the sweep that the folder was made for.")

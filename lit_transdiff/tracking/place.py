@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_transdiff.config import RunConfig
+from lit_transdiff.config.yaml_text import read_file
 
 SWEEP_FOLDER = "LIT_TRANSDIFF_SWEEP_FOLDER"
 MAX_NAME = 120  # characters of a folder's name that the settings may take
@@ -43,7 +42,7 @@ def trial_place() -> TrialPlace | None:
     file, id_ = os.environ.get("WANDB_SWEEP_PARAM_PATH"), os.environ.get("WANDB_RUN_ID")
     if not file or not id_:
         return None
-    given = yaml.safe_load(Path(file).read_text())
+    given = read_file(Path(file))
     settings = {key: item["value"] for key, item in given.items() if isinstance(item, dict) and "value" in item}
     sweep = os.environ.get("WANDB_RUN_GROUP") or f"sweep-{os.environ.get('WANDB_SWEEP_ID', 'unnamed')}"
     folder = os.environ.get(SWEEP_FOLDER)
