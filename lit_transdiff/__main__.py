@@ -161,7 +161,7 @@ def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.
     """What draws from trained models, scores and compares them."""
     sub = command(commands.sample, "draw images from a trained run: a labelled grid and single images")
     add_trained(sub)
-    sub.add_argument("--classes", help="numbers separated by commas; default: the first ten")
+    sub.add_argument("--classes", help="names or numbers, as in sneaker,bag or 0,7 or 0-3; default: the first ten")
     sub.add_argument("--per-class", type=int, default=8)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--references", action="store_true", help="show the row of successive images of an MRAR run")

@@ -108,7 +108,7 @@ def test_another_evaluation_stands_beside_the_first(demo: Path):
     "command, message",
     [
         (["sample", "--checkpoint", "{demo}/mrar"], "mrar_finetune"),
-        (["sample", "--checkpoint", "{demo}/ar_pretrain", "--classes", "12"], "classes: got 12; allowed: 0 to 9"),
+        (["sample", "--checkpoint", "{demo}/ar_pretrain", "--classes", "12"], "--classes: got '12'; allowed: numbers 0 to 9"),
         (["evaluate", "--checkpoint", "{demo}/ar_pretrain", "sampling.solver=hein"], "Did you mean 'heun'"),
         (["evaluate", "--checkpoint", "{demo}/ar_pretrain", "model.width=3"], "override: got 'model'; allowed: sampling.*"),
         (["compare", "{demo}/latents"], "latents"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lit_transdiff.base.endings import TrialsFailed
 from lit_transdiff.config import RunConfig
+from lit_transdiff.config.classes import choose, full_names
 from lit_transdiff.config.loading import load_run, override, preset, read_yaml
 from lit_transdiff.config.paths import check_files, check_images, check_source, checkpoints_folder, export_folder, local_path
 
@@ -167,8 +168,7 @@ def sample(args: argparse.Namespace) -> None:
     sampling = override(generator.run, preset(args.preset) + args.overrides, CHANGEABLE).sampling
     output = Path(args.output or Path(args.checkpoint) / "samples" / "drawn")
     common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
-    classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(min(10, generator.run.model.num_classes)))
-    generator.check_labels(classes)
+    classes = choose(args.classes, full_names(generator.class_names, generator.run.model.num_classes))
     if args.fuse:
         if len(classes) != 2:
             raise ValueError(f"--classes: got {args.classes!r}; allowed with --fuse: two classes, as in 0,7.")

@@ -63,7 +63,7 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
         imports = plain(given).get("imports")
         size = OmegaConf.select(given, "model.size")
     try:
-        import_modules(typed(imports or [], list[str], "imports"))
+        import_modules(imports if isinstance(imports, str | list) else typed(imports or [], list[str], "imports"))
         model = ModelConfig(size=typed(size, str, "model.size")) if size else ModelConfig()
         with refusing():
             whole = merge(to_dict(RunConfig(model=model)), given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 from lit_transdiff.config.checks import check_finite, require
 from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
@@ -27,6 +27,11 @@ class RunConfig:
     init_from: Optional[str] = None  # run folder or export folder whose (EMA) weights this run starts from
     init_positions: Literal["new", "interpolate"] = "new"
     # where the latent's size differs from that of init_from: position tables are made anew, or interpolated
+    init_classes: Union[Literal["same", "by_name", "by_number", "new"], dict[str, Optional[str]]] = "same"
+    # which class embeddings of init_from are kept: all of the same classes, those of equal names, those of equal numbers, none,
+    # or, as in {sneaker: shoe, 3: 5}, for a class of this run that of init_from; the null class is always kept
+    init_shapes: Literal["same", "new"] = "same"
+    # new: where another patch size, latent channels or numbers of tokens do not fit init_from, these tensors are made anew
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(kind="identity"))
     autoencoder_training: AutoencoderTraining = field(default_factory=AutoencoderTraining)
@@ -59,12 +64,9 @@ class RunConfig:
             validated,
             f"a multiple of training.checkpoint_every={rhythm} when checkpoint.keep_best is given",
         )
-        require(
-            self.init_positions == "new" or self.init_from is not None,
-            "init_positions",
-            self.init_positions,
-            "'new' without init_from, from which they would be resized",
-        )
+        for name, default in (("init_positions", "new"), ("init_classes", "same"), ("init_shapes", "same")):
+            given, allowed = getattr(self, name), f"{default!r} without init_from, of whose weights it speaks"
+            require(given == default or self.init_from is not None, name, given, allowed)
         for name in ("reference_guidance", "reference_steps"):
             values = getattr(self.sampling, name)
             require(

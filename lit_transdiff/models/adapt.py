@@ -1,13 +1,14 @@
 """Start one model from another of a different shape, with a report of every tensor.
 
-One-step -> MRAR and another size of the latent change a few tensors only; everything else is copied. Nothing is loaded loosely:
-each tensor of the new model is copied, adapted by a named rule, or newly made, and the result loads strictly.
+One-step -> MRAR, other classes, and another latent, patch or number of tokens change a few tensors only; everything else is
+copied. Nothing is loaded loosely: each tensor of the new model is copied, adapted by a named rule, or newly made, and the result
+loads strictly.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
@@ -69,33 +70,48 @@ SIZED: dict[str, tuple[Rule, str]] = {
     "decoder.position": (resize_positions, "bicubic interpolation"),
     "encoder.reference_projection.weight": (spread_patch, "of the mean over the finer pixels"),
 }
+# What depends on the patch size, the latent's channels and the numbers of tokens, and is made anew where init_shapes says so.
+SHAPED = (
+    *("encoder.position", "encoder.context_position", "encoder.mask_tokens", "encoder.reference_projection.weight"),
+    *("decoder.position", "decoder.input_projection.weight", "decoder.final.linear.weight", "decoder.final.linear.bias"),
+)
+CLASSES = "encoder.class_embedding.weight"
 # Tensors that a model may have while the one it starts from has none, and the reverse.
 OPTIONAL = ("encoder.reference_projection.",)
 
 
-def match(model: TransDiff, state: Mapping[str, Tensor], positions: str = "new") -> tuple[dict[str, Tensor], AdaptReport]:
+def match(
+    model: TransDiff,
+    state: Mapping[str, Tensor],
+    positions: str = "new",
+    shapes: str = "same",
+    classes: Sequence[int | None] | None = None,
+) -> tuple[dict[str, Tensor], AdaptReport]:
     """What ``model`` takes of ``state``, with a report; it may be on the meta device.
 
-    With ``positions`` "interpolate" tables of another latent size are resized, not made anew. Raises ``ValueError`` listing every
-    tensor that fits neither as it is nor by a rule.
+    With ``positions`` "interpolate" tables of another latent size are resized, not made anew. With ``shapes`` "new" tensors of
+    SHAPED that do not fit are made anew. ``classes`` gives for each class of the model that of ``state`` whose embedding it
+    takes, or none; without it they are the same. Raises ``ValueError`` with every tensor that fits neither as it is nor by a
+    rule.
     """
     report, result, misfits = AdaptReport(), {}, []
     own = model.state_dict()
     rules = RULES | SIZED if positions == "interpolate" else RULES
+    anew = (*(SIZED if positions == "new" else ()), *(SHAPED if shapes == "new" else ()))
     for name, new in own.items():
         old = state.get(name)
-        if old is not None and old.shape == new.shape:
+        if old is not None and name == CLASSES and classes is not None and list(classes) != list(range(len(old))):
+            result[name] = chosen_rows(old, new, classes, report)
+        elif old is not None and old.shape == new.shape:
             report.mapped.append(name)
             result[name] = old
-            continue
-        adapted = rules[name][0](old, new, model.config) if old is not None and name in rules else None
-        if adapted is not None and old is not None:
+        elif old is not None and name in rules and (adapted := rules[name][0](old, new, model.config)) is not None:
             report.adapted[name] = f"{rules[name][1]}, {list(old.shape)} -> {list(new.shape)}"
             result[name] = adapted
         elif old is None and name.startswith(OPTIONAL):
             report.new.append(name)
             result[name] = new
-        elif old is not None and name in SIZED and old.ndim == new.ndim and positions == "new":
+        elif old is not None and name in anew and old.ndim == new.ndim:
             report.new.append(f"{name} {list(new.shape)}, which was {list(old.shape)}")
             result[name] = new
         else:
@@ -106,5 +122,27 @@ def match(model: TransDiff, state: Mapping[str, Tensor], positions: str = "new")
         else:
             misfits.append(f"{name}: {list(state[name].shape)} in the checkpoint, missing here")
     if misfits:
-        raise ValueError("the checkpoint is of another shape:\n  " + "\n  ".join(sorted(misfits)))
+        raise ValueError(f"the checkpoint is of another shape: {'; '.join(sorted(misfits))}.{way_on(misfits)}")
     return result, report
+
+
+def chosen_rows(old: Tensor, new: Tensor, classes: Sequence[int | None], report: AdaptReport) -> Tensor:
+    """The embeddings [classes, D] of ``new``, with those of ``old`` for the classes that have one there."""
+    if old.shape[1:] != new.shape[1:]:
+        raise ValueError(f"the checkpoint is of another shape: {CLASSES}: {list(new.shape)} here, {list(old.shape)} in it.")
+    kept = {c: row for c, row in enumerate(classes) if row is not None}
+    change = f"{list(old.shape)} -> {list(new.shape)}"
+    if kept:
+        report.adapted[CLASSES] = f"{len(kept)} classes keep their embeddings, {len(new) - len(kept)} have new ones, {change}"
+    else:
+        report.new.append(f"{CLASSES}, of all classes, {change}")
+    result = new.clone()
+    if kept and not new.is_meta:  # on it are only shapes
+        result[list(kept)] = old[list(kept.values())].to(new)
+    return result
+
+
+def way_on(misfits: Sequence[str]) -> str:
+    """The setting that takes such a checkpoint, where there is one."""
+    shaped = all(misfit.split(": ")[0] in SHAPED and "missing" not in misfit for misfit in misfits)
+    return " With init_shapes=new these are made anew, and all else is kept." if shaped else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.checkpoints.run_folder import check_folder
 from lit_transdiff.config import RunConfig, check_effects, require, unknown
+from lit_transdiff.config.classes import full_names, rows_of
 from lit_transdiff.config.paths import export_folder
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
@@ -67,7 +68,7 @@ def build(run: RunConfig) -> Parts:
         autoencoder.compile_parts()
     data = build_data(run, autoencoder)
     stage = STAGES[run.stage](run, to_latents(autoencoder, data.index_of("data.train").kind))
-    return Parts(run, stage, data, autoencoder, initialise_from(run, stage))
+    return Parts(run, stage, data, autoencoder, initialise_from(run, stage, data.class_names))
 
 
 def build_autoencoder(run: RunConfig) -> Autoencoder:
@@ -119,16 +120,20 @@ def to_latents(autoencoder: Autoencoder, kind: str) -> ToLatents:
     return convert
 
 
-def initialise_from(run: RunConfig, stage: TransDiffStage, load: bool = True) -> str:
+def initialise_from(run: RunConfig, stage: TransDiffStage, class_names: Sequence[str] | None, load: bool = True) -> str:
     """Load the (averaged) weights of ``init_from``; the report says what was copied, adapted, dropped and newly made.
 
-    With ``load`` false only the report is made; the model may then be on the meta device.
+    ``class_names`` are those of the run's data, where they are there already. With ``load`` false only the report is made; the
+    model may then be on the meta device.
     """
     if run.init_from is None:
         return ""
     export = read_export(run.init_from)
+    old = full_names(export.info["class_names"], export.run.model.num_classes)
+    how = run.init_classes if class_names is not None or run.init_classes == "same" else "new"
     try:
-        found, report = match(stage.model, export.state, run.init_positions)
+        classes = rows_of(how, full_names(class_names or [], run.model.num_classes), old)
+        found, report = match(stage.model, export.state, run.init_positions, run.init_shapes, classes)
     except ValueError as error:
         raise ValueError(f"init_from: {export.folder}: {error}") from error
     if load:
@@ -146,7 +151,8 @@ def plan(run: RunConfig, made: Collection[str] = ()) -> str:
         return describe(run, PREPARATORY[run.stage](run), index)
     with torch.device("meta"):  # shapes are enough, and a large model takes neither time nor memory
         stage = STAGES[run.stage](run, lambda values, noise: values)
-    report = f"initialised from {run.init_from}" if run.init_from in made else initialise_from(run, stage, load=False)
+    names = None if index is None else index.class_names
+    report = f"initialised from {run.init_from}" if run.init_from in made else initialise_from(run, stage, names, load=False)
     return describe(run, stage, index, report)
 
 

@@ -62,10 +62,13 @@ def test_overrides_of_every_kind():
     assert given == {"a": {"b": 1, "c": None}, "d": [1, 2], "e": "x=y", "f": {"width": 3}}
 
 
+INIT = ("init_from", "init_positions", "init_classes", "init_shapes")
+
+
 def test_the_sections_are_those_of_the_run():
     fields = {f.name: f.type for f in dataclasses.fields(RunConfig)}
     assert {name: kind.__name__ for name, kind in NESTED.items()} == {n: t for n, t in fields.items() if n in NESTED}
-    assert set(fields) - set(NESTED) == {"name", "stage", "output_dir", "imports", "seed", "init_from", "init_positions"}
+    assert set(fields) - set(NESTED) == {"name", "stage", "output_dir", "imports", "seed", *INIT}
 
 
 @pytest.mark.parametrize(

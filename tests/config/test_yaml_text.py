@@ -1,6 +1,8 @@
 """YAML means what it looks like: in a recipe, on the command line, in a sweep's file and in what earlier versions wrote."""
 
 import math
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,8 @@ import pytest
 import yaml
 
 from lit_transdiff.cli.pipeline import load_pipeline
-from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import load_run, parse_overrides, run_from, save_yaml
+from lit_transdiff.config.typed import typed
 from lit_transdiff.config.yaml_text import dump, number_of, read, read_file
 from lit_transdiff.study.folders import read_folder
 from lit_transdiff.sweep.file import load_sweep
@@ -51,8 +53,7 @@ SCALARS: list[tuple[str, Any, Any, Any, Any]] = [
     ("\uff11\uff10", NO, NO, NO, "\uff11\uff10"),
     ("inf", NO, NO, NO, "inf"),
     ("nan", NO, NO, NO, "nan"),
-    (".inf", NO, NO, NO, ".inf"),
-    (".nan", NO, NO, NO, ".nan"),
+    (".inf", NO, math.inf, NO, ".inf"),
     ("1e999", NO, NO, NO, "1e999"),
     ("1e-99999999999999999999", NO, 0.0, NO, "1e-99999999999999999999"),
     ("9" * 30, NO, NO, NO, "9" * 30),
@@ -75,39 +76,44 @@ SCALARS: list[tuple[str, Any, Any, Any, Any]] = [
     ("!!int 010", NO, NO, NO, NO),
     ("!!python/name:os.system", NO, NO, NO, NO),
 ]
-FIELDS = ("seed", "safety.stall_seconds", "training.compile", "name")
 
 
-def value_of(run: RunConfig, field: str) -> Any:
-    found: Any = run
-    for part in field.split("."):
-        found = getattr(found, part)
-    return found
+HINTS = {"seed": int, "safety.stall_seconds": float, "training.compile": bool, "name": str}
+BOTH_WAYS = ("010", "1:00", "1e3", "on", "true", "null", "1.10", "!!int 010", "")  # also through a file and the command line
 
 
-def nested(field: str, text: str) -> str:
-    *sections, name = field.split(".")
-    return "".join(f"{section}: {{" for section in sections) + f"{name}: {text}" + "}" * len(sections)
-
-
-@pytest.mark.parametrize("text, integer, number, boolean, word", SCALARS, ids=[repr(row[0])[:20] for row in SCALARS])
-def test_a_scalar_is_what_it_looks_like_or_refused(tmp_path: Path, text: str, integer: Any, number: Any, boolean: Any, word: Any):
-    path = tmp_path / "run.yaml"
-    for field, wanted in zip(FIELDS, (integer, number, boolean, word), strict=True):
-        path.write_text(f"optimizer: {{lr: 0.001}}\n{nested(field, text) if ',' not in text else f'{field}: {text}'}\n")
-        if "," not in text or "." not in field:
-            check(field, wanted, lambda: load_run(path))
-        check(field, wanted, lambda field=field: run_from(parse_overrides([f"{field}={text}"])))
-
-
-def check(field: str, wanted: Any, make: Any) -> None:
+def check(field: str, wanted: Any, make: Callable[[], Any]) -> None:
     if wanted is NO:
         with pytest.raises(ValueError, match=rf"{field}|is not YAML.*\(line 2\)") as error:
             make()
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
     else:
-        found = value_of(make(), field)
+        found = make()
         assert found == wanted and type(found) is type(wanted)
+
+
+@pytest.mark.parametrize("row", SCALARS, ids=[repr(row[0])[:20] for row in SCALARS])
+def test_a_scalar_is_what_it_looks_like_or_refused(row: tuple[str, Any, Any, Any, Any]):
+    text, *wanted = row
+    for (field, hint), value in zip(HINTS.items(), wanted, strict=True):
+        check(field, value, lambda f=field, h=hint: typed(read(text, f, spelled=True), h, f))
+
+
+@pytest.mark.parametrize("row", [row for row in SCALARS if row[0] in BOTH_WAYS], ids=lambda row: repr(row[0]))
+def test_it_is_so_in_a_file_and_on_the_command_line(tmp_path: Path, row: tuple[str, Any, Any, Any, Any]):
+    text, *wanted = row
+    path = tmp_path / "run.yaml"
+    for field, value in zip(HINTS, wanted, strict=True):
+        section, _, name = field.rpartition(".")
+        path.write_text(f"# a recipe\n{section}: {{{name}: {text}}}\n" if section else f"# a recipe\n{name}: {text}\n")
+        check(field, value, lambda f=field: attrgetter(f)(load_run(path)))
+        check(field, value, lambda f=field: attrgetter(f)(run_from(parse_overrides([f"{f}={text}"]))))
+
+
+@pytest.mark.parametrize("word", [".inf", "-.inf", ".nan", ".NaN"])
+def test_numbers_that_are_not_finite_are_refused_by_name(word: str):
+    with pytest.raises(ValueError, match=r"optimizer\.weight_decay: got -?(inf|nan); allowed: "):
+        run_from(parse_overrides([f"optimizer.weight_decay={word}"]))
 
 
 @pytest.mark.parametrize(

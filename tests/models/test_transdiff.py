@@ -1,6 +1,7 @@
 """Properties of the model that hold whatever its weights are."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -129,9 +130,9 @@ def test_token_similarity_is_the_mean_over_pairs():
     torch.testing.assert_close(token_similarity(features), pairs.mean(dim=(1, 2)))
 
 
-def adapt(model: TransDiff, state: Mapping[str, Tensor], positions: str = "new") -> AdaptReport:
+def adapt(model: TransDiff, state: Mapping[str, Tensor], *how: Any, **settings: Any) -> AdaptReport:
     """Load what the model takes of ``state``; strictly, so that nothing is left out."""
-    result, report = match(model, state, positions)
+    result, report = match(model, state, *how, **settings)
     model.load_state_dict(result)
     return report
 
@@ -195,3 +196,52 @@ class TestAdapt:
         labels, references = torch.tensor([1, 2]), torch.randn(2, 3, 2, 8, 8)
         means = torch.nn.functional.avg_pool2d(references.flatten(0, 1), 2).view(2, 3, 2, 4, 4)
         torch.testing.assert_close(fine.encode(labels, references), coarse.encode(labels, means))
+
+    @pytest.mark.parametrize("rows", [[None] * 3, [4, None, 0], [0, 1, 2]])
+    def test_other_classes_take_the_embeddings_that_are_named(self, rows: list[int | None]):
+        old, new = build(1), build(1, num_classes=3)
+        before = {name: value.clone() for name, value in new.state_dict().items()}
+        report = adapt(new, old.state_dict(), classes=rows)
+        name = "encoder.class_embedding.weight"
+        for c, row in enumerate(rows):
+            wanted = before[name][c] if row is None else old.state_dict()[name][row]
+            assert torch.equal(new.state_dict()[name][c], wanted)
+        assert all(torch.equal(new.state_dict()[other], value) for other, value in old.state_dict().items() if other != name)
+        assert name in str(report) and len(report.mapped) == len(before) - 1
+
+    def test_a_report_of_other_classes_needs_no_memory(self):
+        with torch.device("meta"):
+            model = build(1, num_classes=3)
+        result, _ = match(model, build(1).state_dict(), classes=[4, None, 0])
+        assert result["encoder.class_embedding.weight"].shape == (3, 16)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"patch_size": 2},
+            {"latent_channels": 3},
+            {"num_class_tokens": 5},
+            {"num_context_tokens": 64},
+            {"latent_size": 8, "patch_size": 2, "latent_channels": 1},
+        ],
+    )
+    @pytest.mark.parametrize("num_references", [1, 4])
+    def test_other_shapes_keep_what_fits(self, num_references: int, changes: dict[str, int]):
+        if changes.get("num_context_tokens") and num_references == 4:
+            changes = {"num_context_tokens": 4}
+        old, new = build(num_references), build(num_references, **changes)
+        before = {name: value.clone() for name, value in new.state_dict().items()}
+        if changes.keys() != {"patch_size"}:
+            with pytest.raises(ValueError, match="With init_shapes=new these are made anew"):
+                adapt(new, old.state_dict())
+        report = adapt(new, old.state_dict(), shapes="new")
+        made = {line.split()[0] for line in report.new}
+        for name, value in new.state_dict().items():
+            fits = old.state_dict()[name].shape == value.shape
+            assert torch.equal(value, old.state_dict()[name] if fits else before[name])
+            assert (name in report.mapped, name in made) == (fits, not fits)
+
+    def test_another_width_fits_nowhere(self):
+        with pytest.raises(ValueError, match="of another shape") as error:
+            adapt(build(1, width=32), build(1).state_dict(), shapes="new")
+        assert "init_shapes" not in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,104 @@
+"""Classes by name: which ones a text chooses, and which class of one model is which of another."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from lit_transdiff.config import require
+
+FEW = 12  # names that a message lists
+Rows = list[int | None]  # for each class of a model that of another model, or none
+
+
+def full_names(names: Sequence[str], count: int) -> list[str]:
+    """A name for each of ``count`` classes; one without a name is called by its number."""
+    return [names[c] if c < len(names) else str(c) for c in range(count)]
+
+
+def choose(text: str | None, names: Sequence[str], what: str = "--classes") -> list[int]:
+    """The classes that a text names, as in ``sneaker,ankle boot``, ``0,7`` or ``0-3``, each once; without one, the first ten.
+
+    A name may hold commas. Raises ``ValueError`` for what is no class, with ``what`` is to be changed and what is allowed.
+    """
+    if text is None:
+        return list(range(min(10, len(names))))
+    parts, chosen, i = text.split(","), [], 0
+    while i < len(parts):
+        ends = range(len(parts), i, -1)
+        end = next((end for end in ends if found_by_name(",".join(parts[i:end]), names)), i + 1)
+        chosen += classes_of(",".join(parts[i:end]).strip(), names, what)
+        i = end
+    return list(dict.fromkeys(chosen))
+
+
+def classes_of(word: str, names: Sequence[str], what: str) -> list[int]:
+    """The class of a name or a number, or those of a range of numbers."""
+    first, _, last = word.partition("-")
+    if re.fullmatch("[0-9]{1,9}-[0-9]{1,9}", word) and not found_by_name(word, names):
+        require(int(first) <= int(last) < len(names), what, word, allowed(names, word))
+        return list(range(int(first), int(last) + 1))
+    return [class_of(word, names, what)]
+
+
+def class_of(word: str, names: Sequence[str], what: str) -> int:
+    """The class that a name (in any case, where that is one only) or a number stands for; ``#3`` is always a number."""
+    number = int(word.removeprefix("#")) if re.fullmatch("#?[0-9]{1,9}", word) else len(names)
+    found = set() if word.startswith("#") and number < len(names) else set(found_by_name(word, names))
+    found |= {number} & set(range(len(names)))
+    require(len(found) > 0, what, word, allowed(names, word))
+    ways = " or ".join(f"#{c} (class {names[c]})" for c in sorted(found))
+    require(len(found) == 1, what, word, f"{ways}; the word stands for each")
+    return found.pop()
+
+
+def found_by_name(word: str, names: Sequence[str]) -> list[int]:
+    """The classes of a name: those that are called exactly so, else those that are so in another case."""
+    exact = [c for c, name in enumerate(names) if name == word.strip()]
+    return exact or [c for c, name in enumerate(names) if name.casefold() == word.strip().casefold()]
+
+
+def allowed(names: Sequence[str], word: str) -> str:
+    """What may stand for a class, with the nearest name."""
+    listed = ", ".join(names[:FEW]) + (", ..." if len(names) > FEW else "")
+    folded = {name.casefold(): name for name in names}
+    close = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.5)
+    nearest = f"; did you mean {folded[close[0]]}?" if close else ""
+    return f"numbers 0 to {len(names) - 1}, ranges of them as 0-3, and names of classes: {listed}{nearest}"
+
+
+def rows_of(how: str | Mapping[str, str | None], names: Sequence[str], old: Sequence[str]) -> Rows:
+    """For each class of ``names`` the class of ``old`` whose embedding it begins with, or none, as ``init_classes`` says.
+
+    Raises ``ValueError`` where the classes are not the ``same``, and for a name in a map that is no class.
+    """
+    if isinstance(how, str):
+        ways: dict[str, Callable[[], Rows]] = {
+            "new": lambda: [None] * len(names),
+            "by_name": lambda: [old.index(name) if name in old else None for name in names],
+            "by_number": lambda: [c if c < len(old) else None for c in range(len(names))],
+            "same": lambda: same(names, old),
+        }
+        return ways[how]()
+    rows: Rows = [None] * len(names)
+    for name, other in how.items():
+        c = class_of(name, names, "init_classes: class of this run")
+        rows[c] = None if other is None else class_of(other, old, f"init_classes: {name}: class of init_from")
+    return rows
+
+
+def same(names: Sequence[str], old: Sequence[str]) -> Rows:
+    """Every class as it was. Raises ``ValueError`` for other classes, with the settings that take those."""
+    unnamed = any(all(name == str(c) for c, name in enumerate(known)) for known in (names, old))
+    fits = len(names) == len(old) and (unnamed or list(names) == list(old))
+    differ = next((c for c, (one, other) in enumerate(zip(names, old, strict=False)) if one != other), min(len(names), len(old)))
+    here, there = (
+        f"{len(known)} classes, class {differ} is {known[differ] if differ < len(known) else 'none'}" for known in (names, old)
+    )
+    ways = (
+        "init_classes=new (all class embeddings are made anew; all else is kept), init_classes=by_name (those of equal names are "
+        "kept), init_classes=by_number, or init_classes={new name: old name}"
+    )
+    require(fits, "init_classes", "same", f"for the same classes only, but {here} here, and {there} there; for others: {ways}")
+    return list(range(len(names)))
