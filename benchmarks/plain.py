@@ -66,11 +66,15 @@ def encode(w: State, heads: int, labels: Tensor, drop: Tensor, references: Tenso
     return z + w["diffusion_pos_embed_learned"][:, : z.shape[1]]
 
 
-def velocity(w: State, heads: int, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-    net = "diffdecoder.net."
+def time_features(t: Tensor) -> Tensor:
     frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
     angles = t.float()[:, None] * frequencies
-    hidden = linear(w, f"{net}time_embed.time_embedder.linear_1", torch.cat([angles.cos(), angles.sin()], -1))
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def velocity(w: State, heads: int, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+    net = "diffdecoder.net."
+    hidden = linear(w, f"{net}time_embed.time_embedder.linear_1", time_features(t).to(x.dtype))
     temb = linear(w, f"{net}time_embed.time_embedder.linear_2", hidden * torch.sigmoid(hidden))
     shared = linear(w, f"{net}time_embed.time_proj", temb * torch.sigmoid(temb)).reshape(len(t), 6, -1)
     c = linear(w, f"{net}cond_embed", z)
@@ -171,8 +175,10 @@ def to_patches(x: Tensor, side: int, p: int) -> Tensor:
 class Optimizer:
     """AdamW with the released groups, clipping, warm-up by micro-step and average, on the tensors of a state dict."""
 
-    def __init__(self, w: State, lr: float, warmup: float, accumulate: int, decay: float, clip: float, rate: float) -> None:
-        self.w, self.lr, self.warmup, self.accumulate = w, lr, warmup, accumulate
+    def __init__(
+        self, w: State, lr: float, warmup: float, accumulate: int, decay: float, clip: float, rate: float, eps: float = 1e-8
+    ) -> None:
+        self.w, self.lr, self.warmup, self.accumulate, self.eps = w, lr, warmup, accumulate, eps
         self.decay, self.clip, self.rate = decay, clip, rate
         self.moments = {key: (torch.zeros_like(p), torch.zeros_like(p)) for key, p in w.items()}
         self.ema = {key: p.detach().clone() for key, p in w.items()}
@@ -192,5 +198,5 @@ class Optimizer:
             decayed = p.ndim > 1 and not key.endswith(".bias") and "diffdecoder" not in key
             with torch.no_grad():
                 p.mul_(1 - lr * self.decay * decayed)
-                p.sub_(lr * (first / (1 - 0.9**self.steps)) / ((second / (1 - 0.95**self.steps)).sqrt() + 1e-8))
+                p.sub_(lr * (first / (1 - 0.9**self.steps)) / ((second / (1 - 0.95**self.steps)).sqrt() + self.eps))
                 self.ema[key].mul_(self.rate).add_(p, alpha=1 - self.rate)

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (the machines are small and shared), no network, no W&B account."""
+"""Shared by all tests: OMP_NUM_THREADS threads, or one (machines are small and shared); no network, no W&B account."""
 
 import os
 
@@ -14,7 +14,7 @@ import wandb
 
 from tests.wandb_stub import Stub
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +33,11 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
         yield server
         assert server.state.unknown == []
     wandb.teardown()
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """What the test makes is float64, whose roundings are far below the tolerance of ``assert_close`` (1e-7)."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

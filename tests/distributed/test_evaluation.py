@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.evaluation.evaluate import evaluate
@@ -26,7 +27,7 @@ import json, sys, time
 from pathlib import Path
 from lightning.fabric import Fabric
 import torch
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[4]))
 from lit_transdiff.evaluation.evaluate import evaluate
 from tests.distributed.test_evaluation import SETTINGS
 from tests.evaluation.conftest import SAMPLING, tiny_generator, tiny_settings
@@ -54,7 +55,7 @@ def two_ranks(files: Path, output: Path, pause: float) -> list[subprocess.Popen]
         port = str(free.getsockname()[1])
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     common |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", RANK, str(files), str(output), str(pause)]
+    command = [sys.executable, "-c", RANK, str(files), str(output), str(pause), str(torch.get_num_threads())]
     return [subprocess.Popen(command, cwd=ROOT, env=common | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
 
 

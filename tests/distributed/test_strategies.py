@@ -17,17 +17,17 @@ from lit_transdiff.distributed import STRATEGIES
 from lit_transdiff.models.execution import can_compile
 from lit_transdiff.training.trainer import train
 from tests.distributed.launch import fit_all, values
-from tests.small import small_run
+from tests.small import STEADY, small_run
 
 NO_DROPOUT = {"attention_dropout": 0.0, "projection_dropout": 0.0}
 SEVERAL = [name for name in STRATEGIES if name != "single"]
 SETTINGS = {
     "model": NO_DROPOUT,
     "flow": {"num_noise_draws": 2, "label_drop_prob": 0.3},
-    "optimizer": {"gradient_clip": 0.5, "more_ema_decays": [0.5]},  # norms are above the clip
+    "optimizer": {**STEADY, "gradient_clip": 0.5, "more_ema_decays": [0.5]},  # norms are above the clip
     "training": {"micro_batch_size": 2, "validate_every": 3, "log_every": 1, "max_steps": 5},  # two passes on two ranks
 }
-BRIEF = {"training": {**SETTINGS["training"], "max_steps": 3}, "optimizer": {"gradient_clip": 0.5}}
+BRIEF = {"training": {**SETTINGS["training"], "max_steps": 3}, "optimizer": {**STEADY, "gradient_clip": 0.5}}
 # Kinds of runs -> what they change. Cheap enough to do all of them under every strategy.
 KINDS = {
     "plain": {},

@@ -24,7 +24,7 @@ from tests.evaluation.conftest import SAMPLING, tiny_generator, tiny_settings
 
 
 def close(first: dict, second: dict) -> None:
-    """Scores equal up to float32 features computed in other batches."""
+    """Scores of the same pixels, equal up to float32 features computed in other batches."""
     assert first.keys() == second.keys()
     for name in first:
         assert first[name] == pytest.approx(second[name], rel=1e-4, abs=1e-7), name

@@ -20,6 +20,7 @@ from lit_transdiff.evaluation.statistics import save_statistics
 from lit_transdiff.models.classifier import SmallClassifier, save_classifier
 from lit_transdiff.sampling.draw import save_image
 from lit_transdiff.training.build import build
+from tests.evaluation.conftest import BATCHES
 from tests.small import FASHION, ROOT, small_run
 
 DATA = DataConfig(image_size=32, image_channels=1)
@@ -114,6 +115,6 @@ def test_statistics_of_an_npz_file_of_images(tmp_path: Path):
     extractor = load_extractor("classifier", tmp_path / "judge.safetensors")
     found = statistics(tmp_path / "images.npz", tmp_path / "reference.npz", data=DATA, extractor=extractor, batch_size=4)
     features = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).features.double().numpy()
-    np.testing.assert_allclose(found.mu, features.mean(0), atol=1e-6)
-    np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), atol=1e-6)
+    np.testing.assert_allclose(found.mu, features.mean(0), **BATCHES)
+    np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), **BATCHES)
     check_statistics(tmp_path / "images.npz", tmp_path / "reference.npz", data=DATA, extractor=extractor)

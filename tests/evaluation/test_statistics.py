@@ -20,7 +20,7 @@ from lit_transdiff.evaluation.statistics import (
     reference_statistics,
     save_statistics,
 )
-from tests.evaluation.conftest import random_images
+from tests.evaluation.conftest import BATCHES, random_images
 
 
 def test_mean_and_covariance_as_numpy_computes_them(extractor: FeatureExtractor) -> None:
@@ -29,9 +29,9 @@ def test_mean_and_covariance_as_numpy_computes_them(extractor: FeatureExtractor)
     for size in (7, 50):
         found = reference_statistics(images.split(size), extractor)
         assert found.num_images == 50
-        np.testing.assert_allclose(found.mu, features.mean(0), atol=1e-6)
-        np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), atol=1e-6)
-        np.testing.assert_allclose(found.features, features, atol=1e-6)
+        np.testing.assert_allclose(found.mu, features.mean(0), **BATCHES)
+        np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), **BATCHES)
+        np.testing.assert_allclose(found.features, features, **BATCHES)
 
 
 def test_the_kept_sample_does_not_depend_on_the_batch_size() -> None:
@@ -82,7 +82,7 @@ def test_a_file_with_everything_serves_each_score_its_part(tmp_path: Path, incep
     full = completed(found, inception, tmp_path, features=True, spatial=True)
     assert (full.mu == given["mu"]).all() and (full.spatial.mu == given["mu_s"]).all() and (full.sigma == np.eye(2048)).all()
     expected = inception(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).features
-    np.testing.assert_allclose(full.features, expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(full.features, expected.numpy(), **BATCHES)
     (cache,) = set(tmp_path.iterdir()) - {tmp_path / "adm.npz"}
     assert found.hash in cache.name and inception.fingerprint in cache.name
     before = cache.stat().st_mtime_ns
@@ -99,8 +99,8 @@ def test_images_alone_are_a_reference(tmp_path: Path, inception: FeatureExtracto
     full = completed(found, inception, tmp_path, features=False, spatial=False)
     expected = reference_statistics([torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1], inception)
     for a, b in [(full.mu, expected.mu), (full.sigma, expected.sigma), (full.features, expected.features)]:
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    np.testing.assert_allclose(full.spatial.mu, expected.spatial.mu, atol=1e-5)
+        np.testing.assert_allclose(a, b, **BATCHES)
+    np.testing.assert_allclose(full.spatial.mu, expected.spatial.mu, **BATCHES)
     assert full.num_images == 7 and full.path == str(tmp_path / "images.npz")
 
 
@@ -110,8 +110,8 @@ def test_spatial_statistics_are_written_and_read_in_the_public_layout(tmp_path: 
     spatial = inception(images, spatial=True).spatial.double().numpy()
     with np.load(tmp_path / "ours.npz") as file:
         assert {"mu", "sigma", "mu_s", "sigma_s"} <= set(file.files)
-        np.testing.assert_allclose(file["mu_s"], spatial.mean(0), atol=1e-6)
-        np.testing.assert_allclose(file["sigma_s"], np.cov(spatial, rowvar=False), atol=1e-6)
+        np.testing.assert_allclose(file["mu_s"], spatial.mean(0), **BATCHES)
+        np.testing.assert_allclose(file["sigma_s"], np.cov(spatial, rowvar=False), **BATCHES)
     assert made.has_spatial and made.spatial.mu.shape == (2023,)
     with pytest.raises(ValueError, match=r"spatial features \(mu_s\): got 3; allowed: 2023"):
         check_extractor(dataclasses.replace(made, spatial=Gaussian(np.zeros(3), np.eye(3))), inception)

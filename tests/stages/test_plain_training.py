@@ -19,7 +19,7 @@ from lit_transdiff.released.key_names import to_released
 from lit_transdiff.training.build import build
 from lit_transdiff.training.trainer import train
 from tests.reference import latents_to_tokens
-from tests.small import small_run
+from tests.small import STEADY, small_run
 
 STEPS, ROWS, DRAWS = 5, 4, 2
 # What the released training does and ours does only on demand: integer times, the sum over accumulated passes, a warm-up from 0.
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
 }
 ONE_STEP = {
     **SETTINGS,
-    "optimizer": {"lr": 1e-3, "warmup_steps": 3, "warmup_offset": 0.0, "ema_decay": 0.8, "gradient_clip": 0.5},
+    "optimizer": {"lr": 1e-3, "warmup_steps": 3, "warmup_offset": 0.0, "ema_decay": 0.8, "gradient_clip": 0.5, **STEADY},
 }
 SUMMED = {
     **SETTINGS,
@@ -73,7 +73,7 @@ def test_five_steps_of_training(settings: dict[str, Any], tmp_path: Path):
     summed = int(run.optimizer.gradient_scale)
     options = run.optimizer
     optimizer = plain.Optimizer(
-        w, options.lr, options.warmup_steps, summed, options.weight_decay, options.gradient_clip, options.ema_decay
+        w, options.lr, options.warmup_steps, summed, options.weight_decay, options.gradient_clip, options.ema_decay, options.eps
     )
     norms = []
     for step in range(STEPS):
