@@ -31,6 +31,7 @@ def test_names_give_back_their_width():
     assert constant_state(0.9999999) != constant_state(0.99999951)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("width", [0.05, 0.07, 0.1, 0.15])
 def test_snapshots_of_two_averages_give_a_third(width: float):
     """Of a smooth path of weights with noise on it."""

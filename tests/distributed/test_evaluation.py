@@ -19,7 +19,7 @@ from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.evaluation.evaluate import evaluate
 from tests.distributed.test_two_processes import NO_DROPOUT, start
 from tests.evaluation.conftest import SAMPLING, tiny_files, tiny_generator, tiny_settings
-from tests.small import FASHION, ROOT, small_run
+from tests.small import FASHION, ROOT, STEADY, small_run
 
 SETTINGS = {"num_images": 43, "batch_size": 4, "label_mode": "random"}
 RANK = """
@@ -98,7 +98,7 @@ def test_two_processes_score_while_they_train_as_one_does(tmp_path: Path) -> Non
     evaluation = {"every": 3, "online_images": 50, "batch_size": 16, "extractor": "classifier", "num_images": 50}
     evaluation |= {"extractor_weights": str(FASHION / "classifier.safetensors"), "metrics": ["class_accuracy", "inception_score"]}
     for processes in (1, 2):
-        run = small_run(tmp_path, name=f"on-{processes}", model=NO_DROPOUT, evaluation=evaluation)
+        run = small_run(tmp_path, name=f"on-{processes}", model=NO_DROPOUT, evaluation=evaluation, optimizer=STEADY)
         save_yaml(run, tmp_path / "run.yaml")
         start(processes, "train", str(tmp_path / "run.yaml"))
 

@@ -60,6 +60,7 @@ def test_equal_settings_replace_the_file_and_others_do_not(files: Path, tmp_path
     assert names[0] == names[1] and len(set(names)) == 3
 
 
+@pytest.mark.numeric
 def test_scores_do_not_depend_on_the_batch_size(files: Path, tmp_path: Path) -> None:
     results = [evaluate(tiny_generator(), tiny_settings(files, batch_size=b), SAMPLING, output=tmp_path) for b in (1, 22)]
     close(results[0]["scores"], results[1]["scores"])
@@ -167,6 +168,7 @@ def test_an_evaluation_that_failed_while_scoring_draws_nothing_again(
     assert result["scores"] == evaluate(generator, settings, SAMPLING, output=tmp_path / "other")["scores"]
 
 
+@pytest.mark.numeric
 def test_the_last_image_of_a_row_is_scored(files: Path, tmp_path: Path, extractor: FeatureExtractor) -> None:
     generator, settings = tiny_generator(references=4), tiny_settings(files, num_images=6)
     job = prepare(generator, settings, SAMPLING)
@@ -181,6 +183,7 @@ def test_the_last_image_of_a_row_is_scored(files: Path, tmp_path: Path, extracto
     assert manifest["scored_reference"] == 3 and manifest["decoder_evaluations_per_image"] == 16
 
 
+@pytest.mark.numeric
 def test_all_images_of_a_row_are_scored_for_the_work_of_one(files: Path, tmp_path: Path, extractor: FeatureExtractor) -> None:
     generator, settings = tiny_generator(references=4), tiny_settings(files, num_images=16, batch_size=8, keep="all")
     job = prepare(generator, settings, SAMPLING)

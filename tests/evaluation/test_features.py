@@ -21,6 +21,7 @@ from tests.evaluation.conftest import random_images
 IMAGENET_STD = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
 
 
+@pytest.mark.numeric
 def test_the_classifier_gives_its_own_features_and_logits(files: Path, extractor: FeatureExtractor) -> None:
     pixels = torch.randint(256, (6, 1, 16, 16), dtype=torch.uint8)
     images = pixels.float() / 255 * 2 - 1
@@ -31,6 +32,7 @@ def test_the_classifier_gives_its_own_features_and_logits(files: Path, extractor
     assert found.features.shape == (6, extractor.num_features) and found.logits.shape == (6, extractor.num_classes)
 
 
+@pytest.mark.numeric
 def test_images_are_rounded_to_bytes_first(extractor: FeatureExtractor) -> None:
     images = random_images(4)
     rounded = torch.from_numpy(np.round(np.clip((images.numpy() + 1) / 2 * 255, 0, 255))) / 127.5 - 1
@@ -122,6 +124,7 @@ def tiny_dino(width: int = 128, patch: int = 14, grid: int = 5) -> VisionTransfo
     return network.eval()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("layout", ["released", "timm"])
 def test_dinov2_is_timms_network_on_resized_and_normalised_images(tmp_path: Path, layout: str) -> None:
     """A tiny one on its own grid of 16 x 16, where the position embedding stays as it is."""
@@ -142,6 +145,7 @@ def test_dinov2_is_timms_network_on_resized_and_normalised_images(tmp_path: Path
         extractor(pixels.float() / 127.5 - 1, spatial=True)
 
 
+@pytest.mark.numeric
 def test_the_position_embedding_is_resampled_as_the_released_code_does() -> None:
     """The class token's stays; of planes and ramps the middle is what they are at the released scale, not at 16 / 37."""
     grid = 37

@@ -19,6 +19,7 @@ from lit_transdiff.evaluation.metrics import METRICS, NEEDS, Scored, check_metri
 from lit_transdiff.evaluation.moments import Gaussian
 from lit_transdiff.evaluation.statistics import Statistics
 
+pytestmark = pytest.mark.numeric
 SETTINGS = EvaluationConfig(num_images=10)
 
 

@@ -10,6 +10,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lit_transdiff.evaluation.moments import Gaussian, Moments, factor, frechet, gaussian_of
 
+pytestmark = pytest.mark.numeric
+
 
 def rotation(size: int, seed: int = 0) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))[0]

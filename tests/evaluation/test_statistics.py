@@ -23,6 +23,7 @@ from lit_transdiff.evaluation.statistics import (
 from tests.evaluation.conftest import BATCHES, random_images
 
 
+@pytest.mark.numeric
 def test_mean_and_covariance_as_numpy_computes_them(extractor: FeatureExtractor) -> None:
     images = random_images(50)
     features = extractor(images).features.double().numpy()

@@ -11,6 +11,8 @@ from lit_transdiff.flow.loss import DENSITIES, check_flow, draw_times, flow_matc
 from lit_transdiff.flow.solvers import euler_maruyama
 from lit_transdiff.models.layers import time_features
 
+pytestmark = pytest.mark.numeric
+
 X, NOISE = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
 

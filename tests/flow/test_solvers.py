@@ -14,6 +14,7 @@ from lit_transdiff.config import SamplingConfig
 from lit_transdiff.flow.guidance import GUIDANCE, guide
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS, solve, time_grid
 
+pytestmark = pytest.mark.numeric
 STD = 0.4
 EVALUATIONS = {"euler_maruyama": 1, "euler": 1, "heun": 2, "adams_bashforth": 1}
 ORDERS = {"euler": 1, "heun": 2, "adams_bashforth": 2}

@@ -65,6 +65,7 @@ def edited(folder: Path, target: Path, **fields: object) -> Path:
     return target
 
 
+@pytest.mark.numeric
 def test_posterior_is_the_reference() -> None:
     fixture = load("vae_posterior_clamp")
     mean, logvar = posterior(fixture["in/moments"])
@@ -73,6 +74,7 @@ def test_posterior_is_the_reference() -> None:
         assert_near("vae_posterior_clamp", name, value, fixture[f"out/{name}"])
 
 
+@pytest.mark.numeric
 def test_sample_is_clamped_and_normalised(folder: Path) -> None:
     autoencoder = load_autoencoder("kl", folder, 1)
     mean, logvar, noise = torch.randn(2, 3, 4, 4), 40 * torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
@@ -83,6 +85,7 @@ def test_sample_is_clamped_and_normalised(folder: Path) -> None:
     torch.testing.assert_close(autoencoder.sample(moments), (mean - shift) / scale)
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_every_kind_keeps_leading_dimensions(kind: str, folder: Path) -> None:
@@ -114,6 +117,7 @@ def test_identity_gives_the_images_back() -> None:
     assert (autoencoder.latent_channels, autoencoder.downsampling) == (3, 1)
 
 
+@pytest.mark.numeric
 def test_scale_changes_latents_but_not_images(folder: Path, tmp_path: Path) -> None:
     plain = load_autoencoder("kl", edited(folder, tmp_path / "plain", latents_mean=[0.0] * 3, latents_std=[1.0] * 3), 1)
     normalised = load_autoencoder("kl", folder, 1)

@@ -17,6 +17,7 @@ from lit_transdiff.training.build import check_run
 from tests.models.test_transdiff import build
 from tests.small import small_run
 
+pytestmark = pytest.mark.numeric
 SHAPE = {"patch_size": 2, "num_context_tokens": 16}
 
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_transdiff.models import linear
 from lit_transdiff.models.linear import HAS_ONEDNN, Linear, OneDNNLinear, takes_onednn
 
+pytestmark = pytest.mark.numeric
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN product")
 SUMS = {"rtol": 1e-5, "atol": 1e-5}  # of up to 40 float32 terms of size 1: 40 x 2^-24 at the worst is 2e-6
 SHAPES = {"matrix": (7, 12), "sequence": (2, 5, 12), "transposed": (12, 7)}

@@ -15,6 +15,7 @@ from lit_transdiff.released.key_names import to_released
 from lit_transdiff.sampling.generator import generate
 from tests.reference import assert_near, features_of, latents_to_tokens, load, reference_frequencies
 
+pytestmark = pytest.mark.numeric
 HEADS = 2
 SHAPE = dict(width=32, num_heads=HEADS, encoder_blocks=3, decoder_blocks=2, num_classes=6, num_class_tokens=5)
 GRIDS = dict(latent_channels=4, latent_size=8, num_context_tokens=64, attention_dropout=0.0, projection_dropout=0.0)

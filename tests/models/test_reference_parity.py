@@ -30,6 +30,7 @@ from tests.reference import (
     tokens_to_latents,
 )
 
+pytestmark = pytest.mark.numeric
 ROUNDING = 2**-24  # of float32, relative
 
 

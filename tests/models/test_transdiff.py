@@ -13,6 +13,8 @@ from lit_transdiff.models.adapt import AdaptReport, match
 from lit_transdiff.models.tokens import patchify, token_similarity, unpatchify
 from lit_transdiff.models.transdiff import TransDiff
 
+pytestmark = pytest.mark.numeric
+
 in_float64 = pytest.mark.usefixtures("float64")
 SMALL = dict(
     width=16,

@@ -261,6 +261,7 @@ class TestAutoencoder:
         assert len(set(names.values())) == 312
         assert all(rename(name, 5, back=True) == key for key, name in names.items())
 
+    @pytest.mark.numeric
     @torch.no_grad()
     def test_it_encodes_and_decodes_as_the_plain_one(self):
         state = plain_autoencoder.make()

@@ -16,6 +16,8 @@ from lit_transdiff.sampling.generator import Generator, check_sampling, generate
 from tests.models.test_transdiff import build
 from tests.small import small_run
 
+pytestmark = pytest.mark.numeric
+
 LABELS, SEEDS = torch.tensor([0, 3, 1]), [11, 12, 13]
 SAMPLING = SamplingConfig(num_steps=3, guidance_scale=1.5)
 

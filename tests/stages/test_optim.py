@@ -11,6 +11,8 @@ from lit_transdiff.config import OptimizerConfig
 from lit_transdiff.stages.optim import SCHEDULES, AveragedAdamW, average_decays, build_optimizer, lr_factor, parameter_groups
 from tests.models.test_transdiff import build
 
+pytestmark = pytest.mark.numeric
+
 
 def train(optimizer: torch.optim.Optimizer, layer: nn.Linear, steps: int) -> list[torch.Tensor]:
     history = [layer.weight.detach().clone()]

@@ -21,6 +21,8 @@ from lit_transdiff.training.trainer import train
 from tests.reference import latents_to_tokens
 from tests.small import STEADY, small_run
 
+pytestmark = pytest.mark.numeric
+
 STEPS, ROWS, DRAWS = 5, 4, 2
 # What the released training does and ours does only on demand: integer times, the sum over accumulated passes, a warm-up from 0.
 SETTINGS: dict[str, Any] = {

@@ -17,6 +17,7 @@ from lit_transdiff.stages import PREPARATORY
 from lit_transdiff.stages.autoencoder import AutoencoderStage, edge_error, psnr
 from lit_transdiff.stages.classifier import ClassifierStage
 
+pytestmark = pytest.mark.numeric
 RECIPES = Path(__file__).parents[2] / "experiments/fashion"
 
 

@@ -107,6 +107,7 @@ def power_cut_at(step: int):
     return objective
 
 
+@pytest.mark.numeric
 def test_accumulation_is_an_average(tmp_path: Path):
     """Two passes of four rows give what one pass of eight gives: same data, noise, times and dropped labels."""
     no_dropout = {"model": {"attention_dropout": 0.0, "projection_dropout": 0.0}, "optimizer": STEADY}
