@@ -118,9 +118,10 @@ def test_identity_gives_the_images_back() -> None:
 
 
 @pytest.mark.numeric
+@pytest.mark.usefixtures("float64")
 def test_scale_changes_latents_but_not_images(folder: Path, tmp_path: Path) -> None:
-    plain = load_autoencoder("kl", edited(folder, tmp_path / "plain", latents_mean=[0.0] * 3, latents_std=[1.0] * 3), 1)
-    normalised = load_autoencoder("kl", folder, 1)
+    plain = load_autoencoder("kl", edited(folder, tmp_path / "plain", latents_mean=[0.0] * 3, latents_std=[1.0] * 3), 1).double()
+    normalised = load_autoencoder("kl", folder, 1).double()
     moments = plain.encode(torch.rand(2, 1, 16, 16) * 2 - 1)
     assert not torch.allclose(plain.sample(moments), normalised.sample(moments))
     torch.testing.assert_close(plain.decode(plain.sample(moments)), normalised.decode(normalised.sample(moments)))
