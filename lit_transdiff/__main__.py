@@ -23,7 +23,7 @@ from lit_transdiff.base.endings import (
 )
 from lit_transdiff.base.files import is_full
 from lit_transdiff.cli import commands
-from lit_transdiff.config import PRESETS
+from lit_transdiff.config import COLOURS, PRESETS
 from lit_transdiff.config.imports import import_modules
 
 # Started again, they go on with what was not done yet; of the others, whom any other signal may kill, Ctrl-C leaves nothing.
@@ -37,6 +37,7 @@ RESUMABLE = (
     commands.sweep,
 )
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS)  # a path that cannot be meant
+EXIF = "turn images upright by their EXIF orientation, or not, as ADM; where files are kept, data.exif says so to the readers"
 AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 
 
@@ -91,6 +92,8 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("--seed", type=int, default=0, help="of the shuffle")
     sub.add_argument("--image-size", type=int, help="centre-crop and resize to this many pixels")
     sub.add_argument("--pad-to", type=int, help="pad with zeros to this many pixels")
+    sub.add_argument("--exif", choices=("turn", "ignore"), default="turn", help=EXIF)
+    sub.add_argument("--background", default="white", help="what shows under transparent pixels: " + COLOURS)
     sub.add_argument("--limit", type=int, help="pack only so many, evenly over the classes")
     sub.add_argument(
         "--class-names",

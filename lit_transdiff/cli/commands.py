@@ -34,7 +34,7 @@ def pack(args: argparse.Namespace) -> None:
             class_names=Path(names) if names and Path(names).is_file() else names and names.split(","),
             limit=args.limit,
             seed=args.seed,
-            encoding=Encoding(args.image_size, args.pad_to),
+            encoding=Encoding(args.image_size, args.pad_to, args.exif, args.background),
             cut=Cut(args.samples_per_shard, args.shards, args.shard_size),
             workers=args.workers,
         )

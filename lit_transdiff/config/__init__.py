@@ -5,7 +5,7 @@ slow is loaded.
 """
 
 from lit_transdiff.config.checks import require, unknown
-from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
+from lit_transdiff.config.data import COLOURS, AutoencoderConfig, AutoencoderTraining, DataConfig, is_colour
 from lit_transdiff.config.effects import EFFECTS, check_effects
 from lit_transdiff.config.evaluation import EvaluationConfig
 from lit_transdiff.config.model import SIZES, ModelConfig
@@ -15,6 +15,7 @@ from lit_transdiff.config.sampling import PRESETS, SamplingConfig
 from lit_transdiff.config.training import FlowConfig, OptimizerConfig, TrainingConfig
 
 __all__ = [
+    "COLOURS",
     "EFFECTS",
     "NESTED",
     "PRESETS",
@@ -34,6 +35,7 @@ __all__ = [
     "TrackingConfig",
     "TrainingConfig",
     "check_effects",
+    "is_colour",
     "require",
     "unknown",
 ]

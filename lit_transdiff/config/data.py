@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
 from lit_transdiff.config.checks import require
+
+COLOURS = "white, black, grey, or a colour as '#rrggbb'"
+
+
+def is_colour(text: str) -> bool:
+    """Whether a setting names a colour, as ``COLOURS`` says."""
+    return text in ("white", "black", "grey") or re.fullmatch("#[0-9a-fA-F]{6}", text) is not None
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,8 @@ class DataConfig:
     crop: Literal["none", "center", "random", "random-square"] = "center"
     # center and random: ADM's crops; random-square: TransDiff's, of training on images; none: images that already are
     # squares of image_size
+    exif: Literal["turn", "ignore"] = "turn"  # images are turned upright by their EXIF orientation, or not, as in ADM
+    background: str = "white"  # what shows under transparent pixels: white, black, grey, or a colour as "#rrggbb"
     horizontal_flip: bool = True  # flip half of the images (the other half of a cache made with both flips)
     groups: Optional[str] = None  # the groups of an MRAR run: JSON lines, each a list of sample keys or {"cate", "files"}
     shuffle_block: int = 64  # shards whose samples are shuffled together: bounds how many files are open at a time
@@ -30,6 +40,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.image_size >= 1, "data.image_size", self.image_size, "an integer of at least 1")
         require(self.image_channels in (1, 3), "data.image_channels", self.image_channels, "1 (grey) or 3 (RGB)")
+        require(is_colour(self.background), "data.background", self.background, COLOURS)
         require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "an integer of at least 1")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
 

@@ -89,7 +89,8 @@ class SampleDecoder:
             if self.index.latents is not None:
                 return decode_latents(content, self.index.latents, flip)
             crop = "center" if self.data.crops_at_random and not self.training else self.data.crop
-            image = open_image(content).convert("L" if self.data.image_channels == 1 else "RGB")  # before it is resized
+            image = open_image(content, self.data.exif, self.data.background).image
+            image = image.convert("L" if self.data.image_channels == 1 else "RGB")  # before it is resized
             image = crop_to_square(image, self.data.image_size, crop, None if rng is None else drawing_from(rng))
         except ValueError as error:
             raise ValueError(f"{self.index.name_of(sample)}: {error}") from error

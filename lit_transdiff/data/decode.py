@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, NamedTuple, Optional
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 
 from lit_transdiff.data.index import LatentInfo
@@ -25,24 +27,82 @@ from lit_transdiff.data.pixels import from_bytes
 MAX_PIXELS = 64_000_000  # an image above this many pixels is refused before it is decoded
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+ORIENTED, TRANSPARENT, ANIMATED = "oriented", "transparent", "animated"  # what may be odd about a file
+DEPTH = re.compile(r"^(?:L|RGB);(2|4|16)B?$")  # bits a channel of a PNG that has no palette, where they are not 8 or 1
+TURNS = {  # by the number of an EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MIN_RANDOM_CROP = 0.8  # of the short side
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # it tells of damaged EXIF, without saying of which image
 Draw = Callable[[int, int], int]  # a random integer from the first to the second, both included
 
 
-def open_image(data: bytes | Path) -> Image.Image:
-    """A wholly decoded image in its own mode. Raises ``ValueError`` for anything that is not a sound, moderate image file."""
+class Opened(NamedTuple):
+    """A decoded image, and what was done to show it as a viewer does."""
+
+    image: Image.Image  # grey (L) or RGB
+    format: str  # a key of FORMATS
+    oddities: tuple[str, ...]  # of ORIENTED, TRANSPARENT, ANIMATED
+
+
+def open_image(data: bytes | Path, exif: Literal["turn", "ignore"] = "turn", background: str = "white") -> Opened:
+    """A wholly decoded image as grey or RGB: upright, on ``background`` where it is transparent, of an animation the first frame.
+
+    With ``exif="ignore"`` its orientation is not looked at, as in ADM. Raises ``ValueError`` for anything that is not a sound,
+    moderate image file of 8 bits a channel. An EXIF block that cannot be read is as good as none.
+    """
     try:
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=tuple(f for f in FORMATS if f != "MPO"))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels; allowed: at most {MAX_PIXELS} pixels")
+        stored = str(image.tile[0].args) if image.tile else ""
         image.load()
+        if image.mode[0] in "IF":
+            raise ValueError(f"mode {image.mode} (more than 8 bits in the one channel); allowed: 8 bits; convert it beforehand")
+        turn = turn_of(image)
+        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # whose others are previews, or the other eye's
+        shown, transparent = opaque(image, stored, background)
+        if turn is not None and exif == "turn":
+            shown = shown.transpose(turn)
     except UnidentifiedImageError:  # whose message is the address of the bytes
         raise ValueError(f"not a readable image: the content is of none of the formats {', '.join(FORMATS)}") from None
     except READ_ERRORS as error:
         raise ValueError(f"not a readable image: {error}") from error
-    if image.mode[0] in "IF":
-        raise ValueError(f"image mode {image.mode} (more than 8 bits a channel); allowed: 8 bits")
-    return image
+    oddities = ((ORIENTED, turn is not None), (TRANSPARENT, transparent), (ANIMATED, frames > 1))
+    return Opened(shown, image.format or "", tuple(name for name, there in oddities if there))
+
+
+def turn_of(image: Image.Image) -> Optional[Image.Transpose]:
+    """What makes a decoded image upright by its EXIF orientation; nothing where it is, or where its EXIF cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises whatever damaged bytes lead it to, and the pixels are sound
+        return None
+    return TURNS.get(orientation) if isinstance(orientation, int) else None
+
+
+def opaque(image: Image.Image, stored: str, background: str) -> tuple[Image.Image, bool]:
+    """A decoded image as grey or RGB, and whether some of it was transparent: there ``background``, an opaque colour, shows.
+
+    ``stored`` is how the pixels lie in the file. A PNG names its transparent colour in that depth, where Pillow takes 8 bits.
+    """
+    if not image.has_transparency_data:
+        return image if image.mode in ("L", "RGB") else image.convert("RGB"), False
+    if (depth := DEPTH.search(stored)) and (colour := image.info.get("transparency")) is not None:
+        highest = 2 ** int(depth[1]) - 1
+        scaled = tuple(value * 255 // highest for value in (colour if isinstance(colour, tuple) else (colour,)))
+        image.info["transparency"] = scaled if len(scaled) > 1 else scaled[0]
+    picture = image.convert("RGBA")
+    alpha = picture.getchannel("A")
+    ground = Image.new("RGB", picture.size, ImageColor.getrgb(background))
+    ground.paste(picture, mask=alpha)
+    return ground, alpha.getextrema()[0] != 255
 
 
 def drawing_from(rng: np.random.Generator) -> Draw:

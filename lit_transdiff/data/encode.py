@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Literal, NamedTuple, Optional
 
 import numpy as np
 from PIL import Image
 
-from lit_transdiff.config import require
+from lit_transdiff.config import COLOURS, is_colour, require
 from lit_transdiff.data.decode import FORMATS, crop_to_square, open_image
 
 JPEG_QUALITY = 95  # of images that are encoded again
@@ -18,44 +18,73 @@ JPEG_QUALITY = 95  # of images that are encoded again
 
 @dataclass(frozen=True)
 class Encoding:
-    """What becomes of the images: nothing, or ``image_size`` pixels (centre crop, resize), or zeros around to ``pad_to``."""
+    """What becomes of the images: nothing, or ``image_size`` pixels (centre crop, resize), or zeros around to ``pad_to``.
+
+    ``exif`` and ``background`` are those of ``open_image``, for images that are encoded again; readers of files have their own.
+    """
 
     image_size: Optional[int] = None
     pad_to: Optional[int] = None
+    exif: Literal["turn", "ignore"] = "turn"
+    background: str = "white"
 
     def __post_init__(self) -> None:
         require(self.image_size is None or self.pad_to is None, "pad_to", self.pad_to, "nothing when image_size is given")
         for size, field in ((self.image_size, "image_size"), (self.pad_to, "pad_to")):
             require(size is None or size >= 1, field, size, "pixels, at least 1")
+        require(is_colour(self.background), "background", self.background, COLOURS)
+        for name, default in (("exif", "turn"), ("background", "white")):
+            kept = f"{default!r} without image_size or pad_to: files are kept as they are, and data.{name} says how they are read"
+            require(not self.keeps_files or getattr(self, name) == default, name, getattr(self, name), kept)
 
     @property
     def keeps_files(self) -> bool:
         """Whether files are taken over byte by byte."""
         return self.image_size is None and self.pad_to is None
 
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What decides the bytes of an image."""
+        sizes = {"image_size": self.image_size, "pad_to": self.pad_to}
+        return sizes if self.keeps_files else {**sizes, "exif": self.exif, "background": self.background}
 
-def encode_sample(origin: Path | np.ndarray, encoding: Encoding) -> tuple[str, bytes]:
-    """(extension, file content) of one image, which is decoded in any case. Raises ``ValueError`` when it cannot be.
+
+class Encoded(NamedTuple):
+    """The content of a file in a shard, and what is odd about the file that it was made of."""
+
+    extension: str
+    content: bytes
+    oddities: tuple[str, ...] = ()  # as in ``open_image``
+
+
+def encode_sample(origin: Path | np.ndarray, encoding: Encoding) -> Encoded:
+    """One image as it is stored; it is decoded in any case. Raises ``ValueError`` when it cannot be.
 
     An ``OSError`` is the disk's, not the image's: it stops everything, rather than that an image is left out for it.
     """
-    content = origin.read_bytes() if isinstance(origin, Path) else b""
-    image = open_image(content) if isinstance(origin, Path) else Image.fromarray(origin)
-    if isinstance(origin, Path) and encoding.keeps_files:
-        return FORMATS[image.format or ""], content
-    extension = "jpg" if image.format in ("JPEG", "MPO") and encoding.pad_to is None else "png"
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")
+    if not isinstance(origin, Path):
+        return Encoded("png", encoded(Image.fromarray(origin), "png", encoding))
+    content = origin.read_bytes()
+    image, form, oddities = open_image(content, encoding.exif, encoding.background)
+    if encoding.keeps_files:
+        return Encoded(FORMATS[form], content, oddities)
+    extension = "jpg" if form in ("JPEG", "MPO") and encoding.pad_to is None else "png"
+    return Encoded(extension, encoded(image, extension, encoding), oddities)
+
+
+def encoded(image: Image.Image, extension: str, encoding: Encoding) -> bytes:
+    """A grey or RGB image, cropped or padded, as the content of a file without metadata."""
     if encoding.image_size is not None:
         image = crop_to_square(image, encoding.image_size, "center")
     if encoding.pad_to is not None:
         image = pad(image, encoding.pad_to)
+    image.info = {}
     buffer = io.BytesIO()
     if extension == "jpg":
         image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     else:
         image.save(buffer, "PNG")
-    return extension, buffer.getvalue()
+    return buffer.getvalue()
 
 
 def pad(image: Image.Image, size: int) -> Image.Image:

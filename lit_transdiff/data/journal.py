@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
+from zipfile import BadZipFile
 
 import numpy as np
 
-from lit_transdiff.base.files import replace_file
+from lit_transdiff.base.files import read_json, replace_file
+from lit_transdiff.data.findings import Findings
 from lit_transdiff.data.index import Shard, ShardRows
 
 RECORDS = "finished"
-Skipped = list[tuple[str, str]]  # of images that could not be read: what it is called, and why
+NEWER = ("exif", "background")  # settings that earlier versions did not have: they took images as they are stored
+NOTHING = Findings()
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard and the images that are not in it because they could not be read."""
+    """A finished shard and what was found out about its images."""
 
     rows: ShardRows
-    skipped: Skipped
+    findings: Findings
 
 
 class Journal:
@@ -48,12 +54,13 @@ class Journal:
                     f"{self.plan_file}, which says how they were made; choose an empty folder."
                 )
             return
-        before, now = json.loads(path.read_text()), json.loads(json.dumps(plan))
-        differences = [
-            f"{name} was {brief(before.get(name))}, now {brief(now.get(name))}"
-            for name in dict.fromkeys([*before, *now])
-            if before.get(name) != now.get(name)
-        ]
+        before, now = read_json(path), json.loads(json.dumps(plan))
+        different = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+        unknown = [name for name in different if name in NEWER and name not in before]
+        if different == unknown != [] and (self.folder / "index.json").exists():
+            log.warning("%s was made by an earlier version, without %s; it is left as it is", self.folder, " and ".join(unknown))
+            return
+        differences = [f"{name} was {brief(before.get(name))}, now {brief(now.get(name))}" for name in different]
         if differences:
             raise ValueError(
                 f"{self.folder} was made with other settings ({'; '.join(differences)}); choose an empty folder, or go on with "
@@ -68,25 +75,34 @@ class Journal:
         if not (self.folder / self.plan_file).exists():
             replace_file(self.folder / self.plan_file, (json.dumps(plan, indent=1) + "\n").encode())
 
-    def add(self, rows: ShardRows, skipped: Sequence[tuple[str, str]] = ()) -> None:
+    def add(self, rows: ShardRows, findings: Findings = NOTHING) -> None:
         """Note that a shard is finished; to be called when it has its name."""
         buffer = io.BytesIO()
-        about = json.dumps({"shard": asdict(rows.shard), "skipped": list(skipped)})
+        about = json.dumps({"shard": asdict(rows.shard), **asdict(findings)})
         columns: dict[str, Any] = {**rows.columns, "about": np.array(about)}
         np.savez(buffer, **columns)
         replace_file(self.record_path(rows.shard.name), buffer.getvalue())
 
     def finished(self, name: str) -> Optional[ShardRecord]:
-        """The record of a shard that is there as it was recorded; a shard without samples has no file."""
-        if not self.record_path(name).exists():
+        """The record of a shard that is there as it was recorded; a shard without samples has no file.
+
+        Of a record that cannot be read the shard is made again, to the same bytes.
+        """
+        record = self.record_path(name)
+        if not record.exists():
             return None
-        with np.load(self.record_path(name), allow_pickle=False) as stored:
-            about = json.loads(str(stored["about"]))
-            columns = {column: stored[column] for column in stored.files if column != "about"}
+        try:
+            with np.load(record, allow_pickle=False) as stored:
+                about = json.loads(str(stored["about"]))
+                columns = {column: stored[column] for column in stored.files if column != "about"}
+        except (ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+            log.warning("%s is damaged (%s): the shard is made again", record, error)
+            record.unlink()
+            return None
         shard, path = Shard(**about["shard"]), self.folder / name
         if shard.samples and not (path.exists() and path.stat().st_size == shard.bytes):
             return None
-        return ShardRecord(ShardRows(shard, columns), [(origin, reason) for origin, reason in about["skipped"]])
+        return ShardRecord(ShardRows(shard, columns), Findings.of(about))
 
     def all_finished(self, names: Sequence[str]) -> list[ShardRecord]:
         """The records of these shards; raises ``ValueError`` naming those that are missing."""

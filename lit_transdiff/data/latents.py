@@ -63,6 +63,8 @@ class LatentCache:
             "image_size": self.data.image_size,
             "image_channels": self.data.image_channels,
             "crop": self.data.crop,
+            "exif": self.data.exif,
+            "background": self.data.background,
             "flips": self.info.flips,
             "shape": self.info.shape,
             "dtype": self.info.dtype,

@@ -6,7 +6,6 @@ that was killed is continued by the same command.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,35 +15,21 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from lit_transdiff.base.files import free_bytes, readable, replace_file, require_space
+from lit_transdiff.base.files import free_bytes, readable, require_space
 from lit_transdiff.config import require
-from lit_transdiff.data.encode import Encoding, encode_sample
-from lit_transdiff.data.index import ShardIndex, join_rows, read_index, rows_of
-from lit_transdiff.data.journal import Journal, Skipped
+from lit_transdiff.config.paths import check_images
+from lit_transdiff.data.encode import Encoded, Encoding, encode_sample
+from lit_transdiff.data.findings import Findings, PackReport, in_two_classes, joined, read_report, write_findings
+from lit_transdiff.data.idx import idx_source
+from lit_transdiff.data.index import join_rows, read_index, rows_of
+from lit_transdiff.data.journal import Journal
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.shards import ShardWriter, tar_bytes
-from lit_transdiff.data.sources import ClassNames, ImageSource, listed_kinds, open_source
+from lit_transdiff.data.sources import ClassNames, ImageSource, folder_source, list_source
 
 PLAN_FILE = "packing.json"
-SKIPPED_FILE = "skipped.txt"
 AS_THEY_ARE = Encoding()
 ESTIMATED_FROM = 64  # images that are encoded to estimate the size of all
-
-
-@dataclass(frozen=True)
-class PackReport:
-    """What was packed, the ``(name, reason)`` of each image that could not be read, and what was no image by its name."""
-
-    index: ShardIndex
-    skipped: Skipped
-    passed_over: Counter[str]
-
-    def __str__(self) -> str:
-        total = sum(shard.bytes for shard in self.index.shards)
-        text = f"{len(self.index)} images of {self.index.num_classes} classes in {len(self.index.shards)} shards, {total:,} bytes"
-        if self.skipped:
-            text += f"; {len(self.skipped)} unreadable images skipped, listed in {SKIPPED_FILE}"
-        return text + (f"; passed over: {listed_kinds(self.passed_over)}" if self.passed_over else "")
 
 
 @dataclass(frozen=True)
@@ -101,7 +86,7 @@ class Packing:
         return {
             "files": self.images.identity,
             "seed": self.seed,
-            **vars(self.encoding),
+            **self.encoding.plan,
             "encoder": None if self.encoding.keeps_files else f"Pillow {PIL.__version__}",
             "images": self.num_images,
             "shards": len(self.pieces),
@@ -154,11 +139,25 @@ def pack(
     packing = Packing(images, pieces, names, encoding, seed, Journal(dest, PLAN_FILE))
     packing.journal.check(packing.plan)
     if (dest / "index.json").exists():
-        return PackReport(read_index(dest), read_skipped(dest), images.passed_over)
+        return read_report(read_index(dest), encoding, images.passed_over, images.found)
     announce(packing, [tar_bytes(sizes[piece]) for piece in pieces], progress)
     packing.journal.begin(packing.plan)
     write_missing(packing, workers, progress)
     return finish(packing, str(source))
+
+
+def open_source(source: str | Path, split: Optional[str] = None, class_names: ClassNames = None) -> ImageSource:
+    """Find out what ``source`` is: a list file, a folder of IDX files (``split``: "train" or "t10k"), or class folders."""
+    source = Path(source)
+    check_images(source)
+    if source.is_file():
+        found = list_source(source, class_names)
+    elif any(source.glob("*-idx3-ubyte*")):
+        return idx_source(source, split, class_names)
+    else:
+        found = folder_source(source, class_names)
+    require(split is None, "split", split, "nothing: only IDX files have splits")
+    return found
 
 
 def announce(packing: Packing, shards: Sequence[int], progress: bool) -> None:
@@ -195,7 +194,7 @@ def estimated_sizes(images: ImageSource, order: np.ndarray, encoding: Encoding) 
     sizes = []
     for i in order[:ESTIMATED_FROM].tolist():
         try:
-            sizes.append(len(encode_sample(images.read(i), encoding)[1]))
+            sizes.append(len(encode_sample(images.read(i), encoding).content))
         except ValueError:
             continue
     return np.full(len(images.labels), np.mean(sizes) if sizes else 0).astype(np.int64)
@@ -203,52 +202,44 @@ def estimated_sizes(images: ImageSource, order: np.ndarray, encoding: Encoding) 
 
 def pack_shard(journal: Journal, task: ShardTask) -> int:
     """Write one shard and its record; gives the number of images that are done with."""
-    skipped: Skipped = []
+    findings = Findings()
     with ShardWriter(task.path) as writer:
-        for key, label, extension, data in encoded(task, skipped):
-            writer.write(key, label, extension, data)
+        for key, label, sample in encoded(task, findings):
+            writer.write(key, label, sample.extension, sample.content)
     rows = rows_of(task.path, None)
     if not rows.shard.samples:
         task.path.unlink()
-    journal.add(rows, skipped)
+    journal.add(rows, findings)
     return len(task.images)
 
 
-def encoded(task: ShardTask, skipped: Skipped) -> Iterator[tuple[str, int, str, bytes]]:
-    """(key, label, extension, data) of the images that can be read; the others go to ``skipped``."""
+def encoded(task: ShardTask, findings: Findings) -> Iterator[tuple[str, int, Encoded]]:
+    """(key, label, content) of the images that can be read; ``findings`` says which cannot, and what is odd about the others."""
     for key, label, origin, image in task.images:
         try:
-            extension, data = encode_sample(image, task.encoding)
+            sample = encode_sample(image, task.encoding)
         except ValueError as error:
-            skipped.append((origin, str(error)))
+            findings.skipped.append((origin, str(error)))
             continue
-        yield key, label, extension, data
+        findings.add(sample.oddities, sample.content)
+        yield key, label, sample
 
 
 def finish(packing: Packing, source: str) -> PackReport:
-    """Index the shards and list the skipped images."""
-    journal = packing.journal
+    """Index the shards and keep what was found out about the images."""
+    journal, images = packing.journal, packing.images
     records = journal.all_finished(packing.names)
-    skipped = [*packing.images.broken, *(image for record in records for image in record.skipped)]
-    write_skipped(journal.folder, skipped)
+    found = joined([record.findings for record in records])
+    found.skipped[:0] = images.broken
     readable_images = sum(record.rows.shard.samples for record in records)
-    require(readable_images > 0, source, f"{len(skipped)} unreadable images", "at least one readable image")
-    index = join_rows(journal.folder, [record.rows for record in records], packing.images.class_names, packing.seed, None)
+    require(readable_images > 0, source, f"{len(found.skipped)} unreadable images", "at least one readable image")
+    index = join_rows(journal.folder, [record.rows for record in records], images.class_names, packing.seed, None)
+    write_findings(
+        journal.folder, found, in_two_classes(index, found.digests, dict(zip(images.keys, images.origins, strict=True)))
+    )
     index.save()
     journal.close()
-    return PackReport(index, skipped, packing.images.passed_over)
-
-
-def write_skipped(folder: Path, skipped: Skipped) -> None:
-    if skipped:
-        lines = (f"{origin}\t{reason}\n" for origin, reason in skipped)
-        replace_file(folder / SKIPPED_FILE, "".join(lines).encode())
-
-
-def read_skipped(folder: Path) -> Skipped:
-    path = folder / SKIPPED_FILE
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [(origin, reason) for origin, _, reason in (line.partition("\t") for line in lines)]
+    return read_report(index, packing.encoding, images.passed_over, images.found)
 
 
 def draw(images: ImageSource, limit: Optional[int], seed: int) -> np.ndarray:

@@ -1,12 +1,10 @@
-"""Where images come from before they are shards: an image folder, IDX files, or a list file."""
+"""Where images come from before they are shards: an image folder or a list file (see ``idx`` for IDX files)."""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import os
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +15,9 @@ from typing import NamedTuple, Optional, Union
 import numpy as np
 
 from lit_transdiff.base.files import sha256_of_lines
-from lit_transdiff.config import require, unknown
-from lit_transdiff.config.paths import check_images
+from lit_transdiff.config import require
 from lit_transdiff.data.scan import IMAGE_MEMBERS, LABEL, LABELS
 
-IDX_IMAGES, IDX_LABELS = 2051, 2049  # magic numbers
 MAX_KEY_BYTES = 80  # a plain tar header holds 100 with the extension
 UNFIT = re.compile(r"[./\s]")  # for a key: webdataset cuts names at the dot
 NAME = re.compile(r"(?![+-]?\d+(\.\d*)?$).+")  # a label that is the name of a class: not -1, 1.0, or digits of another script
@@ -38,6 +34,7 @@ class ImageSource:
     origins: list[str]  # what to call a sample in messages
     sizes: np.ndarray  # [N] int64, bytes
     class_names: tuple[str, ...]
+    found: tuple[str, ...]  # the classes as the source calls them
     read: Callable[[int], Path | np.ndarray]
     broken: list[tuple[str, str]] = field(default_factory=list)  # images that cannot be read: what they are called, and why
     passed_over: Counter[str] = field(default_factory=Counter)  # what lies among the images and is none, by kind
@@ -50,40 +47,32 @@ class ImageSource:
         return sha256_of_lines(f"{key} {name} {label} {size}" for key, name, label, size in rows)[:16]
 
 
-def open_source(source: str | Path, split: Optional[str] = None, class_names: ClassNames = None) -> ImageSource:
-    """Find out what ``source`` is: a list file, a folder of IDX files (``split``: "train" or "t10k"), or class folders."""
-    source = Path(source)
-    check_images(source)
-    if source.is_file():
-        found = list_source(source, class_names)
-    elif any(source.glob("*-idx3-ubyte*")):
-        return idx_source(source, split, class_names)
-    else:
-        found = folder_source(source, class_names)
-    require(split is None, "split", split, "nothing: only IDX files have splits")
-    return found
-
-
 def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
-    """``folder/class/image.jpg``: classes are the sorted folder names, as in ImageNet."""
+    """``folder/class/image.jpg``: classes are the sorted folder names, as in ImageNet; as numbers where all of them are."""
     with os.scandir(folder) as entries:
-        found = [(entry.name, entry.is_dir(), kind_of(entry)) for entry in entries if not entry.name.startswith(".")]
+        entries_found = [(entry.name, entry.is_dir(), kind_of(entry)) for entry in entries]
+    found = [entry for entry in entries_found if not entry[0].startswith(".")]
     classes = sorted(name for name, is_folder, _ in found if is_folder)
+    if all(map(is_number, classes)):
+        classes.sort(key=int)
     require(len(classes) > 0, str(folder), "a folder without class folders", "folder/class/image.jpg, or IDX files")
     for name in classes:
         require(readable(name) == name, f"{folder}: class folder", readable(name), "a name in UTF-8")
     names = checked_names(class_names, classes)
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         listed = list(threads.map(images_in, [f"{folder}/{name}" for name in classes]))
+    if not any(of.images for of in listed):
+        refuse_empty(f"{folder}/{classes[0]}", listed[0])
     origins = [f"{folder}/{name}/{image}" for name, of in zip(classes, listed, strict=True) for image, _ in of.images]
     keys = [key_of(name, image) for name, of in zip(classes, listed, strict=True) for image, _ in of.images]
     sizes = [size for of in listed for _, size in of.images]
     labels = np.repeat(np.arange(len(classes)), [len(of.images) for of in listed])
     passed_over = Counter(kind for _, is_folder, kind in found if not is_folder)
+    passed_over["hidden folders"] = sum(is_folder for name, is_folder, _ in entries_found if name.startswith("."))
     for of in listed:
         passed_over.update(of.passed_over)
     broken = [link for of in listed for link in of.broken]
-    return replace(file_source(origins, sizes, labels, keys, names), broken=broken, passed_over=passed_over)
+    return replace(file_source(origins, sizes, labels, keys, names, classes), broken=broken, passed_over=+passed_over)
 
 
 class Listing(NamedTuple):
@@ -95,7 +84,7 @@ class Listing(NamedTuple):
 
 
 def images_in(directory: str) -> Listing:
-    """The images in a folder, told by their extension. Raises ``ValueError`` when there is none."""
+    """The images in a folder, told by their extension."""
     images, broken, passed_over = [], [], Counter[str]()
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -107,9 +96,15 @@ def images_in(directory: str) -> Listing:
                 images.append((entry.name, entry.stat().st_size))
             else:
                 broken.append((entry.path, "a link to nothing" if entry.is_symlink() else "not a file"))
-    found = f"no images, but {listed_kinds(passed_over)}" if passed_over else "no images"
-    require(len(images) > 0, directory, found, f"files ending in .{', .'.join(IMAGE_MEMBERS)}")
     return Listing(sorted(images), sorted(broken), passed_over)
+
+
+def refuse_empty(directory: str, listing: Listing) -> None:
+    """Raise ``ValueError`` for class folders without any image, of which this is the first."""
+    passed_over = listing.passed_over
+    found = f"no images, but {listed_kinds(passed_over)}" if passed_over else "no images"
+    deeper = f"; or pack {directory} itself, if its folders are the classes" if passed_over["folders"] else ""
+    require(False, directory, found, f"files ending in .{', .'.join(IMAGE_MEMBERS)}{deeper}")
 
 
 def readable(name: str) -> str:
@@ -120,6 +115,11 @@ def readable(name: str) -> str:
 def kind_of(entry: os.DirEntry[str]) -> str:
     """``folders``, or the extension of a file."""
     return "folders" if entry.is_dir() else os.path.splitext(readable(entry.name))[1].lower() or "files without an extension"
+
+
+def is_number(name: str) -> bool:
+    """Whether the name of a class is a whole number in ASCII digits."""
+    return name.isascii() and name.isdecimal()
 
 
 def listed_kinds(kinds: Counter[str]) -> str:
@@ -154,7 +154,7 @@ def list_source(path: Path, class_names: ClassNames) -> ImageSource:
     for (where, _), origin in zip(rows, origins, strict=True):
         require(os.path.isfile(origin), where, origin, "a file that exists")
     sizes = [os.path.getsize(origin) for origin in origins]
-    return file_source(origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names)
+    return file_source(origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names, found)
 
 
 def text_lines(path: str | Path) -> Iterator[str]:
@@ -182,7 +182,7 @@ def number_labels(given: Sequence[tuple[str, str]]) -> tuple[list[str], list[int
 
 
 def file_source(
-    origins: list[str], sizes: list[int], labels: np.ndarray, keys: list[str], class_names: tuple[str, ...]
+    origins: list[str], sizes: list[int], labels: np.ndarray, keys: list[str], class_names: tuple[str, ...], found: list[str]
 ) -> ImageSource:
     """Images that are files of their own."""
     return ImageSource(
@@ -191,38 +191,9 @@ def file_source(
         origins=origins,
         sizes=np.array(sizes, np.int64),
         class_names=class_names,
+        found=tuple(found),
         read=lambda i: Path(origins[i]),
     )
-
-
-def idx_source(folder: Path, split: Optional[str], class_names: ClassNames) -> ImageSource:
-    """``<split>-images-idx3-ubyte[.gz]`` and ``<split>-labels-idx1-ubyte[.gz]``, the format of MNIST and its kin."""
-    splits = {path.name.split("-")[0]: path for path in sorted(folder.glob("*-images-idx3-ubyte*"))}
-    if split is None:
-        raise ValueError(f"split: got None; {folder} holds {', '.join(splits)}: say which one.")
-    if split not in splits:
-        raise unknown("split", split, splits)
-    images = read_idx(splits[split], IDX_IMAGES)  # N H W
-    label_path = Path(str(splits[split]).replace("-images-idx3-", "-labels-idx1-"))
-    labels = read_idx(label_path, IDX_LABELS).astype(np.int64)
-    require(len(labels) == len(images), f"{label_path}: labels", len(labels), f"{len(images)}, as many as images")
-    names = checked_names(class_names, [str(c) for c in range(int(labels.max()) + 1)])
-    keys = [f"{i:06d}" for i in range(len(images))]
-    origins = [f"{splits[split].name}[{i}]" for i in range(len(images))]
-    sizes = np.full(len(images), images[0].nbytes)
-    return ImageSource(labels, keys, origins, sizes, names, images.__getitem__)
-
-
-def read_idx(path: Path, magic: int) -> np.ndarray:
-    """The uint8 array of an IDX file, gzipped or not."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    require(len(data) >= 8, str(path), f"{len(data)} bytes", "an IDX file")
-    found, dimensions = struct.unpack(">i", data[:4])[0], data[3]
-    require(found == magic, f"{path}: magic number", found, str(magic))
-    shape = struct.unpack(f">{dimensions}i", data[4 : 4 + 4 * dimensions])
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
-    require(values.size == int(np.prod(shape)), f"{path}: bytes of data", values.size, f"{int(np.prod(shape))} for shape {shape}")
-    return values.reshape(shape)
 
 
 def checked_names(given: ClassNames, found: list[str]) -> tuple[str, ...]:

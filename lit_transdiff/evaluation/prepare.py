@@ -28,6 +28,8 @@ from lit_transdiff.evaluation.statistics import (
 )
 from lit_transdiff.models.autoencoder import load_autoencoder
 
+PICTURE = ("image_size", "image_channels", "crop", "exif", "background")  # settings that decide what an image looks like
+
 
 def cache(
     source: str | Path,
@@ -91,7 +93,7 @@ def made_of(source: str | Path, data: DataConfig) -> dict[str, Any]:
     """What decides the images that statistics are made of, besides the extractor."""
     if Path(source).suffix == ".npz":
         return {"source_hash": short_hash(Path(source))}
-    settings = {"image_size": data.image_size, "image_channels": data.image_channels, "crop": data.crop}
+    settings = {name: getattr(data, name) for name in PICTURE}
     return {**settings, "source_hash": short_hash(Path(source) / "index.json")}
 
 
@@ -116,13 +118,8 @@ def check_statistics(source: str | Path, dest: str | Path, *, data: DataConfig, 
 def images_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterator[Tensor]:
     """Every image of a folder of shards once, as batches [B, C, H, W] in [-1, 1]."""
     index = read_index(source)
-    settings = DataConfig(
-        evaluation=str(source),
-        image_size=data.image_size,
-        image_channels=data.image_channels,
-        crop=data.crop,
-        horizontal_flip=False,
-    )
+    picture = {name: getattr(data, name) for name in PICTURE}
+    settings = DataConfig(evaluation=str(source), horizontal_flip=False, **picture)
     module = DataModule(
         settings,
         num_references=1,

@@ -73,7 +73,7 @@ def test_images_are_made_rgb_before_they_are_resized(shards, mode):
 
 def test_a_file_that_is_packed_again_holds_the_centre_crop(tmp_path):
     picture(90, 50).save(tmp_path / "x.png")
-    extension, data = encode_sample(tmp_path / "x.png", Encoding(image_size=16))
+    extension, data, _ = encode_sample(tmp_path / "x.png", Encoding(image_size=16))
     assert extension == "png" and np.array_equal(np.asarray(Image.open(io.BytesIO(data))), adm_centre_crop(picture(90, 50), 16))
 
 

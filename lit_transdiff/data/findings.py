@@ -1,0 +1,174 @@
+"""What packing finds out about the images, and tells: those that it could not read, and those that are not what they seem."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_transdiff.base.files import read_json, replace_file
+from lit_transdiff.data.decode import ANIMATED, ORIENTED, TRANSPARENT
+from lit_transdiff.data.encode import Encoding
+from lit_transdiff.data.index import ShardIndex
+from lit_transdiff.data.sources import is_number, listed_kinds
+
+SKIPPED_FILE = "skipped.txt"
+FINDINGS_FILE = "findings.json"
+NUMBER = re.compile("[0-9]+")
+SHOWN = 5  # names of a kind that are printed
+Skipped = list[tuple[str, str]]  # of images that could not be read: what it is called, and why
+
+
+def digest_of(content: bytes) -> str:
+    """64 bits of a hash of an image as it is stored: the same for the same picture, encoded alike."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+@dataclass
+class Findings:
+    """What was found out about some images, as JSON can hold it."""
+
+    skipped: Skipped = field(default_factory=list)
+    oddities: dict[str, int] = field(default_factory=dict)  # how many images are oriented, transparent, animated
+    digests: list[str] = field(default_factory=list)  # of the packed images, in their order in the shard
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Findings:
+        """The findings of a record; earlier versions kept less."""
+        skipped = [(origin, reason) for origin, reason in stored.get("skipped", [])]
+        return cls(skipped, stored.get("oddities", {}), stored.get("digests", []))
+
+    def add(self, oddities: Iterable[str], content: bytes) -> None:
+        """Note an image that could be read."""
+        self.oddities = dict(Counter(self.oddities) + Counter(oddities))
+        self.digests.append(digest_of(content))
+
+
+def joined(parts: Sequence[Findings]) -> Findings:
+    """The findings of all shards, in the order of the shards."""
+    return Findings(
+        [image for part in parts for image in part.skipped],
+        dict(sum((Counter(part.oddities) for part in parts), Counter[str]())),
+        [digest for part in parts for digest in part.digests],
+    )
+
+
+def in_two_classes(index: ShardIndex, digests: Sequence[str], origins: Mapping[str, str]) -> list[list[str]]:
+    """What the images are called that are byte for byte the same and have different labels; ``origins`` by key."""
+    if len(digests) != len(index):  # some shards were packed by an earlier version
+        return []
+    alike = defaultdict[str, list[int]](list)
+    repeated = {digest for digest, count in Counter(digests).items() if count > 1}
+    for sample, digest in enumerate(digests):
+        if digest in repeated:
+            alike[digest].append(sample)
+    groups = [samples for samples in alike.values() if len(set(index.label[samples].tolist())) > 1]
+    return [[origins[index.key_of(sample)] for sample in samples] for samples in groups]
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What was packed, the ``(name, reason)`` of each image that could not be read, and what a user should know of the rest."""
+
+    index: ShardIndex
+    skipped: Skipped
+    passed_over: Counter[str]  # what was no image by its name, by kind
+    notes: list[str] = field(default_factory=list)  # sentences
+
+    def __str__(self) -> str:
+        total = sum(shard.bytes for shard in self.index.shards)
+        text = f"{len(self.index)} images of {self.index.num_classes} classes in {len(self.index.shards)} shards, {total:,} bytes"
+        if self.skipped:
+            text += f"; {len(self.skipped)} unreadable images skipped, listed in {SKIPPED_FILE}"
+        text += f"; passed over: {listed_kinds(self.passed_over)}" if self.passed_over else ""
+        return "\n".join([text, *(f"note: {note}" for note in self.notes)])
+
+
+def write_findings(folder: Path, found: Findings, twice: Sequence[Sequence[str]]) -> None:
+    """Keep what was found beside the shards: the unreadable images for people, the rest for the next report."""
+    if found.skipped:
+        lines = (f"{origin}\t{reason}\n" for origin, reason in found.skipped)
+        replace_file(folder / SKIPPED_FILE, "".join(lines).encode())
+    if found.oddities or twice:
+        content = {"oddities": found.oddities, "in two classes": twice}
+        replace_file(folder / FINDINGS_FILE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_report(index: ShardIndex, encoding: Encoding, passed_over: Counter[str], found: Sequence[str] = ()) -> PackReport:
+    """The report on shards that are packed; ``found`` are the classes as the source calls them."""
+    path = index.folder / SKIPPED_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    skipped = [(origin, reason) for origin, _, reason in (line.partition("\t") for line in lines)]
+    path = index.folder / FINDINGS_FILE
+    kept = read_json(path) if path.exists() else {}
+    notes = [
+        *notes_on_images(kept.get("oddities", {}), encoding),
+        *notes_on_doubles(kept.get("in two classes", [])),
+        *notes_on_classes(index),
+        *notes_on_names(found),
+    ]
+    return PackReport(index, skipped, passed_over, notes)
+
+
+def notes_on_images(oddities: Mapping[str, int], encoding: Encoding) -> Iterator[str]:
+    """What becomes of images that are not stored as a viewer shows them."""
+    kept = encoding.keeps_files
+    turned = "they are turned when they are read (data.exif)" if kept else "they are turned"
+    turned = turned if encoding.exif == "turn" else "which --exif ignore leaves as it is"
+    under = "data.background shows there when they are read" if kept else f"{encoding.background} shows there"
+    for kind, what in (
+        (ORIENTED, f"images lie on their side or are mirrored, and say so by an EXIF orientation: {turned}"),
+        (TRANSPARENT, f"images are transparent in places: {under}"),
+        (ANIMATED, "images are animations, of which only the first frame counts"),
+    ):
+        if oddities.get(kind):
+            yield f"{oddities[kind]} {what}"
+
+
+def notes_on_doubles(twice: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Images with two labels."""
+    if twice:
+        some = "; ".join(" = ".join(names) for names in twice[:SHOWN])
+        more = f"; all in {FINDINGS_FILE}" if len(twice) > SHOWN else ""
+        yield f"{len(twice)} images are in more than one class: {some}{more}"
+
+
+def notes_on_classes(index: ShardIndex) -> Iterator[str]:
+    """Classes without images."""
+    if empty := [f"{c} ({index.class_names[c]!r})" for c in np.flatnonzero(index.class_counts == 0)]:
+        yield f"{len(empty)} classes have no images: {shortened(empty)}"
+
+
+def notes_on_names(names: Sequence[str]) -> Iterator[str]:
+    """Names of classes, in order of the class, whose order or spelling may not be what they seem."""
+    if all(map(is_number, names)):
+        if moved := [f"class {c} is {name!r}" for c, name in enumerate(names) if int(name) != c]:
+            yield f"classes are numbered from 0 without gaps, so that their numbers are not their names: {shortened(moved)}"
+    elif wrong := next((pair for pair in pairs_by_number(names) if pair[0] != pair[1]), None):
+        yield (
+            f"classes are in the order of text, not of the numbers in their names: {wrong[0]!r} has the place of {wrong[1]!r}, "
+            "which is why index.json lists the names in order of the class number"
+        )
+    alike = Counter(name.casefold() for name in names)
+    if same := [name for name in names if alike[name.casefold()] > 1]:
+        yield f"names of classes differ in upper and lower case alone: {shortened(same)}"
+
+
+def pairs_by_number(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Of names that differ only in numbers, as class_2 and class_10: each as they come, beside the one that is due by number."""
+    families = defaultdict[str, list[str]](list)
+    for name in names:
+        families[NUMBER.sub("0", name)].append(name)
+    for family in families.values():
+        yield from zip(family, sorted(family, key=lambda name: [int(part) for part in NUMBER.findall(name)]), strict=True)
+
+
+def shortened(items: Sequence[str]) -> str:
+    return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")

@@ -1,0 +1,65 @@
+"""IDX files, the format of MNIST and its kin: ``<split>-images-idx3-ubyte[.gz]`` and ``<split>-labels-idx1-ubyte[.gz]``."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import zlib
+from math import prod
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+from lit_transdiff.config import require, unknown
+from lit_transdiff.data.sources import ClassNames, ImageSource, checked_names
+
+IMAGES, LABELS = 2051, 2049  # magic numbers: a byte each, of 3 dimensions and of 1
+GZIP_RATIO = 1032  # bytes that a byte of gzip can hold at most
+
+
+def idx_source(folder: Path, split: Optional[str], class_names: ClassNames) -> ImageSource:
+    """The images and labels of ``split`` (``train`` or ``t10k``); classes are called by their numbers, unless they are named."""
+    splits = {path.name.split("-")[0]: path for path in sorted(folder.glob("*-images-idx3-ubyte*"))}
+    if split is None:
+        raise ValueError(f"split: got None; {folder} holds {', '.join(splits)}: say which one.")
+    if split not in splits:
+        raise unknown("split", split, splits)
+    images = read_idx(splits[split], IMAGES)  # N H W
+    label_path = Path(str(splits[split]).replace("-images-idx3-", "-labels-idx1-"))
+    labels = read_idx(label_path, LABELS).astype(np.int64)
+    require(len(labels) == len(images), f"{label_path}: labels", len(labels), f"{len(images)}, as many as images")
+    found = [str(c) for c in range(int(labels.max()) + 1)]
+    names = checked_names(class_names, found)
+    keys = [f"{i:06d}" for i in range(len(images))]
+    origins = [f"{splits[split].name}[{i}]" for i in range(len(images))]
+    sizes = np.full(len(images), images[0].nbytes)
+    return ImageSource(labels, keys, origins, sizes, names, tuple(found), images.__getitem__)
+
+
+def read_idx(path: Path, magic: int) -> np.ndarray:
+    """The uint8 array of an IDX file, gzipped or not. No more is unpacked than the header promises, and one byte to see the end.
+
+    Raises ``ValueError`` naming the file for another magic number, no items, and fewer or more bytes than promised.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4)
+            found = int.from_bytes(head, "big") if len(head) == 4 else f"{len(head)} bytes"
+            require(found == magic, f"{path}: magic number", found, f"{magic}, of an IDX file")
+            lengths = file.read(4 * head[3])
+            require(
+                len(lengths) == 4 * head[3], f"{path}: header", f"{4 + len(lengths)} bytes", f"{4 + 4 * head[3]}: the file is cut"
+            )
+            shape = struct.unpack(f">{head[3]}I", lengths)
+            size = prod(shape)
+            require(size > 0, f"{path}: shape", shape, "at least one item")
+            most = os.path.getsize(path) * (GZIP_RATIO if path.suffix == ".gz" else 1)
+            require(size <= most, f"{path}: bytes of data", f"at most {most:,}", f"{size:,} for shape {shape}: the file is cut")
+            data = file.read(size + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+    held = f"{len(data):,}" if len(data) <= size else f"more than {size:,}"
+    require(len(data) == size, f"{path}: bytes of data", held, f"{size:,} for shape {shape}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
