@@ -6,11 +6,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+from lightning.fabric import Fabric
+from PIL import Image
 
 from lit_transdiff.__main__ import main, parse
-from lit_transdiff.cli.pipeline import dry_run, load_pipeline
+from lit_transdiff.cli.pipeline import dry_run, load_pipeline, run_pipeline
 from lit_transdiff.config import SIZES, ModelConfig, check_effects
 from lit_transdiff.config.loading import load_run, read_yaml, run_from
+from lit_transdiff.data.pack import pack
 from lit_transdiff.tracking.place import flat
 from tests.small import ROOT
 
@@ -63,6 +66,35 @@ def test_a_pipeline_that_trains_its_own_autoencoder_dry_runs(tmp_path: Path):
         (shards / split).symlink_to(ROOT / "data/fashion" / split)
     dry_run(runs, pipeline, said.append)
     assert sum("parameters  " in text for text in said) == len(runs) == 4
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "message"),
+    [
+        ({"ant": 8, "bee": 8}, {"ant": 2, "bee": 2}, r"mrar_finetune: data\.evaluation: no class of .* more than 2 images"),
+        ({"ant": 8, "bee": 3}, {"ant": 4, "bee": 4}, r"mrar_finetune: model\.num_references: got 4, but class 'bee' .* only 3"),
+        ({"ant": 8, "bee": 8}, {"ant": 4, "cat": 4}, r"classifier: data\.evaluation: .* got class 1 'cat'; allowed: 'bee'"),
+        ({"ant": 8, "bee": 8}, {"ant": 4, "bee": 1}, ""),
+    ],
+)
+def test_a_pipeline_looks_at_its_images_before_the_first_stage(train: dict, held_out: dict, message: str, tmp_path: Path):
+    for split, classes in (("train", train), ("evaluation", held_out)):
+        for label, count in classes.items():
+            folder = tmp_path / "photos" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / f"{i}.png")
+        pack(tmp_path / "photos" / split, tmp_path / "shards" / split, progress=False)
+    own = [f"output_dir={tmp_path}", "data.image_size=16", "model.latent_size=4", "model.num_context_tokens=16"]
+    pipeline, runs = load_pipeline(ROOT / "experiments/folder/pipeline.yaml", own)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            dry_run(runs, pipeline, str)
+        with pytest.raises(ValueError, match=message):
+            run_pipeline(pipeline, runs, Fabric(accelerator="cpu", devices=1))
+    else:
+        dry_run(runs, pipeline, str)
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "shards"}
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=name)

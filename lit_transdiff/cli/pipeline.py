@@ -11,16 +11,17 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
 
 from lit_transdiff.checkpoints.run_folder import open_folder
-from lit_transdiff.config import RunConfig, require
+from lit_transdiff.config import RunConfig, require, require_classes
 from lit_transdiff.config.loading import check_keys, load_run, plain, read_yaml, resolved, to_yaml
 from lit_transdiff.config.typed import typed
+from lit_transdiff.data.index import read_index
 from lit_transdiff.distributed import world_size
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import load_extractor
@@ -32,7 +33,7 @@ from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.study.table import compare
 from lit_transdiff.tracking.evaluations import evaluation_run, log_evaluation, log_own_scores
 from lit_transdiff.tracking.place import placed, trial_place
-from lit_transdiff.training.build import plan
+from lit_transdiff.training.build import build_data, plan
 from lit_transdiff.training.trainer import train
 
 
@@ -115,6 +116,7 @@ def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say:
     for run in runs:
         wanted, allowed = world_size(run), f"the {fabric.world_size} that this command runs in (torchrun starts several)"
         require(wanted == fabric.world_size, f"{run.name}: distributed: processes", wanted, allowed)
+    check_images(pipeline, runs)
     start = time.monotonic()
     root = Path(pipeline.output_dir)
 
@@ -142,6 +144,24 @@ def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say:
         announce(f"compare     {root}")
         say(str(compare(root, root)))
         say(farewell(root, stages[-1]))
+
+
+def check_images(pipeline: Pipeline, runs: Sequence[RunConfig]) -> None:
+    """Refuse images that do not suit a run: those that it reads, and those whose latents it will read when they are made."""
+    sources = {str(Path(pipeline.output_dir) / step.dest): step.source for step in pipeline.cache}
+    for run in runs:
+        data = run.data
+        if data.train in sources:
+            data = replace(data, train=sources[data.train], evaluation=sources.get(data.evaluation or ""))
+        elif run.stage in STAGES:
+            continue  # what is there already is looked at by the run itself
+        try:
+            images = build_data(replace(run, data=data))
+            if run.stage in STAGES and pipeline.reference_images is not None and Path(pipeline.reference_images).suffix != ".npz":
+                names = read_index(pipeline.reference_images).class_names
+                require_classes("reference_images", names, images.class_names, "data.train")
+        except ValueError as error:
+            raise ValueError(f"{run.name}: {error}") from error
 
 
 def farewell(root: Path, last: RunConfig) -> str:
@@ -228,6 +248,8 @@ def is_newer(file: Path, other: Path) -> bool:
 
 def dry_run(runs: Sequence[RunConfig], pipeline: Pipeline | None = None, say: Callable[[str], None] = print) -> None:
     """Print each run's resolved configuration, parameter counts and planned steps, without writing anything."""
+    if pipeline is not None:
+        check_images(pipeline, runs)
     made = {str(Path(pipeline.output_dir) / step.dest) for step in pipeline.cache} if pipeline else set()
     for run in runs:
         outline = plan(run, made)

@@ -4,7 +4,7 @@ A run is one YAML file (see ``loading``). This room imports no torch, so that a 
 slow is loaded.
 """
 
-from lit_transdiff.config.checks import require, unknown
+from lit_transdiff.config.checks import are_numbers, require, require_classes, some, unknown
 from lit_transdiff.config.data import COLOURS, AutoencoderConfig, AutoencoderTraining, DataConfig, is_colour
 from lit_transdiff.config.effects import EFFECTS, check_effects
 from lit_transdiff.config.evaluation import EvaluationConfig
@@ -34,8 +34,11 @@ __all__ = [
     "SamplingConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "are_numbers",
     "check_effects",
     "is_colour",
     "require",
+    "require_classes",
+    "some",
     "unknown",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -32,3 +32,36 @@ def check_finite(config: Any, prefix: str = "") -> None:
         items = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
         numbers = [item for item in items if isinstance(item, float)]
         require(all(map(math.isfinite, numbers)), name, value, "finite numbers")
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether the names of classes are whole numbers in ASCII digits, all of them."""
+    return all(name.isascii() and name.isdecimal() for name in names)
+
+
+def require_classes(what: str, found: Sequence[str], expected: Sequence[str], whose: str) -> None:
+    """Raise ``ValueError`` unless the classes ``found``, by number, are those ``expected``, which are ``whose``.
+
+    Where one side has mere numbers for names, and the other has words, or there are no names at all, only the number of classes
+    can be compared.
+    """
+    if list(found) == list(expected) or not found or not expected:
+        return
+    if len(found) == len(expected) and are_numbers(found) != are_numbers(expected):
+        return
+    only, missing = [n for n in found if n not in expected], [n for n in expected if n not in found]
+    if len(found) != len(expected):
+        got = (
+            f"{len(found)} classes" + (f", with {some(only)}" if only else "") + (f", without {some(missing)}" if missing else "")
+        )
+        allowed = f"the {len(expected)} of {whose}; an empty class folder keeps the number of a class without images"
+    else:
+        c = next(c for c, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other)
+        got = f"class {c} {found[c]!r}" + ("" if only else ", the same classes in another order")
+        allowed = f"{expected[c]!r}, which is class {c} of {whose}; pack both from folders of the same names"
+    raise ValueError(f"{what}: got {got}; allowed: {allowed}.")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for messages."""
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

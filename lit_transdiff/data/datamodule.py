@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from lit_transdiff.config import DataConfig, require
+from lit_transdiff.config import DataConfig, require, require_classes
 from lit_transdiff.data.dataset import Batch, PlannedDataset, loader_options
 from lit_transdiff.data.index import ShardIndex, read_index
 from lit_transdiff.data.order import BatchLayout, Rows, TrainPlan, evaluation_batches
-from lit_transdiff.data.references import read_groups
+from lit_transdiff.data.references import check_class_sizes, read_groups, without_small_classes
 from lit_transdiff.data.stream import StreamDataset, is_url
 
 __all__ = ["Batch", "DataModule"]
@@ -43,14 +43,18 @@ class DataModule(pl.LightningDataModule):
         evaluation_batch_size: int = 64,
         num_validation_samples: Optional[int] = None,
         autoencoder_fingerprint: Optional[str] = None,
+        uses_labels: bool = True,
     ) -> None:
-        """Batch sizes are in rows (groups, when R > 1); ``num_validation_samples`` in images: nothing for all, 0 for none."""
+        """Batch sizes are in rows (groups, when R > 1); ``num_validation_samples`` in images: nothing for all, 0 for none.
+
+        Without ``uses_labels`` it does not matter which classes the held-out images are of.
+        """
         super().__init__()
         self.data, self.num_references, self.num_classes = data, num_references, num_classes
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.max_steps, self.seed = max_steps, seed
         self.evaluation_batch_size, self.num_validation_samples = evaluation_batch_size, num_validation_samples
-        self.autoencoder_fingerprint = autoencoder_fingerprint
+        self.autoencoder_fingerprint, self.uses_labels = autoencoder_fingerprint, uses_labels
         self.train_index: Optional[ShardIndex] = None
         self.evaluation_index: Optional[ShardIndex] = None
         self.plan: Optional[TrainPlan] = None
@@ -69,6 +73,14 @@ class DataModule(pl.LightningDataModule):
         if self.train_index is not None and self.evaluation_index is not None:
             found, expected = self.evaluation_index.kind, self.train_index.kind
             require(found == expected, "data.evaluation", found, f"{expected}, as in data.train")
+        self.check_sizes()
+
+    def check_sizes(self) -> None:
+        """Every class to train on has R images, and there is one to validate on that has."""
+        if self.train_index is not None and self.data.groups is None:
+            check_class_sizes(self.train_index, self.num_references)
+        if self.evaluation_index is not None and self.num_validation_samples != 0:
+            without_small_classes(self.evaluation_index, self.num_references)
 
     def check_source(self, remote: bool) -> None:
         """The settings that go with a URL, or with a folder, in ``data.train``."""
@@ -81,7 +93,9 @@ class DataModule(pl.LightningDataModule):
             require(data.index is None, "data.index", data.index, "nothing when data.train is a folder, which has its own")
 
     def checked(self, index: ShardIndex, field: str) -> ShardIndex:
-        """An index that fits the model and the autoencoder."""
+        """An index that fits the model, the autoencoder and the training data."""
+        if field == "data.evaluation" and self.train_index is not None and self.uses_labels:
+            require_classes(f"{field}: {index.folder}", index.class_names, self.train_index.class_names, "data.train")
         require(
             index.num_classes == self.num_classes,
             f"{field}: classes in {index.folder}",

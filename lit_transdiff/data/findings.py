@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from lit_transdiff.base.files import read_json, replace_file
+from lit_transdiff.config import are_numbers
 from lit_transdiff.data.decode import ANIMATED, ORIENTED, TRANSPARENT
 from lit_transdiff.data.encode import Encoding
 from lit_transdiff.data.index import ShardIndex
-from lit_transdiff.data.sources import is_number, listed_kinds
+from lit_transdiff.data.sources import listed_kinds
 
 SKIPPED_FILE = "skipped.txt"
 FINDINGS_FILE = "findings.json"
@@ -148,7 +149,7 @@ def notes_on_classes(index: ShardIndex) -> Iterator[str]:
 
 def notes_on_names(names: Sequence[str]) -> Iterator[str]:
     """Names of classes, in order of the class, whose order or spelling may not be what they seem."""
-    if all(map(is_number, names)):
+    if are_numbers(names):
         if moved := [f"class {c} is {name!r}" for c, name in enumerate(names) if int(name) != c]:
             yield f"classes are numbered from 0 without gaps, so that their numbers are not their names: {shortened(moved)}"
     elif wrong := next((pair for pair in pairs_by_number(names) if pair[0] != pair[1]), None):

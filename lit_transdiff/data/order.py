@@ -17,9 +17,9 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from lit_transdiff.config import require
+from lit_transdiff.config import require, some
 from lit_transdiff.data.index import ShardIndex
-from lit_transdiff.data.references import check_class_sizes, group_references, num_groups
+from lit_transdiff.data.references import check_class_sizes, group_references, num_groups, without_small_classes
 
 log = logging.getLogger(__name__)
 MASK = 2**64 - 1
@@ -150,9 +150,16 @@ def evaluation_batches(
     """The batches that a rank evaluates: each item on exactly one rank, none padded, equally many batches on every rank.
 
     All samples in index order, or with ``num_samples`` the first ones of a permutation that depends on ``seed`` only.
-    Position is the index of the (first) sample. Only when ``batch_size`` is 1 may a batch be one larger than asked for.
+    Position is the index of the (first) sample. Classes with fewer than R samples are left out, with a warning. Only when
+    ``batch_size`` is 1 may a batch be one larger than asked for.
     """
-    check_class_sizes(index, num_references)
+    large = without_small_classes(index, num_references)
+    small = [index.class_names[c] for c in np.flatnonzero(~large & (index.class_counts > 0))]
+    if small and rank == 0:
+        log.warning(
+            "data.evaluation: %d classes with fewer than %d images are left out of validation: %s",
+            *(len(small), num_references, some(small)),
+        )
     order = np.arange(len(index)) if num_samples is None else generator(seed, 0).permutation(len(index))
     items, _ = group_references(index.label, order, num_references, fill_up=False)
     if num_samples is not None:

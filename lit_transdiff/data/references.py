@@ -55,8 +55,21 @@ def check_class_sizes(index: ShardIndex, num_references: int) -> None:
     for c in np.flatnonzero((index.class_counts > 0) & (index.class_counts < num_references)):
         raise ValueError(
             f"model.num_references: got {num_references}, but class {index.class_names[c]!r} of {index.folder} has only "
-            f"{index.class_counts[c]} images; allowed: at most the size of the smallest class."
+            f"{index.class_counts[c]} images; allowed: at most the size of the smallest class, or leave that class out."
         )
+
+
+def without_small_classes(index: ShardIndex, num_references: int) -> np.ndarray:
+    """[num_classes] bool: the classes with R images or more, which can be validated on. Raises ``ValueError`` without any."""
+    large = index.class_counts >= num_references
+    most = int(index.class_counts.max())
+    if not large.any():
+        raise ValueError(
+            f"data.evaluation: no class of {index.folder} has more than {most} images, and validation takes groups of "
+            f"model.num_references={num_references}; allowed: more held-out images of a class, at most {most} references, or "
+            "training.num_validation_samples=0, which validates nothing."
+        )
+    return large
 
 
 class Line(NamedTuple):

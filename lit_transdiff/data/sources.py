@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional, Union
 import numpy as np
 
 from lit_transdiff.base.files import sha256_of_lines
-from lit_transdiff.config import require
+from lit_transdiff.config import are_numbers, require
 from lit_transdiff.data.scan import IMAGE_MEMBERS, LABEL, LABELS
 
 MAX_KEY_BYTES = 80  # a plain tar header holds 100 with the extension
@@ -53,7 +53,7 @@ def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
         entries_found = [(entry.name, entry.is_dir(), kind_of(entry)) for entry in entries]
     found = [entry for entry in entries_found if not entry[0].startswith(".")]
     classes = sorted(name for name, is_folder, _ in found if is_folder)
-    if all(map(is_number, classes)):
+    if are_numbers(classes):
         classes.sort(key=int)
     require(len(classes) > 0, str(folder), "a folder without class folders", "folder/class/image.jpg, or IDX files")
     for name in classes:
@@ -115,11 +115,6 @@ def readable(name: str) -> str:
 def kind_of(entry: os.DirEntry[str]) -> str:
     """``folders``, or the extension of a file."""
     return "folders" if entry.is_dir() else os.path.splitext(readable(entry.name))[1].lower() or "files without an extension"
-
-
-def is_number(name: str) -> bool:
-    """Whether the name of a class is a whole number in ASCII digits."""
-    return name.isascii() and name.isdecimal()
 
 
 def listed_kinds(kinds: Counter[str]) -> str:

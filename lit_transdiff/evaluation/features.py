@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from lit_transdiff.base.files import short_hash
+from lit_transdiff.base.files import read_json, short_hash
 from lit_transdiff.config import require, unknown
 from lit_transdiff.data.pixels import from_bytes, to_bytes
 from lit_transdiff.models.classifier import load_classifier
@@ -48,6 +49,7 @@ class FeatureExtractor(nn.Module, ABC):
     weights_file = ""  # what the file of weights is, and where it is to be had
     num_spatial: int | None = None  # numbers in the spatial features; nothing without them
     gives_logits = True
+    class_names: Sequence[str] = ()  # of the data set, by class, where they are known
 
     def __init__(self, name: str, network: nn.Module, fingerprint: str, num_features: int, num_classes: int | None) -> None:
         super().__init__()
@@ -79,11 +81,20 @@ class ClassifierFeatures(FeatureExtractor):
     def __init__(self, path: str | Path) -> None:
         network = load_classifier(path)
         super().__init__("classifier", network, short_hash(Path(path)), network.head.in_features, network.num_classes)
+        self.class_names = names_beside(Path(path))
 
     def extract(self, pixels: Tensor, spatial: bool) -> Features:
         images = from_bytes(pixels)
         features = self.network.features(images)  # type: ignore[operator]
         return Features(features, self.network.head(features))  # type: ignore[operator]
+
+
+def names_beside(weights: Path) -> list[str]:
+    """The names of the classes that a classifier was trained on, which its export says beside the weights; else nothing."""
+    file = weights.with_name("export.json")
+    info = read_json(file) if file.is_file() else {}
+    names = info.get("class_names") if isinstance(info, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 class InceptionFeatures(FeatureExtractor):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_transdiff.config import EvaluationConfig, SamplingConfig, require
+from lit_transdiff.config import EvaluationConfig, SamplingConfig, require, require_classes
 from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.evaluation.features import FeatureExtractor, Features, load_extractor
 from lit_transdiff.evaluation.metrics import Scored, check_metrics, compute_scores, needed_by, there
@@ -72,6 +72,9 @@ def prepare(generator: Generator, settings: EvaluationConfig, sampling: Sampling
         spatial=extractor.num_spatial is not None,
     )
     check_metrics(settings.metrics, have)
+    if "class logits" in needed_by(settings.metrics):
+        where = f"evaluation.extractor_weights: {settings.extractor_weights}"
+        require_classes(where, extractor.class_names, generator.class_names, "the trained run")
     neighbours = settings.num_neighbours
     if reference is not None and {"precision", "recall"} & set(settings.metrics):
         where = f"evaluation.num_neighbours: features of {settings.reference}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_transdiff.base.files import short_hash
-from lit_transdiff.config import AutoencoderConfig, DataConfig
+from lit_transdiff.config import AutoencoderConfig, DataConfig, require_classes
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex, read_index
 from lit_transdiff.data.latents import LatentCache, latent_info
@@ -76,6 +76,8 @@ def statistics(
 
     ``source`` may also be an ``.npz`` file of images in the ADM evaluator's layout, which are taken as they are.
     """
+    if Path(source).suffix != ".npz":
+        require_classes(str(source), read_index(source).class_names, extractor.class_names, "the classifier that looks at them")
     batches, count = batches_of(source, data, batch_size)
     progress = tqdm(batches, desc="statistics", unit="batch", total=math.ceil(count / batch_size))
     found = reference_statistics(progress, extractor, source=str(source), settings=made_of(source, data))

@@ -36,6 +36,8 @@ def psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
 class AutoencoderStage(PreparatoryStage):
     """Square error + edge error + ``kl_weight`` x KL (nats a latent value), on posterior samples."""
 
+    uses_labels = False
+
     def __init__(self, run: RunConfig) -> None:
         super().__init__(run)
         self.autoencoder = KLAutoencoder.new(run.autoencoder_training, run.data.image_channels, run.data.image_size)

@@ -19,6 +19,8 @@ from lit_transdiff.stages.optim import check_optimizer, lr_factor
 class PreparatoryStage(pl.LightningModule, ABC):
     """What such stages share: AdamW over all parameters, and its schedule. The last weights are exported."""
 
+    uses_labels = True  # so that held-out classes must be those that are trained on
+
     def __init__(self, run: RunConfig) -> None:
         super().__init__()
         self.check(run)

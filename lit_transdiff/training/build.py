@@ -62,7 +62,7 @@ def build(run: RunConfig) -> Parts:
     """The stage, its data and its autoencoder; every mismatch between them is reported here."""
     check_run(run)
     if run.stage in PREPARATORY:
-        return Parts(run, PREPARATORY[run.stage](run), build_data(run, None), None, "")
+        return Parts(run, PREPARATORY[run.stage](run), build_data(run), None, "")
     autoencoder = build_autoencoder(run)
     if run.training.compile:
         autoencoder.compile_parts()
@@ -82,11 +82,12 @@ def build_autoencoder(run: RunConfig) -> Autoencoder:
     return autoencoder
 
 
-def build_data(run: RunConfig, autoencoder: Autoencoder | None) -> DataModule:
-    """The run's data, opened and checked against its index."""
+def build_data(run: RunConfig, autoencoder: Autoencoder | None = None) -> DataModule:
+    """The run's data, opened and checked against its index; of latents also against the ``autoencoder``."""
+    preparatory = PREPARATORY.get(run.stage)
     data = DataModule(
         run.data,
-        num_references=run.model.num_references if autoencoder else 1,
+        num_references=1 if preparatory else run.model.num_references,
         num_classes=run.model.num_classes,
         global_batch_size=run.training.global_batch_size,
         micro_batch_size=micro_batch_size(run),
@@ -94,6 +95,7 @@ def build_data(run: RunConfig, autoencoder: Autoencoder | None) -> DataModule:
         seed=run.seed,
         num_validation_samples=run.training.num_validation_samples,
         autoencoder_fingerprint=autoencoder.fingerprint if autoencoder else None,
+        uses_labels=preparatory is None or preparatory.uses_labels,
     )
     data.setup("fit")
     return data

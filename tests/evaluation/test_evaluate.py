@@ -241,3 +241,17 @@ def test_what_cannot_be_scored_is_refused_before_any_image_is_drawn(
             evaluate(generator, tiny_settings(files, metrics=metrics, reference=few.path), SAMPLING, output=tmp_path)
     with pytest.raises(ValueError, match=r"sampling\.solver"):
         evaluate(generator, tiny_settings(files), SamplingConfig(solver="eular"), output=tmp_path)
+
+
+def test_a_classifier_of_other_classes_does_not_judge(files: Path, tmp_path: Path) -> None:
+    """Which classes it knows stands beside its weights, in its export; of weights alone only the number is known."""
+    (tmp_path / "judge.safetensors").write_bytes((files / "judge.safetensors").read_bytes())
+    settings = tiny_settings(files, extractor_weights=str(tmp_path / "judge.safetensors"))
+    prepare(tiny_generator(), settings, SAMPLING)
+    for names in (["a", "b", "c"], ["0", "1", "2"]):
+        (tmp_path / "export.json").write_text(json.dumps({"class_names": names}))
+        prepare(tiny_generator(), settings, SAMPLING)
+    (tmp_path / "export.json").write_text(json.dumps({"class_names": ["b", "c", "d"]}))
+    with pytest.raises(ValueError, match=r"_weights: .*: got class 0 'b'; allowed: 'a', which is class 0 of the trained"):
+        prepare(tiny_generator(), settings, SAMPLING)
+    prepare(tiny_generator(), dataclasses.replace(settings, metrics=["frechet_distance"]), SAMPLING)  # which asks for no class

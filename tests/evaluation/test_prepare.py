@@ -76,6 +76,14 @@ def test_images_are_read_once_each_and_statistics_say_what_they_are_of(few: Path
     assert found.num_images == 40 and found.about["extractor"] == "classifier" and found.about["source"] == str(few)
 
 
+def test_statistics_of_other_classes_than_the_classifiers_are_refused(few: Path, tmp_path: Path):
+    save_classifier(SmallClassifier(2, 32, 1), tmp_path / "judge.safetensors")
+    (tmp_path / "export.json").write_text(json.dumps({"class_names": ["class-0", "class-2"]}))
+    extractor = load_extractor("classifier", tmp_path / "judge.safetensors")
+    with pytest.raises(ValueError, match=r"shards: got class 1 'class-1'; allowed: 'class-2', .* of the classifier"):
+        statistics(few, tmp_path / "reference.npz", data=DATA, extractor=extractor)
+
+
 def test_statistics_of_something_else_are_refused(few: Path, tmp_path: Path):
     extractor = load_extractor("classifier", ROOT / "data/fashion/classifier.safetensors")
     made = statistics(few, tmp_path / "reference.npz", data=DATA, extractor=extractor)
