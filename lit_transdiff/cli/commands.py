@@ -181,6 +181,7 @@ def evaluate(args: argparse.Namespace) -> None:
     export_folder(args.checkpoint)
     from lit_transdiff.cli.pipeline import score_checkpoint
     from lit_transdiff.distributed import build_fabric
+    from lit_transdiff.evaluation.scores import in_words
     from lit_transdiff.sampling.generator import load_generator
 
     fabric = build_fabric()
@@ -188,8 +189,8 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = override(generator.run, preset(args.preset) + args.overrides, (*CHANGEABLE, "tracking"))
     output = Path(args.output) if args.output else None
     result = score_checkpoint(generator, settings, output, fabric, save_images=args.save_images)
-    for name, value in result["scores"].items():
-        fabric.print(f"{name:20} {value}")
+    for name, score in result["scores"].items():
+        fabric.print(f"{name:20} {in_words(score)}")
     fabric.print(result["file"])
 
 

@@ -17,18 +17,12 @@ from lit_transdiff.checkpoints.run_folder import git_commit, package_versions
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
 from lit_transdiff.config.paths import export_folder
 from lit_transdiff.evaluation.metrics import INCEPTION_PART
-from lit_transdiff.evaluation.scores import FOLDER, Score
+from lit_transdiff.evaluation.scores import DECIDING, FOLDER, Score
 
 if TYPE_CHECKING:
     from lit_transdiff.evaluation.features import FeatureExtractor
     from lit_transdiff.evaluation.statistics import Statistics
     from lit_transdiff.sampling.generator import Generator
-
-# The part of a manifest that decides the scores; the rest (date, speed, paths) may differ between equal evaluations.
-DECIDING = [
-    *("run", "weights_fingerprint", "scored_reference", "sampling", "precision", "num_images", "seed", "label_mode"),
-    *("metrics", "num_neighbours", "inception_score_part", "extractor", "extractor_fingerprint", "reference_hash"),
-]
 
 
 def manifest(

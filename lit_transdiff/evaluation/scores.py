@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 FOLDER = "evaluations"  # of a run folder
 JUDGED_BY = ("extractor", "extractor_fingerprint", "reference_hash", "num_images", "label_mode", "num_neighbours")
+# The part of a manifest that decides the scores; the rest (date, speed, paths) may differ between equal evaluations.
+DECIDING = [
+    *("run", "weights_fingerprint", "scored_reference", "sampling", "precision", "num_images", "seed", "label_mode"),
+    *("metrics", "num_neighbours", "inception_score_part", "extractor", "extractor_fingerprint", "reference_hash"),
+]
 
+ROUNDING = 1e-9  # of a value: a spread below it is none
 Score = float | dict[str, float]  # a number, or mean and std
 
 
 def value(score: Score) -> float:
     """A score as one number: its mean, if it has a spread."""
     return score["mean"] if isinstance(score, Mapping) else score
+
+
+def spread(score: Score) -> float | None:
+    """The standard deviation over a score's parts; nothing, where it has one part, or equal ones: no spread was measured."""
+    std = score.get("std", math.nan) if isinstance(score, Mapping) else math.nan
+    return std if math.isfinite(std) and std > ROUNDING * abs(value(score)) else None
+
+
+def in_words(score: Score) -> str:
+    """A score in full, with its spread where one was measured."""
+    std = spread(score)
+    return f"{value(score)}" + ("" if std is None else f" ± {std:.2g}")
 
 
 def judged_by(manifest: Mapping[str, Any]) -> tuple[Any, ...]:

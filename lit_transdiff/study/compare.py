@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lit_transdiff.config import require, unknown
 from lit_transdiff.study.records import Run
 from lit_transdiff.study.scored import FULL, default_metrics, higher_is_better, judge_in_words, judge_of, scores_of
+from lit_transdiff.study.text import frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,7 +159,7 @@ class Comparison:
 
     def __str__(self) -> str:
         tables, notes = self.shown()
-        texts = [table.to_string(index=False, float_format=lambda value: f"{value:.4g}") for table in tables]
+        texts = [frame(table) for table in tables]
         return "\n\n".join([*texts, "\n".join(notes)]).rstrip()
 
     __repr__ = __str__  # what a console shows

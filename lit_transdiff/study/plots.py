@@ -10,6 +10,7 @@ from lit_transdiff.config import require
 from lit_transdiff.evaluation.scores import JUDGED_BY, judged_by
 from lit_transdiff.study.compare import MAX_IN_LABEL, Comparison, distinct, label, labels
 from lit_transdiff.study.records import AXES, Run
+from lit_transdiff.study.repeats import pooled, repeats
 from lit_transdiff.study.scored import higher_is_better, judge_of, metric_of, scores_of, title_of
 
 if TYPE_CHECKING:
@@ -163,17 +164,18 @@ def positions(values: Sequence[Any]) -> tuple[list[float], dict[str, float]]:
 def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: str = "decoder_evaluations_per_image") -> Figure:
     """Quality against the cost of an image; the legend names the runs that nothing beats in both, among those judged alike.
 
-    ``cost`` is a number of the manifest.
+    Evaluations that differ in their seed alone are one point, at their mean. ``cost`` is a number of the manifest.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
     name = short(quality, "/")
-    scored = [(e, run) for run in runs for e in run.evaluations if name in e.scores and cost in e.manifest]
+    scored = [(group, run) for run in runs for group in repeats(run.evaluations) if cost in group[0].manifest]
     by_judge: dict[tuple[Any, ...], list[Point]] = {}
-    for e, run in scored:
-        if math.isfinite(e.value(name)):
-            by_judge.setdefault(judged_by(e.manifest), []).append((e.manifest[cost], e.value(name), run.where))
+    for group, run in scored:
+        if (score := pooled(group, name)) is not None and math.isfinite(score.mean):
+            point = (group[0].manifest[cost], score.mean, run.where)
+            by_judge.setdefault(judged_by(group[0].manifest), []).append(point)
     require(len(by_judge) > 0, "runs", len(scored), f"runs with evaluations that say {quality} and {cost}")
     told, names = labels(runs), []
     figure = Figure(layout="constrained")

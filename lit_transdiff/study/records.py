@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.evaluation.scores import value
+from lit_transdiff.study.repeats import repeats
 from lit_transdiff.tracking.place import flat
 
 if TYPE_CHECKING:
@@ -85,6 +86,11 @@ class Run:
         """The newest evaluation with the run's own settings; where there is none, the newest."""
         own = [evaluation for evaluation in self.evaluations if not self.differences(evaluation)]
         return max(own or self.evaluations, key=lambda evaluation: evaluation.manifest.get("date", ""), default=None)
+
+    @property
+    def repeats(self) -> list[Evaluation]:
+        """The evaluations that differ from ``evaluation`` in their seed alone, and itself."""
+        return next((group for group in repeats(self.evaluations) if self.evaluation in group), [])
 
     def differences(self, evaluation: Evaluation) -> dict[str, Any]:
         """Sampling, number of images and seed of an evaluation, by dotted name, where they are not the run's own."""

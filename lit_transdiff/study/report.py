@@ -21,7 +21,18 @@ from lit_transdiff.config import require
 from lit_transdiff.sampling.pictures import narrowed
 from lit_transdiff.study.compare import differing
 from lit_transdiff.study.records import AXES, Evaluation, Run, opened
-from lit_transdiff.study.scored import default_metrics, higher_is_better, judge_in_words, judge_of, scores_of, title_of
+from lit_transdiff.study.repeats import Pooled, repeats
+from lit_transdiff.study.scored import (
+    FULL,
+    default_metrics,
+    evaluation_in_words,
+    higher_is_better,
+    judge_in_words,
+    judge_of,
+    pooled_scores,
+    scores_of,
+    title_of,
+)
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_POINTS = 500  # of a curve; longer ones are thinned evenly
@@ -69,12 +80,13 @@ def run_data(run: Run, scores: Sequence[str]) -> dict[str, Any]:
         "where": run.where,
         "settings": {name: plain(value) for name, value in run.settings.items()},
         "scores": {key: plain(found[key]) for key in scores if key in found},
+        "spreads": {f"{FULL}{name}": spread_in_words(score) for name, score in pooled_scores(run.repeats).items() if score.n > 1},
         "judges": {key: repr(judge_of(run, key)) for key in scores if key in found},
         "judge": judge_in_words(run),
         "curves": curves(run),
         "samples": [{"step": step, "picture": embedded(picture)} for step, picture in evenly(list(run.samples().items()))],
         "pictures": [{"name": name, "picture": embedded(picture)} for name, picture in run.pictures().items()],
-        "evaluations": [evaluation_data(run, evaluation) for evaluation in run.evaluations],
+        "evaluations": [evaluation_data(run, group) for group in repeats(run.evaluations)],
     }
 
 
@@ -89,20 +101,26 @@ def curves(run: Run) -> dict[str, dict[str, list[Any]]]:
     return found
 
 
-def evaluation_data(run: Run, evaluation: Evaluation) -> dict[str, Any]:
-    """Scores with their spread, the manifest, the picture, and whether it is the one in the table of runs."""
+def evaluation_data(run: Run, group: Sequence[Evaluation]) -> dict[str, Any]:
+    """An evaluation with its repeats: scores and spread, what tells it from others, manifest and picture of the newest."""
     scores = []
-    for name, score in evaluation.scores.items():
-        key, std = f"eval/{name}", score["std"] if isinstance(score, dict) else None
-        about = {"title": title_of(key), "higher": higher_is_better(key)}
-        scores.append(about | {"value": plain(evaluation.value(name)), "std": plain(std)})
-    picture = opened({"picture": evaluation.open_picture} if evaluation.open_picture else {}).get("picture")
+    for name, score in pooled_scores(group).items():
+        about = {"title": title_of(f"{FULL}{name}"), "higher": higher_is_better(f"{FULL}{name}")}
+        scores.append(about | {"value": plain(score.mean), "std": plain(score.std), "n": score.n})
+    newest = group[0]
+    picture = opened({"picture": newest.open_picture} if newest.open_picture else {}).get("picture")
     return {
         "scores": scores,
-        "manifest": plain(evaluation.manifest),
+        "label": evaluation_in_words(group),
+        "manifest": plain(newest.manifest),
         "picture": embedded(picture) if picture else None,
-        "shown": evaluation is run.evaluation,
+        "shown": run.evaluation in group,
     }
+
+
+def spread_in_words(score: Pooled) -> str:
+    """What follows a mean over repeats."""
+    return f"± {score.std:.2g} (n={score.n})" if score.std is not None else f"(n={score.n})"
 
 
 def evenly(items: list[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.scores import judged_by
 from lit_transdiff.study.records import Evaluation, Run
+from lit_transdiff.study.repeats import Pooled, pooled, seeds
 
 FULL, ONLINE = "eval/", "online/"  # scores of ``evaluate``, and scores while training, of fewer images
 ONLINE_JUDGES = ("extractor", "reference", "online_images", "label_mode", "num_neighbours")  # settings of the evaluation
@@ -34,9 +35,16 @@ def title_of(key: str) -> str:
 
 
 def scores_of(run: Run) -> dict[str, float]:
-    """``eval/NAME`` of the run's evaluation, beside the last value of every logged metric."""
-    scores = {f"{FULL}{name}": run.evaluation.value(name) for name in run.evaluation.scores} if run.evaluation else {}
+    """``eval/NAME`` of the run's evaluation, the mean over its repeats, beside the last value of every logged metric."""
+    scores = {f"{FULL}{name}": score.mean for name, score in pooled_scores(run.repeats).items()}
     return {**{key: value for key, value in run.summary.items() if isinstance(value, int | float)}, **scores}
+
+
+def pooled_scores(repeats: Sequence[Evaluation]) -> dict[str, Pooled]:
+    """Every score of an evaluation over its repeats."""
+    names = dict.fromkeys(name for evaluation in repeats for name in evaluation.scores)
+    found = {name: pooled(repeats, name) for name in names}
+    return {name: score for name, score in found.items() if score is not None}
 
 
 def default_metrics(runs: Sequence[Run]) -> list[str]:
@@ -67,12 +75,41 @@ def judge_in_words(run: Run) -> str:
     reference = Path(manifest["reference"]).stem if manifest.get("reference") else None
     images = f"{manifest['num_images']:,} images" if "num_images" in manifest else None
     words = ", ".join(word for word in (manifest.get("extractor"), reference, images, sampler(run.evaluation)) if word)
+    if (count := len({repr(evaluation.manifest.get("seed")) for evaluation in run.repeats})) > 1:
+        words += f", mean of {count} seeds"
     other = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in run.differences(run.evaluation).items())
     return f"{words} (the newest; not the run's own: {other})" if other else words
 
 
 def sampler(evaluation: Evaluation) -> str:
-    """Solver, steps and guidance, where the manifest says them."""
+    """Solver, steps and guidance, where the manifest says them; interval and scales where they are not the plain ones."""
     sampling = evaluation.manifest.get("sampling") or {}
     names = ("solver", "num_steps", "guidance_scale")
-    return "{} {} x {:g}".format(*(sampling[name] for name in names)) if all(name in sampling for name in names) else ""
+    if not all(name in sampling for name in names):
+        return ""
+    plain: dict[str, tuple[Any, ...]] = {
+        "guidance_interval": ([0, 1], (0, 1)),
+        "reference_guidance": (None, [], ()),
+        "reference_steps": (None, [], ()),
+        "drift_scale": (1,),
+        "noise_scale": (1,),
+    }
+    others = {name.replace("_", " "): sampling[name] for name in plain if name in sampling and sampling[name] not in plain[name]}
+    words = "{} {} x {:g}".format(*(sampling[name] for name in names))
+    return ", ".join([words, *(f"{name} {value}" for name, value in others.items())])
+
+
+def evaluation_in_words(group: Sequence[Evaluation]) -> str:
+    """What tells an evaluation, or its repeats, from the others of its run: sampler, images, judge, weights and seeds."""
+    manifest = group[0].manifest
+    training = manifest.get("training") or {}
+    parts = {
+        "": sampler(group[0]),
+        "images ": f"{manifest['num_images']:,}" if "num_images" in manifest else None,
+        "by ": manifest.get("extractor"),
+        "against ": Path(manifest["reference"]).stem if manifest.get("reference") else None,
+        "of ": Path(manifest["checkpoint"]).name if manifest.get("checkpoint") else None,
+        "step ": training.get("step"),
+        "seed " if len(group) == 1 else "seeds ": seeds(group),
+    }
+    return ", ".join(f"{word}{part}" for word, part in parts.items() if part not in (None, "", "?"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from lit_transdiff.study.compare import compare
 from lit_transdiff.study.runs import runs
 from lit_transdiff.study.scored import scores_of
+from lit_transdiff.study.text import frame
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.trial import Trial
 
@@ -27,7 +28,7 @@ def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
         table = table.sort_values(sweep.metric, ascending=not sweep.maximize)
     elif sweep.metric is not None:
         head += f"; none has logged {sweep.metric}"
-    text = table.drop(columns=["seed", "judged by"]).to_string(index=False, float_format=lambda value: f"{value:.4g}")
+    text = frame(table.drop(columns=["seed", "judged by"]))
     return f"{head}\n\n{text}\n\nTry next: lit-transdiff report {folder}"
 
 

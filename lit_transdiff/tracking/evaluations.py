@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.paths import export_folder
+from lit_transdiff.evaluation.scores import spread, value
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.tracking.artifacts import evaluation_artifact, make, model_artifact, use
 from lit_transdiff.tracking.loggers import MetricsCSV
@@ -23,10 +24,9 @@ def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
     """Scores as metrics: ``eval/NAME``, and ``eval/NAME_std`` where there is a spread."""
     found: dict[str, float] = {}
     for name, score in scores.items():
-        if isinstance(score, Mapping):
-            found |= {f"eval/{name}": score["mean"], f"eval/{name}_std": score["std"]}
-        else:
-            found[f"eval/{name}"] = score
+        found[f"eval/{name}"] = value(score)
+        if (std := spread(score)) is not None:
+            found[f"eval/{name}_std"] = std
     return found
 
 
@@ -74,7 +74,7 @@ def log_result(log: WandbRun, result: Mapping[str, Any], step: int) -> None:
     scores, manifest, file = result["scores"], result["manifest"], Path(result["file"])
     log.experiment.config.update({"manifest": dict(manifest)}, allow_val_change=True)
     log.log_metrics(numbers(scores), step)
-    rows = [[name, *(score.values() if isinstance(score, Mapping) else (score, None))] for name, score in scores.items()]
+    rows = [[name, value(score), spread(score)] for name, score in scores.items()]
     log.log_table("eval/scores", ["metric", "value", "std"], rows, step)
     picture = file.with_suffix(".png")
     if picture.is_file():

@@ -63,6 +63,27 @@ def test_every_name_stands_in_the_page_as_it_is(tmp_path: Path, name: str) -> No
     assert "<" not in embedded and json.loads(embedded)["runs"][0]["name"] == name
 
 
+def test_repeats_are_one_entry_and_evaluations_say_what_tells_them_apart(tmp_path: Path) -> None:
+    """The luckiest of three seeds is no score of the run, and neither is one of fewer images."""
+    folder = make_run(tmp_path, "a", 2.0)
+    make_run(tmp_path, "b", 1.9, lr=0.1)
+    content = json.loads((folder / "evaluations" / "r.json").read_text())
+    for name, seed, images, distance in (("s", 1, 20, 1.0), ("t", 2, 20, 3.6), ("u", 0, 5, 0.1)):
+        content["manifest"] |= {"seed": seed, "num_images": images}
+        content["scores"]["frechet_distance"] = distance
+        (folder / "evaluations" / f"{name}.json").write_text(json.dumps(content))
+    a, b = page_data(runs(tmp_path))["runs"]
+    assert a["scores"]["eval/frechet_distance"] == pytest.approx(2.2) and b["scores"]["eval/frechet_distance"] == 1.9
+    assert a["spreads"]["eval/frechet_distance"] == "± 1.3 (n=3)" and b["spreads"] == {}
+    assert a["judges"]["eval/frechet_distance"] == b["judges"]["eval/frechet_distance"]
+    pooled, few = a["evaluations"]
+    assert (pooled["shown"], few["shown"]) == (True, False) and pooled["label"] != few["label"]
+    assert "images 20, seeds 0, 1, 2" in pooled["label"] and "images 5, seed 0" in few["label"]
+    by_title = {score["title"]: score for score in pooled["scores"]}
+    assert by_title["Frechet distance"]["n"] == 3 and by_title["Frechet distance"]["std"] == pytest.approx(1.3115, rel=1e-3)
+    assert all(score["n"] == 1 for score in few["scores"])
+
+
 def test_an_odd_file_takes_only_itself_from_the_page(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "a", 2.0)
     content = json.loads((folder / "evaluations" / "r.json").read_text())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.results import DECIDING, result_name
-from lit_transdiff.study.table import collect, compare
+from lit_transdiff.study.table import Comparison, collect, compare
 
 PLAIN = dict(drift_scale=1.0, noise_scale=1.0)
 SAMPLING = dict(solver="euler", num_steps=40, guidance_scale=1.5, guidance_interval=[0.0, 1.0], reference_guidance=None) | PLAIN
@@ -89,22 +91,88 @@ def test_text_is_aligned_and_the_csv_holds_plain_numbers(folder: Path, tmp_path:
         assert picture.width > 3 * 300 and picture.height > 200
 
 
-def test_folders_without_results_and_broken_files_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_folders_without_results_are_refused_and_broken_files_left_out(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no result"):
         compare(tmp_path / "empty", tmp_path / "out")
     assert [row.manifest["run"] for row in collect(folder)] == ["mrar", "onestep", "other"]
-    (folder / "mrar" / "evaluations" / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"x\.json is not a result"):
-        collect(folder)
+    for bad in (
+        "{}",
+        "[]",
+        "not JSON",
+        '{"scores": {"precision": "high"}, "manifest": {}}',
+        '{"scores": {}, "manifest": {"run": "x"}}',
+    ):
+        (folder / "mrar" / "evaluations" / "x.json").write_text(bad)
+        caplog.clear()
+        assert [row.manifest["run"] for row in collect(folder)] == ["mrar", "onestep", "other"]
+        assert "x.json is not a result" in caplog.text and "left out" in caplog.text
+    with pytest.raises(ValueError, match="none of the files in evaluations/ is a result"):
+        shutil.copytree(folder / "mrar", tmp_path / "only", ignore=lambda _, names: [n for n in names if n.startswith("mrar")])
+        collect(tmp_path / "only")
+
+
+def table_of(made: Comparison) -> list[dict[str, str]]:
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made.markdown.read_text().splitlines() if "|" in line]
+    return [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
+
+
+def test_repeats_are_one_row_and_the_luckiest_is_not_the_best(tmp_path: Path) -> None:
+    for seed, distance in enumerate((2.5, 1.0, 2.8)):
+        spread = {"inception_score": {"mean": 8.0 + seed, "std": 0.0}, "precision": 0.7}
+        write(tmp_path, "a", {"frechet_distance": distance} | spread, seed=seed, date=f"2026-01-0{seed + 1}")
+    write(tmp_path, "a", {"frechet_distance": 7.0}, seed=0, metrics=["frechet_distance"], date="2025-01-01")  # seed 0, earlier
+    write(tmp_path, "b", {"frechet_distance": 2.0, "inception_score": {"mean": 3.0, "std": 0.0}})
+    write(tmp_path, "b", {"frechet_distance": 0.5}, num_images=50_000)
+    made = compare(tmp_path, tmp_path / "out")
+    pooled, single, many = sorted(table_of(made), key=lambda row: (row["run"], "50,000" in row["judged by"]))
+    assert pooled["Frechet distance ↓"] == "2.1 ± 0.96 (n=3)" and pooled["seeds"] == "0, 1, 2"
+    assert pooled["inception score ↑"] == "**9 ± 1 (n=3)**" and pooled["precision ↑"] == "0.7 ± 0 (n=3)"
+    assert single["Frechet distance ↓"] == "**2**" and single["inception score ↑"] == "3"  # one value has no spread
+    assert many["Frechet distance ↓"] == "0.5"  # of other images: best of nothing
+    with open(made.csv) as file:
+        assert len(list(csv.DictReader(file))) == 6  # every result
+
+
+@pytest.mark.parametrize(
+    "change, column",
+    [
+        ({"sampling": SAMPLING | {"num_steps": 10}}, "sampler, steps x guidance"),
+        ({"sampling": SAMPLING | {"guidance_scale": 3.0}}, "sampler, steps x guidance"),
+        ({"sampling": SAMPLING | {"solver": "heun"}}, "sampler, steps x guidance"),
+        ({"num_images": 50}, "judged by"),
+        ({"checkpoint": "runs/a/best", "weights_fingerprint": "v"}, "checkpoint"),
+        ({"training": {"images_seen": 64000, "step": 7}, "weights_fingerprint": "v"}, "checkpoint"),
+        ({"precision": "bfloat16"}, "precision of sampling"),
+        ({"scored_reference": "all"}, "scored reference"),
+        ({"num_neighbours": 5}, "result"),  # what no column shows
+        ({"sampling": SAMPLING | {"temperature": 0.9}}, "result"),
+    ],
+)
+def test_what_differs_between_evaluations_of_a_run_is_shown(tmp_path: Path, change: dict, column: str) -> None:
+    write(tmp_path, "a", {"frechet_distance": 2.0})
+    write(tmp_path, "a", {"frechet_distance": 2.0}, **change)
+    first, second = table_of(compare(tmp_path, tmp_path / "out"))
+    assert first[column] != second[column]
+
+
+def test_the_text_fits_a_terminal(tmp_path: Path) -> None:
+    scores = {name: {"mean": 0.123456, "std": 0.01} for name in METRICS}
+    write(tmp_path, "guidance_scale_1.5-guidance_interval_0.2_0.7-num_steps_40-1a2b3c4d", scores)
+    write(tmp_path, "mrar", scores, num_references=4, sampling=SAMPLING | {"noise_scale": 0.9}, stage="mrar_finetune")
+    text = compare(tmp_path, tmp_path / "out").text
+    assert max(map(len, text.splitlines())) <= 120 and text.count("0.1235 ± 0.01") >= 2 * len(METRICS)
+    assert "num_steps_40-1a2b3c4d" in text
 
 
 def test_weights_are_shown_where_they_differ(folder: Path, tmp_path: Path) -> None:
     """Results of earlier versions say ema of every export; what the export says of itself is right."""
-    assert "weights" not in compare(folder, tmp_path / "out").text.splitlines()[0]
+    assert "weights" not in compare(folder, tmp_path / "out").markdown.read_text().splitlines()[0]
     write(folder, "raw", {"frechet_distance": 3.0}, weights="ema", training={"images_seen": 1, "weights": "last"})
     made = compare(folder, tmp_path / "out")
-    assert "weights" in made.text.splitlines()[0]
+    assert "weights" in made.markdown.read_text().splitlines()[0]
     with open(made.csv) as file:
         assert {row["run"]: row["weights"] for row in csv.DictReader(file)} == {
             **dict.fromkeys(("mrar", "onestep", "other"), "ema 0.999"),
@@ -112,7 +180,11 @@ def test_weights_are_shown_where_they_differ(folder: Path, tmp_path: Path) -> No
         }
 
 
-def test_a_missing_picture_is_named(folder: Path, tmp_path: Path) -> None:
-    next((folder / "other").rglob("*.png")).unlink()
-    with pytest.raises(FileNotFoundError, match="evaluate other again"):
-        compare(folder, tmp_path / "out")
+def test_a_missing_picture_is_named(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture = next((folder / "other").rglob("*.png"))
+    picture.unlink()
+    made = compare(folder, tmp_path / "out")
+    assert str(picture) in caplog.text and made.picture is not None
+    for picture in folder.rglob("*/evaluations/*.png"):
+        picture.unlink()
+    assert compare(folder, tmp_path / "none").picture is None and not (tmp_path / "none" / "comparison.png").exists()

@@ -1,0 +1,72 @@
+"""Evaluations that differ in their seed alone are repeats of one another: they are shown as one, with mean and spread."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev  # exact: equal values have no spread
+from typing import Any, Protocol, TypeVar
+
+from lit_transdiff.evaluation.scores import DECIDING, Score, spread, value
+
+
+class Result(Protocol):
+    """An evaluation, however it was read."""
+
+    @property
+    def scores(self) -> dict[str, Any]: ...
+
+    @property
+    def manifest(self) -> dict[str, Any]: ...
+
+
+R = TypeVar("R", bound=Result)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A score over repeats: mean, standard deviation (of a single one: over its parts, if it has several), number."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g}" + ("" if self.std is None else f" ± {self.std:.2g}")
+
+
+def repeats(results: Sequence[R]) -> list[list[R]]:
+    """The results in groups that differ in their seeds alone, the newest of each group first."""
+    groups: dict[tuple[str, ...], list[R]] = {}
+    for result in results:
+        groups.setdefault(decided_by(result.manifest), []).append(result)
+    return [sorted(group, key=lambda result: str(result.manifest.get("date", "")), reverse=True) for group in groups.values()]
+
+
+def decided_by(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """What repeats share: all that decides a score but the seed, and which other scores were asked for."""
+    model = manifest.get("weights_fingerprint") or manifest.get("checkpoint")
+    shared = (name for name in DECIDING if name not in ("seed", "metrics", "weights_fingerprint"))
+    return (str(model), *(repr(manifest.get(name)) for name in shared))
+
+
+def pooled(group: Sequence[Result], name: str) -> Pooled | None:
+    """A score over repeats, each seed once: the same seed again is the same images. Nothing, where none has it."""
+    by_seed: dict[str, Score] = {}
+    for result in group:
+        if name in result.scores:
+            by_seed.setdefault(str(result.manifest.get("seed")), result.scores[name])
+    values = [value(score) for score in by_seed.values()]
+    if not values:
+        return None
+    if len(values) > 1:
+        finite = all(map(math.isfinite, values))
+        return Pooled(mean(values), stdev(values), len(values)) if finite else Pooled(math.nan, None, len(values))
+    return Pooled(values[0], spread(next(iter(by_seed.values()))), 1)
+
+
+def seeds(group: Sequence[Result]) -> str:
+    """The seeds of repeats, in words."""
+    found = sorted({result.manifest.get("seed") for result in group}, key=lambda seed: (seed is None, seed))
+    return ", ".join("?" if seed is None else str(seed) for seed in found)

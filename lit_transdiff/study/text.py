@@ -1,0 +1,68 @@
+"""Tables as text: for a terminal, in blocks of columns that fit it, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WIDTH = 120  # columns of a terminal
+LONGEST = 100  # characters of a cell in a terminal
+GAP = "  "
+Cells = Sequence[Sequence[str]]
+
+
+def markdown(head: Sequence[str], table: Cells) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *table]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n" for cells in lines)
+
+
+def aligned(head: Sequence[str], table: Cells) -> str:
+    """The same for a terminal, columns aligned. What is wider than WIDTH becomes several blocks, whose rows are numbered."""
+    columns = [[shortened(cell) for cell in column] for column in zip(head, *table, strict=True)]
+    if wide(columns) <= WIDTH:
+        return block(columns)
+    number = ["#", *(str(i + 1) for i in range(len(table)))]
+    blocks = [[number]]
+    for column in columns:
+        if wide([*blocks[-1], column]) > WIDTH:
+            blocks.append([number])
+        blocks[-1].append(column)
+    return "\n".join(map(block, blocks))
+
+
+def shortened(cell: str) -> str:
+    """A cell with its middle left out, where it is long: the end of a trial's name is what tells it from others."""
+    half = (LONGEST - 1) // 2
+    return cell if len(cell) <= LONGEST else f"{cell[:half]}…{cell[-half:]}"
+
+
+def wide(columns: Cells) -> int:
+    """How many characters a block takes."""
+    return sum(max(map(len, column)) for column in columns) + len(GAP) * (len(columns) - 1)
+
+
+def block(columns: Cells) -> str:
+    """Columns beside each other, a line below their heads."""
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    head, *rows = (GAP.join(cells).rstrip() for cells in zip(*padded, strict=True))
+    return "\n".join([head, GAP.join("-" * len(column[0]) for column in padded), *rows]) + "\n"
+
+
+def frame(table: pd.DataFrame) -> str:
+    """A data frame for a terminal: as pandas writes it where that fits, and in blocks otherwise."""
+    text = table.to_string(index=False, float_format=lambda value: f"{value:.4g}")
+    if max(map(len, text.splitlines()), default=0) <= WIDTH:
+        return text
+    cells = [[in_cell(value) for value in row] for row in table.itertuples(index=False)]
+    return aligned([str(name) for name in table.columns], cells).rstrip()
+
+
+def in_cell(value: Any) -> str:
+    """A value of a data frame; a dash where there is none."""
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:.4g}"
+    return str(value)
