@@ -72,12 +72,13 @@ def test_help_and_wrong_paths_are_answered_before_the_large_libraries_are_loaded
 
 
 def test_a_public_name_is_the_object_of_its_module():
-    for name, module in lit_transdiff.PUBLIC.items():
+    for name, module in (lit_transdiff.PUBLIC | lit_transdiff.TABLES).items():
         value = getattr(lit_transdiff, name)
         home = sys.modules[f"lit_transdiff.{module}"]
         assert value is getattr(home, name, home)
         assert value.__doc__, name
-    assert {*lit_transdiff.PUBLIC} <= {*dir(lit_transdiff)} and lit_transdiff.__all__ == [*lit_transdiff.PUBLIC]
+    assert lit_transdiff.__all__ == [*lit_transdiff.PUBLIC, *lit_transdiff.TABLES]
+    assert {*lit_transdiff.__all__} <= {*dir(lit_transdiff)}
     with pytest.raises(AttributeError, match="no attribute 'Transdiff'"):
         _ = lit_transdiff.Transdiff
 
@@ -86,7 +87,7 @@ def test_type_checkers_are_told_the_same_names():
     tree = ast.parse((ROOT / "lit_transdiff/__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     told = {(alias.asname, node.module) for node in ast.walk(block) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    homes = {name: f"lit_transdiff.{module}" for name, module in lit_transdiff.PUBLIC.items()}
+    homes = {name: f"lit_transdiff.{module}" for name, module in (lit_transdiff.PUBLIC | lit_transdiff.TABLES).items()}
     assert told == {(name, home.removesuffix(f".{name}") if name == "plots" else home) for name, home in homes.items()}
 
 

@@ -23,7 +23,7 @@ from lit_transdiff.evaluation.statistics import Statistics
 from lit_transdiff.flow.guidance import GUIDANCE
 from lit_transdiff.flow.loss import DENSITIES, LOSS_TERMS, OBJECTIVES, Prediction
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS
-from lit_transdiff.models.autoencoder import AUTOENCODERS, IdentityAutoencoder, Kind
+from lit_transdiff.models.autoencoder import AUTOENCODERS, AutoencoderKind, IdentityAutoencoder
 from lit_transdiff.planning.planner import plan as plan_gpus
 from lit_transdiff.sampling.generator import load_generator
 from lit_transdiff.stages import PREPARATORY, STAGES
@@ -127,7 +127,8 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[tuple[dict[str, Any], Any]] = [
         *((SOLVERS, solver), (GRIDS, grid), (DENSITIES, density), (SCHEDULES, schedule), (STAGES, MyStage)),
         *((OBJECTIVES, objective), (LOSS_TERMS, loss_term), (GUIDANCE, guidance), (OPTIMIZERS, optimizer)),
-        *((AUTOENCODERS, Kind(MyAutoencoder)), (EXTRACTORS, MyExtractor), (METRICS, Metric(metric, "my metric", True, ()))),
+        *((AUTOENCODERS, AutoencoderKind(MyAutoencoder)), (EXTRACTORS, MyExtractor)),
+        (METRICS, Metric(metric, "my metric", True, ())),
         (STRATEGIES, replace(single, build=lambda run: USED.append("strategy") or single.build(run))),
         (SIZES, dict(width=16, num_heads=2, encoder_blocks=1, decoder_blocks=1)),
         (PRESETS, dict(solver="mine", num_steps=3)),

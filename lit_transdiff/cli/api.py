@@ -25,7 +25,15 @@ This page is made from the source: `python -m lit_transdiff.cli.api > docs/api.m
 
 def page() -> str:
     """All public names, in the order of the table."""
-    return "\n\n".join([HEAD, *(entry(name, getattr(lit_transdiff, name)) for name in lit_transdiff.PUBLIC)]) + "\n"
+    entries = (entry(name, getattr(lit_transdiff, name)) for name in lit_transdiff.PUBLIC)
+    return "\n\n".join([HEAD, *entries, tables()]) + "\n"
+
+
+def tables() -> str:
+    """The tables with their names."""
+    rows = [f"| `{name}` | {', '.join(f'`{key}`' for key in getattr(lit_transdiff, name))} |" for name in lit_transdiff.TABLES]
+    about = "The open sets, plain dictionaries by name; [Your own ideas](extending.md) shows how to add to each."
+    return "\n".join(["## Tables", "", about, "", "| table | names |", "|---|---|", *rows])
 
 
 def entry(name: str, value: Any) -> str:

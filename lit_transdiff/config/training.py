@@ -97,6 +97,7 @@ class TrainingConfig:
     checkpoint_every: int = 500  # steps between checkpoints
     sample_every: int = 0  # steps between sample grids; 0: only at the end
     num_validation_samples: int = 512  # images of data.evaluation, the same every time; 0: no validation
+    callbacks: list[str] = field(default_factory=list)  # names in training.callbacks.CALLBACKS
     compile: bool = False  # torch.compile of the blocks; where it does not work, the run says so and goes on without
     activation_checkpointing: Literal["none", "encoder", "decoder", "all"] = "none"
     # whose blocks are computed again in the backward pass, instead of keeping what is in them

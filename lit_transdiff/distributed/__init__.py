@@ -1,6 +1,6 @@
 """How a run is spread over devices: strategies by name."""
 
-from lit_transdiff.distributed.strategies import STRATEGIES, Kind, check_spread, strategy_name, trainer_settings
+from lit_transdiff.distributed.strategies import STRATEGIES, StrategyKind, check_spread, strategy_name, trainer_settings
 from lit_transdiff.distributed.world import (
     accumulation,
     build_fabric,
@@ -13,7 +13,7 @@ from lit_transdiff.distributed.world import (
 
 __all__ = [
     "STRATEGIES",
-    "Kind",
+    "StrategyKind",
     "accumulation",
     "build_fabric",
     "check_spread",

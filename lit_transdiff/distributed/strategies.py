@@ -77,7 +77,7 @@ BUCKETS = 2 * 200_000_000 * 4.0  # bytes of DeepSpeed's two buffers for gradient
 
 
 @dataclass(frozen=True)
-class Kind:
+class StrategyKind:
     """A strategy: how it is built, what it sends, which parts one of n GPUs holds 1 / n of, and what it takes.
 
     ``sent``: bytes that a GPU sends in a step, of the bytes of a ring over the weights, those of a ring over the gradients, and
@@ -123,11 +123,11 @@ def build_zero(stage: int, run: RunConfig) -> Strategy:
     return ZeRO(stage, run.distributed, micro_batch=micro, on_cpu=on_cpu, bf16=bf16, timeout=timeout_of(run))
 
 
-DeepSpeed = partial(Kind, cuts_optimizer=True, has_master=True, buffers=BUCKETS, own_autocast=True)
-STRATEGIES: dict[str, Kind] = {
-    "single": Kind(build_single, lambda weights, gradients, passes: 0.0, alone=True),
+DeepSpeed = partial(StrategyKind, cuts_optimizer=True, has_master=True, buffers=BUCKETS, own_autocast=True)
+STRATEGIES: dict[str, StrategyKind] = {
+    "single": StrategyKind(build_single, lambda weights, gradients, passes: 0.0, alone=True),
     # Gradients are reduced and gathered once a step.
-    "ddp": Kind(build_ddp, lambda weights, gradients, passes: 2 * gradients),
+    "ddp": StrategyKind(build_ddp, lambda weights, gradients, passes: 2 * gradients),
     # Gradients go to their owners once a step, then the updated weights to all.
     "zero1": DeepSpeed(
         partial(build_zero, 1),
@@ -151,7 +151,7 @@ STRATEGIES: dict[str, Kind] = {
         offloads=("none", "cpu", "nvme"),
         offloads_parameters=True,
     ),
-    "fsdp": Kind(
+    "fsdp": StrategyKind(
         build_fsdp,
         lambda weights, gradients, passes: passes * (2 * weights + gradients),
         cuts_weights=True,

@@ -72,6 +72,11 @@ class FeatureExtractor(nn.Module, ABC):
     def train(self, mode: bool = True) -> FeatureExtractor:
         return super().train(False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; an extractor without weights works on the CPU."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
 
 class ClassifierFeatures(FeatureExtractor):
     """The small classifier of small-image runs: its last hidden layer, and logits over the data set's own classes."""

@@ -139,9 +139,8 @@ def reference_statistics(
     with_spatial = extractor.num_spatial is not None
     require(max_features != 1, "max_features", max_features, "0 or at least 2")
     moments, spatial, kept = Moments(), Moments(), Reservoir(max_features, seed)
-    device = next(extractor.parameters()).device
     for images in batches:
-        found = extractor(images.to(device), spatial=with_spatial)
+        found = extractor(images.to(extractor.device), spatial=with_spatial)
         moments.add(found.features)
         if found.spatial is not None:
             spatial.add(found.spatial)
@@ -276,7 +275,7 @@ def check_extractor(statistics: Statistics, extractor: FeatureExtractor) -> None
         size, allowed = statistics.spatial.mu.size, f"{extractor.num_spatial} of extractor {extractor.name!r}"
         require(size == extractor.num_spatial, f"{where}: spatial features (mu_s)", size, allowed)
     if statistics.images:
-        extractor(next(image_batches(str(statistics.path), 1)).to(next(extractor.parameters()).device))
+        extractor(next(image_batches(str(statistics.path), 1)).to(extractor.device))
 
 
 def reference_tensor(statistics: Statistics) -> Tensor:

@@ -56,7 +56,7 @@ def load_autoencoder(kind: str, path: Optional[str | Path], image_channels: int)
     return kind_of(kind, path).load(path or "", image_channels).freeze()
 
 
-def kind_of(kind: str, path: Optional[str | Path]) -> Kind:
+def kind_of(kind: str, path: Optional[str | Path]) -> AutoencoderKind:
     """The row of AUTOENCODERS, checked against the path that is given with it."""
     if kind not in AUTOENCODERS:
         raise unknown("autoencoder.kind", kind, AUTOENCODERS)
@@ -276,14 +276,14 @@ def is_finite(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Kind:
+class AutoencoderKind:
     """How an autoencoder is made from ``autoencoder.path`` and the images' channels, and whether it has such a folder."""
 
     load: Callable[[str | Path, int], Autoencoder]
     has_folder: bool = True  # of weights; without, ``load`` gets an empty path
 
 
-AUTOENCODERS: dict[str, Kind] = {
-    "kl": Kind(KLAutoencoder.load),
-    "identity": Kind(lambda path, image_channels: IdentityAutoencoder(image_channels), has_folder=False),
+AUTOENCODERS: dict[str, AutoencoderKind] = {
+    "kl": AutoencoderKind(KLAutoencoder.load),
+    "identity": AutoencoderKind(lambda path, image_channels: IdentityAutoencoder(image_channels), has_folder=False),
 }

@@ -25,6 +25,7 @@ from lit_transdiff.models.autoencoder import Autoencoder, check_latents, kind_of
 from lit_transdiff.sampling.generator import check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.base import ToLatents, TransDiffStage
+from lit_transdiff.training.callbacks import CALLBACKS
 from lit_transdiff.training.checkpointing import spread
 
 
@@ -49,6 +50,9 @@ def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
     stage = STAGES[run.stage] if run.stage in STAGES else PREPARATORY[run.stage]
     stage.check(run)
     check_effects(run)
+    for name in run.training.callbacks:
+        if name not in CALLBACKS:
+            raise unknown("training.callbacks", name, CALLBACKS)
     kind_of(run.autoencoder.kind, run.autoencoder.path)
     check_sampling(run.sampling)
     check_evaluation(run.evaluation, scores=run.stage in STAGES and run.evaluation.every > 0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
 from einops import rearrange
+from lightning.pytorch.callbacks import DeviceStatsMonitor
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
@@ -33,6 +34,11 @@ from lit_transdiff.sampling.pictures import grid
 from lit_transdiff.sampling.pictures import picture as as_picture
 from lit_transdiff.stages.base import TransDiffStage, log_now, sharding
 from lit_transdiff.training.window import TIME_BINS, Window
+
+# Callbacks that a recipe brings in by name (training.callbacks); an entry makes one for a run.
+CALLBACKS: dict[str, Callable[[RunConfig], pl.Callback]] = {
+    "device_stats": lambda run: DeviceStatsMonitor(),  # memory and load of the device at every logged step
+}
 
 
 class NonFiniteLoss(FloatingPointError):

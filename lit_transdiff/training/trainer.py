@@ -34,7 +34,7 @@ from lit_transdiff.stages.preparatory import PreparatoryStage
 from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, wandb_of
 from lit_transdiff.tracking.wandb_run import WandbRun
 from lit_transdiff.training.build import Parts, build, build_data, describe, export_info, spread_of
-from lit_transdiff.training.callbacks import LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
+from lit_transdiff.training.callbacks import CALLBACKS, LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
 from lit_transdiff.training.checkpointing import Checkpoints, TryAgain, agreed_checkpoint, what_changes
 from lit_transdiff.training.guard import GuardSteps, RollBack
 from lit_transdiff.training.online_evaluation import OnlineEvaluation
@@ -86,6 +86,7 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: Wan
         Pause(watchdog),
         *slow_last,
         watchdog,
+        *(CALLBACKS[name](run) for name in training.callbacks),
     ]
     watching = run.safety.stall_seconds > 0
     return [callback for callback in callbacks if watching or not isinstance(callback, Watchdog | Pause | Resume)]
