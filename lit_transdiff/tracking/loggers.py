@@ -39,6 +39,7 @@ class MetricsCSV(Logger):
         self.waiting: list[list[Any]] = []
         self.full = False  # and the people have been told
         self.start = time.monotonic()
+        self.resumed: int | None = None  # the step of the checkpoint that the run goes on from
 
     @property
     def name(self) -> str:
@@ -56,10 +57,12 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         seconds = round(time.monotonic() - self.start, 3)
         images = (step or 0) * self.images_per_step
-        self.waiting += [
-            [step, images, seconds, name, value, self.run_start] for name, value in metrics.items() if name != "epoch"
-        ]
-        self.write()
+        rows = [[step, images, seconds, name, value, self.run_start] for name, value in metrics.items() if name != "epoch"]
+        if step == self.resumed:
+            self.insert(rows)
+        else:
+            self.waiting += rows
+            self.write()
 
     @cached_property
     def run_start(self) -> int:
@@ -107,11 +110,26 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def drop_after(self, step: int) -> None:
         """Forget what was logged after ``step``, and lines that a kill or a damaged disk has cut short."""
+        self.resumed = step
         if self.path.exists():
-            rows = list(csv.reader(self.path.read_text(errors="replace").replace("\0", "").splitlines()))
-            columns = COLUMNS[: self.columns() or None]
-            kept = [row for row in rows if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= step]
-            replace_file(self.path, as_csv([columns, *kept]).encode())
+            self.replace([row for row in self.rows() if int(row[0]) <= step])
+
+    def insert(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Rows of the step at which the run was stopped (scores that were broken off) stand first in it, as without the stop."""
+        before = self.rows()
+        place = next((i for i, row in enumerate(before) if int(row[0]) == self.resumed), len(before))
+        self.replace([*before[:place], *rows, *before[place:]])
+
+    def rows(self) -> list[list[str]]:
+        """The whole rows of the file."""
+        rows = csv.reader(self.path.read_text(errors="replace").replace("\0", "").splitlines())
+        width = self.columns() or len(COLUMNS)
+        return [row for row in rows if len(row) == width and row[0].isdigit()]
+
+    def replace(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Write the file anew with these rows."""
+        columns = COLUMNS[: self.columns() or None]
+        replace_file(self.path, as_csv([columns, *(row[: len(columns)] for row in rows)]).encode())
 
 
 def as_csv(rows: Iterable[Sequence[Any]]) -> str:

@@ -6,7 +6,6 @@ Shapes: N images, B images of a batch, K batches of a rank, W ranks, D numbers a
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +24,6 @@ from lit_transdiff.evaluation.scores import FOLDER, value
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now
 
-log = logging.getLogger(__name__)
-
 
 class OnlineEvaluation(pl.Callback):
     """Logs ``online/<metric>`` every ``evaluation.every`` steps and at the last one, over ``evaluation.online_images`` images.
@@ -36,7 +33,7 @@ class OnlineEvaluation(pl.Callback):
     The global random generators, the weights and their averages are afterwards what they were, to the bit.
 
     ``asked_to_stop`` is looked at before each batch, by all ranks together: the scores are then left for the next start of the
-    run, which makes them before its first step. Those of the last step are left out, as a trained run is not trained again.
+    run, which makes them before its first step. Those of the last step are finished first, as a trained run is not trained again.
 
     Raises ``ValueError`` for settings that cannot be scored when it is made, before training.
     """
@@ -81,8 +78,6 @@ class OnlineEvaluation(pl.Callback):
         self.due = scores is None
         if scores is not None:
             log_now(trainer, {f"online/{name}": value for name, value in scores.items()})
-        elif trainer.global_step == trainer.max_steps:
-            log.warning("asked to stop: there are no online/ scores of the last step; lit-transdiff evaluate makes them")
 
     @torch.no_grad()
     def scores(self, trainer: pl.Trainer) -> dict[str, float] | None:
@@ -94,7 +89,7 @@ class OnlineEvaluation(pl.Callback):
         mine = batches[trainer.global_rank :: world] or batches[:1]
         drawn = []
         for turn in range(math.ceil(len(batches) / world)):  # on all ranks the same number
-            if self.asked_to_stop(trainer):
+            if trainer.global_step < trainer.max_steps and self.asked_to_stop(trainer):
                 return None
             drawn += [draw(job, batch).found for batch in mine[turn : turn + 1]]
 
