@@ -263,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         if is_full(error):
-            print(f"lit-transdiff: {error}. Make room, and start the same command again.", file=sys.stderr)
+            told = f"{error.filename}: {error.strerror}" if error.filename else error
+            print(f"lit-transdiff: {told}. Make room, and start the same command again.", file=sys.stderr)
             return 1
         if error.filename is None:  # of no file: a connection, a process
             raise

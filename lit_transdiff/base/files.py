@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import zipfile
 import zlib
@@ -19,7 +20,8 @@ from typing import Any
 log = logging.getLogger(__name__)
 SEAL = "checksum"  # the entry of a JSON file that holds the CRC-32 of the others
 CHECKSUMS = "checksums.json"  # the CRC-32 of the files beside it, where there is no export.json that holds them
-FULL = (errno.ENOSPC, errno.EDQUOT)
+HARDLY = 1 << 20  # bytes free, on a disk that is as good as full
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the share of a user of it, the largest file of a process
 
 
 def sha256_of(path: Path) -> str:
@@ -75,9 +77,10 @@ def whole(path: Path) -> Iterator[Path]:
     partial = partial_name(path)
     remove(partial)  # left behind by an earlier process of the same number
     try:
-        yield partial
-        if partial.is_file():
-            to_disk(partial)
+        with naming_full(path):
+            yield partial
+            if partial.is_file():
+                to_disk(partial)
         os.replace(partial, path)
         to_disk(path.parent)
     finally:
@@ -170,8 +173,31 @@ def check_zip(path: Path) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk is full, or what one may use of it; safetensors gives the number in its text."""
-    return getattr(error, "errno", None) in FULL or any(f"(os error {number})" in str(error) for number in FULL)
+    """Whether an error says that the disk is full, or what one may use of it."""
+    return number_of(error) in FULL
+
+
+def number_of(error: BaseException) -> int | None:
+    """The operating system's number of an error; safetensors gives it in its text."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else getattr(error, "errno", None)
+
+
+@contextmanager
+def naming_full(path: Path) -> Iterator[None]:
+    """A full disk in the block, whatever error says so, is an ``OSError`` that names ``path`` and the room there is.
+
+    torch does not say why it could not write: it is believed to be the room where there is hardly any.
+    """
+    try:
+        yield
+    except Exception as error:
+        free = free_bytes(path.parent)
+        silent = not isinstance(error, OSError | ValueError) and free < HARDLY
+        if not (is_full(error) or silent):
+            raise
+        number = number_of(error) or errno.ENOSPC
+        raise OSError(number, f"{os.strerror(number)} ({readable(free)} free)", str(path)) from error
 
 
 @contextmanager

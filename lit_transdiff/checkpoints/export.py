@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_transdiff.base.files import check_file, crc32_of_files, read_json, replace_file, sealed, short_hash, to_disk
+from lit_transdiff.base.files import check_file, crc32_of_files, naming_full, read_json, replace_file, sealed, short_hash, to_disk
 from lit_transdiff.checkpoints.averages import EMA, POWER, combination, width_of
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
 from lit_transdiff.config import RunConfig, require, unknown
@@ -155,12 +155,17 @@ def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_we
     """Write a trained model under a temporary name, then put it in place of what was there."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_weights(partial)
-    save_yaml(run, partial / "config.yaml")
-    for file in partial.rglob("*.safetensors"):
-        to_disk(file)
-    replace_file(partial / "export.json", sealed({**info, "crc32": crc32_of_files(partial)}))
+    try:
+        with naming_full(folder):
+            partial.mkdir(parents=True)
+            write_weights(partial)
+            save_yaml(run, partial / "config.yaml")
+            for file in partial.rglob("*.safetensors"):
+                to_disk(file)
+            replace_file(partial / "export.json", sealed({**info, "crc32": crc32_of_files(partial)}))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     before = folder.with_name(folder.name + ".before")
     shutil.rmtree(before, ignore_errors=True)
     if folder.exists():

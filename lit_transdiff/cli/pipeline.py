@@ -205,8 +205,8 @@ def score_own(run: RunConfig, generator: Generator, fabric: Fabric) -> dict[str,
     """Score a trained run with its own settings, unless it has been; the scores go to the run itself."""
     start = time.time()
     result = evaluate(generator, run.evaluation, run.sampling, fabric=fabric, output=run.folder, reuse=True)
-    if fabric.is_global_zero and Path(result["file"]).stat().st_mtime >= start:
-        log_own_scores(run, result)
+    if fabric.is_global_zero:
+        log_own_scores(run, result, new=Path(result["file"]).stat().st_mtime >= start)
     fabric.barrier()
     return result
 

@@ -14,6 +14,7 @@ from lit_transdiff.evaluation.scores import spread, value
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.tracking.artifacts import evaluation_artifact, make, model_artifact, use
 from lit_transdiff.tracking.loggers import MetricsCSV
+from lit_transdiff.tracking.metrics_file import last_values, read_rows
 from lit_transdiff.tracking.wandb_run import WandbRun, open_run, run_id
 
 EVALUATE = "evaluate"  # the stage of a run that scores a trained model
@@ -35,16 +36,22 @@ def evaluation_run(settings: RunConfig, checkpoint: str) -> RunConfig:
     return dataclasses.replace(settings, stage=EVALUATE, init_from=checkpoint)
 
 
-def log_own_scores(run: RunConfig, result: Mapping[str, Any]) -> None:
-    """Scores of a trained run with its own settings: they go to the run itself, in W&B and in ``metrics.csv``."""
-    MetricsCSV(run.folder / "metrics.csv", run.images_per_step).log_metrics(numbers(result["scores"]), run.training.max_steps)
-    if run.tracking.wandb:
+def log_own_scores(run: RunConfig, result: Mapping[str, Any], *, new: bool) -> None:
+    """Scores of a trained run with its own settings: they go to the run itself, in W&B and in ``metrics.csv``.
+
+    Of a result that is not ``new``, those go there that a stop has kept out of the file, which is written last.
+    """
+    step, file = run.training.max_steps, run.folder / "metrics.csv"
+    there = set() if new else set(last_values(read_rows(file)))
+    missing = {name: value for name, value in numbers(result["scores"]).items() if name not in there}
+    if missing and run.tracking.wandb:
         log = WandbRun(run)
         successive = run.folder / "samples" / REFERENCES / "grid.png"
         if successive.is_file():
-            log.log_picture(f"samples/{REFERENCES}", opener(successive)(), run.training.max_steps)
-        log_result(log, result, run.training.max_steps)
+            log.log_picture(f"samples/{REFERENCES}", opener(successive)(), step)
+        log_result(log, result, step)
         log.finish()
+    MetricsCSV(file, run.images_per_step).log_metrics(missing, step)
 
 
 def log_evaluation(run: RunConfig, result: Mapping[str, Any], folder: Path, *, trial: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_transdiff.base.files import is_full, replace_file, to_disk
+from lit_transdiff.base.files import is_full, naming_full, replace_file, to_disk
 from lit_transdiff.config import RunConfig
 from lit_transdiff.tracking.metrics_file import COLUMNS, devices_of_starts
 from lit_transdiff.tracking.wandb_run import WandbRun
@@ -79,10 +79,13 @@ class MetricsCSV(Logger):
 
     def write(self) -> None:
         """Append the rows that wait to the file on disk, all of them or none."""
+        if not self.waiting:
+            return
+        cut_torn_line(self.path)
         columns, size = self.columns(), self.path.stat().st_size if self.path.exists() else 0
         rows = [row[:columns] for row in self.waiting] if columns else [COLUMNS, *self.waiting]
         try:
-            with open(self.path, "a", newline="") as file:
+            with naming_full(self.path), open(self.path, "a", newline="") as file:
                 file.write(as_csv(rows))
             to_disk(self.path)
             if not size:  # and its name
@@ -130,6 +133,16 @@ class MetricsCSV(Logger):
         """Write the file anew with these rows."""
         columns = COLUMNS[: self.columns() or None]
         replace_file(self.path, as_csv([columns, *(row[: len(columns)] for row in rows)]).encode())
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove a last line that a kill has cut short: what is appended would continue it."""
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def as_csv(rows: Iterable[Sequence[Any]]) -> str:

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from lit_transdiff.base.files import replace_file
-from lit_transdiff.config import RunConfig
+from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import to_dict
 from lit_transdiff.tracking.metrics_file import device_count, last_values, read_rows
 from lit_transdiff.tracking.place import trial_place
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 INIT_TIMEOUT = 20.0  # seconds that the start of a run may wait for the server
 FINISH_TIMEOUT = 300.0  # seconds that its end may, with the upload of a model; WANDB_FINISH_TIMEOUT says otherwise
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # the last two are W&B's old words
 STEP, IMAGES = "trainer/global_step", "images_seen"  # the two axes of every metric
 DEVICES = "num_devices"  # of all nodes; beside the settings in the configuration
 log = logging.getLogger(__name__)
@@ -77,10 +78,17 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
 
 
 def wandb_mode() -> Any:
-    """online, offline or disabled: what WANDB_MODE says, else online where there is a key, else offline."""
+    """What WANDB_MODE says, one of ``MODES``; without it, online where there is a key, else offline."""
     import wandb
 
+    check_mode()
     return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+
+
+def check_mode() -> None:
+    """Refuse a mode that W&B has not, before something is made whose numbers it would not take."""
+    mode = os.environ.get("WANDB_MODE")
+    require(mode is None or mode in MODES, "WANDB_MODE", mode, f"{', '.join(MODES)}, or not set")
 
 
 def keep_below(folder: Path) -> None:
@@ -113,6 +121,7 @@ class WandbRun(Logger):
 
     def __init__(self, run: RunConfig) -> None:
         super().__init__()
+        check_mode()
         self.run = run
         self._opened: wandb.Run | None = None
 

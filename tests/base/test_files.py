@@ -1,11 +1,16 @@
 """Files are written whole or not at all, and not where they have no room."""
 
 import errno
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from lit_transdiff.base.files import free_bytes, partial_name, replace_file, require_space, whole
+from lit_transdiff.base import files
+from lit_transdiff.base.files import free_bytes, is_full, partial_name, replace_file, require_space, whole
 
 
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
@@ -43,3 +48,29 @@ def test_too_little_room_is_a_bad_setting_and_an_error_of_the_disk(tmp_path: Pat
     with pytest.raises(ValueError, match=r"there: [\d.,]+ \w+ are to be written, but only [\d.,]+ \w+ are free") as error:
         require_space(tmp_path / "not" / "there", free_bytes(tmp_path) * 2)
     assert isinstance(error.value, OSError) and error.value.errno == errno.ENOSPC
+
+
+@pytest.fixture
+def full_at_1000_bytes() -> Iterator[None]:
+    """No file of this process may become longer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_whoever_writes(tmp_path: Path, full_at_1000_bytes: None) -> None:
+    """Safetensors says so in words only."""
+    (tmp_path / "model.safetensors").write_bytes(b"before")
+    said = r"File too large \(.* free\): '.*/model.safetensors'"
+    with pytest.raises(OSError, match=said) as told, whole(tmp_path / "model.safetensors") as partial:
+        save_file({"a": torch.zeros(1000)}, partial)
+    assert is_full(told.value) and [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+
+
+def test_a_writer_that_does_not_say_why_is_asked_for_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``torch.save``."""
+    for free, kind in ((500, OSError), (1 << 30, RuntimeError)):
+        monkeypatch.setattr(files, "free_bytes", lambda folder, free=free: free)
+        with pytest.raises(kind, match="500 bytes free" if kind is OSError else "unexpected pos"), whole(tmp_path / "a"):
+            raise RuntimeError("unexpected pos 64 vs 0")

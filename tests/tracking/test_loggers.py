@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_transdiff.tracking import loggers
+from lit_transdiff.tracking.evaluations import log_own_scores
 from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV, build_loggers
 from lit_transdiff.tracking.wandb_run import WandbRun, run_id
 from tests.small import small_run
@@ -34,6 +35,28 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path):
         log.log_metrics({"a": step, "b": step}, step=step)
     log.drop_after(4)
     assert {r["step"] for r in rows(log.path)} == {"2", "4"}
+
+
+def test_what_is_appended_does_not_continue_a_torn_line(tmp_path: Path):
+    """As of scores, which are logged when the run's own start is over."""
+    path = tmp_path / "metrics.csv"
+    MetricsCSV(path, images_per_step=1).log_metrics({"a": 1.5}, step=2)
+    with open(path, "a") as file:
+        file.write("4,4,0.3,eval/b,1.")
+    MetricsCSV(path, images_per_step=1).log_metrics({"eval/b": 1.25}, step=4)
+    assert [(row["metric"], row["value"]) for row in rows(path)] == [("a", "1.5"), ("eval/b", "1.25")]
+
+
+def test_scores_that_a_stop_kept_out_of_the_file_come_later_and_once(tmp_path: Path):
+    run = small_run(tmp_path)
+    result = {"scores": {"fid": 3.5, "precision": {"mean": 0.5, "std": 0.1}}}
+    path = run.folder / "metrics.csv"
+    run.folder.mkdir()
+    MetricsCSV(path, run.images_per_step).log_metrics({"eval/fid": 3.5}, 6)  # the stop came here
+    for _ in range(2):
+        log_own_scores(run, result, new=False)
+    found = [(row["metric"], row["value"]) for row in rows(path)]
+    assert found == [("eval/fid", "3.5"), ("eval/precision", "0.5"), ("eval/precision_std", "0.1")]
 
 
 def full(path: Path, *arguments: object, **keywords: object) -> object:
@@ -92,3 +115,10 @@ def test_wandb_is_offline_without_a_key_and_stays_in_the_run_folder(
 
 def test_a_run_folder_keeps_its_wandb_id(tmp_path: Path):
     assert run_id(tmp_path) == run_id(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["", "onlin"])
+def test_a_mode_that_wandb_has_not_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with pytest.raises(ValueError, match=f"WANDB_MODE: got '{mode}'; allowed: online, offline, disabled"):
+        build_loggers(small_run(tmp_path, tracking={"wandb": True}))
