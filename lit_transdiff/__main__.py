@@ -138,12 +138,14 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub = command(commands.train, "train one run; the same command again continues it")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
+    sub.add_argument("--allow-pipe", action="store_true", help="permit data.train=pipe:COMMAND, which runs that command")
     sub.add_argument("--evaluate", action="store_true", help="score the trained model; the scores go to the same run")
     with_overrides(sub)
 
     sub = command(commands.run, "train, sample and score a list of runs and compare them; the same command again continues it")
     sub.add_argument("pipeline", help="the pipeline's YAML")
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
+    sub.add_argument("--allow-pipe", action="store_true", help="permit data.train=pipe:COMMAND, which runs that command")
     with_overrides(sub)
 
     sub = command(commands.settings, "every setting of a run: its values, default and meaning")

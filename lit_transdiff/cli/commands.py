@@ -14,7 +14,15 @@ from lit_transdiff.base.endings import TrialsFailed
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.classes import choose, full_names
 from lit_transdiff.config.loading import load_run, override, preset, read_yaml
-from lit_transdiff.config.paths import check_files, check_images, check_source, checkpoints_folder, export_folder, local_path
+from lit_transdiff.config.paths import (
+    check_files,
+    check_images,
+    check_pipe,
+    check_source,
+    checkpoints_folder,
+    export_folder,
+    local_path,
+)
 
 CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
 
@@ -95,6 +103,7 @@ def train(args: argparse.Namespace) -> None:
     from lit_transdiff.tracking.place import placed
 
     run = placed(load_run(args.run, args.overrides, args.imports))
+    check_pipe(run.data.train, args.allow_pipe)
     check_inputs(run)
     if args.dry_run:
         from lit_transdiff.cli.pipeline import dry_run
@@ -129,6 +138,8 @@ def run(args: argparse.Namespace) -> None:
     from lit_transdiff.distributed import build_fabric
 
     pipeline, runs = load_pipeline(args.pipeline, args.overrides, args.imports)
+    for each in runs:
+        check_pipe(each.data.train, args.allow_pipe)
     if args.dry_run:
         return dry_run(runs, pipeline)
     run_pipeline(pipeline, runs, build_fabric())

@@ -25,6 +25,12 @@ def check_source(source: Path) -> None:
     require(source.exists(), "source", str(source), "a file or folder that exists")
 
 
+def check_pipe(source: str, permitted: bool) -> None:
+    """Refuse data that a command prints, unless the user permits it: recipes are passed on, and none may run commands."""
+    allowed = "a folder or a URL of http(s)://; this runs a command, which --allow-pipe on the command line alone permits"
+    require(permitted or not source.startswith("pipe:"), "data.train", source, allowed)
+
+
 def export_folder(path: str | Path) -> Path:
     """The export folder that ``path`` (a run folder or an export folder) stands for.
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Optional
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -66,7 +67,9 @@ class StreamDataset(IterableDataset):
             len(self.urls),
             f"{len(names)}, the shards in {index.folder}/index.json",
         )
+        schemes = ("", "http", "https", *(["pipe"] if data.train.startswith("pipe:") else []))  # not put together of braces
         for url, name in zip(self.urls, names, strict=True):
+            require(urlsplit(url).scheme in schemes, "data.train", url, "http://, https://, a path, or pipe:COMMAND")
             require(name in url, "data.train", url, f"the URL of {name}, which comes here in index.json")
         readers = layout.world * max(1, data.num_workers)
         require(

@@ -226,7 +226,8 @@ def read_weights(path: str | Path, expected: str, needed: set[str]) -> State:
 
 def wrong_file(path: str | Path, expected: str, why: object) -> ValueError:
     """The one wording for a file of weights that is not the network's."""
-    reason = " ".join(str(why).split())[:300]
+    unsafe = "Weights only load failed" in str(why)  # torch goes on with advice to run code from the file
+    reason = "it holds more than tensors" if unsafe else " ".join(str(why).split())[:300]
     return ValueError(f"evaluation.extractor_weights: {path} is not the file of weights ({reason}); expected {expected}.")
 
 

@@ -75,6 +75,7 @@ def convert(
     bare = not KNOWN & content.keys()
     require("model" in content or bare, f"{file}: entries", sorted(content), "model, and beside it model_ema")
     state = state_dict(content.get("model", content), "model", file)
+    content = state if bare else content | {"model": state}
     if is_ldm(state):
         check_options(given, {"scaling_factor"}, f"the autoencoder {file}")
         check_weights({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, "model", file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import pickle
 import re
 import struct
@@ -25,6 +26,8 @@ DAMAGE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError),
     *(ArithmeticError, LookupError, AttributeError, TypeError),
 )
+log = logging.getLogger(__name__)
+PARALLEL, COMPILED = "module.", "_orig_mod"  # what DistributedDataParallel and torch.compile add to names
 LISTED = 10  # names in a message
 KNOWN = {"model", "model_ema", "optimizer", "scaler", "epoch", "args"}  # what the released training writes
 
@@ -73,6 +76,8 @@ def why(error: Exception) -> str:
     unread = re.search(r"WeightsUnpickler error: (.+)", str(error))
     if refused:
         return f"it asks for {refused[1]}"
+    if unread is None and "Weights only load failed" in str(error):  # what follows is advice to load it unsafely
+        return "it holds more than tensors and plain values"
     return (unread[1] if unread else str(error)).strip().split("\n")[0] or "it is empty"
 
 
@@ -82,7 +87,21 @@ def state_dict(value: Any, name: str, path: Path) -> dict[str, Tensor]:
     strange = [f"{key}: {type(item).__name__}" for key, item in value.items() if not isinstance(item, Tensor)]
     if strange:
         raise ValueError(f"{path}: {name}: entries that are no tensors: {listed(strange)}")
-    return dict(value)
+    return unwrapped(value, name, path)
+
+
+def unwrapped(state: Mapping[Any, Tensor], name: str, path: Path) -> dict[str, Tensor]:
+    """``state`` without what wrappers of training put into its names, which a log line tells."""
+    names = {str(key): str(key) for key in state}
+    if any(COMPILED in key.split(".") for key in names):
+        names = {key: ".".join(part for part in short.split(".") if part != COMPILED) for key, short in names.items()}
+    while names and all(short.startswith(PARALLEL) for short in names.values()):
+        names = {key: short.removeprefix(PARALLEL) for key, short in names.items()}
+    first = next((key for key, short in names.items() if key != short), None)
+    require(len(set(names.values())) == len(names), f"{path}: {name}", first, f"names that differ without {COMPILED}")
+    if first is not None:
+        log.info("%s: %s: names are taken without what wrappers add: %s is %s, ...", path, name, first, names[first])
+    return {names[str(key)]: value for key, value in state.items()}
 
 
 def check_weights(state: Mapping[str, Tensor], name: str, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,15 @@ Cells = Sequence[Sequence[str]]
 
 def markdown(head: Sequence[str], table: Cells) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *table]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n" for cells in lines)
+    lines = [[escaped(cell) for cell in cells] for cells in (head, *table)]
+    lines.insert(1, ["---"] * len(head))
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def escaped(text: str) -> str:
+    """Text of a run's settings, which Markdown shows as it is: no HTML, no link, no code and no column of its own."""
+    plain = html.escape(" ".join(text.split()), quote=False)
+    return plain.replace("\\", "\\\\").replace("|", "\\|").replace("`", "\\`").replace("](", "]\\(")
 
 
 def aligned(head: Sequence[str], table: Cells) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_transdiff.__main__ import main
 from lit_transdiff.config import EFFECTS, NESTED, PRESETS, SIZES, ModelConfig, RunConfig, SamplingConfig, check_effects
 from lit_transdiff.config.loading import load_run, override, parse_overrides, preset, run_from, save_yaml
 from lit_transdiff.sampling.generator import check_sampling
@@ -191,3 +192,23 @@ def test_geometry_of_the_paper():
     mrar, large = ModelConfig(num_references=4), ModelConfig(num_references=4, latent_size=32)
     assert (mrar.tokens_per_reference, mrar.reference_patch_size, mrar.num_decoder_tokens) == (64, 2, 256)
     assert (large.reference_patch_size, large.num_decoder_tokens) == (4, 1024)
+
+
+def test_a_command_in_a_recipe_needs_a_permission_that_no_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train = f"pipe:touch {tmp_path}/ran"
+    write(
+        tmp_path,
+        "run.yaml",
+        f"data: {{train: '{train}', index: index.json}}\nevaluation: {{extractor_weights: x, reference: y}}\n",
+    )
+    write(tmp_path, "pipeline.yaml", f"runs: [{{recipe: run.yaml}}]\noutput_dir: {tmp_path}/runs\n")
+    for command in (["train", str(tmp_path / "run.yaml")], ["run", str(tmp_path / "pipeline.yaml")]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert f"data.train: got '{train}'" in said and "--allow-pipe on the command line alone permits" in said
+        assert main([*command, "--allow-pipe", "--dry-run"]) == 2
+        assert "--allow-pipe" not in capsys.readouterr().err, "the index is missing, which is looked for next"
+    write(tmp_path, "run.yaml", "allow_pipe: true")
+    with pytest.raises(ValueError, match="setting allow_pipe"):
+        load_run(tmp_path / "run.yaml")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "runs").exists()

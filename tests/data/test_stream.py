@@ -134,6 +134,10 @@ def test_pickles_and_other_shards_are_refused(tmp_path, shards):
         streamed(shards, **remote(shards, last=8))
     with pytest.raises(ValueError, match=r"data\.train: got 'pipe:cat .*other-000000\.tar'"):
         streamed(shards, **remote(shards, name="other"))
+    for url in ("PIPE:cat {a}", "{pipe,pipe}:cat", "http://x/{0..1}.tar::pipe:cat", "s3://x/{0..1}"):
+        url = url.replace("{0..1}", "{000000..000007}").replace("{a}", "{000000..000009}")
+        with pytest.raises(ValueError, match=r"data\.train: "):
+            streamed(shards, train=url, index=str(shards / "index.json"))
     with pytest.raises(ValueError, match=r"data\.num_workers: got 6; allowed: at most 10 shards / 2 ranks"):
         streamed(shards, world=2, num_workers=6)
 

@@ -16,6 +16,7 @@ from lit_transdiff.__main__ import main
 from lit_transdiff.config import SIZES, ModelConfig, RunConfig
 from lit_transdiff.models.autoencoder import KLAutoencoder
 from lit_transdiff.released.convert import LATENT_SCALE, convert
+from lit_transdiff.released.files import state_dict
 from tests import plain_autoencoder
 from tests.released.test_convert import SMALL, converted_autoencoder, equal, random_state, write_checkpoint
 from tests.small import without_checksums
@@ -45,6 +46,34 @@ def test_tensors_that_are_no_weights_are_listed(wrong: Any, message: str, name: 
     with pytest.raises(ValueError, match=f"{file}: {name}: entries that are no weights: {message}$"):
         convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("wrapped", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}"])
+def test_what_wrappers_add_to_names_is_taken_off_and_told(wrapped: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    state = {"a.weight": torch.zeros(2), "module_list.0": torch.ones(1)}
+    with caplog.at_level("INFO", logger="lit_transdiff"):
+        found = state_dict({wrapped.format(key): value for key, value in state.items()}, "model", tmp_path / "x.pth")
+    assert list(found) == list(state) and all(found[key] is state[key] for key in state)
+    assert f"{wrapped.format('a.weight')} is a.weight" in caplog.text
+
+
+def test_blocks_that_were_compiled_one_by_one_and_names_that_only_look_so(tmp_path: Path):
+    one = torch.zeros(1)
+    assert list(state_dict({"blocks.0._orig_mod.w": one, "head": one}, "model", tmp_path)) == ["blocks.0.w", "head"]
+    assert list(state_dict({"module.w": one, "head": one}, "model", tmp_path)) == ["module.w", "head"]
+    with pytest.raises(ValueError, match=r"model: got '_orig_mod\.w'; allowed: names that differ without _orig_mod"):
+        state_dict({"_orig_mod.w": one, "w": one}, "model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [Path("x"), {"model": {"a": print}}, {"model": np.float64(3)}, {"model": torch.nn.Linear(1, 1)}]
+)
+def test_a_file_that_runs_code_is_refused_without_advice_to_run_it(content: Any, tmp_path: Path):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="without running code from it") as error:
+        convert(tmp_path / "x.pth", tmp_path / "ours")
+    said = str(error.value)
+    assert "weights_only" not in said and "trust" not in said and "two options" not in said and "\n" not in said
 
 
 def test_a_damaged_file_is_refused_by_its_checksums(tmp_path: Path, autoencoder: Path):

@@ -13,6 +13,7 @@ from PIL import Image
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.results import DECIDING, result_name
 from lit_transdiff.study.table import Comparison, collect, compare
+from lit_transdiff.study.text import markdown
 
 PLAIN = dict(drift_scale=1.0, noise_scale=1.0)
 SAMPLING = dict(solver="euler", num_steps=40, guidance_scale=1.5, guidance_interval=[0.0, 1.0], reference_guidance=None) | PLAIN
@@ -188,3 +189,10 @@ def test_a_missing_picture_is_named(folder: Path, tmp_path: Path, caplog: pytest
     for picture in folder.rglob("*/evaluations/*.png"):
         picture.unlink()
     assert compare(folder, tmp_path / "none").picture is None and not (tmp_path / "none" / "comparison.png").exists()
+
+
+def test_settings_are_text_in_markdown():
+    cell = "a|b <img src=x onerror=alert(1)> [x](javascript:y) `c` \\"
+    text = markdown(["run"], [[cell], ["two\nlines"]])
+    assert text.splitlines()[2] == r"| a\|b &lt;img src=x onerror=alert(1)&gt; [x]\(javascript:y) \`c\` \\ |"
+    assert text.splitlines()[3] == "| two lines |"
