@@ -104,6 +104,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub = command(commands.index, "write the index of webdataset shards that you already have")
     sub.add_argument("folder")
     sub.add_argument("--class-names", help="names in order of class, separated by commas")
+    sub.add_argument("--label", default="cls", help="member with the class number or name: cls, txt, or json:FIELD; default: cls")
     sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
     sub = command(commands.verify, "check the SHA-256 of every shard against the index")
