@@ -179,7 +179,7 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
         if int(columns.pop("header", zlib.crc32(text))) != zlib.crc32(text):
             raise ValueError("index.json is not what was written with index.npz")
         index = index_from(folder, header, columns)
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error) as error:
         again = f"Make it again: lit-transdiff index {folder}"
         raise ValueError(f"{folder}: the index is damaged or of another version ({error}). {again}") from error
     if check_files:
