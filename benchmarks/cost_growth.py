@@ -24,6 +24,7 @@ from benchmarks.allocations import Allocations
 from benchmarks.model_speed import CLIP, machine
 from lit_transdiff.config import SIZES, FlowConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.flops import training_flops
 from lit_transdiff.planning.memory import pass_cost
 from lit_transdiff.stages import STAGES
@@ -71,7 +72,7 @@ def run_of(size: str, settings: dict[str, int]) -> RunConfig:
 def take_steps(point: Point, rounds: int) -> None:
     """Fill in the seconds of steps, after two that warm up, of which the second is counted in bytes."""
     model, rows = point.run.model, point.run.training.global_batch_size
-    stage = STAGES[point.run.stage](point.run, lambda values, noise: values)
+    stage = STAGES[point.run.stage](point.run, IdentityAutoencoder(point.run.model.latent_channels))
     optimizer = build_optimizer(stage.model, point.run.optimizer)
     numbers = torch.zeros(rows, dtype=torch.int64)
     values = torch.randn(rows, model.num_references, model.latent_channels, model.latent_size, model.latent_size)

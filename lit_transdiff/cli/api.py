@@ -75,7 +75,8 @@ def signature(name: str, value: Any) -> str:
 
 def parameter(found: inspect.Parameter) -> str:
     """One parameter as the source writes it."""
-    star = {found.VAR_POSITIONAL: "*", found.VAR_KEYWORD: "**"}.get(found.kind, "")
+    stars: dict[Any, str] = {found.VAR_POSITIONAL: "*", found.VAR_KEYWORD: "**"}
+    star = stars.get(found.kind, "")
     default = getattr(found.default, "__name__", repr(found.default))
     return f"{star}{found.name}: {found.annotation}" + ("" if found.default is found.empty else f" = {default}")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from lit_transdiff.config import DataConfig, require, require_classes
 from lit_transdiff.data.dataset import Batch, PlannedDataset, loader_options
@@ -26,8 +26,8 @@ class DataModule(pl.LightningDataModule):
     """Training batches in the order of the plan, and evaluation batches that hold each sample once.
 
     The whole run is one Lightning epoch of ``max_steps`` x accumulation batches. Where reading starts is computed from
-    ``trainer.global_step`` alone, so a resumed run reads exactly what the uninterrupted one would have. The Trainer must
-    be made with ``use_distributed_sampler=False``. Without a trainer the module acts as rank 0 of 1 at step 0.
+    ``trainer.global_step`` alone, so a resumed run reads exactly what the uninterrupted one would have. Without a trainer the
+    module acts as rank 0 of 1 at step 0.
     """
 
     def __init__(
@@ -128,14 +128,12 @@ class DataModule(pl.LightningDataModule):
 
     def layout(self) -> BatchLayout:
         """How this run's global batches are cut for the trainer's ranks."""
-        rank, world = self.rank_and_world()
-        require(
-            self.global_batch_size % world == 0,
-            "training.global_batch_size",
-            self.global_batch_size,
-            f"a multiple of the {world} devices",
-        )
-        return BatchLayout(self.global_batch_size, self.micro_batch_size or self.global_batch_size // world, rank, world)
+        size, (rank, world) = self.global_batch_size, self.rank_and_world()
+        require(size % world == 0, "training.global_batch_size", size, f"a multiple of the {world} devices")
+        passes = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        allowed = f"a divisor of training.global_batch_size={size} / {world} devices"
+        require(size % (world * passes) == 0, "Trainer(accumulate_grad_batches)", passes, allowed)
+        return BatchLayout(size, self.micro_batch_size or size // (world * passes), rank, world)
 
     def rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -151,7 +149,7 @@ class DataModule(pl.LightningDataModule):
             "shuffle_block": self.data.shuffle_block,
             "number of samples": len(index),
         }
-        total = self.max_steps * layout.accumulation
+        total = self.num_steps() * layout.accumulation
         if is_url(self.data.train):
             stream = StreamDataset(index, self.data, self.seed, layout, total, self.num_references)
             identity |= {"world": layout.world, "micro_batch_size": layout.micro_batch, "num_workers": self.data.num_workers}
@@ -173,9 +171,16 @@ class DataModule(pl.LightningDataModule):
             require(found == layout.accumulation, "Trainer(accumulate_grad_batches)", found, f"{layout.accumulation}")
             require(steps <= self.max_steps, "Trainer(max_steps)", steps, f"at most {self.max_steps}, for which data is planned")
 
+    def num_steps(self) -> int:
+        """The optimizer steps of the epoch that the run is: fewer where the trainer stops earlier."""
+        planned = -1 if self.trainer is None else self.trainer.max_steps
+        return self.max_steps if planned < 0 else min(planned, self.max_steps)
+
     def start(self, layout: BatchLayout) -> int:
-        """The micro-step at which reading starts."""
-        return 0 if self.trainer is None else self.trainer.global_step * layout.accumulation
+        """The micro-step at which reading starts; with ``Trainer(overfit_batches=...)`` always the first."""
+        if self.trainer is None or self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return 0
+        return self.trainer.global_step * layout.accumulation
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if self.num_validation_samples == 0 or self.data.evaluation is None:
@@ -193,7 +198,10 @@ class DataModule(pl.LightningDataModule):
         )
         options = loader_options(self.data.num_workers)
         return DataLoader(
-            PlannedDataset(index, self.data), sampler=batches, persistent_workers=self.data.num_workers > 0, **options
+            PlannedDataset(index, self.data),
+            sampler=RowsInOrder(batches),
+            persistent_workers=self.data.num_workers > 0,
+            **options,
         )
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -214,7 +222,20 @@ class DataModule(pl.LightningDataModule):
         return [index.name_of(sample) for sample in samples.flatten().tolist()]
 
 
-class PlanSampler(Sampler[Rows]):
+class RowsInOrder(SequentialSampler, DistributedSampler):
+    """Rows in a given order, cut for this rank: a sampler of both kinds that Lightning leaves in their place."""
+
+    def __init__(self, batches: Sequence[Rows]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Rows]:  # type: ignore[override]
+        return iter(self.batches)
+
+
+class PlanSampler(RowsInOrder):
     """The rows of each micro-batch of this rank, from where training stands to the end of the run."""
 
     def __init__(self, plan: TrainPlan, layout: BatchLayout, total: int, start: Callable[[], int]) -> None:
@@ -224,7 +245,7 @@ class PlanSampler(Sampler[Rows]):
         """Micro-batches of the whole run, also when resuming: Lightning counts those before the start as fetched."""
         return self.total
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[Rows]:  # type: ignore[override]
         for micro_step in range(self.start(), self.total):
             first = self.layout.start(micro_step)
             yield self.plan.rows(first, first + self.layout.micro_batch)

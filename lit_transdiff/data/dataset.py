@@ -27,7 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Batch:
-    """What a stage is given."""
+    """What a stage is given, by any data module.
+
+    ``positions`` decide the noise, times and dropped labels of a row: in one global batch no two are alike modulo its size.
+    """
 
     values: Tensor  # [B, R, C, H, W] float32 images in [-1, 1], or float16 autoencoder moments [B, R, 2c, h, w]
     labels: Tensor  # [B] int64

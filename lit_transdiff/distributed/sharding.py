@@ -1,154 +1,31 @@
-"""What every strategy here can say of its tensors, and what follows from it: checkpoints, averages, changes of strategy.
+"""The checkpoints of every strategy here, which follow from what its tensors hold; any strategy goes on from any other's.
 
-A *holder* is a float32 tensor that this rank updates: a whole parameter, a shard of one, or a flat partition of many. Its
-*pieces* say which elements of which parameter it holds. The optimizer keeps its states in the holder's shape, so saving,
-loading, swapping in the average and gathering are the same few lines for every strategy.
+Lightning's own ``ModelCheckpoint`` works beside them where every rank holds whole tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_transdiff.checkpoints.averages import EMA
 from lit_transdiff.checkpoints.format import TRAINING, WEIGHT, Checkpoint, open_checkpoint, slice_key
+from lit_transdiff.stages.averaging import Averages, flat, parameter_shapes
 
 
-@dataclass(frozen=True)
-class Piece:
-    """``length`` elements: from ``start`` of a flattened parameter, at ``offset`` of the flattened holder."""
+class Sharding(Averages):
+    """Mixin of the strategies: what ``Averages`` says of tensors, and checkpoints of them."""
 
-    name: str
-    start: int
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Holder:
-    """A tensor that this rank updates, and what it holds. ``owned`` is false where another rank holds the same and writes it."""
-
-    tensor: Tensor
-    pieces: tuple[Piece, ...]
-    owned: bool = True
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor as a flat view."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach().view(-1)
-
-
-class Sharding:
-    """Mixin of the strategies: everything that follows from ``holders``. A subclass may also have to ``refresh``."""
-
-    lightning_module: pl.LightningModule | None
-    optimizers: list[Optimizer]
-    global_rank: int
-    world_size: int
-
-    # Lightning asks these; the checkpoint is written and read here, not by Lightning.
+    is_whole: ClassVar[bool] = False  # every rank holds whole tensors
     restore_checkpoint_after_setup = True
-    lightning_restore_optimizer = False
-
-    def holders(self) -> Iterator[Holder]:
-        """Whole parameters, the same on every rank; each rank writes its share of them."""
-        for i, (name, p) in enumerate(self.stage.named_parameters()):
-            yield Holder(p, (Piece(name, 0, 0, p.numel()),), owned=i % self.world_size == self.global_rank)
-
-    def refresh(self) -> None:
-        """Bring what the model computes with up to date, after holders have changed."""
-
-    def shard(self, model: torch.nn.Module) -> None:
-        """Cut a model that has just been made; only FSDP does it here."""
-
-    @property
-    def stage(self) -> pl.LightningModule:
-        assert self.lightning_module is not None
-        return self.lightning_module
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The optimizer itself, without what wraps it."""
-        return cast(Optimizer, getattr(self.optimizers[0], "optimizer", self.optimizers[0]))
-
-    def gradient_norm(self) -> Tensor | None:
-        """Norm of all gradients together, before clipping and the step."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.stage.parameters() if p.grad is not None])
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def gradient_norm_of_step(self) -> Tensor | None:
-        """The same after the step, where only then it is known."""
-        return None
-
-    # --- averages -------------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def set_aside(self) -> dict[Tensor, Tensor]:
-        """Weights that wait while the model holds averages that are more precise than they are."""
-        return {}
-
-    @torch.no_grad()
-    def swap_averages(self) -> None:
-        """Exchange weights and averages in place; a second call exchanges them back. Nothing happens before the first step.
-
-        Weights that are less precise than their average are set aside instead: in their place it would be rounded.
-        """
-        for holder in self.holders():
-            average = self.optimizer.state.get(holder.tensor, {}).get(EMA)
-            if holder.tensor in self.set_aside:
-                flat(holder.tensor).copy_(self.set_aside.pop(holder.tensor))
-            elif average is not None:
-                weights = flat(holder.tensor).clone()
-                flat(holder.tensor).copy_(flat(average))
-                if average.dtype == weights.dtype:
-                    flat(average).copy_(weights)
-                else:
-                    self.set_aside[holder.tensor] = weights
-        self.refresh()
-
-    @torch.no_grad()
-    def average_distance(self) -> Tensor:
-        """[2]: squared distance between weights and averages, and squared norm of the weights, of what this rank owns."""
-        sums = torch.zeros(2, device=self.stage.device)
-        for holder in self.holders():
-            average, weights = self.optimizer.state.get(holder.tensor, {}).get(EMA), flat(holder.tensor).float()
-            if holder.owned and average is not None:
-                sums += torch.stack([(weights - flat(average)).square().sum(), weights.square().sum()]).to(sums)
-        return sums
-
-    @torch.no_grad()
-    def averaged_state(self) -> dict[str, Tensor]:
-        """State dict of the stage with averages for weights, whole and float32 on every rank. All ranks call it together."""
-        state = {name: value.detach().clone() for name, value in self.buffers().items()}
-        shapes = parameter_shapes(self.stage)
-        for name, shape in shapes.items():
-            state[name] = torch.zeros(shape, device=self.stage.device)
-        for holder in self.holders():
-            value = self.optimizer.state.get(holder.tensor, {}).get(EMA, holder.tensor)
-            for piece in holder.pieces if holder.owned else ():
-                part = flat(value)[piece.offset : piece.offset + piece.length]
-                state[piece.name].view(-1)[piece.start : piece.start + piece.length] = part
-        if self.world_size > 1:
-            for name in shapes:
-                torch.distributed.all_reduce(state[name])
-        return state
-
-    def buffers(self) -> dict[str, Tensor]:
-        """The stage's persistent buffers."""
-        names = {name for name, _ in self.stage.named_parameters()}
-        return {name: value for name, value in self.stage.state_dict().items() if name not in names and torch.is_tensor(value)}
-
-    # --- checkpoints ----------------------------------------------------------------------------------------------------------
+    lightning_restore_optimizer = False  # true once a file of Lightning's own is loaded
+    without_tensors = False  # Lightning's checkpoint is asked for the rest
 
     @torch.no_grad()
     def slices(self) -> dict[str, Tensor]:
@@ -190,7 +67,13 @@ class Sharding:
         return cast(Tensor, states[state])
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restore model and optimizer; what is returned restores Lightning's loops, schedules and callbacks."""
+        """Restore model and optimizer; what is returned restores Lightning's loops, schedules and callbacks.
+
+        A file of Lightning's ``ModelCheckpoint`` is returned as it is, for Lightning to restore from.
+        """
+        if Path(checkpoint_path).is_file() and self.is_whole:
+            self.lightning_restore_optimizer = True
+            return super().load_checkpoint(checkpoint_path, weights_only)  # type: ignore[misc]
         checkpoint = open_checkpoint(Path(checkpoint_path))
         self.load_slices(checkpoint)
         training = checkpoint.training()
@@ -205,27 +88,45 @@ class Sharding:
 
     def training_state(self) -> dict[str, Any]:
         """Where training stands, without weights and optimizer states."""
-        trainer = self.stage.trainer
-        state = dict(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
-        del state["state_dict"], state["optimizer_states"]
+        with self.tensors_left_out():
+            state = dict(self.stage.trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+        for name in ("state_dict", "optimizer_states", "hparams_name", "hyper_parameters"):  # ours are kept beside
+            state.pop(name, None)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return {**state, "param_groups": groups, "buffers": {k: v.detach().cpu().clone() for k, v in self.buffers().items()}}
 
-    # Lightning's own collection of states: nothing to do.
+    @contextmanager
+    def tensors_left_out(self) -> Iterator[None]:
+        """Lightning's checkpoint holds no tensors in this block; those of our own are written as slices."""
+        self.without_tensors = True
+        try:
+            yield
+        finally:
+            self.without_tensors = False
+
+    # What Lightning's own checkpoints ask for.
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {}
+        return {} if self.without_tensors else self.whole_tensors().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return {}
+        return {} if self.without_tensors else self.whole_tensors().optimizer_state(optimizer)
 
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None: ...
+    def whole_tensors(self) -> Any:
+        """Lightning's strategy under this one. Raises ``ValueError`` where no rank holds whole tensors."""
+        if not self.is_whole:
+            raise ValueError(
+                f"ModelCheckpoint, Trainer.save_checkpoint: strategy {type(self).__name__} holds tensors in parts, which they "
+                "would leave out; allowed: the checkpoints that lit_transdiff.train writes by itself, or strategy single or ddp."
+            )
+        return super()
 
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None: ...
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        if "state_dict" in checkpoint:
+            self.whole_tensors().load_model_state_dict(checkpoint, strict)
 
-
-def parameter_shapes(stage: pl.LightningModule) -> dict[str, list[int]]:
-    """Parameter -> shape of the whole, also where it is cut (ZeRO-3 keeps the shape aside)."""
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in stage.named_parameters()}
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        if "optimizer_states" in checkpoint:
+            self.whole_tensors().load_optimizer_state_dict(checkpoint)
 
 
 def check_shapes(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:

@@ -22,7 +22,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.ddp import DDPStrategy
 
 from lit_transdiff.config import DistributedConfig, require
-from lit_transdiff.distributed.sharding import Holder, Piece, Sharding
+from lit_transdiff.distributed.sharding import Sharding
+from lit_transdiff.stages.averaging import Holder, Piece
 
 CPU_BUCKET = 1_000_000  # elements; DeepSpeed's default allocates gigabytes at once
 

@@ -1,4 +1,4 @@
-"""How the parts of a model are run: compiled, computed again in the backward pass, with bfloat16 weights, as CUDA graphs.
+"""How the parts of a model are run: compiled, computed again in the backward pass, cut, in bfloat16, as CUDA graphs.
 
 Each replaces the ``forward`` of single modules or the weights of linear layers. The names of the weights stay, and so do hooks,
 such as those by which strategies gather weights.
@@ -9,14 +9,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh
+
     from lit_transdiff.models.decoder import Memory
+    from lit_transdiff.models.layers import CrossAttention
     from lit_transdiff.models.transdiff import TransDiff
 
 log = logging.getLogger(__name__)
@@ -59,6 +64,24 @@ def recompute_blocks(blocks: Iterable[nn.Module], every: int = 1) -> None:
     for i, block in enumerate(blocks):
         if i % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def shard_blocks(model: TransDiff, mesh: DeviceMesh) -> None:
+    """Cut the weights by rows over the devices of ``mesh`` (FSDP2), unless they are cut already.
+
+    One unit a block, one for all keys and values of the decoder (they are made together), one for the rest.
+    """
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        return
+    attentions = [cast("CrossAttention", block.cross_attention) for block in model.decoder.blocks]
+    projections = [layer for attention in attentions for layer in (attention.key, attention.value)]
+    cut = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
+    cut([model.decoder.context_projection, *projections])
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        cut(block)
+    cut(model)
+    for method in ("encode", "memory", "velocity"):
+        register_fsdp_forward_method(model, method)
 
 
 def round_linear(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.flops import decoder_flops, encoder_flops, training_flops
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.base import TransDiffStage
@@ -60,7 +61,7 @@ def fake_stage(run: RunConfig) -> TransDiffStage:
     training = replace(
         run.training, compile=False, activation_checkpointing="none", activation_checkpointing_every=1, precision="fp32"
     )
-    return STAGES[run.stage](replace(run, model=model, training=training), lambda values, noise: values.float())
+    return STAGES[run.stage](replace(run, model=model, training=training), IdentityAutoencoder(model.latent_channels))
 
 
 def model_cost(run: RunConfig) -> ModelCost:

@@ -5,7 +5,7 @@ Shapes: B batch, C image channels, H W pixels, c latent channels, h w latent pix
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,9 @@ class AutoencoderStage(PreparatoryStage):
 
     uses_labels = False
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig | Mapping[str, Any]) -> None:
         super().__init__(run)
+        run = self.run
         self.autoencoder = KLAutoencoder.new(run.autoencoder_training, run.data.image_channels, run.data.image_size)
 
     def losses(self, images: Tensor) -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ class AutoencoderStage(PreparatoryStage):
             "val/psnr": psnr(self.autoencoder.decode(latents).float(), images),
             "val/kl": kl_divergence(moments).mean() / latents[0].numel(),
         }
-        self.log_dict(values, batch_size=len(images), sync_dist=True, logger=False)
+        self.log_dict(values, batch_size=len(images), sync_dist=True, logger=self.logs_itself)
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:

@@ -6,45 +6,30 @@ are ordered (reference, draw, image).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, cast
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from einops import rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_transdiff.base.randomness import GlobalBatchNormal, PerImageNormal, mix
+from lit_transdiff.checkpoints.averages import EMA
 from lit_transdiff.config import RunConfig, require
+from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.flow.loss import check_flow, draw_times, flow_matching_loss
+from lit_transdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, check_latents, load_autoencoder
 from lit_transdiff.models.execution import compile_blocks, recompute_blocks
 from lit_transdiff.models.transdiff import TransDiff
-from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor
+from lit_transdiff.stages.averaging import averages_of
+from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor, parameter_groups
 
 # Normal numbers of a shape, one row for each image of the batch: [B, *shape].
 Normal = Callable[..., Tensor]
-# (values of a Batch, posterior noise [B, R, c, h, w]) -> normalised latents [B, R, c, h, w]
-ToLatents = Callable[[Tensor, Tensor], Tensor]
-
-
 PREFIX = "model."  # of the model's names in the stage
-
-
-class Averages(Protocol):
-    """What a stage asks of its strategy (see ``distributed.sharding``)."""
-
-    def shard(self, model: nn.Module) -> None: ...
-    def swap_averages(self) -> None: ...
-    def averaged_state(self) -> dict[str, Tensor]: ...
-    def average_distance(self) -> Tensor: ...
-    def gradient_norm(self) -> Tensor | None: ...
-    def gradient_norm_of_step(self) -> Tensor | None: ...
-
-
-def sharding(trainer: pl.Trainer) -> Averages:
-    """The trainer's strategy, which is one of ours."""
-    return cast(Averages, trainer.strategy)
 
 
 def log_now(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
@@ -54,16 +39,53 @@ def log_now(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
-class TransDiffStage(pl.LightningModule):
-    """One stage of training. A subclass says what it trains (``trains_encoder``, ``prepare``) and what it needs (``check``)."""
+class Stage(pl.LightningModule):
+    """What every stage is to Lightning: settings as ``hparams``, from which ``load_from_checkpoint`` makes it, and its losses.
+
+    ``run`` is a run or, as a checkpoint gives them, its plain settings.
+    """
+
+    logs_itself = True  # not when the trainer has a callback that does so more finely
+
+    def __init__(self, run: RunConfig | Mapping[str, Any]) -> None:
+        super().__init__()
+        self.run = run if isinstance(run, RunConfig) else run_from(dict(run), source="hparams")
+        self.check(self.run)
+        self.save_hyperparameters(to_dict(self.run))
+
+    @classmethod
+    def check(cls, run: RunConfig) -> None:
+        """Refuse settings that cannot work, before anything expensive starts."""
+        check_optimizer(run.optimizer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning is told which argument the settings are."""
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_NAME] = "run"
+
+    def on_train_epoch_end(self) -> None:
+        if self.logs_itself:  # the last step, whatever the rhythm of the trainer's loggers
+            self.log("train/loss", self.trainer.callback_metrics["train/loss"])
+
+    def log_loss(self, loss: Tensor, batch_size: int) -> None:
+        """``train/loss`` of a pass, unless a callback logs it."""
+        if self.logs_itself:
+            self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=batch_size)
+
+
+class TransDiffStage(Stage):
+    """One stage of training. A subclass says what it trains (``trains_encoder``, ``prepare``) and what it needs (``check``).
+
+    Images are encoded by the run's frozen ``autoencoder``, which is no part of the stage: it is neither trained nor saved.
+    """
 
     trains_encoder: ClassVar[bool] = True  # else there is no backward pass through it
+    autoencoder: Autoencoder | None
 
-    def __init__(self, run: RunConfig, to_latents: ToLatents) -> None:
-        super().__init__()
-        self.check(run)
-        self.run = run
-        self.to_latents = to_latents
+    def __init__(self, run: RunConfig | Mapping[str, Any], autoencoder: Autoencoder | None = None) -> None:
+        super().__init__(run)
+        run = self.run
+        self.keep(autoencoder)
+        self.latents_are_checked = False
         self.model = TransDiff(run.model)
         blocks = {"encoder": self.model.encoder.blocks, "decoder": self.model.decoder.blocks}
         if run.training.compile:
@@ -77,8 +99,8 @@ class TransDiffStage(pl.LightningModule):
     @classmethod
     def check(cls, run: RunConfig) -> None:
         """Refuse settings that cannot work, before anything expensive starts."""
+        super().check(run)
         check_flow(run.flow)
-        check_optimizer(run.optimizer)
         frozen, again = run.training.frozen_dropout, run.training.activation_checkpointing
         allowed = f"false in stage {run.stage}, which freezes nothing"
         require(not frozen or not cls.trains_encoder, "training.frozen_dropout", frozen, allowed)
@@ -88,6 +110,64 @@ class TransDiffStage(pl.LightningModule):
 
     def prepare(self) -> None:
         """Freeze what the stage does not train."""
+
+    # --- images and latents ---------------------------------------------------------------------------------------------------
+
+    def keep(self, autoencoder: Autoencoder | None) -> None:
+        """Beside the modules, where neither checkpoints nor strategies see it."""
+        vars(self)["autoencoder"] = autoencoder
+
+    def setup(self, stage: str) -> None:
+        """The run's autoencoder, where none was given."""
+        if self.autoencoder is None:
+            settings = self.run.autoencoder
+            self.keep(load_autoencoder(settings.kind, settings.path, self.run.data.image_channels))
+
+    def on_fit_start(self) -> None:
+        self.place_autoencoder()
+
+    def on_validation_start(self) -> None:
+        self.place_autoencoder()
+
+    def place_autoencoder(self) -> None:
+        """To the device on which training has put the model."""
+        assert self.autoencoder is not None
+        self.autoencoder.to(self.device)
+
+    @torch.no_grad()
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Images [B, R, C, H, W] become moments [B, R, 2c, h, w]; cached moments stay as they are. The first batch is checked."""
+        assert self.autoencoder is not None
+        values, data = batch.values, self.run.data
+        if tuple(values.shape[2:]) == (data.image_channels, data.image_size, data.image_size):
+            with torch.autocast(values.device.type, enabled=False):
+                values = self.autoencoder.encode(values)
+        if not self.latents_are_checked:
+            self.check_moments(values)
+            self.latents_are_checked = True
+        return replace(batch, values=values)
+
+    def check_moments(self, moments: Tensor) -> None:
+        """Refuse values that give no latents of this run, and an autoencoder whose normalisation does not fit them."""
+        model, data = self.run.model, self.run.data
+        latents = (model.latent_channels, model.latent_size, model.latent_size)
+        posterior = (latents[0] if isinstance(self.autoencoder, IdentityAutoencoder) else 2 * latents[0], *latents[1:])
+        images = (data.image_channels, data.image_size, data.image_size)
+        allowed = f"[B, R, C, H, W] with R = {model.num_references} and C, H, W = {images} (images) or {posterior} (moments)"
+        fits = moments.ndim == 5 and tuple(moments.shape[1:]) == (model.num_references, *posterior)
+        require(fits, "values of a batch", tuple(moments.shape), allowed)
+        noise = torch.Generator(moments.device).manual_seed(self.run.seed)  # not training's
+        shape = (*moments.shape[:2], *latents)
+        check_latents(self.latents(moments, torch.randn(shape, generator=noise, device=moments.device)))
+
+    @torch.no_grad()
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Normalised latents [B, R, c, h, w], drawn from the posterior with ``noise``."""
+        assert self.autoencoder is not None
+        with torch.autocast(moments.device.type, enabled=False):
+            return self.autoencoder.sample(moments.float(), noise)
+
+    # --- training -------------------------------------------------------------------------------------------------------------
 
     def context(self, labels: Tensor, references: Tensor, drop: Tensor) -> Tensor:
         return self.model.encode(labels, references, drop)
@@ -101,7 +181,7 @@ class TransDiffStage(pl.LightningModule):
         flow, model = self.run.flow, self.run.model
         shape = (model.latent_channels, model.latent_size, model.latent_size)
         num_references, draws = model.num_references, flow.num_noise_draws
-        x = self.to_latents(batch.values, normal(num_references, *shape))
+        x = self.latents(batch.values, normal(num_references, *shape))
         drop = torch.special.ndtr(normal()) < flow.label_drop_prob
         t = rearrange(draw_times(normal(num_references, draws), flow), "b r m -> (r m b)")
         noise = rearrange(normal(num_references, draws, *shape), "b r m c h w -> (r m b) c h w")
@@ -116,6 +196,7 @@ class TransDiffStage(pl.LightningModule):
         torch.manual_seed(mix(self.run.seed, "dropout", step, micro_step, self.global_rank))
         normal = GlobalBatchNormal(mix(self.run.seed, "training", step), size, batch.positions % size)
         rows, t = self.objective(batch, normal)
+        self.log_loss(rows.mean(), len(batch.labels))
         return {"loss": rows.mean() * self.run.optimizer.gradient_scale, "rows": rows.detach(), "t": t}
 
     def on_validation_epoch_start(self) -> None:
@@ -131,24 +212,40 @@ class TransDiffStage(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         total = self.trainer.strategy.reduce(self._validation.float().to(self.device), reduce_op="sum")
         self.swap_average()
-        log_now(self.trainer, {"val/loss": (total[0] / total[1]).item()})
+        loss = (total[0] / total[1]).item()
+        if self.logs_itself:
+            self.log("val/loss", loss, prog_bar=True, rank_zero_only=False)
+        else:
+            log_now(self.trainer, {"val/loss": loss})
 
     def swap_average(self) -> None:
         """Exchange the weights and their averages; nothing happens before an optimizer exists."""
         if self.trainer.optimizers:
-            sharding(self.trainer).swap_averages()
+            averages_of(self.trainer).swap_averages()
 
     def averaged_model(self) -> TransDiff:
         """A plain whole copy of the model with the averaged weights, in evaluation mode. All ranks call it together."""
-        state = sharding(self.trainer).averaged_state()
+        state = averages_of(self.trainer).averaged_state()
         with self.device:
             model = TransDiff(self.run.model).eval().requires_grad_(False)
         model.load_state_dict({name.removeprefix(PREFIX): value for name, value in state.items()})
         return model
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """``Trainer.validate`` of a checkpoint judges its averages, as validation in training does."""
+        if self._trainer is None or not self.trainer.validating or not checkpoint.get("optimizer_states"):
+            return
+        names, states = {p: name for name, p in self.named_parameters()}, checkpoint["optimizer_states"][0]["state"]
+        groups = parameter_groups(self.model, self.run.optimizer.weight_decay)
+        for i, name in enumerate(names[p] for group in groups for p in group["params"]):
+            state = states.get(i, states.get(name, {}))  # by number, or under FSDP by name
+            if EMA in state:
+                checkpoint["state_dict"][name] = state[EMA]
+
     def configure_model(self) -> None:
-        """Let the strategy cut the model."""
-        sharding(self.trainer).shard(self.model)
+        """Let the strategy cut the model; without a trainer it stays whole."""
+        if self._trainer is not None:
+            averages_of(self.trainer).shard(self.model)
 
     def configure_optimizers(self) -> Any:
         config, steps = self.run.optimizer, self.run.training.max_steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ FILE_NAME = "classifier.safetensors"
 class ClassifierStage(PreparatoryStage):
     """Cross-entropy on batches with ``values`` [B, 1, C, H, W] in [-1, 1] and ``labels`` [B]."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig | Mapping[str, Any]) -> None:
         super().__init__(run)
+        run = self.run
         self.classifier = SmallClassifier(run.model.num_classes, run.data.image_size, run.data.image_channels)
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
@@ -28,7 +29,7 @@ class ClassifierStage(PreparatoryStage):
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         correct = self.classifier(batch.values[:, 0]).argmax(dim=1) == batch.labels
-        self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), sync_dist=True, logger=False)
+        self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), sync_dist=True, logger=self.logs_itself)
 
     def export(self, folder: Path, batches: Iterable[Any]) -> None:
         """Write ``classifier.safetensors`` to ``folder``; every rank may call it, the first one writes. No batch is read."""

@@ -34,6 +34,14 @@ class Averaging(torch.optim.Optimizer):
         self.decays = dict(decays)
         self.skip_step = False
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the states; torch gives them the precision of their parameters, the averages keep their own."""
+        super().load_state_dict(state_dict)
+        saved = [state_dict["state"].get(number, {}) for group in state_dict["param_groups"] for number in group["params"]]
+        for p, states in zip(self._trained(), saved, strict=True):
+            for name in self.decays.keys() & states.keys():
+                self.state[p][name] = states[name].to(p.device, torch.float32, copy=True)
+
     def _trained(self) -> Iterator[nn.Parameter]:
         return (p for group in self.param_groups for p in group["params"])
 

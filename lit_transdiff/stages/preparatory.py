@@ -7,29 +7,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 
 from lit_transdiff.base.randomness import mix
 from lit_transdiff.config import RunConfig, require
-from lit_transdiff.stages.base import log_now
-from lit_transdiff.stages.optim import check_optimizer, lr_factor
+from lit_transdiff.stages.base import Stage, log_now
+from lit_transdiff.stages.optim import lr_factor
 
 
-class PreparatoryStage(pl.LightningModule, ABC):
+class PreparatoryStage(Stage, ABC):
     """What such stages share: AdamW over all parameters, and its schedule. The last weights are exported."""
 
     uses_labels = True  # so that held-out classes must be those that are trained on
 
-    def __init__(self, run: RunConfig) -> None:
-        super().__init__()
-        self.check(run)
-        self.run = run
-
     @classmethod
     def check(cls, run: RunConfig) -> None:
-        """Refuse settings that cannot work, before anything expensive starts."""
-        check_optimizer(run.optimizer)
+        super().check(run)
         policy, factor, frozen = run.safety.on_bad_step, run.safety.spike_factor, run.training.frozen_dropout
         require(policy == "stop", "safety.on_bad_step", policy, f"'stop' in stage {run.stage}")
         require(factor == 0, "safety.spike_factor", factor, f"0 in stage {run.stage}")
@@ -47,8 +40,12 @@ class PreparatoryStage(pl.LightningModule, ABC):
         micro_step = batch_index % self.trainer.accumulate_grad_batches
         torch.manual_seed(mix(self.run.seed, self.run.stage, self.global_step, micro_step, self.global_rank))
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
+        self.log_loss(outputs["loss"] * self.trainer.accumulate_grad_batches, len(batch.labels))  # Lightning has divided it
+
     def on_validation_end(self) -> None:
-        log_now(self.trainer, {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")})
+        if not self.logs_itself:
+            log_now(self.trainer, {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")})
 
     def configure_optimizers(self) -> Any:
         config, steps = self.run.optimizer, self.run.training.max_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,14 +17,15 @@ from lit_transdiff.config.classes import full_names, rows_of
 from lit_transdiff.config.paths import export_folder
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
+from lit_transdiff.data.names import class_names
 from lit_transdiff.data.references import num_groups
 from lit_transdiff.distributed import accumulation, check_spread, micro_batch_size, precision_of, strategy_name, world_size
 from lit_transdiff.evaluation.metrics import check_evaluation
 from lit_transdiff.models.adapt import match
-from lit_transdiff.models.autoencoder import Autoencoder, check_latents, kind_of, load_autoencoder
+from lit_transdiff.models.autoencoder import Autoencoder, kind_of, load_autoencoder
 from lit_transdiff.sampling.generator import check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES
-from lit_transdiff.stages.base import ToLatents, TransDiffStage
+from lit_transdiff.stages.base import Stage, TransDiffStage
 from lit_transdiff.training.callbacks import CALLBACKS
 from lit_transdiff.training.checkpointing import spread
 
@@ -35,21 +36,26 @@ class Parts:
 
     run: RunConfig
     stage: pl.LightningModule
-    data: DataModule
+    data: pl.LightningDataModule
     autoencoder: Autoencoder | None
     report: str
 
 
-def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
+def check_run(
+    run: RunConfig, made: Collection[str] = (), *, own_stage: pl.LightningModule | None = None, own_data: bool = False
+) -> None:
     """Refuse names that are in no table and settings that do not fit together or the run folder.
 
     ``made`` are files and folders that do not exist yet but will, when the run starts (the steps of a pipeline before it).
+    ``own_stage`` stands for the stage of the run's name, whose needs are then not asked; ``own_data`` may validate by itself.
     """
     if run.stage not in STAGES and run.stage not in PREPARATORY:
         raise unknown("stage", run.stage, [*STAGES, *PREPARATORY])
-    stage = STAGES[run.stage] if run.stage in STAGES else PREPARATORY[run.stage]
-    stage.check(run)
-    check_effects(run)
+    if own_stage is None:
+        (STAGES | PREPARATORY)[run.stage].check(run)
+    elif isinstance(own_stage, Stage):
+        require(own_stage.run == run, "stage: its run", own_stage.run.name, "the run that is trained, with all its settings")
+    check_effects(replace(run, data=replace(run.data, evaluation="own")) if own_data else run)
     for name in run.training.callbacks:
         if name not in CALLBACKS:
             raise unknown("training.callbacks", name, CALLBACKS)
@@ -62,17 +68,25 @@ def check_run(run: RunConfig, made: Collection[str] = ()) -> None:
     check_spread(run)
 
 
-def build(run: RunConfig) -> Parts:
-    """The stage, its data and its autoencoder; every mismatch between them is reported here."""
-    check_run(run)
-    if run.stage in PREPARATORY:
-        return Parts(run, PREPARATORY[run.stage](run), build_data(run), None, "")
+def build(run: RunConfig, *, data: pl.LightningDataModule | None = None, stage: pl.LightningModule | None = None) -> Parts:
+    """The stage, its data and its autoencoder; every mismatch between them is reported here.
+
+    Any of Lightning's trainers fits the stage to the data. ``data`` (any module that yields ``Batch``) and ``stage`` stand for
+    those that the run's settings name.
+    """
+    check_run(run, own_stage=stage, own_data=data is not None)
+    if stage is None and run.stage in PREPARATORY:
+        return Parts(run, PREPARATORY[run.stage](run), data or build_data(run), None, "")
+    if stage is not None and not isinstance(stage, TransDiffStage):
+        return Parts(run, stage, data or build_data(run), None, "")
     autoencoder = build_autoencoder(run)
     if run.training.compile:
         autoencoder.compile_parts()
-    data = build_data(run, autoencoder)
-    stage = STAGES[run.stage](run, to_latents(autoencoder, data.index_of("data.train").kind))
-    return Parts(run, stage, data, autoencoder, initialise_from(run, stage, data.class_names))
+    data = data or build_data(run, autoencoder)
+    stage = stage or STAGES[run.stage](run)
+    stage.keep(autoencoder)
+    names = getattr(data, "class_names", None)  # own data may have none
+    return Parts(run, stage, data, autoencoder, initialise_from(run, stage, names))
 
 
 def build_autoencoder(run: RunConfig) -> Autoencoder:
@@ -94,7 +108,7 @@ def build_data(run: RunConfig, autoencoder: Autoencoder | None = None) -> DataMo
         num_references=1 if preparatory else run.model.num_references,
         num_classes=run.model.num_classes,
         global_batch_size=run.training.global_batch_size,
-        micro_batch_size=micro_batch_size(run),
+        micro_batch_size=run.training.micro_batch_size,
         max_steps=run.training.max_steps,
         seed=run.seed,
         num_validation_samples=run.training.num_validation_samples,
@@ -103,27 +117,6 @@ def build_data(run: RunConfig, autoencoder: Autoencoder | None = None) -> DataMo
     )
     data.setup("fit")
     return data
-
-
-def to_latents(autoencoder: Autoencoder, kind: str) -> ToLatents:
-    """What makes latents of a batch: images are encoded by the frozen autoencoder, cached moments are only sampled.
-
-    The first batch is checked: an autoencoder whose normalisation does not fit the data is refused.
-    """
-    checked = False
-
-    def convert(values: Tensor, noise: Tensor) -> Tensor:
-        nonlocal checked
-        autoencoder.to(values.device)
-        with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
-            moments = autoencoder.encode(values) if kind == "images" else values.float()
-            latents = autoencoder.sample(moments, noise)
-        if not checked:
-            check_latents(latents)
-            checked = True
-        return latents
-
-    return convert
 
 
 def initialise_from(run: RunConfig, stage: TransDiffStage, class_names: Sequence[str] | None, load: bool = True) -> str:
@@ -156,14 +149,27 @@ def plan(run: RunConfig, made: Collection[str] = ()) -> str:
     if run.stage in PREPARATORY:
         return describe(run, PREPARATORY[run.stage](run), index)
     with torch.device("meta"):  # shapes are enough, and a large model takes neither time nor memory
-        stage = STAGES[run.stage](run, lambda values, noise: values)
+        stage = STAGES[run.stage](run)
     names = None if index is None else index.class_names
     report = f"initialised from {run.init_from}" if run.init_from in made else initialise_from(run, stage, names, load=False)
     return describe(run, stage, index, report)
 
 
-def describe(run: RunConfig, stage: pl.LightningModule, index: ShardIndex | None, report: str = "") -> str:
-    """Parameter counts and planned steps, for people; ``index`` is nothing where the data are not there yet."""
+def describe_parts(parts: Parts) -> str:
+    """The same as ``describe``, of what is there."""
+    data, own = parts.data, type(parts.data).__name__
+    index = data.index_of("data.train") if isinstance(data, DataModule) else None
+    return describe(parts.run, parts.stage, index, parts.report, instead=own)
+
+
+def describe(
+    run: RunConfig,
+    stage: pl.LightningModule,
+    index: ShardIndex | None,
+    report: str = "",
+    instead: str = "made before this run starts",
+) -> str:
+    """Parameter counts and planned steps, for people; ``instead`` of an index is said where there is none."""
     training = run.training
     total, trained = count(stage.parameters()), count(p for p in stage.parameters() if p.requires_grad)
     lines = [
@@ -181,7 +187,7 @@ def describe(run: RunConfig, stage: pl.LightningModule, index: ShardIndex | None
         lines.append(f"data        {run.data.train}: {len(index):,} {index.kind}, {items:,} rows of {references}")
         epochs = f" ({rows / items:.1f} epochs)"
     else:
-        lines.append(f"data        {run.data.train}: made before this run starts")
+        lines.append(f"data        {f'{run.data.train}: ' if run.data.train else ''}{instead}")
     lines += [
         f"steps       {training.max_steps:,} of {training.global_batch_size} rows{epochs}, {rows * references:,} images seen",
         f"batch       {world_size(run)} device(s) x {micro_batch_size(run)} x {accumulation(run)} pass(es)",
@@ -201,7 +207,7 @@ def export_info(parts: Parts) -> dict[str, Any]:
         "name": parts.run.name,
         "stage": parts.run.stage,
         "autoencoder": parts.autoencoder.fingerprint if parts.autoencoder else None,
-        "class_names": list(parts.data.class_names),
+        "class_names": class_names(parts.data, parts.run.model.num_classes),
     }
 
 

@@ -25,6 +25,7 @@ from lit_transdiff.checkpoints.run_folder import environment, inputs
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import to_dict
 from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.data.names import sample_names
 from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.models.autoencoder import Autoencoder
 from lit_transdiff.models.flops import tokens_of, training_flops
@@ -32,7 +33,8 @@ from lit_transdiff.models.tokens import token_similarity
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid
 from lit_transdiff.sampling.pictures import picture as as_picture
-from lit_transdiff.stages.base import TransDiffStage, log_now, sharding
+from lit_transdiff.stages.averaging import averages_of
+from lit_transdiff.stages.base import TransDiffStage, log_now
 from lit_transdiff.training.window import TIME_BINS, Window
 
 # Callbacks that a recipe brings in by name (training.callbacks); an entry makes one for a run.
@@ -76,8 +78,7 @@ class StopOnNonFinite(pl.Callback):
             raise NonFiniteLoss(message or f"step {step}: another rank met a loss that is not finite.")
 
     def describe(self, trainer: pl.Trainer, step: int, loss: Tensor, samples: Tensor) -> str:
-        keys = trainer.datamodule.keys(samples)  # type: ignore[attr-defined]
-        shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
+        shown = sample_names(trainer.datamodule, samples)  # type: ignore[attr-defined]
         return (
             f"the loss is {loss.item()} at step {step} on rank {trainer.global_rank}. Samples of that batch: {shown}. "
             f"Training has stopped; the last checkpoint in {self.folder} is from before."
@@ -106,6 +107,12 @@ class LogTraining(pl.Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.earlier = checkpoint.get("window")  # none in a checkpoint of an earlier version
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pl_module.logs_itself = False  # type: ignore[assignment]  # of our stages; others log what they like
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pl_module.logs_itself = True  # type: ignore[assignment]
+
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         if isinstance(stage, TransDiffStage):
             self.peak = peak_flops(stage.device, self.dtype)
@@ -124,7 +131,7 @@ class LogTraining(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if (trainer.global_step + 1) % self.every == 0:
-            self.norm = sharding(trainer).gradient_norm()
+            self.norm = averages_of(trainer).gradient_norm()
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
         if "rows" in outputs:
@@ -152,9 +159,9 @@ class LogTraining(pl.Callback):
         }
         if isinstance(trainer.lightning_module, TransDiffStage):
             result |= self.rates(trainer.lightning_module, trainer.world_size, images / elapsed)
-            apart, size = trainer.strategy.reduce(sharding(trainer).average_distance(), reduce_op="mean").tolist()
+            apart, size = trainer.strategy.reduce(averages_of(trainer).average_distance(), reduce_op="mean").tolist()
             result["train/ema_distance"] = (apart / size) ** 0.5 if size else 0.0  # no average before the first step
-        norm = self.norm if self.norm is not None else sharding(trainer).gradient_norm_of_step()
+        norm = self.norm if self.norm is not None else averages_of(trainer).gradient_norm_of_step()
         if norm is not None:
             result["train/gradient_norm"] = norm.item()
         return result | {f"train/loss_t{b / TIME_BINS:.1f}": by_time[b] for b in by_time}

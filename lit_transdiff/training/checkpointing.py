@@ -29,7 +29,8 @@ from lit_transdiff.checkpoints.format import (
 from lit_transdiff.checkpoints.run_folder import last_checkpoint
 from lit_transdiff.config import RunConfig, unknown
 from lit_transdiff.distributed import world_size
-from lit_transdiff.distributed.sharding import Sharding, parameter_shapes
+from lit_transdiff.distributed.sharding import Sharding
+from lit_transdiff.stages.averaging import parameter_shapes
 
 log = logging.getLogger(__name__)
 

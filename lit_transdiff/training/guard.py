@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import SafetyConfig
 from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.data.names import sample_names
 from lit_transdiff.stages.optim import Averaging
 from lit_transdiff.training.callbacks import NonFiniteLoss
 
@@ -79,8 +80,8 @@ class GuardSteps(pl.Callback):
     def react(self, trainer: pl.Trainer, stage: pl.LightningModule, step: int, own: float, mean: str) -> None:
         """Say what happened, then stop, skip or go back."""
         self.num_bad += 1
-        keys = trainer.datamodule.keys(torch.cat([samples.flatten() for samples in self.batches]))  # type: ignore[attr-defined]
-        shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
+        samples = torch.cat([samples.flatten() for samples in self.batches])
+        shown = sample_names(trainer.datamodule, samples)  # type: ignore[attr-defined]
         bad = max(self.num_bad, len(self.left_out) + 1)
         message = (
             f"bad step {step} ({bad} so far): the loss on rank {trainer.global_rank} is {own:.4g} (mean over ranks {mean}). "
@@ -103,5 +104,7 @@ class GuardSteps(pl.Callback):
         """Ours, out of what a strategy wraps it in."""
         wrapped = stage.optimizers(use_pl_optimizer=False)
         optimizer = getattr(wrapped, "optimizer", wrapped)
-        assert isinstance(optimizer, Averaging)
+        if not isinstance(optimizer, Averaging):
+            found = type(optimizer).__name__
+            raise ValueError(f"safety.on_bad_step, safety.spike_factor: got the optimizer {found}; allowed: one of OPTIMIZERS.")
         return optimizer

@@ -53,7 +53,7 @@ def best_loss(folder: Path) -> float | None:
 class Track(pl.Callback):
     """The run's lineage and its alerts."""
 
-    def __init__(self, tracker: WandbRun, run: RunConfig, data: DataModule) -> None:
+    def __init__(self, tracker: WandbRun, run: RunConfig, data: pl.LightningDataModule) -> None:
         self.tracker = tracker  # not ``log``: Lightning overwrites that name in callbacks
         self.run = run
         self.data = data
@@ -61,10 +61,12 @@ class Track(pl.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.num_bad = left_out(trainer)
+        if not isinstance(self.data, DataModule):
+            return
         index = self.data.index_of("data.train")
         about = {"samples": len(index), "classes": index.num_classes, "shards": len(index.shards), "kind": index.kind}
         use(self.tracker, data_artifact(Path(index.folder) / "index.json", about))
-        self.num_bad = left_out(trainer)
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:

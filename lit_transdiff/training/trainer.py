@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
@@ -26,14 +28,16 @@ from lit_transdiff.checkpoints.run_folder import (
     open_folder,
     trained_steps,
 )
-from lit_transdiff.config import RunConfig
-from lit_transdiff.distributed import accumulation, compute_dtype, trainer_settings, world_size
+from lit_transdiff.config import RunConfig, require
+from lit_transdiff.data.datamodule import DataModule
+from lit_transdiff.data.names import class_names
+from lit_transdiff.distributed import STRATEGIES, accumulation, compute_dtype, strategy_name, trainer_settings, world_size
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.stages.preparatory import PreparatoryStage
 from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, wandb_of
 from lit_transdiff.tracking.wandb_run import WandbRun
-from lit_transdiff.training.build import Parts, build, build_data, describe, export_info, spread_of
+from lit_transdiff.training.build import Parts, build, build_data, describe_parts, export_info, spread_of
 from lit_transdiff.training.callbacks import CALLBACKS, LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
 from lit_transdiff.training.checkpointing import Checkpoints, TryAgain, agreed_checkpoint, what_changes
 from lit_transdiff.training.guard import GuardSteps, RollBack
@@ -52,8 +56,10 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: WandbRun | None) -> list[Callback]:
-    """What watches a run and saves it; the order matters where it is said."""
+def build_callbacks(
+    parts: Parts, start: int, request: StopRequest, tracker: WandbRun | None, own: Sequence[Callback] = ()
+) -> list[Callback]:
+    """What watches a run and saves it, and the user's ``own``; the order matters where it is said."""
     run, training = parts.run, parts.run.training
     guarded = isinstance(parts.stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
     finite = StopOnNonFinite(training.log_every, training.checkpoint_every, run.folder / "checkpoints")
@@ -63,17 +69,17 @@ def build_callbacks(parts: Parts, start: int, request: StopRequest, tracker: Wan
     stop = StopOnRequest(request, checkpoints, watchdog.rest)
     # The watchdog rests in what may take long. Scores come before LogTraining, which would count their time as training's.
     slow_first: list[Callback] = []
-    slow_last: list[Callback] = [SaveOrigin(run, export_info(parts)), checkpoints]
+    slow_last: list[Callback] = [SaveOrigin(run, export_info(parts)), checkpoints, *own]
     if tracker is not None:
         slow_last.append(Track(tracker, run, parts.data))
     if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
-        names, folder = parts.data.class_names, run.folder
+        names, folder = class_names(parts.data, run.model.num_classes), run.folder
         go_on = run.checkpoint.on_error == "continue"
         grids = SampleGrids(parts.autoencoder, names, folder / "samples", training.sample_every, tracker, despite_full_disk=go_on)
         slow_last.append(grids)
         slow_last.append(BestModel(folder / "best", partial(export_model, parts)))
         if run.evaluation.every:
-            generator = Generator(parts.stage.model, parts.autoencoder, run, parts.data.class_names)
+            generator = Generator(parts.stage.model, parts.autoencoder, run, names)
             slow_first.append(OnlineEvaluation(generator, run, stop.now))
     callbacks: list[Callback] = [
         stop,
@@ -96,6 +102,10 @@ def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]
     """Lightning's Trainer for a run. The whole run is one epoch of max_steps; the data order has its own."""
     run, training = parts.run, parts.run.training
     validate_every = training.validate_every or training.max_steps
+    validates = run.data.evaluation is not None or not isinstance(parts.data, DataModule)
+    also_saves = any(isinstance(callback, CheckpointCallback) for callback in callbacks)
+    allowed = f"none with strategy {strategy_name(run)}, which holds tensors in parts; the run has its own checkpoints"
+    require(not also_saves or STRATEGIES[strategy_name(run)].whole, "callbacks", "ModelCheckpoint", allowed)
     return pl.Trainer(
         **trainer_settings(run),
         max_steps=training.max_steps,
@@ -103,23 +113,32 @@ def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]
         gradient_clip_val=run.optimizer.gradient_clip or None,
         val_check_interval=min(validate_every, training.max_steps) * accumulation(run),
         check_val_every_n_epoch=None,  # count over the whole run
-        limit_val_batches=1.0 if run.data.evaluation else 0,
+        limit_val_batches=1.0 if validates else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         callbacks=callbacks,
         logger=loggers,
         use_distributed_sampler=False,
-        enable_checkpointing=False,  # see Checkpoints
+        enable_checkpointing=also_saves,  # the run's own are written by Checkpoints
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=run.folder,
     )
 
 
-def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
+def train(
+    run: RunConfig,
+    say: Callable[[str], None] = print,
+    *,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
+    data: pl.LightningDataModule | None = None,
+    stage: pl.LightningModule | None = None,
+) -> TrainResult:
     """Train a run to its end, continuing from its last checkpoint if there is one, and export the averaged weights.
 
-    A run that has already finished is left as it is.
+    A run that has already finished is left as it is. ``callbacks`` and ``loggers`` of Lightning are added to the run's; ``data``
+    (any data module that yields ``Batch``) and ``stage`` stand for those that its settings name.
     """
     say = rank_zero_only(say)
     if trained_steps(run) >= run.training.max_steps:
@@ -127,39 +146,47 @@ def train(run: RunConfig, say: Callable[[str], None] = print) -> TrainResult:
         step = trained_steps(run)
         say(f"{run.name}: already trained to step {step} in {run.folder}")
         return TrainResult(run.folder, step, {})
+    untrained = None if stage is None else deepcopy(stage.state_dict())
     with FolderLock(run.folder) as lock:
         while True:
             pl.seed_everything(run.seed, verbose=False)
-            parts = build(run)
-            say(describe(run, parts.stage, parts.data.index_of("data.train"), parts.report))
+            parts = build(run, data=data, stage=stage)
+            say(describe_parts(parts))
             rank_zero_only(lock.take)()
             try:
-                loggers = build_loggers(run)
+                all_loggers = [*build_loggers(run), *loggers]
                 with stop_request() as request:
-                    metrics = fit(parts, agreed_checkpoint(run), request, loggers, say)
+                    result = fit(parts, agreed_checkpoint(run), request, all_loggers, say, callbacks)
                 break
             except (TryAgain, RollBack) as reason:
                 say(f"{run.name}: {reason}")
+                if stage is not None and untrained is not None:
+                    stage.load_state_dict(untrained)
         rank_zero_only(write_model)(parts)
-        if (tracker := wandb_of(loggers)) is not None:
-            log_models(tracker, run, metrics.get(WATCHED))
+        if (tracker := wandb_of(all_loggers)) is not None:
+            log_models(tracker, run, result.metrics.get(WATCHED))
             tracker.finish()
-        wait_for_export(run)
-    return TrainResult(run.folder, run.training.max_steps, metrics)
+        wait_for_export(run, result.step)
+    return result
 
 
 def fit(
-    parts: Parts, checkpoint: Checkpoint | None, request: StopRequest, loggers: list[Logger], say: Callable[[str], None]
-) -> dict[str, float]:
-    """Train from a checkpoint, or from the beginning, to the end; the last values of the metrics."""
+    parts: Parts,
+    checkpoint: Checkpoint | None,
+    request: StopRequest,
+    loggers: list[Logger],
+    say: Callable[[str], None],
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
+    """Train from a checkpoint, or from the beginning, to the end, or to where a callback ends it."""
     run = parts.run
     start = checkpoint.step if checkpoint else 0
     if checkpoint is not None:
         rank_zero_only(check_checkpoint)(run, checkpoint)
     rank_zero_only(open_folder)(run, world_size(run))
     if checkpoint is not None and start >= run.training.max_steps:
-        return dict(checkpoint.manifest["metrics"])
-    trainer = build_trainer(parts, build_callbacks(parts, start, request, wandb_of(loggers)), loggers)
+        return TrainResult(run.folder, start, dict(checkpoint.manifest["metrics"]))
+    trainer = build_trainer(parts, build_callbacks(parts, start, request, wandb_of(loggers), callbacks), loggers)
     if checkpoint is not None:
         changes = what_changes(checkpoint, spread_of(run))
         say(f"continuing from {checkpoint.folder}" + (f"; {changes}" if changes else ""))
@@ -167,9 +194,12 @@ def fit(
         if isinstance(logger, MetricsCSV):
             logger.drop_after(checkpoint.step if checkpoint else -1)
     trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint.folder if checkpoint else None)
-    if trainer.global_step != run.training.max_steps:
-        raise RuntimeError(f"training ended at step {trainer.global_step} of {run.training.max_steps}.")
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    step, planned = trainer.global_step, run.training.max_steps
+    if step != planned and not trainer.should_stop:
+        raise RuntimeError(f"training ended at step {step} of {planned}.")
+    if step != planned:
+        say(f"{run.name}: a callback ended training at step {step} of {planned}; the same call goes on from there")
+    return TrainResult(run.folder, step, {name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 def write_model(parts: Parts) -> None:
@@ -180,10 +210,12 @@ def write_model(parts: Parts) -> None:
     checkpoint = checkpoint.index()
     if isinstance(stage, TransDiffStage):
         return export_checkpoint(checkpoint, run.folder / "export")
-    stage.load_state_dict(checkpoint.weights(None))
-    assert isinstance(stage, PreparatoryStage)
-    batches = build_data(run, None).train_dataloader()
     info = {**export_info(parts), "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": "last"}
+    if not isinstance(stage, PreparatoryStage):  # the user's own
+        weights = checkpoint.weights(None)
+        return write_export(run.folder / "export", run, info, lambda folder: save_file(weights, folder / "model.safetensors"))
+    stage.load_state_dict(checkpoint.weights(None))
+    batches = (build_data(run) if isinstance(parts.data, DataModule) else parts.data).train_dataloader()
     write_export(run.folder / "export", run, info, lambda folder: stage.export(folder, batches))
 
 
@@ -199,10 +231,10 @@ def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[
             write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
 
 
-def wait_for_export(run: RunConfig) -> None:
+def wait_for_export(run: RunConfig, step: int) -> None:
     """Return when the first rank has written the trained model."""
     deadline = time.monotonic() + 60 * run.distributed.timeout_minutes
-    while trained_steps(run) < run.training.max_steps:
+    while trained_steps(run) < step:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{run.folder / 'export'}: the first rank has not written it.")
         time.sleep(0.1)

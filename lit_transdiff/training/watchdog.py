@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lit_transdiff.base.endings import EXIT_STALLED
+from lit_transdiff.data.names import planned_names
 
 WAITING = "waiting for data"
 
@@ -74,18 +75,19 @@ class Watchdog(pl.Callback):
         while not self.stop.wait(self.poll):
             busy = self.busy_with
             if busy is not None and time.monotonic() - self.since > self.seconds:
-                problem = f"stalled for {self.seconds:.0f} s (safety.stall_seconds)"
-                print(self.describe(trainer, problem, *busy), file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(all_threads=True)
-                os._exit(EXIT_STALLED)
+                try:
+                    problem = f"stalled for {self.seconds:.0f} s (safety.stall_seconds)"
+                    print(self.describe(trainer, problem, *busy), file=sys.stderr, flush=True)
+                    faulthandler.dump_traceback(all_threads=True)
+                finally:  # whatever the message meets
+                    os._exit(EXIT_STALLED)
 
     def describe(self, trainer: pl.Trainer, problem: str, what: str, micro_step: int) -> str:
-        keys = trainer.datamodule.planned_keys(micro_step)  # type: ignore[attr-defined]
-        shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
+        shown = planned_names(trainer.datamodule, micro_step)  # type: ignore[attr-defined]
         step = micro_step // trainer.accumulate_grad_batches + 1
         return (
             f"lit-transdiff: rank {trainer.global_rank} on {platform.node()}: {problem} while {what} in step {step}. "
-            f"Samples of that batch: {shown or 'unknown'}. This process ends now."
+            f"Samples of that batch: {shown}. This process ends now."
         )
 
 

@@ -14,6 +14,7 @@ from benchmarks.allocations import Allocations
 from lit_transdiff.config import ModelConfig, RunConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.distributed.strategies import STRATEGIES
+from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.flops import decoder_flops, encoder_flops
 from lit_transdiff.planning.memory import model_cost, pass_cost
 from lit_transdiff.planning.planner import communication, memory_of, plan
@@ -52,7 +53,7 @@ def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str):
     model, cost = model_cost(run), pass_cost(run, bf16)
     planned = memory_of(run, "single", 1, ROWS, model, cost, images=False)
 
-    stage = STAGES[run.stage](run, lambda values, noise: values)
+    stage = STAGES[run.stage](run, IdentityAutoencoder(run.model.latent_channels))
     optimizer = build_optimizer(stage.model, run.optimizer)
     batch = batch_of(run.model)
     gc.collect()
@@ -73,7 +74,7 @@ def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str):
 @pytest.mark.parametrize("kind", ["one-step", "MRAR"])
 def test_operations_are_those_of_a_real_pass(tmp_path: Path, kind: str):
     run = kind_run(tmp_path, kind)
-    stage = STAGES[run.stage](run, lambda values, noise: values)
+    stage = STAGES[run.stage](run, IdentityAutoencoder(run.model.latent_channels))
     # Not every release of torch counts the fused attention of CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         stage.objective(batch_of(run.model), lambda *shape: torch.randn(ROWS, *shape))
