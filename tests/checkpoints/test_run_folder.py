@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from lit_transdiff.__main__ import main
-from lit_transdiff.base.files import crc32_of, read_json
+from lit_transdiff.base.files import crc32_of
 from lit_transdiff.checkpoints import run_folder as runfolder
 from lit_transdiff.checkpoints.format import TRAINING
 from lit_transdiff.checkpoints.run_folder import FolderLock, check_folder, content_of, last_checkpoint
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import save_yaml
+from lit_transdiff.data.index import read_index
 from lit_transdiff.training.trainer import train
 from tests.small import FASHION, small_run
 
@@ -103,9 +104,9 @@ def test_data_that_were_moved_are_the_same_run_and_other_data_are_not(tmp_path: 
 
 def repack(folder: Path) -> None:
     """Another index at the same place."""
-    index = read_json(folder / "index.json")
-    index["shards"][0]["sha256"] = "0" * 64
-    (folder / "index.json").write_text(json.dumps(index))
+    index = read_index(folder)
+    first, *others = index.shards
+    dataclasses.replace(index, shards=(dataclasses.replace(first, sha256="0" * 64), *others)).save()
 
 
 def test_data_that_were_packed_again_are_refused(tmp_path: Path) -> None:
