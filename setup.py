@@ -23,7 +23,8 @@ setup(
     packages=find_packages(include=["lit_transdiff", "lit_transdiff.*"]),
     install_requires=REQUIREMENTS,
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist", "nbclient", "nbformat", "ipykernel", "playwright", "ruff", "mypy", "pre-commit"]
+        "notebooks": ["jupyterlab"],
+        "dev": ["pytest>=8", "pytest-xdist", "nbclient", "nbformat", "ipykernel", "playwright", "ruff", "mypy", "pre-commit"],
     },
     entry_points={"console_scripts": ["lit-transdiff=lit_transdiff.__main__:main"]},
 )

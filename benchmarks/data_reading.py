@@ -5,12 +5,14 @@
 The baseline is one .npz a file, as the TransDiff reference caches latents: ``moments`` and ``moments_flip``, float32
 (32, 16, 16) each. Kinds and worker counts take turns in several rounds; the table gives medians. Files are read from the
 page cache, so the disk does not count. Below it stands what the machine allows at most for latents: how often their bytes can be
-copied in memory, read from the page cache, and read from the disk (after asking the system to forget them).
+copied in memory, read from the page cache, and read from the disk (after asking the system to forget them). The last lines say
+what comparing samples with their checksums costs: latents the first time and later, from the page cache and from the disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import os
 import platform
@@ -149,18 +151,55 @@ def limits(folder: Path) -> dict[str, float]:
     np.copyto(target, source)
     copied = time.perf_counter() - start
     read = {}
-    for forget in (False, True):
+    for uncached in (False, True):
+        if uncached:
+            forget(folder)
         files = [os.open(shard, os.O_RDONLY) for shard in shards]
-        for file in files if forget else ():
-            os.fsync(file)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         views = np.array_split(target, len(files))
         start = time.perf_counter()
         got = sum(os.readv(file, [view]) for file, view in zip(files, views, strict=True))
-        read[forget] = (time.perf_counter() - start) * total / got
+        read[uncached] = (time.perf_counter() - start) * total / got
         for file in files:
             os.close(file)
     return {"memory copy": total / copied, "page cache": total / read[False], "disk": total / read[True]}
+
+
+def forget(folder: Path) -> None:
+    """Ask the system to drop the shards below ``folder`` from its page cache."""
+    for shard in folder.glob("*.tar"):
+        file = os.open(shard, os.O_RDONLY)
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def seconds_of_a_pass(index: ShardIndex, batch_size: int, again: bool = False, cached: bool = True) -> float:
+    """Seconds in which this process reads every sample once; with ``again`` it has compared them with their checksums before."""
+    dataset = PlannedDataset(index, DataConfig(train=str(index.folder), image_size=256), training=True)
+    if again and index.checksum is not None:
+        dataset.reader.unread[:] = False
+    plan = TrainPlan(index, seed=0)
+    batches = [plan.rows(start, start + batch_size) for start in range(0, len(index), batch_size)]
+    if not cached:
+        forget(index.folder)
+    start = time.perf_counter()
+    for rows in batches:
+        dataset[rows]
+    return time.perf_counter() - start
+
+
+def cost_of_checksums(folder: Path, batch_size: int, passes: int) -> dict[str, float]:
+    """By how much of its rate reading is slower with checksums; medians of passes that take turns."""
+    index = read_index(folder)
+    without = dataclasses.replace(index, checksum=None)
+    found: dict[str, list[float]] = {}
+    for cached, again in ((True, False), (True, True), (False, False)):
+        name = f"{'page cache' if cached else 'disk'}, {'later' if again else 'first time'}"
+        for _ in range(passes):
+            plain = seconds_of_a_pass(without, batch_size, cached=cached)
+            checked = seconds_of_a_pass(index, batch_size, again, cached)
+            found.setdefault(name, []).append(1 - plain / checked)
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def main() -> None:
@@ -180,6 +219,8 @@ def main() -> None:
                 for name, loader in stores.items():
                     measured.setdefault((name, workers), []).append(samples_per_second(loader(workers), args.seconds))
             rounds.append(limits(Path(folder) / "latents"))
+        costs = {"latents": cost_of_checksums(Path(folder) / "latents", 256, 10 * args.rounds)}
+        costs["JPEG of 256 px"] = cost_of_checksums(Path(folder) / "cropped", 64, args.rounds)
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}")
     print("| samples/s (ratio) | " + " | ".join(f"{w} workers" for w in args.workers) + " |")
     print("|---|" + "---|" * len(args.workers))
@@ -194,6 +235,8 @@ def main() -> None:
         print(
             f"{name}: {rate / 1e9:.1f} GB/s, {rate / each:,.0f} latents of {size} a second; shards reach {best / rate * each:.0%}"
         )
+    for store, found in costs.items():
+        print(f"checksums of {store} cost: " + "; ".join(f"{name} {cost:.1%}" for name, cost in found.items()))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import io
 import logging
@@ -38,6 +39,11 @@ RESUMABLE = (
 )
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS)  # a path that cannot be meant
 EXIF = "turn images upright by their EXIF orientation, or not, as ADM; where files are kept, data.exif says so to the readers"
+QUIET = (  # loggers whose information is of no use to a user; cuda says LOCAL_RANK at every start of a Trainer
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+)
 AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 
 
@@ -104,6 +110,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub = command(commands.index, "write the index of webdataset shards that you already have")
     sub.add_argument("folder")
     sub.add_argument("--class-names", help="names in order of class, separated by commas")
+    sub.add_argument("--label", default="cls", help="member with the class number or name: cls, txt, or json:FIELD; default: cls")
     sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
     sub = command(commands.verify, "check the SHA-256 of every shard against the index")
@@ -235,12 +242,23 @@ def add_machine_commands(command: AddCommand, with_overrides: Callable[[argparse
 
 
 def quiet_libraries() -> None:
-    """Our own messages are shown; the libraries speak only when something is wrong."""
+    """Our own messages are shown; the libraries speak only when something is wrong that a user can change."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("lit_transdiff").setLevel(logging.INFO)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "ZeRO with an untested optimizer" not in record.getMessage())
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is (deprecated|a private function)"
+    )  # DeepSpeed's calls
+
+
+def end_process_group() -> None:
+    """Take leave of the other processes when all is done: NCCL warns of a process that does not."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -272,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"lit-transdiff: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2 if error.errno in NOT_HERE else 1
+    atexit.register(end_process_group)
     return 0
 
 

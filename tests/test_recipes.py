@@ -10,12 +10,12 @@ from lightning.fabric import Fabric
 from PIL import Image
 
 from lit_transdiff.__main__ import main, parse
-from lit_transdiff.cli.pipeline import dry_run, load_pipeline, run_pipeline
+from lit_transdiff.cli.pipeline import dry_run, farewell, load_pipeline, run_pipeline
 from lit_transdiff.config import SIZES, ModelConfig, check_effects
 from lit_transdiff.config.loading import load_run, read_yaml, run_from
 from lit_transdiff.data.pack import pack
 from lit_transdiff.tracking.place import flat
-from tests.small import ROOT
+from tests.small import ROOT, small_run
 
 OTHERS = ("launch", "sweeps")  # files of Kubernetes and of W&B; sweeps have a test of their own
 YAML = sorted(file for file in (ROOT / "experiments").rglob("*.yaml") if file.parent.name not in OTHERS)
@@ -196,3 +196,16 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     for command in ("pack", "index", "verify", "cache", "statistics", "train", "run", "sample", "evaluate", "compare"):
         assert f"    {command}" in text
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10])
+def test_what_is_to_be_tried_next_works_for_the_classes_of_the_run(classes: int) -> None:
+    """The commands are read as the command line reads them; folders of several words are one."""
+    run = small_run(Path("my runs"), model={"num_classes": classes})
+    commands = farewell(Path("my runs"), run).split("Try next:")[1].strip().splitlines()
+    parsed = [parse(shlex.split(command)[1:]) for command in commands]
+    assert [args.function.__name__ for args in parsed] == ["sample", *["sample"] * (classes > 1), "evaluate", "compare"]
+    for args in parsed[:-2]:
+        chosen = [int(number) for number in args.classes.split(",")]
+        assert args.checkpoint == str(run.folder) and max(chosen) < classes and len(set(chosen)) == min(classes, 2)
+    assert parsed[-1].folder == "my runs"

@@ -112,11 +112,24 @@ def to_disk(path: Path) -> None:
 
 def sealed(content: Mapping[str, Any]) -> bytes:
     """A JSON file that holds a checksum of its own content, which ``read_json`` looks at."""
-    return (json.dumps({**content, SEAL: seal_of(content)}, indent=1) + "\n").encode()
+    return (json.dumps(with_seal(content), indent=1) + "\n").encode()
+
+
+def with_seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {**content, SEAL: seal_of(content)}
 
 
 def seal_of(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content).encode()):08x}"
+
+
+def unsealed(content: Any) -> Any:
+    """What was sealed, or the items of a list were. Raises ``ValueError`` when it is not that any more."""
+    if isinstance(content, list):
+        return [unsealed(item) for item in content]
+    if isinstance(content, dict) and content.pop(SEAL, None) not in (None, seal_of(content)):
+        raise ValueError(f"its content does not fit its checksum. If you changed it, remove {SEAL!r} from it")
+    return content
 
 
 def read_json(path: Path) -> Any:
@@ -125,9 +138,10 @@ def read_json(path: Path) -> Any:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: it holds no JSON ({error}).") from error
-    if isinstance(content, dict) and content.pop(SEAL, None) not in (None, seal_of(content)):
-        raise ValueError(f"{path} is damaged: its content does not fit its checksum. If you changed it, remove {SEAL!r} from it.")
-    return content
+    try:
+        return unsealed(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
 
 
 def crc32_of_files(folder: Path) -> dict[str, int]:
@@ -162,14 +176,24 @@ def crc32_once(path: Path, size: int, modified: int) -> int:
 
 
 def check_zip(path: Path) -> None:
-    """Raise ``ValueError`` for a zip archive (``.npz``, ``.pth``) with a part that differs from the CRC-32 in the archive."""
+    """Raise ``ValueError`` for a zip archive (``.npz``, ``.pth``) with a part that differs from the CRC-32 in the archive.
+
+    A file is read once a process.
+    """
+    stat = path.stat()
+    if (damage := damage_once(path, stat.st_size, stat.st_mtime_ns)) is not None:
+        raise ValueError(f"{path} is damaged: {damage}")
+
+
+@lru_cache(maxsize=256)
+def damage_once(path: Path, size: int, modified: int) -> str | None:
+    """What is wrong in a zip archive that has this size and was last modified then."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if damaged is not None:
-        raise ValueError(f"{path} is damaged: {damaged} in it differs from its checksum")
+        return str(error)
+    return None if damaged is None else f"{damaged} in it differs from its checksum"
 
 
 def is_full(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import torch
 
-from lit_transdiff.base.files import crc32_of, read_json, replace_file
+from lit_transdiff.base.files import crc32_of, read_json, replace_file, with_seal
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import load_run, run_from, save_yaml, to_dict
@@ -243,7 +243,8 @@ def open_folder(run: RunConfig, num_processes: int | None = None) -> None:
         log.warning("%s It is begun anew.", error)
         starts = []
     this = environment() | ({"num_processes": num_processes} if num_processes else {})
-    replace_file(file, json.dumps([*starts, this], indent=2).encode())
+    this["config_crc32"] = crc32_of(run.folder / "config.yaml")
+    replace_file(file, json.dumps([with_seal(start) for start in [*starts, this]], indent=2).encode())
 
 
 def environment() -> dict[str, Any]:

@@ -50,10 +50,13 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def index(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.findings import notes_on_classes
     from lit_transdiff.data.verify import index_again
 
-    found = index_again(args.folder, args.class_names.split(",") if args.class_names else None, workers=args.workers)
+    found = index_again(args.folder, args.class_names.split(",") if args.class_names else None, args.workers, args.label)
     print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
+    for note in notes_on_classes(found):
+        print(f"note: {note}")
 
 
 def verify(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ Every step that has been done is left as it is, so the same command continues wh
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -166,14 +167,18 @@ def check_images(pipeline: Pipeline, runs: Sequence[RunConfig]) -> None:
 
 def farewell(root: Path, last: RunConfig) -> str:
     """Where to look, and what to try next."""
-    checkpoint = last.folder
     command = "lit-transdiff" if shutil.which("lit-transdiff") else os.path.relpath(sys.argv[0])
-    return f"""Pictures:  {root / "comparison.png"}  (the stages side by side)
-           {checkpoint / "samples" / "final" / "grid.png"}
-Try next:  {command} sample --checkpoint {checkpoint} --classes 0,7 --per-class 8 --seed 1
-           {command} sample --checkpoint {checkpoint} --classes 5,9 --fuse halves
-           {command} evaluate --checkpoint {checkpoint} sampling.solver=heun sampling.num_steps=10
-           {command} compare {root}"""
+    trained = f"--checkpoint {shlex.quote(str(last.folder))}"
+    pair = f"0,{last.model.num_classes - 1}" if last.model.num_classes > 1 else "0"
+    commands = [
+        f"{command} sample {trained} --classes {pair} --per-class 8 --seed 1",
+        *([f"{command} sample {trained} --classes {pair} --fuse halves"] if "," in pair else []),  # needs two classes
+        f"{command} evaluate {trained} sampling.solver=heun sampling.num_steps=10",
+        f"{command} compare {shlex.quote(str(root))}",
+    ]
+    pictures = [f"{root / 'comparison.png'}  (the stages side by side)", str(last.folder / "samples" / "final" / "grid.png")]
+    gap = "\n" + " " * len("Try next:  ")
+    return f"Pictures:  {gap.join(pictures)}\nTry next:  {gap.join(commands)}"
 
 
 def prepare_reference(source: str, run: RunConfig, fabric: Fabric) -> None:

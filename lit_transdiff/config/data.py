@@ -34,7 +34,7 @@ class DataConfig:
     groups: Optional[str] = None  # the groups of an MRAR run: JSON lines, each a list of sample keys or {"cate", "files"}
     shuffle_block: int = 64  # shards whose samples are shuffled together: bounds how many files are open at a time
     on_bad_sample: Literal["refuse", "skip"] = "refuse"
-    # a sample that cannot be read stops the run, or is replaced by the next one of its class
+    # a sample that cannot be read, or is damaged, stops the run, or is replaced by the next one of its class, with a warning
     num_workers: int = 0  # processes per device that read data; 0: the training process itself
 
     def __post_init__(self) -> None:

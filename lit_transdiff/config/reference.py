@@ -13,6 +13,7 @@ import io
 import json
 import re
 import sys
+import textwrap
 import tokenize
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from lit_transdiff.config import NESTED, PRESETS, SIZES, RunConfig, unknown
 from lit_transdiff.config.typed import in_words, quoted
 
 PACKAGE = Path(__file__).parents[1]
+TERMINAL = 100  # columns of the text
 TABLE = re.compile(r"\b([a-z_.]+)\.([A-Z_]+)\b")  # how a comment names the table of an open set, as in flow.solvers.SOLVERS
 HEAD = """\
 # All settings
@@ -196,13 +198,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def as_text(word: str | None = None) -> str:
-    """The settings for a terminal: all, those of a section, or one. Raises ``ValueError`` for a name that there is not."""
+    """The settings for a terminal: all, those of a section, or one by its whole name or its last word.
+
+    Raises ``ValueError`` for a name that there is not.
+    """
     everything = [setting for settings in all_settings().values() for setting in settings]
     chosen = [s for s in everything if word is None or s.name == word or s.name.startswith(f"{word}.")]
+    chosen = chosen or [s for s in everything if s.name.rsplit(".", 1)[-1] == word]  # by its last word, wherever it is
     if not chosen:
         raise unknown("setting", word, [*NESTED, *(setting.name for setting in everything)])
     lines = []
     for s in chosen:
-        lines.append(f"{s.name} = {s.default}    ({s.values.replace('`', '')})")
-        lines += [f"    {s.meaning.replace('``', '')}"] if s.meaning else []
+        about = [f"{s.name} = {s.default}    ({s.values.replace('`', '')})", f"    {s.meaning.replace('``', '')}"]
+        for text in about:
+            lines += textwrap.wrap(text, TERMINAL, subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"

@@ -24,7 +24,7 @@ from lit_transdiff.base.files import replace_file, sha256_of, sha256_of_lines
 from lit_transdiff.config import require
 from lit_transdiff.data.checksums import checksums_in
 from lit_transdiff.data.processes import in_processes
-from lit_transdiff.data.scan import ScannedSample, scan_shard
+from lit_transdiff.data.scan import CLS, LABEL_MEMBER, Labels, ScannedSample, require_class_0, scan_shard
 
 FORMAT = "lit_transdiff shards"
 VERSION = 1
@@ -179,7 +179,7 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
         if int(columns.pop("header", zlib.crc32(text))) != zlib.crc32(text):
             raise ValueError("index.json is not what was written with index.npz")
         index = index_from(folder, header, columns)
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error) as error:
         again = f"Make it again: lit-transdiff index {folder}"
         raise ValueError(f"{folder}: the index is damaged or of another version ({error}). {again}") from error
     if check_files:
@@ -227,27 +227,31 @@ def index_shards(
     workers: int = 0,
     progress: bool = True,
     save: bool = True,
+    label: str = LABEL_MEMBER,
 ) -> ShardIndex:
     """Scan the tars of a folder (in name order, in ``workers`` processes) and ``save`` their index.
 
-    Without ``class_names`` the classes are called by their numbers, 0 to the largest label. Raises ``ValueError`` naming
-    shard and key for whatever ``scan_shard`` refuses, and for a key that two shards share.
+    Without ``class_names`` the classes are called by their numbers, 0 to the largest label, and there must be one of class 0
+    where there is one of class 1; ``label`` is the member with the label (see ``Labels.of``). Raises ``ValueError`` naming shard
+    and key for whatever ``scan_shard`` refuses, and for a key that two shards share.
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise FileNotFoundError(f"{folder} has no *.tar (compressed tars cannot be read at an offset; unpack them first).")
-    tasks = ((path, latents) for path in paths)
+    tasks = ((path, latents, Labels.of(label, class_names or ())) for path in paths)
     scanned = tqdm(in_processes(rows_of, tasks, workers), desc="indexing", unit="shard", total=len(paths), disable=not progress)
     index = join_rows(folder, sorted(scanned, key=lambda found: found.shard.name), class_names, seed, latents)
+    if class_names is None:
+        require_class_0(str(folder), index.label.tolist())
     if save:
         index.save()
     return index
 
 
-def rows_of(path: Path, latents: Optional[LatentInfo]) -> ShardRows:
+def rows_of(path: Path, latents: Optional[LatentInfo], labels: Labels = CLS) -> ShardRows:
     """Scan one shard: its checksum and where its samples lie. ``latents`` says what they are expected to be."""
-    scanned, parts = scan_shard(path), latents.flips if latents else 1
+    scanned, parts = scan_shard(path, labels), latents.flips if latents else 1
     for sample in scanned:
         check_sample(path.name, sample, latents)
     columns = {name: np.array([getattr(sample, name) for sample in scanned], kind) for name, kind in COLUMNS.items()}

@@ -1,17 +1,21 @@
 """Reads the headers of a webdataset tar: which samples it holds, where their bytes are, and whether it is whole.
 
-A sample is the run of members that share a key (the file name up to its dot): one image (or one ``.bin`` of latents)
-and one ``.cls`` with the class number as text. Members of other kinds are passed over; pickles are refused, because
-webdataset would run them.
+A sample is the members that share a key (the file name up to its dot): one image (or one ``.bin`` of latents) and one
+``.cls`` with the class number as text (or another, see ``Labels``). Members of other kinds are passed over; pickles are
+refused, because webdataset would run them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Optional
+from typing import Any, BinaryIO, NamedTuple, Optional
+
+from lit_transdiff.config import require
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "bmp")
 LATENT_MEMBER = "bin"
@@ -19,7 +23,15 @@ LABEL_MEMBER = "cls"
 LABEL = re.compile(r"0*[0-9]{1,6}")  # ASCII digits
 LABELS = "a class number, 0 to 999999"
 PICKLE_MEMBERS = ("pickle", "pkl", "pyd", "pth", "pt")
+MAX_DIGITS, MAX_LABEL, MAX_JSON = 32, 256, 1 << 20  # bytes of a class number, and of a member with a label
 END_OF_TAR = 1024  # bytes: two blocks of zeros
+
+
+class Place(NamedTuple):
+    """Where the content of a member lies in its tar."""
+
+    offset: int
+    size: int
 
 
 class ScannedSample(NamedTuple):
@@ -32,34 +44,69 @@ class ScannedSample(NamedTuple):
     kind: str  # "images" or "latents"
 
 
-def scan_shard(path: Path) -> list[ScannedSample]:
-    """The samples of a shard in file order.
+@dataclass(frozen=True)
+class Labels:
+    """Where the label of a sample is: in its member ``.cls`` or ``.txt``, or in a ``field`` of its ``.json``.
+
+    It is the number of a class, or one of ``names``, which are in order of the class.
+    """
+
+    member: str = LABEL_MEMBER
+    field: str = ""
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, text: str, names: Sequence[str] = ()) -> Labels:
+        """What ``cls``, ``txt`` or ``json:FIELD`` says."""
+        member, _, field = text.lstrip(".").partition(":")
+        fits = member in (LABEL_MEMBER, "txt", "json") and (member == "json") == bool(field)
+        require(fits, "--label", text, f"{LABEL_MEMBER}, txt, or json:FIELD, as in json:label")
+        return cls(member, field, tuple(names))
+
+    def number(self, content: bytes) -> int:
+        """The class that a member says. Raises ``ValueError`` with what it says instead."""
+        value: Any = content.decode("utf-8", errors="replace").strip()
+        if self.field:
+            try:
+                value = json.loads(content)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f".json: {error}; allowed: JSON with the field {self.field!r}") from error
+            if not isinstance(value, dict) or self.field not in value:
+                fields = ", ".join(value) if isinstance(value, dict) else "no fields"
+                raise ValueError(f".json: got {fields}; allowed: with the field {self.field!r}")
+            value = value[self.field]
+        if not isinstance(value, bool) and len(str(value)) <= MAX_DIGITS and LABEL.fullmatch(str(value)):
+            return int(value)  # digits are the number of a class, also where it has another number for a name
+        if value not in self.names:
+            raise ValueError(f"label {str(value)[:40]!r}; allowed: {LABELS}, or one of the names that --class-names gives")
+        return self.names.index(value)
+
+
+CLS = Labels()
+
+
+def scan_shard(path: Path, labels: Labels = CLS) -> list[ScannedSample]:
+    """The samples of a shard in the order of their images; the label of one may lie anywhere in the file.
 
     Raises ``ValueError`` naming shard and key for a damaged or truncated tar, data after the last member, a duplicate
     key, a missing or repeated image or label, a label that is not a number, a dot in a key, and a pickle member.
     """
-    samples: list[ScannedSample] = []
-    seen: set[str] = set()
-    key: Optional[str] = None
-    members: dict[str, tarfile.TarInfo] = {}
+    found: dict[str, dict[str, Place]] = {}  # by key and extension
+    before = None
     with path.open("rb") as file:
         for info in members_of(file, path):
-            name, extension = split_name(info.name, path)
+            key, extension = split_name(info.name, path, labels.member)
             if extension is None:
                 continue
-            if name != key:
-                if key is not None:
-                    samples.append(sample_from(file, path, key, members))
-                if name in seen:
-                    raise ValueError(f"{path.name}: key {name!r} is there twice; keys must differ.")
-                seen.add(name)
-                key, members = name, {}
+            members = found.setdefault(key, {})
+            if extension in members and key != before:
+                raise ValueError(f"{path.name}: key {key!r} is there twice; keys must differ.")
             if extension in members:
-                raise ValueError(f"{path.name}: sample {name!r} has two members .{extension}.")
-            members[extension] = info
-        if key is not None:
-            samples.append(sample_from(file, path, key, members))
-    return samples
+                raise ValueError(f"{path.name}: sample {key!r} has two members .{extension}.")
+            members[extension] = Place(info.offset_data, info.size)
+            before = key
+        samples = [sample_from(file, path, key, members, labels) for key, members in found.items()]
+    return sorted(samples, key=lambda sample: sample.offset)
 
 
 def members_of(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
@@ -84,33 +131,47 @@ def members_of(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
             raise ValueError(f"{path.name}: damaged header or trailing data at byte {end}, after the last readable member.")
 
 
-def split_name(name: str, path: Path) -> tuple[str, Optional[str]]:
+def split_name(name: str, path: Path, label: str) -> tuple[str, Optional[str]]:
     """``folder/key.ext`` -> (``folder/key``, ``ext`` in lower case); ``None`` for a member that is no part of a sample."""
     folder, _, base = name.rpartition("/")
     stem, *extensions = base.split(".")
     last = extensions[-1].lower() if extensions else ""
     if last in PICKLE_MEMBERS:
         raise ValueError(f"{path.name}: member {name!r} is a pickle, which could run any code; refused.")
-    if last not in (*IMAGE_MEMBERS, LATENT_MEMBER, LABEL_MEMBER) or not stem:
+    if last not in (*IMAGE_MEMBERS, LATENT_MEMBER, label) or not stem:
         return name, None
     if len(extensions) > 1:
-        raise ValueError(f"{path.name}: key {base.rpartition('.')[0]!r} has a dot; webdataset would cut it there.")
+        raise ValueError(
+            f"{path.name}: key {base.rpartition('.')[0]!r} has a dot; webdataset would cut it there. "
+            "Rename the members, or unpack them and make shards of the images with: lit-transdiff pack"
+        )
     return f"{folder}/{stem}" if folder else stem, last
 
 
-def sample_from(file: BinaryIO, path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> ScannedSample:
-    """The row of one sample from its members (extension -> header)."""
-    if LABEL_MEMBER not in members:
-        raise ValueError(f"{path.name}: sample {key!r} has no label (.{LABEL_MEMBER}); it has .{', .'.join(members)}.")
-    payloads = [extension for extension in members if extension != LABEL_MEMBER]
+def sample_from(file: BinaryIO, path: Path, key: str, members: dict[str, Place], labels: Labels) -> ScannedSample:
+    """The row of one sample from its members (by extension)."""
+    where = f"{path.name}: sample {key!r}"
+    if labels.member not in members:
+        other = "" if labels.member != LABEL_MEMBER else " (index --label txt, or json:FIELD, takes it from another member)"
+        raise ValueError(f"{where} has no label (.{labels.member}); it has .{', .'.join(members)}{other}.")
+    payloads = [extension for extension in members if extension != labels.member]
     if len(payloads) != 1:
         found = f"has {len(payloads)} images (.{', .'.join(payloads)})" if payloads else "has no image"
-        raise ValueError(f"{path.name}: sample {key!r} {found}; allowed: one of .{', .'.join((*IMAGE_MEMBERS, LATENT_MEMBER))}.")
-    label = members[LABEL_MEMBER]
-    file.seek(label.offset_data)
-    text = file.read(min(label.size, 32)).decode("ascii", errors="replace").strip()
-    if label.size > 32 or not LABEL.fullmatch(text):
-        raise ValueError(f"{path.name}: sample {key!r}: label {text!r}; allowed: {LABELS}.")
+        raise ValueError(f"{where} {found}; allowed: one of .{', .'.join((*IMAGE_MEMBERS, LATENT_MEMBER))}.")
+    label = members[labels.member]
+    most = MAX_JSON if labels.field else MAX_LABEL
+    require(label.size <= most, f"{where}: bytes of .{labels.member}", label.size, f"at most {most}")
+    file.seek(label.offset)
+    try:
+        number = labels.number(file.read(label.size))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from error
     data = members[payloads[0]]
     kind = "latents" if payloads[0] == LATENT_MEMBER else "images"
-    return ScannedSample(key, data.offset_data, data.size, int(text), kind)
+    return ScannedSample(key, data.offset, data.size, number, kind)
+
+
+def require_class_0(where: str, labels: Sequence[int]) -> None:
+    """Refuse labels that begin with 1, where nothing says how many classes there are: class 0 would be one without images."""
+    allowed = "class numbers from 0 on: subtract 1, or give --class-names a name for each number from 0 on, if class 0 is missing"
+    require(min(labels) != 1, f"{where}: labels", f"{min(labels)} to {max(labels)}", allowed)

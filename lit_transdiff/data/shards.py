@@ -94,9 +94,9 @@ class ShardReader:
 
     @cached_property
     def unread(self) -> np.ndarray:
-        """[N, parts] bool: what this process has not compared with its checksum yet, where there are some."""
-        checksum = self.index.checksum
-        return np.zeros((len(self.index), 2), bool) if checksum is None else np.ones(checksum.shape, bool)
+        """[N, parts] bool: the parts of latents that this process has not compared with their checksums yet."""
+        assert self.index.checksum is not None
+        return np.ones(self.index.checksum.shape, bool)
 
     def read(self, sample: int) -> bytes:
         """The image file, or the raw latents, of a sample. Raises ``ValueError`` naming it for damage or a short read."""
@@ -116,12 +116,20 @@ class ShardReader:
         shards = (np.searchsorted(self.index.starts, samples, side="right") - 1).tolist()
         offsets = (self.index.offset[samples] + first).tolist()
         parts = first // length
-        unread = self.unread[samples, parts].tolist()
+        expected = self.expected(samples, parts)
         for i in np.argsort(samples, kind="stable").tolist():
             content = view[i * length : (i + 1) * length]
             found = os.preadv(self.descriptor(shards[i]), [content], offsets[i])
             if found != length:
                 raise ValueError(f"{self.index.name_of(samples[i])}: {found} of {length} bytes read: the shard is truncated.")
-            if unread[i] and checksum_of(content) != self.index.checksum[samples[i], parts[i]]:  # type: ignore[index]
+            if expected[i] is not None and checksum_of(content) != expected[i]:
                 raise damaged(self.index, int(samples[i]))
-        self.unread[samples, parts] = False
+        if any(value is not None for value in expected):
+            self.unread[samples, parts] = False
+
+    def expected(self, samples: np.ndarray, parts: np.ndarray) -> list[Optional[int]]:
+        """The checksums of these parts; nothing for one that has none, or that this process has compared before."""
+        if self.index.checksum is None or not (unread := self.unread[samples, parts]).any():
+            return [None] * len(samples)
+        checksums = self.index.checksum[samples, parts].tolist()
+        return [value if new else None for value, new in zip(checksums, unread.tolist(), strict=True)]

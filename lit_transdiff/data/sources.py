@@ -16,11 +16,12 @@ import numpy as np
 
 from lit_transdiff.base.files import sha256_of_lines
 from lit_transdiff.config import are_numbers, require
-from lit_transdiff.data.scan import IMAGE_MEMBERS, LABEL, LABELS
+from lit_transdiff.data.scan import IMAGE_MEMBERS, LABEL, LABELS, require_class_0
 
 MAX_KEY_BYTES = 80  # a plain tar header holds 100 with the extension
 UNFIT = re.compile(r"[./\s]")  # for a key: webdataset cuts names at the dot
 NAME = re.compile(r"(?![+-]?\d+(\.\d*)?$).+")  # a label that is the name of a class: not -1, 1.0, or digits of another script
+HEADER = "; remove this line, if it is a header"
 LISTING_THREADS = 16  # a network disk answers many questions at once
 ClassNames = Optional[Union[Sequence[str], Path]]  # in label order, or a file of them
 
@@ -144,10 +145,13 @@ def list_source(path: Path, class_names: ClassNames) -> ImageSource:
         require(len(row) == 2, where, delimiter.join(row), "path and label, with a tab or a comma between")
     require(len(rows) > 0, str(path), "an empty list", "lines of path and label")
     found, labels = number_labels([(where, row[1].strip()) for where, row in rows])
+    if class_names is None and are_numbers(found):
+        require_class_0(str(path), labels)
     names = checked_names(class_names, found)
     origins = [str(path.parent / row[0].strip()) for _, row in rows]
     for (where, _), origin in zip(rows, origins, strict=True):
-        require(os.path.isfile(origin), where, origin, "a file that exists")
+        header = HEADER * (where == rows[0][0])
+        require(os.path.isfile(origin), where, origin, f"a file that exists{header}")
     sizes = [os.path.getsize(origin) for origin in origins]
     return file_source(origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names, found)
 
@@ -157,7 +161,7 @@ def text_lines(path: str | Path) -> Iterator[str]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield line.decode().rstrip("\r\n")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}: line {number}: not UTF-8: {error.reason} at byte {error.start}.") from error
 
@@ -166,8 +170,10 @@ def number_labels(given: Sequence[tuple[str, str]]) -> tuple[list[str], list[int
     """The classes of (where, label) and the class number of each: the label itself, or its place among the sorted names."""
     numeric = any(LABEL.fullmatch(label) for _, label in given)
     allowed = f"{LABELS}, as on other lines" if numeric else f"{LABELS}, or the name of a class"
-    for where, label in given:
-        require((LABEL if numeric else NAME).fullmatch(label) is not None, f"{where}: label", label, allowed)
+    for place, (where, label) in enumerate(given):
+        require(
+            (LABEL if numeric else NAME).fullmatch(label) is not None, f"{where}: label", label, allowed + HEADER * (place == 0)
+        )
     if numeric:
         labels = [int(label) for _, label in given]
         return [str(c) for c in range(max(labels) + 1)], labels

@@ -185,6 +185,8 @@ class StreamDataset(IterableDataset):
                 except (tarfile.TarError, OSError, EOFError, ValueError) as error:
                     raw, reason = {}, f" ({error})"
                 content = payload(raw, name)
+                if raw and content is None:  # members that lie apart from their image
+                    continue
                 if content is None or raw["__key__"] != self.index.key_of(found) or len(content) != self.index.size[found]:
                     break
                 yield self.checked(found, content)

@@ -13,6 +13,7 @@ from lit_transdiff.base.files import sha256_of
 from lit_transdiff.data.checksums import checksums_in
 from lit_transdiff.data.index import ShardIndex, index_shards, read_index
 from lit_transdiff.data.processes import in_processes
+from lit_transdiff.data.scan import LABEL_MEMBER
 
 LISTED = 10  # samples in a message
 log = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ def told(index: ShardIndex, samples: Sequence[int]) -> str:
     return f" Damaged samples: {listed}{more}." if samples else " No sample is damaged: only names, labels or gaps between them."
 
 
-def index_again(folder: str | Path, class_names: Optional[Sequence[str]] = None, workers: int = 0) -> ShardIndex:
+def index_again(
+    folder: str | Path, class_names: Optional[Sequence[str]] = None, workers: int = 0, label: str = LABEL_MEMBER
+) -> ShardIndex:
     """Index the shards of a folder. Where they have an index, its class names, seed and latents stay, and it gets what it lacks.
 
     Raises ``ValueError`` for a shard that is as long as in that index and differs from it: it is damaged, and would be indexed as
@@ -65,8 +68,9 @@ def index_again(folder: str | Path, class_names: Optional[Sequence[str]] = None,
     folder = Path(folder)
     before = index_of(folder)
     if before is None:
-        return index_shards(folder, class_names, workers=workers)
-    index = index_shards(folder, class_names or before.class_names, before.seed, before.latents, workers, save=False)
+        return index_shards(folder, class_names, workers=workers, label=label)
+    names = class_names or before.class_names
+    index = index_shards(folder, names, before.seed, before.latents, workers, save=False, label=label)
     now = {(shard.name, shard.bytes): shard.sha256 for shard in index.shards}
     differing = [shard.name for shard in before.shards if now.get((shard.name, shard.bytes), shard.sha256) != shard.sha256]
     if differing:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from lit_transdiff.base.files import read_json, short_hash
+from lit_transdiff.base.files import check_file, check_zip, read_json, short_hash
 from lit_transdiff.config import require, unknown
 from lit_transdiff.data.pixels import from_bytes, to_bytes
 from lit_transdiff.models.classifier import load_classifier
@@ -124,7 +125,7 @@ class InceptionFeatures(FeatureExtractor):
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], copy)
         except RuntimeError as error:
             raise wrong_file(path, self.weights_file, error) from error
-        super().__init__("inception", network, short_hash(Path(path)), num_features=2048, num_classes=None)
+        super().__init__("inception", network, published_hash(Path(path)), num_features=2048, num_classes=None)
 
     def extract(self, pixels: Tensor, spatial: bool) -> Features:
         pixels = colour(pixels)
@@ -211,6 +212,9 @@ def colour(pixels: Tensor) -> Tensor:
 
 def read_weights(path: str | Path, expected: str, needed: set[str]) -> State:
     """The state dict of a .safetensors file, or of any other read with ``weights_only``; it must have the keys ``needed``."""
+    check_file(Path(path))
+    if zipfile.is_zipfile(path):
+        check_zip(Path(path))
     try:
         if Path(path).suffix == ".safetensors":
             state = load_file(path)
@@ -222,6 +226,15 @@ def read_weights(path: str | Path, expected: str, needed: set[str]) -> State:
     if lacks:
         raise wrong_file(path, expected, f"it lacks {', '.join(lacks[:3])}")
     return state
+
+
+def published_hash(path: Path) -> str:
+    """The fingerprint of InceptionV3's file, which says in its published name with which digits its SHA-256 begins."""
+    published, found = Path(URL_INCEPTION_V3), short_hash(path)
+    begins = published.stem.rpartition("-")[2]
+    if path.name == published.name and not found.startswith(begins):
+        raise ValueError(f"evaluation.extractor_weights: {path} is damaged: its SHA-256 is {found}..., published was {begins}...")
+    return found
 
 
 def wrong_file(path: str | Path, expected: str, why: object) -> ValueError:

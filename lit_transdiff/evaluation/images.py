@@ -6,6 +6,7 @@ Shapes: N images, B images of a batch, C channels, H W pixels.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +28,18 @@ Array = np.ndarray
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """The bytes of ``arr_0`` and its shape [N, H, W, 3]. Raises ``ValueError`` for anything but such uint8 images."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(file)
-        ok = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and not fortran_order
-        require(ok, f"{path}: arr_0", f"{dtype} of shape {shape}", "uint8 images of shape [N, H, W, 3]")
-        yield file, shape
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read(file)
+            ok = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and not fortran_order
+            require(ok, f"{path}: arr_0", f"{dtype} of shape {shape}", "uint8 images of shape [N, H, W, 3]")
+            yield file, shape
+    except KeyError as error:
+        raise ValueError(f"{path}: {error}; allowed: images as arr_0.") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Copy it again from where it came, or make it again.") from error
 
 
 def images_shape(path: str | Path) -> tuple[int, ...]:
@@ -47,7 +53,11 @@ def image_batches(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
     with opened(Path(path)) as (file, (count, *size)):
         for first in range(0, count, batch_size):
             images = min(batch_size, count - first)
-            content = file.read(images * int(np.prod(size)))
+            wanted = images * int(np.prod(size))
+            content = file.read(wanted)
+            require(
+                len(content) == wanted, f"{path}: arr_0", f"an end after {first} to {first + images} images", f"{count} images"
+            )
             pixels = np.frombuffer(content, dtype=np.uint8).reshape(images, *size)
             yield from_bytes(rearrange(torch.from_numpy(pixels.copy()), "b h w c -> b c h w"))
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_transdiff.base.files import short_hash, whole
+from lit_transdiff.base.files import check_zip, short_hash, whole
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
@@ -196,8 +196,9 @@ def load_statistics(path: str | Path) -> Statistics:
             complete = both and bool({"mu", "arr_0"} & names)
             require(complete, "arrays", sorted(names), "at least mu and sigma, or images as arr_0; mu_s with sigma_s")
             arrays = {name: file[name] for name in NAMES if name in names}
+        check_zip(path)  # also what is not read here, and the names of what is
         return statistics_of(arrays, path, images_shape(path)[0] if "arr_0" in names else 0)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(f"evaluation.reference: {path} is not an .npz file ({error}).") from error
     except ValueError as error:
         raise ValueError(f"evaluation.reference: {path}: {error}") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,6 +17,8 @@ from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.models.fusion import fused, fusion_pattern
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid, save_png
+
+SHOWN = 16  # images of a class in a grid
 
 
 def draw_samples(
@@ -30,10 +33,10 @@ def draw_samples(
     references: bool = False,
     batch_size: int = 64,
 ) -> Path:
-    """Write ``output/grid.png`` and ``output/class-XXXX/seed-XXXX.png``, one for each of ``per_class`` images of ``classes``.
+    """Write ``output/class-XXXX/seed-XXXX.png``, one for each of ``per_class`` images of ``classes``, and ``output/grid.png``.
 
-    With ``references`` the grid shows the R successive images of each row. The image of a class and number depends on
-    ``seed``, the class and the number alone.
+    The grid shows the first SHOWN of each class, with ``references`` the R successive images of each. The image of a class and
+    number depends on ``seed``, the class and the number alone.
     """
     require(per_class >= 1, "per_class", per_class, "at least 1")
     labels = [c for c in classes for _ in range(per_class)]
@@ -48,15 +51,23 @@ def draw_samples(
             suffix = f"-reference-{r}" if references and r < len(row) - 1 else ""
             save_image(image, folder / f"seed-{number:04d}{suffix}.png")
     names = [class_names[c] if class_names else str(c) for c in classes]
-    if references:
-        shown, columns = rearrange(rows, "n r c h w -> (n r) c h w"), rows.shape[1]
-        names = [name if n == 0 else "" for name in names for n in range(per_class)]
-        heads = [f"image {r + 1}" for r in range(columns)]
-        result = grid(shown, columns, row_labels=names, column_labels=heads, title="successive images")
-    else:
-        result = grid(rows[:, -1], per_class, row_labels=names)
+    result = labelled(rearrange(rows, "(k n) r c h w -> k n r c h w", n=per_class), names, references)
     result.save(output / "grid.png")
     return output / "grid.png"
+
+
+def labelled(rows: Tensor, names: Sequence[str], references: bool) -> Image.Image:
+    """The first SHOWN of ``rows`` [K, N, R, C, H, W] of each class: the last of the R images, or all of them."""
+    count = rows.shape[1]
+    rows = rows[:, :SHOWN]
+    first = f"the first {SHOWN} of {count:,} images of a class" if count > SHOWN else ""
+    if not references:
+        return grid(rearrange(rows[:, :, -1], "k n c h w -> (k n) c h w"), rows.shape[1], row_labels=names, title=first or None)
+    labels = [name if n == 0 else "" for name in names for n in range(rows.shape[1])]
+    heads = [f"image {r + 1}" for r in range(rows.shape[2])]
+    title = "; ".join(filter(None, ["successive images", first]))
+    shown = rearrange(rows, "k n r c h w -> (k n r) c h w")
+    return grid(shown, rows.shape[2], row_labels=labels, column_labels=heads, title=title)
 
 
 def draw_fusion(

@@ -6,6 +6,7 @@ Shapes: N images, C channels (1 or 3), H W pixels. Images are in [-1, 1]. Needs 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -169,8 +170,12 @@ def opener(file: Path) -> Callable[[], Image.Image]:
 
     def load() -> Image.Image:
         try:
-            with Image.open(file) as picture:
-                return picture.convert("RGB")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself refuses one of twice that size
+                with Image.open(file) as picture:
+                    return picture.convert("RGB")
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(f"{file} is too large to be shown and is left out ({error}).") from error
         except (OSError, SyntaxError) as error:
             raise ValueError(f"{file} is not a whole picture ({error}).") from error
 

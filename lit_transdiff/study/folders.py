@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_transdiff.base.files import crc32_of
 from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.evaluation.scores import FOLDER
 from lit_transdiff.sampling.pictures import opener
@@ -57,6 +58,7 @@ def read_folder(folder: Path) -> Run:
         name, stage, _ = config["name"], config["stage"], config["training"]["max_steps"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.yaml'} is not the configuration of a run ({error!r}).") from error
+    warn_of_other_config(folder)
     tracking = config.get("tracking") or {}
     rows = cache(partial(read_rows, folder / "metrics.csv"))
     id_file = folder / "wandb" / "run_id"
@@ -75,6 +77,14 @@ def read_folder(folder: Path) -> Run:
         evaluations=evaluations_in(folder / FOLDER),
         open_pictures=partial(pictures_of, folder),
     )
+
+
+def warn_of_other_config(folder: Path) -> None:
+    """Warn when ``config.yaml`` is not what the run's last start has written."""
+    starts = content_of(folder / "environment.json") or [{}]
+    file = folder / "config.yaml"
+    if starts[-1].get("config_crc32") not in (None, crc32_of(file)):
+        log.warning("%s is not what the run has written: it is damaged, or was edited.", file)
 
 
 def state_of(folder: Path, config: dict[str, Any]) -> str:

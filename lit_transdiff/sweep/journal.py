@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.base.files import replace_file
+from lit_transdiff.base.files import replace_file, unsealed, with_seal
 from lit_transdiff.config.yaml_text import dump, read_file
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.trial import Trial
@@ -40,7 +40,7 @@ class Journal:
     def write(self, event: str, **content: Any) -> None:
         """Append an event, on disk when this returns."""
         with open(self.file, "a") as file:
-            file.write(json.dumps({"event": event, **content}) + "\n")
+            file.write(json.dumps(with_seal({"event": event, **content})) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -52,7 +52,7 @@ class Journal:
         """
         past: dict[str, Trial] = {}
         for line in self.file.read_text(errors="replace").splitlines() if self.file.exists() else []:
-            if not (event := event_in(line)):
+            if not (event := event_in(line, self.file)):
                 continue
             kind, id_ = event.get("event"), str(event.get("id"))
             if kind == "start" and "settings" in event:
@@ -66,11 +66,12 @@ class Journal:
         return list(past.values())
 
 
-def event_in(line: str) -> dict[str, Any]:
-    """An event of the journal; empty for a line that is none."""
+def event_in(line: str, file: Path) -> dict[str, Any]:
+    """An event of the journal ``file``; empty, with a warning, for a line that is none, or is not what was written."""
     try:
-        event = json.loads(line)
-    except json.JSONDecodeError:
+        event = unsealed(json.loads(line))
+    except ValueError as error:
+        log.warning("%s: a damaged line is left out (%s): %s", file, error, line)
         return {}
     return event if isinstance(event, dict) else {}
 

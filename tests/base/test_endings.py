@@ -127,3 +127,20 @@ def test_a_folder_below_a_file_and_a_name_that_is_none_are_refused(tmp_path: Pat
     assert main(["train", str(tmp_path / "run.yaml"), "name=on"]) == 2
     assert "name: got True; allowed: a word" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "run.yaml"), 'name="on"', "--dry-run"]) == 0
+
+
+def test_messages_about_which_a_user_can_do_nothing_are_silent() -> None:
+    """In a process of its own, as the filters are; what says anything else is still heard."""
+    program = """
+import logging, warnings
+from lit_transdiff.__main__ import quiet_libraries
+quiet_libraries()
+logging.getLogger("DeepSpeed").warning("**** You are using ZeRO with an untested optimizer, proceed with caution *****")
+logging.getLogger("DeepSpeed").warning("heard of DeepSpeed")
+logging.getLogger("lightning.pytorch.accelerators.cuda").info("LOCAL_RANK: 0 - CUDA_VISIBLE_DEVICES: [0]")
+warnings.warn("`torch.distributed.all_gather_into_tensor` is deprecated. Use another.", FutureWarning)
+warnings.warn("heard of torch", FutureWarning)
+"""
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stderr
+    assert "heard of DeepSpeed" in told and "heard of torch" in told
+    assert "untested" not in told and "LOCAL_RANK" not in told and "all_gather" not in told

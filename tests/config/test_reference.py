@@ -65,6 +65,10 @@ def test_the_command_prints_a_section_a_setting_or_names_the_nearest(capsys: pyt
     assert capsys.readouterr().out.count("checkpoint.") == len(dataclasses.fields(NESTED["checkpoint"]))
     assert main(["settings", "optimizer.lr"]) == 0
     assert capsys.readouterr().out.startswith("optimizer.lr = 0.0008    (number")
+    assert main(["settings", "lr"]) == 0
+    assert capsys.readouterr().out.startswith("optimizer.lr = 0.0008    (number")
+    assert main(["settings"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
     assert main(["settings", "optimiser"]) == 2
     assert "Did you mean 'optimizer'" in capsys.readouterr().err
 

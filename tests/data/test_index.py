@@ -9,8 +9,9 @@ from PIL import Image
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.dataset import PlannedDataset
 from lit_transdiff.data.index import index_shards, read_index
-from lit_transdiff.data.order import Rows
+from lit_transdiff.data.order import BatchLayout, Rows
 from lit_transdiff.data.shards import ShardReader
+from lit_transdiff.data.stream import StreamDataset
 from lit_transdiff.data.verify import verify
 
 
@@ -51,6 +52,59 @@ def test_users_shards(tmp_path):
     assert index.class_names == ("0", "1", "2", "3") and index.label.tolist() == [3, 0]
     with pytest.raises(ValueError, match="label: got 3; allowed: 0 to 1"):
         index_shards(tmp_path, ["a", "b"], progress=False)
+
+
+@pytest.mark.parametrize("order", ["images first", "labels first"])
+def test_labels_may_lie_apart_from_their_images(tmp_path, order):
+    """As tar makes a shard of *.png *.cls: it is read at offsets, and as a stream."""
+    images = [(f"{i}.png", png((8, 8 + i))) for i in range(4)]
+    labels = [(f"{i}.cls", str(i % 2).encode()) for i in (3, 1, 0, 2)]
+    write_tar(tmp_path / "a.tar", *(images + labels if order == "images first" else labels + images))
+    index = index_shards(tmp_path, progress=False)
+    assert index.key.tolist() == [b"0", b"1", b"2", b"3"] and index.label.tolist() == [0, 1, 0, 1]
+    assert [ShardReader(index).read(i) for i in range(4)] == [content for _, content in images]
+    data = DataConfig(train=f"pipe:cat {tmp_path}/a.tar", image_size=8, image_channels=1)
+    stream = StreamDataset(index, data, 0, BatchLayout(2, 2), total=2)
+    assert sorted(sample.sample for sample in stream.read_shards(iter([0]))) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("label", "members", "names", "expected"),
+    [
+        ("txt", {"txt": b"1\n"}, None, 1),
+        (".txt", {"txt": b"bee", "cls": b"0"}, ["ant", "bee"], 1),
+        ("json:label", {"json": b'{"label": 1, "cls": 0}'}, None, 1),
+        ("json:name", {"json": b'{"name": "bee"}'}, ["ant", "bee"], 1),
+        ("cls", {"cls": b"2"}, ["0", "1", "10", "2"], 2),  # a class number, not the name of one
+        ("json:name", {"json": b'{"label": 1}'}, None, "sample '1': .json: got label; allowed: with the field 'name'"),
+        ("json:label", {"json": b'{"label": true}'}, None, "sample '1': label 'True'; allowed: a class number"),
+        ("json:label", {"json": b"{"}, None, "sample '1': .json: .*; allowed: JSON with the field 'label'"),
+        ("txt", {"txt": b"a photo of a bee"}, ["ant", "bee"], "label 'a photo of a bee'; allowed: .* one of the names"),
+        ("txt", {"cls": b"0"}, None, "sample '1' has no label \\(.txt\\)"),
+        ("cls", {"txt": b"0"}, None, "sample '1' has no label .*index --label txt, or json:FIELD"),
+        ("json", {"json": b"0"}, None, "--label: got 'json'; allowed: cls, txt, or json:FIELD"),
+    ],
+)
+def test_labels_of_other_members(tmp_path, label, members, names, expected):
+    write_tar(tmp_path / "a.tar", ("0.png", png()), ("1.png", png()), *((f"1.{e}", c) for e, c in members.items()))
+    other = {"cls": b"0", "txt": b"0", "json": b'{"label": 0, "name": 0}'}
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for extension, content in other.items():
+            info = tarfile.TarInfo(f"0.{extension}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    if isinstance(expected, int):
+        assert index_shards(tmp_path, names, progress=False, label=label).label.tolist() == [0, expected]
+    else:
+        with pytest.raises(ValueError, match=expected):
+            index_shards(tmp_path, names, progress=False, label=label)
+
+
+def test_labels_that_begin_with_1_are_refused_with_a_way_on(tmp_path):
+    write_tar(tmp_path / "a.tar", ("1.png", png()), ("1.cls", b"1"), ("2.png", png()), ("2.cls", b"2"))
+    with pytest.raises(ValueError, match=r"labels: got '1 to 2'; allowed: class numbers from 0 on.*--class-names"):
+        index_shards(tmp_path, progress=False)
+    assert index_shards(tmp_path, ["none", "a", "b"], progress=False).class_counts.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize(

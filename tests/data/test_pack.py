@@ -3,6 +3,7 @@ import os
 import struct
 import sys
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.dataset import PlannedDataset
 from lit_transdiff.data.encode import Encoding
+from lit_transdiff.data.idx import read_idx
 from lit_transdiff.data.index import read_index
 from lit_transdiff.data.order import Rows
 from lit_transdiff.data.pack import Cut, pack
@@ -175,6 +177,55 @@ def test_a_label_that_would_number_the_classes_anew_is_refused(image_folder, tmp
     path.write_bytes(b"small/ant/1.png,0\nsmall/ant/\xe9.png,0\n")
     with pytest.raises(ValueError, match=r"labels\.csv: line 2: not UTF-8"):
         pack(path, tmp_path / "x", progress=False)
+
+
+def test_a_list_with_a_byte_order_mark_a_header_or_labels_from_1(image_folder, tmp_path):
+    path = image_folder.parent / "other.csv"
+    lines = ["small/ant/1.png,0", "small/bee/2.png,1"]
+    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    assert pack(path, tmp_path / "a", progress=False).index.class_counts.tolist() == [1, 1]
+    for header in ("path,label", "path,0"):
+        path.write_text("\n".join([header, *lines]))
+        with pytest.raises(ValueError, match=r"line 1: .*; remove this line, if it is a header"):
+            pack(path, tmp_path / "b", progress=False)
+    path.write_text("small/ant/1.png,1\nsmall/bee/2.png,2\n")
+    with pytest.raises(ValueError, match=r"other\.csv: labels: got '1 to 2'; allowed: class numbers from 0 on: subtract 1, or"):
+        pack(path, tmp_path / "b", progress=False)
+    assert pack(path, tmp_path / "b", class_names=["none", "x", "y"], progress=False).index.class_counts.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (struct.pack(">4i", 2051, 2, 2, 2) + bytes(9), "bytes of data: got 'more than 8'; allowed: 8 for shape"),
+        (struct.pack(">4i", 2051, 2, 2, 2) + bytes(7), "bytes of data: got '7'; allowed: 8 for shape"),
+        (struct.pack(">4i", 2051, -1, 2**30, 2**30), "the file is cut"),
+        (struct.pack(">4i", 2051, 0, 28, 28), r"shape: got \(0, 28, 28\); allowed: at least one item"),
+        (struct.pack(">2i", 2051, 2), "header: got '8 bytes'; allowed: 16: the file is cut"),
+        (b"\0\0", "magic number: got '2 bytes'"),
+        (struct.pack(">2i", 2049, 2), "magic number: got 2049"),
+    ],
+)
+@pytest.mark.parametrize("gzipped", [True, False])
+def test_an_idx_file_holds_what_its_header_says(tmp_path, content, message, gzipped):
+    path = tmp_path / ("x-idx3-ubyte" + ".gz" * gzipped)
+    path.write_bytes(gzip.compress(content) if gzipped else content)
+    with pytest.raises(ValueError, match=f"{path.name}: .*{message}"):
+        read_idx(path, 2051)
+
+
+def test_a_cut_or_endless_idx_file_takes_no_memory(tmp_path):
+    path = tmp_path / "x-idx3-ubyte.gz"
+    whole = gzip.compress(struct.pack(">4i", 2051, 4, 8, 8) + np.random.default_rng(0).bytes(256))
+    path.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match="not a whole gzip file"):
+        read_idx(path, 2051)
+    path.write_bytes(gzip.compress(struct.pack(">4i", 2051, 1, 8, 8) + bytes(1 << 26)))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="more than 64"):
+        read_idx(path, 2051)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("folder", "each"), [("train", 400), ("evaluation", 200)])

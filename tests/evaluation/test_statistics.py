@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from lit_transdiff.evaluation.features import FeatureExtractor
+from lit_transdiff.evaluation.images import image_batches
 from lit_transdiff.evaluation.moments import Gaussian
 from lit_transdiff.evaluation.statistics import (
     Reservoir,
@@ -202,6 +205,26 @@ def test_a_damaged_compressed_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "damaged.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged\.npz"):
         load_statistics(tmp_path / "damaged.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_and_cut_images_are_named(tmp_path: Path, save) -> None:
+    images = np.random.default_rng(0).integers(256, size=(9, 8, 8, 3), dtype=np.uint8)
+    save(tmp_path / "whole.npz", arr_0=images)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for content in (whole[:-200], whole[:300] + bytes(byte ^ 255 for byte in whole[300:340]) + whole[340:], b"PK"):
+        (tmp_path / "damaged.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged\.npz is damaged"):
+            list(image_batches(tmp_path / "damaged.npz", 4))
+    save(tmp_path / "other.npz", arr_1=images)
+    with pytest.raises(ValueError, match=r"other\.npz: .*arr_0.*; allowed: images as arr_0"):
+        list(image_batches(tmp_path / "other.npz", 4))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (9, 8, 8, 3)})
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + images[:6].tobytes())
+    with pytest.raises(ValueError, match=r"short\.npz: arr_0: got 'an end after 4 to 8 images'; allowed: 9 images"):
+        list(image_batches(tmp_path / "short.npz", 4))
 
 
 def test_one_image_has_no_covariance(extractor: FeatureExtractor) -> None:

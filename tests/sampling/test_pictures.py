@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from lit_transdiff.data.pixels import from_bytes, to_bytes
+from lit_transdiff.sampling.draw import SHOWN, labelled
 from lit_transdiff.sampling.pictures import beside, grid, wrap
 
 
@@ -112,3 +113,10 @@ def test_what_cannot_be_laid_out_is_refused() -> None:
         grid(torch.zeros(2, 4, 8, 8), 1)
     with pytest.raises(ValueError, match="captions"):
         beside([], [])
+
+
+@pytest.mark.parametrize("references", [False, True])
+def test_a_grid_of_many_images_shows_the_first_of_each_class(references: bool) -> None:
+    few, many = (torch.zeros(2, n, 3, 3, 8, 8) for n in (SHOWN, 3000))
+    sizes = [labelled(rows, ["shoe", "bag"], references).size for rows in (few, many)]
+    assert sizes[1][0] >= sizes[0][0] and sizes[1][1] - sizes[0][1] < 100  # as large, but for a line that says so

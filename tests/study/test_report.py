@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lit_transdiff.__main__ import main
 from lit_transdiff.study.report import MAX_POINTS, page_data, report_file, write_report
@@ -61,6 +62,15 @@ def test_every_name_stands_in_the_page_as_it_is(tmp_path: Path, name: str) -> No
     page = write_report([dataclasses.replace(run, name=name)], tmp_path / "page.html").read_text()
     (embedded,) = re.findall(r'type="application/json">(.*?)</script>', page, re.DOTALL)
     assert "<" not in embedded and json.loads(embedded)["runs"][0]["name"] == name
+
+
+def test_a_huge_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_run(tmp_path, "a", 2.0)
+    for name, side in (("step-00000004", 10_000), ("step-00000006", 16_000)):  # Pillow warns of the first and refuses the second
+        Image.new("1", (side, side)).save(folder / "samples" / f"{name}.png")
+    (run,) = page_data(runs(tmp_path))["runs"]
+    assert [sample["step"] for sample in run["samples"]] == [2]
+    assert caplog.text.count("is too large to be shown") == 2
 
 
 def test_repeats_are_one_entry_and_evaluations_say_what_tells_them_apart(tmp_path: Path) -> None:
