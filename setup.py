@@ -11,6 +11,14 @@ REQUIREMENTS = [
     line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines() if line.split("#")[0].strip()
 ]
 
+SHARED = ("experiments", "data/fashion")  # recipes and bundled images, which commands find wherever they are started
+DATA_FILES = [
+    (f"share/lit-transdiff/{folder.relative_to(ROOT)}", [str(file.relative_to(ROOT)) for file in files])
+    for top in SHARED
+    for folder in [ROOT / top, *(path for path in sorted((ROOT / top).rglob("*")) if path.is_dir())]
+    if (files := [file for file in sorted(folder.iterdir()) if file.is_file()])
+]
+
 setup(
     name="lit-transdiff",
     version=VERSION,
@@ -20,6 +28,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     package_data={"lit_transdiff.study": ["report.html"]},
+    data_files=DATA_FILES,
     packages=find_packages(include=["lit_transdiff", "lit_transdiff.*"]),
     install_requires=REQUIREMENTS,
     extras_require={

@@ -26,6 +26,7 @@ from lit_transdiff.base.files import is_full
 from lit_transdiff.cli import commands
 from lit_transdiff.config import COLOURS, PRESETS
 from lit_transdiff.config.imports import import_modules
+from lit_transdiff.config.paths import expand_paths
 
 # Started again, they go on with what was not done yet; of the others, whom any other signal may kill, Ctrl-C leaves nothing.
 RESUMABLE = (
@@ -178,7 +179,7 @@ def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--references", action="store_true", help="show the row of successive images of an MRAR run")
     sub.add_argument("--fuse", choices=("halves", "random"), help="splice the semantic features of two classes")
-    sub.add_argument("--output", help="folder; default: samples/drawn in the run folder")
+    sub.add_argument("--output", help="folder; default: samples/drawn in the run folder; where that is taken, drawn-2, ...")
     with_overrides(sub)
 
     sub = command(commands.evaluate, "score a trained run and store the scores with everything that decided them")
@@ -269,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     goes_on = args.function in RESUMABLE
     try:
+        expand_paths(args)
         with ending_when_asked(leave if goes_on else leave_undone, STOP_SIGNALS if goes_on else (signal.SIGINT,)):
             import_modules(args.imports)
             args.function(args)

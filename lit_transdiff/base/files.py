@@ -233,7 +233,8 @@ def unless_full(path: Path, go_on: bool) -> Iterator[None]:
         if not (go_on and is_full(error)):
             raise
         log.warning("%s is left out: %s", path, error)
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_file():  # half of it; a folder keeps what it had
+            path.unlink()
 
 
 def free_bytes(folder: Path) -> int:

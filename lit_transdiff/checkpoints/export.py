@@ -7,24 +7,32 @@ Every command that uses a trained model reads this form; a run folder stands for
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_transdiff.base.files import check_file, crc32_of_files, naming_full, read_json, replace_file, sealed, short_hash, to_disk
+from lit_transdiff.base.files import check_file, crc32_of_files, naming_full, read_json, replace_file, sealed, short_hash
 from lit_transdiff.checkpoints.averages import EMA, POWER, combination, width_of
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
 from lit_transdiff.config import RunConfig, require, unknown
-from lit_transdiff.config.loading import load_run, run_from, save_yaml
+from lit_transdiff.config.loading import load_run, run_from, save_yaml, setting, to_dict
 from lit_transdiff.config.paths import checkpoints_folder, export_folder
+from lit_transdiff.config.targets import below, beside, contents, files_in, put_files, refuse_foreign, save_tensors
 
+INFO = "export.json"  # says what lies in the folder, and that it is an export
+# What an export of an earlier version may consist of, which does not say it.
+FILES = (
+    *("config.yaml", INFO, "model.safetensors", "left_over.safetensors"),
+    *("config.json", "diffusion_pytorch_model.safetensors", "classifier.safetensors"),
+)
+# Settings that are paths to what a trained model is used with; where they lead from the export is written beside them.
+PLACES = ("autoencoder.path", "evaluation.extractor_weights", "evaluation.reference", "data.train", "data.evaluation")
 FARTHEST = 0.1  # of a combination of averages from the one asked for, by their profiles
 
 
@@ -49,9 +57,31 @@ def read_export(path: str | Path) -> Export:
     Raises ``FileNotFoundError`` or ``ValueError`` naming the file that is missing or damaged.
     """
     folder = export_folder(path)
-    info = read_info(folder / "export.json")
+    info = read_info(folder / INFO)
     check_file(folder / "config.yaml")
-    return Export(folder, load_run(folder / "config.yaml"), read_weights(folder / "model.safetensors"), info)
+    run = found_again(load_run(folder / "config.yaml"), folder, info)
+    return Export(folder, run, read_weights(folder / "model.safetensors"), info)
+
+
+def paths_from(folder: Path, run: RunConfig) -> dict[str, str]:
+    """The paths of ``PLACES`` that the run has, as they are reached from ``folder``."""
+    settings = to_dict(run)
+    given = {name: setting(settings, name) for name in PLACES}
+    return {name: os.path.relpath(path, folder) for name, path in given.items() if path and "://" not in path}
+
+
+def found_again(run: RunConfig, folder: Path, info: Mapping[str, Any]) -> RunConfig:
+    """The run of the export in ``folder``; paths that lead nowhere any more are followed from the export, moved with them.
+
+    An export of an earlier version does not say its paths from there; it lies in its run's folder.
+    """
+    settings, known = to_dict(run), info.get("paths")
+    for name, path in (known if isinstance(known, dict) else paths_from(run.folder / "export", run)).items():
+        there = folder / str(path)
+        if name in PLACES and there.exists() and not Path(setting(settings, name) or "").exists():
+            section, field = name.split(".")
+            settings[section][field] = str(there.resolve())
+    return run_from(settings, source=str(folder / "config.yaml"))
 
 
 def read_info(file: Path) -> dict[str, Any]:
@@ -59,6 +89,8 @@ def read_info(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist.")
     info = read_json(file)
+    if isinstance(info, dict) and "unfinished" in info:
+        raise ValueError(f"{file.parent}: {info['unfinished']}.")
     known = isinstance(info, dict) and isinstance(info.get("autoencoder"), str) and isinstance(info.get("class_names"), list)
     require(known, f"{file}: content", info, "what an export says: autoencoder, a fingerprint, class_names, a list, and more")
     return info
@@ -80,6 +112,8 @@ def export_run(run_folder: Path, step: int | None, average: str, output: str | N
         raise FileNotFoundError(f"{run_folder} holds no complete checkpoint.")
     chosen = max(found) if step is None else step
     require(chosen in found, "--step", chosen, f"one of {sorted(found)}")
+    folder = Path(output) if output else run_folder / f"export-{chosen:08d}"
+    check_output(folder, run_folder)
     combines = width_of(average) is not None
     used = [checkpoint for step, checkpoint in sorted(found.items()) if step == chosen or (combines and step < chosen)]
     for checkpoint in used:
@@ -87,17 +121,18 @@ def export_run(run_folder: Path, step: int | None, average: str, output: str | N
             raise ValueError(
                 f"{checkpoint.folder / damaged} is damaged: it is not what was written. Complete steps: {sorted(found)}."
             )
-    folder = Path(output) if output else run_folder / f"export-{chosen:08d}"
     *earlier, last = [checkpoint.index() for checkpoint in used]
     export_checkpoint(last, folder, average, earlier)
     return folder
 
 
-def export_checkpoint(checkpoint: Checkpoint, folder: Path, average: str = EMA, earlier: Sequence[Checkpoint] = ()) -> None:
+def export_checkpoint(
+    checkpoint: Checkpoint, folder: Path, average: str = EMA, earlier: Sequence[Checkpoint] = (), *, own: bool = False
+) -> None:
     """Write the plain form of a checkpoint of one of the three stages, whatever strategy and number of ranks wrote it.
 
     ``average`` is one that the checkpoint holds, ``last`` for the weights themselves, or a power-function average of any width
-    that follows from those that it and ``earlier`` checkpoints of the run hold.
+    that follows from those that it and ``earlier`` checkpoints of the run hold. ``own`` is that of ``write_export``.
     """
     training = checkpoint.training()
     run, info = run_from(training["run"]), training["info"]
@@ -114,7 +149,7 @@ def export_checkpoint(checkpoint: Checkpoint, folder: Path, average: str = EMA, 
         raise unknown("average", average, [*checkpoint.averages, "last"])
     state = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
     info = {**info, "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": said}
-    write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
+    write_export(folder, run, info, lambda partial: save_tensors(state, partial / "model.safetensors"), own=own)
 
 
 def combined(checkpoints: Sequence[Checkpoint], width: float) -> tuple[dict[str, Tensor], float]:
@@ -151,24 +186,48 @@ def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def write_export(folder: Path, run: RunConfig, info: Mapping[str, Any], write_weights: Callable[[Path], None]) -> None:
-    """Write a trained model under a temporary name, then put it in place of what was there."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+def write_export(
+    folder: Path, run: RunConfig, info: Mapping[str, Any], write_weights: Callable[[Path], None], *, own: bool = False
+) -> None:
+    """Write a trained model beside ``folder``, then put it there, over the files of an earlier export; other files stay.
+
+    ``own`` is for a folder that this program made by its place, in a run folder. Any other that holds something and no export is
+    refused with ``ValueError``, and so is a file.
+    """
+    folder = folder.resolve()  # a link means what it leads to
+    earlier = earlier_files(folder, own)
+    with naming_full(folder), beside(folder) as made:
+        write_weights(made)
+        save_yaml(run, made / "config.yaml")
+        names = sorted({*files_in(made), INFO})
+        about = {**info, "paths": paths_from(folder, run), "files": names, "crc32": crc32_of_files(made)}
+        replace_file(made / INFO, sealed(about))
+        unfinished = {"unfinished": "a new export was being put here: export again", "files": sorted({*earlier, *names})}
+        put_files(made, folder, earlier, INFO, lambda: replace_file(folder / INFO, sealed(unfinished)))
+
+
+def earlier_files(folder: Path, own: bool = False) -> Collection[str]:
+    """The files of the export in a folder; none where nothing lies in it. Raises ``ValueError`` where something else does."""
+    there = contents(folder)
     try:
-        with naming_full(folder):
-            partial.mkdir(parents=True)
-            write_weights(partial)
-            save_yaml(run, partial / "config.yaml")
-            for file in partial.rglob("*.safetensors"):
-                to_disk(file)
-            replace_file(partial / "export.json", sealed({**info, "crc32": crc32_of_files(partial)}))
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    before = folder.with_name(folder.name + ".before")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, before)
-    os.replace(partial, folder)
-    shutil.rmtree(before, ignore_errors=True)
+        info = read_json(folder / INFO) if INFO in there else {}
+    except ValueError:  # as a power cut leaves it
+        info = {}
+    if not isinstance(info, dict) or not any(keys <= info.keys() for keys in ({"autoencoder", "class_names"}, {"unfinished"})):
+        if there and not own:
+            refuse_foreign(folder, there, "an export")
+        info = {}
+    named = info.get("files", FILES)
+    require(isinstance(named, list | tuple), f"{folder / INFO}: files", named, "names of files")
+    return [name for name in named if below(folder, name, f"{folder / INFO}: files").is_file()]
+
+
+def check_output(folder: Path, run_folder: Path) -> None:
+    """Refuse, before anything is read, a folder that ``export`` would not replace: also what a run keeps for itself."""
+    place = folder.resolve()
+    earlier_files(place)
+    theirs = place.name in ("export", "best") and place.exists() and (place.parent / "config.yaml").is_file()
+    allowed = "another name; this one is a trained model that its run keeps there"
+    require(not theirs, "--output", str(folder), allowed)
+    checkpoints = (run_folder / "checkpoints").resolve()
+    require(not place.is_relative_to(checkpoints), "--output", str(folder), f"a folder outside of {checkpoints}")

@@ -13,7 +13,6 @@ import errno
 import logging
 import math
 import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -24,13 +23,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_transdiff.base.endings import CheckpointError
 from lit_transdiff.base.files import crc32_of, read_json, replace_file, require_space, sealed, to_disk, whole
 from lit_transdiff.checkpoints.averages import EMA
 from lit_transdiff.config import CheckpointConfig
+from lit_transdiff.config.targets import below, remove_written, save_tensors
 
 MARKER = "COMPLETE.json"
 TRAINING = "training.pt"
@@ -38,6 +37,8 @@ WEIGHT = "weight"  # the "state" that is the parameter itself, float32
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
 CHECKSUM = ".crc32"  # of a rank's file, until the marker holds it
+# All that this program writes into the folder of a checkpoint: what else lies in it is not removed.
+WRITTEN = ("rank-*.safetensors*", f"rank-*{CHECKSUM}", "rank-*.failed", f"{TRAINING}*", f"{MARKER}*")
 log = logging.getLogger(__name__)
 
 
@@ -147,10 +148,11 @@ def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
             continue
         try:
             manifest = read_manifest(marker)
+            files = {name: below(folder, name, f"{marker}: files") for name in manifest["files"]}
         except ValueError as error:
             warn_once(f"{error} The checkpoint is left out.")
             continue
-        sizes = {name: (folder / name).stat().st_size for name in manifest["files"] if (folder / name).exists()}
+        sizes = {name: file.stat().st_size for name, file in files.items() if file.exists()}
         if sizes == manifest["files"]:
             found.append(Checkpoint(folder, manifest))
     return found
@@ -176,7 +178,7 @@ def put_aside(checkpoint: Checkpoint) -> None:
     """Take a damaged checkpoint out of the list of complete ones, unless another process has done so."""
     aside = checkpoint.folder.with_name(checkpoint.folder.name + DAMAGED)
     if checkpoint.folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_written(aside, WRITTEN)
         os.replace(checkpoint.folder, aside)
 
 
@@ -198,7 +200,7 @@ def write_rank_file(partial: Path, rank: int, tensors: Mapping[str, Tensor]) -> 
     try:
         require_space(partial, sum(t.numel() * t.element_size() for t in tensors.values()))
         with whole(file) as temporary:
-            save_file(dict(tensors), temporary)
+            save_tensors(tensors, temporary)
             file.with_suffix(CHECKSUM).write_text(str(crc32_of(temporary)))
     except (OSError, SafetensorError) as error:
         replace_file(file.with_suffix(".failed"), b"")
@@ -227,7 +229,7 @@ def finish_checkpoint(
         whole_manifest = {**manifest, "files": sizes, "crc32": crc32}
         replace_file(partial / MARKER, sealed(whole_manifest))
         folder = partial.with_name(partial.name.removesuffix(PARTIAL))
-        shutil.rmtree(folder, ignore_errors=True)  # one that is not complete
+        remove_written(folder, WRITTEN)  # one that is not complete
         os.replace(partial, folder)
         to_disk(folder.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -252,7 +254,8 @@ def prune(checkpoints: Path, policy: CheckpointConfig) -> None:
     keep = kept(found, policy)
     for folder in [c.folder for c in found if c.folder not in keep]:
         hidden = folder.with_name(folder.name + ".removed")
-        os.replace(folder, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        if not hidden.exists():  # else it holds what others put there
+            folder = folder.rename(hidden)
+        remove_written(folder, WRITTEN)
     for rest in checkpoints.glob("step-*.removed"):
-        shutil.rmtree(rest, ignore_errors=True)
+        remove_written(rest, WRITTEN)

@@ -28,7 +28,8 @@ import torch
 from lit_transdiff.base.files import crc32_of, read_json, replace_file, with_seal
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
 from lit_transdiff.config import RunConfig
-from lit_transdiff.config.loading import load_run, run_from, save_yaml, to_dict
+from lit_transdiff.config.loading import load_run, run_from, save_yaml, setting, to_dict
+from lit_transdiff.config.targets import contents, refuse_foreign
 
 PACKAGES = (
     "lit-transdiff",
@@ -67,6 +68,14 @@ FREE = (
 )
 # Settings that are paths: what lies there may not change; the path may.
 PLACES = ("data.train", "data.evaluation", "data.index", "data.groups", "autoencoder.path", "init_from")
+# What a run writes into its folder before or without a checkpoint; "lock" and "wandb" are made before "config.yaml".
+KEPT = ("environment.json", "metrics.csv", "samples", "best", "export", "evaluations")
+# Settings that a stage does not read, by their beginnings; it may be continued with others, as the runs of a pipeline share them.
+UNREAD = {
+    "autoencoder": ("autoencoder.", "model.", "flow."),
+    "classifier": ("autoencoder.", "autoencoder_training.", "model.", "flow."),
+}
+READ = ("model.num_classes", "model.num_references")  # by every stage: of the data, and of the images seen
 log = logging.getLogger(__name__)
 FREE_GROUPS = ("sampling", "evaluation", "tracking", "distributed", "checkpoint", "safety")
 
@@ -105,13 +114,6 @@ def inputs(run: RunConfig) -> dict[str, str]:
     return {name: content for name, place in places.items() if (content := content_of(place)) is not None}
 
 
-def setting(settings: Mapping[str, Any], name: str) -> Any:
-    """The value of a dotted name in nested settings."""
-    for part in name.split("."):
-        settings = settings[part]
-    return settings
-
-
 def same_place(old: str | None, new: str | None, content: str | None) -> bool:
     """Whether two paths lead to the same: in other words, or to the same ``content`` (without it, what ``old`` leads to now)."""
     if old is None or new is None or "://" in old + new:
@@ -127,6 +129,7 @@ def changed(there: RunConfig, run: RunConfig, contents: Mapping[str, str]) -> di
         name: (old, new)
         for name, (old, new) in differences(to_dict(there), to_dict(run)).items()
         if name not in free
+        and (name in READ or not name.startswith(UNREAD.get(run.stage, ("autoencoder_training.",))))
         and name.split(".")[0] not in FREE_GROUPS
         and not (name in PLACES and same_place(old, new, contents.get(name)))
     }
@@ -143,6 +146,9 @@ def check_folder(run: RunConfig) -> None:
     """Refuse a folder that holds a run with other settings: nothing is overwritten, and no run continues as another."""
     file = run.folder / "config.yaml"
     if not file.exists() or not file.read_bytes().strip(b"\0\n "):
+        there = [name for name in contents(run.folder) if name in KEPT]
+        if there and not (run.folder / "checkpoints").is_dir():
+            refuse_foreign(run.folder, there, "a run")
         return  # lost: check_checkpoint knows
     checkpoint = last_checkpoint(run)
     found = changed(load_run(file), run, {})
@@ -180,6 +186,9 @@ class FolderLock:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = open(self.folder / "lock", "a+")  # noqa: SIM115 - held until the block ends
+        self.file.seek(0)
+        if ", pid " not in (self.file.read() or ", pid "):
+            refuse_foreign(self.folder, ["lock"], "a run")
         deadline, told = time.monotonic() + LOCK_PATIENCE, False
         while not self.taken():
             self.file.seek(0)

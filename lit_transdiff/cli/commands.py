@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from lit_transdiff.base.endings import TrialsFailed
-from lit_transdiff.config import RunConfig
+from lit_transdiff.config import RunConfig, expanded
 from lit_transdiff.config.classes import choose, full_names
 from lit_transdiff.config.loading import load_run, override, preset, read_yaml
 from lit_transdiff.config.paths import (
@@ -24,6 +24,7 @@ from lit_transdiff.config.paths import (
     local_path,
 )
 
+AUTOENCODER = "autoencoder.path="  # of a trained run: where its autoencoder lies now
 CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
 
 
@@ -172,20 +173,29 @@ def convert(args: argparse.Namespace) -> None:
     print(report)
 
 
+def moved_autoencoder(overrides: list[str]) -> tuple[str | None, list[str]]:
+    """The folder of a trained run's autoencoder that the overrides give, and the other overrides."""
+    given = [item.removeprefix(AUTOENCODER) for item in overrides if item.startswith(AUTOENCODER)]
+    return (expanded(given[-1], "autoencoder.path") if given else None), [i for i in overrides if not i.startswith(AUTOENCODER)]
+
+
 def sample(args: argparse.Namespace) -> None:
     export_folder(args.checkpoint)
+    from lit_transdiff.config.targets import fresh_folder
     from lit_transdiff.distributed import default_device
     from lit_transdiff.sampling.draw import draw_fusion, draw_samples
     from lit_transdiff.sampling.generator import load_generator
 
-    generator = load_generator(args.checkpoint, default_device(), compile=args.compile, cuda_graphs=args.cuda_graphs)
-    sampling = override(generator.run, preset(args.preset) + args.overrides, CHANGEABLE).sampling
-    output = Path(args.output or Path(args.checkpoint) / "samples" / "drawn")
+    autoencoder, others = moved_autoencoder(args.overrides)
+    speed = dict(compile=args.compile, cuda_graphs=args.cuda_graphs)
+    generator = load_generator(args.checkpoint, default_device(), autoencoder=autoencoder, **speed)
+    sampling = override(generator.run, preset(args.preset) + others, CHANGEABLE).sampling
     common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
     classes = choose(args.classes, full_names(generator.class_names, generator.run.model.num_classes))
+    if args.fuse and len(classes) != 2:
+        raise ValueError(f"--classes: got {args.classes!r}; allowed with --fuse: two classes, as in 0,7.")
+    output = fresh_folder(Path(args.output or Path(args.checkpoint) / "samples" / "drawn"))
     if args.fuse:
-        if len(classes) != 2:
-            raise ValueError(f"--classes: got {args.classes!r}; allowed with --fuse: two classes, as in 0,7.")
         print(draw_fusion(generator, (classes[0], classes[1]), args.per_class, output, kind=args.fuse, **common))
     else:
         print(draw_samples(generator, classes, args.per_class, output, references=args.references, **common))
@@ -199,8 +209,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from lit_transdiff.sampling.generator import load_generator
 
     fabric = build_fabric()
-    generator = load_generator(args.checkpoint, fabric.device, compile=args.compile, cuda_graphs=args.cuda_graphs)
-    settings = override(generator.run, preset(args.preset) + args.overrides, (*CHANGEABLE, "tracking"))
+    autoencoder, others = moved_autoencoder(args.overrides)
+    speed = dict(compile=args.compile, cuda_graphs=args.cuda_graphs)
+    generator = load_generator(args.checkpoint, fabric.device, autoencoder=autoencoder, **speed)
+    settings = override(generator.run, preset(args.preset) + others, (*CHANGEABLE, "tracking"))
     output = Path(args.output) if args.output else None
     result = score_checkpoint(generator, settings, output, fabric, save_images=args.save_images)
     for name, score in result["scores"].items():

@@ -19,8 +19,9 @@ from typing import Any
 from lightning.fabric import Fabric
 
 from lit_transdiff.checkpoints.run_folder import open_folder
-from lit_transdiff.config import RunConfig, require, require_classes
-from lit_transdiff.config.loading import check_keys, load_run, plain, read_yaml, resolved, to_yaml
+from lit_transdiff.config import RunConfig, expand, expanded, require, require_classes
+from lit_transdiff.config.loading import check_keys, load_run, of_environment, plain, read_yaml, resolved, to_yaml
+from lit_transdiff.config.targets import below
 from lit_transdiff.config.typed import typed
 from lit_transdiff.data.index import read_index
 from lit_transdiff.distributed import world_size
@@ -31,7 +32,7 @@ from lit_transdiff.evaluation.prepare import cache, check_statistics, statistics
 from lit_transdiff.sampling.draw import draw_samples
 from lit_transdiff.sampling.generator import Generator, load_generator
 from lit_transdiff.stages import PREPARATORY, STAGES
-from lit_transdiff.study.table import compare
+from lit_transdiff.study.table import check_output, compare
 from lit_transdiff.tracking.evaluations import evaluation_run, log_evaluation, log_own_scores
 from lit_transdiff.tracking.place import placed, trial_place
 from lit_transdiff.training.build import build_data, plan
@@ -45,6 +46,9 @@ class CacheStep:
     source: str
     dest: str  # below the pipeline's output_dir
     flips: bool = False
+
+    def __post_init__(self) -> None:
+        expand(self, "cache.source", "cache.dest")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Pipeline:
     samples_per_class: int = 8
     overrides: list[str] = field(default_factory=list)  # for all runs
 
+    def __post_init__(self) -> None:
+        expand(self, "output_dir", "reference_images")
+        for i, step in enumerate(self.cache):
+            below(Path(self.output_dir), step.dest, f"cache[{i}].dest")
+
 
 STEPS: dict[str, type[RunStep] | type[CacheStep]] = {"runs": RunStep, "cache": CacheStep}
 PATHS = ("output_dir", "cache", "reference_images")  # settings that may say ${output_dir}
@@ -81,7 +90,10 @@ def load_pipeline(
     """
     pipeline = read_pipeline(path, [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")])
     common = [*pipeline.overrides, *overrides, f"output_dir={pipeline.output_dir}"]
-    runs = [load_run(Path(path).parent / step.recipe, [*step.overrides, *common], imports) for step in pipeline.runs]
+    runs = [
+        load_run(Path(path).parent / expanded(step.recipe, f"{path}: recipe"), [*step.overrides, *common], imports)
+        for step in pipeline.runs
+    ]
     names = [run.name for run in runs]
     require(len(set(names)) == len(names), "runs", names, "runs of different names")
     require(any(run.stage not in PREPARATORY for run in runs), "runs", names, f"at least one run of {', '.join(STAGES)}")
@@ -92,7 +104,7 @@ def load_pipeline(
 
 def read_pipeline(path: str | Path, moved: Sequence[str]) -> Pipeline:
     """The pipeline of a YAML file; the last of ``moved`` is its ``output_dir``, in the place of the file's."""
-    given = read_yaml(path)
+    given = of_environment(read_yaml(path))
     if "stage" in given:
         raise ValueError(f"{path} is the recipe of one run; start it with: lit-transdiff train {path}")
     check_keys(given, Pipeline, "", str(path))
@@ -120,6 +132,7 @@ def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say:
     check_images(pipeline, runs)
     start = time.monotonic()
     root = Path(pipeline.output_dir)
+    check_output(root)
 
     def announce(text: str) -> None:
         if fabric.is_global_zero:

@@ -4,7 +4,17 @@ A run is one YAML file (see ``loading``). This room imports no torch, so that a 
 slow is loaded.
 """
 
-from lit_transdiff.config.checks import are_numbers, require, require_classes, some, unknown
+from lit_transdiff.config.checks import (
+    are_numbers,
+    expand,
+    expanded,
+    is_folder_name,
+    require,
+    require_classes,
+    shipped,
+    some,
+    unknown,
+)
 from lit_transdiff.config.data import COLOURS, AutoencoderConfig, AutoencoderTraining, DataConfig, is_colour
 from lit_transdiff.config.effects import EFFECTS, check_effects
 from lit_transdiff.config.evaluation import EvaluationConfig
@@ -36,9 +46,13 @@ __all__ = [
     "TrainingConfig",
     "are_numbers",
     "check_effects",
+    "expand",
+    "expanded",
     "is_colour",
+    "is_folder_name",
     "require",
     "require_classes",
+    "shipped",
     "some",
     "unknown",
 ]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -21,6 +25,50 @@ def require(condition: bool, what: str, value: object, allowed: str) -> None:
     """Raise ``ValueError`` naming the field, the value received and what is allowed, unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{what}: got {value!r}; allowed: {allowed}.")
+
+
+def is_folder_name(name: Any) -> bool:
+    """Whether a word names one folder, which lies where it is made."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def expanded(path: str, what: str) -> str:
+    """A path with ``~`` and ``$NAME`` replaced, as a shell does. Raises ``ValueError`` for those that stand for nothing here.
+
+    What exists under a name with ``$`` is taken as it is named, and so is what a shell of its own will read (``pipe:``).
+    """
+    if path.startswith("pipe:") or ("$" in path and os.path.lexists(path)):
+        return path
+    found = os.path.expanduser(os.path.expandvars(path))
+    unset = re.search(r"\$(\w+|\{\w+\})", found)
+    require(unset is None, what, path, f"variables that are set; {unset[0] if unset else ''} is not")
+    lost = found.startswith("~") and not os.path.lexists(found)
+    require(not lost, what, path, "the folder of a user that exists; where a name begins with ~, write ./~...")
+    return found
+
+
+MADE = ("output_dir", "cache.dest", "evaluation.reference", "distributed.nvme_path")  # settings of what is written
+SHARED = ("data", "experiments")  # folders of the checkout that an installed package has below SHARE
+SHARE = ("share", "lit-transdiff")
+
+
+def shipped(path: str) -> str:
+    """A path to something that comes with this program, wherever it is started; a path that exists is what it says."""
+    if not os.path.lexists(path) and path.split("/")[0] in SHARED:
+        for root in (Path(__file__).parents[2], Path(sys.prefix, *SHARE)):
+            if (root / path).exists():
+                return str(root / path)
+    return path
+
+
+def expand(config: Any, *names: str) -> None:
+    """Replace ``~`` and ``$NAME`` in paths of a configuration that is being made, by their dotted names."""
+    for name in names:
+        field = name.rpartition(".")[2]
+        value = getattr(config, field)
+        if isinstance(value, str):
+            path = expanded(value, name)
+            object.__setattr__(config, field, path if name in MADE else shipped(path))
 
 
 def check_finite(config: Any, prefix: str = "") -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
-from lit_transdiff.config.checks import require
+from lit_transdiff.config.checks import expand, require
 
 COLOURS = "white, black, grey, or a colour as '#rrggbb'"
 
@@ -38,6 +38,7 @@ class DataConfig:
     num_workers: int = 0  # processes per device that read data; 0: the training process itself
 
     def __post_init__(self) -> None:
+        expand(self, "data.train", "data.evaluation", "data.index", "data.groups")
         require(self.image_size >= 1, "data.image_size", self.image_size, "an integer of at least 1")
         require(self.image_channels in (1, 3), "data.image_channels", self.image_channels, "1 (grey) or 3 (RGB)")
         require(is_colour(self.background), "data.background", self.background, COLOURS)
@@ -56,6 +57,9 @@ class AutoencoderConfig:
 
     kind: str = "kl"  # a name in models.autoencoder.AUTOENCODERS
     path: Optional[str] = None  # its folder, where it has one: kl in diffusers' layout (config.json + safetensors)
+
+    def __post_init__(self) -> None:
+        expand(self, "autoencoder.path")
 
 
 @dataclass(frozen=True)

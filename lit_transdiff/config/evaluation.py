@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
-from lit_transdiff.config.checks import require
+from lit_transdiff.config.checks import expand, require
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class EvaluationConfig:
     online_images: int = 2000  # images of an evaluation while training
 
     def __post_init__(self) -> None:
+        expand(self, "evaluation.extractor_weights", "evaluation.reference")
         require(self.num_images >= 2, "evaluation.num_images", self.num_images, "an integer of at least 2")
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "an integer of at least 1")
         require(0 <= self.seed < 2**32, "evaluation.seed", self.seed, "0 to 2^32 - 1")

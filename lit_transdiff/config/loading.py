@@ -7,7 +7,8 @@ know, with the field's path, the value, and the nearest match.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_transdiff.base.files import replace_file
-from lit_transdiff.config import NESTED, PRESETS, ModelConfig, RunConfig, require, unknown
+from lit_transdiff.config import NESTED, PRESETS, ModelConfig, RunConfig, expanded, require, unknown
 from lit_transdiff.config.imports import import_modules
 from lit_transdiff.config.typed import typed
 from lit_transdiff.config.yaml_text import read, read_file
 
+ENVIRONMENT = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")  # settings have small letters
 SCHEMAS = (RunConfig, *NESTED.values())  # of which lit-transdiff settings knows every field
 
 
@@ -58,7 +60,7 @@ def over(below: Any, above: Any) -> Any:
 def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") -> RunConfig:
     """A checked ``RunConfig`` from nested settings (of a YAML file, a checkpoint, or written in Python)."""
     with refusing(source):
-        given = OmegaConf.create(settings)
+        given = of_environment(OmegaConf.create(settings))
         check_keys(given, RunConfig, "", source)
         imports = plain(given).get("imports")
         size = OmegaConf.select(given, "model.size")
@@ -109,7 +111,18 @@ def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> DictConfig:
         if base is None:
             return settings
         require(isinstance(base, str) and base != "", f"{path}: base", base, "the path of one YAML file, relative to this one")
-        return merge(read_yaml(path.parent / base, chain), settings)
+        return merge(read_yaml(path.parent / expanded(base, f"{path}: base"), chain), settings)
+
+
+def of_environment(settings: Any) -> Any:
+    """Nested settings with ``${NAME}`` of the environment written as omegaconf does, to which ``${name}`` is another setting."""
+    if isinstance(settings, DictConfig):
+        return OmegaConf.create(of_environment(OmegaConf.to_container(settings, resolve=False)))
+    if isinstance(settings, dict):
+        return {key: of_environment(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [of_environment(value) for value in settings]
+    return ENVIRONMENT.sub(r"${oc.env:\1}", settings) if isinstance(settings, str) else settings
 
 
 def parse_overrides(overrides: Sequence[str]) -> DictConfig:
@@ -172,13 +185,20 @@ def plain(settings: Any) -> dict[str, Any]:
     return {str(key): value for key, value in result.items()}
 
 
+def setting(settings: Mapping[str, Any], name: str) -> Any:
+    """The value of a dotted name in nested settings."""
+    for part in name.split("."):
+        settings = settings[part]
+    return settings
+
+
 def resolved(settings: DictConfig, names: Sequence[str]) -> dict[str, Any]:
     """The settings of these ``names``, each ``${key}`` in them replaced by what stands at ``key``.
 
     Raises ``ValueError`` for a ``${key}`` that stands for nothing.
     """
     with refusing():
-        result = OmegaConf.to_container(OmegaConf.masked_copy(settings, list(names)), resolve=True)
+        result = OmegaConf.to_container(OmegaConf.masked_copy(of_environment(settings), list(names)), resolve=True)
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from lit_transdiff.config import require
+from lit_transdiff.config import expanded, require, shipped
+
+PATHS = (  # arguments and options in which ~ and $NAME are replaced
+    *("source", "dest", "folder", "file", "run", "pipeline", "run_folder", "checkpoint", "output", "shards"),
+    *("autoencoder", "recipe", "weights", "vae", "inception", "reference", "experiments"),
+)
+
+
+def expand_paths(args: argparse.Namespace) -> None:
+    """Replace ``~`` and ``$NAME`` where the shell has not, as after ``--output=``; find what comes with the program."""
+    for name, value in vars(args).items():
+        if name in PATHS and isinstance(value, str):
+            path = expanded(value, name.replace("_", "-"))
+            setattr(args, name, path if name in ("dest", "output", "folder") else shipped(path))
 
 
 def check_files(files: Mapping[str, Path]) -> None:

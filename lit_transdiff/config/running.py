@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
-from lit_transdiff.config.checks import require
+from lit_transdiff.config.checks import expand, require
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class DistributedConfig:
     timeout_minutes: float = 30.0  # a collective that takes longer ends the job
 
     def __post_init__(self) -> None:
+        expand(self, "distributed.nvme_path")
         require(
             (self.offload == "nvme") == (self.nvme_path is not None),
             "distributed.nvme_path",

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lit_transdiff.base.files import replace_file, sha256_of, sha256_of_lines
 from lit_transdiff.config import require
+from lit_transdiff.config.targets import below, check_replaces_json
 from lit_transdiff.data.checksums import checksums_in
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import CLS, LABEL_MEMBER, Labels, ScannedSample, require_class_0, scan_shard
@@ -201,6 +202,8 @@ def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarr
         checksum=columns.get("checksum"),
         **{name: columns[name] for name in (*COLUMNS, "key")},
     )
+    for shard in index.shards:
+        below(folder, shard.name, "shards: name")
     counts = {name: int(count) for name, count in zip(index.class_names, index.class_counts, strict=False)}
     fits = int(index.starts[-1]) == header["samples"] and counts == header["classes"] and len(index.key) == len(index)
     if not fits or len(index.class_counts) != index.num_classes:
@@ -239,6 +242,8 @@ def index_shards(
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise FileNotFoundError(f"{folder} has no *.tar (compressed tars cannot be read at an offset; unpack them first).")
+    if save:
+        check_replaces_json(folder / "index.json", {"format": FORMAT})
     tasks = ((path, latents, Labels.of(label, class_names or ())) for path in paths)
     scanned = tqdm(in_processes(rows_of, tasks, workers), desc="indexing", unit="shard", total=len(paths), disable=not progress)
     index = join_rows(folder, sorted(scanned, key=lambda found: found.shard.name), class_names, seed, latents)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from lit_transdiff.base.files import read_json, replace_file
+from lit_transdiff.config.targets import contents, remove_written
 from lit_transdiff.data.findings import Findings
 from lit_transdiff.data.index import Shard, ShardRows
 
@@ -47,11 +47,11 @@ class Journal:
         """Raise ``ValueError`` unless the folder is new, or was begun with this plan; the error names what differs."""
         path = self.folder / self.plan_file
         if not path.exists():
-            present = sorted(found.name for pattern in ("index.json", "*.tar") for found in self.folder.glob(pattern))
+            present = [name for name in contents(self.folder) if not name.startswith((".", f"{self.plan_file}."))]
             if present:
                 raise ValueError(
-                    f"{self.folder} already holds {present[0]} ({len(present)} files of shards and index) but no "
-                    f"{self.plan_file}, which says how they were made; choose an empty folder."
+                    f"{self.folder} already holds {present[0]} ({len(present)} files and folders) but no {self.plan_file}, which "
+                    f"says how shards in it were made; choose an empty folder."
                 )
             return
         before, now = read_json(path), json.loads(json.dumps(plan))
@@ -70,7 +70,7 @@ class Journal:
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Write the plan, unless it is there, and remove what a killed process left unfinished."""
         (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
-        for partial in self.folder.glob("*.partial-*"):
+        for partial in [*self.folder.glob("*.tar.partial-*"), *self.folder.glob("*.npz.partial-*")]:
             partial.unlink()
         if not (self.folder / self.plan_file).exists():
             replace_file(self.folder / self.plan_file, (json.dumps(plan, indent=1) + "\n").encode())
@@ -115,7 +115,7 @@ class Journal:
 
     def close(self) -> None:
         """Remove the records, when the index has been written."""
-        shutil.rmtree(self.folder / RECORDS, ignore_errors=True)
+        remove_written(self.folder / RECORDS, ["*.npz", "*.npz.partial-*"])
 
     def record_path(self, name: str) -> Path:
         return self.folder / RECORDS / f"{name}.npz"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import numpy as np
 
 from lit_transdiff.base.files import whole
 from lit_transdiff.config import require
+from lit_transdiff.config.targets import remove_written
 from lit_transdiff.evaluation.images import png
 
 if TYPE_CHECKING:
@@ -73,14 +73,15 @@ class BatchFiles:
                 yield part[name]
 
     def publish_images(self) -> None:
-        """Move the folder of images to its place, over an earlier one of the same settings."""
+        """Move the images to their place, over earlier ones of the same settings, which have the same names."""
         if self.published is not None and self.images.is_dir():
-            if self.published.is_dir():
-                shutil.rmtree(self.published)
-            os.replace(self.images, self.published)
+            self.published.mkdir(exist_ok=True)
+            for image in self.images.iterdir():
+                os.replace(image, self.published / image.name)
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder)
+        remove_written(self.images, ["*.png"])
+        remove_written(self.folder, ["*.npz*", TOKEN, FAILED])
 
     def fail(self, why: str) -> None:
         """Tell the waiting ranks that this one has failed; the first to fail is the one that is named."""

@@ -22,6 +22,7 @@ from lit_transdiff.evaluation.images import image_batches, images_shape
 from lit_transdiff.evaluation.statistics import (
     Statistics,
     check_extractor,
+    check_output,
     load_statistics,
     reference_statistics,
     save_statistics,
@@ -76,6 +77,7 @@ def statistics(
 
     ``source`` may also be an ``.npz`` file of images in the ADM evaluator's layout, which are taken as they are.
     """
+    check_output(dest)
     if Path(source).suffix != ".npz":
         require_classes(str(source), read_index(source).class_names, extractor.class_names, "the classifier that looks at them")
     batches, count = batches_of(source, data, batch_size)

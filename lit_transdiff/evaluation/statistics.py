@@ -161,10 +161,19 @@ def reference_statistics(
     )
 
 
+def check_output(path: str | Path) -> None:
+    """Refuse a statistics file that could not be written, or would replace something else than one of ours."""
+    path = Path(path)
+    require(path.suffix == ".npz", "statistics file", str(path), "a name that ends in .npz")
+    if os.path.lexists(path):
+        ours = zipfile.is_zipfile(path) and "about.npy" in zipfile.ZipFile(path).namelist()
+        require(ours, "statistics file", str(path), "a name that is free, or of statistics that this program wrote")
+
+
 def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
     """Write an ``.npz`` file, whole or not at all; returns the statistics with their path and hash."""
     path = Path(path)
-    require(path.suffix == ".npz", "statistics file", str(path), "a name that ends in .npz")
+    check_output(path)
     arrays = {"mu": statistics.mu, "sigma": statistics.sigma, "about": np.array(json.dumps(statistics.about, sort_keys=True))}
     if statistics.spatial is not None:
         arrays |= {"mu_s": statistics.spatial.mu, "sigma_s": statistics.spatial.sigma}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lit_transdiff.base.files import check_file, read_json
 from lit_transdiff.config import AutoencoderTraining, require, unknown
+from lit_transdiff.config.targets import follow_umask
 from lit_transdiff.models.execution import compile_blocks
 from lit_transdiff.models.ldm import check_ldm, from_diffusers, read_architecture, to_diffusers
 
@@ -228,6 +229,8 @@ class KLAutoencoder(Autoencoder):
         stored.register_to_config(latents_mean=mean, latents_std=std)
         nn.Module.to(stored, dtype)  # diffusers' own to() warns about layers that this class does not have
         stored.save_pretrained(path)
+        for file in Path(path).glob("*.safetensors"):
+            follow_umask(file)
 
     def set_normalisation(self, mean: Tensor, std: Tensor) -> None:
         """Take the per-channel mean and std [c] of the posterior's samples as the normalisation."""

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_transdiff.base.files import check_file
 from lit_transdiff.config import require
+from lit_transdiff.config.targets import save_tensors
 
 FEATURES = 64
 WIDTHS = (24, 48, 96)  # channels of the levels; each ends by halving the size
@@ -59,7 +60,7 @@ def save_classifier(classifier: SmallClassifier, path: str | Path) -> None:
     """Write weights and, in the file's header, what is needed to rebuild the classifier."""
     shape = {name: getattr(classifier, name) for name in ("num_classes", "image_size", "image_channels")}
     weights = {name: value.detach().cpu().contiguous() for name, value in classifier.state_dict().items()}
-    save_file(weights, path, metadata={HEADER: json.dumps(shape)})
+    save_tensors(weights, Path(path), metadata={HEADER: json.dumps(shape)})
 
 
 def load_classifier(path: str | Path) -> SmallClassifier:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 import statistics
 import sys
 import time
@@ -78,8 +79,8 @@ def check_bandwidth(fabric: Fabric, folder: Path) -> Finding:
 
 def check_shared_folder(fabric: Fabric, folder: Path) -> Finding:
     """What one rank writes, all ranks read; and what is free."""
-    file = folder / ".doctor"
-    token = gather(fabric, f"{platform.node()} {time.time()}")[0]
+    token = gather(fabric, secrets.token_hex(8))[0]
+    file = folder / f".doctor-{token}"
     if fabric.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(token)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_transdiff.base.files import CHECKSUMS, crc32_of_files, replace_file, sealed, whole
@@ -23,6 +23,7 @@ from lit_transdiff.checkpoints.export import read_export, read_weights, unshared
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.config.paths import check_source, export_folder
+from lit_transdiff.config.targets import save_tensors
 from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
 from lit_transdiff.models.ldm import TRAINING_ONLY, is_ldm
 from lit_transdiff.models.state_dicts import Mapped
@@ -65,7 +66,7 @@ def convert(
     options = {"autoencoder": autoencoder, "recipe": recipe, "num_heads": num_heads, "scaling_factor": scaling_factor}
     given = {name for name, value in options.items() if value is not None}
     check_source(source)
-    require(not dest.exists(), "dest", str(dest), "a name that does not exist yet: nothing is overwritten")
+    require(not os.path.lexists(dest), "dest", str(dest), "a name that does not exist yet: nothing is overwritten")
     file = released_file(source)
     if file.is_dir():
         check_options(given, set(), f"{file}, which becomes a file again")
@@ -142,9 +143,9 @@ def map_state(kind: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
 
 def write_weights(mapped: Mapped, folder: Path) -> None:
     """``model.safetensors`` in the dtype of the file, and what has no place in our model."""
-    save_file(unshared(mapped.state), folder / "model.safetensors")
+    save_tensors(unshared(mapped.state), folder / "model.safetensors")
     if mapped.left_over:
-        save_file(unshared(mapped.left_over), folder / LEFT_OVER)
+        save_tensors(unshared(mapped.left_over), folder / LEFT_OVER)
 
 
 def run_of(

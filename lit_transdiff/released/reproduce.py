@@ -14,6 +14,7 @@ from lit_transdiff.base.files import short_hash
 from lit_transdiff.config import EvaluationConfig, RunConfig, require, unknown
 from lit_transdiff.config.loading import load_run
 from lit_transdiff.config.paths import check_files
+from lit_transdiff.config.targets import below
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.metrics import METRICS
@@ -87,7 +88,7 @@ def reproduce(
 
 def prepare(name: str, files: Files, output: Path, recipe: RunConfig, say: Callable[[str], None]) -> None:
     """Convert the autoencoder and the model, unless they were converted before from the same file."""
-    autoencoder, model = output / "autoencoder", output / name
+    autoencoder, model = output / "autoencoder", below(output, name, BASELINES)
     if not autoencoder.exists():
         state = read_file(files.vae)
         require(is_ldm(state.get("model", state)), "vae", str(files.vae), "an autoencoder of latent diffusion, such as kl16.ckpt")

@@ -238,11 +238,17 @@ def versions(model: TransDiff) -> list[tuple[int, int]]:
 
 
 def load_generator(
-    checkpoint: str | Path, device: torch.device | str = "cpu", *, compile: bool = False, cuda_graphs: bool = False
+    checkpoint: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    autoencoder: str | None = None,
+    compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> Generator:
     """The trained model of a run folder or export folder, with its autoencoder, on ``device``.
 
-    ``compile`` and ``cuda_graphs`` change its speed (see ``Generator``), and its numbers by rounding. Raises ``ValueError``
+    ``autoencoder`` is its folder, where it no longer lies where the run or the export has it; it must be the same. ``compile``
+    and ``cuda_graphs`` change its speed (see ``Generator``), and its numbers by rounding. Raises ``ValueError``
     for files that are damaged or do not belong together.
     """
     export = read_export(checkpoint)
@@ -252,17 +258,14 @@ def load_generator(
     except ValueError as error:
         raise ValueError(f"{export.folder}: model.safetensors does not belong to config.yaml: {error}") from error
     model.load_state_dict(export.state)
-    settings = export.run.autoencoder
-    autoencoder = load_autoencoder(settings.kind, settings.path, export.run.data.image_channels)
+    settings = replace(export.run.autoencoder, path=autoencoder or export.run.autoencoder.path)
+    run = replace(export.run, autoencoder=settings)
+    network = load_autoencoder(settings.kind, settings.path, run.data.image_channels)
     trained_with = export.info["autoencoder"]
-    require(
-        autoencoder.fingerprint == trained_with,
-        "autoencoder.path",
-        settings.path,
-        f"the autoencoder {trained_with} of {checkpoint}",
-    )
+    allowed = f"the autoencoder {trained_with} of {checkpoint}; say where it lies with autoencoder.path=..."
+    require(network.fingerprint == trained_with, "autoencoder.path", settings.path, allowed)
     names, weights = export.info["class_names"], export.info["weights"]
-    generator = Generator(model, autoencoder, export.run, names, str(checkpoint), export.fingerprint, weights).to(device)
+    generator = Generator(model, network, run, names, str(checkpoint), export.fingerprint, weights).to(device)
     if compile:
         generator.compile()
     return generator.replay() if cuda_graphs else generator

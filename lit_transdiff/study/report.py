@@ -18,6 +18,7 @@ from PIL import Image
 
 from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import require
+from lit_transdiff.config.targets import check_replaces
 from lit_transdiff.sampling.pictures import narrowed
 from lit_transdiff.study.compare import differing
 from lit_transdiff.study.records import AXES, Evaluation, Run, opened
@@ -35,6 +36,7 @@ from lit_transdiff.study.scored import (
 )
 
 TEMPLATE = Path(__file__).with_name("report.html")
+SIGNS = ('<meta name="generator" content="lit-transdiff">', ":root { --ink: #1c1e22;")  # the second of earlier versions
 MAX_POINTS = 500  # of a curve; longer ones are thinned evenly
 MAX_GRIDS = 12  # of a run, evenly over training
 MAX_PIXELS = 520  # width of a picture
@@ -43,6 +45,7 @@ MAX_PIXELS = 520  # width of a picture
 def write_report(runs: Sequence[Run], file: Path, title: str = "Runs") -> Path:
     """Write the page of ``runs`` to ``file``."""
     require(len(runs) > 0, "runs", len(runs), "at least one")
+    check_replaces(file, SIGNS, "a report")
     data = json.dumps(page_data(runs), allow_nan=False).replace("<", "\\u003c")  # no word of a run can end or open a script
     page = TEMPLATE.read_text().replace("{{title}}", html.escape(title)).replace("{{data}}", data)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,10 @@ from typing import Any
 
 from PIL import Image
 
+from lit_transdiff.base.files import whole
 from lit_transdiff.config import require
 from lit_transdiff.config.paths import local_path
+from lit_transdiff.config.targets import below, check_replaces
 from lit_transdiff.evaluation.scores import FOLDER
 from lit_transdiff.sampling.pictures import narrowed, opener
 from lit_transdiff.study.folders import read_folder, run_folders
@@ -72,6 +74,8 @@ def unpacked(file: Path, changed: float) -> Path:
     """An archive's content in a temporary folder, unpacked once a process and version."""
     folder = Path(tempfile.mkdtemp(prefix="lit-transdiff-runs-"))
     with zipfile.ZipFile(file) as archive:
+        for name in archive.namelist():
+            below(folder, name.rstrip("/"), f"{file}: entry")
         archive.extractall(folder)
     return folder
 
@@ -83,7 +87,8 @@ def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path
     """
     folder, file = Path(folder), Path(file)
     require(file.suffix == ".zip", "file", str(file), "a name ending in .zip")
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+    check_replaces(file, [KEPT[0]], "an archive of runs")
+    with whole(file) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
         for run in run_folders(folder):
             for part in [run / name for name in KEPT] + [f for pattern in RESULTS for f in sorted(run.glob(pattern))]:
                 if part.is_file():

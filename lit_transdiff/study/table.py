@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from lit_transdiff.base.files import read_json
+from lit_transdiff.base.files import read_json, replace_file, whole
+from lit_transdiff.config.targets import check_replaces, contents
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.scores import Score, judged_by, result_files, value
 from lit_transdiff.sampling.pictures import beside
@@ -92,6 +93,7 @@ def compare(folder: str | Path, output: str | Path) -> Comparison:
     judged alike (see ``Row.judged_by``). The CSV has every result file.
     """
     rows, output = collect(folder), Path(output)
+    check_output(output)
     lines, names = repeats(rows), [name for name in METRICS if any(name in row.scores for row in rows)]
     settings, shared = settings_of(lines)
     output.mkdir(parents=True, exist_ok=True)
@@ -104,13 +106,23 @@ def compare(folder: str | Path, output: str | Path) -> Comparison:
 
     notes = footnotes(lines, shared)
     paths = {end: output / f"comparison.{end}" for end in ("md", "csv", "png")}
-    paths["md"].write_text(markdown(head, table("**")) + "\n" + notes)
-    paths["csv"].write_text(csv_text(rows, names))
     picture = samples(lines, names)
+    replace_file(paths["md"], (markdown(head, table("**")) + "\n" + notes).encode())
+    replace_file(paths["csv"], csv_text(rows, names).encode())
     if picture is not None:
-        picture.save(paths["png"])
+        with whole(paths["png"]) as partial:
+            picture.save(partial, format="png")
     text = aligned(head, table("*")) + "\n" + notes
     return Comparison(rows, text, paths["md"], paths["csv"], paths["png"] if picture is not None else None)
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder with files of these names that are no comparison."""
+    contents(folder)
+    check_replaces(folder / "comparison.md", ["| run |"], "a comparison")
+    check_replaces(folder / "comparison.csv", ["run,stage,"], "a comparison")
+    if not (folder / "comparison.md").exists():
+        check_replaces(folder / "comparison.png", [], "a comparison")
 
 
 def sampler(row: Row) -> str:

@@ -11,15 +11,17 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_transdiff.config.targets import below
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.study.records import AXES, Evaluation, Pictures, Run, number
+from lit_transdiff.tracking.origin import COPIED_FROM
 from lit_transdiff.tracking.wandb_run import DEVICES, IMAGES, STEP
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ROW_DEVICES = "_devices"  # beside what a row of an offline log says: those of the start that wrote it
-HIDDEN = ("_wandb", "manifest", DEVICES)  # keys of a run's configuration that are no settings
+HIDDEN = ("_wandb", "manifest", COPIED_FROM, DEVICES)  # keys of a run's configuration that are no settings
 PICTURES = {"eval/samples": "final", "samples/references": "references"}  # besides the grids through training
 AT_SERVER = {"group": "group", "state": "state", "name": "display_name", "stage": "jobType"}  # filters that W&B itself applies
 
@@ -72,7 +74,9 @@ def read_log(files: list[Path]) -> Run:
                 state = "failed" if record["exit"].get("exit_code") else "finished"
     joined = by_step(rows)
     folder = files[-1].parent
-    pictures = {name: opener(folder / "files" / path) for name, path in picture_paths(rows).items()}
+    pictures = {
+        name: opener(below(folder / "files", path, f"{files[-1]}: picture")) for name, path in picture_paths(rows).items()
+    }
     summary = last_values(joined)
     return Run(
         id=run.get("run_id", folder.name),
@@ -116,8 +120,9 @@ def read_server_run(found: Any) -> Run:
         return Path(tempfile.mkdtemp(prefix="wandb-pictures-"))
 
     def fetch(path: str) -> Any:
+        place = below(folder(), path, f"{found.name}: picture")
         found.file(path).download(root=str(folder()), exist_ok=True)
-        return opener(folder() / path)()
+        return opener(place)()
 
     def pictures() -> Pictures:
         return {name: lambda path=path: fetch(path) for name, path in picture_paths(rows()).items()}  # type: ignore[misc]

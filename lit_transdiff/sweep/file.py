@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.config import require, unknown
+from lit_transdiff.config import is_folder_name, require, unknown
 from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.sweep.definition import Hyperband, Path_, Sweep
 from lit_transdiff.sweep.distributions import DISTRIBUTIONS, Spec, check, is_number, name_of
@@ -67,10 +67,12 @@ def sweep_from(settings: Any, name: str) -> Sweep:
     cap, command = settings.get("run_cap"), settings.get("command")
     require(cap is None or (isinstance(cap, int) and cap >= 1), "run_cap", cap, "a whole number of at least 1")
     require(command is None or isinstance(command, list), "command", command, "a list of words")
+    name = str(settings.get("name") or name)
+    require(is_folder_name(name), "name", name, "the name of one folder, without '/' or '\\'")
     parameters = settings.get("parameters")
     require(isinstance(parameters, dict), "parameters", parameters, "parameters by name")
     sweep = Sweep(
-        name=settings.get("name") or name,
+        name=name,
         method=settings.get("method"),  # type: ignore[arg-type]
         parameters=dict(leaves(parameters)),  # type: ignore[arg-type]
         metric=metric.get("name"),

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_transdiff.base.files import replace_file, unsealed, with_seal
+from lit_transdiff.config import is_folder_name, require
 from lit_transdiff.config.yaml_text import dump, read_file
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.trial import Trial
+from lit_transdiff.tracking.origin import COPIED_FROM, is_copy, keep_record, read_record
+from lit_transdiff.tracking.place import SWEEP_SIGN
 
 log = logging.getLogger(__name__)
 
@@ -23,17 +26,21 @@ class Journal:
     def __init__(self, folder: Path, sweep: Sweep, seed: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the process ends
+        self.lock = open(folder / "lock", "a")  # noqa: SIM115 - held until the process ends
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"{folder}: another process runs this sweep.") from error
-        file = folder / "sweep.yaml"
+        file = folder / SWEEP_SIGN
         given = {"seed": seed, "sweep": sweep.source}
         there = settings_in(file) if file.exists() else given
         if without_cap(there) != without_cap(given):
             raise ValueError(f"{folder} holds another sweep (see sweep.yaml there). Choose another --output.")
+        copied = (
+            {"folder": read_record(file)["folder"]} if file.exists() and is_copy(file) else read_record(file).get(COPIED_FROM)
+        )
         replace_file(file, dump(given).encode())
+        keep_record(file, copied)
         self.file = folder / "trials.jsonl"
         drop_cut_line(self.file)
 
@@ -55,6 +62,7 @@ class Journal:
             if not (event := event_in(line, self.file)):
                 continue
             kind, id_ = event.get("event"), str(event.get("id"))
+            require(is_folder_name(id_), f"{self.file}: id", id_, "the id of a trial")
             if kind == "start" and "settings" in event:
                 past[id_] = Trial(id_, event["settings"])
             elif id_ not in past:

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.config import RunConfig
+from lit_transdiff.config import RunConfig, is_folder_name, require
+from lit_transdiff.config.targets import below
 from lit_transdiff.config.yaml_text import read_file
 
 SWEEP_FOLDER = "LIT_TRANSDIFF_SWEEP_FOLDER"
+SWEEP_SIGN = "sweep.yaml"  # of a sweep's folder
 MAX_NAME = 120  # characters of a folder's name that the settings may take
 
 
@@ -33,7 +35,7 @@ class TrialPlace:
     @property
     def name(self) -> str:
         """The swept settings and the id, in the order of their dotted names: ``lr_0.002-global_batch_size_64-1a2b3c4d``."""
-        words = "-".join(f"{key.split('.')[-1]}_{word(value)}" for key, value in sorted(flat(self.settings).items()))
+        words = "-".join(f"{plain(key.split('.')[-1])}_{word(value)}" for key, value in sorted(flat(self.settings).items()))
         return f"{words[:MAX_NAME]}-{self.id}"
 
 
@@ -45,6 +47,7 @@ def trial_place() -> TrialPlace | None:
     given = read_file(Path(file))
     settings = {key: item["value"] for key, item in given.items() if isinstance(item, dict) and "value" in item}
     sweep = os.environ.get("WANDB_RUN_GROUP") or f"sweep-{os.environ.get('WANDB_SWEEP_ID', 'unnamed')}"
+    require(is_folder_name(id_), "WANDB_RUN_ID", id_, "the id of a run, without '/' or '\\'")
     folder = os.environ.get(SWEEP_FOLDER)
     return TrialPlace(id_, sweep, Path(folder) if folder else None, settings)
 
@@ -54,7 +57,7 @@ def placed(run: RunConfig) -> RunConfig:
     trial = trial_place()
     if trial is None:
         return run
-    folder = trial.folder or Path(run.output_dir) / "sweeps" / trial.sweep
+    folder = trial.folder or below(Path(run.output_dir) / "sweeps", trial.sweep, "WANDB_RUN_GROUP")
     tracking = dataclasses.replace(run.tracking, group=trial.sweep)
     return dataclasses.replace(run, name=trial.name, output_dir=str(folder), tracking=tracking)
 
@@ -66,6 +69,11 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
+
+
+def plain(key: str) -> str:
+    """A setting's name as part of a folder's name."""
+    return re.sub(r"[^\w+-]", "_", key)
 
 
 def word(value: Any) -> str:

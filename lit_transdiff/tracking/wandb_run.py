@@ -27,7 +27,8 @@ from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import to_dict
 from lit_transdiff.tracking.metrics_file import device_count, last_values, read_rows
-from lit_transdiff.tracking.place import trial_place
+from lit_transdiff.tracking.origin import COPIED_FROM, RECORD, has_older_sibling, is_copy, keep_record, read_record
+from lit_transdiff.tracking.place import SWEEP_SIGN, trial_place
 
 if TYPE_CHECKING:
     import wandb
@@ -56,7 +57,7 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
         group=run.tracking.group,
         tags=run.tracking.tags,
         dir=str(folder),
-        config=to_dict(run) | {DEVICES: device_count(run.folder)},
+        config=to_dict(run) | {DEVICES: device_count(run.folder)} | origin_of(folder),
     )
     given |= dict(id=id_, name=name, job_type=job_type, resume="allow", settings=settings, reinit="finish_previous")
     try:
@@ -75,6 +76,12 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
     opened.define_metric(IMAGES)
     opened.define_metric("*", step_metric=IMAGES)
     return opened
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """Of which run a folder is a copy, for the configuration in W&B; empty where it is none."""
+    origin = read_record(folder / "wandb" / "run_id").get(COPIED_FROM)
+    return {COPIED_FROM: origin} if origin else {}
 
 
 def wandb_mode() -> Any:
@@ -105,15 +112,44 @@ def keep_below(folder: Path) -> None:
 
 
 def run_id(folder: Path) -> str:
-    """The W&B id of a run folder: that of the sweep's trial, or one made once. A lost one is that of W&B's last local files."""
-    file = folder / "wandb" / "run_id"
-    if not file.exists() or not file.read_text().strip("\0\n "):
-        trial = trial_place()
-        earlier = sorted((folder / "wandb").glob("*run-*_*-*"), key=lambda place: place.name.split("run-")[-1])
+    """The W&B id of a run folder: that of the sweep's trial, or one made once. A lost one is that of W&B's last local files.
+
+    A copy of a run folder gets an id of its own, and its record says of which run it is a copy.
+    """
+    file = folder.resolve() / "wandb" / "run_id"
+    known = file.read_text().strip("\0\n ") if file.exists() else ""
+    record = read_record(file)
+    if not known:
         file.parent.mkdir(parents=True, exist_ok=True)
-        known = trial.id if trial else earlier[-1].name.rpartition("-")[2] if earlier else secrets.token_hex(4)
+        known = first_id(file.parent)
         replace_file(file, known.encode())
-    return file.read_text()
+    elif is_copy(file) or (not record and has_older_sibling(file)):
+        origin = {"run": known, "folder": str(Path(record.get("folder", "")).parent) if record else None}
+        known = secrets.token_hex(4)
+        log.warning(
+            "%s is a copy of %s, which is the W&B run %s: this one goes on as run %s. If nothing else writes to the first (the "
+            "folder was moved here from another disk), write its id into %s and remove %s beside it.",
+            *(folder, origin["folder"] or "another folder", origin["run"], known, file, RECORD),
+        )
+        replace_file(file, known.encode())
+        record = {COPIED_FROM: origin}
+    keep_record(file, record.get(COPIED_FROM))
+    return known
+
+
+def first_id(wandb_folder: Path) -> str:
+    """The W&B id of a folder that has none, or has lost it."""
+    earlier = sorted(wandb_folder.glob("*run-*_*-*"), key=lambda place: place.name.split("run-")[-1])
+    trial = trial_place()
+    if trial and not (trial.folder and read_record(trial.folder / SWEEP_SIGN).get(COPIED_FROM)):  # its id is the original's
+        return trial.id
+    return earlier[-1].name.rpartition("-")[2] if earlier else secrets.token_hex(4)
+
+
+def keep_linked(folder: Path) -> None:
+    """Put files in the place of links to W&B's cache, which is removed, and of others that break when the run is moved."""
+    for link in [path for path in folder.rglob("*") if path.is_symlink() and os.path.isabs(os.readlink(path)) and path.is_file()]:
+        replace_file(link, link.read_bytes())
 
 
 class WandbRun(Logger):
@@ -194,6 +230,7 @@ class WandbRun(Logger):
         start, place = time.monotonic(), opened.settings.sync_dir
         opened.finish(exit_code)
         waited = time.monotonic() - start
-        shutil.rmtree(os.environ["WANDB_CACHE_DIR"], ignore_errors=True)  # copies of what lies elsewhere, kept for re-use only
+        keep_linked(Path(place))
+        shutil.rmtree(Path(place).with_name("cache"), ignore_errors=True)  # copies of what lies elsewhere, kept for re-use only
         if not opened.offline and waited >= float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)):
             log.warning("W&B did not take everything in %.0f s; later: wandb sync --include-online %s", waited, place)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_transdiff.base.endings import CheckpointError
 from lit_transdiff.checkpoints.format import (
     PARTIAL,
+    WRITTEN,
     Checkpoint,
     checkpoint_folder,
     complete_checkpoints,
@@ -28,6 +28,7 @@ from lit_transdiff.checkpoints.format import (
 )
 from lit_transdiff.checkpoints.run_folder import last_checkpoint
 from lit_transdiff.config import RunConfig, unknown
+from lit_transdiff.config.targets import remove_written
 from lit_transdiff.distributed import world_size
 from lit_transdiff.distributed.sharding import Sharding
 from lit_transdiff.stages.averaging import parameter_shapes
@@ -129,7 +130,7 @@ class Checkpoints(pl.Callback):
             self.check_best(trainer)
         if trainer.is_global_zero and self.folder.exists():
             for rest in [*self.folder.glob(f"step-*{PARTIAL}"), *self.folder.glob("step-*.removed")]:
-                shutil.rmtree(rest)
+                remove_written(rest, WRITTEN)
 
     def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.check_best(trainer)
@@ -192,8 +193,8 @@ class Checkpoints(pl.Callback):
         step = self.saved_step = trainer.global_step
         partial = checkpoint_folder(self.folder, step).with_name(checkpoint_folder(self.folder, step).name + PARTIAL)
         if trainer.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            remove_written(partial, WRITTEN)
+            partial.mkdir(parents=True, exist_ok=True)
         trainer.strategy.barrier()
         tensors, training = strategy.slices(), strategy.training_state()
         manifest = self.manifest(trainer, step)
@@ -228,7 +229,7 @@ class Checkpoints(pl.Callback):
         except CheckpointError as error:
             self.error = error
             if rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove_written(partial, WRITTEN)
 
 
 def numbers_of(trainer: pl.Trainer) -> dict[str, float]:

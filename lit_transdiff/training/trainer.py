@@ -15,11 +15,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import save_file
 
 from lit_transdiff.base.files import unless_full
 from lit_transdiff.checkpoints.export import export_checkpoint, write_export
-from lit_transdiff.checkpoints.format import PARTIAL, Checkpoint
+from lit_transdiff.checkpoints.format import Checkpoint
 from lit_transdiff.checkpoints.run_folder import (
     FolderLock,
     check_checkpoint,
@@ -29,6 +28,7 @@ from lit_transdiff.checkpoints.run_folder import (
     trained_steps,
 )
 from lit_transdiff.config import RunConfig, require
+from lit_transdiff.config.targets import save_tensors
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.names import class_names
 from lit_transdiff.distributed import STRATEGIES, accumulation, compute_dtype, strategy_name, trainer_settings, world_size
@@ -209,14 +209,16 @@ def write_model(parts: Parts) -> None:
     assert checkpoint is not None
     checkpoint = checkpoint.index()
     if isinstance(stage, TransDiffStage):
-        return export_checkpoint(checkpoint, run.folder / "export")
+        return export_checkpoint(checkpoint, run.folder / "export", own=True)
     info = {**export_info(parts), "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": "last"}
     if not isinstance(stage, PreparatoryStage):  # the user's own
         weights = checkpoint.weights(None)
-        return write_export(run.folder / "export", run, info, lambda folder: save_file(weights, folder / "model.safetensors"))
+        return write_export(
+            run.folder / "export", run, info, lambda made: save_tensors(weights, made / "model.safetensors"), own=True
+        )
     stage.load_state_dict(checkpoint.weights(None))
     batches = (build_data(run) if isinstance(parts.data, DataModule) else parts.data).train_dataloader()
-    write_export(run.folder / "export", run, info, lambda folder: stage.export(folder, batches))
+    write_export(run.folder / "export", run, info, lambda folder: stage.export(folder, batches), own=True)
 
 
 def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[str, Any]) -> None:
@@ -227,8 +229,8 @@ def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[
     if trainer.is_global_zero:
         weights = f"ema {run.optimizer.ema_decay}"
         info = {**export_info(parts), "step": step, "images_seen": step * run.images_per_step, "weights": weights, **more}
-        with unless_full(folder.with_name(folder.name + PARTIAL), run.checkpoint.on_error == "continue"):
-            write_export(folder, run, info, lambda partial: save_file(state, partial / "model.safetensors"))
+        with unless_full(folder, run.checkpoint.on_error == "continue"):
+            write_export(folder, run, info, lambda made: save_tensors(state, made / "model.safetensors"), own=True)
 
 
 def wait_for_export(run: RunConfig, step: int) -> None:

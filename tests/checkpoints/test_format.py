@@ -102,10 +102,10 @@ def test_a_rank_that_failed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(disk, "save_file", full)
+    monkeypatch.setattr(disk, "save_tensors", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         write_rank_file(partial, 1, {"x": torch.zeros(1)})
-    monkeypatch.setattr(disk, "save_file", save_file)
+    monkeypatch.setattr(disk, "save_tensors", save_file)
     write_rank_file(partial, 0, {"x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="rank-00001 failed"):
         finish_checkpoint(partial, 2, {}, {}, timeout=5)
@@ -114,7 +114,7 @@ def test_a_rank_that_failed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_space_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lit_transdiff.base.files.free_bytes", lambda folder: 3999)
-    monkeypatch.setattr(disk, "save_file", lambda *_: pytest.fail("something was written"))
+    monkeypatch.setattr(disk, "save_tensors", lambda *_: pytest.fail("something was written"))
     with pytest.raises(CheckpointError, match=r"4 kB are to be written, but only 4 kB are free") as error:
         write_rank_file(tmp_path, 0, {"x": torch.zeros(1000)})
     assert error.value.errno == errno.ENOSPC and [path.name for path in tmp_path.iterdir()] == ["rank-00000.failed"]
@@ -205,11 +205,11 @@ def test_a_full_disk_costs_pictures_and_the_best_model_but_no_step(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("PIL.Image.Image.save", no_picture)
-    monkeypatch.setattr(trainer, "save_file", no_weights)
+    monkeypatch.setattr(trainer, "save_tensors", no_weights)
     often = {"sample_every": 2, "validate_every": 2}
     run = small_run(tmp_path, checkpoint={"on_error": "continue"}, training=often)
     assert train(run, silent).step == 6
-    assert caplog.text.count(".png is left out") == 3 and caplog.text.count("best.partial is left out") == 2
+    assert caplog.text.count(".png is left out") == 3 and caplog.text.count("best is left out") == 2
     assert not list(run.folder.glob("samples/*")) and not list(run.folder.glob("best*"))
     with pytest.raises(OSError, match="Disk quota exceeded"):
         train(small_run(tmp_path, name="strict", training={"sample_every": 2}), silent)
