@@ -122,14 +122,14 @@ class ShardReader:
             found = os.preadv(self.descriptor(shards[i]), [content], offsets[i])
             if found != length:
                 raise ValueError(f"{self.index.name_of(samples[i])}: {found} of {length} bytes read: the shard is truncated.")
-            if expected[i] is not None and checksum_of(content) != expected[i]:
+            if expected and expected[i] is not None and checksum_of(content) != expected[i]:
                 raise damaged(self.index, int(samples[i]))
-        if any(value is not None for value in expected):
+        if expected:
             self.unread[samples, parts] = False
 
     def expected(self, samples: np.ndarray, parts: np.ndarray) -> list[Optional[int]]:
-        """The checksums of these parts; nothing for one that has none, or that this process has compared before."""
+        """The checksums of these parts, nothing for one that this process has compared before; empty when it has all."""
         if self.index.checksum is None or not (unread := self.unread[samples, parts]).any():
-            return [None] * len(samples)
+            return []
         checksums = self.index.checksum[samples, parts].tolist()
         return [value if new else None for value, new in zip(checksums, unread.tolist(), strict=True)]

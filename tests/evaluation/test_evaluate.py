@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_transdiff.base.files import short_hash
+from lit_transdiff.base.files import read_json, short_hash
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
 from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.evaluation.evaluate import choose_shown, evaluate
@@ -33,7 +33,7 @@ def close(first: dict, second: dict) -> None:
 def test_the_result_file_holds_all_scores_and_what_decided_them(files: Path, tmp_path: Path) -> None:
     generator, settings = tiny_generator(), tiny_settings(files)
     result = evaluate(generator, settings, SAMPLING, output=tmp_path)
-    written = json.loads(Path(result["file"]).read_text())
+    written = read_json(Path(result["file"]))
     assert written == {"scores": result["scores"], "manifest": result["manifest"]}
     assert set(written["scores"]) == set(METRICS) - {"spatial_frechet_distance"}
     manifest = written["manifest"]
