@@ -91,6 +91,7 @@ def sampling_pair(setup: Setup, steps: int) -> tuple[Callable[[], Tensor], Calla
     sampling = replace(sampling, precision=setup.precision)
     shape = (setup.model.config.latent_channels, *[setup.model.config.latent_size] * 2)
     generator = Generator(setup.model, IdentityAutoencoder(shape[0]), RunConfig(model=setup.model.config), [])
+    generator = generator.at(setup.precision)
 
     def ours() -> Tensor:
         generator.model.eval()

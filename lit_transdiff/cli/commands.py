@@ -190,6 +190,7 @@ def sample(args: argparse.Namespace) -> None:
     speed = dict(compile=args.compile, cuda_graphs=args.cuda_graphs)
     generator = load_generator(args.checkpoint, default_device(), autoencoder=autoencoder, **speed)
     sampling = override(generator.run, preset(args.preset) + others, CHANGEABLE).sampling
+    generator = generator.at(sampling.precision)
     common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
     classes = choose(args.classes, full_names(generator.class_names, generator.run.model.num_classes))
     if args.fuse and len(classes) != 2:

@@ -59,6 +59,7 @@ class Batch:
 def prepare(generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig) -> Job:
     """Load the extractor and the reference, and refuse whatever could not be scored after the images are drawn."""
     check_sampling(sampling)
+    generator = generator.at(sampling.precision)
     extractor = load_extractor(settings.extractor, settings.extractor_weights, generator.device)
     reference = load_statistics(settings.reference) if settings.reference else None
     if reference is not None:
@@ -96,7 +97,7 @@ def draw(job: Job, batch: Sequence[int]) -> Batch:
     """Draw the images of the indices ``batch`` and extract their features."""
     generator = job.generator
     first = batch[:: job.kept]  # of each row
-    with counted_rows(generator.network(job.sampling.precision).decoder) as rows:
+    with counted_rows(generator.network.decoder) as rows:
         started = clock(generator.device)
         drawn = generator.images(job.labels[list(first)], image_seeds(job.settings, first), job.sampling)
         images = drawn[:, -job.kept :].flatten(0, 1)  # [B, C, H, W]

@@ -84,6 +84,14 @@ def shard_blocks(model: TransDiff, mesh: DeviceMesh) -> None:
         register_fsdp_forward_method(model, method)
 
 
+def twin(model: TransDiff) -> TransDiff:
+    """Modules of their own around the weights of ``model``, for evaluation: how they run may be changed, and ``model`` stays."""
+    with torch.device("meta"):  # the weights are there
+        other = type(model)(model.config).eval().requires_grad_(False)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other
+
+
 def round_linear(model: nn.Module) -> None:
     """Keep the weights of linear layers in bfloat16: what autocast computes with, without casting them at each call."""
     for module in model.modules():

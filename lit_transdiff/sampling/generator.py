@@ -6,7 +6,8 @@ Shapes: B images, R references, S context tokens, D width, c h w a latent, C H W
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,9 +22,11 @@ from lit_transdiff.flow.solvers import GRIDS, SOLVERS, Velocity, solve
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
 from lit_transdiff.models.context import ContextFn, Contexts, ContextStream, null_contexts
 from lit_transdiff.models.decoder import Memory
-from lit_transdiff.models.execution import compile_blocks, replay_decoder, round_linear
+from lit_transdiff.models.execution import compile_blocks, replay_decoder, round_linear, twin
 from lit_transdiff.models.state_dicts import check_layout
 from lit_transdiff.models.transdiff import TransDiff
+
+PRECISIONS = ("fp32", "bf16")  # of sampling
 
 
 def check_sampling(sampling: SamplingConfig) -> None:
@@ -105,82 +108,66 @@ def pair_of(model: TransDiff, conditional: Memory, unconditional: Memory) -> Pai
     return pair
 
 
+@dataclass(eq=False)
 class Generator:
-    """A trained model ready to draw images: ``load_generator("runs/x").images(labels, seeds)``."""
+    """A trained model ready to draw images: ``load_generator("runs/x").images(labels, seeds)``.
 
-    def __init__(
-        self,
-        model: TransDiff,
-        autoencoder: Autoencoder,
-        run: RunConfig,
-        class_names: Sequence[str],
-        checkpoint: str = "",
-        fingerprint: str = "",
-        weights: str = "in memory",
-    ) -> None:
-        self.accelerations: list[Callable[[TransDiff], None]] = []
-        self.model = model
-        self.autoencoder = autoencoder
-        self.run = run
-        self.class_names = list(class_names)
-        self.checkpoint = checkpoint
-        self.fingerprint = fingerprint
-        self.weights = weights  # which the model has: "last", or "ema" and the decay
+    It draws in the precision of its run's ``sampling``, with the weights as they are when it draws first: what it makes of
+    them once (rounded weights, the beginning of the null class) it keeps. For other weights, or changed ones, ``of`` makes
+    another generator; for another precision ``at`` does.
+    """
+
+    model: TransDiff  # in float32
+    autoencoder: Autoencoder
+    run: RunConfig
+    class_names: Sequence[str]
+    checkpoint: str = ""
+    fingerprint: str = ""
+    weights: str = "in memory"  # which the model has: "last", or "ema" and the decay
+    compile: bool = False  # the decoder's blocks through torch.compile; where it does not work, a log says so
+    cuda_graphs: bool = False  # the decoder as CUDA graphs
+
+    def __post_init__(self) -> None:
+        require(not self.cuda_graphs or self.device.type == "cuda", "CUDA graphs", str(self.device), "a GPU")
+
+    def of(self, model: TransDiff) -> Generator:
+        """The same of another model, or of this one with changed weights."""
+        return replace(self, model=model)
+
+    def at(self, precision: str) -> Generator:
+        """The generator of these weights in a precision, ``fp32`` or ``bf16``: this one, if it is its own."""
+        if precision not in PRECISIONS:
+            raise unknown("sampling.precision", precision, PRECISIONS)
+        if precision == self.precision:
+            return self
+        return replace(self, run=replace(self.run, sampling=replace(self.run.sampling, precision=precision)))
 
     @property
-    def model(self) -> TransDiff:
-        """The model in float32."""
-        return self._model
+    def precision(self) -> str:
+        return self.run.sampling.precision
 
-    @model.setter
-    def model(self, model: TransDiff) -> None:
-        self._model = model
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop what was made of the model's weights."""
-        self.rounded: TransDiff | None = None  # the same with bfloat16 weights, once it is needed
-        self.null_contexts: dict[str, Callable[[], Contexts]] = {}  # of the null class, by precision
-        self.made_of = versions(self.model)
-
-    def network(self, precision: str) -> TransDiff:
-        """The model that computes in a precision (see ``SamplingConfig``)."""
-        if precision == "fp32":
+    @cached_property
+    def network(self) -> TransDiff:
+        """What draws: ``model``, or its weights in modules that compute as asked for."""
+        if self.precision == "fp32" and not (self.compile or self.cuda_graphs):
             return self.model
-        if self.rounded is None:
-            self.rounded = TransDiff(self.model.config).to(self.device).eval().requires_grad_(False)
-            self.rounded.load_state_dict(self.model.state_dict())
-            round_linear(self.rounded)
-            for accelerate in self.accelerations:
-                accelerate(self.rounded)
-        return self.rounded
+        network = twin(self.model)
+        if self.precision == "bf16":
+            round_linear(network)
+        if self.compile:
+            compile_blocks(network.decoder.blocks)
+        if self.cuda_graphs:
+            replay_decoder(network)
+        return network
 
-    def compile(self) -> Generator:
-        """Run the decoder's blocks and the autoencoder through torch.compile; where it does not work, a log says so."""
-        self.autoencoder.compile_parts()
-        return self.accelerate(lambda model: compile_blocks(model.decoder.blocks))
-
-    def replay(self) -> Generator:
-        """Run the decoder as CUDA graphs; raises ``ValueError`` without a GPU. Call it last."""
-        require(self.device.type == "cuda", "CUDA graphs", str(self.device), "a GPU")
-        return self.accelerate(replay_decoder)
-
-    def accelerate(self, how: Callable[[TransDiff], None]) -> Generator:
-        """Apply ``how`` to the model in every precision."""
-        self.accelerations.append(how)
-        how(self.model)
-        self.forget()
-        return self
+    @cached_property
+    def null_contexts(self) -> Callable[[], Contexts]:
+        """Contexts of the null class, whose beginning is computed once."""
+        return null_contexts(self.network)
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def to(self, device: torch.device | str) -> Generator:
-        self.model.to(device)
-        self.forget()
-        self.autoencoder.to(device)
-        return self
 
     def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         """``labels`` as a tensor on the model's device; raises ``ValueError`` for a class that the model does not have."""
@@ -209,14 +196,12 @@ class Generator:
     def latents(
         self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: ContextFn = ContextStream
     ) -> Tensor:
-        """``generate`` in the precision of ``sampling``."""
-        if versions(self.model) != self.made_of:
-            self.forget()
-        precision = sampling.precision
-        network = self.network(precision)
-        null = self.null_contexts.setdefault(precision, null_contexts(network))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-            return generate(network, labels, sampling, seeds, contexts, null)
+        """``generate`` in this generator's precision; raises ``ValueError`` for a ``sampling`` in another."""
+        asked = sampling.precision
+        allowed = f"{self.precision!r}, in which this generator draws; generator.at({asked!r}) is the one for it"
+        require(asked == self.precision, "sampling.precision", asked, allowed)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=asked == "bf16", cache_enabled=False):
+            return generate(self.network, labels, sampling, seeds, contexts, self.null_contexts)
 
     @torch.no_grad()
     def features(self, labels: Sequence[int] | Tensor, sampling: SamplingConfig | None = None) -> Tensor:
@@ -232,24 +217,21 @@ class Generator:
         return self.model.encoder.features(classes, references)
 
 
-def versions(model: TransDiff) -> list[tuple[int, int]]:
-    """Where each weight lies, and how often it was changed there."""
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
-
-
 def load_generator(
     checkpoint: str | Path,
     device: torch.device | str = "cpu",
     *,
     autoencoder: str | None = None,
+    precision: str | None = None,
     compile: bool = False,
     cuda_graphs: bool = False,
 ) -> Generator:
     """The trained model of a run folder or export folder, with its autoencoder, on ``device``.
 
-    ``autoencoder`` is its folder, where it no longer lies where the run or the export has it; it must be the same. ``compile``
-    and ``cuda_graphs`` change its speed (see ``Generator``), and its numbers by rounding. Raises ``ValueError``
-    for files that are damaged or do not belong together.
+    It draws in ``precision`` (``fp32`` or ``bf16``; without one, in that of its run's ``sampling``). ``autoencoder`` is its
+    folder, where it no longer lies where the run or the export has it; it must be the same. ``compile`` and ``cuda_graphs``
+    change its speed (see ``Generator``), and its numbers by rounding. Raises ``ValueError`` for files that are damaged or do
+    not belong together.
     """
     export = read_export(checkpoint)
     model = TransDiff(export.run.model).eval().requires_grad_(False)
@@ -264,8 +246,17 @@ def load_generator(
     trained_with = export.info["autoencoder"]
     allowed = f"the autoencoder {trained_with} of {checkpoint}; say where it lies with autoencoder.path=..."
     require(network.fingerprint == trained_with, "autoencoder.path", settings.path, allowed)
-    names, weights = export.info["class_names"], export.info["weights"]
-    generator = Generator(model, network, run, names, str(checkpoint), export.fingerprint, weights).to(device)
     if compile:
-        generator.compile()
-    return generator.replay() if cuda_graphs else generator
+        network.compile_parts()
+    generator = Generator(
+        model.to(device),
+        network.to(device),
+        run,
+        export.info["class_names"],
+        str(checkpoint),
+        export.fingerprint,
+        export.info["weights"],
+        compile,
+        cuda_graphs,
+    )
+    return generator.at(precision or generator.precision)

@@ -269,7 +269,7 @@ class SampleGrids(pl.Callback):
         model = stage.averaged_model()  # all ranks give their part
         if not trainer.is_global_zero:
             return
-        generator = Generator(model, self.autoencoder, stage.run, self.class_names).to(stage.device)
+        generator = Generator(model, self.autoencoder.to(stage.device), stage.run, self.class_names)
         images = generator.images(labels, list(range(len(labels))))[:, -1]
         similarity = token_similarity(generator.features(list(classes))).mean().item()
         log_now(trainer, {"val/feature_diversity": similarity})

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.evaluation.features import Features
-from lit_transdiff.evaluation.job import draw, prepare, score, with_reference
+from lit_transdiff.evaluation.job import Job, draw, prepare, score, with_reference
 from lit_transdiff.evaluation.scores import FOLDER, value
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now
@@ -70,20 +70,17 @@ class OnlineEvaluation(pl.Callback):
     def log_scores(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         """Score the averaged weights, unless the job is to stop."""
         assert isinstance(stage, TransDiffStage)
-        generator = self.job.generator
         with isolate_rng():
-            generator.model = stage.averaged_model()  # a copy: under some strategies a rank holds a part of the weights only
-            scores = self.scores(trainer)
-            generator.model = stage.model
+            model = stage.averaged_model()  # a copy: under some strategies a rank holds a part of the weights only
+            scores = self.scores(trainer, dataclasses.replace(self.job, generator=self.job.generator.of(model)))
         self.due = scores is None
         if scores is not None:
             log_now(trainer, {f"online/{name}": value for name, value in scores.items()})
 
     @torch.no_grad()
-    def scores(self, trainer: pl.Trainer) -> dict[str, float] | None:
-        """The scores by name (of one with a spread its mean), or nothing when the job is to stop."""
-        job, world = self.job, trainer.world_size
-        images = range(job.settings.num_images)
+    def scores(self, trainer: pl.Trainer, job: Job) -> dict[str, float] | None:
+        """The scores of ``job`` by name (of one with a spread its mean), or nothing when the job is to stop."""
+        world, images = trainer.world_size, range(job.settings.num_images)
         batches = [images[first : first + job.settings.batch_size] for first in images[:: job.settings.batch_size]]
         # A rank for which there is no batch draws the first one again; what it finds lies behind the last image.
         mine = batches[trainer.global_rank :: world] or batches[:1]

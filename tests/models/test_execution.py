@@ -85,10 +85,9 @@ def test_without_a_compiler_blocks_run_eagerly_and_say_so(monkeypatch: pytest.Mo
     assert said == ["torch.compile does not work here, the blocks run eagerly: RuntimeError: No working C++ compiler found"]
 
 
-def generator_of(model: TransDiff, tmp_path) -> Generator:
-    return Generator(
-        model.eval().requires_grad_(False), IdentityAutoencoder(model.config.latent_channels), small_run(tmp_path), []
-    )
+def generator_of(model: TransDiff, tmp_path, **how: bool) -> Generator:
+    autoencoder = IdentityAutoencoder(model.config.latent_channels)
+    return Generator(model.eval().requires_grad_(False), autoencoder, small_run(tmp_path), [], **how)
 
 
 @pytest.mark.parametrize("references", [1, 4])
@@ -97,32 +96,55 @@ def test_rounded_weights_are_what_autocast_computes_with(references: int, tmp_pa
     generator = generator_of(model, tmp_path)
     sampling = SamplingConfig(num_steps=3, guidance_scale=1.5, precision="bf16")
     labels, seeds = torch.tensor([0, 1, 1]), [1, 2, 3]
-    rounded = generator.latents(labels, seeds, sampling)
+    rounded = generator.at("bf16").latents(labels, seeds, sampling)
     with torch.autocast("cpu", torch.bfloat16):
         expected = generate(model, labels, sampling, seeds)
     assert rounded.dtype == torch.float32 and torch.equal(rounded, expected)
     exact = generator.latents(labels, seeds, SamplingConfig(num_steps=3, guidance_scale=1.5))
     assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    generator.model = build(**SHAPE, num_references=references).requires_grad_(False)
-    torch.nn.init.zeros_(generator.model.decoder.final.linear.weight)
-    assert not torch.equal(generator.latents(labels, seeds, sampling), rounded)  # the rounded weights are the new model's
+    other = build(**SHAPE, num_references=references).requires_grad_(False)
+    torch.nn.init.zeros_(other.decoder.final.linear.weight)
+    changed = generator.at("bf16").of(other)
+    assert not torch.equal(changed.latents(labels, seeds, sampling), rounded)  # the rounded weights are the new model's
 
 
 def test_cuda_graphs_need_a_gpu(tmp_path):
     with pytest.raises(ValueError, match=r"CUDA graphs: got 'cpu'; allowed: a GPU"):
-        generator_of(build(**SHAPE), tmp_path).replay()
+        generator_of(build(**SHAPE), tmp_path, cuda_graphs=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_generator_compiles_is_its_own(precision: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """The model that it was given runs as before, whose weights are kept once; going from precision to precision piles nothing up."""
+    monkeypatch.setattr(
+        torch, "compile", lambda function: lambda *args, **settings: made.append(1) or function(*args, **settings)
+    )
+    monkeypatch.setattr(execution, "can_compile", lambda device: True)
+    made: list[int] = []
+    model = build(**SHAPE)
+    plain = generator_of(model, tmp_path).at(precision)
+    compiled = generator_of(model, tmp_path, compile=True).at("bf16").at("fp32").at(precision)
+    assert compiled.at(precision) is compiled
+    sampling = SamplingConfig(num_steps=3, precision=precision)
+    expected = plain.latents(torch.tensor([0, 1]), [1, 2], sampling)
+    assert not made
+    assert torch.equal(compiled.latents(torch.tensor([0, 1]), [1, 2], sampling), expected)
+    assert len(made) == 3 * len(model.decoder.blocks)
+    assert torch.equal(generator_of(model, tmp_path).at(precision).latents(torch.tensor([0, 1]), [1, 2], sampling), expected)
+    assert len(made) == 3 * len(model.decoder.blocks)
+    assert compiled.network.encoder.null_class.data_ptr() == model.encoder.null_class.data_ptr()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("references", [1, 4])
 def test_replayed_steps_give_the_same_latents(references: int, tmp_path):
     model = build(**SHAPE, num_references=references)
-    generator = generator_of(model, tmp_path).to("cuda")
+    model = model.to("cuda")
     sampling = SamplingConfig(num_steps=4, guidance_scale=1.5, guidance_interval=[0.3, 0.8])
     labels, seeds = torch.tensor([0, 1], device="cuda"), [1, 2]
-    expected = generator.latents(labels, seeds, sampling)
-    generator.replay()
+    expected = generator_of(model, tmp_path).latents(labels, seeds, sampling)
+    generator = generator_of(model, tmp_path, cuda_graphs=True)
     for _ in range(2):
         torch.testing.assert_close(generator.latents(labels, seeds, sampling), expected, rtol=1e-5, atol=1e-6)
 

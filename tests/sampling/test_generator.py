@@ -142,6 +142,7 @@ def test_a_generator_begins_the_null_class_once_for_the_same_weights(num_referen
     for change, times in ((1.0, 1), (1.0, 0), (1.5, 1), (1.0, 0)):
         if change != 1:
             model.encoder.null_class.mul_(change)
+            generator = generator.of(model)
         begun.clear()
         drawn.append(generator.latents(LABELS, SEEDS, SAMPLING))
         assert begun.count(1) == times  # one row: the null class; labels and later groups have three
@@ -174,6 +175,13 @@ def test_generator_checks_labels_and_gives_images(tmp_path):
         generator.images([10], [1])
     with pytest.raises(ValueError, match="seeds: got 1"):
         generator.images([1, 2], [1])
+    with pytest.raises(ValueError, match=r"sampling\.precision: got 'bf16'; allowed: 'fp32', .*generator\.at\('bf16'\)"):
+        generator.images([1], [1], SamplingConfig(precision="bf16"))
+    with pytest.raises(ValueError, match=r"sampling\.precision: 'bf61' is not known\. Did you mean 'bf16'"):
+        generator.at("bf61")
+    assert generator.at("fp32") is generator
+    rounded = generator.at("bf16")
+    assert rounded.precision == "bf16" and not torch.equal(rounded.images([1, 2], [5, 6]), images)
 
 
 class TestRandomness:
