@@ -7,6 +7,8 @@ from typing import Any, Literal, Optional
 
 from lit_transdiff.config.checks import require
 
+Precision = Literal["fp32", "bf16"]
+
 # Settings of the sampler that go by one name (``--preset``): over those of a run, under single overrides.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(solver="euler_maruyama", grid="paper", num_steps=100, guidance_interval=[0.0, 1.0], reference_steps=None),
@@ -39,7 +41,7 @@ class SamplingConfig:
     reference_guidance: Optional[list[float]] = None  # one guidance_scale per reference instead
     reference_steps: Optional[list[int]] = None  # one num_steps per reference instead
     reuse_noise: bool = True  # MRAR: one initial noise for all references of an image, as in the paper
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the passes through the model; the solver's state is float32
+    precision: Precision = "fp32"  # of the passes through the model; the solver's state is float32
 
     def __post_init__(self) -> None:
         steps = [self.num_steps, *(self.reference_steps or [])]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import torch
 from einops import rearrange
@@ -17,6 +18,7 @@ from torch import Tensor
 from lit_transdiff.base.randomness import PerImageNormal, mix
 from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.config import RunConfig, SamplingConfig, require, unknown
+from lit_transdiff.config.sampling import Precision
 from lit_transdiff.flow.guidance import GUIDANCE, Pair, guide
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS, Velocity, solve
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
@@ -25,8 +27,6 @@ from lit_transdiff.models.decoder import Memory
 from lit_transdiff.models.execution import compile_blocks, replay_decoder, round_linear, twin
 from lit_transdiff.models.state_dicts import check_layout
 from lit_transdiff.models.transdiff import TransDiff
-
-PRECISIONS = ("fp32", "bf16")  # of sampling
 
 
 def check_sampling(sampling: SamplingConfig) -> None:
@@ -134,16 +134,16 @@ class Generator:
         """The same of another model, or of this one with changed weights."""
         return replace(self, model=model)
 
-    def at(self, precision: str) -> Generator:
+    def at(self, precision: Precision) -> Generator:
         """The generator of these weights in a precision, ``fp32`` or ``bf16``: this one, if it is its own."""
-        if precision not in PRECISIONS:
-            raise unknown("sampling.precision", precision, PRECISIONS)
+        if precision not in get_args(Precision):
+            raise unknown("sampling.precision", precision, get_args(Precision))
         if precision == self.precision:
             return self
         return replace(self, run=replace(self.run, sampling=replace(self.run.sampling, precision=precision)))
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Precision:
         return self.run.sampling.precision
 
     @cached_property
@@ -222,7 +222,7 @@ def load_generator(
     device: torch.device | str = "cpu",
     *,
     autoencoder: str | None = None,
-    precision: str | None = None,
+    precision: Precision | None = None,
     compile: bool = False,
     cuda_graphs: bool = False,
 ) -> Generator:

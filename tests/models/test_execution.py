@@ -116,12 +116,14 @@ def test_cuda_graphs_need_a_gpu(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_a_generator_compiles_is_its_own(precision: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """The model that it was given runs as before, whose weights are kept once; going from precision to precision piles nothing up."""
-    monkeypatch.setattr(
-        torch, "compile", lambda function: lambda *args, **settings: made.append(1) or function(*args, **settings)
-    )
-    monkeypatch.setattr(execution, "can_compile", lambda device: True)
+    """The model that it was given runs as before, and its weights are kept once; nothing piles up from precision to precision."""
     made: list[int] = []
+
+    def counting(function):
+        return lambda *args, **settings: made.append(1) or function(*args, **settings)
+
+    monkeypatch.setattr(torch, "compile", counting)
+    monkeypatch.setattr(execution, "can_compile", lambda device: True)
     model = build(**SHAPE)
     plain = generator_of(model, tmp_path).at(precision)
     compiled = generator_of(model, tmp_path, compile=True).at("bf16").at("fp32").at(precision)
