@@ -27,7 +27,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    package_data={"lit_transdiff.study": ["report.html"]},
+    package_data={"lit_transdiff.study": ["report.html"], "lit_transdiff.cli": ["template/*", "template/*/*"]},
     data_files=DATA_FILES,
     packages=find_packages(include=["lit_transdiff", "lit_transdiff.*"]),
     install_requires=REQUIREMENTS,

@@ -156,6 +156,11 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub.add_argument("--allow-pipe", action="store_true", help="permit data.train=pipe:COMMAND, which runs that command")
     with_overrides(sub)
 
+    sub = command(
+        commands.init, "write a package for your own ideas: a module, its test, a recipe, a sweep, a notebook"
+    )
+    sub.add_argument("folder", help="the package's folder and name, as in my_lab")
+
     sub = command(commands.settings, "every setting of a run: its values, default and meaning")
     sub.add_argument("name", nargs="?", help="a section or a setting, as in sampling or optimizer.lr; default: all")
     sub.add_argument("--markdown", action="store_true", help="print the page docs/settings.md instead")

@@ -149,6 +149,14 @@ def run(args: argparse.Namespace) -> None:
     run_pipeline(pipeline, runs, build_fabric())
 
 
+def init(args: argparse.Namespace) -> None:
+    from lit_transdiff.cli.own_package import write_package
+
+    written = write_package(Path(args.folder))
+    print("\n".join(map(str, written)))
+    print(f"Next: cd {args.folder} && pip install -e . && pytest && lit-transdiff train recipe.yaml")
+
+
 def settings(args: argparse.Namespace) -> None:
     from lit_transdiff.config.reference import as_markdown, as_text
 
