@@ -50,18 +50,14 @@ AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.Argu
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="lit-transdiff", description="Train, sweep and compare TransDiff-type image generators."
-    )
+    parser = argparse.ArgumentParser(prog="lit-transdiff", description="Train, sweep and compare image generators.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(function.__name__, help=text, description=text)
         sub.set_defaults(function=function)
-        sub.add_argument(
-            "--import", dest="imports", action="append", default=[], metavar="MODULE", help="a module of your own, imported first"
-        )
+        sub.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help="a module of your own")
         return sub
 
     def with_overrides(sub: argparse.ArgumentParser) -> None:
@@ -156,9 +152,7 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub.add_argument("--allow-pipe", action="store_true", help="permit data.train=pipe:COMMAND, which runs that command")
     with_overrides(sub)
 
-    sub = command(
-        commands.init, "write a package for your own ideas: a module, its test, a recipe, a sweep, a notebook"
-    )
+    sub = command(commands.init, "write a package for your own ideas: a module, its test, a recipe, a sweep, a notebook")
     sub.add_argument("folder", help="the package's folder and name, as in my_lab")
 
     sub = command(commands.settings, "every setting of a run: its values, default and meaning")
