@@ -132,16 +132,20 @@ def unsealed(content: Any) -> Any:
     return content
 
 
+class Damaged(ValueError):
+    """A file is not what was written."""
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises ``ValueError`` naming the file when it is none, or not what was sealed."""
+    """The content of a JSON file. Raises ``Damaged`` naming the file when it is none, or not what was sealed."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: it holds no JSON ({error}).") from error
+        raise Damaged(f"{path} is damaged: it holds no JSON ({error}).") from error
     try:
         return unsealed(content)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+        raise Damaged(f"{path} is damaged: {error}.") from error
 
 
 def crc32_of_files(folder: Path) -> dict[str, int]:

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_transdiff.base.files import check_file, crc32_of_files, naming_full, read_json, replace_file, sealed, short_hash
+from lit_transdiff.base.files import Damaged, check_file, crc32_of_files, naming_full, replace_file, sealed, short_hash
 from lit_transdiff.checkpoints.averages import EMA, POWER, combination, width_of
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
+from lit_transdiff.checkpoints.version import read_versioned, versioned
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.config.loading import load_run, run_from, save_yaml, setting, to_dict
 from lit_transdiff.config.paths import checkpoints_folder, export_folder
@@ -88,7 +89,7 @@ def read_info(file: Path) -> dict[str, Any]:
     """What ``export.json`` says of a trained model."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist.")
-    info = read_json(file)
+    info = read_versioned(file)
     if isinstance(info, dict) and "unfinished" in info:
         raise ValueError(f"{file.parent}: {info['unfinished']}.")
     known = isinstance(info, dict) and isinstance(info.get("autoencoder"), str) and isinstance(info.get("class_names"), list)
@@ -200,7 +201,7 @@ def write_export(
         write_weights(made)
         save_yaml(run, made / "config.yaml")
         names = sorted({*files_in(made), INFO})
-        about = {**info, "paths": paths_from(folder, run), "files": names, "crc32": crc32_of_files(made)}
+        about = versioned(info) | {"paths": paths_from(folder, run), "files": names, "crc32": crc32_of_files(made)}
         replace_file(made / INFO, sealed(about))
         unfinished = {"unfinished": "a new export was being put here: export again", "files": sorted({*earlier, *names})}
         put_files(made, folder, earlier, INFO, lambda: replace_file(folder / INFO, sealed(unfinished)))
@@ -210,8 +211,8 @@ def earlier_files(folder: Path, own: bool = False) -> Collection[str]:
     """The files of the export in a folder; none where nothing lies in it. Raises ``ValueError`` where something else does."""
     there = contents(folder)
     try:
-        info = read_json(folder / INFO) if INFO in there else {}
-    except ValueError:  # as a power cut leaves it
+        info = read_versioned(folder / INFO) if INFO in there else {}
+    except Damaged:  # as a power cut leaves it
         info = {}
     if not isinstance(info, dict) or not any(keys <= info.keys() for keys in ({"autoencoder", "class_names"}, {"unfinished"})):
         if there and not own:

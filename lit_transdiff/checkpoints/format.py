@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_transdiff.base.endings import CheckpointError
-from lit_transdiff.base.files import crc32_of, read_json, replace_file, require_space, sealed, to_disk, whole
+from lit_transdiff.base.files import Damaged, crc32_of, replace_file, require_space, sealed, to_disk, whole
 from lit_transdiff.checkpoints.averages import EMA
+from lit_transdiff.checkpoints.version import read_versioned, versioned
 from lit_transdiff.config import CheckpointConfig
 from lit_transdiff.config.targets import below, remove_written, save_tensors
 
@@ -149,7 +150,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
         try:
             manifest = read_manifest(marker)
             files = {name: below(folder, name, f"{marker}: files") for name in manifest["files"]}
-        except ValueError as error:
+        except Damaged as error:
             warn_once(f"{error} The checkpoint is left out.")
             continue
         sizes = {name: file.stat().st_size for name, file in files.items() if file.exists()}
@@ -159,12 +160,12 @@ def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
 
 
 def read_manifest(marker: Path) -> dict[str, Any]:
-    """What a marker says. Raises ``ValueError`` naming it when it is damaged, or is of another step than its folder."""
-    manifest = read_json(marker)
+    """What a marker says. Raises ``Damaged`` naming it when it is damaged, or is of another step than its folder."""
+    manifest = read_versioned(marker)
     if not isinstance(manifest, dict) or not {"step", "shapes", "files"} <= manifest.keys():
-        raise ValueError(f"{marker} is damaged: it lacks what the marker of a checkpoint says.")
+        raise Damaged(f"{marker} is damaged: it lacks what the marker of a checkpoint says.")
     if manifest["step"] != int(marker.parent.name[5:]):
-        raise ValueError(f"{marker} is damaged, or its folder was renamed: it is of step {manifest['step']}.")
+        raise Damaged(f"{marker} is damaged, or its folder was renamed: it is of step {manifest['step']}.")
     return manifest
 
 
@@ -226,7 +227,7 @@ def finish_checkpoint(
             crc32[file.with_suffix(".safetensors").name] = int(file.read_text())
             file.unlink()
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        whole_manifest = {**manifest, "files": sizes, "crc32": crc32}
+        whole_manifest = versioned(manifest) | {"files": sizes, "crc32": crc32}
         replace_file(partial / MARKER, sealed(whole_manifest))
         folder = partial.with_name(partial.name.removesuffix(PARTIAL))
         remove_written(folder, WRITTEN)  # one that is not complete

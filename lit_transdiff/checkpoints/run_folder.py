@@ -25,8 +25,9 @@ from typing import IO, Any
 
 import torch
 
-from lit_transdiff.base.files import crc32_of, read_json, replace_file, with_seal
+from lit_transdiff.base.files import Damaged, crc32_of, replace_file, with_seal
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
+from lit_transdiff.checkpoints.version import read_versioned, versioned
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import load_run, run_from, save_yaml, setting, to_dict
 from lit_transdiff.config.targets import contents, refuse_foreign
@@ -144,6 +145,7 @@ def refuse(what: Path, found: Mapping[str, tuple[Any, Any]]) -> None:
 
 def check_folder(run: RunConfig) -> None:
     """Refuse a folder that holds a run with other settings: nothing is overwritten, and no run continues as another."""
+    starts(run.folder)  # which are not of a newer version
     file = run.folder / "config.yaml"
     if not file.exists() or not file.read_bytes().strip(b"\0\n "):
         there = [name for name in contents(run.folder) if name in KEPT]
@@ -227,8 +229,8 @@ def trained_steps(run: RunConfig) -> int:
     """The steps of the trained model in the folder, 0 where there is none."""
     info = run.folder / "export" / "export.json"
     try:
-        return int(read_json(info)["step"]) if info.exists() else 0
-    except ValueError as error:
+        return int(read_versioned(info)["step"]) if info.exists() else 0
+    except Damaged as error:
         log.warning("%s The export is made again.", error)
         return 0
 
@@ -245,15 +247,20 @@ def open_folder(run: RunConfig, num_processes: int | None = None) -> None:
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     save_yaml(run, run.folder / "config.yaml")
-    file = run.folder / "environment.json"
-    try:
-        starts = read_json(file) if file.exists() else []
-    except ValueError as error:
-        log.warning("%s It is begun anew.", error)
-        starts = []
-    this = environment() | ({"num_processes": num_processes} if num_processes else {})
+    file, earlier = run.folder / "environment.json", starts(run.folder)
+    this = versioned(environment()) | ({"num_processes": num_processes} if num_processes else {})
     this["config_crc32"] = crc32_of(run.folder / "config.yaml")
-    replace_file(file, json.dumps([with_seal(start) for start in [*starts, this]], indent=2).encode())
+    replace_file(file, json.dumps([with_seal(start) for start in [*earlier, this]], indent=2).encode())
+
+
+def starts(folder: Path) -> list[dict[str, Any]]:
+    """What each start of the run in a folder noted of its environment; nothing, with a warning, where that is damaged."""
+    file = folder / "environment.json"
+    try:
+        return list(read_versioned(file)) if file.exists() else []
+    except Damaged as error:
+        log.warning("%s It is begun anew.", error)
+        return []
 
 
 def environment() -> dict[str, Any]:

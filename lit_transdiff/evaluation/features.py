@@ -24,7 +24,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from lit_transdiff.base.files import check_file, check_zip, read_json, short_hash
+from lit_transdiff.base.files import check_file, check_zip, short_hash
+from lit_transdiff.checkpoints.version import read_versioned
 from lit_transdiff.config import require, unknown
 from lit_transdiff.data.pixels import from_bytes, to_bytes
 from lit_transdiff.models.classifier import load_classifier
@@ -98,7 +99,7 @@ class ClassifierFeatures(FeatureExtractor):
 def names_beside(weights: Path) -> list[str]:
     """The names of the classes that a classifier was trained on, which its export says beside the weights; else nothing."""
     file = weights.with_name("export.json")
-    info = read_json(file) if file.is_file() else {}
+    info = read_versioned(file) if file.is_file() else {}
     names = info.get("class_names") if isinstance(info, dict) else None
     return [str(name) for name in names] if isinstance(names, list) else []
 

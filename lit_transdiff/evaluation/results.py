@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from lit_transdiff.base.files import read_json, replace_file, sealed, whole
+from lit_transdiff.base.files import replace_file, sealed, whole
 from lit_transdiff.checkpoints.run_folder import git_commit, package_versions
+from lit_transdiff.checkpoints.version import read_versioned
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
 from lit_transdiff.config.paths import export_folder
 from lit_transdiff.evaluation.metrics import INCEPTION_PART
@@ -74,8 +75,8 @@ def origin(checkpoint: str) -> dict[str, Any]:
         return {"training": None, "training_commit": None}
     folder = export_folder(checkpoint)
     environment = folder.parent / "environment.json"
-    starts = read_json(environment) if environment.is_file() else []
-    training = read_json(folder / "export.json")
+    starts = read_versioned(environment) if environment.is_file() else []
+    training = read_versioned(folder / "export.json")
     return {"training": training, "training_commit": starts[-1]["git_commit"] if starts else None}
 
 

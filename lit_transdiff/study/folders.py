@@ -51,8 +51,9 @@ def run_folders(root: Path, seen: set[Path] | None = None) -> Iterator[Path]:
 def read_folder(folder: Path) -> Run:
     """The run of a run folder; its metrics are read when they are asked for.
 
-    Raises ``ValueError`` when ``config.yaml`` is not that of a run.
+    Raises ``ValueError`` when ``config.yaml`` is not that of a run, or a newer program wrote the folder.
     """
+    devices = devices_of_starts(folder)
     try:
         config = read_file(folder / "config.yaml")  # plain settings, as the run's start has written them
         name, stage, _ = config["name"], config["stage"], config["training"]["max_steps"]
@@ -72,7 +73,7 @@ def read_folder(folder: Path) -> Run:
         config=config,
         where=str(folder),
         read_summary=cache(lambda: last_values(rows())),
-        read_history=cache(lambda: as_history(rows(), devices_of_starts(folder))),
+        read_history=cache(lambda: as_history(rows(), devices)),
         read_step=lambda: int(rows()["step"].max()) if len(rows()) else None,
         evaluations=evaluations_in(folder / FOLDER),
         open_pictures=partial(pictures_of, folder),

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_transdiff.base.files import read_json, short_hash
+from lit_transdiff.base.files import short_hash
+from lit_transdiff.checkpoints.version import read_versioned
 from lit_transdiff.tracking.wandb_run import WandbRun
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def model_artifact(run_name: str, run_id: str, export: Path, *, upload: bool) ->
     """The exported weights of a run with their configuration; without ``upload`` the files are named, not sent."""
     import wandb
 
-    about = read_json(export / "export.json") | {"folder": str(export)}
+    about = read_versioned(export / "export.json") | {"folder": str(export)}
     artifact = wandb.Artifact(artifact_name("model", run_name, run_id), type="model", metadata=about)
     for file in sorted(export.iterdir()):
         if upload:

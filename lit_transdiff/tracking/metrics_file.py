@@ -7,7 +7,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_transdiff.base.files import read_json
+from lit_transdiff.base.files import Damaged
+from lit_transdiff.checkpoints.version import read_versioned
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,8 +20,8 @@ log = logging.getLogger(__name__)
 def content_of(file: Path) -> Any:
     """What a JSON file holds; nothing, with a warning when there is a file, where it is damaged."""
     try:
-        return read_json(file) if file.is_file() else None
-    except ValueError as error:
+        return read_versioned(file) if file.is_file() else None
+    except Damaged as error:
         log.warning("%s It is left out.", error)
         return None
 
