@@ -149,23 +149,27 @@ def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
             continue
         try:
             manifest = read_manifest(marker)
-            files = {name: below(folder, name, f"{marker}: files") for name in manifest["files"]}
         except Damaged as error:
             warn_once(f"{error} The checkpoint is left out.")
             continue
-        sizes = {name: file.stat().st_size for name, file in files.items() if file.exists()}
+        sizes = {name: (folder / name).stat().st_size for name in manifest["files"] if (folder / name).exists()}
         if sizes == manifest["files"]:
             found.append(Checkpoint(folder, manifest))
     return found
 
 
 def read_manifest(marker: Path) -> dict[str, Any]:
-    """What a marker says. Raises ``Damaged`` naming it when it is damaged, or is of another step than its folder."""
+    """What a marker says. Raises ``Damaged`` naming it when it is damaged, or is of another folder."""
     manifest = read_versioned(marker)
     if not isinstance(manifest, dict) or not {"step", "shapes", "files"} <= manifest.keys():
         raise Damaged(f"{marker} is damaged: it lacks what the marker of a checkpoint says.")
     if manifest["step"] != int(marker.parent.name[5:]):
         raise Damaged(f"{marker} is damaged, or its folder was renamed: it is of step {manifest['step']}.")
+    try:
+        for name in manifest["files"]:
+            below(marker.parent, name, f"{marker}: files")
+    except ValueError as error:
+        raise Damaged(str(error)) from error
     return manifest
 
 
