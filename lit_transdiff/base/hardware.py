@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -121,3 +122,11 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+@lru_cache
+def memory_here(device: str) -> float:
+    """All bytes of this machine's main memory (``device`` "cpu"), or of its largest GPU."""
+    if device != "cpu":
+        return float(max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import importlib.metadata
 import json
 import logging
@@ -16,12 +14,10 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -48,7 +44,6 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-LOCK_PATIENCE = 60.0  # seconds in which a process that is about to end, or to be started again elsewhere, frees the folder
 # Settings that may change between two starts of one run: they do not decide its numbers so far (max_steps does, where the
 # learning rate follows it; num_workers does for a stream, which refuses another one itself). The folder is what it is, by
 # whatever path it is reached.
@@ -173,56 +168,6 @@ def check_checkpoint(run: RunConfig, checkpoint: Checkpoint) -> None:
         if old is not None and new is not None and old != new:
             found[name] = (f"content {old}", f"content {new}")
     refuse(checkpoint.folder, found)
-
-
-class FolderLock:
-    """Held by the one process that trains in a folder, from ``take`` to the end of the block, or to its own end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file: IO[str] | None = None
-
-    def take(self) -> None:
-        """Raises ``ValueError`` when another process still holds it after ``LOCK_PATIENCE`` seconds."""
-        if self.file is not None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.folder / "lock", "a+")  # noqa: SIM115 - held until the block ends
-        self.file.seek(0)
-        if ", pid " not in (self.file.read() or ", pid "):
-            refuse_foreign(self.folder, ["lock"], "a run")
-        deadline, told = time.monotonic() + LOCK_PATIENCE, False
-        while not self.taken():
-            self.file.seek(0)
-            holder = f"another process trains this run ({self.file.read().strip() or 'it does not say which'})"
-            if time.monotonic() >= deadline:
-                raise ValueError(f"{self.folder}: {holder}.")
-            if not told:
-                log.warning("%s: %s; waiting %.0f s for it to end", self.folder, holder, LOCK_PATIENCE)
-                told = True
-            time.sleep(0.2)
-        self.file.truncate(0)
-        self.file.write(f"{platform.node()}, pid {os.getpid()}\n")
-        self.file.flush()
-
-    def taken(self) -> bool:
-        """Try once. Where the file system has no locks, say so and go on."""
-        assert self.file is not None
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return False
-            log.warning("%s: no locks there (%s): a second process that trains this run is not noticed", self.folder, error)
-        return True
-
-    def __enter__(self) -> FolderLock:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
 
 
 def trained_steps(run: RunConfig) -> int:

@@ -85,4 +85,6 @@ class AutoencoderTraining:
             channels,
             f"multiples of norm_groups={self.norm_groups}",
         )
+        most, given = 10_000_000, self.num_statistics_images
+        require(given <= most, "autoencoder_training.num_statistics_images", given, f"at most {most:,}")
         require(self.kl_weight >= 0, "autoencoder_training.kl_weight", self.kl_weight, "0 or more")

@@ -7,6 +7,8 @@ from typing import Literal, Optional
 
 from lit_transdiff.config.checks import expand, require
 
+MOST = 10_000_000  # images of an evaluation: their features have to fit into memory
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -32,10 +34,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         expand(self, "evaluation.extractor_weights", "evaluation.reference")
-        require(self.num_images >= 2, "evaluation.num_images", self.num_images, "an integer of at least 2")
-        require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "an integer of at least 1")
+        for name in ("num_images", "online_images"):
+            require(2 <= getattr(self, name) <= MOST, f"evaluation.{name}", getattr(self, name), f"2 to {MOST:,}")
+        require(1 <= self.batch_size <= 2**16, "evaluation.batch_size", self.batch_size, "1 to 65,536")
         require(0 <= self.seed < 2**32, "evaluation.seed", self.seed, "0 to 2^32 - 1")
         require(len(self.metrics) > 0, "evaluation.metrics", self.metrics, "at least one name")
         require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
-        require(self.online_images >= 2, "evaluation.online_images", self.online_images, "an integer of at least 2")
         require(self.num_neighbours >= 1, "evaluation.num_neighbours", self.num_neighbours, "an integer of at least 1")

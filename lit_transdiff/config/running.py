@@ -46,7 +46,8 @@ class DistributedConfig:
             self.offload_parameters,
             "true only with distributed.offload 'cpu' or 'nvme'",
         )
-        require(self.timeout_minutes > 0, "distributed.timeout_minutes", self.timeout_minutes, "above 0")
+        allowed = "above 0, at most a year (525600)"
+        require(0 < self.timeout_minutes <= 525_600, "distributed.timeout_minutes", self.timeout_minutes, allowed)
         require(self.devices is None or self.devices >= 1, "distributed.devices", self.devices, "null, or at least 1")
         require(self.num_nodes >= 1, "distributed.num_nodes", self.num_nodes, "at least 1")
 
@@ -79,4 +80,5 @@ class SafetyConfig:
     def __post_init__(self) -> None:
         require(self.spike_factor == 0 or self.spike_factor > 1, "safety.spike_factor", self.spike_factor, "0 (off) or above 1")
         require(self.max_bad_steps >= 1, "safety.max_bad_steps", self.max_bad_steps, "at least 1")
-        require(self.stall_seconds >= 0, "safety.stall_seconds", self.stall_seconds, "0 (off) or more")
+        allowed = "0 (off) or more, at most a year (31536000)"
+        require(0 <= self.stall_seconds <= 31_536_000, "safety.stall_seconds", self.stall_seconds, allowed)

@@ -24,6 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 
+MOST_STEPS = 100_000  # of a solver, a hundred times what any of them needs
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -45,7 +47,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         steps = [self.num_steps, *(self.reference_steps or [])]
-        require(all(n >= 1 for n in steps), "sampling.num_steps", steps, "integers of at least 1")
+        require(all(1 <= n <= MOST_STEPS for n in steps), "sampling.num_steps", steps, f"integers of 1 to {MOST_STEPS:,}")
         require(self.shift > 0, "sampling.shift", self.shift, "above 0")
         scales = [self.guidance_scale, *(self.reference_guidance or [])]
         require(all(s >= 1 for s in scales), "sampling.guidance_scale", scales, "at least 1 (no guidance)")

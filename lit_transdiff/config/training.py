@@ -107,6 +107,7 @@ class TrainingConfig:
         positive = ("max_steps", "global_batch_size", "log_every", "checkpoint_every", "activation_checkpointing_every")
         for name in positive:
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "an integer of at least 1")
+        require(self.max_steps <= 10**9, "training.max_steps", self.max_steps, "at most 1,000,000,000")
         for name in ("validate_every", "sample_every", "num_validation_samples"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
         micro = self.micro_batch_size

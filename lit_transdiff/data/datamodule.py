@@ -15,10 +15,11 @@ from lit_transdiff.config import DataConfig, require, require_classes
 from lit_transdiff.data.dataset import Batch, PlannedDataset, loader_options
 from lit_transdiff.data.index import ShardIndex, read_index
 from lit_transdiff.data.order import BatchLayout, Rows, TrainPlan, evaluation_batches
-from lit_transdiff.data.references import check_class_sizes, read_groups, without_small_classes
+from lit_transdiff.data.references import check_class_sizes, num_groups, read_groups, without_small_classes
 from lit_transdiff.data.stream import StreamDataset, is_url
 
 __all__ = ["Batch", "DataModule"]
+MOST_EPOCHS, SMALL_BATCH = 10, 4096  # a batch holds each row so often at most, but where it is small
 log = logging.getLogger(__name__)
 
 
@@ -76,9 +77,13 @@ class DataModule(pl.LightningDataModule):
         self.check_sizes()
 
     def check_sizes(self) -> None:
-        """Every class to train on has R images, and there is one to validate on that has."""
+        """Every class to train on has R images, there is one to validate on that has, and a batch is not many epochs."""
         if self.train_index is not None and self.data.groups is None:
             check_class_sizes(self.train_index, self.num_references)
+            rows = num_groups(self.train_index.class_counts, self.num_references)
+            most, given = max(SMALL_BATCH, MOST_EPOCHS * rows), self.global_batch_size
+            allowed = f"at most {most:,} with the {rows:,} rows of {self.num_references} in {self.data.train}"
+            require(given <= most, "training.global_batch_size", given, allowed)
         if self.evaluation_index is not None and self.num_validation_samples != 0:
             without_small_classes(self.evaluation_index, self.num_references)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from lit_transdiff.config import COLOURS, is_colour, require
 from lit_transdiff.data.decode import FORMATS, crop_to_square, open_image
 
+LARGEST = 16384  # pixels a side
 JPEG_QUALITY = 95  # of images that are encoded again
 
 
@@ -31,7 +32,7 @@ class Encoding:
     def __post_init__(self) -> None:
         require(self.image_size is None or self.pad_to is None, "pad_to", self.pad_to, "nothing when image_size is given")
         for size, field in ((self.image_size, "image_size"), (self.pad_to, "pad_to")):
-            require(size is None or size >= 1, field, size, "pixels, at least 1")
+            require(size is None or 1 <= size <= LARGEST, field, size, f"1 to {LARGEST} pixels")
         require(is_colour(self.background), "background", self.background, COLOURS)
         for name, default in (("exif", "turn"), ("background", "white")):
             kept = f"{default!r} without image_size or pad_to: files are kept as they are, and data.{name} says how they are read"

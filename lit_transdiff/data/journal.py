@@ -10,7 +10,8 @@ import io
 import json
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -19,6 +20,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from lit_transdiff.base.files import read_json, replace_file
+from lit_transdiff.base.locks import LOCK, FolderLock
 from lit_transdiff.config.targets import contents, remove_written
 from lit_transdiff.data.findings import Findings
 from lit_transdiff.data.index import Shard, ShardRows
@@ -48,6 +50,7 @@ class Journal:
         path = self.folder / self.plan_file
         if not path.exists():
             present = [name for name in contents(self.folder) if not name.startswith((".", f"{self.plan_file}."))]
+            present = [] if present == [RECORDS] and contents(self.folder / RECORDS) == [LOCK] else present  # begun just now
             if present:
                 raise ValueError(
                     f"{self.folder} already holds {present[0]} ({len(present)} files and folders) but no {self.plan_file}, which "
@@ -66,6 +69,21 @@ class Journal:
                 f"{self.folder} was made with other settings ({'; '.join(differences)}); choose an empty folder, or go on with "
                 f"the settings in {self.plan_file}."
             )
+
+    @contextmanager
+    def alone(self, plan: Mapping[str, Any], writes: bool = True) -> Iterator[bool]:
+        """No other process writes here in the block; whether there is something left to write, which another may have done.
+
+        Of several ranks one ``writes`` the plan, and holds the lock for the others; it lies beside the records.
+        """
+        with FolderLock(self.folder / RECORDS, f"writes to {self.folder}") as lock:
+            waited = writes and lock.take()
+            left = not (self.folder / "index.json").exists()
+            if writes and not left:
+                self.close()
+            if waited:
+                self.check(plan)
+            yield left
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Write the plan, unless it is there, and remove what a killed process left unfinished."""
@@ -115,7 +133,7 @@ class Journal:
 
     def close(self) -> None:
         """Remove the records, when the index has been written."""
-        remove_written(self.folder / RECORDS, ["*.npz", "*.npz.partial-*"])
+        remove_written(self.folder / RECORDS, ["*.npz", "*.npz.partial-*", LOCK])
 
     def record_path(self, name: str) -> Path:
         return self.folder / RECORDS / f"{name}.npz"

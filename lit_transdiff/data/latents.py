@@ -7,6 +7,7 @@ as raw float16, one ``.bin`` a sample: the moments of the image and, with flips,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ class LatentCache:
     @property
     def is_finished(self) -> bool:
         return (self.dest / "index.json").exists()
+
+    def alone(self, writes: bool) -> AbstractContextManager[bool]:
+        """No other command makes this cache in the block; whether something is left. The rank that begins it ``writes``."""
+        return self.journal.alone(self.plan(), writes)
 
     def begin(self, say: Callable[[str], None] = tqdm.write) -> None:
         """Say what will be written, check that there is room for it, and write the plan."""

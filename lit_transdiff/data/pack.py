@@ -138,12 +138,14 @@ def pack(
     names = [f"{name or dest.resolve().name}-{number:06d}.tar" for number in range(len(pieces))]
     packing = Packing(images, pieces, names, encoding, seed, Journal(dest, PLAN_FILE))
     packing.journal.check(packing.plan)
-    if (dest / "index.json").exists():
-        return read_report(read_index(dest), encoding, images.passed_over, images.found)
-    announce(packing, [tar_bytes(sizes[piece]) for piece in pieces], progress)
-    packing.journal.begin(packing.plan)
-    write_missing(packing, workers, progress)
-    return finish(packing, str(source))
+    if not (dest / "index.json").exists():
+        announce(packing, [tar_bytes(sizes[piece]) for piece in pieces], progress)
+        with packing.journal.alone(packing.plan) as left:
+            if left:
+                packing.journal.begin(packing.plan)
+                write_missing(packing, workers, progress)
+                return finish(packing, str(source))
+    return read_report(read_index(dest), encoding, images.passed_over, images.found)
 
 
 def open_source(source: str | Path, split: Optional[str] = None, class_names: ClassNames = None) -> ImageSource:

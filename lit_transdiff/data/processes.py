@@ -28,13 +28,19 @@ def clean_context() -> Any:
     return context
 
 
+def most_processes() -> int:
+    """More of them than this make any machine of so many cores slower."""
+    return max(64, 4 * (os.cpu_count() or 1))
+
+
 def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
     """``function(*task)`` of every task, in the order in which they end; with 0 workers here, one after the other.
 
     ``tasks`` may be an iterator: few of them wait at a time. An exception in a task is raised here. The processes end when
     this one is killed, and when it is asked to stop: what a task was at is broken off.
     """
-    require(workers >= 0, "workers", workers, "at least 0 (0: this process alone)")
+    most = most_processes()
+    require(0 <= workers <= most, "workers", workers, f"0 (this process alone) to {most} on this machine")
     if workers == 0:
         yield from (function(*task) for task in tasks)
         return

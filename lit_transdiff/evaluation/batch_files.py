@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lit_transdiff.base.files import whole
+from lit_transdiff.base.locks import LOCK
 from lit_transdiff.config import require
 from lit_transdiff.config.targets import remove_written
 from lit_transdiff.evaluation.images import png
@@ -81,7 +82,7 @@ class BatchFiles:
 
     def remove(self) -> None:
         remove_written(self.images, ["*.png"])
-        remove_written(self.folder, ["*.npz*", TOKEN, FAILED])
+        remove_written(self.folder, ["*.npz*", TOKEN, FAILED, LOCK])
 
     def fail(self, why: str) -> None:
         """Tell the waiting ranks that this one has failed; the first to fail is the one that is named."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_transdiff.base.files import read_json, require_space
+from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.config import EvaluationConfig, SamplingConfig, unknown
 from lit_transdiff.data.pixels import from_bytes
 from lit_transdiff.evaluation.batch_files import BatchFiles, open_batch_files, wait_for_batches, wait_for_scores
@@ -102,7 +103,12 @@ def evaluate(
     out = Output(result_file(output, record), SAVE_IMAGES[save_images] if save_images else ())
     if reuse and (fabric.broadcast(out.is_there) if fabric else out.is_there):
         return out.result()
-    draw_and_score(job, out, record, fabric, start)
+    with FolderLock(out.batch_files(job).folder, "makes this evaluation") as lock:
+        waited = (fabric is None or fabric.is_global_zero) and lock.take() and out.is_there
+        if not (fabric.broadcast(waited) if fabric else waited):
+            draw_and_score(job, out, record, fabric, start)
+        elif fabric is None or fabric.is_global_zero:
+            out.batch_files(job).remove()
     return out.result()
 
 

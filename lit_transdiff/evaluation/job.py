@@ -25,6 +25,7 @@ from lit_transdiff.evaluation.metrics import Scored, check_metrics, compute_scor
 from lit_transdiff.evaluation.moments import gaussian_of
 from lit_transdiff.evaluation.scores import Score
 from lit_transdiff.evaluation.statistics import Statistics, check_extractor, completed, load_statistics
+from lit_transdiff.models.sizes import FLOAT, least_of_drawing, room_here
 from lit_transdiff.sampling.generator import Generator, check_sampling
 
 
@@ -60,7 +61,11 @@ def prepare(generator: Generator, settings: EvaluationConfig, sampling: Sampling
     """Load the extractor and the reference, and refuse whatever could not be scored after the images are drawn."""
     check_sampling(sampling)
     generator = generator.at(sampling.precision)
+    at_once = min(settings.batch_size, settings.num_images)
+    room_here(generator.device.type).require(least_of_drawing(generator.run, at_once), evaluation__batch_size=settings.batch_size)
     extractor = load_extractor(settings.extractor, settings.extractor_weights, generator.device)
+    features = settings.num_images * extractor.num_features * FLOAT
+    room_here("cpu").require(features, evaluation__num_images=settings.num_images, evaluation__extractor=settings.extractor)
     reference = load_statistics(settings.reference) if settings.reference else None
     if reference is not None:
         check_extractor(reference, extractor)

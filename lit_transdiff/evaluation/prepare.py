@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_transdiff.base.files import short_hash
-from lit_transdiff.config import AutoencoderConfig, DataConfig, require_classes
+from lit_transdiff.config import AutoencoderConfig, DataConfig, require, require_classes
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex, read_index
 from lit_transdiff.data.latents import LatentCache, latent_info
@@ -27,7 +27,8 @@ from lit_transdiff.evaluation.statistics import (
     reference_statistics,
     save_statistics,
 )
-from lit_transdiff.models.autoencoder import load_autoencoder
+from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
+from lit_transdiff.models.sizes import bytes_of_images, room_here
 
 PICTURE = ("image_size", "image_channels", "crop", "exif", "background")  # settings that decide what an image looks like
 
@@ -47,11 +48,23 @@ def cache(
     A cache that was stopped is continued, on any number of ranks; a finished one is left as it is; one of another
     autoencoder, other images, or another crop, size or number of flips is refused.
     """
+    at_once = min(batch_size, max((shard.samples for shard in read_index(source).shards), default=1))
+    require(batch_size >= 1, "--batch-size", batch_size, "an integer of at least 1")
+    needed = bytes_of_images(data, at_once)
+    room_here(fabric.device.type).require(needed, **{"--batch-size": batch_size}, data__image_size=data.image_size)
     network = load_autoencoder(autoencoder.kind, autoencoder.path, data.image_channels).to(fabric.device)
     info = latent_info(network.encode, data, fingerprint=network.fingerprint, flips=flips, device=fabric.device)
     work = LatentCache(source, dest, info, data)
     if work.is_finished:
         return read_index(dest)
+    with work.alone(fabric.is_global_zero) as left:
+        if fabric.broadcast(left):
+            write_all(work, network, fabric, batch_size)
+    return read_index(dest)
+
+
+def write_all(work: LatentCache, network: Autoencoder, fabric: Fabric, batch_size: int) -> None:
+    """Write what is missing of a cache, each rank its share."""
     if fabric.is_global_zero:
         work.begin()
     fabric.barrier()
@@ -67,7 +80,6 @@ def cache(
     if fabric.is_global_zero:
         work.finish()
     fabric.barrier()
-    return read_index(dest)
 
 
 def statistics(
@@ -122,6 +134,7 @@ def check_statistics(source: str | Path, dest: str | Path, *, data: DataConfig, 
 def images_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterator[Tensor]:
     """Every image of a folder of shards once, as batches [B, C, H, W] in [-1, 1]."""
     index = read_index(source)
+    room_here("cpu").require(bytes_of_images(data, min(batch_size, len(index))), data__image_size=data.image_size)
     picture = {name: getattr(data, name) for name in PICTURE}
     settings = DataConfig(evaluation=str(source), horizontal_flip=False, **picture)
     module = DataModule(

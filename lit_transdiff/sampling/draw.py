@@ -15,6 +15,7 @@ from lit_transdiff.base.randomness import mix
 from lit_transdiff.config import SamplingConfig, require
 from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.models.fusion import fused, fusion_pattern
+from lit_transdiff.models.sizes import bytes_of_images, least_of_drawing, room_here
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid, save_png
 
@@ -38,7 +39,7 @@ def draw_samples(
     The grid shows the first SHOWN of each class, with ``references`` the R successive images of each. The image of a class and
     number depends on ``seed``, the class and the number alone.
     """
-    require(per_class >= 1, "per_class", per_class, "at least 1")
+    check_number(generator, per_class, len(classes))
     labels = [c for c in classes for _ in range(per_class)]
     numbers = list(range(per_class)) * len(classes)
     rows = images_in_batches(
@@ -54,6 +55,14 @@ def draw_samples(
     result = labelled(rearrange(rows, "(k n) r c h w -> k n r c h w", n=per_class), names, references)
     result.save(output / "grid.png")
     return output / "grid.png"
+
+
+def check_number(generator: Generator, per_class: int, num_classes: int) -> None:
+    """Refuse more images than fit into memory, in which they wait for the grid."""
+    require(per_class >= 1, "--per-class", per_class, "at least 1")
+    run = generator.run
+    number = per_class * num_classes * run.model.num_references
+    room_here("cpu").require(bytes_of_images(run.data, number), **{"--per-class": per_class}, classes=num_classes)
 
 
 def labelled(rows: Tensor, names: Sequence[str], references: bool) -> Image.Image:
@@ -82,6 +91,8 @@ def draw_fusion(
     class_names: Sequence[str] | None = None,
 ) -> Path:
     """Write ``output/fusion.png``: ``count`` images of both classes and, between them, of their spliced features."""
+    check_number(generator, count, 3)
+    room_here(generator.device.type).require(least_of_drawing(generator.run, count), **{"--per-class": count})
     a, b = pair
     seeds = [mix(seed, "fusion", n) for n in range(count)]
     pattern = fusion_pattern(generator.run.model.num_context_tokens, kind, seed)

@@ -20,6 +20,7 @@ from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.names import class_names
 from lit_transdiff.data.references import num_groups
 from lit_transdiff.distributed import accumulation, check_spread, micro_batch_size, precision_of, strategy_name, world_size
+from lit_transdiff.distributed.sizes import check_sizes
 from lit_transdiff.evaluation.metrics import check_evaluation
 from lit_transdiff.models.adapt import match
 from lit_transdiff.models.autoencoder import Autoencoder, kind_of, load_autoencoder
@@ -42,11 +43,17 @@ class Parts:
 
 
 def check_run(
-    run: RunConfig, made: Collection[str] = (), *, own_stage: pl.LightningModule | None = None, own_data: bool = False
+    run: RunConfig,
+    made: Collection[str] = (),
+    *,
+    own_stage: pl.LightningModule | None = None,
+    own_data: bool = False,
+    outline: bool = False,
 ) -> None:
-    """Refuse names that are in no table and settings that do not fit together or the run folder.
+    """Refuse names that are in no table, settings that do not fit together or the run folder, and sizes that cannot work.
 
-    ``made`` are files and folders that do not exist yet but will, when the run starts (the steps of a pipeline before it).
+    With ``outline`` the run is not started here. ``made`` are files and folders that do not exist yet but will, when the run
+    starts (the steps of a pipeline before it).
     ``own_stage`` stands for the stage of the run's name, whose needs are then not asked; ``own_data`` may validate by itself.
     """
     if run.stage not in STAGES and run.stage not in PREPARATORY:
@@ -66,6 +73,8 @@ def check_run(
     if run.init_from is not None and run.init_from not in made:
         export_folder(run.init_from)
     check_spread(run)
+    if own_stage is None:
+        check_sizes(run, outline)
 
 
 def build(run: RunConfig, *, data: pl.LightningDataModule | None = None, stage: pl.LightningModule | None = None) -> Parts:
@@ -142,13 +151,13 @@ def initialise_from(run: RunConfig, stage: TransDiffStage, class_names: Sequence
 
 def plan(run: RunConfig, made: Collection[str] = ()) -> str:
     """What a run would do, checked as far as possible without the things in ``made`` that earlier steps will make."""
-    check_run(run, made)
+    check_run(run, made, outline=True)
     trained_now = run.stage in PREPARATORY or run.autoencoder.path in made
     autoencoder = None if trained_now else build_autoencoder(run)
     index = None if run.data.train in made else build_data(run, autoencoder).index_of("data.train")
-    if run.stage in PREPARATORY:
-        return describe(run, PREPARATORY[run.stage](run), index)
     with torch.device("meta"):  # shapes are enough, and a large model takes neither time nor memory
+        if run.stage in PREPARATORY:
+            return describe(run, PREPARATORY[run.stage](run), index)
         stage = STAGES[run.stage](run)
     names = None if index is None else index.class_names
     report = f"initialised from {run.init_from}" if run.init_from in made else initialise_from(run, stage, names, load=False)

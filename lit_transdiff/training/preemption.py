@@ -5,8 +5,10 @@ The exit code says whether a scheduler is to start the job again.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,18 +21,22 @@ from torch import Tensor
 from lit_transdiff.base.endings import STOP_SIGNALS, Preempted, code_of, ending_when_asked
 from lit_transdiff.training.checkpointing import Checkpoints
 
+PATIENCE = 30.0  # seconds in which a step is to end after the request
+
 
 class StopRequest:
     """Whether this process was asked to stop. The handler does no more: saving inside one deadlocks several ranks."""
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.since = math.inf  # time.monotonic() of it
         self.heard: list[int] = []
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is None and os.environ.get("LOCAL_RANK", "0") == "0":
             os.write(2, b"\nlit-transdiff: Ctrl-C: the run is saved at the end of this step; a second one quits at once.\n")
-        self.received = self.received or signal.Signals(number).name
+        if self.received is None:
+            self.received, self.since = signal.Signals(number).name, time.monotonic()
 
     @property
     def code(self) -> int:
@@ -70,11 +76,11 @@ class StopOnRequest(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.request.listen()
         if trainer.received_sigterm:
-            self.request.received = "SIGTERM"
+            self.request.received, self.request.since = "SIGTERM", time.monotonic()
 
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
         if i % trainer.accumulate_grad_batches:
-            return
+            return self.break_off(trainer)
         if not (self.agreed or self.any_rank(trainer)):
             return
         code = int(trainer.strategy.reduce(torch.tensor(self.request.code, device=stage.device), reduce_op="max"))
@@ -86,6 +92,16 @@ class StopOnRequest(pl.Callback):
         where = self.request.received or "another rank was asked"
         kept = f"the checkpoint of step {step} is complete" if step > 0 else "no step was taken yet"
         raise Preempted(f"asked to stop ({where}): {kept}; the same command goes on from there.", code)
+
+    def break_off(self, trainer: pl.Trainer) -> None:
+        """Leave a step of many passes that does not end in time; several ranks wait for each other, and see it to its end."""
+        if trainer.world_size > 1 or time.monotonic() < self.request.since + PATIENCE:
+            return
+        self.before_save()
+        self.checkpoints.settle(trainer)
+        lost = f"step {trainer.global_step + 1} did not end in {PATIENCE:.0f} s and is broken off"
+        text = f"asked to stop ({self.request.received}): {lost}; the same command goes on from the checkpoint before it."
+        raise Preempted(text, self.request.code)
 
     def now(self, trainer: pl.Trainer) -> bool:
         """Whether any rank was asked. All ranks wait for each other here, and stop before the next step if one was."""

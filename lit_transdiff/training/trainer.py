@@ -17,10 +17,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.base.files import unless_full
+from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.checkpoints.export import export_checkpoint, write_export
 from lit_transdiff.checkpoints.format import Checkpoint
 from lit_transdiff.checkpoints.run_folder import (
-    FolderLock,
     check_checkpoint,
     check_folder,
     last_checkpoint,

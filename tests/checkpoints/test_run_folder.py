@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from lit_transdiff.__main__ import main
+from lit_transdiff.base import locks
 from lit_transdiff.base.files import crc32_of
-from lit_transdiff.checkpoints import run_folder as runfolder
+from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.checkpoints.format import TRAINING
-from lit_transdiff.checkpoints.run_folder import FolderLock, check_folder, content_of, last_checkpoint
+from lit_transdiff.checkpoints.run_folder import check_folder, content_of, last_checkpoint
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.data.index import read_index
@@ -41,7 +42,7 @@ def longer(run: RunConfig, **data: object) -> RunConfig:
 def test_a_second_process_is_refused_and_one_that_died_is_not_in_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runfolder, "LOCK_PATIENCE", 0.3)
+    monkeypatch.setattr(locks, "PATIENCE", 0.3)
     run = small_run(tmp_path)
     save_yaml(run, tmp_path / "run.yaml")
     run.folder.mkdir()

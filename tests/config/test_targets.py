@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.checkpoints.export import check_output, read_info, write_export
 from lit_transdiff.checkpoints.format import WRITTEN, complete_checkpoints, prune
-from lit_transdiff.checkpoints.run_folder import FolderLock, check_folder
+from lit_transdiff.checkpoints.run_folder import check_folder
 from lit_transdiff.config import CheckpointConfig, RunConfig
 from lit_transdiff.config.targets import (
     below,

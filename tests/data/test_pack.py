@@ -18,6 +18,7 @@ from lit_transdiff.data.index import read_index
 from lit_transdiff.data.order import Rows
 from lit_transdiff.data.pack import Cut, pack
 from lit_transdiff.data.verify import verify
+from tests.small import twice
 
 
 def values_of(index, data):
@@ -236,3 +237,21 @@ def test_bundled_shards(folder, each, request):
     card = (path.parent / "README.md").read_text()
     assert all(shard.sha256 in card for shard in index.shards)
     assert read_index(path / "index.json").seed == 0
+
+
+def test_two_packs_at_once_are_one(image_folder, tmp_path):
+    reports = twice(lambda: pack(image_folder, tmp_path / "both", cut=Cut(samples_per_shard=7), progress=False))
+    alone = pack(image_folder, tmp_path / "alone" / "both", cut=Cut(samples_per_shard=7), progress=False)
+    assert contents(tmp_path / "both") == contents(tmp_path / "alone" / "both")
+    assert {str(report).replace("both", "") for report in reports} == {str(alone).replace("alone/both", "")}
+
+
+def test_two_packs_of_other_settings_at_once_leave_one(image_folder, tmp_path):
+    seeds = iter((0, 1))
+    with pytest.raises(ValueError, match=r"made with other settings \(seed was"):
+        twice(lambda: pack(image_folder, tmp_path / "both", seed=next(seeds), progress=False))
+    assert len(read_index(tmp_path / "both")) == 65 and not (tmp_path / "both" / "finished").exists()
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

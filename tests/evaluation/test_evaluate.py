@@ -21,6 +21,7 @@ from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.results import result_name
 from lit_transdiff.evaluation.statistics import Statistics, load_statistics, save_statistics
 from tests.evaluation.conftest import SAMPLING, tiny_generator, tiny_settings
+from tests.small import twice
 
 
 def close(first: dict, second: dict) -> None:
@@ -255,3 +256,9 @@ def test_a_classifier_of_other_classes_does_not_judge(files: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"_weights: .*: got class 0 'b'; allowed: 'a', which is class 0 of the trained"):
         prepare(tiny_generator(), settings, SAMPLING)
     prepare(tiny_generator(), dataclasses.replace(settings, metrics=["frechet_distance"]), SAMPLING)  # which asks for no class
+
+
+def test_two_evaluations_at_once_are_one(files: Path, tmp_path: Path) -> None:
+    generator, settings = tiny_generator(), tiny_settings(files)
+    one, other = twice(lambda: evaluate(generator, settings, SAMPLING, output=tmp_path))
+    assert one == other and [path.suffix for path in sorted((tmp_path / "evaluations").iterdir())] == [".json", ".png"]

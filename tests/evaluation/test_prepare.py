@@ -21,7 +21,7 @@ from lit_transdiff.models.classifier import SmallClassifier, save_classifier
 from lit_transdiff.sampling.draw import save_image
 from lit_transdiff.training.build import build
 from tests.evaluation.conftest import BATCHES
-from tests.small import FASHION, ROOT, small_run
+from tests.small import FASHION, ROOT, small_run, twice
 
 DATA = DataConfig(image_size=32, image_channels=1)
 
@@ -67,6 +67,12 @@ def test_a_cache_is_made_once_and_refused_for_another_autoencoder(few: Path, tmp
     )
     with pytest.raises(ValueError, match="made with another autoencoder"):
         build(run)
+
+
+def test_two_caches_at_once_are_one(few: Path, tmp_path: Path, fabric: Fabric):
+    shipped = AutoencoderConfig(path=str(FASHION / "autoencoder"))
+    found = twice(lambda: cache(few, tmp_path / "both", autoencoder=shipped, data=DATA, fabric=fabric, flips=False))
+    assert [len(index) for index in found] == [40, 40] and not (tmp_path / "both" / "finished").exists()
 
 
 def test_images_are_read_once_each_and_statistics_say_what_they_are_of(few: Path, tmp_path: Path):

@@ -1,0 +1,82 @@
+"""Sizes of a run that cannot work: refused in one line, by arithmetic, before anything of that size is made."""
+
+from __future__ import annotations
+
+from lit_transdiff.base.hardware import DEVICES
+from lit_transdiff.config import RunConfig, require
+from lit_transdiff.data.processes import most_processes
+from lit_transdiff.distributed.strategies import STRATEGIES, strategy_name
+from lit_transdiff.distributed.world import devices_of, launched, micro_batch_size, num_nodes, world_size
+from lit_transdiff.models.sizes import (
+    FLOAT,
+    Room,
+    bytes_of_images,
+    least_in_blocks,
+    least_in_tables,
+    least_of_autoencoder,
+    least_of_drawing,
+    least_of_row,
+    room_here,
+)
+from lit_transdiff.stages import PREPARATORY, STAGES
+
+LARGEST = max(device.memory for device in DEVICES.values())
+WEIGHTS = {
+    least_in_blocks: ("width", "mlp_ratio", "encoder_blocks", "decoder_blocks"),
+    least_in_tables: ("width", "num_classes", "num_class_tokens", "num_context_tokens", "latent_size", "patch_size"),
+}
+NODE, CLUSTER = 8, 1024  # GPUs that may share weights, or a batch, where a run is only outlined
+
+
+def check_sizes(run: RunConfig, outline: bool = False) -> None:
+    """Refuse what does not fit into memory, or is more processes than this machine can run.
+
+    With ``outline`` nothing is trained here: a run that leaves its devices open may be meant for the largest machines there are.
+    """
+    devices, most = devices_of(run), most_processes()
+    require(run.data.num_workers <= most, "data.num_workers", run.data.num_workers, f"at most {most} on this machine")
+    if devices[0] == "cpu":
+        require(devices[1] <= most, "distributed.devices", devices[1], f"at most {most} processes on this machine")
+    elsewhere = outline and run.distributed.devices is None and num_nodes(run) == 1 and launched() == (1, 0)
+    room = room_here(devices[0])
+    if elsewhere:
+        room = max(room, Room(LARGEST, "the largest GPUs"), key=lambda each: each.size)
+    check_weights(run, room.times(NODE) if elsewhere else room)
+    shared = elsewhere and run.training.micro_batch_size is None
+    rows = micro_batch_size(run)
+    check_batch(run, max(1, rows // CLUSTER) if shared else rows, room)
+    if run.stage in STAGES:
+        check_drawing(run, room)
+
+
+def check_weights(run: RunConfig, room: Room) -> None:
+    """The weights, their gradients and averages, of which a device has its part."""
+    model, training = run.model, run.autoencoder_training
+    if run.stage in STAGES:
+        copies = 1 + STAGES[run.stage].trains_encoder * (1 + run.optimizer.num_averages)
+        parts = 1 if STRATEGIES[strategy_name(run)].whole else world_size(run)
+        for least, names in WEIGHTS.items():
+            shape = {f"model__{name}": getattr(model, name) for name in names}
+            room.require(FLOAT * copies / parts * least(model), **shape)
+    elif run.stage == "autoencoder":
+        shape = {f"autoencoder_training__{name}": getattr(training, name) for name in ("block_channels", "layers_per_block")}
+        room.require(2 * FLOAT * least_of_autoencoder(training), **shape)
+
+
+def check_batch(run: RunConfig, rows: int, room: Room) -> None:
+    """The images of a pass, and what they leave in the model until the backward pass."""
+    training = run.training
+    batch = {f"training__{name}": getattr(training, name) for name in ("global_batch_size", "micro_batch_size")}
+    if run.stage in PREPARATORY:
+        room.require(bytes_of_images(run.data, rows), **batch, data__image_size=run.data.image_size)
+        return
+    model, draws = run.model, run.flow.num_noise_draws
+    shape = {f"model__{name}": getattr(model, name) for name in ("width", "latent_size", "num_context_tokens")}
+    room.require(rows * least_of_row(run, STAGES[run.stage].trains_encoder), **batch, flow__num_noise_draws=draws, **shape)
+
+
+def check_drawing(run: RunConfig, room: Room) -> None:
+    """The images that are drawn together for a score."""
+    settings = run.evaluation
+    rows = min(settings.batch_size, settings.num_images)
+    room.require(least_of_drawing(run, rows), evaluation__batch_size=settings.batch_size, data__image_size=run.data.image_size)
