@@ -29,6 +29,7 @@ setup(
     python_requires=">=3.10",
     package_data={"lit_transdiff.study": ["report.html"], "lit_transdiff.cli": ["template/*", "template/*/*"]},
     data_files=DATA_FILES,
+    package_dir={"": "."},  # makes an editable install a plain path; the finder that it is otherwise comes with a warning
     packages=find_packages(include=["lit_transdiff", "lit_transdiff.*"]),
     install_requires=REQUIREMENTS,
     extras_require={

@@ -214,7 +214,7 @@ def evaluate(args: argparse.Namespace) -> None:
     export_folder(args.checkpoint)
     from lit_transdiff.cli.pipeline import score_checkpoint
     from lit_transdiff.distributed import build_fabric
-    from lit_transdiff.evaluation.scores import in_words
+    from lit_transdiff.evaluation.scores import score_in_words
     from lit_transdiff.sampling.generator import load_generator
 
     fabric = build_fabric()
@@ -225,7 +225,7 @@ def evaluate(args: argparse.Namespace) -> None:
     output = Path(args.output) if args.output else None
     result = score_checkpoint(generator, settings, output, fabric, save_images=args.save_images)
     for name, score in result["scores"].items():
-        fabric.print(f"{name:20} {in_words(score)}")
+        fabric.print(f"{name:20} {score_in_words(score)}")
     fabric.print(result["file"])
 
 
@@ -246,9 +246,9 @@ def compare(args: argparse.Namespace) -> None:
     from lit_transdiff.evaluation.scores import result_files
 
     result_files(args.folder)
-    from lit_transdiff.study.table import compare as table
+    from lit_transdiff.study.table import write_comparison
 
-    print(table(args.folder, args.output or args.folder))
+    print(write_comparison(args.folder, args.output or args.folder))
 
 
 def sweep(args: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ from lit_transdiff.evaluation.prepare import cache, check_statistics, statistics
 from lit_transdiff.sampling.draw import draw_samples
 from lit_transdiff.sampling.generator import Generator, load_generator
 from lit_transdiff.stages import PREPARATORY, STAGES
-from lit_transdiff.study.table import check_output, compare
+from lit_transdiff.study.table import check_output, write_comparison
 from lit_transdiff.tracking.evaluations import evaluation_run, log_evaluation, log_own_scores
 from lit_transdiff.tracking.place import placed, trial_place
 from lit_transdiff.training.build import build_data, plan
@@ -156,7 +156,7 @@ def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say:
         sample_and_score(run, pipeline.samples_per_class, fabric)
     if fabric.is_global_zero:
         announce(f"compare     {root}")
-        say(str(compare(root, root)))
+        say(str(write_comparison(root, root)))
         say(farewell(root, stages[-1]))
 
 

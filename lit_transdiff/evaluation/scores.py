@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "evaluations"  # of a run folder
+EVALUATE = "evaluate"  # the stage of a run that scores a trained model
 JUDGED_BY = ("extractor", "extractor_fingerprint", "reference_hash", "num_images", "label_mode", "num_neighbours")
 # The part of a manifest that decides the scores; the rest (date, speed, paths) may differ between equal evaluations.
 DECIDING = [
@@ -15,7 +16,7 @@ DECIDING = [
     *("metrics", "num_neighbours", "inception_score_part", "extractor", "extractor_fingerprint", "reference_hash"),
 ]
 
-ROUNDING = 1e-9  # of a value: a spread below it is none
+NO_SPREAD = 1e-9  # of a value: a spread below it is none
 Score = float | dict[str, float]  # a number, or mean and std
 
 
@@ -24,15 +25,15 @@ def value(score: Score) -> float:
     return score["mean"] if isinstance(score, Mapping) else score
 
 
-def spread(score: Score) -> float | None:
+def measured_std(score: Score) -> float | None:
     """The standard deviation over a score's parts; nothing, where it has one part, or equal ones: no spread was measured."""
     std = score.get("std", math.nan) if isinstance(score, Mapping) else math.nan
-    return std if math.isfinite(std) and std > ROUNDING * abs(value(score)) else None
+    return std if math.isfinite(std) and std > NO_SPREAD * abs(value(score)) else None
 
 
-def in_words(score: Score) -> str:
+def score_in_words(score: Score) -> str:
     """A score in full, with its spread where one was measured."""
-    std = spread(score)
+    std = measured_std(score)
     return f"{value(score)}" + ("" if std is None else f" ± {std:.2g}")
 
 

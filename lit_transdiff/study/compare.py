@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.config import require, unknown
 from lit_transdiff.study.records import Run
-from lit_transdiff.study.scored import FULL, default_metrics, higher_is_better, judge_in_words, judge_of, scores_of
+from lit_transdiff.study.repeats import Pooled, over
+from lit_transdiff.study.scored import FULL, Entry, default_metrics, entries_of, higher_is_better, title_of
 from lit_transdiff.study.text import frame
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ def is_setting(name: str) -> bool:
     return name not in SEEDS and not any(name == word or (word.endswith(".") and name.startswith(word)) for word in NOT_SETTINGS)
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
-    """Dotted names of the settings in which the runs differ, seeds left out.
+def differing(compared: Sequence[Run | Entry]) -> list[str]:
+    """Dotted names of the settings in which runs differ, seeds left out.
 
     A setting that a run does not have (an earlier version's run has fewer) is no difference.
     """
-    settings = [run.settings for run in runs]
+    settings = [one.settings for one in compared]
     names = dict.fromkeys(name for config in settings for name in config if is_setting(name))
     return [name for name in names if len({repr(config[name]) for config in settings if name in config}) > 1]
 
@@ -72,11 +73,13 @@ def label(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """``table``: one row a run. ``groups``: one row for finished runs that differ in their seeds alone, with mean, std and count.
+    """The one comparison: what Python shows, the command's table, a sweep's summary and the page are renderings of it.
 
-    ``settings`` are the columns of settings in both, ``metrics`` the others. ``notes`` say which runs are not averaged and why.
-    ``members`` are the rows of ``table`` that each group averages, ``judges`` who judged them, by metric: nothing where they do
-    not agree.
+    ``table``: one row a run, and one for each evaluation of it with other settings than its own. ``groups``: one row for
+    finished ones that differ in their seeds alone, with mean, std and count. ``settings`` are the columns of settings in both,
+    ``metrics`` the others. ``notes`` say what is not averaged and why. Beside the rows of ``table`` are ``entries`` and
+    ``scores``; ``members`` are the rows that each group averages, ``others`` those of its settings that it does not; ``judges``
+    judged a group, by metric: nothing where its members were not judged alike.
     """
 
     table: pd.DataFrame
@@ -84,15 +87,19 @@ class Comparison:
     settings: list[str]
     metrics: list[str]
     notes: list[str]
+    entries: list[Entry]
+    scores: list[dict[str, Pooled]]
     members: list[list[int]]
+    others: list[list[int]]
     judges: dict[str, list[Any]]
+    higher: dict[str, bool]
 
     def verdicts(self, metric: str) -> pd.DataFrame:
         """Each group against the best in ``metric``: its difference, how large noise makes one, and which it is.
 
         Noise is the least significant difference of Fisher at 95 %: t s sqrt(1/n_1 + 1/n_2), where s is the standard deviation
         over seeds, pooled over all groups that have several. Where no group has two seeds, the verdict is "unknown". Groups are
-        compared with those that were judged alike, and one that has none such is "alone".
+        compared with those that were judged alike; one that has none such is "alone", and the best of equal ones is none.
         """
         require(metric in self.metrics, "metric", metric, ", ".join(self.metrics))
         mean, count = (self.groups[f"{metric} {part}"] for part in ("mean", "n"))
@@ -104,11 +111,19 @@ class Comparison:
                 alike.setdefault(judge, []).append(i)
         for among in alike.values():
             if len(among) > 1:
-                result.loc[among, ["difference", "noise"]] = self.differences(metric, among)
-                best = self.best(metric, among)
-                found = result.loc[among, ["difference", "noise"]].itertuples()
-                result.loc[among, "verdict"] = [verdict(gap, noise, i == best) for i, gap, noise in found]
+                found = self.differences(metric, among)
+                result.loc[among, ["difference", "noise"]] = found
+                equal = all(gap == 0 for gap, _ in found)
+                result.loc[among, "verdict"] = ["equal" if equal else verdict(gap, noise) for gap, noise in found]
         return result
+
+    def verdict_of_rows(self, metric: str) -> list[str]:
+        """For each row of ``table`` the verdict of its group; of a row that is not averaged, none."""
+        found = [""] * len(self.entries)
+        for word, rows in zip(self.verdicts(metric)["verdict"], self.members, strict=True):
+            for i in rows:
+                found[i] = word if metric in self.scores[i] else ""
+        return found
 
     def unjudged(self, metric: str, i: int) -> str | None:
         """Why a group has no verdict, if it has none."""
@@ -121,15 +136,10 @@ class Comparison:
             return "not measured"
         return "diverged" if group["diverged"] or not math.isfinite(group[f"{metric} mean"]) else None
 
-    def best(self, metric: str, among: Sequence[int]) -> int:
-        """The group with the best mean."""
-        mean = self.groups[f"{metric} mean"].loc[list(among)]
-        return int(mean.idxmax() if higher_is_better(metric) else mean.idxmin())
-
-    def differences(self, metric: str, among: Sequence[int]) -> Any:
-        """Differences of groups to the best of them, and how large noise makes each, as two columns."""
+    def differences(self, metric: str, among: Sequence[int]) -> list[list[float]]:
+        """Differences of groups to the best of them, and how large noise makes each."""
         mean, std, count = (self.groups[f"{metric} {part}"].loc[list(among)] for part in ("mean", "std", "n"))
-        best, free = self.best(metric, among), (count - 1).clip(lower=0)
+        best, free = mean.idxmax() if self.higher[metric] else mean.idxmin(), (count - 1).clip(lower=0)
         pooled = ((std.fillna(0) ** 2 * free).sum() / free.sum()) ** 0.5 if free.sum() else math.nan
         noise = student(int(free.sum())) * pooled * (1 / count + 1 / count[best]) ** 0.5
         return [[gap, size] for gap, size in zip(mean - mean[best], noise, strict=True)]
@@ -142,20 +152,26 @@ class Comparison:
         for metric in self.metrics:
             verdicts = self.verdicts(metric)["verdict"]
             parts = zip(self.groups[f"{metric} mean"], self.groups[f"{metric} std"], verdicts, strict=True)
-            shown[metric] = [in_words(mean, std, word) for mean, std, word in parts]
+            shown[metric] = [with_verdict(mean, std, word) for mean, std, word in parts]
         return shown
 
     def shown(self) -> tuple[list[pd.DataFrame], list[str]]:
         """What is printed: the table, the groups where one has several runs, and the notes."""
-        judges, notes = self.table["judged by"], self.notes[:MAX_NOTES]
-        notes += [f"and {len(self.notes) - MAX_NOTES} more are not averaged"] if len(self.notes) > MAX_NOTES else []
-        table = self.table
+        judges, notes, table = self.table["judged by"], self.shown_notes(), self.table
         if judges.nunique() <= 1:
             table = table.drop(columns="judged by")
             notes += [f"scores by {judges.iloc[0]}"] if judges.iloc[0] and any(m.startswith(FULL) for m in self.metrics) else []
         if self.groups["runs"].max() > 1:
             return [table, self.summary], notes
+        for metric in self.metrics:
+            best = [self.table["run"][i] for i, word in enumerate(self.verdict_of_rows(metric)) if word == "best"]
+            notes += [f"best {title_of(metric)}: {', '.join(best)}"] if best else []
         return [table], [*notes, "no settings have two finished runs of other seeds: how large noise is, is not known"]
+
+    def shown_notes(self) -> list[str]:
+        """Of many notes the first."""
+        more = len(self.notes) - MAX_NOTES
+        return self.notes[:MAX_NOTES] + ([f"and {more} more are not averaged"] if more > 0 else [])
 
     def __str__(self) -> str:
         tables, notes = self.shown()
@@ -170,15 +186,15 @@ class Comparison:
         return "".join([*texts, *(f"<div>{html.escape(note)}</div>" for note in notes)])
 
 
-def in_words(mean: float, std: float, verdict: str) -> str:
+def with_verdict(mean: float, std: float, verdict: str) -> str:
     """``10.5 ± 0.2, within noise``."""
-    spread = f" ± {std:.2g}" if math.isfinite(std) else ""
-    return f"{mean:.4g}{spread}, {verdict}" if math.isfinite(mean) else verdict
+    score = Pooled(mean, std if math.isfinite(std) else None, 1)
+    return f"{score}, {verdict}" if math.isfinite(mean) else verdict
 
 
-def verdict(gap: float, noise: float, best: bool) -> str:
-    """In words."""
-    if best:
+def verdict(gap: float, noise: float) -> str:
+    """Of a difference to the best, in words."""
+    if gap == 0:
         return "best"
     if noise != noise:
         return "unknown"
@@ -194,80 +210,86 @@ def student(freedom: int) -> float:
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
-def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None) -> Comparison:
+def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None, higher: Mapping[str, bool] | None = None) -> Comparison:
     """Runs as a table with only the settings that differ, and the finished ones grouped over their seeds.
 
-    ``metrics`` default to the scores of their evaluations and the losses. Raises ``ValueError`` for one that no run has.
+    ``metrics`` default to the scores of their evaluations and the losses; ``higher`` says of which metrics beside the scores
+    more is better. Raises ``ValueError`` for a metric that no run has.
     """
     import pandas as pd
 
     require(len(runs) > 0, "runs", len(runs), "at least one")
-    settings, scores = differing(runs), [scores_of(run) for run in runs]
+    entries = [entry for run in runs for entry in entries_of(run)]
+    settings, scores = differing(entries), [entry.scores() for entry in entries]
     there = dict.fromkeys(name for found in scores for name in found)
     for name in metrics or []:
         if name not in there:
             raise unknown("metrics", name, there)
-    chosen = list(metrics) if metrics is not None else default_metrics(runs)
-    rows = [row_of(run, found, settings, chosen) for run, found in zip(runs, scores, strict=True)]
+    chosen = list(metrics) if metrics is not None else default_metrics(there)
+    rows = [row_of(entry, found, settings, chosen) for entry, found in zip(entries, scores, strict=True)]
     groups: dict[Hashable, list[int]] = {}
-    for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
-        groups.setdefault((run.stage, *(repr(row[name]) for name in settings)), []).append(i)
-    chosen_runs = [averaged(runs, group) for group in groups.values()]
-    members, notes = [kept for kept, _ in chosen_runs], [note for _, why in chosen_runs for note in why]
-    judges = {name: [one_judge(runs, scores, name, kept) for kept in members] for name in chosen}
+    for i, (entry, row) in enumerate(zip(entries, rows, strict=True)):
+        groups.setdefault((entry.stage, entry.identity, *(repr(row[name]) for name in settings)), []).append(i)
+    kept = [averaged(entries, group) for group in groups.values()]
+    members, notes = [rows for rows, _ in kept], [note for _, why in kept for note in why]
+    others = [[i for i in group if i not in rows] for group, rows in zip(groups.values(), members, strict=True)]
+    judges = {name: [one_judge(entries, scores, name, group) for group in members] for name in chosen}
     means = []
-    for k, (group, kept) in enumerate(zip(groups.values(), members, strict=True)):
+    for k, (group, averages) in enumerate(zip(groups.values(), members, strict=True)):
         about: dict[str, Any] = {name: rows[group[0]][name] for name in settings}
-        about |= {"runs": len(kept), "diverged": sum(runs[i].diverged for i in kept), "first run": runs[group[0]].name}
+        diverged = sum(entries[i].run.diverged for i in averages)
+        about |= {"runs": len(averages), "diverged": diverged, "first run": entries[group[0]].run.name}
         for name in chosen:
-            alike = [] if judges[name][k] is None else kept
-            about |= moments(name, [scores[i][name] for i in alike if name in scores[i]])
+            alike = [] if judges[name][k] is None else averages
+            about |= moments(name, [scores[i][name].mean for i in alike if name in scores[i]])
         means.append(about)
-    return Comparison(pd.DataFrame(rows), pd.DataFrame(means), settings, chosen, notes, members, judges)
+    upwards = {name: (higher or {}).get(name, higher_is_better(name)) for name in chosen}
+    tables = pd.DataFrame(rows), pd.DataFrame(means)
+    return Comparison(*tables, settings, chosen, notes, entries, scores, members, others, judges, upwards)
 
 
-def row_of(run: Run, scores: Mapping[str, float], settings: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
-    """A run's row of the table."""
-    config = run.settings
+def row_of(entry: Entry, scores: Mapping[str, Pooled], settings: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    """An entry's row of the table."""
+    run, config = entry.run, entry.settings
     row = {"run": run.name, "seed": config.get("seed"), "state": "diverged" if run.diverged else run.state, "step": run.step}
-    row |= {name: plain(config[name]) if name in config else math.nan for name in settings}
-    return row | {name: scores.get(name, math.nan) for name in metrics} | {"judged by": judge_in_words(run)}
+    row |= {name: groupable(config[name]) if name in config else math.nan for name in settings}
+    row |= {name: scores[name].mean if name in scores else math.nan for name in metrics}
+    return row | {"judged by": entry.judge_in_words()}
 
 
-def averaged(runs: Sequence[Run], group: Sequence[int]) -> tuple[list[int], list[str]]:
+def averaged(entries: Sequence[Entry], group: Sequence[int]) -> tuple[list[int], list[str]]:
     """Of runs that differ in their seeds alone those to average, finished at the same step, each seed once; and why no others."""
-    finished = [i for i in group if runs[i].state == "finished"]
-    last = max((runs[i].step or 0 for i in finished), default=0)
+    finished = [i for i in group if entries[i].run.state == "finished"]
+    last = max((entries[i].run.step or 0 for i in finished), default=0)
     kept: dict[Hashable, int] = {}
     notes = []
     for i in group:
-        run = runs[i]
+        run = entries[i].run
         seed: Hashable = tuple(run.settings.get(name) for name in SEEDS) if "seed" in run.settings else i
         if i not in finished:
             notes.append(f"{run.name} is not averaged: {run.state} at step {run.step}")
         elif (run.step or 0) != last:
             notes.append(f"{run.name} is not averaged: it ended at step {run.step}, others of its settings at {last}")
         elif seed in kept:
-            notes.append(f"{run.name} is not averaged: its settings and seed are those of {runs[kept[seed]].name}")
+            notes.append(f"{run.name} is not averaged: its settings and seed are those of {entries[kept[seed]].run.name}")
         else:
             kept[seed] = i
-    return list(kept.values()), notes
+    return list(kept.values()), list(dict.fromkeys(notes))
 
 
-def one_judge(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], metric: str, kept: Sequence[int]) -> Any:
-    """Who judged these runs in ``metric``; nothing where they were not judged alike."""
-    judges = {judge_of(runs[i], metric) for i in kept if metric in scores[i]}
+def one_judge(entries: Sequence[Entry], scores: Sequence[Mapping[str, Pooled]], metric: str, kept: Sequence[int]) -> Any:
+    """Who judged these in ``metric``; nothing where they were not judged alike."""
+    judges = {entries[i].judge(metric) for i in kept if metric in scores[i]}
     return None if len(judges) > 1 else next(iter(judges), ())
 
 
 def moments(metric: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation and number of values; not a number where one of them is none."""
-    count = len(values)
-    mean = sum(values) / count if count else math.nan
-    std = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1)) if count > 1 else math.nan
-    return {f"{metric} mean": mean, f"{metric} std": std, f"{metric} n": count}
+    """Mean, standard deviation and number of values as columns."""
+    score = over(values) or Pooled(math.nan, None, 0)
+    std = math.nan if score.std is None else score.std
+    return {f"{metric} mean": score.mean, f"{metric} std": std, f"{metric} n": score.n}
 
 
-def plain(value: Any) -> Any:
+def groupable(value: Any) -> Any:
     """A value that a table can group by. None is a setting, in words: a missing number is one that a run does not have."""
     return str(value) if isinstance(value, list | dict | None) else value

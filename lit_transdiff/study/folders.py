@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.base.files import crc32_of
 from lit_transdiff.config.yaml_text import read_file
-from lit_transdiff.evaluation.scores import FOLDER
+from lit_transdiff.evaluation.scores import EVALUATE, FOLDER, value
 from lit_transdiff.sampling.pictures import opener
-from lit_transdiff.study.records import Evaluation, Pictures, Run
+from lit_transdiff.study.records import AXES, Evaluation, Pictures, Run
+from lit_transdiff.study.repeats import repeats
 from lit_transdiff.tracking.metrics_file import content_of, devices_of_starts, last_values, read_rows
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def read_folder(folder: Path) -> Run:
         config=config,
         where=str(folder),
         read_summary=cache(lambda: last_values(rows())),
-        read_history=cache(lambda: as_history(rows(), devices)),
+        read_history=cache(lambda: history_of_rows(rows(), devices)),
         read_step=lambda: int(rows()["step"].max()) if len(rows()) else None,
         evaluations=evaluations_in(folder / FOLDER),
         open_pictures=partial(pictures_of, folder),
@@ -90,13 +91,13 @@ def warn_of_other_config(folder: Path) -> None:
 
 def state_of(folder: Path, config: dict[str, Any]) -> str:
     """finished, when there is what the run is for; unfinished otherwise: a folder does not say whether a process runs."""
-    if config["stage"] == "evaluate":
+    if config["stage"] == EVALUATE:
         return "finished" if any((folder / FOLDER).glob("*.json")) else "unfinished"
     export = content_of(folder / "export" / "export.json") or {}
     return "finished" if export.get("step", 0) >= config["training"]["max_steps"] else "unfinished"
 
 
-def as_history(rows: pd.DataFrame, devices: Sequence[int]) -> pd.DataFrame:
+def history_of_rows(rows: pd.DataFrame, devices: Sequence[int]) -> pd.DataFrame:
     """Rows of ``metrics.csv`` as one row a step; ``devices`` are those of each start, whose seconds make the device-hours."""
     since, start = rows["seconds"].diff(), rows["start"]
     since = since.where((since >= 0) & (start.diff() == 0), rows["seconds"])  # a clock begins at zero
@@ -107,6 +108,37 @@ def as_history(rows: pd.DataFrame, devices: Sequence[int]) -> pd.DataFrame:
     return axes.join(table).reset_index()
 
 
+def loose_results(root: Path) -> list[Run]:
+    """Results below ``root`` that lie in no run folder: for each a run of which no more is known than their manifests say."""
+    folders = (folder for folder in sorted(root.rglob(FOLDER)) if folder.is_dir() and not is_run_folder(folder.parent))
+    found = [result for folder in folders for result in evaluations_in(folder)]
+    return [run_of_results(group) for group in repeats(found)]
+
+
+def run_of_results(group: list[Evaluation]) -> Run:
+    """Repeats of an evaluation as the run that made them."""
+    import pandas as pd
+
+    manifest = group[0].manifest
+    evaluation = {
+        name: manifest[name] for name in ("extractor", "num_images", "label_mode", "num_neighbours") if name in manifest
+    }
+    return Run(
+        id=group[0].where,
+        name=manifest["run"],
+        stage=manifest.get("stage") or EVALUATE,
+        group="",
+        tags=[],
+        state="finished",
+        config={"sampling": manifest.get("sampling") or {}, "evaluation": evaluation},
+        where=group[0].where,
+        read_summary=dict,
+        read_history=lambda: pd.DataFrame(columns=list(AXES), dtype=float),
+        read_step=lambda: (manifest.get("training") or {}).get("step"),
+        evaluations=group,
+    )
+
+
 def evaluations_in(folder: Path) -> list[Evaluation]:
     """The results in ``evaluations``."""
     found = ((file, content_of(file)) for file in sorted(folder.glob("*.json")))
@@ -115,16 +147,22 @@ def evaluations_in(folder: Path) -> list[Evaluation]:
 
 def is_result(file: Path, content: Any) -> bool:
     """Whether a JSON file holds a result; when it holds something else, a warning says so."""
-    result = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("scores", "manifest"))
-    if content is not None and not result:
-        log.warning("%s is not a result of evaluate and is left out.", file)
+    if content is None:
+        return False
+    try:
+        numbers = [float(value(score)) for score in content["scores"].values()]
+        result = len(numbers) > 0 and isinstance(content["manifest"]["run"], str)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        result = False
+    if not result:
+        log.warning("%s is not a result of evaluate and is left out; remove it or evaluate again.", file)
     return result
 
 
 def read_evaluation(file: Path, content: dict[str, Any]) -> Evaluation:
     """One result, with the picture beside its file."""
     picture = file.with_suffix(".png")
-    return Evaluation(content["scores"], content["manifest"], opener(picture) if picture.is_file() else None)
+    return Evaluation(content["scores"], content["manifest"], opener(picture) if picture.is_file() else None, str(file))
 
 
 def pictures_of(folder: Path) -> Pictures:

@@ -11,7 +11,7 @@ from lit_transdiff.evaluation.scores import JUDGED_BY, judged_by
 from lit_transdiff.study.compare import MAX_IN_LABEL, Comparison, distinct, label, labels
 from lit_transdiff.study.records import AXES, Run
 from lit_transdiff.study.repeats import pooled, repeats
-from lit_transdiff.study.scored import higher_is_better, judge_of, metric_of, scores_of, title_of
+from lit_transdiff.study.scored import Entry, entries_of, higher_is_better, metric_of, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +77,8 @@ def spread(compared: Comparison, metric: str) -> Figure:
     figure = Figure(figsize=(6.4, 0.5 * len(verdicts) + 1.4), layout="constrained")
     axes = figure.subplots()
     few = len(compared.settings) <= MAX_IN_LABEL
-    names = [label(row) for row in rows_of(compared)] if few else list(compared.groups["first run"])
+    keys = compared.settings or ["first run"]
+    names = [label(row) for row in compared.groups[keys].to_dict("records")] if few else list(compared.groups["first run"])
     for i, (verdict, mean, rows) in enumerate(zip(verdicts["verdict"], verdicts["mean"], compared.members, strict=True)):
         axes.plot(compared.table[metric].iloc[rows], [i] * len(rows), "o", color=GREY, markersize=4)
         if math.isfinite(mean):
@@ -89,12 +90,6 @@ def spread(compared: Comparison, metric: str) -> Figure:
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel=label_of(metric), ylim=(-0.6, len(names) - 0.3))
     axes.grid(axis="x", alpha=0.3)
     return figure
-
-
-def rows_of(compared: Comparison) -> list[dict[str, Any]]:
-    """The settings of each group."""
-    keys = compared.settings or ["first run"]
-    return [dict(zip(keys, values, strict=True)) for values in compared.groups[keys].itertuples(index=False)]
 
 
 def short(name: str, between: str = ".") -> str:
@@ -128,7 +123,7 @@ def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: s
 
     scored, left_out = judged_alike(runs, metric)
     scored.sort(key=lambda pair: pair[1], reverse=not higher_is_better(metric))  # the best is drawn last
-    places = [positions([run.settings.get(name) for run, _ in scored]) for name in settings]
+    places = [positions([entry.settings.get(name) for entry, _ in scored]) for name in settings]
     places.append(positions([value for _, value in scored]))
     figure = Figure(figsize=(1.9 * len(places) + 0.8, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -210,16 +205,19 @@ def front(points: Sequence[Point], higher: bool) -> list[Point]:
     return found
 
 
-def judged_alike(runs: Sequence[Run], metric: str) -> tuple[list[tuple[Run, float]], str]:
-    """The runs whose ``metric`` is a number, with it, of the judge that most share; and how many that leaves out, in words."""
-    found: dict[tuple[Any, ...], list[tuple[Run, float]]] = {}
-    for run in runs:
-        if math.isfinite(value := scores_of(run).get(metric, math.nan)):
-            found.setdefault(judge_of(run, metric), []).append((run, value))
+def judged_alike(runs: Sequence[Run], metric: str) -> tuple[list[tuple[Entry, float]], str]:
+    """Runs and other evaluations of them whose ``metric`` is a number, with it, of the judge that most share; and, in words, how
+    many that leaves out.
+    """
+    found: dict[tuple[Any, ...], list[tuple[Entry, float]]] = {}
+    for entry in [entry for run in runs for entry in entries_of(run)]:
+        score = entry.scores().get(metric)
+        if score is not None and math.isfinite(score.mean):
+            found.setdefault(entry.judge(metric), []).append((entry, score.mean))
     require(len(found) > 0, "metric", metric, "a metric that is a number in one of the runs")
     most = max(found.values(), key=len)
     others = sum(map(len, found.values())) - len(most)
-    return most, f"{others} runs judged otherwise are left out" if others else ""
+    return most, f"{others} judged otherwise are left out" if others else ""
 
 
 def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = None) -> Figure:
@@ -228,7 +226,7 @@ def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = No
     from matplotlib.figure import Figure
 
     scored, left_out = judged_alike(runs, metric)
-    rows = [(run.settings.get(setting), str(run.settings.get(by)) if by else "", value) for run, value in scored]
+    rows = [(one.settings.get(setting), str(one.settings.get(by)) if by else "", value) for one, value in scored]
     table = pd.DataFrame(rows, columns=["x", "by", "y"])
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()

@@ -26,11 +26,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores, and everything that decided them; the scores are numbers, or mean and std."""
+    """Scores, and everything that decided them; the scores are numbers, or mean and std. ``where`` is its file, if it has one."""
 
     scores: dict[str, Any]
     manifest: dict[str, Any]
     open_picture: Callable[[], Image.Image] | None = None
+    where: str = ""
 
     def value(self, name: str) -> float:
         """A score as one number: its mean, if it has a spread."""
@@ -106,15 +107,15 @@ class Run:
 
     def pictures(self) -> dict[str, Image.Image]:
         """Pictures that are not of a training step, such as ``final`` and ``references``."""
-        return opened({name: load for name, load in self.open_pictures().items() if not name.startswith("step-")})
+        return opened_pictures({name: load for name, load in self.open_pictures().items() if not name.startswith("step-")})
 
     def samples(self) -> dict[int, Image.Image]:
         """The sample grids through training, by step."""
-        found = opened({name: load for name, load in self.open_pictures().items() if name.startswith("step-")})
+        found = opened_pictures({name: load for name, load in self.open_pictures().items() if name.startswith("step-")})
         return dict(sorted((int(name[5:]), picture) for name, picture in found.items()))
 
 
-def opened(pictures: Pictures) -> dict[str, Image.Image]:
+def opened_pictures(pictures: Pictures) -> dict[str, Image.Image]:
     """Pictures that can be read, by name; a warning says which cannot."""
     found = {}
     for name, load in pictures.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev  # exact: equal values have no spread
 from typing import Any, Protocol, TypeVar
 
-from lit_transdiff.evaluation.scores import DECIDING, Score, spread, value
+from lit_transdiff.evaluation.scores import DECIDING, Score, measured_std, value
 
 
 class Result(Protocol):
@@ -40,15 +40,15 @@ def repeats(results: Sequence[R]) -> list[list[R]]:
     """The results in groups that differ in their seeds alone, the newest of each group first."""
     groups: dict[tuple[str, ...], list[R]] = {}
     for result in results:
-        groups.setdefault(decided_by(result.manifest), []).append(result)
+        groups.setdefault(tuple(decided_by(result.manifest).values()), []).append(result)
     return [sorted(group, key=lambda result: str(result.manifest.get("date", "")), reverse=True) for group in groups.values()]
 
 
-def decided_by(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+def decided_by(manifest: Mapping[str, Any]) -> dict[str, str]:
     """What repeats share: all that decides a score but the seed, and which other scores were asked for."""
     model = manifest.get("weights_fingerprint") or manifest.get("checkpoint")
     shared = (name for name in DECIDING if name not in ("seed", "metrics", "weights_fingerprint"))
-    return (str(model), *(repr(manifest.get(name)) for name in shared))
+    return {"model": str(model), **{name: repr(manifest.get(name)) for name in shared}}
 
 
 def pooled(group: Sequence[Result], name: str) -> Pooled | None:
@@ -57,13 +57,17 @@ def pooled(group: Sequence[Result], name: str) -> Pooled | None:
     for result in group:
         if name in result.scores:
             by_seed.setdefault(str(result.manifest.get("seed")), result.scores[name])
-    values = [value(score) for score in by_seed.values()]
-    if not values:
-        return None
-    if len(values) > 1:
-        finite = all(map(math.isfinite, values))
-        return Pooled(mean(values), stdev(values), len(values)) if finite else Pooled(math.nan, None, len(values))
-    return Pooled(values[0], spread(next(iter(by_seed.values()))), 1)
+    if len(by_seed) == 1:
+        (score,) = by_seed.values()
+        return Pooled(value(score), measured_std(score), 1)
+    return over([value(score) for score in by_seed.values()])
+
+
+def over(values: Sequence[float]) -> Pooled | None:
+    """Values over seeds: no number where one of them is none, no spread of a single one; nothing, where there is none."""
+    if not values or not all(map(math.isfinite, values)):
+        return Pooled(math.nan, None, len(values)) if values else None
+    return Pooled(mean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
 def seeds(group: Sequence[Result]) -> str:

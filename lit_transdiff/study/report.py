@@ -10,7 +10,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,16 @@ from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import require
 from lit_transdiff.config.targets import check_replaces
 from lit_transdiff.sampling.pictures import narrowed
-from lit_transdiff.study.compare import differing
-from lit_transdiff.study.records import AXES, Evaluation, Run, opened
-from lit_transdiff.study.repeats import Pooled, repeats
-from lit_transdiff.study.scored import (
-    FULL,
-    default_metrics,
-    evaluation_in_words,
-    higher_is_better,
-    judge_in_words,
-    judge_of,
-    pooled_scores,
-    scores_of,
-    title_of,
-)
+from lit_transdiff.study.compare import Comparison, compare, differing
+from lit_transdiff.study.records import AXES, Run, opened_pictures
+from lit_transdiff.study.repeats import Pooled
+from lit_transdiff.study.scored import FULL, evaluation_in_words, higher_is_better, pooled_scores, title_of
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SIGNS = ('<meta name="generator" content="lit-transdiff">', ":root { --ink: #1c1e22;")  # the second of earlier versions
 MAX_POINTS = 500  # of a curve; longer ones are thinned evenly
 MAX_GRIDS = 12  # of a run, evenly over training
-MAX_PIXELS = 520  # width of a picture
+WIDEST = 520  # width of a picture
 
 
 def write_report(runs: Sequence[Run], file: Path, title: str = "Runs") -> Path:
@@ -63,61 +53,66 @@ def report_file(where: str) -> Path:
 
 def page_data(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything that the page shows, in plain lists and dictionaries."""
-    scores = default_metrics(runs)
+    compared = compare(runs)
+    verdicts = {key: compared.verdict_of_rows(key) for key in compared.metrics}
     return {
-        "runs": [run_data(run, scores) for run in runs],
+        "runs": [run_data(run, compared, verdicts) for run in runs],
         "differing": [name for name in differing(runs) if name != "stage"],  # which has a column already
-        "scores": [{"key": key, "title": title_of(key), "higher": higher_is_better(key)} for key in scores],
+        "scores": [{"key": key, "title": title_of(key), "higher": higher_is_better(key)} for key in compared.metrics],
         "metrics": sorted({str(column) for run in runs for column in run.history() if column not in AXES}),
     }
 
 
-def run_data(run: Run, scores: Sequence[str]) -> dict[str, Any]:
-    """One run."""
-    found = scores_of(run)
+def run_data(run: Run, compared: Comparison, verdicts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """One run: its logged values, and the scores of the evaluation that speaks for it; then all evaluations."""
+    rows = [i for i, entry in enumerate(compared.entries) if entry.run is run]
+    scored = next((i for i in rows if run.evaluation in compared.entries[i].repeats), rows[0])
+    row = {key: scored if key in compared.scores[scored] else rows[0] for key in compared.metrics}
+    scores = {key: compared.scores[i][key] for key, i in row.items() if key in compared.scores[i]}
     return {
         "name": run.name,
         "stage": run.stage,
         "group": run.group,
         "state": "diverged" if run.diverged else run.state,
         "where": run.where,
-        "settings": {name: plain(value) for name, value in run.settings.items()},
-        "scores": {key: plain(found[key]) for key in scores if key in found},
-        "spreads": {f"{FULL}{name}": spread_in_words(score) for name, score in pooled_scores(run.repeats).items() if score.n > 1},
-        "judges": {key: repr(judge_of(run, key)) for key in scores if key in found},
-        "judge": judge_in_words(run),
-        "curves": curves(run),
+        "settings": {name: as_json(value) for name, value in run.settings.items()},
+        "scores": {key: as_json(score.mean) for key, score in scores.items()},
+        "spreads": {key: spread_in_words(score) for key, score in scores.items() if score.n > 1},
+        "verdicts": {key: verdicts[key][row[key]] for key in scores},
+        "judge": compared.entries[scored].judge_in_words(),
+        "curves": thinned_curves(run),
         "samples": [{"step": step, "picture": embedded(picture)} for step, picture in evenly(list(run.samples().items()))],
         "pictures": [{"name": name, "picture": embedded(picture)} for name, picture in run.pictures().items()],
-        "evaluations": [evaluation_data(run, group) for group in repeats(run.evaluations)],
+        "evaluations": [evaluation_data(compared, verdicts, i, i == scored) for i in rows if compared.entries[i].repeats],
     }
 
 
-def curves(run: Run) -> dict[str, dict[str, list[Any]]]:
+def thinned_curves(run: Run) -> dict[str, dict[str, list[Any]]]:
     """For each metric the axes and values of the steps that have one."""
     history, found = run.history(), {}
     for column in [column for column in history if column not in AXES]:
         rows = history[[*AXES, column]].dropna()
         rows = rows.iloc[:: max(1, math.ceil(len(rows) / MAX_POINTS))]
-        axes = {axis: [plain(value) for value in rows[axis]] for axis in AXES}
-        found[str(column)] = axes | {"value": [plain(value) for value in rows[column]]}
+        axes = {axis: [as_json(value) for value in rows[axis]] for axis in AXES}
+        found[str(column)] = axes | {"value": [as_json(value) for value in rows[column]]}
     return found
 
 
-def evaluation_data(run: Run, group: Sequence[Evaluation]) -> dict[str, Any]:
-    """An evaluation with its repeats: scores and spread, what tells it from others, manifest and picture of the newest."""
-    scores = []
+def evaluation_data(compared: Comparison, verdicts: Mapping[str, Sequence[str]], i: int, shown: bool) -> dict[str, Any]:
+    """An evaluation with its repeats: scores, spread and verdicts, what tells it from others, manifest and picture."""
+    scores, group = [], compared.entries[i].repeats
     for name, score in pooled_scores(group).items():
-        about = {"title": title_of(f"{FULL}{name}"), "higher": higher_is_better(f"{FULL}{name}")}
-        scores.append(about | {"value": plain(score.mean), "std": plain(score.std), "n": score.n})
+        key = f"{FULL}{name}"
+        about = {"title": title_of(key), "higher": higher_is_better(key), "verdict": verdicts[key][i] if key in verdicts else ""}
+        scores.append(about | {"value": as_json(score.mean), "std": as_json(score.std), "n": score.n})
     newest = group[0]
-    picture = opened({"picture": newest.open_picture} if newest.open_picture else {}).get("picture")
+    picture = opened_pictures({"picture": newest.open_picture} if newest.open_picture else {}).get("picture")
     return {
         "scores": scores,
         "label": evaluation_in_words(group),
-        "manifest": plain(newest.manifest),
+        "manifest": as_json(newest.manifest),
         "picture": embedded(picture) if picture else None,
-        "shown": run.evaluation in group,
+        "shown": shown,
     }
 
 
@@ -136,16 +131,16 @@ def evenly(items: list[Any]) -> list[Any]:
 def embedded(picture: Image.Image) -> str:
     """A picture as a data URI."""
     buffer = io.BytesIO()
-    narrowed(picture, MAX_PIXELS).save(buffer, format="WEBP", quality=80)
+    narrowed(picture, WIDEST).save(buffer, format="WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """A value that JSON holds; numbers that are not finite become nothing."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return value
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     return (value if isinstance(value, int) else float(value)) if math.isfinite(value) else None

@@ -19,8 +19,8 @@ from lit_transdiff.config.paths import local_path
 from lit_transdiff.config.targets import below, check_replaces
 from lit_transdiff.evaluation.scores import FOLDER
 from lit_transdiff.sampling.pictures import narrowed, opener
-from lit_transdiff.study.folders import read_folder, run_folders
-from lit_transdiff.study.records import Run, check_filters, fits, opened
+from lit_transdiff.study.folders import loose_results, read_folder, run_folders
+from lit_transdiff.study.records import Run, check_filters, fits, opened_pictures
 from lit_transdiff.study.wandb_logs import log_files, read_log, read_server
 
 KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run folder, in an archive
@@ -52,13 +52,14 @@ def of_group(found: Sequence[Run], *groups: str) -> list[Run]:
 def read_local(path: Path) -> list[Run]:
     """Run folders at and below a path; where there are none, W&B's logs."""
     folders = list(run_folders(path)) if path.is_dir() else []
-    found = readable(read_folder, folders) if folders else readable(read_log, log_files(path))
+    found = read_all(read_folder, folders) + (loose_results(path) if path.is_dir() else [])
+    found = found or read_all(read_log, log_files(path))
     if not found:
         raise FileNotFoundError(f"{path} holds no run (config.yaml with metrics.csv or {FOLDER}/, or run-*.wandb).")
     return found
 
 
-def readable(read: Callable[[Any], Run], places: Sequence[Any]) -> list[Run]:
+def read_all(read: Callable[[Any], Run], places: Sequence[Any]) -> list[Run]:
     """The runs at ``places``; a warning says which cannot be read."""
     found = []
     for place in places:
@@ -94,7 +95,7 @@ def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path
                 if part.is_file():
                     packed.write(part, part.relative_to(folder))
             pictures = {str(f): f for pattern in PICTURES for f in sorted(run.glob(pattern))} if pictures_of(run) else {}
-            for name, picture in opened({name: opener(file) for name, file in pictures.items()}).items():
+            for name, picture in opened_pictures({name: opener(file) for name, file in pictures.items()}).items():
                 packed.writestr(str(pictures[name].relative_to(folder)), shrunk(picture))
     return file
 

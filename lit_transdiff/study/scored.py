@@ -1,15 +1,16 @@
-"""What a run scored, by which evaluation, and who judged it: values of different judges do not compare."""
+"""What a comparison has a row of, what it scored, and who judged it: values of different judges do not compare."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lit_transdiff.evaluation.metrics import METRICS
-from lit_transdiff.evaluation.scores import judged_by
+from lit_transdiff.evaluation.scores import EVALUATE, judged_by
 from lit_transdiff.study.records import Evaluation, Run
-from lit_transdiff.study.repeats import Pooled, pooled, seeds
+from lit_transdiff.study.repeats import Pooled, decided_by, pooled, repeats, seeds
 
 FULL, ONLINE = "eval/", "online/"  # scores of ``evaluate``, and scores while training, of fewer images
 ONLINE_JUDGES = ("extractor", "reference", "online_images", "label_mode", "num_neighbours")  # settings of the evaluation
@@ -34,10 +35,83 @@ def title_of(key: str) -> str:
     return key if name is None else METRICS[name].title + (", online" if key.startswith(ONLINE) else "")
 
 
-def scores_of(run: Run) -> dict[str, float]:
-    """``eval/NAME`` of the run's evaluation, the mean over its repeats, beside the last value of every logged metric."""
-    scores = {f"{FULL}{name}": score.mean for name, score in pooled_scores(run.repeats).items()}
-    return {**{key: value for key, value in run.summary.items() if isinstance(value, int | float)}, **scores}
+@dataclass(frozen=True)
+class Entry:
+    """A run with the evaluation of its ``own`` settings, or another evaluation of it; ``repeats``: that with other seeds too.
+
+    An evaluation with other settings than its run's is compared as a run that evaluates the same model with those.
+    """
+
+    run: Run
+    repeats: list[Evaluation]  # the newest first
+    own: bool = True
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Of the newest evaluation; empty, where there is none."""
+        return self.repeats[0].manifest if self.repeats else {}
+
+    @property
+    def other(self) -> dict[str, Any]:
+        """Sampling and number of images, where they are not the run's own."""
+        return {} if self.own else without_seed(self.run.differences(self.repeats[0]))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """By dotted name, as they were in effect."""
+        return self.run.settings | self.other
+
+    @property
+    def stage(self) -> str:
+        """Of the run; an evaluation with other settings is a stage of its own."""
+        return self.run.stage if self.own else EVALUATE
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What an evaluation has beside its settings that repeats share; of a model whose seed is not known, also the model."""
+        decided = decided_by(self.manifest) if self.repeats else {}
+        if "seed" not in self.run.settings:
+            return tuple(decided.items())
+        return () if self.own else tuple((name, value) for name, value in decided.items() if name not in ("model", "run"))
+
+    def scores(self) -> dict[str, Pooled]:
+        """``eval/NAME`` of the evaluation over its repeats; of the run itself also the last value of every logged metric.
+
+        Scores that a run has logged count where it has no results, which say what they are of.
+        """
+        logged = self.run.summary.items() if self.own else ()
+        numbers = {key: Pooled(value, None, 1) for key, value in logged if isinstance(value, int | float)}
+        found = {key: value for key, value in numbers.items() if not (key.startswith(FULL) and self.run.evaluations)}
+        return found | {f"{FULL}{name}": score for name, score in pooled_scores(self.repeats).items()}
+
+    def judge(self, key: str) -> tuple[Any, ...]:
+        """What two must share for their values of ``key`` to compare: of a score its judge, of anything else the stage."""
+        if key.startswith(ONLINE):
+            return tuple(str(self.run.settings.get(f"evaluation.{name}")) for name in ONLINE_JUDGES)
+        if not key.startswith(FULL):
+            return (self.run.stage,)
+        return judged_by(self.manifest) if self.repeats else ("unknown",)
+
+    def judge_in_words(self) -> str:
+        """Who judged, by which sampler, over how many seeds, and which of the settings are not the run's own."""
+        words = ", ".join(word for word in (judge_in_words(self.manifest), sampler_in_words(self.manifest)) if word)
+        if (count := len({repr(evaluation.manifest.get("seed")) for evaluation in self.repeats})) > 1:
+            words += f", mean of {count} seeds"
+        other = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in self.other.items())
+        return f"{words} (not the run's own: {other})" if other else words
+
+
+def entries_of(run: Run) -> list[Entry]:
+    """The run itself, with the evaluation of its own settings if it has one; then its other evaluations."""
+    groups = repeats(run.evaluations)
+    shown = run.evaluation
+    own = run.repeats if shown is not None and not without_seed(run.differences(shown)) else []
+    return [Entry(run, own), *(Entry(run, group, own=False) for group in groups if group != own)]
+
+
+def without_seed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an evaluation but its seed: it is repeated with others."""
+    return {name: value for name, value in settings.items() if name != "evaluation.seed"}
 
 
 def pooled_scores(repeats: Sequence[Evaluation]) -> dict[str, Pooled]:
@@ -47,69 +121,42 @@ def pooled_scores(repeats: Sequence[Evaluation]) -> dict[str, Pooled]:
     return {name: score for name, score in found.items() if score is not None}
 
 
-def default_metrics(runs: Sequence[Run]) -> list[str]:
-    """The scores that any run has, in the order of the table of metrics, and the losses; online scores only where no other is."""
-    found = dict.fromkeys(name for run in runs for name in scores_of(run))
-    scores = [f"{prefix}{name}" for prefix in (FULL, ONLINE) for name in METRICS if f"{prefix}{name}" in found]
+def default_metrics(there: Collection[str]) -> list[str]:
+    """The scores that are ``there``, in the order of their table, and the losses; online scores only where no other is."""
+    scores = [f"{prefix}{name}" for prefix in (FULL, ONLINE) for name in METRICS if f"{prefix}{name}" in there]
     full = [key for key in scores if key.startswith(FULL)]
-    return (full or scores) + [name for name in ("val/loss", "train/loss") if name in found]
+    return (full or scores) + [name for name in ("val/loss", "train/loss") if name in there]
 
 
-def judge_of(run: Run, key: str) -> tuple[Any, ...]:
-    """What two runs must share for their values of ``key`` to compare: of a score its judge, of anything else the stage."""
-    if key.startswith(ONLINE):
-        return tuple(str(run.settings.get(f"evaluation.{name}")) for name in ONLINE_JUDGES)
-    if not key.startswith(FULL):
-        return (run.stage,)
-    if run.evaluation is None:
-        return ("unknown",)
-    other = {name: value for name, value in run.differences(run.evaluation).items() if name != "evaluation.seed"}
-    return (*judged_by(run.evaluation.manifest), *(f"{name} {value}" for name, value in other.items()))
-
-
-def judge_in_words(run: Run) -> str:
-    """Extractor, reference, images and sampler of the run's evaluation, and which of its settings are not the run's own."""
-    if run.evaluation is None:
-        return ""
-    manifest = run.evaluation.manifest
+def judge_in_words(manifest: Mapping[str, Any]) -> str:
+    """Extractor, reference, number and choice of images."""
     reference = Path(manifest["reference"]).stem if manifest.get("reference") else None
-    images = f"{manifest['num_images']:,} images" if "num_images" in manifest else None
-    words = ", ".join(word for word in (manifest.get("extractor"), reference, images, sampler(run.evaluation)) if word)
-    if (count := len({repr(evaluation.manifest.get("seed")) for evaluation in run.repeats})) > 1:
-        words += f", mean of {count} seeds"
-    other = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in run.differences(run.evaluation).items())
-    return f"{words} (the newest; not the run's own: {other})" if other else words
+    images = f"{manifest['num_images']:,} images" if manifest.get("num_images") else None
+    return ", ".join(str(word) for word in (manifest.get("extractor"), reference, images, manifest.get("label_mode")) if word)
 
 
-def sampler(evaluation: Evaluation) -> str:
+def sampler_in_words(manifest: Mapping[str, Any]) -> str:
     """Solver, steps and guidance, where the manifest says them; interval and scales where they are not the plain ones."""
-    sampling = evaluation.manifest.get("sampling") or {}
-    names = ("solver", "num_steps", "guidance_scale")
-    if not all(name in sampling for name in names):
+    sampling = manifest.get("sampling") or {}
+    if not all(name in sampling for name in ("solver", "num_steps", "guidance_scale")):
         return ""
-    plain: dict[str, tuple[Any, ...]] = {
-        "guidance_interval": ([0, 1], (0, 1)),
-        "reference_guidance": (None, [], ()),
-        "reference_steps": (None, [], ()),
-        "drift_scale": (1,),
-        "noise_scale": (1,),
-    }
-    others = {name.replace("_", " "): sampling[name] for name in plain if name in sampling and sampling[name] not in plain[name]}
-    words = "{} {} x {:g}".format(*(sampling[name] for name in names))
-    return ", ".join([words, *(f"{name} {value}" for name, value in others.items())])
+    steps = "/".join(map(str, sampling.get("reference_steps") or [sampling["num_steps"]]))
+    guidance = "/".join(f"{s:g}" for s in sampling.get("reference_guidance") or [sampling["guidance_scale"]])
+    low, high = sampling.get("guidance_interval") or (0, 1)
+    interval = "" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]"
+    scales = sampling.get("drift_scale", 1), sampling.get("noise_scale", 1)
+    return f"{sampling['solver']} {steps} x {guidance}{interval}" + (
+        "" if scales == (1, 1) else ", scales {:g} {:g}".format(*scales)
+    )
 
 
 def evaluation_in_words(group: Sequence[Evaluation]) -> str:
-    """What tells an evaluation, or its repeats, from the others of its run: sampler, images, judge, weights and seeds."""
+    """What tells an evaluation, or its repeats, from the others of its run: sampler, judge, weights and seeds."""
     manifest = group[0].manifest
-    training = manifest.get("training") or {}
     parts = {
-        "": sampler(group[0]),
-        "images ": f"{manifest['num_images']:,}" if "num_images" in manifest else None,
-        "by ": manifest.get("extractor"),
-        "against ": Path(manifest["reference"]).stem if manifest.get("reference") else None,
+        "": ", ".join(filter(None, (sampler_in_words(manifest), judge_in_words(manifest)))),
         "of ": Path(manifest["checkpoint"]).name if manifest.get("checkpoint") else None,
-        "step ": training.get("step"),
+        "step ": (manifest.get("training") or {}).get("step"),
         "seed " if len(group) == 1 else "seeds ": seeds(group),
     }
     return ", ".join(f"{word}{part}" for word, part in parts.items() if part not in (None, "", "?"))

@@ -77,7 +77,7 @@ def read_log(files: list[Path]) -> Run:
     pictures = {
         name: opener(below(folder / "files", path, f"{files[-1]}: picture")) for name, path in picture_paths(rows).items()
     }
-    summary = last_values(joined)
+    summary = last_of_steps(joined)
     return Run(
         id=run.get("run_id", folder.name),
         name=run.get("display_name") or run.get("run_id", ""),
@@ -85,10 +85,10 @@ def read_log(files: list[Path]) -> Run:
         group=run.get("run_group", ""),
         tags=list(run.get("tags", [])),
         state=state,
-        config=settings_of(config),
+        config=own_settings(config),
         where=str(folder),
         read_summary=lambda: summary,
-        read_history=lambda: as_history(joined),
+        read_history=lambda: history_of_steps(joined),
         read_step=lambda: max(joined, default=None),
         evaluations=evaluations_of(config, summary),
         open_pictures=lambda: pictures,
@@ -136,10 +136,10 @@ def read_server_run(found: Any) -> Run:
         group=found.group or "",
         tags=list(found.tags),
         state=found.state,
-        config=settings_of(config),
+        config=own_settings(config),
         where=found.url,
         read_summary=lambda: kept,
-        read_history=cache(lambda: as_history(joined())),
+        read_history=cache(lambda: history_of_steps(joined())),
         read_step=lambda: int(kept[STEP]) if STEP in kept else max(joined(), default=None),
         evaluations=evaluations_of(config, summary),
         open_pictures=pictures,
@@ -165,14 +165,14 @@ def by_step(rows: list[dict[str, Any]], devices: int = 1) -> dict[int, dict[str,
     return {step: joined[step] for step in sorted(joined)}
 
 
-def as_history(joined: Mapping[int, dict[str, Any]]) -> pd.DataFrame:
+def history_of_steps(joined: Mapping[int, dict[str, Any]]) -> pd.DataFrame:
     """Joined rows as a table, one row a training step."""
     import pandas as pd
 
     return pd.DataFrame(list(joined.values())) if joined else pd.DataFrame(columns=list(AXES), dtype=float)
 
 
-def last_values(joined: Mapping[int, dict[str, Any]]) -> dict[str, float]:
+def last_of_steps(joined: Mapping[int, dict[str, Any]]) -> dict[str, float]:
     """The last logged value of each metric, also where it is not a number."""
     found: dict[str, float] = {}
     for row in joined.values():
@@ -180,7 +180,7 @@ def last_values(joined: Mapping[int, dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+def own_settings(config: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration without what W&B and the evaluation put there, and without a sweep's repeats by dotted name."""
     return {key: value for key, value in config.items() if key not in HIDDEN and "." not in key}
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lit_transdiff.study.compare import compare
 from lit_transdiff.study.runs import runs
-from lit_transdiff.study.scored import scores_of
+from lit_transdiff.study.scored import entries_of
 from lit_transdiff.study.text import frame
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.trial import Trial
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
-    """The table of the trials, best first, and where to look."""
+    """The table of the trials, the settings that are best over their seeds first, and where to look."""
     count = {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
     told = ", ".join(f"{number} {state}" for state, number in count.items() if number)
     head = f"\n{len(trials)} trials: {told}"
@@ -22,14 +26,21 @@ def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
         found = runs(folder)
     except FileNotFoundError:
         return f"{head}\n\nNo trial has left a run. Their outputs: {folder / 'logs'}"
-    logged = sweep.metric is not None and any(sweep.metric in scores_of(run) for run in found)
-    table = compare(found, [str(sweep.metric)] if logged else None).table
-    if logged:
-        table = table.sort_values(sweep.metric, ascending=not sweep.maximize)
-    elif sweep.metric is not None:
-        head += f"; none has logged {sweep.metric}"
-    text = frame(table.drop(columns=["seed", "judged by"]))
-    return f"{head}\n\n{text}\n\nTry next: lit-transdiff report {folder}"
+    metric = sweep.metric if any(sweep.metric in entry.scores() for run in found for entry in entries_of(run)) else None
+    if metric is None:
+        head += f"; none has logged {sweep.metric}" if sweep.metric else ""
+        return told_of(head, compare(found).table, folder)
+    compared = compare(found, [metric], {metric: sweep.maximize})
+    mean = compared.table[metric].copy()
+    for rows, of_group in zip(compared.members, compared.groups[f"{metric} mean"], strict=True):
+        mean[rows] = of_group
+    table = compared.table.assign(verdict=compared.verdict_of_rows(metric), mean=mean)
+    return told_of(head, table.sort_values(["mean", metric], ascending=not sweep.maximize).drop(columns="mean"), folder)
+
+
+def told_of(head: str, table: pd.DataFrame, folder: Path) -> str:
+    """The summary around its table."""
+    return f"{head}\n\n{frame(table.drop(columns=['seed', 'judged by']))}\n\nTry next: lit-transdiff report {folder}"
 
 
 def failures(trials: Sequence[Trial], folder: Path, tries: int) -> str | None:

@@ -10,14 +10,13 @@ from typing import Any
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.paths import export_folder
-from lit_transdiff.evaluation.scores import spread, value
+from lit_transdiff.evaluation.scores import EVALUATE, measured_std, value
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.tracking.artifacts import evaluation_artifact, make, model_artifact, use
 from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.metrics_file import last_values, read_rows
 from lit_transdiff.tracking.wandb_run import WandbRun, open_run, run_id
 
-EVALUATE = "evaluate"  # the stage of a run that scores a trained model
 REFERENCES = "references"  # the picture of an MRAR run's successive images
 
 
@@ -26,7 +25,7 @@ def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, score in scores.items():
         found[f"eval/{name}"] = value(score)
-        if (std := spread(score)) is not None:
+        if (std := measured_std(score)) is not None:
             found[f"eval/{name}_std"] = std
     return found
 
@@ -81,7 +80,7 @@ def log_result(log: WandbRun, result: Mapping[str, Any], step: int) -> None:
     scores, manifest, file = result["scores"], result["manifest"], Path(result["file"])
     log.experiment.config.update({"manifest": dict(manifest)}, allow_val_change=True)
     log.log_metrics(numbers(scores), step)
-    rows = [[name, value(score), spread(score)] for name, score in scores.items()]
+    rows = [[name, value(score), measured_std(score)] for name, score in scores.items()]
     log.log_table("eval/scores", ["metric", "value", "std"], rows, step)
     picture = file.with_suffix(".png")
     if picture.is_file():

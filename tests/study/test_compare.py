@@ -100,25 +100,26 @@ def test_a_runs_score_is_that_of_its_own_settings(tmp_path: Path) -> None:
     evaluate_again(folder, 20.0, "2029", seed=7)
     make_run(tmp_path, "b", 2.5, lr=0.1)
     made = compare(runs(tmp_path), ["eval/frechet_distance"])
-    assert list(made.table["eval/frechet_distance"]) == [2.0, 2.5]
-    assert "scores by 20 images, euler_maruyama 2 x 1" in str(made)
+    by_run = made.table.groupby("run")["eval/frechet_distance"].apply(list)
+    assert by_run["a"] == [11.0, 40.0, 30.0] and by_run["b"] == [2.5]  # seeds are averaged; other settings are rows of their own
+    assert made.table["judged by"][0] == "20 images, euler_maruyama 2 x 1, mean of 2 seeds"
     evaluate_again(folder, 3.0, "2030")  # the newest of those
-    assert compare(runs(tmp_path), ["eval/frechet_distance"]).table["eval/frechet_distance"][0] == 3.0
+    assert compare(runs(tmp_path), ["eval/frechet_distance"]).table["eval/frechet_distance"][0] == 11.5
 
 
-@pytest.mark.parametrize("other", [{"sampling": {"num_steps": 1}}, {"num_images": 5}, {"extractor": "dinov2"}])
+@pytest.mark.parametrize("other", [{"num_images": 5}, {"extractor": "dinov2"}])
 def test_there_is_no_verdict_across_judges(tmp_path: Path, other: dict[str, Any]) -> None:
     make_run(tmp_path, "a", 2.0)
     folder = make_run(tmp_path, "b", 2.5, lr=0.1)
     evaluate_again(folder, 1.0, "2027", **other)
     (folder / "evaluations" / "r.json").unlink()
     made = compare(runs(tmp_path), ["eval/frechet_distance", "val/loss"])
-    assert list(made.verdicts("eval/frechet_distance")["verdict"]) == ["alone", "alone"]
-    assert list(made.verdicts("val/loss")["verdict"]) == ["best", "unknown"]
-    assert made.table["judged by"].nunique() == 2
-    assert ("the newest; not the run's own" in str(made)) == ("extractor" not in other)
+    assert {"best", "worse", "unknown"}.isdisjoint(made.verdicts("eval/frechet_distance")["verdict"])
+    assert list(made.verdicts("val/loss")["verdict"])[:2] == ["best", "unknown"]
+    assert ("not the run's own" in str(made)) == ("extractor" not in other)
     make_run(tmp_path, "b2", 2.6, lr=0.1, seed=1)  # one group, two judges
-    assert list(compare(runs(tmp_path)).verdicts("eval/frechet_distance")["verdict"]) == ["alone", "judged differently"]
+    verdicts = compare(runs(tmp_path)).verdicts("eval/frechet_distance")["verdict"]
+    assert "judged differently" in list(verdicts) if "extractor" in other else "best" in list(verdicts)
 
 
 def test_scores_while_training_are_others_than_full_ones(tmp_path: Path) -> None:

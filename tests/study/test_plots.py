@@ -116,7 +116,7 @@ def test_what_was_judged_otherwise_is_on_no_line_with_the_rest(found: list[Run])
         run.evaluations[0].manifest.update({"cost": i + 1, "num_images": 5 if i < 2 else 20})
     figure = plots.response(found, "optimizer.lr", "eval/frechet_distance")
     assert sum(len(line.get_xdata()) for line in figure.axes[0].lines[::2]) == 4
-    assert figure.axes[0].get_title() == "2 runs judged otherwise are left out"
+    assert figure.axes[0].get_title() == "2 judged otherwise are left out"
     figure = plots.pareto(found, cost="cost")
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     fronts = ["Pareto front of 5 images by None", "Pareto front of 20 images by None"]

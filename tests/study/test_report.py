@@ -85,10 +85,10 @@ def test_repeats_are_one_entry_and_evaluations_say_what_tells_them_apart(tmp_pat
     a, b = page_data(runs(tmp_path))["runs"]
     assert a["scores"]["eval/frechet_distance"] == pytest.approx(2.2) and b["scores"]["eval/frechet_distance"] == 1.9
     assert a["spreads"]["eval/frechet_distance"] == "± 1.3 (n=3)" and b["spreads"] == {}
-    assert a["judges"]["eval/frechet_distance"] == b["judges"]["eval/frechet_distance"]
+    assert (a["verdicts"]["eval/frechet_distance"], b["verdicts"]["eval/frechet_distance"]) == ("unknown", "best")
     pooled, few = a["evaluations"]
     assert (pooled["shown"], few["shown"]) == (True, False) and pooled["label"] != few["label"]
-    assert "images 20, seeds 0, 1, 2" in pooled["label"] and "images 5, seed 0" in few["label"]
+    assert "20 images, seeds 0, 1, 2" in pooled["label"] and "5 images, seed 0" in few["label"]
     by_title = {score["title"]: score for score in pooled["scores"]}
     assert by_title["Frechet distance"]["n"] == 3 and by_title["Frechet distance"]["std"] == pytest.approx(1.3115, rel=1e-3)
     assert all(score["n"] == 1 for score in few["scores"])
@@ -119,9 +119,9 @@ def test_what_does_not_compare_has_other_judges(tmp_path: Path) -> None:
     (folder / "evaluations" / "r.json").write_text(json.dumps(content))
     MetricsCSV(folder / "metrics.csv", 8).log_metrics({"train/loss": math.nan}, 6)
     a, b = page_data(runs(tmp_path))["runs"]
-    assert a["judges"]["eval/frechet_distance"] != b["judges"]["eval/frechet_distance"]
-    assert a["judges"]["val/loss"] == b["judges"]["val/loss"] and b["state"] == "diverged"
-    assert a["judge"].startswith("20 images") and "the newest; not the run's own: num_images 5" in b["judge"]
+    assert (a["verdicts"]["eval/frechet_distance"], b["verdicts"]["eval/frechet_distance"]) == ("alone", "diverged")
+    assert (a["verdicts"]["val/loss"], b["verdicts"]["val/loss"], b["state"]) == ("alone", "", "diverged")
+    assert a["judge"].startswith("20 images") and "not the run's own: num_images 5" in b["judge"]
 
 
 def test_long_runs_make_small_pages(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.results import DECIDING, result_name
-from lit_transdiff.study.table import Comparison, collect, compare
+from lit_transdiff.study.table import Written, compare_results, write_comparison
 from lit_transdiff.study.text import markdown
 
 PLAIN = dict(drift_scale=1.0, noise_scale=1.0)
@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_table_marks_the_best_of_what_is_judged_alike(folder: Path, tmp_path: Path) -> None:
-    made = compare(folder, tmp_path / "out")
+    made = write_comparison(folder, tmp_path / "out")
     table = [[cell.strip() for cell in line.split("|")] for line in made.markdown.read_text().splitlines() if "|" in line]
     lines = {cells[1]: cells for cells in table}
     head = lines["run"]
@@ -74,12 +74,12 @@ def test_the_table_marks_the_best_of_what_is_judged_alike(folder: Path, tmp_path
     assert lines["other"][column["Frechet"]] == "0.1"  # another reference: best of nothing
     assert lines["onestep"][column["inception"]] == "8.1 ± 0.2" and lines["mrar"][column["inception"]] == "-"
     assert "64,000" in lines["onestep"] and "euler 40 x 1.5" in lines["onestep"]
-    assert "euler 40 x 1.5, scales 1 0.9" in lines["mrar"] and "classifier, real, 1,000 balanced" in lines["mrar"]
+    assert "euler 40 x 1.5, scales 1 0.9" in lines["mrar"] and "classifier, real, 1,000 images, balanced" in lines["mrar"]
     assert "Not all rows are judged alike" in made.text and "analogues" in made.text
 
 
 def test_text_is_aligned_and_the_csv_holds_plain_numbers(folder: Path, tmp_path: Path) -> None:
-    made = compare(folder, tmp_path / "out")
+    made = write_comparison(folder, tmp_path / "out")
     lines = made.text.splitlines()[:5]
     starts = [i for i in range(1, len(lines[1])) if lines[1][i - 1 : i + 1] == " -"]
     assert all(len(line) > start and line[start - 1] == " " for line in lines for start in starts)
@@ -92,13 +92,17 @@ def test_text_is_aligned_and_the_csv_holds_plain_numbers(folder: Path, tmp_path:
         assert picture.width > 3 * 300 and picture.height > 200
 
 
+def names(folder: Path) -> list[str]:
+    return [entry.run.name for entry in compare_results(folder).entries]
+
+
 def test_folders_without_results_are_refused_and_broken_files_left_out(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no result"):
-        compare(tmp_path / "empty", tmp_path / "out")
-    assert [row.manifest["run"] for row in collect(folder)] == ["mrar", "onestep", "other"]
+        write_comparison(tmp_path / "empty", tmp_path / "out")
+    assert names(folder) == ["mrar", "onestep", "other"]
     for bad in (
         "{}",
         "[]",
@@ -108,14 +112,14 @@ def test_folders_without_results_are_refused_and_broken_files_left_out(
     ):
         (folder / "mrar" / "evaluations" / "x.json").write_text(bad)
         caplog.clear()
-        assert [row.manifest["run"] for row in collect(folder)] == ["mrar", "onestep", "other"]
-        assert "x.json is not a result" in caplog.text and "left out" in caplog.text
+        assert names(folder) == ["mrar", "onestep", "other"]
+        assert "x.json is " in caplog.text and "left out" in caplog.text
     with pytest.raises(ValueError, match="none of the files in evaluations/ is a result"):
         shutil.copytree(folder / "mrar", tmp_path / "only", ignore=lambda _, names: [n for n in names if n.startswith("mrar")])
-        collect(tmp_path / "only")
+        write_comparison(tmp_path / "only", tmp_path / "out")
 
 
-def table_of(made: Comparison) -> list[dict[str, str]]:
+def table_of(made: Written) -> list[dict[str, str]]:
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made.markdown.read_text().splitlines() if "|" in line]
     return [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
 
@@ -127,7 +131,7 @@ def test_repeats_are_one_row_and_the_luckiest_is_not_the_best(tmp_path: Path) ->
     write(tmp_path, "a", {"frechet_distance": 7.0}, seed=0, metrics=["frechet_distance"], date="2025-01-01")  # seed 0, earlier
     write(tmp_path, "b", {"frechet_distance": 2.0, "inception_score": {"mean": 3.0, "std": 0.0}})
     write(tmp_path, "b", {"frechet_distance": 0.5}, num_images=50_000)
-    made = compare(tmp_path, tmp_path / "out")
+    made = write_comparison(tmp_path, tmp_path / "out")
     pooled, single, many = sorted(table_of(made), key=lambda row: (row["run"], "50,000" in row["judged by"]))
     assert pooled["Frechet distance ↓"] == "2.1 ± 0.96 (n=3)" and pooled["seeds"] == "0, 1, 2"
     assert pooled["inception score ↑"] == "**9 ± 1 (n=3)**" and pooled["precision ↑"] == "0.7 ± 0 (n=3)"
@@ -155,7 +159,7 @@ def test_repeats_are_one_row_and_the_luckiest_is_not_the_best(tmp_path: Path) ->
 def test_what_differs_between_evaluations_of_a_run_is_shown(tmp_path: Path, change: dict, column: str) -> None:
     write(tmp_path, "a", {"frechet_distance": 2.0})
     write(tmp_path, "a", {"frechet_distance": 2.0}, **change)
-    first, second = table_of(compare(tmp_path, tmp_path / "out"))
+    first, second = table_of(write_comparison(tmp_path, tmp_path / "out"))
     assert first[column] != second[column]
 
 
@@ -163,16 +167,16 @@ def test_the_text_fits_a_terminal(tmp_path: Path) -> None:
     scores = {name: {"mean": 0.123456, "std": 0.01} for name in METRICS}
     write(tmp_path, "guidance_scale_1.5-guidance_interval_0.2_0.7-num_steps_40-1a2b3c4d", scores)
     write(tmp_path, "mrar", scores, num_references=4, sampling=SAMPLING | {"noise_scale": 0.9}, stage="mrar_finetune")
-    text = compare(tmp_path, tmp_path / "out").text
+    text = write_comparison(tmp_path, tmp_path / "out").text
     assert max(map(len, text.splitlines())) <= 120 and text.count("0.1235 ± 0.01") >= 2 * len(METRICS)
     assert "num_steps_40-1a2b3c4d" in text
 
 
 def test_weights_are_shown_where_they_differ(folder: Path, tmp_path: Path) -> None:
     """Results of earlier versions say ema of every export; what the export says of itself is right."""
-    assert "weights" not in compare(folder, tmp_path / "out").markdown.read_text().splitlines()[0]
+    assert "weights" not in write_comparison(folder, tmp_path / "out").markdown.read_text().splitlines()[0]
     write(folder, "raw", {"frechet_distance": 3.0}, weights="ema", training={"images_seen": 1, "weights": "last"})
-    made = compare(folder, tmp_path / "out")
+    made = write_comparison(folder, tmp_path / "out")
     assert "weights" in made.markdown.read_text().splitlines()[0]
     with open(made.csv) as file:
         assert {row["run"]: row["weights"] for row in csv.DictReader(file)} == {
@@ -184,11 +188,11 @@ def test_weights_are_shown_where_they_differ(folder: Path, tmp_path: Path) -> No
 def test_a_missing_picture_is_named(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     picture = next((folder / "other").rglob("*.png"))
     picture.unlink()
-    made = compare(folder, tmp_path / "out")
+    made = write_comparison(folder, tmp_path / "out")
     assert str(picture) in caplog.text and made.picture is not None
     for picture in folder.rglob("*/evaluations/*.png"):
         picture.unlink()
-    assert compare(folder, tmp_path / "none").picture is None and not (tmp_path / "none" / "comparison.png").exists()
+    assert write_comparison(folder, tmp_path / "none").picture is None and not (tmp_path / "none" / "comparison.png").exists()
 
 
 def test_settings_are_text_in_markdown():
