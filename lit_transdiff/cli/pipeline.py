@@ -35,6 +35,7 @@ from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.study.table import check_output, write_comparison
 from lit_transdiff.tracking.evaluations import evaluation_run, log_evaluation, log_own_scores
 from lit_transdiff.tracking.place import placed, trial_place
+from lit_transdiff.tracking.wandb_run import check_mode
 from lit_transdiff.training.build import build_data, plan
 from lit_transdiff.training.trainer import train
 
@@ -221,6 +222,8 @@ def sample_and_score(run: RunConfig, per_class: int, fabric: Fabric) -> dict[str
 
 def score_own(run: RunConfig, generator: Generator, fabric: Fabric) -> dict[str, Any]:
     """Score a trained run with its own settings, unless it has been; the scores go to the run itself."""
+    if run.tracking.wandb:
+        check_mode()
     start = time.time()
     result = evaluate(generator, run.evaluation, run.sampling, fabric=fabric, output=run.folder, reuse=True)
     if fabric.is_global_zero:
@@ -246,6 +249,8 @@ def score_checkpoint(
     """
     checkpoint = generator.checkpoint
     run = placed(evaluation_run(settings, checkpoint))
+    if run.tracking.wandb:
+        check_mode()
     trial = trial_place() is not None
     folder = output or (run.folder if trial else Path(checkpoint))
     if trial and fabric.is_global_zero:

@@ -44,6 +44,12 @@ def records(file: Path) -> Iterable[dict[str, Any]]:
     return (json.loads(line) for line in done.stdout.splitlines())
 
 
+def last_step(start: Iterable[dict[str, Any]]) -> int:
+    """The last training step that a start of a run logged."""
+    rows = (record["history"]["item"] for record in start if record["type"] == "history")
+    return max((int(row[STEP]) for row in rows if STEP in row), default=-1)
+
+
 def with_media(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the log with its media (spread over ``KEY._type``, ``KEY.path``, ...) as one dictionary a key."""
     for key in [key.removesuffix("._type") for key in row if key.endswith("._type")]:
@@ -59,9 +65,10 @@ def read_log(files: list[Path]) -> Run:
     config: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     state = "unfinished"
-    for file in files:
+    starts = sorted(([*records(file)] for file in files), key=last_step)  # the clock may have gone back between two of them
+    for start in starts:
         state = "unfinished"
-        for record in records(file):
+        for record in start:
             kind = record["type"]
             if kind == "run":
                 run |= {key: value for key, value in record["run"].items() if value}

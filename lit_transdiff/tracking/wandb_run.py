@@ -67,7 +67,7 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
     except wandb.errors.CommError as error:
         log.warning(
             "W&B cannot be reached (%s). This run is recorded offline; later: wandb sync %s/offline-run-*",
-            error,
+            " ".join(str(error).split()),  # in one line
             folder / "wandb",
         )
         wandb.teardown()  # its service still holds the run that could not start

@@ -18,12 +18,12 @@ from PIL import Image
 
 from lit_transdiff.checkpoints.run_folder import open_folder
 from lit_transdiff.config.loading import save_yaml
-from lit_transdiff.study import folders
+from lit_transdiff.study import folders, wandb_logs
 from lit_transdiff.study.runs import archive, runs
 from lit_transdiff.study.wandb_logs import log_files, read_log
 from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.metrics_file import COLUMNS, read_rows
-from lit_transdiff.tracking.wandb_run import WandbRun
+from lit_transdiff.tracking.wandb_run import STEP, WandbRun
 from tests.small import small_run
 from tests.wandb_stub import Stub
 
@@ -319,3 +319,22 @@ def test_ten_thousand_steps_at_wandb_are_read_in_five_seconds(stub: Stub, tmp_pa
     start = cpu_seconds()  # with the time of the server, which is a thread of this process
     (run,) = runs("team/p")
     assert len(run.history()) == 10_000 and cpu_seconds() - start < 5
+
+
+def test_the_last_start_is_the_one_that_came_furthest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock went back between two starts: the folder of the second has the earlier time."""
+
+    def start(steps: range, loss: float, code: int) -> list[dict[str, Any]]:
+        rows = [{"type": "history", "history": {"item": {STEP: step, "train/loss": loss}}} for step in steps]
+        return [*rows, {"type": "exit", "exit": {"exit_code": code}}]
+
+    first, second = (tmp_path / f"offline-run-20260101_{hour}0000-a" / "run-a.wandb" for hour in (12, 11))
+    starts = {first: start(range(1, 5), 2.0, 1), second: start(range(4, 7), 1.0, 0)}
+    for file in starts:
+        file.parent.mkdir()
+        file.touch()
+    monkeypatch.setattr(wandb_logs, "records", starts.__getitem__)
+    (files,) = log_files(tmp_path)
+    run = read_log(files)
+    assert files == [second, first] and run.state == "finished"
+    assert run.history()["train/loss"].tolist() == [2.0, 2.0, 2.0, 1.0, 1.0, 1.0]

@@ -3,9 +3,13 @@
 import csv
 import errno
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from lightning.fabric import Fabric
 
+from lit_transdiff.cli import pipeline
 from lit_transdiff.tracking import loggers
 from lit_transdiff.tracking.evaluations import log_own_scores
 from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV, build_loggers
@@ -122,3 +126,16 @@ def test_a_mode_that_wandb_has_not_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("WANDB_MODE", mode)
     with pytest.raises(ValueError, match=f"WANDB_MODE: got '{mode}'; allowed: online, offline, disabled"):
         build_loggers(small_run(tmp_path, tracking={"wandb": True}))
+
+
+@pytest.mark.parametrize("mode", ["", "onlin"])
+def test_such_a_mode_is_refused_before_anything_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setattr(pipeline, "evaluate", lambda *arguments, **options: pytest.fail("scored"))
+    run = small_run(tmp_path, tracking={"wandb": True})
+    generator: Any = SimpleNamespace(checkpoint=str(tmp_path))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    with pytest.raises(ValueError, match="WANDB_MODE"):
+        pipeline.score_own(run, generator, fabric)
+    with pytest.raises(ValueError, match="WANDB_MODE"):
+        pipeline.score_checkpoint(generator, run, None, fabric)
