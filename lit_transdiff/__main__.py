@@ -24,19 +24,19 @@ from lit_transdiff.base.endings import (
 )
 from lit_transdiff.base.files import is_full
 from lit_transdiff.cli import commands
-from lit_transdiff.config import COLOURS, PRESETS
+from lit_transdiff.config import BACKGROUNDS, PRESETS
 from lit_transdiff.config.imports import import_modules
 from lit_transdiff.config.paths import expand_paths
 
 # Started again, they go on with what was not done yet; of the others, whom any other signal may kill, Ctrl-C leaves nothing.
 RESUMABLE = (
-    commands.train,
-    commands.run,
-    commands.evaluate,
-    commands.reproduce,
-    commands.cache,
-    commands.pack,
-    commands.sweep,
+    commands.train_command,
+    commands.run_command,
+    commands.evaluate_command,
+    commands.reproduce_command,
+    commands.cache_command,
+    commands.pack_command,
+    commands.sweep_command,
 )
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS)  # a path that cannot be meant
 EXIF = "turn images upright by their EXIF orientation, or not, as ADM; where files are kept, data.exif says so to the readers"
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(function.__name__, help=text, description=text)
+        sub = subparsers.add_parser(function.__name__.removesuffix("_command"), help=text, description=text)
         sub.set_defaults(function=function)
         sub.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help="a module of your own")
         return sub
@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
     """What is done once to a data set."""
-    sub = command(commands.pack, "image folder, IDX files or list file -> webdataset shards with an index")
+    sub = command(commands.pack_command, "image folder, IDX files or list file -> webdataset shards with an index")
     sub.add_argument("source")
     sub.add_argument("dest")
     sub.add_argument("--split", choices=("train", "t10k"), help="which of the IDX files")
@@ -96,7 +96,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("--image-size", type=int, help="centre-crop and resize to this many pixels")
     sub.add_argument("--pad-to", type=int, help="pad with zeros to this many pixels")
     sub.add_argument("--exif", choices=("turn", "ignore"), default="turn", help=EXIF)
-    sub.add_argument("--background", default="white", help="what shows under transparent pixels: " + COLOURS)
+    sub.add_argument("--background", default="white", help="what shows under transparent pixels: " + BACKGROUNDS)
     sub.add_argument("--limit", type=int, help="pack only so many, evenly over the classes")
     sub.add_argument(
         "--class-names",
@@ -104,17 +104,17 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     )
     sub.add_argument("--workers", type=int, default=0, help="processes that write shards; default: this one alone")
 
-    sub = command(commands.index, "write the index of webdataset shards that you already have")
+    sub = command(commands.index_command, "write the index of webdataset shards that you already have")
     sub.add_argument("folder")
     sub.add_argument("--class-names", help="names in order of class, separated by commas")
     sub.add_argument("--label", default="cls", help="member with the class number or name: cls, txt, or json:FIELD; default: cls")
     sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
-    sub = command(commands.verify, "check the SHA-256 of every shard against the index")
+    sub = command(commands.verify_command, "check the SHA-256 of every shard against the index")
     sub.add_argument("folder")
     sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
-    sub = command(commands.cache, "image shards -> latent shards, with the autoencoder and image settings of a run")
+    sub = command(commands.cache_command, "image shards -> latent shards, with the autoencoder and image settings of a run")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("source")
     sub.add_argument("dest")
@@ -122,7 +122,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("--batch-size", type=int, default=64, help="images that are encoded together on each device")
     with_overrides(sub)
 
-    sub = command(commands.statistics, "image shards -> reference statistics, with the extractor of a run")
+    sub = command(commands.statistics_command, "image shards -> reference statistics, with the extractor of a run")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("source", help="folder of image shards, or an .npz file with images as arr_0 (ADM's layout)")
     sub.add_argument("dest", help="a file name ending in .npz")
@@ -139,27 +139,28 @@ def add_trained(sub: argparse.ArgumentParser) -> None:
 
 def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
     """What makes trained models."""
-    sub = command(commands.train, "train one run; the same command again continues it")
+    sub = command(commands.train_command, "train one run; the same command again continues it")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
     sub.add_argument("--allow-pipe", action="store_true", help="permit data.train=pipe:COMMAND, which runs that command")
     sub.add_argument("--evaluate", action="store_true", help="score the trained model; the scores go to the same run")
     with_overrides(sub)
 
-    sub = command(commands.run, "train, sample and score a list of runs and compare them; the same command again continues it")
+    text = "train, sample and score a list of runs and compare them; the same command again continues it"
+    sub = command(commands.run_command, text)
     sub.add_argument("pipeline", help="the pipeline's YAML")
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
     sub.add_argument("--allow-pipe", action="store_true", help="permit data.train=pipe:COMMAND, which runs that command")
     with_overrides(sub)
 
-    sub = command(commands.init, "write a package for your own ideas: a module, its test, a recipe, a sweep, a notebook")
+    sub = command(commands.init_command, "write a package for your own ideas: a module, its test, a recipe, a sweep, a notebook")
     sub.add_argument("folder", help="the package's folder and name, as in my_lab")
 
-    sub = command(commands.settings, "every setting of a run: its values, default and meaning")
+    sub = command(commands.settings_command, "every setting of a run: its values, default and meaning")
     sub.add_argument("name", nargs="?", help="a section or a setting, as in sampling or optimizer.lr; default: all")
     sub.add_argument("--markdown", action="store_true", help="print the page docs/settings.md instead")
 
-    sub = command(commands.convert, "released checkpoints (TransDiff, latent diffusion's autoencoder) <-> ours")
+    sub = command(commands.convert_command, "released checkpoints (TransDiff, latent diffusion's autoencoder) <-> ours")
     sub.add_argument("source", help="checkpoint-last.pth, its folder, or kl16.ckpt; back: an export or autoencoder folder")
     sub.add_argument("dest", help="a folder; back: a file name ending in .pth or .ckpt")
     sub.add_argument("--autoencoder", help="folder of the converted autoencoder that the model was trained with")
@@ -171,7 +172,7 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
 
 def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
     """What draws from trained models, scores and compares them."""
-    sub = command(commands.sample, "draw images from a trained run: a labelled grid and single images")
+    sub = command(commands.sample_command, "draw images from a trained run: a labelled grid and single images")
     add_trained(sub)
     sub.add_argument("--classes", help="names or numbers, as in sneaker,bag or 0,7 or 0-3; default: the first ten")
     sub.add_argument("--per-class", type=int, default=8)
@@ -181,16 +182,14 @@ def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.
     sub.add_argument("--output", help="folder; default: samples/drawn in the run folder; where that is taken, drawn-2, ...")
     with_overrides(sub)
 
-    sub = command(commands.evaluate, "score a trained run and store the scores with everything that decided them")
+    sub = command(commands.evaluate_command, "score a trained run and store the scores with everything that decided them")
     add_trained(sub)
     sub.add_argument("--output", help="folder that all processes share; default: the run folder")
     sub.add_argument("--save-images", choices=("npz", "folder", "both"), help="also keep the images: ADM .npz, PNG files")
     with_overrides(sub)
 
-    sub = command(
-        commands.reproduce,
-        "a row of the paper's table from the released files: convert, generate, score, ours beside the paper's",
-    )
+    text = "a row of the paper's table from the released files: convert, generate, score, ours beside the paper's"
+    sub = command(commands.reproduce_command, text)
     sub.add_argument("row", help="a name in experiments/baselines.json, as in L-MRAR")
     sub.add_argument("--weights", required=True, help="checkpoint-last.pth, or its folder")
     sub.add_argument("--vae", required=True, help="kl16.ckpt")
@@ -200,7 +199,7 @@ def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.
     sub.add_argument("--experiments", default="experiments", help="folder of the recipes; default: %(default)s")
     with_overrides(sub)
 
-    sub = command(commands.compare, "one table of all scored runs below a folder, as text, Markdown, CSV and a picture")
+    sub = command(commands.compare_command, "one table of all scored runs below a folder, as text, Markdown, CSV and a picture")
     sub.add_argument("folder")
     sub.add_argument("--output", help="folder; default: the same")
 
@@ -208,7 +207,7 @@ def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.
 def add_study_commands(command: AddCommand) -> None:
     """What looks at many runs together."""
     text = "run a W&B sweep file on this machine, without a server; the same command continues it and tries failed trials again"
-    sub = command(commands.sweep, text)
+    sub = command(commands.sweep_command, text)
     sub.add_argument("file", help="the sweep's YAML")
     sub.add_argument("--output", help="folder of the trials; default: runs/sweeps/NAME")
     sub.add_argument("--agents", type=int, help="trials at once; default: as many as the GPUs allow, or one on CPUs")
@@ -216,25 +215,26 @@ def add_study_commands(command: AddCommand) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of random and bayes")
     sub.add_argument("--tries", type=int, default=3, help="attempts of a trial that fails, one a command; default: %(default)s")
 
-    sub = command(commands.report, "one HTML page of all runs below a folder: curves, samples, scores, differences")
+    sub = command(commands.report_command, "one HTML page of all runs below a folder: curves, samples, scores, differences")
     sub.add_argument("folder", help="a folder of runs, an archive of them, or entity/project at W&B")
     sub.add_argument("--output", help="the file; default: report.html in the folder, or beside the archive")
 
 
 def add_machine_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
     """What is asked of machines before and after a run."""
-    sub = command(commands.plan, "memory, time and network of a run for every strategy, before it is started")
+    sub = command(commands.plan_command, "memory, time and network of a run for every strategy, before it is started")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("--gpus", type=int, required=True)
     sub.add_argument("--gpu", required=True, help="as in h200, h100, a100-80gb")
     sub.add_argument("--mfu", type=float, default=0.35, help="share of the peak that is reached; default: %(default)s")
     with_overrides(sub)
 
-    sub = command(commands.doctor, "check this machine, or under torchrun an allocation: devices, network, file system, versions")
+    text = "check this machine, or under torchrun an allocation: devices, network, file system, versions"
+    sub = command(commands.doctor_command, text)
     sub.add_argument("--folder", default="runs", help="a folder that all nodes must see; default: %(default)s")
     sub.add_argument("--shards", help="a folder of shards whose reading is timed")
 
-    sub = command(commands.export, "a checkpoint of any strategy -> plain averaged weights (safetensors) and config.yaml")
+    sub = command(commands.export_command, "a checkpoint of any strategy -> plain averaged weights (safetensors) and config.yaml")
     sub.add_argument("run_folder")
     sub.add_argument("--step", type=int, help="default: the last checkpoint")
     sub.add_argument("--average", default="ema", help="ema, ema_DECAY of optimizer.more_ema_decays, or last for the weights")

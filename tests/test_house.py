@@ -38,6 +38,7 @@ DOORS = {
     "omegaconf": {"config/loading.py"},
     "yaml": {"config/yaml_text.py"},
 }
+TWICE = {"log"}  # names that may be defined in two files: the logger of a module
 
 
 def room_of(path: Path) -> str:
@@ -103,6 +104,28 @@ def test_public_code_is_documented_and_nothing_is_loose(path: Path):
             length = (node.end_lineno or node.lineno) - node.lineno
             assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
     assert text.count("\n") <= MAX_FILE
+
+
+def defined(path: Path) -> set[str]:
+    """Names of the functions, classes and constants at the top of a file."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return {name for name in names if not name.startswith("__")}
+
+
+def test_a_name_is_defined_in_one_file():
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for name in defined(path):
+            homes.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
+    twice = {name: files for name, files in homes.items() if len(files) > 1}
+    assert not {name: files for name, files in twice.items() if name not in TWICE}
+    assert set(TWICE) <= set(twice), f"defined once now, take it from TWICE: {set(TWICE) - set(twice)}"
 
 
 def test_dependencies_stand_in_one_list():

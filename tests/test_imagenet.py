@@ -27,7 +27,7 @@ from lit_transdiff.evaluation.prepare import cache
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.convert import convert
 from lit_transdiff.released.key_names import our_name, released_shapes
-from lit_transdiff.training.build import plan
+from lit_transdiff.training.build import outline
 from lit_transdiff.training.trainer import train
 from tests import plain_autoencoder
 from tests.reference import FIXTURES
@@ -93,7 +93,7 @@ def narrow(path: Path, imagenet: Path, output: Path, *more: str) -> RunConfig:
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_a_recipe_dry_runs_with_the_published_number_of_parameters(path: Path, imagenet: Path, tmp_path: Path):
     run = load_run(path, overrides(imagenet, tmp_path))
-    text = plan(run, made=[run.init_from] if run.init_from else [])
+    text = outline(run, made=[run.init_from] if run.init_from else [])
     counts = json.loads((FIXTURES / "state_dict_shapes.json").read_text())["param_counts"]
     kind = "mrar" if run.model.num_references > 1 else "onestep"
     released = counts.get(f"{kind}_{run.model.size}_{run.data.image_size}")

@@ -14,7 +14,7 @@ from lit_transdiff.cli.pipeline import dry_run, farewell, load_pipeline, run_pip
 from lit_transdiff.config import SIZES, ModelConfig, check_effects
 from lit_transdiff.config.loading import load_run, read_yaml, run_from
 from lit_transdiff.data.pack import pack
-from lit_transdiff.tracking.place import flat
+from lit_transdiff.tracking.place import flattened
 from tests.small import ROOT, small_run
 
 OTHERS = ("launch", "sweeps")  # files of Kubernetes and of W&B; sweeps have a test of their own
@@ -101,7 +101,7 @@ def test_a_pipeline_looks_at_its_images_before_the_first_stage(train: dict, held
 def test_output_dir_moves_everything_that_a_pipeline_makes(path: Path):
     def paths(output: str) -> list[str]:
         pipeline, runs = load_pipeline(path, [f"output_dir={output}"])
-        settings = [flat(dataclasses.asdict(run)) for run in runs]
+        settings = [flattened(dataclasses.asdict(run)) for run in runs]
         own = [pipeline.output_dir, pipeline.reference_images, *(step.source for step in pipeline.cache)]
         return [value for value in (*own, *(v for s in settings for v in s.values())) if isinstance(value, str) and "/" in value]
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 SEAL = "checksum"  # the entry of a JSON file that holds the CRC-32 of the others
 CHECKSUMS = "checksums.json"  # the CRC-32 of the files beside it, where there is no export.json that holds them
 HARDLY = 1 << 20  # bytes free, on a disk that is as good as full
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the share of a user of it, the largest file of a process
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the share of a user of it, the largest file of a process
 
 
 def sha256_of(path: Path) -> str:
@@ -202,10 +202,10 @@ def damage_once(path: Path, size: int, modified: int) -> str | None:
 
 def is_full(error: BaseException) -> bool:
     """Whether an error says that the disk is full, or what one may use of it."""
-    return number_of(error) in FULL
+    return errno_of(error) in NO_ROOM
 
 
-def number_of(error: BaseException) -> int | None:
+def errno_of(error: BaseException) -> int | None:
     """The operating system's number of an error; safetensors gives it in its text."""
     said = re.search(r"\(os error (\d+)\)", str(error))
     return int(said[1]) if said else getattr(error, "errno", None)
@@ -224,8 +224,8 @@ def naming_full(path: Path) -> Iterator[None]:
         silent = not isinstance(error, OSError | ValueError) and free < HARDLY
         if not (is_full(error) or silent):
             raise
-        number = number_of(error) or errno.ENOSPC
-        raise OSError(number, f"{os.strerror(number)} ({readable(free)} free)", str(path)) from error
+        number = errno_of(error) or errno.ENOSPC
+        raise OSError(number, f"{os.strerror(number)} ({format_bytes(free)} free)", str(path)) from error
 
 
 @contextmanager
@@ -252,11 +252,11 @@ def require_space(folder: Path, needed: int) -> None:
     """Raise ``NoSpaceError``, also a ``ValueError``, when fewer than ``needed`` bytes are free on the disk of ``folder``."""
     free = free_bytes(folder)
     if needed > free:
-        text = f"{folder}: {readable(needed)} are to be written, but only {readable(free)} are free on that disk."
+        text = f"{folder}: {format_bytes(needed)} are to be written, but only {format_bytes(free)} are free on that disk."
         raise NoSpaceError(errno.ENOSPC, text)
 
 
-def readable(num_bytes: int) -> str:
+def format_bytes(num_bytes: int) -> str:
     """Bytes for people: ``42.3 GB`` (powers of 1000)."""
     size = float(num_bytes)
     for unit in ("bytes", "kB", "MB"):

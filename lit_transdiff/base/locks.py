@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import IO
 
 LOCK = "lock"  # the file in a folder that is held
-PATIENCE = 60.0  # seconds in which a process that is about to end, or to be started again elsewhere, frees the folder
+LOCK_PATIENCE = 60.0  # seconds in which a process that is about to end, or to be started again elsewhere, frees the folder
 log = logging.getLogger(__name__)
 
 
@@ -25,17 +25,17 @@ class FolderLock:
         self.file: IO[str] | None = None
 
     def take(self) -> bool:
-        """Whether another process had to be waited for. ``ValueError`` names the one that holds it after ``PATIENCE`` seconds."""
+        """Whether another process had to be waited for. ``ValueError`` names its holder after ``LOCK_PATIENCE`` seconds."""
         if self.file is not None:
             return False
-        deadline, waited = time.monotonic() + PATIENCE, False
+        deadline, waited = time.monotonic() + LOCK_PATIENCE, False
         while not self.taken():
             if time.monotonic() >= deadline:
                 holder = self.holder()
                 self.free()
                 raise ValueError(f"{self.folder}: {holder}.")
             if not waited:
-                log.warning("%s: %s; waiting %.0f s for it to end", self.folder, self.holder(), PATIENCE)
+                log.warning("%s: %s; waiting %.0f s for it to end", self.folder, self.holder(), LOCK_PATIENCE)
             waited = True
             time.sleep(0.2)
         assert self.file is not None

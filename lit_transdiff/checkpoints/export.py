@@ -33,7 +33,7 @@ FILES = (
     *("config.json", "diffusion_pytorch_model.safetensors", "classifier.safetensors"),
 )
 # Settings that are paths to what a trained model is used with; where they lead from the export is written beside them.
-PLACES = ("autoencoder.path", "evaluation.extractor_weights", "evaluation.reference", "data.train", "data.evaluation")
+EXPORT_PLACES = ("autoencoder.path", "evaluation.extractor_weights", "evaluation.reference", "data.train", "data.evaluation")
 FARTHEST = 0.1  # of a combination of averages from the one asked for, by their profiles
 
 
@@ -65,9 +65,9 @@ def read_export(path: str | Path) -> Export:
 
 
 def paths_from(folder: Path, run: RunConfig) -> dict[str, str]:
-    """The paths of ``PLACES`` that the run has, as they are reached from ``folder``."""
+    """The paths of ``EXPORT_PLACES`` that the run has, as they are reached from ``folder``."""
     settings = to_dict(run)
-    given = {name: setting(settings, name) for name in PLACES}
+    given = {name: setting(settings, name) for name in EXPORT_PLACES}
     return {name: os.path.relpath(path, folder) for name, path in given.items() if path and "://" not in path}
 
 
@@ -79,7 +79,7 @@ def found_again(run: RunConfig, folder: Path, info: Mapping[str, Any]) -> RunCon
     settings, known = to_dict(run), info.get("paths")
     for name, path in (known if isinstance(known, dict) else paths_from(run.folder / "export", run)).items():
         there = folder / str(path)
-        if name in PLACES and there.exists() and not Path(setting(settings, name) or "").exists():
+        if name in EXPORT_PLACES and there.exists() and not Path(setting(settings, name) or "").exists():
             section, field = name.split(".")
             settings[section][field] = str(there.resolve())
     return run_from(settings, source=str(folder / "config.yaml"))
@@ -114,7 +114,7 @@ def export_run(run_folder: Path, step: int | None, average: str, output: str | N
     chosen = max(found) if step is None else step
     require(chosen in found, "--step", chosen, f"one of {sorted(found)}")
     folder = Path(output) if output else run_folder / f"export-{chosen:08d}"
-    check_output(folder, run_folder)
+    check_export_folder(folder, run_folder)
     combines = width_of(average) is not None
     used = [checkpoint for step, checkpoint in sorted(found.items()) if step == chosen or (combines and step < chosen)]
     for checkpoint in used:
@@ -223,7 +223,7 @@ def earlier_files(folder: Path, own: bool = False) -> Collection[str]:
     return [name for name in named if below(folder, name, f"{folder / INFO}: files").is_file()]
 
 
-def check_output(folder: Path, run_folder: Path) -> None:
+def check_export_folder(folder: Path, run_folder: Path) -> None:
     """Refuse, before anything is read, a folder that ``export`` would not replace: also what a run keeps for itself."""
     place = folder.resolve()
     earlier_files(place)

@@ -65,7 +65,7 @@ FREE = (
 # Settings that are paths: what lies there may not change; the path may.
 PLACES = ("data.train", "data.evaluation", "data.index", "data.groups", "autoencoder.path", "init_from")
 # What a run writes into its folder before or without a checkpoint; "lock" and "wandb" are made before "config.yaml".
-KEPT = ("environment.json", "metrics.csv", "samples", "best", "export", "evaluations")
+WRITTEN_EARLY = ("environment.json", "metrics.csv", "samples", "best", "export", "evaluations")
 # Settings that a stage does not read, by their beginnings; it may be continued with others, as the runs of a pipeline share them.
 UNREAD = {
     "autoencoder": ("autoencoder.", "model.", "flow."),
@@ -88,7 +88,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     return found
 
 
-def content_of(place: str | None) -> str | None:
+def content_checksum(place: str | None) -> str | None:
     """A checksum of what a path leads to: the index of shards, the weights of a model, or a file; nothing where none is here."""
     if place is None or "://" in place or place.startswith("pipe:"):
         return None
@@ -107,15 +107,15 @@ def inputs(run: RunConfig) -> dict[str, str]:
     """Checksums of what the run's paths lead to, by the settings' names, for its checkpoints."""
     settings = to_dict(run)
     places = {name: setting(settings, name) for name in PLACES}
-    return {name: content for name, place in places.items() if (content := content_of(place)) is not None}
+    return {name: content for name, place in places.items() if (content := content_checksum(place)) is not None}
 
 
 def same_place(old: str | None, new: str | None, content: str | None) -> bool:
     """Whether two paths lead to the same: in other words, or to the same ``content`` (without it, what ``old`` leads to now)."""
     if old is None or new is None or "://" in old + new:
         return old == new
-    now = content_of(new)
-    return Path(old).resolve() == Path(new).resolve() or (now is not None and now == (content or content_of(old)))
+    now = content_checksum(new)
+    return Path(old).resolve() == Path(new).resolve() or (now is not None and now == (content or content_checksum(old)))
 
 
 def changed(there: RunConfig, run: RunConfig, contents: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
@@ -143,7 +143,7 @@ def check_folder(run: RunConfig) -> None:
     starts(run.folder)  # which are not of a newer version
     file = run.folder / "config.yaml"
     if not file.exists() or not file.read_bytes().strip(b"\0\n "):
-        there = [name for name in contents(run.folder) if name in KEPT]
+        there = [name for name in contents(run.folder) if name in WRITTEN_EARLY]
         if there and not (run.folder / "checkpoints").is_dir():
             refuse_foreign(run.folder, there, "a run")
         return  # lost: check_checkpoint knows

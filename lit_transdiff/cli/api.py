@@ -9,8 +9,8 @@ from typing import Any
 
 import lit_transdiff
 
-WIDTH = 110  # of a signature in one line
-HEAD = """\
+SIGNATURE_WIDTH = 110  # of a signature in one line
+API_HEAD = """\
 # Python
 
 ```python
@@ -26,7 +26,7 @@ This page is made from the source: `python -m lit_transdiff.cli.api > docs/api.m
 def page() -> str:
     """All public names, in the order of the table."""
     entries = (entry(name, getattr(lit_transdiff, name)) for name in lit_transdiff.PUBLIC)
-    return "\n\n".join([HEAD, *entries, tables()]) + "\n"
+    return "\n\n".join([API_HEAD, *entries, tables()]) + "\n"
 
 
 def tables() -> str:
@@ -68,7 +68,7 @@ def signature(name: str, value: Any) -> str:
         parameters.insert(parameters.index(keywords[0]), "*")
     returned = "" if inspect.isclass(value) else f" -> {found.return_annotation}"
     line = f"{name}({', '.join(parameters)}){returned}"
-    if len(line) <= WIDTH:
+    if len(line) <= SIGNATURE_WIDTH:
         return line
     return f"{name}(\n" + "".join(f"    {p},\n" for p in parameters) + f"){returned}"
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from lit_transdiff.base.endings import TrialsFailed
 from lit_transdiff.config import RunConfig, expanded
-from lit_transdiff.config.classes import choose, full_names
+from lit_transdiff.config.classes import choose_classes, full_names
 from lit_transdiff.config.loading import load_run, override, preset, read_yaml
 from lit_transdiff.config.paths import (
     check_files,
-    check_images,
+    check_pack_source,
     check_pipe,
     check_source,
     checkpoints_folder,
@@ -28,15 +28,14 @@ AUTOENCODER = "autoencoder.path="  # of a trained run: where its autoencoder lie
 CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
 
 
-def pack(args: argparse.Namespace) -> None:
-    check_images(Path(args.source))
+def pack_command(args: argparse.Namespace) -> None:
+    check_pack_source(Path(args.source))
     from lit_transdiff.data.encode import Encoding
-    from lit_transdiff.data.pack import Cut
-    from lit_transdiff.data.pack import pack as write
+    from lit_transdiff.data.pack import Cut, pack
 
     names = args.class_names
     print(
-        write(
+        pack(
             args.source,
             args.dest,
             split=args.split,
@@ -50,7 +49,7 @@ def pack(args: argparse.Namespace) -> None:
     )
 
 
-def index(args: argparse.Namespace) -> None:
+def index_command(args: argparse.Namespace) -> None:
     from lit_transdiff.data.findings import notes_on_classes
     from lit_transdiff.data.verify import index_again
 
@@ -60,23 +59,23 @@ def index(args: argparse.Namespace) -> None:
         print(f"note: {note}")
 
 
-def verify(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.verify import verify as check
+def verify_command(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.verify import verify
 
-    found = check(args.folder, args.workers)
+    found = verify(args.folder, args.workers)
     print(f"{len(found)} samples in {len(found.shards)} shards: every checksum is right")
 
 
-def cache(args: argparse.Namespace) -> None:
+def cache_command(args: argparse.Namespace) -> None:
     from lit_transdiff.data.index import index_files
 
     run = load_run(args.run, args.overrides, args.imports)
     index_files(args.source)
     from lit_transdiff.distributed import build_fabric
-    from lit_transdiff.evaluation.prepare import cache as write
+    from lit_transdiff.evaluation.prepare import cache
 
     fabric = build_fabric()
-    found = write(
+    found = cache(
         args.source,
         args.dest,
         autoencoder=run.autoencoder,
@@ -88,7 +87,7 @@ def cache(args: argparse.Namespace) -> None:
     fabric.print(f"{len(found)} latents of shape {found.latents.shape if found.latents else ''} in {args.dest}")
 
 
-def statistics(args: argparse.Namespace) -> None:
+def statistics_command(args: argparse.Namespace) -> None:
     from lit_transdiff.data.index import index_files
 
     run = load_run(args.run, args.overrides, args.imports)
@@ -96,14 +95,14 @@ def statistics(args: argparse.Namespace) -> None:
         index_files(args.source)
     from lit_transdiff.distributed import default_device
     from lit_transdiff.evaluation.features import load_extractor
-    from lit_transdiff.evaluation.prepare import statistics as write
+    from lit_transdiff.evaluation.prepare import statistics
 
     extractor = load_extractor(run.evaluation.extractor, run.evaluation.extractor_weights, default_device())
-    found = write(args.source, args.dest, data=run.data, extractor=extractor)
+    found = statistics(args.source, args.dest, data=run.data, extractor=extractor)
     print(f"{found.num_images} images, {found.mu.size} features, hash {found.hash}: {args.dest}")
 
 
-def train(args: argparse.Namespace) -> None:
+def train_command(args: argparse.Namespace) -> None:
     from lit_transdiff.tracking.place import placed
 
     run = placed(load_run(args.run, args.overrides, args.imports))
@@ -118,9 +117,9 @@ def train(args: argparse.Namespace) -> None:
         from lit_transdiff.distributed import build_fabric
 
         return train_and_score(run, build_fabric())
-    from lit_transdiff.training.trainer import train as fit
+    from lit_transdiff.training.trainer import train
 
-    print(f"trained: {fit(run).folder}")
+    print(f"trained: {train(run).folder}")
 
 
 def check_inputs(run: RunConfig) -> None:
@@ -136,7 +135,7 @@ def check_inputs(run: RunConfig) -> None:
         export_folder(run.init_from)
 
 
-def run(args: argparse.Namespace) -> None:
+def run_command(args: argparse.Namespace) -> None:
     read_yaml(args.pipeline)
     from lit_transdiff.cli.pipeline import dry_run, load_pipeline, run_pipeline
     from lit_transdiff.distributed import build_fabric
@@ -149,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     run_pipeline(pipeline, runs, build_fabric())
 
 
-def init(args: argparse.Namespace) -> None:
+def init_command(args: argparse.Namespace) -> None:
     from lit_transdiff.cli.own_package import write_package
 
     written = write_package(Path(args.folder))
@@ -157,20 +156,20 @@ def init(args: argparse.Namespace) -> None:
     print(f"Next: cd {args.folder} && pip install -e . && pytest && lit-transdiff train recipe.yaml")
 
 
-def settings(args: argparse.Namespace) -> None:
-    from lit_transdiff.config.reference import as_markdown, as_text
+def settings_command(args: argparse.Namespace) -> None:
+    from lit_transdiff.config.reference import settings_as_markdown, settings_as_text
 
-    print(as_markdown() if args.markdown else as_text(args.name), end="")
+    print(settings_as_markdown() if args.markdown else settings_as_text(args.name), end="")
 
 
-def convert(args: argparse.Namespace) -> None:
+def convert_command(args: argparse.Namespace) -> None:
     if args.overrides and not args.recipe:
         raise ValueError(f"override: got {args.overrides}; allowed: only with --recipe, whose settings they change.")
     recipe = load_run(args.recipe, args.overrides, args.imports) if args.recipe else None
     check_source(Path(args.source))
-    from lit_transdiff.released.convert import convert as write
+    from lit_transdiff.released.convert import convert
 
-    report = write(
+    report = convert(
         args.source,
         args.dest,
         autoencoder=args.autoencoder,
@@ -187,7 +186,7 @@ def moved_autoencoder(overrides: list[str]) -> tuple[str | None, list[str]]:
     return (expanded(given[-1], "autoencoder.path") if given else None), [i for i in overrides if not i.startswith(AUTOENCODER)]
 
 
-def sample(args: argparse.Namespace) -> None:
+def sample_command(args: argparse.Namespace) -> None:
     export_folder(args.checkpoint)
     from lit_transdiff.config.targets import fresh_folder
     from lit_transdiff.distributed import default_device
@@ -200,7 +199,7 @@ def sample(args: argparse.Namespace) -> None:
     sampling = override(generator.run, preset(args.preset) + others, CHANGEABLE).sampling
     generator = generator.at(sampling.precision)
     common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
-    classes = choose(args.classes, full_names(generator.class_names, generator.run.model.num_classes))
+    classes = choose_classes(args.classes, full_names(generator.class_names, generator.run.model.num_classes))
     if args.fuse and len(classes) != 2:
         raise ValueError(f"--classes: got {args.classes!r}; allowed with --fuse: two classes, as in 0,7.")
     output = fresh_folder(Path(args.output or Path(args.checkpoint) / "samples" / "drawn"))
@@ -210,7 +209,7 @@ def sample(args: argparse.Namespace) -> None:
         print(draw_samples(generator, classes, args.per_class, output, references=args.references, **common))
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate_command(args: argparse.Namespace) -> None:
     export_folder(args.checkpoint)
     from lit_transdiff.cli.pipeline import score_checkpoint
     from lit_transdiff.distributed import build_fabric
@@ -229,20 +228,19 @@ def evaluate(args: argparse.Namespace) -> None:
     fabric.print(result["file"])
 
 
-def reproduce(args: argparse.Namespace) -> None:
+def reproduce_command(args: argparse.Namespace) -> None:
     given = {name: Path(getattr(args, name)) for name in ("weights", "vae", "inception", "reference")}
     check_files({name: path for name, path in given.items() if not path.is_dir()})
     from lit_transdiff.distributed import build_fabric
-    from lit_transdiff.released.reproduce import Files
-    from lit_transdiff.released.reproduce import reproduce as redo
+    from lit_transdiff.released.reproduce import Files, reproduce
 
     files = Files(Path(args.weights), Path(args.vae), Path(args.inception), Path(args.reference))
     fabric = build_fabric()
     output, experiments = Path(args.output), Path(args.experiments)
-    fabric.print(redo(args.row, files, output, fabric=fabric, experiments=experiments, overrides=args.overrides))
+    fabric.print(reproduce(args.row, files, output, fabric=fabric, experiments=experiments, overrides=args.overrides))
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare_command(args: argparse.Namespace) -> None:
     from lit_transdiff.evaluation.scores import result_files
 
     result_files(args.folder)
@@ -251,22 +249,22 @@ def compare(args: argparse.Namespace) -> None:
     print(write_comparison(args.folder, args.output or args.folder))
 
 
-def sweep(args: argparse.Namespace) -> None:
+def sweep_command(args: argparse.Namespace) -> None:
     from lit_transdiff.sweep.file import load_sweep
 
-    plan = load_sweep(args.file)
+    sweep = load_sweep(args.file)
     from lit_transdiff.sweep.controller import run_sweep
     from lit_transdiff.sweep.report import failures, outcome
 
-    folder = Path(args.output or Path("runs") / "sweeps" / plan.name)
+    folder = Path(args.output or Path("runs") / "sweeps" / sweep.name)
     how = dict(agents=args.agents, devices_per_run=args.devices_per_run, seed=args.seed, tries=args.tries)
-    trials = run_sweep(plan, folder, **how)
-    print(outcome(plan, trials, folder))
+    trials = run_sweep(sweep, folder, **how)
+    print(outcome(sweep, trials, folder))
     if failed := failures(trials, folder, args.tries):
         raise TrialsFailed(failed)
 
 
-def report(args: argparse.Namespace) -> None:
+def report_command(args: argparse.Namespace) -> None:
     local_path(args.folder)
     from lit_transdiff.study.report import report_file, write_report
     from lit_transdiff.study.runs import runs
@@ -274,21 +272,21 @@ def report(args: argparse.Namespace) -> None:
     print(write_report(runs(args.folder), Path(args.output or report_file(args.folder)), title=args.folder))
 
 
-def export(args: argparse.Namespace) -> None:
+def export_command(args: argparse.Namespace) -> None:
     checkpoints_folder(args.run_folder)
     from lit_transdiff.checkpoints.export import export_run
 
     print(export_run(Path(args.run_folder), args.step, args.average, args.output))
 
 
-def plan(args: argparse.Namespace) -> None:
+def plan_command(args: argparse.Namespace) -> None:
     run = load_run(args.run, args.overrides, args.imports)
-    from lit_transdiff.planning.planner import plan as outline
+    from lit_transdiff.planning.planner import plan
 
-    print(outline(run, args.gpus, args.gpu, args.mfu))
+    print(plan(run, args.gpus, args.gpu, args.mfu))
 
 
-def doctor(args: argparse.Namespace) -> None:
+def doctor_command(args: argparse.Namespace) -> None:
     from lit_transdiff.data.index import index_files
 
     if args.shards:

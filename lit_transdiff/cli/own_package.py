@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_transdiff.config import require
 
-TEMPLATE, NAME = Path(__file__).with_name("template"), "my_lab"
+PACKAGE_TEMPLATE, NAME = Path(__file__).with_name("template"), "my_lab"
 TEXT = ".txt"  # after the name of a module of the template, which is none of this package
 
 
@@ -25,8 +25,8 @@ def write_package(folder: Path) -> list[Path]:
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     require(empty, "init", str(folder), "a folder that does not exist yet, or is empty")
     written = []
-    for source in sorted(path for path in TEMPLATE.rglob("*") if path.is_file()):
-        place = str(source.relative_to(TEMPLATE)).removesuffix(TEXT).replace(NAME, name)
+    for source in sorted(path for path in PACKAGE_TEMPLATE.rglob("*") if path.is_file()):
+        place = str(source.relative_to(PACKAGE_TEMPLATE)).removesuffix(TEXT).replace(NAME, name)
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_text(source.read_text().replace(NAME, name))
         written.append(folder / place)

@@ -20,7 +20,7 @@ from lightning.fabric import Fabric
 
 from lit_transdiff.checkpoints.run_folder import open_folder
 from lit_transdiff.config import RunConfig, expand, expanded, require, require_classes
-from lit_transdiff.config.loading import check_keys, load_run, of_environment, plain, read_yaml, resolved, to_yaml
+from lit_transdiff.config.loading import check_keys, load_run, of_environment, plain_settings, read_yaml, resolved, to_yaml
 from lit_transdiff.config.targets import below
 from lit_transdiff.config.typed import typed
 from lit_transdiff.data.index import read_index
@@ -36,7 +36,7 @@ from lit_transdiff.study.table import check_output, write_comparison
 from lit_transdiff.tracking.evaluations import evaluation_run, log_evaluation, log_own_scores
 from lit_transdiff.tracking.place import placed, trial_place
 from lit_transdiff.tracking.wandb_run import check_mode
-from lit_transdiff.training.build import build_data, plan
+from lit_transdiff.training.build import build_data, outline
 from lit_transdiff.training.trainer import train
 
 
@@ -78,7 +78,7 @@ class Pipeline:
 
 
 STEPS: dict[str, type[RunStep] | type[CacheStep]] = {"runs": RunStep, "cache": CacheStep}
-PATHS = ("output_dir", "cache", "reference_images")  # settings that may say ${output_dir}
+PATH_SETTINGS = ("output_dir", "cache", "reference_images")  # settings that may say ${output_dir}
 
 
 def load_pipeline(
@@ -110,13 +110,13 @@ def read_pipeline(path: str | Path, moved: Sequence[str]) -> Pipeline:
         raise ValueError(f"{path} is the recipe of one run; start it with: lit-transdiff train {path}")
     check_keys(given, Pipeline, "", str(path))
     for name, schema in STEPS.items():
-        steps = plain(given).get(name)
+        steps = plain_settings(given).get(name)
         for i, step in enumerate(steps if isinstance(steps, list) else []):
             check_keys(step, schema, f"{name}[{i}].", str(path))
     given["output_dir"] = moved[-1] if moved else given.get("output_dir", "runs")
     try:
         # Only paths: what the overrides refer to are settings of the runs.
-        settings = plain(given) | resolved(given, [name for name in PATHS if name in given])
+        settings = plain_settings(given) | resolved(given, [name for name in PATH_SETTINGS if name in given])
         pipeline = typed(settings, Pipeline, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -275,7 +275,7 @@ def dry_run(runs: Sequence[RunConfig], pipeline: Pipeline | None = None, say: Ca
         check_images(pipeline, runs)
     made = {str(Path(pipeline.output_dir) / step.dest) for step in pipeline.cache} if pipeline else set()
     for run in runs:
-        outline = plan(run, made)
+        text = outline(run, made)
         say(to_yaml(run))
-        say(outline + "\n")
+        say(text + "\n")
         made |= {str(run.folder), str(run.folder / "export")}

@@ -15,7 +15,7 @@ from lit_transdiff.config.checks import (
     some,
     unknown,
 )
-from lit_transdiff.config.data import COLOURS, AutoencoderConfig, AutoencoderTraining, DataConfig, is_colour
+from lit_transdiff.config.data import BACKGROUNDS, AutoencoderConfig, AutoencoderTraining, DataConfig, is_colour
 from lit_transdiff.config.effects import EFFECTS, check_effects
 from lit_transdiff.config.evaluation import EvaluationConfig
 from lit_transdiff.config.model import SIZES, ModelConfig
@@ -25,7 +25,7 @@ from lit_transdiff.config.sampling import PRESETS, SamplingConfig
 from lit_transdiff.config.training import FlowConfig, OptimizerConfig, TrainingConfig
 
 __all__ = [
-    "COLOURS",
+    "BACKGROUNDS",
     "EFFECTS",
     "NESTED",
     "PRESETS",

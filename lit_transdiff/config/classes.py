@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from lit_transdiff.config import require
 
 FEW = 12  # names that a message lists
-Rows = list[int | None]  # for each class of a model that of another model, or none
+ClassRows = list[int | None]  # for each class of a model that of another model, or none
 
 
 def full_names(names: Sequence[str], count: int) -> list[str]:
@@ -17,7 +17,7 @@ def full_names(names: Sequence[str], count: int) -> list[str]:
     return [names[c] if c < len(names) else str(c) for c in range(count)]
 
 
-def choose(text: str | None, names: Sequence[str], what: str = "--classes") -> list[int]:
+def choose_classes(text: str | None, names: Sequence[str], what: str = "--classes") -> list[int]:
     """The classes that a text names, as in ``sneaker,ankle boot``, ``0,7`` or ``0-3``, each once; without one, the first ten.
 
     A name may hold commas. Raises ``ValueError`` for what is no class, with ``what`` is to be changed and what is allowed.
@@ -68,27 +68,27 @@ def allowed(names: Sequence[str], word: str) -> str:
     return f"numbers 0 to {len(names) - 1}, ranges of them as 0-3, and names of classes: {listed}{nearest}"
 
 
-def rows_of(how: str | Mapping[str, str | None], names: Sequence[str], old: Sequence[str]) -> Rows:
+def embedding_rows(how: str | Mapping[str, str | None], names: Sequence[str], old: Sequence[str]) -> ClassRows:
     """For each class of ``names`` the class of ``old`` whose embedding it begins with, or none, as ``init_classes`` says.
 
     Raises ``ValueError`` where the classes are not the ``same``, and for a name in a map that is no class.
     """
     if isinstance(how, str):
-        ways: dict[str, Callable[[], Rows]] = {
+        ways: dict[str, Callable[[], ClassRows]] = {
             "new": lambda: [None] * len(names),
             "by_name": lambda: [old.index(name) if name in old else None for name in names],
             "by_number": lambda: [c if c < len(old) else None for c in range(len(names))],
             "same": lambda: same(names, old),
         }
         return ways[how]()
-    rows: Rows = [None] * len(names)
+    rows: ClassRows = [None] * len(names)
     for name, other in how.items():
         c = class_of(name, names, "init_classes: class of this run")
         rows[c] = None if other is None else class_of(other, old, f"init_classes: {name}: class of init_from")
     return rows
 
 
-def same(names: Sequence[str], old: Sequence[str]) -> Rows:
+def same(names: Sequence[str], old: Sequence[str]) -> ClassRows:
     """Every class as it was. Raises ``ValueError`` for other classes, with the settings that take those."""
     unnamed = any(all(name == str(c) for c, name in enumerate(known)) for known in (names, old))
     fits = len(names) == len(old) and (unnamed or list(names) == list(old))

@@ -8,11 +8,11 @@ from typing import Literal, Optional
 
 from lit_transdiff.config.checks import expand, require
 
-COLOURS = "white, black, grey, or a colour as '#rrggbb'"
+BACKGROUNDS = "white, black, grey, or a colour as '#rrggbb'"
 
 
 def is_colour(text: str) -> bool:
-    """Whether a setting names a colour, as ``COLOURS`` says."""
+    """Whether a setting names a colour, as ``BACKGROUNDS`` says."""
     return text in ("white", "black", "grey") or re.fullmatch("#[0-9a-fA-F]{6}", text) is not None
 
 
@@ -41,7 +41,7 @@ class DataConfig:
         expand(self, "data.train", "data.evaluation", "data.index", "data.groups")
         require(self.image_size >= 1, "data.image_size", self.image_size, "an integer of at least 1")
         require(self.image_channels in (1, 3), "data.image_channels", self.image_channels, "1 (grey) or 3 (RGB)")
-        require(is_colour(self.background), "data.background", self.background, COLOURS)
+        require(is_colour(self.background), "data.background", self.background, BACKGROUNDS)
         require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "an integer of at least 1")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
 

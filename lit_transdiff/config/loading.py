@@ -46,15 +46,15 @@ def merge(*settings: Any) -> DictConfig:
     """Nested settings, the later over the earlier; what is no section replaces what stood there."""
     merged: dict[str, Any] = {}
     for given in settings:
-        merged = over(merged, OmegaConf.to_container(given) if OmegaConf.is_config(given) else given)
+        merged = laid_over(merged, OmegaConf.to_container(given) if OmegaConf.is_config(given) else given)
     return OmegaConf.create(merged)
 
 
-def over(below: Any, above: Any) -> Any:
+def laid_over(below: Any, above: Any) -> Any:
     """``above``, with what sections of the same name below have besides."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    return below | {key: over(below.get(key), value) for key, value in above.items()}
+    return below | {key: laid_over(below.get(key), value) for key, value in above.items()}
 
 
 def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") -> RunConfig:
@@ -62,7 +62,7 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
     with refusing(source):
         given = of_environment(OmegaConf.create(settings))
         check_keys(given, RunConfig, "", source)
-        imports = plain(given).get("imports")
+        imports = plain_settings(given).get("imports")
         size = OmegaConf.select(given, "model.size")
     try:
         import_modules(imports if isinstance(imports, str | list) else typed(imports or [], list[str], "imports"))
@@ -178,7 +178,7 @@ def save_yaml(config: Any, path: str | Path) -> None:
     replace_file(Path(path), to_yaml(config).encode())
 
 
-def plain(settings: Any) -> dict[str, Any]:
+def plain_settings(settings: Any) -> dict[str, Any]:
     """Nested settings as plain dictionaries and lists."""
     result = OmegaConf.to_container(settings)
     assert isinstance(result, dict)

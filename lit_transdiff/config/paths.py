@@ -28,7 +28,7 @@ def check_files(files: Mapping[str, Path]) -> None:
     require(not missing, "files", "; ".join(missing), "files that exist")
 
 
-def check_images(source: Path) -> None:
+def check_pack_source(source: Path) -> None:
     """Refuse what is to be packed and does not exist."""
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; allowed: an image folder, a folder of IDX files, a list file.")

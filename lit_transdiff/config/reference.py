@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_transdiff.config import NESTED, PRESETS, SIZES, RunConfig, unknown
-from lit_transdiff.config.typed import in_words, quoted
+from lit_transdiff.config.typed import quoted, type_in_words
 
 PACKAGE = Path(__file__).parents[1]
 TERMINAL = 100  # columns of the text
 TABLE = re.compile(r"\b([a-z_.]+)\.([A-Z_]+)\b")  # how a comment names the table of an open set, as in flow.solvers.SOLVERS
-HEAD = """\
+SETTINGS_HEAD = """\
 # All settings
 
 A YAML file, and `key=value` after a command, set any of these by its dotted name; what is not set has its default. Lists are
@@ -51,11 +51,11 @@ class Setting:
 def all_settings() -> dict[str, list[Setting]]:
     """Section -> its settings, in the order of the source; the section of a run's own fields is ``""``."""
     whole = RunConfig()
-    sections = {name: list(settings_of(cls, getattr(whole, name), f"{name}.")) for name, cls in NESTED.items()}
-    return {"": list(settings_of(RunConfig, whole, ""))} | sections
+    sections = {name: list(settings_of_class(cls, getattr(whole, name), f"{name}.")) for name, cls in NESTED.items()}
+    return {"": list(settings_of_class(RunConfig, whole, ""))} | sections
 
 
-def settings_of(cls: type, defaults: Any, prefix: str) -> Iterator[Setting]:
+def settings_of_class(cls: type, defaults: Any, prefix: str) -> Iterator[Setting]:
     """The fields of one class but its sections; the defaults are those of an instance."""
     tree = ast.parse(inspect.getsource(cls)).body[0]
     assert isinstance(tree, ast.ClassDef)
@@ -74,7 +74,7 @@ def settings_of(cls: type, defaults: Any, prefix: str) -> Iterator[Setting]:
 def values_of(hint: Any, names: Sequence[str], default: Any) -> str:
     """What a field may be: the names of its table, to which a default such as ``auto`` is added, or its type in words."""
     if not names:
-        return in_words(hint)
+        return type_in_words(hint)
     if hint is str:
         return quoted(names if default in names else [default, *names])
     return f"list of {quoted(names)}" if typing.get_origin(hint) is list else f"weights of {quoted(names)}"
@@ -133,10 +133,10 @@ class Ranges(ast.NodeVisitor):
 
 def names_of(meaning: str) -> list[str]:
     """The names in the tables that a comment points to; those that are not loaded are read from their source, in no time."""
-    return [name for module, table in TABLE.findall(meaning) for name in keys_of(module, table)]
+    return [name for module, table in TABLE.findall(meaning) for name in table_keys(module, table)]
 
 
-def keys_of(module: str, table: str) -> list[str]:
+def table_keys(module: str, table: str) -> list[str]:
     """The keys of a dictionary of this package, with those that imported modules have added; else those in its source."""
     loaded = sys.modules.get(f"lit_transdiff.{module}")
     if loaded is not None:
@@ -155,14 +155,14 @@ def as_yaml(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
-def as_markdown() -> str:
+def settings_as_markdown() -> str:
     """The page of all settings."""
-    parts = [HEAD]
+    parts = [SETTINGS_HEAD]
     for section, settings in all_settings().items():
         about = first_paragraph(NESTED[section] if section else RunConfig)
-        parts.append(f"## {f'`{section}`' if section else 'The run'}\n\n{plain(about)}")
-        rows = [(f"`{s.name}`", s.values, f"`{s.default}`", plain(s.meaning)) for s in settings]
-        parts.append(table(("setting", "values", "default", "meaning"), rows))
+        parts.append(f"## {f'`{section}`' if section else 'The run'}\n\n{as_markdown(about)}")
+        rows = [(f"`{s.name}`", s.values, f"`{s.default}`", as_markdown(s.meaning)) for s in settings]
+        parts.append(markdown_table(("setting", "values", "default", "meaning"), rows))
         parts += extra_tables(section)
     return "\n\n".join(parts) + "\n"
 
@@ -172,13 +172,13 @@ def extra_tables(section: str) -> list[str]:
     if section == "model":
         columns = list(next(iter(SIZES.values())))
         rows = [(f"`{name}`", *map(str, size.values())) for name, size in SIZES.items()]
-        return ["Sizes (a field that is given goes over its size's):", table(("`model.size`", *columns), rows)]
+        return ["Sizes (a field that is given goes over its size's):", markdown_table(("`model.size`", *columns), rows)]
     if section == "sampling":
         rows = [
             (f"`{name}`", quoted(f"sampling.{key}={as_yaml(value)}" for key, value in preset.items()))
             for name, preset in PRESETS.items()
         ]
-        return ["Presets of `sample` and `evaluate`:", table(("`--preset`", "sets"), rows)]
+        return ["Presets of `sample` and `evaluate`:", markdown_table(("`--preset`", "sets"), rows)]
     return []
 
 
@@ -186,18 +186,18 @@ def first_paragraph(cls: type) -> str:
     return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
 
 
-def plain(text: str) -> str:
+def as_markdown(text: str) -> str:
     """Text of the source as Markdown in a table."""
     return text.replace("``", "`").replace("|", "\\|")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def as_text(word: str | None = None) -> str:
+def settings_as_text(word: str | None = None) -> str:
     """The settings for a terminal: all, those of a section, or one by its whole name or its last word.
 
     Raises ``ValueError`` for a name that there is not.

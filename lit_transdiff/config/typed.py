@@ -24,17 +24,17 @@ def quoted(names: Iterable[object]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def in_words(hint: Any) -> str:
+def type_in_words(hint: Any) -> str:
     """A type as words, as in ``integer or null``; the members of a ``Literal`` by name."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return quoted(parts)
     if origin is list:
-        return f"list of {in_words(parts[0])}s".replace("texts", "names")
+        return f"list of {type_in_words(parts[0])}s".replace("texts", "names")
     if origin is dict:
-        return f"{in_words(parts[0])}: {in_words(parts[1])}"
+        return f"{type_in_words(parts[0])}: {type_in_words(parts[1])}"
     if origin in (Union, types.UnionType):
-        return " or ".join("null" if part is types.NoneType else in_words(part) for part in parts)
+        return " or ".join("null" if part is types.NoneType else type_in_words(part) for part in parts)
     return "settings" if dataclasses.is_dataclass(hint) else WORDS[hint]
 
 
@@ -70,7 +70,7 @@ def typed_or_refused(value: Any, kind: Any, name: str, hint: Any) -> Any:
         found = READERS[kind](value)
     if found is None:
         shown = value if len(str(value)) <= MAX_SHOWN else f"{str(value)[:MAX_SHOWN]}..."
-        require(False, name, shown, in_words(hint).replace("`", "") + hint_of(value, kind))
+        require(False, name, shown, type_in_words(hint).replace("`", "") + hint_of(value, kind))
     return found
 
 
@@ -94,7 +94,7 @@ def section(value: Any, schema: type, name: str) -> Any:
     given = {key: typed(item, hints[key], prefix + key) for key, item in value.items()}
     for key, field in fields.items():
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        require(key in given or not needed, prefix + key, None, in_words(hints[key]))
+        require(key in given or not needed, prefix + key, None, type_in_words(hints[key]))
     return schema(**given)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from lit_transdiff.data.index import LatentInfo
 from lit_transdiff.data.pixels import from_bytes
 
-MAX_PIXELS = 64_000_000  # an image above this many pixels is refused before it is decoded
+MAX_IMAGE_PIXELS = 64_000_000  # an image above this many pixels is refused before it is decoded
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 ORIENTED, TRANSPARENT, ANIMATED = "oriented", "transparent", "animated"  # what may be odd about a file
@@ -40,7 +40,7 @@ TURNS = {  # by the number of an EXIF orientation; 1 is upright
 }
 MIN_RANDOM_CROP = 0.8  # of the short side
 warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # it tells of damaged EXIF, without saying of which image
-Draw = Callable[[int, int], int]  # a random integer from the first to the second, both included
+RandomInteger = Callable[[int, int], int]  # a random integer from the first to the second, both included
 
 
 class Opened(NamedTuple):
@@ -59,8 +59,8 @@ def open_image(data: bytes | Path, exif: Literal["turn", "ignore"] = "turn", bac
     """
     try:
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=tuple(f for f in FORMATS if f != "MPO"))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels; allowed: at most {MAX_PIXELS} pixels")
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels; allowed: at most {MAX_IMAGE_PIXELS} pixels")
         stored = str(image.tile[0].args) if image.tile else ""
         image.load()
         if image.mode[0] in "IF":
@@ -105,12 +105,15 @@ def opaque(image: Image.Image, stored: str, background: str) -> tuple[Image.Imag
     return ground, alpha.getextrema()[0] != 255
 
 
-def drawing_from(rng: np.random.Generator) -> Draw:
+def drawing_from(rng: np.random.Generator) -> RandomInteger:
     return lambda low, high: int(rng.integers(low, high + 1))
 
 
 def crop_to_square(
-    image: Image.Image, size: int, crop: Literal["none", "center", "random", "random-square"], draw: Optional[Draw] = None
+    image: Image.Image,
+    size: int,
+    crop: Literal["none", "center", "random", "random-square"],
+    draw: Optional[RandomInteger] = None,
 ) -> Image.Image:
     """A ``size`` x ``size`` image: box-halved while twice too large, resized bicubically, then cut out (the crop of ADM).
 

@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple, Optional
 import numpy as np
 from PIL import Image
 
-from lit_transdiff.config import COLOURS, is_colour, require
+from lit_transdiff.config import BACKGROUNDS, is_colour, require
 from lit_transdiff.data.decode import FORMATS, crop_to_square, open_image
 
-LARGEST = 16384  # pixels a side
+LARGEST_SIDE = 16384  # pixels a side
 JPEG_QUALITY = 95  # of images that are encoded again
 
 
@@ -32,8 +32,8 @@ class Encoding:
     def __post_init__(self) -> None:
         require(self.image_size is None or self.pad_to is None, "pad_to", self.pad_to, "nothing when image_size is given")
         for size, field in ((self.image_size, "image_size"), (self.pad_to, "pad_to")):
-            require(size is None or 1 <= size <= LARGEST, field, size, f"1 to {LARGEST} pixels")
-        require(is_colour(self.background), "background", self.background, COLOURS)
+            require(size is None or 1 <= size <= LARGEST_SIDE, field, size, f"1 to {LARGEST_SIDE} pixels")
+        require(is_colour(self.background), "background", self.background, BACKGROUNDS)
         for name, default in (("exif", "turn"), ("background", "white")):
             kept = f"{default!r} without image_size or pad_to: files are kept as they are, and data.{name} says how they are read"
             require(not self.keeps_files or getattr(self, name) == default, name, getattr(self, name), kept)
@@ -64,16 +64,16 @@ def encode_sample(origin: Path | np.ndarray, encoding: Encoding) -> Encoded:
     An ``OSError`` is the disk's, not the image's: it stops everything, rather than that an image is left out for it.
     """
     if not isinstance(origin, Path):
-        return Encoded("png", encoded(Image.fromarray(origin), "png", encoding))
+        return Encoded("png", encode_image(Image.fromarray(origin), "png", encoding))
     content = origin.read_bytes()
     image, form, oddities = open_image(content, encoding.exif, encoding.background)
     if encoding.keeps_files:
         return Encoded(FORMATS[form], content, oddities)
     extension = "jpg" if form in ("JPEG", "MPO") and encoding.pad_to is None else "png"
-    return Encoded(extension, encoded(image, extension, encoding), oddities)
+    return Encoded(extension, encode_image(image, extension, encoding), oddities)
 
 
-def encoded(image: Image.Image, extension: str, encoding: Encoding) -> bytes:
+def encode_image(image: Image.Image, extension: str, encoding: Encoding) -> bytes:
     """A grey or RGB image, cropped or padded, as the content of a file without metadata."""
     if encoding.image_size is not None:
         image = crop_to_square(image, encoding.image_size, "center")

@@ -22,8 +22,8 @@ from lit_transdiff.data.sources import listed_kinds
 
 SKIPPED_FILE = "skipped.txt"
 FINDINGS_FILE = "findings.json"
-NUMBER = re.compile("[0-9]+")
-SHOWN = 5  # names of a kind that are printed
+DIGITS = re.compile("[0-9]+")
+NAMES_PRINTED = 5  # names of a kind that are printed
 Skipped = list[tuple[str, str]]  # of images that could not be read: what it is called, and why
 
 
@@ -136,22 +136,22 @@ def notes_on_images(oddities: Mapping[str, int], encoding: Encoding) -> Iterator
 def notes_on_doubles(twice: Sequence[Sequence[str]]) -> Iterator[str]:
     """Images with two labels."""
     if twice:
-        some = "; ".join(" = ".join(names) for names in twice[:SHOWN])
-        more = f"; all in {FINDINGS_FILE}" if len(twice) > SHOWN else ""
+        some = "; ".join(" = ".join(names) for names in twice[:NAMES_PRINTED])
+        more = f"; all in {FINDINGS_FILE}" if len(twice) > NAMES_PRINTED else ""
         yield f"{len(twice)} images are in more than one class: {some}{more}"
 
 
 def notes_on_classes(index: ShardIndex) -> Iterator[str]:
     """Classes without images."""
     if empty := [f"{c} ({index.class_names[c]!r})" for c in np.flatnonzero(index.class_counts == 0)]:
-        yield f"{len(empty)} classes have no images: {shortened(empty)}"
+        yield f"{len(empty)} classes have no images: {first_few(empty)}"
 
 
 def notes_on_names(names: Sequence[str]) -> Iterator[str]:
     """Names of classes, in order of the class, whose order or spelling may not be what they seem."""
     if are_numbers(names):
         if moved := [f"class {c} is {name!r}" for c, name in enumerate(names) if int(name) != c]:
-            yield f"classes are numbered from 0 without gaps, so that their numbers are not their names: {shortened(moved)}"
+            yield f"classes are numbered from 0 without gaps, so that their numbers are not their names: {first_few(moved)}"
     elif wrong := next((pair for pair in pairs_by_number(names) if pair[0] != pair[1]), None):
         yield (
             f"classes are in the order of text, not of the numbers in their names: {wrong[0]!r} has the place of {wrong[1]!r}, "
@@ -159,17 +159,17 @@ def notes_on_names(names: Sequence[str]) -> Iterator[str]:
         )
     alike = Counter(name.casefold() for name in names)
     if same := [name for name in names if alike[name.casefold()] > 1]:
-        yield f"names of classes differ in upper and lower case alone: {shortened(same)}"
+        yield f"names of classes differ in upper and lower case alone: {first_few(same)}"
 
 
 def pairs_by_number(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Of names that differ only in numbers, as class_2 and class_10: each as they come, beside the one that is due by number."""
     families = defaultdict[str, list[str]](list)
     for name in names:
-        families[NUMBER.sub("0", name)].append(name)
+        families[DIGITS.sub("0", name)].append(name)
     for family in families.values():
-        yield from zip(family, sorted(family, key=lambda name: [int(part) for part in NUMBER.findall(name)]), strict=True)
+        yield from zip(family, sorted(family, key=lambda name: [int(part) for part in DIGITS.findall(name)]), strict=True)
 
 
-def shortened(items: Sequence[str]) -> str:
-    return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")
+def first_few(items: Sequence[str]) -> str:
+    return ", ".join(items[:NAMES_PRINTED]) + (", ..." if len(items) > NAMES_PRINTED else "")

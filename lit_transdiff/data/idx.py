@@ -15,7 +15,7 @@ import numpy as np
 from lit_transdiff.config import require, unknown
 from lit_transdiff.data.sources import ClassNames, ImageSource, checked_names
 
-IMAGES, LABELS = 2051, 2049  # magic numbers: a byte each, of 3 dimensions and of 1
+IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # magic numbers: a byte each, of 3 dimensions and of 1
 GZIP_RATIO = 1032  # bytes that a byte of gzip can hold at most
 
 
@@ -26,9 +26,9 @@ def idx_source(folder: Path, split: Optional[str], class_names: ClassNames) -> I
         raise ValueError(f"split: got None; {folder} holds {', '.join(splits)}: say which one.")
     if split not in splits:
         raise unknown("split", split, splits)
-    images = read_idx(splits[split], IMAGES)  # N H W
+    images = read_idx(splits[split], IMAGES_MAGIC)  # N H W
     label_path = Path(str(splits[split]).replace("-images-idx3-", "-labels-idx1-"))
-    labels = read_idx(label_path, LABELS).astype(np.int64)
+    labels = read_idx(label_path, LABELS_MAGIC).astype(np.int64)
     require(len(labels) == len(images), f"{label_path}: labels", len(labels), f"{len(images)}, as many as images")
     found = [str(c) for c in range(int(labels.max()) + 1)]
     names = checked_names(class_names, found)

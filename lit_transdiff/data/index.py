@@ -28,8 +28,8 @@ from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import CLS, LABEL_MEMBER, Labels, ScannedSample, require_class_0, scan_shard
 
 FORMAT = "lit_transdiff shards"
-VERSION = 1
-COLUMNS = {"offset": np.int64, "size": np.int32, "label": np.int32}
+INDEX_VERSION = 1
+COLUMN_TYPES = {"offset": np.int64, "size": np.int32, "label": np.int32}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class ShardRows:
-    """One shard and its rows of the index: an array of each of ``COLUMNS``, ``key`` and ``checksum``."""
+    """One shard and its rows of the index: an array of each of ``COLUMN_TYPES``, ``key`` and ``checksum``."""
 
     shard: Shard
     columns: dict[str, np.ndarray]
@@ -122,7 +122,7 @@ class ShardIndex:
         """Write ``index.npz``, then ``index.json``, each under a temporary name first."""
         content = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": INDEX_VERSION,
             "kind": self.kind,
             "samples": len(self),
             "seed": self.seed,
@@ -136,7 +136,7 @@ class ShardIndex:
 
     def save_sidecar(self, header: bytes) -> None:
         """Write ``index.npz``, which belongs to an ``index.json`` of these bytes."""
-        buffer, columns = io.BytesIO(), {name: getattr(self, name) for name in (*COLUMNS, "key")}
+        buffer, columns = io.BytesIO(), {name: getattr(self, name) for name in (*COLUMN_TYPES, "key")}
         if self.checksum is not None:
             columns["checksum"] = self.checksum
         np.savez(buffer, header=np.uint32(zlib.crc32(header)), **columns)
@@ -174,7 +174,7 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
         text = header_path.read_bytes()
         header = json.loads(text)
         require(header.get("format") == FORMAT, "format", header.get("format"), repr(FORMAT))
-        require(header["version"] == VERSION, "version", header["version"], f"{VERSION}")
+        require(header["version"] == INDEX_VERSION, "version", header["version"], f"{INDEX_VERSION}")
         with np.load(sidecar_path, allow_pickle=False) as sidecar:
             columns = {name: sidecar[name] for name in sidecar.files}
         if int(columns.pop("header", zlib.crc32(text))) != zlib.crc32(text):
@@ -184,7 +184,7 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
         again = f"Make it again: lit-transdiff index {folder}"
         raise ValueError(f"{folder}: the index is damaged or of another version ({error}). {again}") from error
     if check_files:
-        check_sizes(index)
+        check_shard_sizes(index)
     return index
 
 
@@ -200,7 +200,7 @@ def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarr
         seed=header["seed"],
         latents=latents,
         checksum=columns.get("checksum"),
-        **{name: columns[name] for name in (*COLUMNS, "key")},
+        **{name: columns[name] for name in (*COLUMN_TYPES, "key")},
     )
     for shard in index.shards:
         below(folder, shard.name, "shards: name")
@@ -211,7 +211,7 @@ def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarr
     return index
 
 
-def check_sizes(index: ShardIndex) -> None:
+def check_shard_sizes(index: ShardIndex) -> None:
     """Every shard is there and as long as the index says."""
     for shard in index.shards:
         path = index.folder / shard.name
@@ -245,8 +245,8 @@ def index_shards(
     if save:
         check_replaces_json(folder / "index.json", {"format": FORMAT})
     tasks = ((path, latents, Labels.of(label, class_names or ())) for path in paths)
-    scanned = tqdm(in_processes(rows_of, tasks, workers), desc="indexing", unit="shard", total=len(paths), disable=not progress)
-    index = join_rows(folder, sorted(scanned, key=lambda found: found.shard.name), class_names, seed, latents)
+    rows = tqdm(in_processes(shard_rows, tasks, workers), desc="indexing", unit="shard", total=len(paths), disable=not progress)
+    index = join_rows(folder, sorted(rows, key=lambda found: found.shard.name), class_names, seed, latents)
     if class_names is None:
         require_class_0(str(folder), index.label.tolist())
     if save:
@@ -254,12 +254,12 @@ def index_shards(
     return index
 
 
-def rows_of(path: Path, latents: Optional[LatentInfo], labels: Labels = CLS) -> ShardRows:
+def shard_rows(path: Path, latents: Optional[LatentInfo], labels: Labels = CLS) -> ShardRows:
     """Scan one shard: its checksum and where its samples lie. ``latents`` says what they are expected to be."""
     scanned, parts = scan_shard(path, labels), latents.flips if latents else 1
     for sample in scanned:
         check_sample(path.name, sample, latents)
-    columns = {name: np.array([getattr(sample, name) for sample in scanned], kind) for name, kind in COLUMNS.items()}
+    columns = {name: np.array([getattr(sample, name) for sample in scanned], kind) for name, kind in COLUMN_TYPES.items()}
     columns["key"] = np.array([sample.key.encode() for sample in scanned], np.bytes_)
     columns["checksum"] = checksums_in(path, ((sample.offset, sample.size) for sample in scanned), parts)
     classes = len({sample.label for sample in scanned})

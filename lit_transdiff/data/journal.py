@@ -39,7 +39,7 @@ class ShardRecord:
     findings: Findings
 
 
-class Journal:
+class ShardJournal:
     """The plan and the records of the shards that are made in ``folder``."""
 
     def __init__(self, folder: Path, plan_file: str) -> None:

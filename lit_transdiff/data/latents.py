@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lit_transdiff.base.files import free_bytes, readable, require_space
+from lit_transdiff.base.files import format_bytes, free_bytes, require_space
 from lit_transdiff.config import DataConfig, require
 from lit_transdiff.data.dataset import Batch, PlannedDataset, loader_options
-from lit_transdiff.data.index import LatentInfo, ShardIndex, join_rows, read_index, rows_of
-from lit_transdiff.data.journal import Journal
+from lit_transdiff.data.index import LatentInfo, ShardIndex, join_rows, read_index, shard_rows
+from lit_transdiff.data.journal import ShardJournal
 from lit_transdiff.data.order import Rows
 from lit_transdiff.data.processes import ahead
 from lit_transdiff.data.shards import ShardWriter, tar_bytes
 
-PLAN_FILE = "caching.json"
+CACHING_PLAN = "caching.json"
 BATCHES_AHEAD = 2  # that are encoded before they are written
 EncodeFn = Callable[[Tensor], Tensor]  # images on the device -> moments on it
 
@@ -53,7 +53,7 @@ class LatentCache:
         require(self.source.kind == "images", f"{source}: kind", self.source.kind, "images")
         require(not data.crops_at_random, "data.crop", data.crop, "'center' or 'none': a cache holds one crop of each image")
         self.data = replace(data, on_bad_sample="refuse")  # a substitute would be stored under another's key
-        self.journal = Journal(self.dest, PLAN_FILE)
+        self.journal = ShardJournal(self.dest, CACHING_PLAN)
         self.journal.check(self.plan())
 
     def plan(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class LatentCache:
         some = "" if len(left) == len(shards) else f"; {len(shards) - len(left)} of them are there already"
         say(
             f"{len(self.source)} x {self.info.flips} latents of shape {self.info.shape} in {self.info.dtype} -> {len(shards)} "
-            f"shards in {self.dest}, {readable(sum(sizes.values()))}{some}; {readable(free_bytes(self.dest))} are free"
+            f"shards in {self.dest}, {format_bytes(sum(sizes.values()))}{some}; {format_bytes(free_bytes(self.dest))} are free"
         )
         require_space(self.dest, sum(sizes[name] for name in left))
         self.journal.begin(self.plan())
@@ -115,16 +115,16 @@ class LatentCache:
             bar.update(bar.total - sum(shards[s].samples for s in left))
             for shard in left:
                 with ShardWriter(self.dest / shards[shard].name) as writer:
-                    for _ in batches_of(self.source, shard, batch_size):
+                    for _ in shard_batches(self.source, shard, batch_size):
                         samples, moments = next(encoded)
                         for sample, array in zip(samples.tolist(), moments, strict=True):
                             writer.write(self.source.key_of(sample), int(self.source.label[sample]), "bin", array.tobytes())
                         bar.update(len(samples))
-                self.journal.add(rows_of(self.dest / shards[shard].name, self.info))
+                self.journal.add(shard_rows(self.dest / shards[shard].name, self.info))
 
     def batches(self, shards: list[int], batch_size: int) -> Iterator[Batch]:
         """The images of the shards in order; no batch holds those of two shards."""
-        parts = [part for shard in shards for part in batches_of(self.source, shard, batch_size)]
+        parts = [part for shard in shards for part in shard_batches(self.source, shard, batch_size)]
         rows = [Rows(part, np.zeros_like(part), part[:, None]) for part in parts]
         return iter(DataLoader(PlannedDataset(self.source, self.data), sampler=rows, **loader_options(self.data.num_workers)))
 
@@ -167,7 +167,7 @@ def encode(encode_fn: EncodeFn, images: Tensor) -> Tensor:
         return encode_fn(images).float()
 
 
-def batches_of(index: ShardIndex, shard: int, batch_size: int) -> list[np.ndarray]:
+def shard_batches(index: ShardIndex, shard: int, batch_size: int) -> list[np.ndarray]:
     """The samples of a shard in order, cut into batches."""
     samples = np.arange(index.starts[shard], index.starts[shard + 1])
     return np.split(samples, range(batch_size, len(samples), batch_size))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-SHOWN = 16  # names in a message
+NAMES_SHOWN = 16  # names in a message
 
 
 def class_names(data: Any, num_classes: int) -> list[str]:
@@ -21,19 +21,19 @@ def class_names(data: Any, num_classes: int) -> list[str]:
 
 def sample_names(data: Any, samples: Tensor) -> str:
     """The names of the samples of a batch (any shape)."""
-    return in_words(lambda: data.keys(samples))
+    return names_in_words(lambda: data.keys(samples))
 
 
 def planned_names(data: Any, micro_step: int) -> str:
     """The names of the samples that this rank reads in a micro-step."""
-    return in_words(lambda: data.planned_keys(micro_step))
+    return names_in_words(lambda: data.planned_keys(micro_step))
 
 
-def in_words(names: Callable[[], Sequence[str]]) -> str:
+def names_in_words(names: Callable[[], Sequence[str]]) -> str:
     """The first names, or ``unknown``: a message about something else must not fail for them."""
     try:
         found = list(names())
     except Exception:
         return "unknown"
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return (", ".join(map(str, found[:SHOWN])) or "unknown") + more
+    more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
+    return (", ".join(map(str, found[:NAMES_SHOWN])) or "unknown") + more

@@ -15,19 +15,19 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from lit_transdiff.base.files import free_bytes, readable, require_space
+from lit_transdiff.base.files import format_bytes, free_bytes, require_space
 from lit_transdiff.config import require
-from lit_transdiff.config.paths import check_images
+from lit_transdiff.config.paths import check_pack_source
 from lit_transdiff.data.encode import Encoded, Encoding, encode_sample
 from lit_transdiff.data.findings import Findings, PackReport, in_two_classes, joined, read_report, write_findings
 from lit_transdiff.data.idx import idx_source
-from lit_transdiff.data.index import join_rows, read_index, rows_of
-from lit_transdiff.data.journal import Journal
+from lit_transdiff.data.index import join_rows, read_index, shard_rows
+from lit_transdiff.data.journal import ShardJournal
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.shards import ShardWriter, tar_bytes
 from lit_transdiff.data.sources import ClassNames, ImageSource, folder_source, list_source
 
-PLAN_FILE = "packing.json"
+PACKING_PLAN = "packing.json"
 AS_THEY_ARE = Encoding()
 ESTIMATED_FROM = 64  # images that are encoded to estimate the size of all
 
@@ -74,7 +74,7 @@ class Packing:
     names: list[str]  # of the shards
     encoding: Encoding
     seed: int
-    journal: Journal
+    journal: ShardJournal
 
     @property
     def num_images(self) -> int:
@@ -132,11 +132,11 @@ def pack(
     """
     dest = Path(dest)
     images = open_source(source, split, class_names)
-    order = draw(images, limit, seed)
+    order = choose_samples(images, limit, seed)
     sizes = estimated_sizes(images, order, encoding)
     pieces = cut(order, tar_bytes(sizes[order]))
     names = [f"{name or dest.resolve().name}-{number:06d}.tar" for number in range(len(pieces))]
-    packing = Packing(images, pieces, names, encoding, seed, Journal(dest, PLAN_FILE))
+    packing = Packing(images, pieces, names, encoding, seed, ShardJournal(dest, PACKING_PLAN))
     packing.journal.check(packing.plan)
     if not (dest / "index.json").exists():
         announce(packing, [tar_bytes(sizes[piece]) for piece in pieces], progress)
@@ -144,14 +144,14 @@ def pack(
             if left:
                 packing.journal.begin(packing.plan)
                 write_missing(packing, workers, progress)
-                return finish(packing, str(source))
+                return finish_packing(packing, str(source))
     return read_report(read_index(dest), encoding, images.passed_over, images.found)
 
 
 def open_source(source: str | Path, split: Optional[str] = None, class_names: ClassNames = None) -> ImageSource:
     """Find out what ``source`` is: a list file, a folder of IDX files (``split``: "train" or "t10k"), or class folders."""
     source = Path(source)
-    check_images(source)
+    check_pack_source(source)
     if source.is_file():
         found = list_source(source, class_names)
     elif any(source.glob("*-idx3-ubyte*")):
@@ -170,11 +170,12 @@ def announce(packing: Packing, shards: Sequence[int], progress: bool) -> None:
     images, dest, missing = packing.images, packing.journal.folder, packing.missing()
     left, there = sum(shards[number] for number in missing), len(shards) - len(missing)
     if progress:
-        some = f"; {there} of them are there already, {readable(left)} to write" if there else ""
+        some = f"; {there} of them are there already, {format_bytes(left)} to write" if there else ""
+        size = ("" if packing.encoding.keeps_files else "about ") + format_bytes(sum(shards))
         tqdm.write(
             f"{packing.num_images} of {len(images.labels)} images of {len(images.class_names)} classes -> "
-            f"{len(shards)} shards in {dest}, {'' if packing.encoding.keeps_files else 'about '}{readable(sum(shards))}{some}; "
-            f"{readable(free_bytes(dest))} are free"
+            f"{len(shards)} shards in {dest}, {size}{some}; "
+            f"{format_bytes(free_bytes(dest))} are free"
         )
     require_space(dest, left)
 
@@ -202,20 +203,20 @@ def estimated_sizes(images: ImageSource, order: np.ndarray, encoding: Encoding) 
     return np.full(len(images.labels), np.mean(sizes) if sizes else 0).astype(np.int64)
 
 
-def pack_shard(journal: Journal, task: ShardTask) -> int:
+def pack_shard(journal: ShardJournal, task: ShardTask) -> int:
     """Write one shard and its record; gives the number of images that are done with."""
     findings = Findings()
     with ShardWriter(task.path) as writer:
-        for key, label, sample in encoded(task, findings):
+        for key, label, sample in encoded_images(task, findings):
             writer.write(key, label, sample.extension, sample.content)
-    rows = rows_of(task.path, None)
+    rows = shard_rows(task.path, None)
     if not rows.shard.samples:
         task.path.unlink()
     journal.add(rows, findings)
     return len(task.images)
 
 
-def encoded(task: ShardTask, findings: Findings) -> Iterator[tuple[str, int, Encoded]]:
+def encoded_images(task: ShardTask, findings: Findings) -> Iterator[tuple[str, int, Encoded]]:
     """(key, label, content) of the images that can be read; ``findings`` says which cannot, and what is odd about the others."""
     for key, label, origin, image in task.images:
         try:
@@ -227,7 +228,7 @@ def encoded(task: ShardTask, findings: Findings) -> Iterator[tuple[str, int, Enc
         yield key, label, sample
 
 
-def finish(packing: Packing, source: str) -> PackReport:
+def finish_packing(packing: Packing, source: str) -> PackReport:
     """Index the shards and keep what was found out about the images."""
     journal, images = packing.journal, packing.images
     records = journal.all_finished(packing.names)
@@ -244,7 +245,7 @@ def finish(packing: Packing, source: str) -> PackReport:
     return read_report(index, packing.encoding, images.passed_over, images.found)
 
 
-def draw(images: ImageSource, limit: Optional[int], seed: int) -> np.ndarray:
+def choose_samples(images: ImageSource, limit: Optional[int], seed: int) -> np.ndarray:
     """[n] the samples to pack, in shuffled order; with ``limit``, equally many of each class (the first ones one more)."""
     order = np.random.default_rng(seed).permutation(len(images.labels))
     if limit is None:

@@ -72,7 +72,7 @@ def without_small_classes(index: ShardIndex, num_references: int) -> np.ndarray:
     return large
 
 
-class Line(NamedTuple):
+class GroupLine(NamedTuple):
     """A line of a file of groups."""
 
     number: int
@@ -96,12 +96,12 @@ def read_groups(path: str | Path, index: ShardIndex, num_references: int) -> np.
         return by_key[np.minimum(np.searchsorted(ordered_keys, keys), len(ordered_keys) - 1)].astype(np.int64)
 
     groups = [np.empty((0, num_references), np.int64)]
-    lines = lines_of(path, num_references)
+    lines = group_lines(path, num_references)
     while chunk := list(islice(lines, LINES_AT_A_TIME)):
         wanted = np.array([line.keys for line in chunk], np.bytes_)  # n R
         found, doubles = find(wanted), np.char.add(wanted, b"-2")
         check_groups(path, chunk, wanted, found, index)
-        check_files(path, chunk, wanted, found, index.key[find(doubles)] == doubles, index)
+        check_named_files(path, chunk, wanted, found, index.key[find(doubles)] == doubles, index)
         groups.append(found)
     joined = np.concatenate(groups)
     require(len(joined) > 0, str(path), "no groups", "at least one line")
@@ -109,7 +109,7 @@ def read_groups(path: str | Path, index: ShardIndex, num_references: int) -> np.
     return joined
 
 
-def lines_of(path: str | Path, num_references: int) -> Iterator[Line]:
+def group_lines(path: str | Path, num_references: int) -> Iterator[GroupLine]:
     """Each line that is not empty, with its R keys."""
     for number, text in enumerate(text_lines(path), 1):
         if not text.strip():
@@ -119,12 +119,12 @@ def lines_of(path: str | Path, num_references: int) -> Iterator[Line]:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
-        keys, folder = keys_of(value, where, num_references)
+        keys, folder = group_keys(value, where, num_references)
         require(len(keys) == num_references, f"{where}: number of keys", len(keys), f"model.num_references={num_references}")
-        yield Line(number, [key.encode("utf-8", "surrogatepass") for key in keys], folder)
+        yield GroupLine(number, [key.encode("utf-8", "surrogatepass") for key in keys], folder)
 
 
-def keys_of(value: Any, where: str, num_references: int) -> tuple[list[str], Optional[str]]:
+def group_keys(value: Any, where: str, num_references: int) -> tuple[list[str], Optional[str]]:
     """The keys that a line asks for, and the class folder if it names one."""
     files: Any = value.get("files") if isinstance(value, dict) else value
     require(
@@ -137,7 +137,7 @@ def keys_of(value: Any, where: str, num_references: int) -> tuple[list[str], Opt
     return [key_of(folder, file) for file in files[:num_references]], folder
 
 
-def check_groups(path: str | Path, lines: Sequence[Line], wanted: np.ndarray, found: np.ndarray, index: ShardIndex) -> None:
+def check_groups(path: str | Path, lines: Sequence[GroupLine], wanted: np.ndarray, found: np.ndarray, index: ShardIndex) -> None:
     """The samples [n, R] that were found have the keys [n, R] that were wanted, and are different images of one class."""
     for row, column in zip(*np.nonzero(index.key[found] != wanted), strict=True):
         key = wanted[row, column].decode(errors="replace")
@@ -151,9 +151,9 @@ def check_groups(path: str | Path, lines: Sequence[Line], wanted: np.ndarray, fo
         require(False, f"{path}: line {lines[row].number}: classes", classes, "one class")
 
 
-def check_files(
+def check_named_files(
     path: str | Path,
-    lines: Sequence[Line],
+    lines: Sequence[GroupLine],
     wanted: np.ndarray,
     found: np.ndarray,
     doubled: np.ndarray,

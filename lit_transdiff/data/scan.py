@@ -23,7 +23,7 @@ LABEL_MEMBER = "cls"
 LABEL = re.compile(r"0*[0-9]{1,6}")  # ASCII digits
 LABELS = "a class number, 0 to 999999"
 PICKLE_MEMBERS = ("pickle", "pkl", "pyd", "pth", "pt")
-MAX_DIGITS, MAX_LABEL, MAX_JSON = 32, 256, 1 << 20  # bytes of a class number, and of a member with a label
+MAX_CLASS_DIGITS, MAX_LABEL, MAX_JSON = 32, 256, 1 << 20  # bytes of a class number, and of a member with a label
 END_OF_TAR = 1024  # bytes: two blocks of zeros
 
 
@@ -75,7 +75,7 @@ class Labels:
                 fields = ", ".join(value) if isinstance(value, dict) else "no fields"
                 raise ValueError(f".json: got {fields}; allowed: with the field {self.field!r}")
             value = value[self.field]
-        if not isinstance(value, bool) and len(str(value)) <= MAX_DIGITS and LABEL.fullmatch(str(value)):
+        if not isinstance(value, bool) and len(str(value)) <= MAX_CLASS_DIGITS and LABEL.fullmatch(str(value)):
             return int(value)  # digits are the number of a class, also where it has another number for a name
         if value not in self.names:
             raise ValueError(f"label {str(value)[:40]!r}; allowed: {LABELS}, or one of the names that --class-names gives")

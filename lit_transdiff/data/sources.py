@@ -20,8 +20,8 @@ from lit_transdiff.data.scan import IMAGE_MEMBERS, LABEL, LABELS, require_class_
 
 MAX_KEY_BYTES = 80  # a plain tar header holds 100 with the extension
 UNFIT = re.compile(r"[./\s]")  # for a key: webdataset cuts names at the dot
-NAME = re.compile(r"(?![+-]?\d+(\.\d*)?$).+")  # a label that is the name of a class: not -1, 1.0, or digits of another script
-HEADER = "; remove this line, if it is a header"
+CLASS_NAME = re.compile(r"(?![+-]?\d+(\.\d*)?$).+")  # as a label: not -1, 1.0, or digits of another script
+HEADER_HINT = "; remove this line, if it is a header"
 LISTING_THREADS = 16  # a network disk answers many questions at once
 ClassNames = Optional[Union[Sequence[str], Path]]  # in label order, or a file of them
 
@@ -51,14 +51,14 @@ class ImageSource:
 def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
     """``folder/class/image.jpg``: classes are the sorted folder names, as in ImageNet; as numbers where all of them are."""
     with os.scandir(folder) as entries:
-        entries_found = [(entry.name, entry.is_dir(), kind_of(entry)) for entry in entries]
+        entries_found = [(entry.name, entry.is_dir(), source_kind(entry)) for entry in entries]
     found = [entry for entry in entries_found if not entry[0].startswith(".")]
     classes = sorted(name for name, is_folder, _ in found if is_folder)
     if are_numbers(classes):
         classes.sort(key=int)
     require(len(classes) > 0, str(folder), "a folder without class folders", "folder/class/image.jpg, or IDX files")
     for name in classes:
-        require(readable(name) == name, f"{folder}: class folder", readable(name), "a name in UTF-8")
+        require(readable_name(name) == name, f"{folder}: class folder", readable_name(name), "a name in UTF-8")
     names = checked_names(class_names, classes)
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         listed = list(threads.map(images_in, [f"{folder}/{name}" for name in classes]))
@@ -90,9 +90,9 @@ def images_in(directory: str) -> Listing:
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.name.rpartition(".")[2].lower() not in IMAGE_MEMBERS or entry.is_dir():
-                passed_over[kind_of(entry)] += 1
-            elif readable(entry.name) != entry.name:
-                broken.append((readable(entry.path), "a name that is not UTF-8"))
+                passed_over[source_kind(entry)] += 1
+            elif readable_name(entry.name) != entry.name:
+                broken.append((readable_name(entry.path), "a name that is not UTF-8"))
             elif entry.is_file():
                 images.append((entry.name, entry.stat().st_size))
             else:
@@ -108,14 +108,14 @@ def refuse_empty(directory: str, listing: Listing) -> None:
     require(False, directory, found, f"files ending in .{', .'.join(IMAGE_MEMBERS)}{deeper}")
 
 
-def readable(name: str) -> str:
+def readable_name(name: str) -> str:
     """The name of a file for people, which need not be UTF-8 on a disk."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def kind_of(entry: os.DirEntry[str]) -> str:
+def source_kind(entry: os.DirEntry[str]) -> str:
     """``folders``, or the extension of a file."""
-    return "folders" if entry.is_dir() else os.path.splitext(readable(entry.name))[1].lower() or "files without an extension"
+    return "folders" if entry.is_dir() else os.path.splitext(readable_name(entry.name))[1].lower() or "files without an extension"
 
 
 def listed_kinds(kinds: Counter[str]) -> str:
@@ -150,7 +150,7 @@ def list_source(path: Path, class_names: ClassNames) -> ImageSource:
     names = checked_names(class_names, found)
     origins = [str(path.parent / row[0].strip()) for _, row in rows]
     for (where, _), origin in zip(rows, origins, strict=True):
-        header = HEADER * (where == rows[0][0])
+        header = HEADER_HINT * (where == rows[0][0])
         require(os.path.isfile(origin), where, origin, f"a file that exists{header}")
     sizes = [os.path.getsize(origin) for origin in origins]
     return file_source(origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names, found)
@@ -172,7 +172,10 @@ def number_labels(given: Sequence[tuple[str, str]]) -> tuple[list[str], list[int
     allowed = f"{LABELS}, as on other lines" if numeric else f"{LABELS}, or the name of a class"
     for place, (where, label) in enumerate(given):
         require(
-            (LABEL if numeric else NAME).fullmatch(label) is not None, f"{where}: label", label, allowed + HEADER * (place == 0)
+            (LABEL if numeric else CLASS_NAME).fullmatch(label) is not None,
+            f"{where}: label",
+            label,
+            allowed + HEADER_HINT * (place == 0),
         )
     if numeric:
         labels = [int(label) for _, label in given]

@@ -15,7 +15,7 @@ from lit_transdiff.data.index import ShardIndex, index_shards, read_index
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import LABEL_MEMBER
 
-LISTED = 10  # samples in a message
+LISTED_SAMPLES = 10  # samples in a message
 log = logging.getLogger(__name__)
 
 
@@ -52,8 +52,8 @@ def told(index: ShardIndex, samples: Sequence[int]) -> str:
     """Damaged samples in a message."""
     if index.checksum is None:
         return ""
-    listed = ", ".join(f"{index.name_of(sample)} (byte {index.offset[sample]})" for sample in samples[:LISTED])
-    more = ", ..." if len(samples) > LISTED else ""
+    listed = ", ".join(f"{index.name_of(sample)} (byte {index.offset[sample]})" for sample in samples[:LISTED_SAMPLES])
+    more = ", ..." if len(samples) > LISTED_SAMPLES else ""
     return f" Damaged samples: {listed}{more}." if samples else " No sample is damaged: only names, labels or gaps between them."
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed
 from torch.distributed import PrefixStore, Store, TCPStore
 
-NAME = "lit-transdiff/meeting"
-POLL = 0.1  # seconds
+MEETING = "lit-transdiff/meeting"
+MEETING_POLL = 0.1  # seconds
 
 
 def join(backend: str, timeout: timedelta) -> None:
@@ -32,10 +32,10 @@ def join(backend: str, timeout: timedelta) -> None:
     store = TCPStore(address, port, is_master=False, timeout=timeout)
     place = PrefixStore(agree(store, rank, world, timeout), store)
     torch.distributed.init_process_group(backend, store=place, rank=rank, world_size=world, timeout=timeout)
-    atexit.register(leave)
+    atexit.register(close_connections)
 
 
-def leave() -> None:
+def close_connections() -> None:
     """Close the connections before Python takes the libraries apart."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -51,18 +51,18 @@ def agree(store: Store, rank: int, world: int, timeout: timedelta) -> str:
     """
     word, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank == 0:
-        store.set(NAME, word)
+        store.set(MEETING, word)
         others = range(1, world)
         store.wait([f"{word}/{other}" for other in others], timeout)
         for other in others:
             store.set(f"{word}/{other}/heard", store.get(f"{word}/{other}").decode())
         return word
-    store.wait([NAME], timeout)
+    store.wait([MEETING], timeout)
     while time.monotonic() < deadline:
-        name = store.get(NAME).decode()
+        name = store.get(MEETING).decode()
         store.set(f"{name}/{rank}", word)
         for _ in range(10):
             if store.check([f"{name}/{rank}/heard"]) and store.get(f"{name}/{rank}/heard").decode() == word:
                 return name
-            time.sleep(POLL)
+            time.sleep(MEETING_POLL)
     raise TimeoutError(f"rank {rank} has not met the other {world - 1} ranks within {timeout}.")

@@ -6,9 +6,9 @@ from lit_transdiff.base.hardware import DEVICES
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.data.processes import most_processes
 from lit_transdiff.distributed.strategies import STRATEGIES, strategy_name
-from lit_transdiff.distributed.world import devices_of, launched, micro_batch_size, num_nodes, world_size
+from lit_transdiff.distributed.world import accelerator_and_devices, launched, micro_batch_size, num_nodes, world_size
 from lit_transdiff.models.sizes import (
-    FLOAT,
+    FLOAT_BYTES,
     Room,
     bytes_of_images,
     least_in_blocks,
@@ -20,7 +20,7 @@ from lit_transdiff.models.sizes import (
 )
 from lit_transdiff.stages import PREPARATORY, STAGES
 
-LARGEST = max(device.memory for device in DEVICES.values())
+LARGEST_GPU = max(device.memory for device in DEVICES.values())
 WEIGHTS = {
     least_in_blocks: ("width", "mlp_ratio", "encoder_blocks", "decoder_blocks"),
     least_in_tables: ("width", "num_classes", "num_class_tokens", "num_context_tokens", "latent_size", "patch_size"),
@@ -33,14 +33,14 @@ def check_sizes(run: RunConfig, outline: bool = False) -> None:
 
     With ``outline`` nothing is trained here: a run that leaves its devices open may be meant for the largest machines there are.
     """
-    devices, most = devices_of(run), most_processes()
+    devices, most = accelerator_and_devices(run), most_processes()
     require(run.data.num_workers <= most, "data.num_workers", run.data.num_workers, f"at most {most} on this machine")
     if devices[0] == "cpu":
         require(devices[1] <= most, "distributed.devices", devices[1], f"at most {most} processes on this machine")
     elsewhere = outline and run.distributed.devices is None and num_nodes(run) == 1 and launched() == (1, 0)
     room = room_here(devices[0])
     if elsewhere:
-        room = max(room, Room(LARGEST, "the largest GPUs"), key=lambda each: each.size)
+        room = max(room, Room(LARGEST_GPU, "the largest GPUs"), key=lambda each: each.size)
     check_weights(run, room.times(NODE) if elsewhere else room)
     shared = elsewhere and run.training.micro_batch_size is None
     rows = micro_batch_size(run)
@@ -57,10 +57,10 @@ def check_weights(run: RunConfig, room: Room) -> None:
         parts = 1 if STRATEGIES[strategy_name(run)].whole else world_size(run)
         for least, names in WEIGHTS.items():
             shape = {f"model__{name}": getattr(model, name) for name in names}
-            room.require(FLOAT * copies / parts * least(model), **shape)
+            room.require(FLOAT_BYTES * copies / parts * least(model), **shape)
     elif run.stage == "autoencoder":
         shape = {f"autoencoder_training__{name}": getattr(training, name) for name in ("block_channels", "layers_per_block")}
-        room.require(2 * FLOAT * least_of_autoencoder(training), **shape)
+        room.require(2 * FLOAT_BYTES * least_of_autoencoder(training), **shape)
 
 
 def check_batch(run: RunConfig, rows: int, room: Room) -> None:

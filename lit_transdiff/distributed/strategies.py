@@ -18,8 +18,8 @@ from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.distributed.restarts import join
 from lit_transdiff.distributed.sharding import Sharding
 from lit_transdiff.distributed.world import (
+    accelerator_and_devices,
     accumulation,
-    devices_of,
     micro_batch_size,
     num_nodes,
     precision_of,
@@ -81,7 +81,7 @@ class StrategyKind:
 
 
 def build_single(run: RunConfig) -> Strategy:
-    return Single(torch.device("cuda", 0) if devices_of(run)[0] == "gpu" else torch.device("cpu"))
+    return Single(torch.device("cuda", 0) if accelerator_and_devices(run)[0] == "gpu" else torch.device("cpu"))
 
 
 def build_ddp(run: RunConfig) -> Strategy:
@@ -95,7 +95,7 @@ def build_fsdp(run: RunConfig) -> Strategy:
 def build_zero(stage: int, run: RunConfig) -> Strategy:
     from lit_transdiff.distributed.zero import ZeRO  # DeepSpeed takes seconds to import
 
-    on_cpu, bf16 = devices_of(run)[0] == "cpu", precision_of(run) != "32-true"
+    on_cpu, bf16 = accelerator_and_devices(run)[0] == "cpu", precision_of(run) != "32-true"
     micro = micro_batch_size(run)
     return ZeRO(stage, run.distributed, micro_batch=micro, on_cpu=on_cpu, bf16=bf16, timeout=timeout_of(run))
 
@@ -172,12 +172,12 @@ def check_spread(run: RunConfig) -> None:
     if run.distributed.offload == "nvme":
         from lit_transdiff.distributed.zero import check_nvme
 
-        check_nvme(run.distributed, on_cpu=devices_of(run)[0] == "cpu")
+        check_nvme(run.distributed, on_cpu=accelerator_and_devices(run)[0] == "cpu")
 
 
 def trainer_settings(run: RunConfig) -> dict[str, Any]:
     """The part of the Trainer's arguments that depends on devices."""
-    accelerator, devices = devices_of(run)
+    accelerator, devices = accelerator_and_devices(run)
     kind = STRATEGIES[strategy_name(run)]
     join("nccl" if accelerator == "gpu" else "gloo", timeout_of(run))
     plain_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()

@@ -16,7 +16,7 @@ from lit_transdiff.distributed.restarts import join
 log = logging.getLogger(__name__)
 
 
-def devices_of(run: RunConfig) -> tuple[str, int]:
+def accelerator_and_devices(run: RunConfig) -> tuple[str, int]:
     """Accelerator ("gpu" or "cpu") and devices a node.
 
     What the run does not say: as many as torchrun or srun started, else one.
@@ -47,7 +47,7 @@ def launched() -> tuple[int, int]:
 
 
 def world_size(run: RunConfig) -> int:
-    return devices_of(run)[1] * num_nodes(run)
+    return accelerator_and_devices(run)[1] * num_nodes(run)
 
 
 def build_fabric() -> Fabric:
@@ -88,7 +88,7 @@ def timeout_of(run: RunConfig) -> timedelta:
 
 def precision_of(run: RunConfig) -> str:
     """Lightning's name of the precision: what is computed in; the weights of bf16-true are the stage's business."""
-    accelerator, _ = devices_of(run)
+    accelerator, _ = accelerator_and_devices(run)
     wanted = run.training.precision
     if wanted == "auto":
         wanted = "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "fp32"

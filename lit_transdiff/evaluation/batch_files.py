@@ -25,7 +25,6 @@ from lit_transdiff.evaluation.images import png
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-Array = np.ndarray
 FAILED, TOKEN, IMAGES = "failed", "token", "images"
 PAUSE = 0.2  # seconds between two looks at the folder
 SHARED_LIMIT = 20.0  # seconds that a file of one rank may take to be seen by the others
@@ -63,11 +62,11 @@ class BatchFiles:
     def images(self) -> Path:
         return self.folder / IMAGES
 
-    def write(self, batch: range, arrays: dict[str, Array]) -> None:
+    def write(self, batch: range, arrays: dict[str, np.ndarray]) -> None:
         with whole(self.path(batch)) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
-    def each(self, name: str) -> Iterator[Array]:
+    def each(self, name: str) -> Iterator[np.ndarray]:
         """The array ``name`` of every batch, in order of the images' indices."""
         for batch in self.batches():
             with np.load(self.path(batch), allow_pickle=False) as part:

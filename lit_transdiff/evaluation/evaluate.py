@@ -24,7 +24,7 @@ from lit_transdiff.data.pixels import from_bytes
 from lit_transdiff.evaluation.batch_files import BatchFiles, open_batch_files, wait_for_batches, wait_for_scores
 from lit_transdiff.evaluation.features import Features
 from lit_transdiff.evaluation.images import write_npz, write_pngs
-from lit_transdiff.evaluation.job import Job, draw, images_of_a_class, prepare, score, with_reference
+from lit_transdiff.evaluation.job import Job, draw_batch, images_of_a_class, prepare_job, score, with_reference
 from lit_transdiff.evaluation.results import manifest, result_file, write_result
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid
@@ -32,7 +32,6 @@ from lit_transdiff.sampling.pictures import grid
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-Array = np.ndarray
 SHOWN_CLASSES, SHOWN_IMAGES = 10, 8  # rows and columns of the picture
 # What --save-images says -> the files that the images are written to.
 SAVE_IMAGES: dict[str, tuple[str, ...]] = {"npz": ("npz",), "folder": ("folder",), "both": ("npz", "folder")}
@@ -94,7 +93,7 @@ def evaluate(
     start = time.time()
     if save_images is not None and save_images not in SAVE_IMAGES:
         raise unknown("save_images", save_images, SAVE_IMAGES)
-    job = prepare(generator, settings, sampling)
+    job = prepare_job(generator, settings, sampling)
     record = manifest(generator, settings, sampling, job.extractor, job.reference)
     record |= {
         "spatial_features": job.spatial,
@@ -119,20 +118,20 @@ def draw_and_score(job: Job, output: Output, record: dict[str, Any], fabric: Fab
     missing = open_batch_files(files, fabric)
     try:
         if "npz" in output.saved:
-            require_space(files.folder, bytes_of_images(job, sum(map(len, missing))))
+            require_space(files.folder, bytes_to_write(job, sum(map(len, missing))))
         draw_missing(job, files, missing[rank::world], output.saved, progress=rank == 0)
         if rank > 0:
             return wait_for_scores(files, output.file)
         wait_for_batches(files)
         record |= {"saved_images": [place.name for place in output.places.values()], "num_ranks": world}
-        finish(job, files, output, record, start)
+        finish_evaluation(job, files, output, record, start)
     except BaseException as error:
         files.fail(f"rank {rank}: {type(error).__name__}: {error}")
         raise
     files.remove()
 
 
-def bytes_of_images(job: Job, missing: int) -> int:
+def bytes_to_write(job: Job, missing: int) -> int:
     """What an ``.npz`` of all images takes (three channels each), and until it is written those that are ``missing``."""
     size = job.generator.run.model.latent_size * job.generator.autoencoder.downsampling
     return size**2 * (3 * job.settings.num_images + job.generator.run.data.image_channels * missing)
@@ -143,7 +142,7 @@ def draw_missing(job: Job, files: BatchFiles, batches: Sequence[range], saved: S
     shown = set(choose_shown(job.labels).flatten().tolist())
     with tqdm(total=sum(map(len, batches)), desc="images", disable=not progress) as bar:
         for batch in batches:
-            drawn = draw(job, batch)
+            drawn = draw_batch(job, batch)
             if "folder" in saved:
                 write_pngs(files.images, drawn.pixels, batch)
             keep = [i for i in batch if "npz" in saved or i in shown]
@@ -153,7 +152,7 @@ def draw_missing(job: Job, files: BatchFiles, batches: Sequence[range], saved: S
             bar.update(len(batch))
 
 
-def finish(job: Job, files: BatchFiles, output: Output, record: dict[str, Any], start: float) -> None:
+def finish_evaluation(job: Job, files: BatchFiles, output: Output, record: dict[str, Any], start: float) -> None:
     """Score all batches and write the result and the images; ``record`` gets what is known now. Rank 0 alone does this."""
     features = torch.from_numpy(np.concatenate(list(files.each("features"))))
     logits = torch.from_numpy(np.concatenate(list(files.each("logits")))) if job.extractor.gives_logits else None
@@ -166,17 +165,17 @@ def finish(job: Job, files: BatchFiles, output: Output, record: dict[str, Any], 
         "wall_seconds": time.time() - start,  # of this command
     }
     shown = choose_shown(job.labels)
-    picture = sample_picture(samples(files, shown), job.labels[shown], job.generator.class_names, output.file.stem)
+    picture = sample_picture(drawn_images(files, shown), job.labels[shown], job.generator.class_names, output.file.stem)
     write_result(output.file, scores, record, picture)
     if "npz" in output.saved:
         write_npz(output.places["npz"], files.each("pixels"), job.labels.numpy())
     files.publish_images()
 
 
-def samples(files: BatchFiles, shown: Tensor) -> Tensor:
+def drawn_images(files: BatchFiles, shown: Tensor) -> Tensor:
     """The drawn images of the indices ``shown``, any shape, in their order: [n, C, H, W] in [-1, 1]."""
     wanted: list[int] = shown.flatten().tolist()
-    found: dict[int, Array] = {}
+    found: dict[int, np.ndarray] = {}
     for kept, pixels in zip(files.each("kept"), files.each("pixels"), strict=True):
         found |= {i: pixels[place].copy() for place, i in enumerate(kept.tolist()) if i in wanted}
     return from_bytes(torch.from_numpy(np.stack([found[i] for i in wanted])))

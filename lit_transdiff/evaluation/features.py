@@ -30,7 +30,7 @@ from lit_transdiff.config import require, unknown
 from lit_transdiff.data.pixels import from_bytes, to_bytes
 from lit_transdiff.models.classifier import load_classifier
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 
 class Features(NamedTuple):
@@ -116,7 +116,7 @@ class InceptionFeatures(FeatureExtractor):
     num_spatial = 17 * 17 * 7
 
     def __init__(self, path: str | Path) -> None:
-        state = read_weights(
+        state = read_extractor_weights(
             path, self.weights_file, {"Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch1x1.conv.weight", "fc.weight"}
         )
         copy = io.BytesIO()  # torch-fidelity reads a file, and would unpickle anything in it
@@ -160,7 +160,7 @@ class DinoFeatures(FeatureExtractor):
 
     def __init__(self, path: str | Path) -> None:
         needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.ls1.gamma"}
-        state = read_weights(path, self.weights_file, needed)
+        state = read_extractor_weights(path, self.weights_file, needed)
         try:
             network = dino_network({key: value for key, value in state.items() if key != "mask_token"}, self.image_size)
         except RuntimeError as error:
@@ -175,7 +175,7 @@ class DinoFeatures(FeatureExtractor):
         return Features(self.network((images - self.mean) / self.std))
 
 
-def dino_network(state: State, image_size: int) -> VisionTransformer:
+def dino_network(state: StateDict, image_size: int) -> VisionTransformer:
     """timm's vision transformer of the shapes in ``state``, with its weights. Raises ``RuntimeError`` for other keys.
 
     All released sizes have heads of 64 numbers.
@@ -211,7 +211,7 @@ def colour(pixels: Tensor) -> Tensor:
     return repeat(pixels, "b 1 h w -> b c h w", c=3) if pixels.shape[1] == 1 else pixels
 
 
-def read_weights(path: str | Path, expected: str, needed: set[str]) -> State:
+def read_extractor_weights(path: str | Path, expected: str, needed: set[str]) -> StateDict:
     """The state dict of a .safetensors file, or of any other read with ``weights_only``; it must have the keys ``needed``."""
     check_file(Path(path))
     if zipfile.is_zipfile(path):
@@ -252,7 +252,7 @@ EXTRACTORS: dict[str, type[ClassifierFeatures] | type[InceptionFeatures] | type[
 }
 
 
-def check_weights(name: str, weights: str | Path | None) -> None:
+def check_extractor_weights(name: str, weights: str | Path | None) -> None:
     """Raise ``ValueError`` for an extractor that is in no table, and for one without the path of its weights."""
     check_name(name)
     allowed = f"for extractor {name!r} the path of {EXTRACTORS[name].weights_file}"
@@ -270,7 +270,7 @@ def load_extractor(name: str, weights: str | Path | None, device: torch.device |
 
     Raises ``ValueError`` for an unknown name, without a file or for a wrong one, ``FileNotFoundError`` when it does not exist.
     """
-    check_weights(name, weights)
+    check_extractor_weights(name, weights)
     if not Path(str(weights)).is_file():
         expected = EXTRACTORS[name].weights_file
         raise FileNotFoundError(f"evaluation.extractor_weights: {weights} does not exist; expected {expected}.")

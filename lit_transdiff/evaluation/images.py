@@ -22,11 +22,9 @@ from lit_transdiff.config import require
 from lit_transdiff.data.pixels import from_bytes
 from lit_transdiff.sampling.pictures import save_png
 
-Array = np.ndarray
-
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+def open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """The bytes of ``arr_0`` and its shape [N, H, W, 3]. Raises ``ValueError`` for anything but such uint8 images."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
@@ -44,13 +42,13 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
 
 def images_shape(path: str | Path) -> tuple[int, ...]:
     """The shape [N, H, W, 3] of a file's images, from its header."""
-    with opened(Path(path)) as (_, shape):
+    with open_images(Path(path)) as (_, shape):
         return shape
 
 
 def image_batches(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
     """The images of ``arr_0`` as batches [B, 3, H, W] in [-1, 1]; only one batch is in memory, also of a compressed file."""
-    with opened(Path(path)) as (file, (count, *size)):
+    with open_images(Path(path)) as (file, (count, *size)):
         for first in range(0, count, batch_size):
             images = min(batch_size, count - first)
             wanted = images * int(np.prod(size))
@@ -62,7 +60,7 @@ def image_batches(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
             yield from_bytes(rearrange(torch.from_numpy(pixels.copy()), "b h w c -> b c h w"))
 
 
-def write_npz(path: Path, batches: Iterable[Array], labels: Array) -> None:
+def write_npz(path: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> None:
     """Write ``arr_0`` of uint8 ``batches`` [B, C, H, W], grey ones as three equal channels, and ``arr_1``, their ``labels`` [N].
 
     The file is written whole or not at all, batch by batch, uncompressed like that of ``numpy.savez``.

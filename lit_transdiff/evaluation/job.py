@@ -25,7 +25,7 @@ from lit_transdiff.evaluation.metrics import Scored, check_metrics, compute_scor
 from lit_transdiff.evaluation.moments import gaussian_of
 from lit_transdiff.evaluation.scores import Score
 from lit_transdiff.evaluation.statistics import Statistics, check_extractor, completed, load_statistics
-from lit_transdiff.models.sizes import FLOAT, least_of_drawing, room_here
+from lit_transdiff.models.sizes import FLOAT_BYTES, least_of_drawing, room_here
 from lit_transdiff.sampling.generator import Generator, check_sampling
 
 
@@ -48,7 +48,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Batch:
+class DrawnBatch:
     """What is known of drawn images."""
 
     found: Features
@@ -57,14 +57,14 @@ class Batch:
     evaluations: int  # images that went through the diffusion decoder
 
 
-def prepare(generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig) -> Job:
+def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig) -> Job:
     """Load the extractor and the reference, and refuse whatever could not be scored after the images are drawn."""
     check_sampling(sampling)
     generator = generator.at(sampling.precision)
     at_once = min(settings.batch_size, settings.num_images)
     room_here(generator.device.type).require(least_of_drawing(generator.run, at_once), evaluation__batch_size=settings.batch_size)
     extractor = load_extractor(settings.extractor, settings.extractor_weights, generator.device)
-    features = settings.num_images * extractor.num_features * FLOAT
+    features = settings.num_images * extractor.num_features * FLOAT_BYTES
     room_here("cpu").require(features, evaluation__num_images=settings.num_images, evaluation__extractor=settings.extractor)
     reference = load_statistics(settings.reference) if settings.reference else None
     if reference is not None:
@@ -98,7 +98,7 @@ def prepare(generator: Generator, settings: EvaluationConfig, sampling: Sampling
     )
 
 
-def draw(job: Job, batch: Sequence[int]) -> Batch:
+def draw_batch(job: Job, batch: Sequence[int]) -> DrawnBatch:
     """Draw the images of the indices ``batch`` and extract their features."""
     generator = job.generator
     first = batch[:: job.kept]  # of each row
@@ -107,7 +107,7 @@ def draw(job: Job, batch: Sequence[int]) -> Batch:
         drawn = generator.images(job.labels[list(first)], image_seeds(job.settings, first), job.sampling)
         images = drawn[:, -job.kept :].flatten(0, 1)  # [B, C, H, W]
         seconds = clock(generator.device) - started
-    return Batch(job.extractor(images, spatial=job.spatial), to_bytes(images).cpu(), seconds, sum(rows))
+    return DrawnBatch(job.extractor(images, spatial=job.spatial), to_bytes(images).cpu(), seconds, sum(rows))
 
 
 def with_reference(job: Job, folder: Path) -> Job:

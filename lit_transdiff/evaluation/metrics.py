@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from lit_transdiff.config import EvaluationConfig, require, unknown
-from lit_transdiff.evaluation.features import EXTRACTORS, check_name, check_weights
+from lit_transdiff.evaluation.features import EXTRACTORS, check_extractor_weights, check_name
 from lit_transdiff.evaluation.moments import Gaussian, frechet, gaussian_of
 from lit_transdiff.evaluation.scores import Score
 from lit_transdiff.evaluation.statistics import Statistics, reference_tensor
@@ -248,7 +248,7 @@ def check_evaluation(settings: EvaluationConfig, *, scores: bool) -> None:
     check_name(settings.extractor)
     lacking: set[str] = set()
     if scores:
-        check_weights(settings.extractor, settings.extractor_weights)
+        check_extractor_weights(settings.extractor, settings.extractor_weights)
         extractor = EXTRACTORS[settings.extractor]
         has = {"reference": settings.reference, "logits": extractor.gives_logits, "spatial features": extractor.num_spatial}
         lacking = {need for need, value in has.items() if not value}

@@ -22,7 +22,7 @@ from lit_transdiff.evaluation.images import image_batches, images_shape
 from lit_transdiff.evaluation.statistics import (
     Statistics,
     check_extractor,
-    check_output,
+    check_statistics_file,
     load_statistics,
     reference_statistics,
     save_statistics,
@@ -89,16 +89,16 @@ def statistics(
 
     ``source`` may also be an ``.npz`` file of images in the ADM evaluator's layout, which are taken as they are.
     """
-    check_output(dest)
+    check_statistics_file(dest)
     if Path(source).suffix != ".npz":
         require_classes(str(source), read_index(source).class_names, extractor.class_names, "the classifier that looks at them")
-    batches, count = batches_of(source, data, batch_size)
+    batches, count = batches_and_count(source, data, batch_size)
     progress = tqdm(batches, desc="statistics", unit="batch", total=math.ceil(count / batch_size))
     found = reference_statistics(progress, extractor, source=str(source), settings=made_of(source, data))
     return save_statistics(found, dest)
 
 
-def batches_of(source: str | Path, data: DataConfig, batch_size: int) -> tuple[Iterator[Tensor], int]:
+def batches_and_count(source: str | Path, data: DataConfig, batch_size: int) -> tuple[Iterator[Tensor], int]:
     """Batches [B, C, H, W] in [-1, 1] of all images of shards or of an ``.npz`` file, and the number of images."""
     if Path(source).suffix == ".npz":
         return image_batches(source, batch_size), images_shape(source)[0]

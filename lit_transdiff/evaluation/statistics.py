@@ -32,19 +32,18 @@ from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
 from lit_transdiff.evaluation.moments import Gaussian, Moments
 
-Array = np.ndarray
 NAMES = ("mu", "sigma", "mu_s", "sigma_s", "num_images", "features", "about")
-ROUNDING = 1e-6  # how far a covariance in a file may be from symmetric and from no negative eigenvalue, relative to its largest
+SIGMA_TOLERANCE = 1e-6  # how far sigma in a file may be from symmetric, and its eigenvalues below 0, relative to its largest
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Mean, covariance (over N - 1) and a sample of the features of real images."""
 
-    mu: Array  # [D] float64; [0] where the file has only images
-    sigma: Array  # [D, D] float64
+    mu: np.ndarray  # [D] float64; [0] where the file has only images
+    sigma: np.ndarray  # [D, D] float64
     num_images: int | None = None  # nothing in the public layout
-    features: Array | None = None  # [n, D] float32, in the order read
+    features: np.ndarray | None = None  # [n, D] float32, in the order read
     about: dict[str, Any] = field(default_factory=dict)  # extractor, fingerprint, source, settings
     path: str | None = None
     hash: str | None = None  # of the file
@@ -82,7 +81,7 @@ class Statistics:
         return self.spatial is not None or self.images > 0
 
 
-def check_gaussian(mu: Array, sigma: Array, names: tuple[str, str]) -> None:
+def check_gaussian(mu: np.ndarray, sigma: np.ndarray, names: tuple[str, str]) -> None:
     """Refuse shapes that are no mean and covariance, and numbers that are not finite."""
     size = mu.size
     require(mu.ndim == 1, names[0], mu.shape, "[D]")
@@ -91,15 +90,15 @@ def check_gaussian(mu: Array, sigma: Array, names: tuple[str, str]) -> None:
     require(finite, " and ".join(names), "NaN or Inf", "finite numbers")
 
 
-def check_covariance(sigma: Array, name: str) -> None:
+def check_covariance(sigma: np.ndarray, name: str) -> None:
     """Refuse finite numbers [D, D] that are no covariance: not symmetric, or with an eigenvalue below 0 by more than rounding."""
     largest = float(np.abs(sigma).max(initial=0))
-    symmetric = np.allclose(sigma, sigma.T, rtol=10 * ROUNDING, atol=ROUNDING * largest)
+    symmetric = np.allclose(sigma, sigma.T, rtol=10 * SIGMA_TOLERANCE, atol=SIGMA_TOLERANCE * largest)
     require(symmetric, name, "a matrix that is not symmetric", "a covariance")
     if sigma.size:
         values = torch.linalg.eigvalsh(torch.from_numpy(sigma))
         lowest, highest = float(values[0]), float(values[-1])
-        require(lowest >= -ROUNDING * highest, name, f"eigenvalues from {lowest:.3g} to {highest:.3g}", "none below 0")
+        require(lowest >= -SIGMA_TOLERANCE * highest, name, f"eigenvalues from {lowest:.3g} to {highest:.3g}", "none below 0")
 
 
 class Reservoir:
@@ -108,9 +107,9 @@ class Reservoir:
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seen = size, 0
         self.random = np.random.default_rng(seed)
-        self.rows: list[tuple[int, Array]] = []  # position in the stream, row
+        self.rows: list[tuple[int, np.ndarray]] = []  # position in the stream, row
 
-    def add(self, rows: Array) -> None:
+    def add(self, rows: np.ndarray) -> None:
         for row in rows:
             slot = self.seen if self.seen < self.size else int(self.random.integers(self.seen + 1))
             if slot < len(self.rows):
@@ -119,7 +118,7 @@ class Reservoir:
                 self.rows.append((self.seen, row.copy()))
             self.seen += 1
 
-    def stacked(self) -> Array:
+    def stacked(self) -> np.ndarray:
         return np.stack([row for _, row in sorted(self.rows, key=lambda item: item[0])]).astype(np.float32)
 
 
@@ -161,7 +160,7 @@ def reference_statistics(
     )
 
 
-def check_output(path: str | Path) -> None:
+def check_statistics_file(path: str | Path) -> None:
     """Refuse a statistics file that could not be written, or would replace something else than one of ours."""
     path = Path(path)
     require(path.suffix == ".npz", "statistics file", str(path), "a name that ends in .npz")
@@ -173,7 +172,7 @@ def check_output(path: str | Path) -> None:
 def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
     """Write an ``.npz`` file, whole or not at all; returns the statistics with their path and hash."""
     path = Path(path)
-    check_output(path)
+    check_statistics_file(path)
     arrays = {"mu": statistics.mu, "sigma": statistics.sigma, "about": np.array(json.dumps(statistics.about, sort_keys=True))}
     if statistics.spatial is not None:
         arrays |= {"mu_s": statistics.spatial.mu, "sigma_s": statistics.spatial.sigma}
@@ -213,7 +212,7 @@ def load_statistics(path: str | Path) -> Statistics:
         raise ValueError(f"evaluation.reference: {path}: {error}") from error
 
 
-def statistics_of(arrays: dict[str, Array], path: Path, images: int) -> Statistics:
+def statistics_of(arrays: dict[str, np.ndarray], path: Path, images: int) -> Statistics:
     """The statistics that the ``arrays`` of a file hold, checked."""
     for name in {*NAMES[:4], "features"} & arrays.keys():
         require(arrays[name].dtype.kind in "fiu", name, str(arrays[name].dtype), "real numbers")

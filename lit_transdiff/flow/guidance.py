@@ -8,12 +8,12 @@ from torch import Tensor
 
 from lit_transdiff.flow.solvers import Velocity
 
-ROUNDING = 1e-6  # of the times of a grid, which are float32: the one at 0.7 is in [0.7, 1]
+TIME_TOLERANCE = 1e-6  # of the times of a grid, which are float32: the one at 0.7 is in [0.7, 1]
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # x_t, t -> conditional and unconditional velocity
 Schedule = Callable[[float, float], float]  # the largest scale, t -> the scale at t
 
 
-def constant(scale: float, t: float) -> float:
+def constant_scale(scale: float, t: float) -> float:
     """The same scale at all times."""
     return scale
 
@@ -23,7 +23,7 @@ def rising(scale: float, t: float) -> float:
     return 1 + (scale - 1) * (1 - t)
 
 
-GUIDANCE: dict[str, Schedule] = {"constant": constant, "rising": rising}
+GUIDANCE: dict[str, Schedule] = {"constant": constant_scale, "rising": rising}
 
 
 def guide(
@@ -31,7 +31,7 @@ def guide(
     both: Pair,
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
-    schedule: Schedule = constant,
+    schedule: Schedule = constant_scale,
 ) -> Velocity:
     """v = u + scale(t) (c - u) where low <= t <= high, else c (arXiv 2207.12598; interval: arXiv 2404.07724).
 
@@ -41,7 +41,7 @@ def guide(
         raise ValueError(f"guidance scale: got {scale!r}; allowed: at least 1 (no guidance).")
     if scale == 1:
         return conditional
-    low, high = interval[0] - ROUNDING, interval[1] + ROUNDING
+    low, high = interval[0] - TIME_TOLERANCE, interval[1] + TIME_TOLERANCE
 
     def guided(x_t: Tensor, t: float) -> Tensor:
         if not low <= t <= high:

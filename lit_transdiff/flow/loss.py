@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_transdiff.config import FlowConfig, unknown
-from lit_transdiff.flow.path import interpolate, spread, target_velocity
+from lit_transdiff.flow.path import expand_like, interpolate, target_velocity
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -63,7 +63,7 @@ class Prediction:
     @property
     def clean(self) -> Tensor:
         """The clean latents that the predicted velocity implies, x_t - t v."""
-        return self.x_t - spread(self.t, self.x_t) * self.velocity
+        return self.x_t - expand_like(self.t, self.x_t) * self.velocity
 
 
 LossFn = Callable[[Prediction, FlowConfig], Tensor]  # -> the loss of every row, [B]

@@ -10,14 +10,14 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def spread(t: Tensor, like: Tensor) -> Tensor:
+def expand_like(t: Tensor, like: Tensor) -> Tensor:
     """``t`` [B] (or a scalar) with trailing axes, so that it multiplies ``like`` [B, ...] row by row."""
     return t.float().reshape(t.shape + (1,) * (like.ndim - t.ndim)) if t.ndim else t.float()
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t on the linear path."""
-    t = spread(t, x)
+    t = expand_like(t, x)
     return (1 - t) * x + t * noise
 
 

@@ -18,8 +18,8 @@ from lit_transdiff.config import SamplingConfig
 from lit_transdiff.flow.loss import shift_times
 
 Velocity = Callable[[Tensor, float], Tensor]  # x_t [B, ...], t -> velocity [B, ...]
-Draw = Callable[[], Tensor]
-Solver = Callable[[Velocity, Tensor, list[float], Draw, SamplingConfig], Tensor]
+DrawNoise = Callable[[], Tensor]
+Solver = Callable[[Velocity, Tensor, list[float], DrawNoise, SamplingConfig], Tensor]
 
 
 def paper_grid(num_steps: int) -> Tensor:
@@ -40,7 +40,7 @@ def time_grid(config: SamplingConfig) -> list[float]:
     return shift_times(GRIDS[config.grid](config.num_steps), config.shift).tolist()
 
 
-def euler_maruyama(velocity: Velocity, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+def euler_maruyama(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig) -> Tensor:
     """The paper's stochastic sampler: drift v - t score = (2 - t) v + x and diffusion 2 t (section 3.2).
 
     Drift and noise are scaled by ``drift_scale`` and ``noise_scale`` in every step but the last, which is plain.
@@ -57,14 +57,14 @@ def euler_maruyama(velocity: Velocity, x: Tensor, grid: list[float], draw: Draw,
     return x
 
 
-def euler(velocity: Velocity, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+def euler(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig) -> Tensor:
     """First order, one evaluation a step."""
     for t, t_next in pairwise(grid):
         x = x + (t_next - t) * velocity(x, t)
     return x
 
 
-def heun(velocity: Velocity, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+def heun(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig) -> Tensor:
     """Second order, two evaluations a step: the trapezoid rule with an Euler predictor."""
     for t, t_next in pairwise(grid):
         v = velocity(x, t)
@@ -73,7 +73,7 @@ def heun(velocity: Velocity, x: Tensor, grid: list[float], draw: Draw, config: S
     return x
 
 
-def adams_bashforth(velocity: Velocity, x: Tensor, grid: list[float], draw: Draw, config: SamplingConfig) -> Tensor:
+def adams_bashforth(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig) -> Tensor:
     """Second order, one evaluation a step: extrapolates from the step before, for steps of any length.
 
     The first step has nothing before it and is a Heun step.
@@ -96,6 +96,6 @@ SOLVERS: dict[str, Solver] = {
 
 
 @torch.no_grad()
-def solve(velocity: Velocity, noise: Tensor, config: SamplingConfig, draw: Draw) -> Tensor:
+def solve(velocity: Velocity, noise: Tensor, config: SamplingConfig, draw: DrawNoise) -> Tensor:
     """Carry ``noise`` [B, ...] to data with the configured grid and solver."""
     return SOLVERS[config.solver](velocity, noise, time_grid(config), draw, config)

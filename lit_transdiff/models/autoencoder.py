@@ -54,10 +54,10 @@ def load_autoencoder(kind: str, path: Optional[str | Path], image_channels: int)
 
     Raises ``ValueError`` for an unknown kind or a folder that does not fit, ``FileNotFoundError`` for a missing folder.
     """
-    return kind_of(kind, path).load(path or "", image_channels).freeze()
+    return autoencoder_kind(kind, path).load(path or "", image_channels).freeze()
 
 
-def kind_of(kind: str, path: Optional[str | Path]) -> AutoencoderKind:
+def autoencoder_kind(kind: str, path: Optional[str | Path]) -> AutoencoderKind:
     """The row of AUTOENCODERS, checked against the path that is given with it."""
     if kind not in AUTOENCODERS:
         raise unknown("autoencoder.kind", kind, AUTOENCODERS)

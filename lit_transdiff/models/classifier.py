@@ -19,10 +19,10 @@ from lit_transdiff.config.targets import save_tensors
 
 FEATURES = 64
 WIDTHS = (24, 48, 96)  # channels of the levels; each ends by halving the size
-HEADER = "classifier"  # the metadata key of the weights file that holds num_classes, image_size, image_channels
+METADATA_KEY = "classifier"  # the metadata key of the weights file that holds num_classes, image_size, image_channels
 
 
-def block(channels_in: int, channels_out: int) -> nn.Sequential:
+def conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
     """3x3 convolution, batch norm, ReLU."""
     return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU())
 
@@ -38,9 +38,9 @@ class SmallClassifier(nn.Module):
         levels: list[nn.Module] = []
         width = image_channels
         for wider in WIDTHS:
-            levels += [block(width, wider), nn.MaxPool2d(2)]
+            levels += [conv_block(width, wider), nn.MaxPool2d(2)]
             width = wider
-        self.trunk = nn.Sequential(*levels, block(width, width))
+        self.trunk = nn.Sequential(*levels, conv_block(width, width))
         self.neck = nn.Linear(width, FEATURES)
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(FEATURES, num_classes)
@@ -60,7 +60,7 @@ def save_classifier(classifier: SmallClassifier, path: str | Path) -> None:
     """Write weights and, in the file's header, what is needed to rebuild the classifier."""
     shape = {name: getattr(classifier, name) for name in ("num_classes", "image_size", "image_channels")}
     weights = {name: value.detach().cpu().contiguous() for name, value in classifier.state_dict().items()}
-    save_tensors(weights, Path(path), metadata={HEADER: json.dumps(shape)})
+    save_tensors(weights, Path(path), metadata={METADATA_KEY: json.dumps(shape)})
 
 
 def load_classifier(path: str | Path) -> SmallClassifier:
@@ -73,12 +73,12 @@ def load_classifier(path: str | Path) -> SmallClassifier:
     check_file(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(HEADER)
+            header = (file.metadata() or {}).get(METADATA_KEY)
         weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if header is None:
-        raise ValueError(f"{path}: header: got no {HEADER!r} entry; allowed: a file written by save_classifier.")
+        raise ValueError(f"{path}: header: got no {METADATA_KEY!r} entry; allowed: a file written by save_classifier.")
     try:
         classifier = SmallClassifier(**json.loads(header))
         classifier.load_state_dict(weights)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lit_transdiff.base.files import readable
+from lit_transdiff.base.files import format_bytes
 from lit_transdiff.base.hardware import memory_here
 from lit_transdiff.config import AutoencoderTraining, DataConfig, ModelConfig, RunConfig
 
-FLOAT = 4
+FLOAT_BYTES = 4
 OF_A_TOKEN = 6  # times the width: what a block keeps of a token (its input, queries, keys, values, two norms) and more
 
 
@@ -26,8 +26,8 @@ class Room:
         """Raise ``ValueError`` when ``settings``, dotted names with ``__`` for the dot, need more than there is."""
         if needed > self.size:
             given = ", ".join(f"{name.replace('__', '.')}={value}" for name, value in settings.items())
-            allowed = f"what fits into the {readable(int(self.size))} of {self.whose}"
-            raise ValueError(f"{given}: got what takes {readable(int(needed))} of memory or more; allowed: {allowed}.")
+            allowed = f"what fits into the {format_bytes(int(self.size))} of {self.whose}"
+            raise ValueError(f"{given}: got what takes {format_bytes(int(needed))} of memory or more; allowed: {allowed}.")
 
     def times(self, number: int) -> Room:
         """That of several."""
@@ -58,14 +58,14 @@ def least_of_autoencoder(training: AutoencoderTraining) -> int:
 
 def bytes_of_images(data: DataConfig, number: int) -> int:
     """Images as numbers."""
-    return number * data.image_channels * data.image_size**2 * FLOAT
+    return number * data.image_channels * data.image_size**2 * FLOAT_BYTES
 
 
 def least_of_row(run: RunConfig, trains_encoder: bool) -> float:
     """What a row of a batch leaves in a training pass until the backward pass, in bfloat16 where it may be."""
     model, training = run.model, run.training
     views, tokens = model.num_references * run.flow.num_noise_draws, model.num_class_tokens + model.num_context_tokens
-    number = FLOAT if training.precision == "fp32" else 2
+    number = FLOAT_BYTES if training.precision == "fp32" else 2
     kept = {part: 1 if part in training.checkpointed_parts else OF_A_TOKEN for part in ("encoder", "decoder")}
     encoder = model.encoder_blocks * tokens * kept["encoder"] if trains_encoder else 0
     decoder = model.decoder_blocks * views * model.num_decoder_tokens * kept["decoder"]

@@ -13,18 +13,18 @@ from lit_transdiff.base.hardware import DEVICES, GB, Device
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.data.index import read_index
 from lit_transdiff.distributed.strategies import EVERYWHERE, STRATEGIES, whole_strategies
-from lit_transdiff.models.autoencoder import kind_of
+from lit_transdiff.models.autoencoder import autoencoder_kind
+from lit_transdiff.models.sizes import FLOAT_BYTES
 from lit_transdiff.planning.memory import ModelCost, PassCost, model_cost, pass_cost
 from lit_transdiff.stages import STAGES
 
-FLOAT = 4
-AUTOENCODER = 66_456_019 * FLOAT  # the released KL autoencoder (kl16); only a run on images holds it
+AUTOENCODER_BYTES = 66_456_019 * FLOAT_BYTES  # the released KL autoencoder (kl16); only a run on images holds it
 OVERHEAD = 1.5 * GB  # CUDA's context, the communication library, workspaces
 USABLE = 0.92  # of the memory, as the allocator cannot fill all gaps
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """Bytes a GPU, by part."""
 
     weights: float
@@ -40,40 +40,40 @@ class Memory:
         return sum(vars(self).values())
 
 
-def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelCost, cost: PassCost, images: bool) -> Memory:
+def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelCost, cost: PassCost, images: bool) -> MemoryUse:
     """Memory of one of ``gpus`` GPUs at its fullest moment, with micro-batches of ``rows`` rows."""
     kind = STRATEGIES[strategy]
-    number = 2 if run.training.precision == "bf16-true" and kind.whole else FLOAT
+    number = 2 if run.training.precision == "bf16-true" and kind.whole else FLOAT_BYTES
     weights, trained = model.parameters * number, model.trained * number
-    averages = model.trained * FLOAT * run.optimizer.num_averages
+    averages = model.trained * FLOAT_BYTES * run.optimizer.num_averages
     offloaded = run.distributed.offload != "none" and len(kind.offloads) > 1
 
     def part(size: float, cut: bool) -> float:
         return size / gpus if cut else size
 
-    gathered = 2 * model.largest_unit * FLOAT if kind.cuts_weights else 0  # this block, and the next one on its way
+    gathered = 2 * model.largest_unit * FLOAT_BYTES if kind.cuts_weights else 0  # this block, and the next one on its way
     master = trained / gpus if kind.has_master and not offloaded else 0
     reduced = trained / gpus if kind.keeps_reduced else 0
-    return Memory(
+    return MemoryUse(
         weights=part(weights, kind.cuts_weights) + gathered + master,
         gradients=part(trained, kind.cuts_gradients) + reduced,
         optimizer=0 if offloaded else part(2 * trained, kind.cuts_optimizer),
         averages=0 if offloaded else part(averages, kind.cuts_optimizer),
         activations=cost.kept(rows),
-        autoencoder=AUTOENCODER + rows * image_bytes(run) if images else 0,
+        autoencoder=AUTOENCODER_BYTES + rows * image_bytes(run) if images else 0,
         buffers=kind.buffers,
     )
 
 
 def image_bytes(run: RunConfig) -> float:
     """The largest layer of the autoencoder's encoder for one row: 128 channels at full size, in float32, three at a time."""
-    return 3 * 128 * run.data.image_size**2 * FLOAT * run.model.num_references
+    return 3 * 128 * run.data.image_size**2 * FLOAT_BYTES * run.model.num_references
 
 
 def communication(strategy: str, gpus: int, accumulation: int, model: ModelCost) -> float:
     """Bytes that one GPU sends in a step, with ring collectives."""
     ring = (gpus - 1) / gpus
-    weights, gradients = model.parameters * FLOAT * ring, model.trained * FLOAT * ring
+    weights, gradients = model.parameters * FLOAT_BYTES * ring, model.trained * FLOAT_BYTES * ring
     return STRATEGIES[strategy].sent(weights, gradients, accumulation)
 
 
@@ -85,17 +85,17 @@ def micro_batches(run: RunConfig, gpus: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """A strategy with its largest micro-batch that fits, or with the smallest if none does."""
 
     strategy: str
     rows: int
     fits: bool
-    memory: Memory
+    memory: MemoryUse
     sent: float
 
 
-def rows_of(run: RunConfig, gpus: int, device: Device, model: ModelCost, cost: PassCost, images: bool) -> list[Row]:
+def plan_rows(run: RunConfig, gpus: int, device: Device, model: ModelCost, cost: PassCost, images: bool) -> list[PlanRow]:
     """Every strategy and micro-batch."""
     table = []
     for strategy, kind in STRATEGIES.items():
@@ -105,13 +105,13 @@ def rows_of(run: RunConfig, gpus: int, device: Device, model: ModelCost, cost: P
             memory = memory_of(run, strategy, gpus, rows, model, cost, images)
             passes = run.training.global_batch_size // (gpus * rows)
             fits = memory.total + OVERHEAD <= USABLE * device.memory
-            table.append(Row(strategy, rows, fits, memory, communication(strategy, gpus, passes, model)))
+            table.append(PlanRow(strategy, rows, fits, memory, communication(strategy, gpus, passes, model)))
     return table
 
 
 def data_of(run: RunConfig) -> tuple[bool, str]:
     """Whether the run reads images, so that the autoencoder is on each GPU, and a line about its data."""
-    has_weights = kind_of(run.autoencoder.kind, run.autoencoder.path).has_folder
+    has_weights = autoencoder_kind(run.autoencoder.kind, run.autoencoder.path).has_folder
     if (Path(run.data.train) / "index.json").is_file():
         index = read_index(run.data.train, check_files=False)
         size = int(index.size.sum())
@@ -134,7 +134,7 @@ def plan(run: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
     bf16 = run.training.precision != "fp32"
     model, cost, device = model_cost(run), pass_cost(run, bf16), DEVICES[gpu]
     images, data = data_of(run)
-    table = rows_of(run, gpus, device, model, cost, images)
+    table = plan_rows(run, gpus, device, model, cost, images)
     wanted = run.training.micro_batch_size
     return "\n".join(
         [
@@ -160,7 +160,7 @@ def refusals(run: RunConfig) -> list[str]:
 
 
 def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool) -> list[str]:
-    checkpoint = (model.parameters + model.trained * (2 + run.optimizer.num_averages)) * FLOAT
+    checkpoint = (model.parameters + model.trained * (2 + run.optimizer.num_averages)) * FLOAT_BYTES
     return [
         f"run            {run.name}, stage {run.stage}, size {run.model.size}, R = {run.model.num_references}",
         f"parameters     {model.parameters:,} ({model.trained:,} trained): encoder {model.encoder:,}, decoder {model.decoder:,}",
@@ -170,7 +170,7 @@ def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool)
         f"{cost.row_flops * run.training.global_batch_size / 1e15:,.2f} PFLOP a step of {run.training.global_batch_size} rows",
         f"activations    {cost.row_bytes / GB:.3f} GB a row, {cost.fixed_bytes / GB:.2f} GB once"
         + (f" ({run.training.activation_checkpointing}: recomputed in the backward pass)" if cost.recomputed_flops else ""),
-        f"checkpoint     {checkpoint / GB:.2f} GB; export {model.parameters * FLOAT / GB:.2f} GB",
+        f"checkpoint     {checkpoint / GB:.2f} GB; export {model.parameters * FLOAT_BYTES / GB:.2f} GB",
     ]
 
 
@@ -190,7 +190,7 @@ def describe_time(run: RunConfig, gpus: int, gpu: str, device: Device, cost: Pas
     ]
 
 
-def memory_table(table: list[Row], device: Device, wanted: int | None) -> list[str]:
+def memory_table(table: list[PlanRow], device: Device, wanted: int | None) -> list[str]:
     """One line a strategy and micro-batch: those around the largest that fits, and the run's own."""
     head = f"{'strategy':9}{'rows':>5}{'passes':>8}" + "".join(f"{name:>13}" for name in (*vars(table[0].memory), "total"))
     lines = [head + f"{'GB sent':>10}"]

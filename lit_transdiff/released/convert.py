@@ -29,13 +29,13 @@ from lit_transdiff.models.ldm import TRAINING_ONLY, is_ldm
 from lit_transdiff.models.state_dicts import Mapped
 from lit_transdiff.released.files import (
     KNOWN,
-    Checkpoint,
-    check_weights,
+    ReleasedFile,
+    check_tensors,
     identity,
-    open_checkpoint,
-    plain,
-    read_file,
+    json_safe,
+    read_torch_file,
     released_file,
+    released_parts,
     state_dict,
 )
 from lit_transdiff.released.key_names import from_released, is_released, read_shape, released_shapes, to_released
@@ -72,14 +72,14 @@ def convert(
         check_options(given, set(), f"{file}, which becomes a file again")
         dest.parent.mkdir(parents=True, exist_ok=True)
         return autoencoder_to_ldm(file, dest) if (file / CONFIG_FILE).is_file() else export_to_released(file, dest)
-    content = read_file(file)
+    content = read_torch_file(file)
     bare = not KNOWN & content.keys()
     require("model" in content or bare, f"{file}: entries", sorted(content), "model, and beside it model_ema")
     state = state_dict(content.get("model", content), "model", file)
     content = state if bare else content | {"model": state}
     if is_ldm(state):
         check_options(given, {"scaling_factor"}, f"the autoencoder {file}")
-        check_weights({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, "model", file)
+        check_tensors({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, "model", file)
         return autoencoder_from_ldm(file, state, dest, LATENT_SCALE if scaling_factor is None else scaling_factor)
     what = f"{file}, with {', '.join(list(content)[:3]) or 'nothing'}, ..."
     require(is_released(state), "source", what, "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
@@ -87,7 +87,7 @@ def convert(
     if autoencoder is None:
         raise ValueError("autoencoder: got nothing; allowed: the folder of the autoencoder that the model was trained with.")
     network = load_autoencoder("kl", autoencoder, image_channels=3)
-    return released_to_export(open_checkpoint(file, content), dest, network, Path(autoencoder), recipe, num_heads)
+    return released_to_export(released_parts(file, content), dest, network, Path(autoencoder), recipe, num_heads)
 
 
 def check_options(given: set[str], effective: set[str], source: str) -> None:
@@ -97,7 +97,7 @@ def check_options(given: set[str], effective: set[str], source: str) -> None:
 
 
 def released_to_export(
-    checkpoint: Checkpoint,
+    checkpoint: ReleasedFile,
     dest: Path,
     autoencoder: Autoencoder,
     autoencoder_path: Path,
@@ -119,7 +119,7 @@ def released_to_export(
         "released": {
             **identity(checkpoint.path),
             "epoch": checkpoint.epoch,
-            "args": plain(checkpoint.args),
+            "args": json_safe(checkpoint.args),
         },
     }
     best, *others = mapped
@@ -130,7 +130,7 @@ def released_to_export(
             write_export(folder / "raw", run, {**info, "weights": kind}, partial(write_weights, mapped[kind]))
 
     write_export(dest, run, {**info, "weights": best}, write_all)
-    return report(checkpoint, dest, run, mapped)
+    return conversion_report(checkpoint, dest, run, mapped)
 
 
 def map_state(kind: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
@@ -149,7 +149,7 @@ def write_weights(mapped: Mapped, folder: Path) -> None:
 
 
 def run_of(
-    checkpoint: Checkpoint,
+    checkpoint: ReleasedFile,
     name: str,
     autoencoder: Autoencoder,
     autoencoder_path: Path,
@@ -189,7 +189,7 @@ def run_of(
     return run_from(settings, source=str(checkpoint.path))
 
 
-def report(checkpoint: Checkpoint, dest: Path, run: RunConfig, mapped: Mapping[str, Mapped]) -> str:
+def conversion_report(checkpoint: ReleasedFile, dest: Path, run: RunConfig, mapped: Mapping[str, Mapped]) -> str:
     """What became of every entry and tensor."""
     model = run.model
     kind = "one-step" if model.num_references == 1 else f"MRAR with {model.num_references} references"
@@ -218,7 +218,7 @@ def export_to_released(source: Path, dest: Path) -> str:
     export = read_export(folder)
     released_shapes(export.run.model)  # refuses a shape that the layout cannot hold
     raw = folder / "raw" if (folder / "raw" / "model.safetensors").is_file() else folder
-    states = {"model": state_of(raw), "model_ema": state_of(folder)}
+    states = {"model": released_state(raw), "model_ema": released_state(folder)}
     if export.info.get("weights") == "last":  # the file had no average
         del states["model_ema"]
     origin = export.info.get("released", {})
@@ -236,7 +236,7 @@ def export_to_released(source: Path, dest: Path) -> str:
     return "\n".join(lines)
 
 
-def state_of(folder: Path) -> Mapped:
+def released_state(folder: Path) -> Mapped:
     """The released state dict of an export folder."""
     left_over = read_weights(folder / LEFT_OVER) if (folder / LEFT_OVER).is_file() else {}
     export = read_export(folder)

@@ -28,12 +28,12 @@ DAMAGE = (
 )
 log = logging.getLogger(__name__)
 PARALLEL, COMPILED = "module.", "_orig_mod"  # what DistributedDataParallel and torch.compile add to names
-LISTED = 10  # names in a message
+LISTED_NAMES = 10  # names in a message
 KNOWN = {"model", "model_ema", "optimizer", "scaler", "epoch", "args"}  # what the released training writes
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ReleasedFile:
     """A released file, read: its state dicts, and the rest by name."""
 
     path: Path
@@ -53,7 +53,7 @@ def released_file(source: Path) -> Path:
     return source
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_torch_file(path: Path) -> dict[str, Any]:
     """The dictionary in a ``torch.save`` file, without running code from it: tensors, plain values and argparse's Namespace.
 
     Raises ``ValueError`` naming the file, and of a damaged one the part whose checksum is wrong: torch does not look at those.
@@ -104,7 +104,7 @@ def unwrapped(state: Mapping[Any, Tensor], name: str, path: Path) -> dict[str, T
     return {names[str(key)]: value for key, value in state.items()}
 
 
-def check_weights(state: Mapping[str, Tensor], name: str, path: Path) -> None:
+def check_tensors(state: Mapping[str, Tensor], name: str, path: Path) -> None:
     """Raise ``ValueError`` listing the tensors that are no weights: not of a floating type, not dense, or not finite."""
     strange = [f"{key}: {wrong}" for key, value in state.items() if (wrong := no_weight(value))]
     if strange:
@@ -123,20 +123,20 @@ def no_weight(value: Tensor) -> str | None:
 
 def listed(names: list[str]) -> str:
     """The first of ``names``, and how many more there are."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    return ", ".join(names[:LISTED_NAMES]) + more
 
 
-def plain(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """``value`` as JSON can hold it: lists for tuples, text for what JSON does not know."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_safe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [json_safe(item) for item in value]
     return value if value is None or isinstance(value, (int, float, str)) else str(value)
 
 
-def open_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
+def released_parts(path: Path, content: Mapping[str, Any]) -> ReleasedFile:
     """The parts of a released file; a bare state dict counts as its ``model``.
 
     Raises ``ValueError`` listing what is no weight, and for an epoch that is no whole number.
@@ -148,8 +148,8 @@ def open_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     if content.get("model_ema") is not None:
         states["model_ema"] = state_dict(content["model_ema"], "model_ema", path)
     for name, state in states.items():
-        check_weights(state, name, path)
-    return Checkpoint(
+        check_tensors(state, name, path)
+    return ReleasedFile(
         path=path,
         model=states["model"],
         model_ema=states.get("model_ema"),

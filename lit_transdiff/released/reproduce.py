@@ -22,7 +22,7 @@ from lit_transdiff.evaluation.scores import value
 from lit_transdiff.evaluation.statistics import check_extractor, load_statistics
 from lit_transdiff.models.ldm import is_ldm
 from lit_transdiff.released.convert import convert, converted_from
-from lit_transdiff.released.files import CHECKPOINT, read_file
+from lit_transdiff.released.files import CHECKPOINT, read_torch_file
 from lit_transdiff.sampling.generator import load_generator
 
 BASELINES = "baselines.json"
@@ -48,7 +48,7 @@ class Files:
         check_extractor(load_statistics(self.reference), load_extractor(settings.extractor, self.inception))
 
 
-def read_row(name: str, experiments: Path) -> dict[str, Any]:
+def published_row(name: str, experiments: Path) -> dict[str, Any]:
     """The published row ``name`` of ``baselines.json`` that has a recipe."""
     file = experiments / BASELINES
     if not file.is_file():
@@ -73,24 +73,24 @@ def reproduce(
 
     All settings are the recipe's; ``overrides`` change them, and the table then says so.
     """
-    row = read_row(name, experiments)
+    row = published_row(name, experiments)
     paths = [f"evaluation.extractor_weights={files.inception}", f"evaluation.reference={files.reference}"]
     recipe = load_run(experiments / row["recipe"], [*paths, *overrides])
     files.check(recipe.evaluation)
     if fabric.is_global_zero:
-        prepare(name, files, output, recipe, say)
+        convert_files(name, files, output, recipe, say)
     fabric.barrier()
     model = output / name
     generator = load_generator(model, fabric.device)
     result = evaluate(generator, recipe.evaluation, recipe.sampling, output=model, fabric=fabric, reuse=True)
-    return table(name, row, result, overrides)
+    return scores_table(name, row, result, overrides)
 
 
-def prepare(name: str, files: Files, output: Path, recipe: RunConfig, say: Callable[[str], None]) -> None:
+def convert_files(name: str, files: Files, output: Path, recipe: RunConfig, say: Callable[[str], None]) -> None:
     """Convert the autoencoder and the model, unless they were converted before from the same file."""
     autoencoder, model = output / "autoencoder", below(output, name, BASELINES)
     if not autoencoder.exists():
-        state = read_file(files.vae)
+        state = read_torch_file(files.vae)
         require(is_ldm(state.get("model", state)), "vae", str(files.vae), "an autoencoder of latent diffusion, such as kl16.ckpt")
         say(convert(files.vae, autoencoder))
     check_origin(autoencoder, files.vae)
@@ -108,7 +108,7 @@ def check_origin(folder: Path, file: Path) -> None:
     )
 
 
-def table(name: str, row: dict[str, Any], result: dict[str, Any], overrides: Sequence[str]) -> str:
+def scores_table(name: str, row: dict[str, Any], result: dict[str, Any], overrides: Sequence[str]) -> str:
     """Our scores beside the published ones, with what decided ours."""
     made = result["manifest"]
     lines = [f"{row['model']}, {row['resolution']} x {row['resolution']}", f"{'':22} {'ours':>10} {'published':>10}"]

@@ -19,7 +19,7 @@ from lit_transdiff.models.sizes import bytes_of_images, least_of_drawing, room_h
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid, save_png
 
-SHOWN = 16  # images of a class in a grid
+IMAGES_SHOWN = 16  # images of a class in a grid
 
 
 def draw_samples(
@@ -68,8 +68,8 @@ def check_number(generator: Generator, per_class: int, num_classes: int) -> None
 def labelled(rows: Tensor, names: Sequence[str], references: bool) -> Image.Image:
     """The first SHOWN of ``rows`` [K, N, R, C, H, W] of each class: the last of the R images, or all of them."""
     count = rows.shape[1]
-    rows = rows[:, :SHOWN]
-    first = f"the first {SHOWN} of {count:,} images of a class" if count > SHOWN else ""
+    rows = rows[:, :IMAGES_SHOWN]
+    first = f"the first {IMAGES_SHOWN} of {count:,} images of a class" if count > IMAGES_SHOWN else ""
     if not references:
         return grid(rearrange(rows[:, :, -1], "k n c h w -> (k n) c h w"), rows.shape[1], row_labels=names, title=first or None)
     labels = [name if n == 0 else "" for name in names for n in range(rows.shape[1])]

@@ -80,7 +80,7 @@ def check_grid(
     require(column_labels is None or len(column_labels) == columns, "column_labels", column_labels, f"{columns} labels")
 
 
-def beside(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3, max_width: int = 900) -> Image.Image:
+def captioned(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3, max_width: int = 900) -> Image.Image:
     """Pictures in rows of ``columns``, each under its caption (lines separated by newlines; the first is in large type).
 
     Pictures wider than ``max_width`` pixels are made smaller; captions are wrapped to the width of their column.
@@ -128,17 +128,17 @@ def caption_lines(caption: str, width: int) -> list[tuple[str, Font]]:
 
 def picture(tile: Tensor) -> Image.Image:
     """One image [H, W, C] of uint8 as an RGB picture."""
-    return plain(tile).convert("RGB")
+    return as_image(tile).convert("RGB")
 
 
-def plain(tile: Tensor) -> Image.Image:
+def as_image(tile: Tensor) -> Image.Image:
     """One image [H, W, C] of uint8 as a picture, grey when C = 1."""
     return Image.fromarray((rearrange(tile, "h w 1 -> h w") if tile.shape[2] == 1 else tile).numpy())
 
 
 def save_png(pixels: Tensor, path: Path) -> None:
     """One image [C, H, W] of uint8 as a PNG file, grey when C = 1."""
-    plain(rearrange(pixels, "c h w -> h w c")).save(path)
+    as_image(rearrange(pixels, "c h w -> h w c")).save(path)
 
 
 def font(size: int) -> Font:

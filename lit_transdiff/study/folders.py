@@ -18,7 +18,7 @@ from lit_transdiff.evaluation.scores import EVALUATE, FOLDER, value
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.study.records import AXES, Evaluation, Pictures, Run
 from lit_transdiff.study.repeats import repeats
-from lit_transdiff.tracking.metrics_file import content_of, devices_of_starts, last_values, read_rows
+from lit_transdiff.tracking.metrics_file import devices_of_starts, json_content, last_logged, read_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +73,7 @@ def read_folder(folder: Path) -> Run:
         state=state_of(folder, config),
         config=config,
         where=str(folder),
-        read_summary=cache(lambda: last_values(rows())),
+        read_summary=cache(lambda: last_logged(rows())),
         read_history=cache(lambda: history_of_rows(rows(), devices)),
         read_step=lambda: int(rows()["step"].max()) if len(rows()) else None,
         evaluations=evaluations_in(folder / FOLDER),
@@ -83,7 +83,7 @@ def read_folder(folder: Path) -> Run:
 
 def warn_of_other_config(folder: Path) -> None:
     """Warn when ``config.yaml`` is not what the run's last start has written."""
-    starts = content_of(folder / "environment.json") or [{}]
+    starts = json_content(folder / "environment.json") or [{}]
     file = folder / "config.yaml"
     if starts[-1].get("config_crc32") not in (None, crc32_of(file)):
         log.warning("%s is not what the run has written: it is damaged, or was edited.", file)
@@ -93,7 +93,7 @@ def state_of(folder: Path, config: dict[str, Any]) -> str:
     """finished, when there is what the run is for; unfinished otherwise: a folder does not say whether a process runs."""
     if config["stage"] == EVALUATE:
         return "finished" if any((folder / FOLDER).glob("*.json")) else "unfinished"
-    export = content_of(folder / "export" / "export.json") or {}
+    export = json_content(folder / "export" / "export.json") or {}
     return "finished" if export.get("step", 0) >= config["training"]["max_steps"] else "unfinished"
 
 
@@ -141,7 +141,7 @@ def run_of_results(group: list[Evaluation]) -> Run:
 
 def evaluations_in(folder: Path) -> list[Evaluation]:
     """The results in ``evaluations``."""
-    found = ((file, content_of(file)) for file in sorted(folder.glob("*.json")))
+    found = ((file, json_content(file)) for file in sorted(folder.glob("*.json")))
     return [read_evaluation(file, content) for file, content in found if is_result(file, content)]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.evaluation.scores import value
 from lit_transdiff.study.repeats import repeats
-from lit_transdiff.tracking.place import flat
+from lit_transdiff.tracking.place import flattened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,13 +97,13 @@ class Run:
         """Sampling, number of images and seed of an evaluation, by dotted name, where they are not the run's own."""
         own, manifest = self.settings, evaluation.manifest
         made = {f"evaluation.{name}": manifest[name] for name in ("num_images", "seed") if name in manifest}
-        made |= flat({"sampling": manifest.get("sampling") or {}})
+        made |= flattened({"sampling": manifest.get("sampling") or {}})
         return {name: value for name, value in made.items() if name in own and own[name] != value}
 
     @property
     def settings(self) -> dict[str, Any]:
         """The configuration by dotted names."""
-        return flat(self.config)
+        return flattened(self.config)
 
     def pictures(self) -> dict[str, Image.Image]:
         """Pictures that are not of a training step, such as ``final`` and ``references``."""

@@ -26,7 +26,7 @@ from lit_transdiff.study.repeats import Pooled
 from lit_transdiff.study.scored import FULL, evaluation_in_words, higher_is_better, pooled_scores, title_of
 
 TEMPLATE = Path(__file__).with_name("report.html")
-SIGNS = ('<meta name="generator" content="lit-transdiff">', ":root { --ink: #1c1e22;")  # the second of earlier versions
+PAGE_SIGNS = ('<meta name="generator" content="lit-transdiff">', ":root { --ink: #1c1e22;")  # the second of earlier versions
 MAX_POINTS = 500  # of a curve; longer ones are thinned evenly
 MAX_GRIDS = 12  # of a run, evenly over training
 WIDEST = 520  # width of a picture
@@ -35,7 +35,7 @@ WIDEST = 520  # width of a picture
 def write_report(runs: Sequence[Run], file: Path, title: str = "Runs") -> Path:
     """Write the page of ``runs`` to ``file``."""
     require(len(runs) > 0, "runs", len(runs), "at least one")
-    check_replaces(file, SIGNS, "a report")
+    check_replaces(file, PAGE_SIGNS, "a report")
     data = json.dumps(page_data(runs), allow_nan=False).replace("<", "\\u003c")  # no word of a run can end or open a script
     page = TEMPLATE.read_text().replace("{{title}}", html.escape(title)).replace("{{data}}", data)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from PIL import Image
 from lit_transdiff.base.files import replace_file, whole
 from lit_transdiff.config.targets import check_replaces, contents
 from lit_transdiff.evaluation.scores import result_files, value
-from lit_transdiff.sampling.pictures import beside
+from lit_transdiff.sampling.pictures import captioned
 from lit_transdiff.study.compare import Comparison, compare
 from lit_transdiff.study.records import opened_pictures
 from lit_transdiff.study.repeats import Pooled, over, seeds
@@ -261,4 +261,4 @@ def beside_each_other(lines: Sequence[TableRow], names: Sequence[str]) -> Image.
     for line in (lines[int(i)] for i in found):
         scores = [f"{title_of(name)} {line.shown(name)}" for name in names if name in line.scores]
         captions.append(f"{line.name}\n{', '.join(scores)}\n{sampler_in_words(line.manifest)}")
-    return beside(list(found.values()), captions) if found else None
+    return captioned(list(found.values()), captions) if found else None

@@ -15,14 +15,14 @@ from lit_transdiff.config.targets import below
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.study.records import AXES, Evaluation, Pictures, Run, number
 from lit_transdiff.tracking.origin import COPIED_FROM
-from lit_transdiff.tracking.wandb_run import DEVICES, IMAGES, STEP
+from lit_transdiff.tracking.wandb_run import IMAGES_SEEN, NUM_DEVICES, STEP
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ROW_DEVICES = "_devices"  # beside what a row of an offline log says: those of the start that wrote it
-HIDDEN = ("_wandb", "manifest", COPIED_FROM, DEVICES)  # keys of a run's configuration that are no settings
-PICTURES = {"eval/samples": "final", "samples/references": "references"}  # besides the grids through training
+HIDDEN = ("_wandb", "manifest", COPIED_FROM, NUM_DEVICES)  # keys of a run's configuration that are no settings
+LOGGED_PICTURES = {"eval/samples": "final", "samples/references": "references"}  # besides the grids through training
 AT_SERVER = {"group": "group", "state": "state", "name": "display_name", "stage": "jobType"}  # filters that W&B itself applies
 
 
@@ -167,7 +167,7 @@ def by_step(rows: list[dict[str, Any]], devices: int = 1) -> dict[int, dict[str,
         line = {key: value for key, value in numbers.items() if isinstance(value, int | float) and not isinstance(value, bool)}
         before, clock = clock, float(row.get("_runtime", clock))
         seconds += (clock - before if clock >= before else clock) * row.get(ROW_DEVICES, devices)
-        axes = {"step": step, "images_seen": line.pop(IMAGES, step), "device_hours": seconds / 3600}
+        axes = {"step": step, "images_seen": line.pop(IMAGES_SEEN, step), "device_hours": seconds / 3600}
         joined.setdefault(step, {}).update(axes | line)
     return {step: joined[step] for step in sorted(joined)}
 
@@ -194,7 +194,7 @@ def own_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def devices_of(config: dict[str, Any]) -> int:
     """Devices of all nodes; runs of other programs say nothing and count as one."""
-    return config.get(DEVICES) or 1
+    return config.get(NUM_DEVICES) or 1
 
 
 def evaluations_of(config: dict[str, Any], summary: Mapping[str, Any]) -> list[Evaluation]:
@@ -211,7 +211,7 @@ def picture_paths(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Where the pictures of a run lie below its files: ``step-...`` through training, others once a run."""
     found: dict[str, str] = {}
     for row in rows:
-        for key, name in {"samples": f"step-{row.get(STEP, 0):08d}", **PICTURES}.items():
+        for key, name in {"samples": f"step-{row.get(STEP, 0):08d}", **LOGGED_PICTURES}.items():
             if isinstance(row.get(key), dict) and "path" in row[key]:
                 found[name] = row[key]["path"]
     return found

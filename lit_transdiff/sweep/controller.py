@@ -24,9 +24,9 @@ from lit_transdiff.base.endings import EXIT_INTERRUPTED, EXIT_REQUEUE, TrialsFai
 from lit_transdiff.config import require
 from lit_transdiff.sweep.command import trial_command, write_parameters
 from lit_transdiff.sweep.definition import Sweep
-from lit_transdiff.sweep.journal import Journal
+from lit_transdiff.sweep.journal import SweepJournal
 from lit_transdiff.sweep.search import next_settings, to_stop
-from lit_transdiff.sweep.trial import State, Trial
+from lit_transdiff.sweep.trial import Trial, TrialState
 from lit_transdiff.sweep.values import logged_names, logged_values
 from lit_transdiff.tracking.place import SWEEP_FOLDER, TrialPlace
 
@@ -70,7 +70,7 @@ class Controller:
         self.seed = seed
         self.free = list(slots)
         self.say = say
-        self.journal = Journal(self.folder, sweep, seed)
+        self.journal = SweepJournal(self.folder, sweep, seed)
         (self.folder / "logs").mkdir(exist_ok=True)
         self.trials = self.journal.read()
         self.retry(tries)
@@ -195,7 +195,7 @@ class Controller:
             self.again.append(trial)
             self.say(f"again     {self.place(trial).name}")
             return
-        state: State = "stopped" if agent.stopped_at is not None else "finished" if code == 0 else "failed"
+        state: TrialState = "stopped" if agent.stopped_at is not None else "finished" if code == 0 else "failed"
         trial.end(state, self.values(trial) if code == 0 else self.new_values(agent))
         self.journal.write("end", id=trial.id, state=trial.state, values=trial.values)
         self.check_metric(trial)

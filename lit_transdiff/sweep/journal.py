@@ -20,7 +20,7 @@ from lit_transdiff.tracking.place import SWEEP_SIGN
 log = logging.getLogger(__name__)
 
 
-class Journal:
+class SweepJournal:
     """Opens the folder for one controller alone; raises ``ValueError`` when it holds another sweep or another controller runs."""
 
     def __init__(self, folder: Path, sweep: Sweep, seed: int) -> None:

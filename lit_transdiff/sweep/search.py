@@ -32,7 +32,7 @@ class Search:
     needs_values: bool = False
 
 
-def grid(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any] | None:
+def grid_search(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any] | None:
     """Every combination once, the last parameter fastest."""
     lists = [DISTRIBUTIONS[name_of(spec)].values(spec) for spec in sweep.parameters.values()]  # type: ignore[misc]
     values = next(itertools.islice(itertools.product(*lists), len(trials), None), None)
@@ -116,7 +116,7 @@ def hash_of(seed: int, number: int) -> int:
 
 
 SEARCHES: dict[str, Search] = {
-    "grid": Search(grid, needs_values=True),
+    "grid": Search(grid_search, needs_values=True),
     "random": Search(at_random),
     "bayes": Search(bayes, needs_metric=True),
 }

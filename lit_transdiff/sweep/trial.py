@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-State = Literal["running", "finished", "stopped", "failed"]
+TrialState = Literal["running", "finished", "stopped", "failed"]
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Trial:
 
     id: str
     settings: dict[str, Any]
-    state: State = "running"
+    state: TrialState = "running"
     values: list[float] = field(default_factory=list)
     failures: int = 0
 
@@ -35,7 +35,7 @@ class Trial:
         """Whether the last value is not a number."""
         return len(self.values) > 0 and not math.isfinite(self.values[-1])
 
-    def end(self, state: State, values: list[float]) -> None:
+    def end(self, state: TrialState, values: list[float]) -> None:
         """Note how an attempt has ended."""
         self.state, self.values = state, values
         self.failures += state == "failed"

@@ -14,7 +14,7 @@ from lit_transdiff.evaluation.scores import EVALUATE, measured_std, value
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.tracking.artifacts import evaluation_artifact, make, model_artifact, use
 from lit_transdiff.tracking.loggers import MetricsCSV
-from lit_transdiff.tracking.metrics_file import last_values, read_rows
+from lit_transdiff.tracking.metrics_file import last_logged, read_rows
 from lit_transdiff.tracking.wandb_run import WandbRun, open_run, run_id
 
 REFERENCES = "references"  # the picture of an MRAR run's successive images
@@ -41,7 +41,7 @@ def log_own_scores(run: RunConfig, result: Mapping[str, Any], *, new: bool) -> N
     Of a result that is not ``new``, those go there that a stop has kept out of the file, which is written last.
     """
     step, file = run.training.max_steps, run.folder / "metrics.csv"
-    there = set() if new else set(last_values(read_rows(file)))
+    there = set() if new else set(last_logged(read_rows(file)))
     missing = {name: value for name, value in numbers(result["scores"]).items() if name not in there}
     if missing and run.tracking.wandb:
         log = WandbRun(run)

@@ -17,7 +17,7 @@ COLUMNS = ("step", "images_seen", "seconds", "metric", "value", "start")  # of m
 log = logging.getLogger(__name__)
 
 
-def content_of(file: Path) -> Any:
+def json_content(file: Path) -> Any:
     """What a JSON file holds; nothing, with a warning when there is a file, where it is damaged."""
     try:
         return read_versioned(file) if file.is_file() else None
@@ -28,7 +28,7 @@ def content_of(file: Path) -> Any:
 
 def devices_of_starts(folder: Path) -> list[int]:
     """Processes of each start of the run, on all nodes; each had one device."""
-    return [start.get("num_processes", 1) for start in content_of(folder / "environment.json") or []] or [1]
+    return [start.get("num_processes", 1) for start in json_content(folder / "environment.json") or []] or [1]
 
 
 def device_count(folder: Path) -> int:
@@ -64,7 +64,7 @@ def read_rows(file: Path) -> pd.DataFrame:
     return rows.assign(start=start)
 
 
-def last_values(rows: pd.DataFrame) -> dict[str, float]:
+def last_logged(rows: pd.DataFrame) -> dict[str, float]:
     """The last logged value of each metric, also where it is not a number."""
     last = rows.drop_duplicates("metric", keep="last")
     return {str(name): float(value) for name, value in zip(last["metric"], last["value"], strict=True)}

@@ -19,14 +19,14 @@ RECORD = "origin.json"  # in the numbered folder
 COPIED_FROM = "copied_from"  # entry of the record, and of the configuration in W&B
 
 
-def signature(file: Path) -> dict[str, Any]:
+def folder_signature(file: Path) -> dict[str, Any]:
     """What no copy of the folder of ``file`` takes along."""
     status = file.stat()
     changed = status.st_ctime_ns if status.st_nlink == 1 else None  # a file may have two names (cp -l)
     return {"inode": file.parent.stat().st_ino, "disk": os.statvfs(file.parent).f_fsid, "changed": changed}
 
 
-def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def same_folder(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two signatures are of the same folder."""
     same_place = all(one.get(key) == other.get(key) for key in ("inode", "disk"))
     return same_place or (one.get("changed") is not None and one.get("changed") == other.get("changed"))
@@ -43,22 +43,22 @@ def read_record(file: Path) -> dict[str, Any]:
 
 def keep_record(file: Path, copied_from: Any) -> None:
     """Note beside ``file`` which folder this is, and what it is a copy of."""
-    about = {**signature(file), "folder": str(file.parent.resolve()), COPIED_FROM: copied_from}
+    about = {**folder_signature(file), "folder": str(file.parent.resolve()), COPIED_FROM: copied_from}
     if about != read_record(file):
         replace_file(file.parent / RECORD, json.dumps(about, indent=1).encode())
 
 
 def is_copy(file: Path) -> bool:
     """Whether the folder of ``file`` is a copy of the one that its record is of; a folder without a record is none."""
-    record, now = read_record(file), signature(file)
+    record, now = read_record(file), folder_signature(file)
     if not record:
         return False
-    if not alike(record, now):
+    if not same_folder(record, now):
         return True
     there = Path(str(record.get("folder"))) / file.name
     if not there.is_file() or there.samefile(file) or there.read_bytes() != file.read_bytes():
         return False
-    return alike(record, signature(there))  # a snapshot of the disk: both look like the original
+    return same_folder(record, folder_signature(there))  # a snapshot of the disk: both look like the original
 
 
 def has_older_sibling(file: Path) -> bool:

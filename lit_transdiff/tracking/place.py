@@ -35,7 +35,9 @@ class TrialPlace:
     @property
     def name(self) -> str:
         """The swept settings and the id, in the order of their dotted names: ``lr_0.002-global_batch_size_64-1a2b3c4d``."""
-        words = "-".join(f"{plain(key.split('.')[-1])}_{word(value)}" for key, value in sorted(flat(self.settings).items()))
+        words = "-".join(
+            f"{folder_safe(key.split('.')[-1])}_{word(value)}" for key, value in sorted(flattened(self.settings).items())
+        )
         return f"{words[:MAX_NAME]}-{self.id}"
 
 
@@ -62,16 +64,16 @@ def placed(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, name=trial.name, output_dir=str(folder), tracking=tracking)
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted names."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
-        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        found |= flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
 
 
-def plain(key: str) -> str:
+def folder_safe(key: str) -> str:
     """A setting's name as part of a folder's name."""
     return re.sub(r"[^\w+-]", "_", key)
 

@@ -26,7 +26,7 @@ from PIL import Image
 from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import to_dict
-from lit_transdiff.tracking.metrics_file import device_count, last_values, read_rows
+from lit_transdiff.tracking.metrics_file import device_count, last_logged, read_rows
 from lit_transdiff.tracking.origin import COPIED_FROM, RECORD, has_older_sibling, is_copy, keep_record, read_record
 from lit_transdiff.tracking.place import SWEEP_SIGN, trial_place
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 INIT_TIMEOUT = 20.0  # seconds that the start of a run may wait for the server
 FINISH_TIMEOUT = 300.0  # seconds that its end may, with the upload of a model; WANDB_FINISH_TIMEOUT says otherwise
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # the last two are W&B's old words
-STEP, IMAGES = "trainer/global_step", "images_seen"  # the two axes of every metric
-DEVICES = "num_devices"  # of all nodes; beside the settings in the configuration
+STEP, IMAGES_SEEN = "trainer/global_step", "images_seen"  # the two axes of every metric
+NUM_DEVICES = "num_devices"  # of all nodes; beside the settings in the configuration
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +57,7 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
         group=run.tracking.group,
         tags=run.tracking.tags,
         dir=str(folder),
-        config=to_dict(run) | {DEVICES: device_count(run.folder)} | origin_of(folder),
+        config=to_dict(run) | {NUM_DEVICES: device_count(run.folder)} | origin_of(folder),
     )
     given |= dict(id=id_, name=name, job_type=job_type, resume="allow", settings=settings, reinit="finish_previous")
     try:
@@ -73,8 +73,8 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
         wandb.teardown()  # its service still holds the run that could not start
         opened = wandb.init(mode="offline", **given)
     opened.define_metric(STEP)
-    opened.define_metric(IMAGES)
-    opened.define_metric("*", step_metric=IMAGES)
+    opened.define_metric(IMAGES_SEEN)
+    opened.define_metric("*", step_metric=IMAGES_SEEN)
     return opened
 
 
@@ -176,7 +176,7 @@ class WandbRun(Logger):
             run, folder = self.run, self.run.folder
             self._opened = open_run(run, run_id(folder), folder=folder, name=run.name, job_type=run.stage)
             if self._opened.offline:  # an offline start knows of none before it, and its summary becomes that of the whole run
-                self._opened.summary.update(last_values(read_rows(folder / "metrics.csv")))
+                self._opened.summary.update(last_logged(read_rows(folder / "metrics.csv")))
         return self._opened
 
     def adopt(self, opened: wandb.Run) -> None:
@@ -189,7 +189,7 @@ class WandbRun(Logger):
 
     def axes(self, step: int) -> dict[str, int]:
         """The two axes at an optimizer step; W&B's own step counts calls and is no axis."""
-        return {STEP: step, IMAGES: step * self.run.images_per_step}
+        return {STEP: step, IMAGES_SEEN: step * self.run.images_per_step}
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

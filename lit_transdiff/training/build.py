@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.checkpoints.run_folder import check_folder
 from lit_transdiff.config import RunConfig, check_effects, require, unknown
-from lit_transdiff.config.classes import full_names, rows_of
+from lit_transdiff.config.classes import embedding_rows, full_names
 from lit_transdiff.config.paths import export_folder
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
@@ -23,12 +23,12 @@ from lit_transdiff.distributed import accumulation, check_spread, micro_batch_si
 from lit_transdiff.distributed.sizes import check_sizes
 from lit_transdiff.evaluation.metrics import check_evaluation
 from lit_transdiff.models.adapt import match
-from lit_transdiff.models.autoencoder import Autoencoder, kind_of, load_autoencoder
+from lit_transdiff.models.autoencoder import Autoencoder, autoencoder_kind, load_autoencoder
 from lit_transdiff.sampling.generator import check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.base import Stage, TransDiffStage
 from lit_transdiff.training.callbacks import CALLBACKS
-from lit_transdiff.training.checkpointing import spread
+from lit_transdiff.training.checkpointing import layout
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def check_run(
     for name in run.training.callbacks:
         if name not in CALLBACKS:
             raise unknown("training.callbacks", name, CALLBACKS)
-    kind_of(run.autoencoder.kind, run.autoencoder.path)
+    autoencoder_kind(run.autoencoder.kind, run.autoencoder.path)
     check_sampling(run.sampling)
     check_evaluation(run.evaluation, scores=run.stage in STAGES and run.evaluation.every > 0)
     check_folder(run)
@@ -140,7 +140,7 @@ def initialise_from(run: RunConfig, stage: TransDiffStage, class_names: Sequence
     old = full_names(export.info["class_names"], export.run.model.num_classes)
     how = run.init_classes if class_names is not None or run.init_classes == "same" else "new"
     try:
-        classes = rows_of(how, full_names(class_names or [], run.model.num_classes), old)
+        classes = embedding_rows(how, full_names(class_names or [], run.model.num_classes), old)
         found, report = match(stage.model, export.state, run.init_positions, run.init_shapes, classes)
     except ValueError as error:
         raise ValueError(f"init_from: {export.folder}: {error}") from error
@@ -149,7 +149,7 @@ def initialise_from(run: RunConfig, stage: TransDiffStage, class_names: Sequence
     return f"initialised from {export.folder}: {report}"
 
 
-def plan(run: RunConfig, made: Collection[str] = ()) -> str:
+def outline(run: RunConfig, made: Collection[str] = ()) -> str:
     """What a run would do, checked as far as possible without the things in ``made`` that earlier steps will make."""
     check_run(run, made, outline=True)
     trained_now = run.stage in PREPARATORY or run.autoencoder.path in made
@@ -222,4 +222,4 @@ def export_info(parts: Parts) -> dict[str, Any]:
 
 def spread_of(run: RunConfig) -> dict[str, Any]:
     """How the run is spread, for its checkpoints."""
-    return spread(strategy_name(run), world_size(run), micro_batch_size(run), precision_of(run))
+    return layout(strategy_name(run), world_size(run), micro_batch_size(run), precision_of(run))

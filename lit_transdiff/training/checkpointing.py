@@ -242,7 +242,7 @@ def judges(metric: str) -> bool:
     return not metric.startswith(("train/", "throughput/"))
 
 
-def spread(strategy: str, world: int, micro_batch: int, precision: str) -> dict[str, Any]:
+def layout(strategy: str, world: int, micro_batch: int, precision: str) -> dict[str, Any]:
     """How a run is spread, as far as its last digits depend on it."""
     return {
         "strategy": strategy,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.evaluation.features import Features
-from lit_transdiff.evaluation.job import Job, draw, prepare, score, with_reference
+from lit_transdiff.evaluation.job import Job, draw_batch, prepare_job, score, with_reference
 from lit_transdiff.evaluation.scores import FOLDER, value
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now
@@ -42,7 +42,7 @@ class OnlineEvaluation(pl.Callback):
         self.every = run.evaluation.every
         self.folder = run.folder / FOLDER
         settings = dataclasses.replace(run.evaluation, num_images=run.evaluation.online_images)
-        self.job = prepare(generator, settings, run.sampling)
+        self.job = prepare_job(generator, settings, run.sampling)
         self.asked_to_stop = asked_to_stop
         self.due = False  # the scores of this step are still to be made
 
@@ -88,7 +88,7 @@ class OnlineEvaluation(pl.Callback):
         for turn in range(math.ceil(len(batches) / world)):  # on all ranks the same number
             if trainer.global_step < trainer.max_steps and self.asked_to_stop(trainer):
                 return None
-            drawn += [draw(job, batch).found for batch in mine[turn : turn + 1]]
+            drawn += [draw_batch(job, batch).found for batch in mine[turn : turn + 1]]
 
         def all_ranks(rows: list[Tensor | None]) -> Tensor | None:
             present = [part for part in rows if part is not None]

@@ -20,7 +20,7 @@ from lit_transdiff.training.guard import GuardSteps, RollBack
 
 WATCHED = "val/loss"
 # Writes the averaged weights to a folder, with what more the export is to say; every rank calls it.
-Export = Callable[[pl.Trainer, Path, Mapping[str, Any]], None]
+WriteExport = Callable[[pl.Trainer, Path, Mapping[str, Any]], None]
 
 
 class BestModel(pl.Callback):
@@ -29,7 +29,7 @@ class BestModel(pl.Callback):
     The last validation is left out: what it judges is the run's export.
     """
 
-    def __init__(self, folder: Path, export: Export) -> None:
+    def __init__(self, folder: Path, export: WriteExport) -> None:
         self.folder = folder
         self.export = export
 

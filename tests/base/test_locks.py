@@ -32,7 +32,7 @@ def test_the_second_waits_and_holds_the_file_that_is_there(tmp_path: Path, remov
     with FolderLock(tmp_path) as lock:
         assert lock.take()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(locks, "PATIENCE", 0.0)
+            patch.setattr(locks, "LOCK_PATIENCE", 0.0)
             with pytest.raises(ValueError, match=r"another process trains this run .*pid"):
                 FolderLock(tmp_path).take()
     first.join()

@@ -18,7 +18,7 @@ from lit_transdiff.base import locks
 from lit_transdiff.base.files import crc32_of
 from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.checkpoints.format import TRAINING
-from lit_transdiff.checkpoints.run_folder import check_folder, content_of, last_checkpoint
+from lit_transdiff.checkpoints.run_folder import check_folder, content_checksum, last_checkpoint
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.data.index import read_index
@@ -42,7 +42,7 @@ def longer(run: RunConfig, **data: object) -> RunConfig:
 def test_a_second_process_is_refused_and_one_that_died_is_not_in_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(locks, "PATIENCE", 0.3)
+    monkeypatch.setattr(locks, "LOCK_PATIENCE", 0.3)
     run = small_run(tmp_path)
     save_yaml(run, tmp_path / "run.yaml")
     run.folder.mkdir()
@@ -153,8 +153,9 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(tmp_path: Pat
 def test_what_a_path_leads_to(tmp_path: Path) -> None:
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.safetensors").write_bytes(b"weights")
-    assert content_of(str(tmp_path)) == content_of(f"{tmp_path}/export/") is not None
-    assert content_of(None) is content_of("https://host/{0..9}.tar") is content_of(f"pipe:cat {'x' * 500}") is None
-    assert content_of(str(tmp_path / "nothing")) is None
-    assert content_of(str(FASHION / "train" / "index.json")) == content_of(str(FASHION / "train"))
-    assert f"{crc32_of(FASHION / 'train' / 'index.json'):08x}-" in str(content_of(str(FASHION / "train")))
+    assert content_checksum(str(tmp_path)) == content_checksum(f"{tmp_path}/export/") is not None
+    for place in (None, "https://host/{0..9}.tar", f"pipe:cat {'x' * 500}"):
+        assert content_checksum(place) is None
+    assert content_checksum(str(tmp_path / "nothing")) is None
+    assert content_checksum(str(FASHION / "train" / "index.json")) == content_checksum(str(FASHION / "train"))
+    assert f"{crc32_of(FASHION / 'train' / 'index.json'):08x}-" in str(content_checksum(str(FASHION / "train")))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_transdiff.config.classes import choose, full_names, rows_of
+from lit_transdiff.config.classes import choose_classes, embedding_rows, full_names
 
 FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 
@@ -31,7 +31,7 @@ FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
     ],
 )
 def test_what_is_named_is_chosen(text: str | None, names: list[str], classes: list[int]):
-    assert choose(text, names) == classes
+    assert choose_classes(text, names) == classes
 
 
 @pytest.mark.parametrize(
@@ -53,16 +53,17 @@ def test_what_is_named_is_chosen(text: str | None, names: list[str], classes: li
 )
 def test_what_is_no_class_is_refused_by_name(text: str, names: list[str], message: str):
     with pytest.raises(ValueError, match=f"--classes: .*{message}"):
-        choose(text, names)
+        choose_classes(text, names)
 
 
 def test_the_classes_of_another_model():
     old = ["ant", "bee", "cat"]
-    assert rows_of("same", old, old) == [0, 1, 2] == rows_of("same", ["a", "b", "c"], ["0", "1", "2"])
-    assert rows_of("by_name", ["cat", "dog", "ant"], old) == [2, None, 0]
-    assert rows_of("by_number", ["x", "y"], old) == [0, 1] and rows_of("by_number", ["x"] * 4, old) == [0, 1, 2, None]
-    assert rows_of("new", ["cat", "dog"], old) == [None, None]
-    assert rows_of({"dog": "cat", "0": "2", "bird": None}, ["wasp", "dog", "bird", "elk"], old) == [2, 2, None, None]
+    assert embedding_rows("same", old, old) == [0, 1, 2] == embedding_rows("same", ["a", "b", "c"], ["0", "1", "2"])
+    assert embedding_rows("by_name", ["cat", "dog", "ant"], old) == [2, None, 0]
+    assert embedding_rows("by_number", ["x", "y"], old) == [0, 1]
+    assert embedding_rows("by_number", ["x"] * 4, old) == [0, 1, 2, None]
+    assert embedding_rows("new", ["cat", "dog"], old) == [None, None]
+    assert embedding_rows({"dog": "cat", "0": "2", "bird": None}, ["wasp", "dog", "bird", "elk"], old) == [2, 2, None, None]
     assert full_names(["a"], 3) == ["a", "1", "2"]
 
 
@@ -81,4 +82,4 @@ def test_the_classes_of_another_model():
 )
 def test_other_classes_are_refused_with_the_way_on(how: str | dict[str, str | None], names: list[str], message: str):
     with pytest.raises(ValueError, match=message):
-        rows_of(how, names, ["ant", "bee", "cat"])
+        embedding_rows(how, names, ["ant", "bee", "cat"])

@@ -7,7 +7,7 @@ import pytest
 
 from lit_transdiff.__main__ import main
 from lit_transdiff.config import NESTED, SIZES, RunConfig
-from lit_transdiff.config.reference import Setting, all_settings, as_markdown
+from lit_transdiff.config.reference import Setting, all_settings, settings_as_markdown
 from lit_transdiff.distributed import STRATEGIES
 from lit_transdiff.evaluation.features import EXTRACTORS
 from lit_transdiff.evaluation.metrics import METRICS
@@ -34,7 +34,7 @@ def settings() -> dict[str, Setting]:
 
 
 def test_the_page_is_current():
-    current = (ROOT / "docs/settings.md").read_text() == as_markdown()
+    current = (ROOT / "docs/settings.md").read_text() == settings_as_markdown()
     assert current, "make it again: lit-transdiff settings --markdown > docs/settings.md"
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lit_transdiff.base.locks import FolderLock
-from lit_transdiff.checkpoints.export import check_output, read_info, write_export
+from lit_transdiff.checkpoints.export import check_export_folder, read_info, write_export
 from lit_transdiff.checkpoints.format import WRITTEN, complete_checkpoints, prune
 from lit_transdiff.checkpoints.run_folder import check_folder
 from lit_transdiff.config import CheckpointConfig, RunConfig
@@ -25,11 +25,11 @@ from lit_transdiff.config.targets import (
     remove_written,
     save_tensors,
 )
-from lit_transdiff.data.journal import Journal
+from lit_transdiff.data.journal import ShardJournal
 from lit_transdiff.evaluation.statistics import Statistics, save_statistics
 from lit_transdiff.released.convert import convert
 from lit_transdiff.study import table
-from lit_transdiff.study.report import SIGNS
+from lit_transdiff.study.report import PAGE_SIGNS
 from lit_transdiff.study.runs import unpacked
 
 INFO = {"autoencoder": "0123", "class_names": ["a"], "step": 1}
@@ -133,9 +133,9 @@ def test_what_a_run_keeps_is_no_place_for_an_export(tmp_path: Path):
     (run / "checkpoints").mkdir()
     for place in (run, tmp_path, run / "export", run / "checkpoints", run / "checkpoints" / "step-00000002"):
         with pytest.raises(ValueError, match=r"output|which an export did not write"):
-            check_output(place, run)
+            check_export_folder(place, run)
     for place in (run / "export-00000002", tmp_path / "new" / "deep"):
-        check_output(place, run)
+        check_export_folder(place, run)
 
 
 def test_files_of_others_stay_where_ours_are_removed(tmp_path: Path):
@@ -179,8 +179,8 @@ def test_shards_are_made_in_a_folder_of_their_own(tmp_path: Path):
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="already holds finished"):
-        Journal(tmp_path, "packing.json").check({})
-    shards = Journal(tmp_path / "new", "packing.json")
+        ShardJournal(tmp_path, "packing.json").check({})
+    shards = ShardJournal(tmp_path / "new", "packing.json")
     shards.check({})
     shards.begin({})
     (tmp_path / "new" / "movie.partial-1").write_text("mine")
@@ -206,7 +206,7 @@ def test_a_run_does_not_begin_in_a_folder_of_others(tmp_path: Path, name: str):
 
 
 def test_files_of_results_replace_their_own_kind_only(tmp_path: Path):
-    for file, signs in ((tmp_path / "notes.html", SIGNS), (tmp_path / "a", ["x"])):
+    for file, signs in ((tmp_path / "notes.html", PAGE_SIGNS), (tmp_path / "a", ["x"])):
         check_replaces(file, signs, "a report")
         file.write_text("mine")
         with pytest.raises(ValueError, match=f"{file.name}'; allowed: a name that is free, or of a report"):

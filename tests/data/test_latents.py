@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_transdiff.base.files import readable
+from lit_transdiff.base.files import format_bytes
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.dataset import PlannedDataset
@@ -153,9 +153,9 @@ def test_the_size_is_said_and_must_fit_before_anything_is_written(shards, tmp_pa
     LatentCache(shards, tmp_path / "a", info, PIXELS).begin(said.append)
     cache(shards, tmp_path / "a")
     total = sum(path.stat().st_size for path in (tmp_path / "a").glob("*.tar"))
-    assert "65 x 2 latents of shape (4, 4, 4) in float16 -> 10 shards" in said[0] and f", {readable(total)};" in said[0]
+    assert "65 x 2 latents of shape (4, 4, 4) in float16 -> 10 shards" in said[0] and f", {format_bytes(total)};" in said[0]
     monkeypatch.setattr("lit_transdiff.base.files.free_bytes", lambda folder: total - 1)
-    with pytest.raises(ValueError, match=f"{readable(total)} are to be written, but only"):
+    with pytest.raises(ValueError, match=f"{format_bytes(total)} are to be written, but only"):
         LatentCache(shards, tmp_path / "b", info, PIXELS).begin(said.append)
     assert not (tmp_path / "b").exists()
 

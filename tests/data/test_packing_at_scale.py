@@ -14,7 +14,7 @@ import webdataset as wds
 from PIL import Image
 
 from lit_transdiff.__main__ import main
-from lit_transdiff.base.files import readable
+from lit_transdiff.base.files import format_bytes
 from lit_transdiff.data.encode import Encoding
 from lit_transdiff.data.pack import Cut, pack
 from lit_transdiff.data.verify import verify
@@ -106,7 +106,7 @@ def test_killed_and_continued_is_as_uninterrupted(photos, tmp_path):
 
 
 def test_a_shard_that_was_damaged_before_the_end_is_written_again(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_transdiff.data.pack.finish", lambda *_: None)  # killed before the index
+    monkeypatch.setattr("lit_transdiff.data.pack.finish_packing", lambda *_: None)  # killed before the index
     pack(image_folder, tmp_path / "x", cut=Cut(samples_per_shard=20), progress=False)
     monkeypatch.undo()
     (tmp_path / "x/x-000001.tar").write_bytes(b"short")
@@ -132,7 +132,7 @@ def test_shards_of_a_given_number_or_size(image_folder, tmp_path):
 def test_the_size_is_said_and_must_fit_before_anything_is_written(image_folder, photos, tmp_path, capfd, monkeypatch):
     for number in (7, 1):
         report = pack(image_folder, tmp_path / f"a{number}", cut=Cut(shards=number))
-        size = readable(sum(shard.bytes for shard in report.index.shards))
+        size = format_bytes(sum(shard.bytes for shard in report.index.shards))
         said = capfd.readouterr().out
         assert f"65 of 65 images of 5 classes -> {number} shards in {tmp_path / f'a{number}'}, {size};" in said
     (shard,) = report.index.shards
@@ -140,7 +140,7 @@ def test_the_size_is_said_and_must_fit_before_anything_is_written(image_folder, 
     said = capfd.readouterr().out.split("about ")[1].split(" MB")[0]
     assert float(said) * 1e6 == pytest.approx(report.index.shards[0].bytes, rel=0.05)
     monkeypatch.setattr("lit_transdiff.base.files.free_bytes", lambda folder: shard.bytes - 1)
-    with pytest.raises(ValueError, match=f"{readable(shard.bytes)} are to be written, but only"):
+    with pytest.raises(ValueError, match=f"{format_bytes(shard.bytes)} are to be written, but only"):
         pack(image_folder, tmp_path / "c", cut=Cut(shards=1), progress=False)
     assert not (tmp_path / "c").exists()
 

@@ -16,7 +16,7 @@ from lit_transdiff.config import EvaluationConfig, SamplingConfig
 from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.evaluation.evaluate import choose_shown, evaluate
 from lit_transdiff.evaluation.features import FeatureExtractor
-from lit_transdiff.evaluation.job import choose_labels, draw, image_seeds, prepare
+from lit_transdiff.evaluation.job import choose_labels, draw_batch, image_seeds, prepare_job
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.results import result_name
 from lit_transdiff.evaluation.statistics import Statistics, load_statistics, save_statistics
@@ -95,7 +95,7 @@ def test_all_scores_of_the_adm_evaluator_from_a_file_in_its_layout(tmp_path: Pat
     result = evaluate(generator, settings, SAMPLING, output=tmp_path)
     assert set(result["scores"]) == set(names) and result["manifest"]["spatial_features"] is True
 
-    found = draw(prepare(generator, settings, SAMPLING), range(8)).found
+    found = draw_batch(prepare_job(generator, settings, SAMPLING), range(8)).found
     for name, rows, mu, scale in [
         ("frechet_distance", found.features, 0.0, 1.0),
         ("spatial_frechet_distance", found.spatial, 1.0, 2.0),
@@ -112,7 +112,7 @@ def test_images_are_saved_as_adm_reads_them_and_as_files(files: Path, tmp_path: 
     generator, settings = tiny_generator(), tiny_settings(files)
     result = evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="both")
     name = Path(result["file"]).with_suffix("")
-    drawn = [draw(prepare(generator, settings, SAMPLING), range(i, min(i + 5, 22))).pixels for i in range(0, 22, 5)]
+    drawn = [draw_batch(prepare_job(generator, settings, SAMPLING), range(i, min(i + 5, 22))).pixels for i in range(0, 22, 5)]
     expected = torch.cat(drawn)[:, 0].numpy()  # [N, H, W], grey
     saved = np.load(name.with_suffix(".npz"))
     assert saved["arr_0"].shape == (22, 16, 16, 3) and saved["arr_0"].dtype == np.uint8
@@ -172,10 +172,10 @@ def test_an_evaluation_that_failed_while_scoring_draws_nothing_again(
 @pytest.mark.numeric
 def test_the_last_image_of_a_row_is_scored(files: Path, tmp_path: Path, extractor: FeatureExtractor) -> None:
     generator, settings = tiny_generator(references=4), tiny_settings(files, num_images=6)
-    job = prepare(generator, settings, SAMPLING)
+    job = prepare_job(generator, settings, SAMPLING)
     images = generator.images(job.labels, image_seeds(settings, range(6)), SAMPLING)
     assert images.shape[1] == 4
-    drawn = draw(job, range(2, 6))
+    drawn = draw_batch(job, range(2, 6))
     assert torch.allclose(drawn.found.features, extractor(images[2:, 3]).features, atol=1e-5)
     assert torch.equal(
         drawn.pixels, to_bytes(generator.images(job.labels[2:], image_seeds(settings, range(2, 6)), SAMPLING)[:, 3])
@@ -187,9 +187,9 @@ def test_the_last_image_of_a_row_is_scored(files: Path, tmp_path: Path, extracto
 @pytest.mark.numeric
 def test_all_images_of_a_row_are_scored_for_the_work_of_one(files: Path, tmp_path: Path, extractor: FeatureExtractor) -> None:
     generator, settings = tiny_generator(references=4), tiny_settings(files, num_images=16, batch_size=8, keep="all")
-    job = prepare(generator, settings, SAMPLING)
+    job = prepare_job(generator, settings, SAMPLING)
     rows = generator.images(job.labels[::4], image_seeds(settings, range(0, 16, 4)), SAMPLING)
-    drawn = draw(job, range(8, 16))
+    drawn = draw_batch(job, range(8, 16))
     assert torch.equal(drawn.pixels, to_bytes(rows[2:].flatten(0, 1)))
     assert torch.allclose(drawn.found.features, extractor(rows[2:].flatten(0, 1)).features, atol=1e-5)
     assert all(len(set(labels)) == 1 for labels in job.labels.reshape(-1, 4).tolist())
@@ -197,7 +197,7 @@ def test_all_images_of_a_row_are_scored_for_the_work_of_one(files: Path, tmp_pat
     assert manifest["scored_reference"] == "all" and manifest["decoder_evaluations_per_image"] == 4
     for name in ("num_images", "batch_size"):
         with pytest.raises(ValueError, match=rf"evaluation\.{name}: got 6; allowed: a multiple of the 4 images of a row"):
-            prepare(generator, dataclasses.replace(settings, **{name: 6}), SAMPLING)
+            prepare_job(generator, dataclasses.replace(settings, **{name: 6}), SAMPLING)
 
 
 def test_labels_seeds_and_shown_images() -> None:
@@ -248,14 +248,14 @@ def test_a_classifier_of_other_classes_does_not_judge(files: Path, tmp_path: Pat
     """Which classes it knows stands beside its weights, in its export; of weights alone only the number is known."""
     (tmp_path / "judge.safetensors").write_bytes((files / "judge.safetensors").read_bytes())
     settings = tiny_settings(files, extractor_weights=str(tmp_path / "judge.safetensors"))
-    prepare(tiny_generator(), settings, SAMPLING)
+    prepare_job(tiny_generator(), settings, SAMPLING)
     for names in (["a", "b", "c"], ["0", "1", "2"]):
         (tmp_path / "export.json").write_text(json.dumps({"class_names": names}))
-        prepare(tiny_generator(), settings, SAMPLING)
+        prepare_job(tiny_generator(), settings, SAMPLING)
     (tmp_path / "export.json").write_text(json.dumps({"class_names": ["b", "c", "d"]}))
     with pytest.raises(ValueError, match=r"_weights: .*: got class 0 'b'; allowed: 'a', which is class 0 of the trained"):
-        prepare(tiny_generator(), settings, SAMPLING)
-    prepare(tiny_generator(), dataclasses.replace(settings, metrics=["frechet_distance"]), SAMPLING)  # which asks for no class
+        prepare_job(tiny_generator(), settings, SAMPLING)
+    prepare_job(tiny_generator(), dataclasses.replace(settings, metrics=["frechet_distance"]), SAMPLING)  # asks for no class
 
 
 def test_two_evaluations_at_once_are_one(files: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_velocity_is_the_derivative_of_the_path():
 
 
 def test_a_state_and_its_velocity_imply_data_and_noise():
-    x_t, v, t = path.interpolate(X, NOISE, T), path.target_velocity(X, NOISE), path.spread(T, X)
+    x_t, v, t = path.interpolate(X, NOISE, T), path.target_velocity(X, NOISE), path.expand_like(T, X)
     torch.testing.assert_close(x_t - t * v, X)
     torch.testing.assert_close(x_t + (1 - t) * v, NOISE)
 
@@ -37,7 +37,7 @@ def test_a_state_and_its_velocity_imply_data_and_noise():
 def test_drift_of_the_paper_in_closed_form():
     """v - t score, where the score is -noise / t, is (2 - t) v + x_t, of which the solver takes a plain last step."""
     x_t, v = path.interpolate(X, NOISE, T), path.target_velocity(X, NOISE)
-    t = path.spread(T, X)
+    t = path.expand_like(T, X)
     drift = v - t * (-NOISE / t)
     torch.testing.assert_close(drift, (2 - t) * v + x_t)
     for i, time in enumerate(T.tolist()):
@@ -87,7 +87,7 @@ def test_the_network_sees_truncated_times_as_the_integers_that_they_are():
 
 def test_loss_is_zero_for_the_true_velocity_and_per_row():
     wrong = torch.tensor([0.0, 0, 1, 0, 0])
-    rows = flow_matching_loss(lambda x_t, t: NOISE - X + path.spread(wrong, X), X, NOISE, T)
+    rows = flow_matching_loss(lambda x_t, t: NOISE - X + path.expand_like(wrong, X), X, NOISE, T)
     torch.testing.assert_close(rows, wrong.double())
 
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from lit_transdiff.data.pixels import from_bytes, to_bytes
-from lit_transdiff.sampling.draw import SHOWN, labelled
-from lit_transdiff.sampling.pictures import beside, grid, wrap
+from lit_transdiff.sampling.draw import IMAGES_SHOWN, labelled
+from lit_transdiff.sampling.pictures import captioned, grid, wrap
 
 
 def coloured(count: int, size: int = 8) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_bytes() -> None:
 def test_pictures_beside_each_other_keep_their_order_and_shrink() -> None:
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
     pictures = [Image.new("RGB", (width, 100), colour) for width, colour in zip((100, 1000, 500), colours, strict=True)]
-    whole = beside(pictures, ["one", "two\nwith a second line", "three"], columns=2, max_width=500)
+    whole = captioned(pictures, ["one", "two\nwith a second line", "three"], columns=2, max_width=500)
     boxes = [box(whole, colour) for colour in colours]
     assert [b[2:] for b in boxes] == [(100, 100), (50, 500), (100, 500)]
     assert boxes[0][0] == boxes[1][0] < boxes[2][0] and boxes[0][1] == boxes[2][1] < boxes[1][1]
@@ -112,11 +112,11 @@ def test_what_cannot_be_laid_out_is_refused() -> None:
     with pytest.raises(ValueError, match="images: got"):
         grid(torch.zeros(2, 4, 8, 8), 1)
     with pytest.raises(ValueError, match="captions"):
-        beside([], [])
+        captioned([], [])
 
 
 @pytest.mark.parametrize("references", [False, True])
 def test_a_grid_of_many_images_shows_the_first_of_each_class(references: bool) -> None:
-    few, many = (torch.zeros(2, n, 3, 3, 8, 8) for n in (SHOWN, 3000))
+    few, many = (torch.zeros(2, n, 3, 3, 8, 8) for n in (IMAGES_SHOWN, 3000))
     sizes = [labelled(rows, ["shoe", "bag"], references).size for rows in (few, many)]
     assert sizes[1][0] >= sizes[0][0] and sizes[1][1] - sizes[0][1] < 100  # as large, but for a line that says so

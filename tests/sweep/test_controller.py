@@ -19,7 +19,7 @@ from lit_transdiff.study.runs import runs
 from lit_transdiff.study.wandb_logs import log_files, read_log
 from lit_transdiff.sweep.controller import run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
-from lit_transdiff.sweep.journal import Journal
+from lit_transdiff.sweep.journal import SweepJournal
 from lit_transdiff.sweep.report import failures, outcome
 from tests.small import ROOT
 
@@ -153,7 +153,7 @@ def test_failed_trials_are_tried_again_and_finished_ones_are_left(tmp_path: Path
     assert "4 trials: 4 finished" in capsys.readouterr().out
     done = (tmp_path / "done").read_text().split()
     assert [(done.count(x), done.count(f"{x}")) for x in "14"] == [(1, 1)] * 2 and [done.count(x) for x in "23"] == [3, 3]
-    trials = Journal(place, load_sweep(file), 0).read()
+    trials = SweepJournal(place, load_sweep(file), 0).read()
     assert [(trial.state, trial.values, trial.failures) for trial in trials] == [
         ("finished", [1.0], 0),
         ("finished", [2.0], 2),
@@ -287,14 +287,14 @@ def test_a_sweep_that_is_asked_to_stop_leaves_no_trial_behind(tmp_path: Path, nu
 def test_a_signal_in_the_middle_of_a_start_leaves_no_trial_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial's process is there, and the controller has not yet taken it among those that it ends."""
     file, place = write_sweep(tmp_path, parameters={"x": {"values": [1]}, "pace": {"value": 0.5}}), tmp_path / "out"
-    write = Journal.write
+    write = SweepJournal.write
 
-    def write_and_signal(self: Journal, event: str, **content: object) -> None:
+    def write_and_signal(self: SweepJournal, event: str, **content: object) -> None:
         write(self, event, **content)
         if event == "process":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Journal, "write", write_and_signal)
+    monkeypatch.setattr(SweepJournal, "write", write_and_signal)
     with pytest.raises(Preempted, match="SIGTERM"):
         run_sweep(load_sweep(file), place, say=quiet)
     assert gone(journal(place, "process")[-1]["pid"])

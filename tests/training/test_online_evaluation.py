@@ -89,7 +89,7 @@ def test_the_last_scores_are_those_of_the_exported_model(tmp_path: Path, referen
 def test_the_global_generators_are_left_as_they_were(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even when drawing uses them: here it draws from all three."""
     states: list[tuple[Any, ...]] = []
-    plain_draw, plain_end = online.draw, online.OnlineEvaluation.on_train_batch_end
+    plain_draw, plain_end = online.draw_batch, online.OnlineEvaluation.on_train_batch_end
 
     def state() -> tuple[Any, ...]:
         return (
@@ -109,7 +109,7 @@ def test_the_global_generators_are_left_as_they_were(tmp_path: Path, reference: 
         plain_end(self, *arguments)
         states.append((before, state()))
 
-    monkeypatch.setattr(online, "draw", wasteful_draw)
+    monkeypatch.setattr(online, "draw_batch", wasteful_draw)
     monkeypatch.setattr(online.OnlineEvaluation, "on_train_batch_end", watched)
     train(run_of(tmp_path, reference, every=2), silent)
     assert len(states) == 6 and all(before == after for before, after in states)
@@ -143,7 +143,7 @@ def test_a_signal_ends_the_scoring_between_two_batches_and_the_next_start_makes_
     train(plain, silent)
     run = run_of(tmp_path, reference, every=2, training={"checkpoint_every": 1000})
     drawn: list[int] = []
-    draw = online.draw
+    draw = online.draw_batch
 
     def interrupted(*arguments: Any) -> Any:
         drawn.append(len(drawn) + 1)
@@ -151,7 +151,7 @@ def test_a_signal_ends_the_scoring_between_two_batches_and_the_next_start_makes_
             os.kill(os.getpid(), signal.SIGUSR1)
         return draw(*arguments)
 
-    monkeypatch.setattr(online, "draw", interrupted)
+    monkeypatch.setattr(online, "draw_batch", interrupted)
     with pytest.raises(Preempted, match=rf"asked to stop \(SIGUSR1\): the checkpoint of step {step} is complete"):
         train(run, silent)
     assert drawn[-1] == batch

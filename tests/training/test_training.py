@@ -17,7 +17,7 @@ from lit_transdiff.distributed import build_fabric
 from lit_transdiff.sampling.generator import load_generator
 from lit_transdiff.stages import PREPARATORY
 from lit_transdiff.stages.base import TransDiffStage
-from lit_transdiff.training.build import build, check_run, plan
+from lit_transdiff.training.build import build, check_run, outline
 from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.trainer import train
 from tests.small import FASHION, STEADY, small_run
@@ -270,7 +270,7 @@ def test_a_missing_checkpoint_names_the_runs_nearby(tmp_path: Path, one_step: Pa
 
 
 def test_a_plan_writes_nothing(tmp_path: Path):
-    text = plan(small_run(tmp_path))
+    text = outline(small_run(tmp_path))
     assert "6 of 8 rows" in text and "4,000 images" in text
     assert list(tmp_path.iterdir()) == []
 

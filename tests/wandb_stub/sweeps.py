@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.sweep.file import sweep_from
 from lit_transdiff.sweep.search import next_settings, to_stop
-from lit_transdiff.sweep.trial import State as TrialState
 from lit_transdiff.sweep.trial import Trial
+from lit_transdiff.sweep.trial import TrialState as TrialState
 
 if TYPE_CHECKING:
     from tests.wandb_stub.state import State
