@@ -50,11 +50,12 @@ def pack_command(args: argparse.Namespace) -> None:
 
 
 def index_command(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.findings import notes_on_classes
     from lit_transdiff.data.verify import index_again
 
     found = index_again(args.folder, args.class_names.split(",") if args.class_names else None, args.workers, args.label)
     print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
+    from lit_transdiff.data.findings import notes_on_classes
+
     for note in notes_on_classes(found):
         print(f"note: {note}")
 

@@ -38,7 +38,7 @@ def test_a_signal_outside_the_steps_asks_for_a_requeue(
     monkeypatch.setattr(pipeline, "check_evaluation", lambda *settings, **options: None)
     monkeypatch.setattr(pipeline, "train", lambda run: None)
     monkeypatch.setattr(pipeline, "load_generator", lambda *arguments: asked(number))
-    monkeypatch.setattr(trainer, "build", lambda run: asked(number))
+    monkeypatch.setattr(trainer, "build", lambda run, **own: asked(number))
     options = ["--evaluate"] if during == "evaluation" else []
     start = time.monotonic()
     code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE
@@ -111,7 +111,7 @@ def test_a_signal_after_the_last_step_is_not_lost() -> None:
 def test_a_file_that_cannot_be_used_is_named_in_one_line(
     tmp_path: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(run: object) -> None:
+    def refused(run: object, **own: object) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path / "place"))
 
     save_yaml(small_run(tmp_path), tmp_path / "run.yaml")
@@ -124,9 +124,9 @@ def test_a_folder_below_a_file_and_a_name_that_is_none_are_refused(tmp_path: Pat
     save_yaml(small_run(tmp_path), tmp_path / "run.yaml")
     assert main(["train", str(tmp_path / "run.yaml"), f"output_dir={tmp_path / 'run.yaml'}"]) == 2
     assert f"lit-transdiff: {tmp_path / 'run.yaml' / 'small'}: Not a directory" in capsys.readouterr().err
-    assert main(["train", str(tmp_path / "run.yaml"), "name=on"]) == 2
-    assert "name: got True; allowed: a word" in capsys.readouterr().err
-    assert main(["train", str(tmp_path / "run.yaml"), 'name="on"', "--dry-run"]) == 0
+    assert main(["train", str(tmp_path / "run.yaml"), "name=a/b"]) == 2
+    assert "name: got 'a/b'; allowed: the name of one folder" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "run.yaml"), "name=on", "--dry-run"]) == 0
 
 
 def test_messages_about_which_a_user_can_do_nothing_are_silent() -> None:
