@@ -28,6 +28,7 @@ from lit_transdiff.models.autoencoder import KLAutoencoder
 from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.training.build import build
 from lit_transdiff.training.callbacks import LogTraining
+from lit_transdiff.training.rhythm import Rhythm
 from lit_transdiff.training.trainer import build_trainer
 
 ROOT = Path(__file__).parent.parent
@@ -57,8 +58,8 @@ def measure(run: RunConfig) -> dict[str, list[float]]:
     """Metric -> its value in every step but the first, in which workers start."""
     parts = build(run)
     open_folder(run)
-    numbers = LogTraining(run, compute_dtype(run))
-    trainer = build_trainer(parts, [numbers], [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)])
+    rhythm = Rhythm(run, [LogTraining(run, compute_dtype(run))])
+    trainer = build_trainer(parts, rhythm.callbacks, [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)])
     trainer.fit(parts.stage, datamodule=parts.data)
     found: dict[str, list[float]] = {name: [] for name in METRICS}
     with open(run.folder / "metrics.csv", newline="") as file:

@@ -35,6 +35,7 @@ from lit_transdiff.sampling.pictures import grid
 from lit_transdiff.sampling.pictures import picture as as_picture
 from lit_transdiff.stages.averaging import averages_of
 from lit_transdiff.stages.base import TransDiffStage, log_now
+from lit_transdiff.training.rhythm import StepCallback
 from lit_transdiff.training.window import TIME_BINS, Window
 
 # Callbacks that a recipe brings in by name (training.callbacks); an entry makes one for a run.
@@ -47,23 +48,26 @@ class NonFiniteLoss(FloatingPointError):
     """Training met a loss that is not a number."""
 
 
-class StopOnNonFinite(pl.Callback):
+class StopOnNonFinite(StepCallback):
     """Ends training at a non-finite loss, naming the step and the samples of its batch; the last checkpoint stays.
 
-    Losses stay on the device and are looked at together every ``every`` steps and before each checkpoint, so that a step waits
+    Losses stay on the device and are looked at together when numbers are logged and before each checkpoint, so that a step waits
     for nothing. All ranks stop when one has met one.
     """
 
-    def __init__(self, every: int, checkpoint_every: int, folder: Path) -> None:
-        self.every = every
-        self.checkpoint_every = checkpoint_every
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.recent: deque[tuple[int, Tensor, Tensor]] = deque()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
-        step = trainer.global_step
-        self.recent.append((step, outputs["loss"].detach(), batch.samples))
-        if not (step % self.every and step % self.checkpoint_every and step < trainer.max_steps):
+    def after_pass(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch) -> None:
+        self.recent.append((self.rhythm.step, outputs["loss"].detach(), batch.samples))
+
+    def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        if self.rhythm.due("numbers") or self.rhythm.saves:
+            self.look(trainer)
+
+    def between_steps(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        if self.rhythm.saves:
             self.look(trainer)
 
     def look(self, trainer: pl.Trainer) -> None:
@@ -85,10 +89,10 @@ class StopOnNonFinite(pl.Callback):
         )
 
 
-class LogTraining(pl.Callback):
+class LogTraining(StepCallback):
     """Loss and loss by time bin (means over all ranks), learning rate, gradient norm, throughput, time spent waiting for data.
 
-    Sums stay on the device; everything is fetched and reduced once every ``every`` steps. Checkpoints hold them, so that a run
+    Sums stay on the device; everything is fetched and reduced when it is logged. Checkpoints hold them, so that a run
     that was stopped between two such steps logs what it would have. ``dtype`` is what is computed in: MFU is a share of the
     device's best, which is logged with it.
     """
@@ -96,7 +100,6 @@ class LogTraining(pl.Callback):
     def __init__(self, run: RunConfig, dtype: torch.dtype) -> None:
         self.run = run
         self.dtype = dtype
-        self.every = run.training.log_every
         self.images_per_step = run.images_per_step
         self.last: dict[str, float] = {}
         self.earlier: dict[str, Any] | None = None  # the window of the checkpoint that training goes on from
@@ -126,20 +129,22 @@ class LogTraining(pl.Callback):
         self.window = Window(stage.device)
         self.norm: Tensor | None = None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch, i: int) -> None:
+    def before_pass(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch) -> None:
         self.window.waited += time.perf_counter() - self.batch_end
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        if (trainer.global_step + 1) % self.every == 0:
+        if self.rhythm.due("numbers"):
             self.norm = averages_of(trainer).gradient_norm()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+    def after_pass(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch) -> None:
         if "rows" in outputs:
             self.window.add_rows(outputs["rows"], outputs["t"])
         else:
             self.window.add(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # Lightning has divided it
-        steps_done = trainer.global_step
-        if steps_done % self.every == 0 and (i + 1) % trainer.accumulate_grad_batches == 0:
+        self.batch_end = time.perf_counter()
+
+    def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        if self.rhythm.due("numbers"):
             self.last = self.metrics(trainer)
             log_now(trainer, self.last)
             self.reset(stage)
@@ -196,7 +201,7 @@ class SaveOrigin(pl.Callback):
         checkpoint["info"] = self.info
 
 
-class Progress(pl.Callback):
+class Progress(StepCallback):
     """One bar a run: optimizer steps, time left, and the loss when it is logged."""
 
     def __init__(self, name: str, numbers: LogTraining) -> None:
@@ -211,7 +216,7 @@ class Progress(pl.Callback):
             desc=self.name, total=trainer.max_steps, initial=done, unit="step", disable=hidden, dynamic_ncols=True, **quiet
         )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+    def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         if self.numbers.last:
             self.bar.set_postfix_str(f"loss {self.numbers.last['train/loss']:.4f}", refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
@@ -231,7 +236,7 @@ class SampleLog(Protocol):
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
 
 
-class SampleGrids(pl.Callback):
+class SampleGrids(StepCallback):
     """A labelled grid of images from the averaged weights, with the same seeds throughout training: ``samples/step-*.png``.
 
     ``tracker`` gets the same grids and, at the last step, a table of the single images. The similarity of the semantic features
@@ -243,24 +248,21 @@ class SampleGrids(pl.Callback):
         autoencoder: Autoencoder,
         class_names: Sequence[str],
         folder: Path,
-        every: int,
         tracker: SampleLog | None = None,
         per_class: int = 6,
         despite_full_disk: bool = False,
     ) -> None:
         self.autoencoder = autoencoder
         self.folder = folder
-        self.every = every
         self.tracker = tracker
         self.class_names = list(class_names[:10])
         self.per_class = per_class
         self.despite_full_disk = despite_full_disk
 
-    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
-        step = trainer.global_step
-        whole_step = (i + 1) % trainer.accumulate_grad_batches == 0
-        if whole_step and (step == trainer.max_steps or (self.every and step % self.every == 0)):
-            self.draw(trainer, stage, step)
+    def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        if self.rhythm.due("samples"):
+            with self.rhythm.resting():
+                self.draw(trainer, stage, trainer.global_step)
 
     def draw(self, trainer: pl.Trainer, stage: pl.LightningModule, step: int) -> None:
         assert isinstance(stage, TransDiffStage)

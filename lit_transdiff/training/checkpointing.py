@@ -6,7 +6,6 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +31,7 @@ from lit_transdiff.config.targets import remove_written
 from lit_transdiff.distributed import world_size
 from lit_transdiff.distributed.sharding import Sharding
 from lit_transdiff.stages.averaging import parameter_shapes
+from lit_transdiff.training.rhythm import StepCallback
 
 log = logging.getLogger(__name__)
 
@@ -90,19 +90,18 @@ def newest_checkpoint(run: RunConfig, patience: float) -> Checkpoint | None:
     return found
 
 
-class Checkpoints(pl.Callback):
+class Checkpoints(StepCallback):
     """Saves between two steps, after the validation that belongs to the first, so that a resumed run repeats nothing.
 
     Tensors are copied to CPU memory; with ``checkpoint.asynchronous`` a thread then writes the files while training goes on, and
     a failure is noticed by all ranks together at the next save or at the end. ``start`` is the step of the
-    checkpoint that this rank is about to load; ``identity`` says how the run is spread; ``before_save`` may refuse by raising.
+    checkpoint that this rank is about to load; ``identity`` says how the run is spread.
     """
 
-    def __init__(self, run: RunConfig, start: int, identity: dict[str, Any], before_save: Callable[[pl.Trainer], None]) -> None:
+    def __init__(self, run: RunConfig, start: int, identity: dict[str, Any]) -> None:
         self.run = run
         self.start = start
         self.identity = identity
-        self.before_save = before_save
         self.folder = run.folder / "checkpoints"
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
@@ -125,7 +124,8 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.saved_step = trainer.global_step
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.items()})
+        for name, value in self.metrics.items():
+            trainer.callback_metrics.setdefault(name, torch.tensor(value))  # scores that were due may just have been made
         if self.run.data.evaluation is None or self.run.training.num_validation_samples == 0:
             self.check_best(trainer)
         if trainer.is_global_zero and self.folder.exists():
@@ -148,16 +148,14 @@ class Checkpoints(pl.Callback):
         later += ["val/feature_diversity"] if run.training.sample_every else []
         return sorted({*filter(judges, trainer.callback_metrics), *later})
 
-    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
-        step = trainer.global_step
-        due = i % trainer.accumulate_grad_batches == 0 and step % self.run.training.checkpoint_every == 0
-        if due and step != self.saved_step:
-            self.save(trainer)
+    def between_steps(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        if self.rhythm.saves and trainer.global_step != self.saved_step:
+            with self.rhythm.resting():
+                self.save(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        if trainer.global_step != self.saved_step:
-            self.save(trainer)
-        self.settle(trainer)
+    def finish(self, trainer: pl.Trainer) -> None:
+        with self.rhythm.resting():
+            self.settle(trainer)
 
     def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
         self.wait()
@@ -188,7 +186,6 @@ class Checkpoints(pl.Callback):
     def save(self, trainer: pl.Trainer) -> None:
         """Save this step; all ranks call it together."""
         self.settle(trainer)
-        self.before_save(trainer)
         strategy = cast(Sharding, trainer.strategy)
         step = self.saved_step = trainer.global_step
         partial = checkpoint_folder(self.folder, step).with_name(checkpoint_folder(self.folder, step).name + PARTIAL)

@@ -20,6 +20,7 @@ from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.data.names import sample_names
 from lit_transdiff.stages.optim import Averaging
 from lit_transdiff.training.callbacks import NonFiniteLoss
+from lit_transdiff.training.rhythm import StepCallback
 
 log = logging.getLogger(__name__)
 HISTORY, ENOUGH = 50, 20  # losses that a median is taken of, and how many there must be
@@ -29,7 +30,7 @@ class RollBack(Exception):
     """Training goes back to the last checkpoint; the bad step is left out when it comes again."""
 
 
-class GuardSteps(pl.Callback):
+class GuardSteps(StepCallback):
     """Looks at each step's loss before the optimizer moves; all ranks decide alike.
 
     ``skip``: weights, moments and averages stay as they are and the next batch follows. ``roll_back``: training goes back to the
@@ -52,9 +53,7 @@ class GuardSteps(pl.Callback):
         self.recent.extend(state["recent"])
         self.num_bad = state["num_bad"]
 
-    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch, i: int) -> None:
-        if i % trainer.accumulate_grad_batches == 0:
-            self.loss, self.batches = None, []
+    def before_pass(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch) -> None:
         self.batches.append(batch.samples)
 
     def on_before_backward(self, trainer: pl.Trainer, stage: pl.LightningModule, loss: Tensor) -> None:
@@ -62,7 +61,7 @@ class GuardSteps(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: Any) -> None:
         assert self.loss is not None
-        own, step = self.loss.item(), trainer.global_step + 1
+        own, step = self.loss.item(), self.rhythm.step
         average = trainer.strategy.reduce(torch.nan_to_num(self.loss, nan=math.inf), reduce_op="mean").item()
         median = statistics.median(self.recent) if len(self.recent) >= ENOUGH else math.inf
         spike = self.safety.spike_factor > 0 and average > self.safety.spike_factor * median
@@ -73,9 +72,9 @@ class GuardSteps(pl.Callback):
         else:
             self.recent.append(average)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
-        if (i + 1) % trainer.accumulate_grad_batches == 0:
-            self.optimizer(stage).skip_step = False
+    def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        self.optimizer(stage).skip_step = False
+        self.loss, self.batches = None, []
 
     def react(self, trainer: pl.Trainer, stage: pl.LightningModule, step: int, own: float, mean: str) -> None:
         """Say what happened, then stop, skip or go back."""

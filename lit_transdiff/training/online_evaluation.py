@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -23,34 +21,33 @@ from lit_transdiff.evaluation.job import Job, draw_batch, prepare_job, score, wi
 from lit_transdiff.evaluation.scores import FOLDER, value
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.stages.base import TransDiffStage, log_now
+from lit_transdiff.training.rhythm import StepCallback
 
 
-class OnlineEvaluation(pl.Callback):
+class OnlineEvaluation(StepCallback):
     """Logs ``online/<metric>`` every ``evaluation.every`` steps and at the last one, over ``evaluation.online_images`` images.
 
     They are drawn as the run's ``sampling`` says, the same labels and seeds each time, and scored as ``evaluate`` would. The
     batches are shared out among the ranks; every rank then has all features and scores them, so that none waits for another.
     The global random generators, the weights and their averages are afterwards what they were, to the bit.
 
-    ``asked_to_stop`` is looked at before each batch, by all ranks together: the scores are then left for the next start of the
-    run, which makes them before its first step. Those of the last step are finished first, as a trained run is not trained again.
+    Before each batch all ranks look whether the run was asked to stop: the scores are then left for the next start of the run,
+    which makes them before its first step. Those of the last step are finished first, as a trained run is not trained again.
 
     Raises ``ValueError`` for settings that cannot be scored when it is made, before training.
     """
 
-    def __init__(self, generator: Generator, run: RunConfig, asked_to_stop: Callable[[pl.Trainer], bool]) -> None:
-        self.every = run.evaluation.every
+    def __init__(self, generator: Generator, run: RunConfig) -> None:
         self.folder = run.folder / FOLDER
         settings = dataclasses.replace(run.evaluation, num_images=run.evaluation.online_images)
         self.job = prepare_job(generator, settings, run.sampling)
-        self.asked_to_stop = asked_to_stop
-        self.due = False  # the scores of this step are still to be made
+        self.postponed = False  # the scores of the last step, to the next start
 
     def state_dict(self) -> dict[str, bool]:
-        return {"due": self.due}
+        return {"due": self.postponed}
 
     def load_state_dict(self, state: dict[str, bool]) -> None:
-        self.due = state["due"]
+        self.postponed = state["due"]
 
     def on_fit_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.job.extractor.to(stage.device)
@@ -58,14 +55,13 @@ class OnlineEvaluation(pl.Callback):
         self.job = with_reference(self.job, self.folder)
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        if self.due:
+        if self.postponed:
             self.log_scores(trainer, stage)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
-        step = trainer.global_step
-        whole_step = (i + 1) % trainer.accumulate_grad_batches == 0
-        if whole_step and (step % self.every == 0 or step == trainer.max_steps):
-            self.log_scores(trainer, stage)
+    def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        if self.rhythm.due("scores"):
+            with self.rhythm.resting():
+                self.log_scores(trainer, stage)
 
     def log_scores(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         """Score the averaged weights, unless the job is to stop."""
@@ -73,7 +69,7 @@ class OnlineEvaluation(pl.Callback):
         with isolate_rng():
             model = stage.averaged_model()  # a copy: under some strategies a rank holds a part of the weights only
             scores = self.scores(trainer, dataclasses.replace(self.job, generator=self.job.generator.of(model)))
-        self.due = scores is None
+        self.postponed = scores is None
         if scores is not None:
             log_now(trainer, {f"online/{name}": value for name, value in scores.items()})
 
@@ -86,7 +82,7 @@ class OnlineEvaluation(pl.Callback):
         mine = batches[trainer.global_rank :: world] or batches[:1]
         drawn = []
         for turn in range(math.ceil(len(batches) / world)):  # on all ranks the same number
-            if trainer.global_step < trainer.max_steps and self.asked_to_stop(trainer):
+            if trainer.global_step < trainer.max_steps and self.rhythm.asked_to_stop(trainer):
                 return None
             drawn += [draw_batch(job, batch).found for batch in mine[turn : turn + 1]]
 

@@ -9,17 +9,16 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import NoReturn
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lit_transdiff.base.endings import STOP_SIGNALS, Preempted, code_of, ending_when_asked
-from lit_transdiff.training.checkpointing import Checkpoints
 
 PATIENCE = 30.0  # seconds in which a step is to end after the request
 
@@ -61,15 +60,10 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 class StopOnRequest(pl.Callback):
-    """Between two steps, when any rank was asked to stop: all ranks save together and raise ``Preempted``.
+    """Whether any rank was asked to stop; all ranks then save between two steps and ``leave`` together."""
 
-    ``before_save`` is called before the save, which may take long.
-    """
-
-    def __init__(self, request: StopRequest, checkpoints: Checkpoints, before_save: Callable[[], None]) -> None:
+    def __init__(self, request: StopRequest) -> None:
         self.request = request
-        self.checkpoints = checkpoints
-        self.before_save = before_save
         self.latest: Arriving | None = None
         self.agreed = False  # all ranks know already
 
@@ -78,27 +72,23 @@ class StopOnRequest(pl.Callback):
         if trainer.received_sigterm:
             self.request.received, self.request.since = "SIGTERM", time.monotonic()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
-        if i % trainer.accumulate_grad_batches:
-            return self.break_off(trainer)
-        if not (self.agreed or self.any_rank(trainer)):
-            return
+    def asked(self, trainer: pl.Trainer) -> bool:
+        """Whether the run ends before the next step. All ranks ask once in every step."""
+        return self.agreed or self.any_rank(trainer)
+
+    def leave(self, trainer: pl.Trainer, stage: pl.LightningModule) -> NoReturn:
+        """End the run, whose last step is saved. Raises ``Preempted`` on all ranks."""
         code = int(trainer.strategy.reduce(torch.tensor(self.request.code, device=stage.device), reduce_op="max"))
-        self.before_save()
-        step = trainer.global_step
-        if step > 0 and step != self.checkpoints.saved_step:
-            self.checkpoints.save(trainer)
-        self.checkpoints.settle(trainer)
-        where = self.request.received or "another rank was asked"
+        where, step = self.request.received or "another rank was asked", trainer.global_step
         kept = f"the checkpoint of step {step} is complete" if step > 0 else "no step was taken yet"
         raise Preempted(f"asked to stop ({where}): {kept}; the same command goes on from there.", code)
 
-    def break_off(self, trainer: pl.Trainer) -> None:
-        """Leave a step of many passes that does not end in time; several ranks wait for each other, and see it to its end."""
-        if trainer.world_size > 1 or time.monotonic() < self.request.since + PATIENCE:
-            return
-        self.before_save()
-        self.checkpoints.settle(trainer)
+    def is_impatient(self, trainer: pl.Trainer) -> bool:
+        """Whether a step of many passes does not end in time; several ranks wait for each other, and see it to its end."""
+        return trainer.world_size == 1 and time.monotonic() >= self.request.since + PATIENCE
+
+    def break_off(self, trainer: pl.Trainer) -> NoReturn:
+        """End the run in the middle of a step. Raises ``Preempted``."""
         lost = f"step {trainer.global_step + 1} did not end in {PATIENCE:.0f} s and is broken off"
         text = f"asked to stop ({self.request.received}): {lost}; the same command goes on from the checkpoint before it."
         raise Preempted(text, self.request.code)

@@ -17,13 +17,14 @@ from lit_transdiff.tracking.artifacts import data_artifact, make, model_artifact
 from lit_transdiff.tracking.wandb_run import WandbRun, run_id
 from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.guard import GuardSteps, RollBack
+from lit_transdiff.training.rhythm import StepCallback
 
 WATCHED = "val/loss"
 # Writes the averaged weights to a folder, with what more the export is to say; every rank calls it.
 WriteExport = Callable[[pl.Trainer, Path, Mapping[str, Any]], None]
 
 
-class BestModel(pl.Callback):
+class BestModel(StepCallback):
     """Keeps the averaged weights of the lowest validation loss in the folder ``best``, one export, replaced when it improves.
 
     The last validation is left out: what it judges is the run's export.
@@ -38,10 +39,11 @@ class BestModel(pl.Callback):
         if value is None or not math.isfinite(value) or trainer.global_step >= trainer.max_steps:
             return
         best = best_loss(self.folder)  # the same on all ranks, which share the folder and end together below
-        trainer.strategy.barrier()
-        if best is None or float(value) < best:
-            self.export(trainer, self.folder, {WATCHED: float(value)})
-        trainer.strategy.barrier()
+        with self.rhythm.resting():
+            trainer.strategy.barrier()
+            if best is None or float(value) < best:
+                self.export(trainer, self.folder, {WATCHED: float(value)})
+            trainer.strategy.barrier()
 
 
 def best_loss(folder: Path) -> float | None:
@@ -50,7 +52,7 @@ def best_loss(folder: Path) -> float | None:
     return float(read_versioned(file)[WATCHED]) if file.is_file() else None
 
 
-class Track(pl.Callback):
+class Track(StepCallback):
     """The run's lineage and its alerts."""
 
     def __init__(self, tracker: WandbRun, run: RunConfig, data: pl.LightningDataModule) -> None:
@@ -69,11 +71,12 @@ class Track(pl.Callback):
         use(self.tracker, data_artifact(Path(index.folder) / "index.json", about))
 
     @rank_zero_only
-    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
+    def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         if left_out(trainer) > self.num_bad:
             self.num_bad = left_out(trainer)
-            told = f"batch {i + 1} of this start; {self.num_bad} bad steps so far. The run's log names the samples."
-            self.tracker.alert(f"{self.run.name}: a bad step was left out", told, bad=True)
+            told = f"Step {trainer.global_step}; {self.num_bad} bad steps so far. The run's log names the samples."
+            with self.rhythm.resting():
+                self.tracker.alert(f"{self.run.name}: a bad step was left out", told, bad=True)
 
     @rank_zero_only
     def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:

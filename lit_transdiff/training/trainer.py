@@ -42,9 +42,9 @@ from lit_transdiff.training.callbacks import CALLBACKS, LogTraining, Progress, S
 from lit_transdiff.training.checkpointing import Checkpoints, TryAgain, agreed_checkpoint, what_changes
 from lit_transdiff.training.guard import GuardSteps, RollBack
 from lit_transdiff.training.online_evaluation import OnlineEvaluation
-from lit_transdiff.training.preemption import StopOnRequest, StopRequest, stop_request
+from lit_transdiff.training.preemption import StopRequest, stop_request
+from lit_transdiff.training.rhythm import Rhythm, StepCallback, due_times
 from lit_transdiff.training.tracking import WATCHED, BestModel, Track, log_models
-from lit_transdiff.training.watchdog import Pause, Resume, Watchdog
 
 
 @dataclass(frozen=True)
@@ -59,49 +59,39 @@ class TrainResult:
 def build_callbacks(
     parts: Parts, start: int, request: StopRequest, tracker: WandbRun | None, own: Sequence[Callback] = ()
 ) -> list[Callback]:
-    """What watches a run and saves it, and the user's ``own``; the order matters where it is said."""
-    run, training = parts.run, parts.run.training
-    guarded = isinstance(parts.stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
-    finite = StopOnNonFinite(training.log_every, training.checkpoint_every, run.folder / "checkpoints")
-    numbers = LogTraining(run, compute_dtype(run))
-    checkpoints = Checkpoints(run, start, spread_of(run), before_save=finite.look)
-    watchdog = Watchdog(run.safety.stall_seconds)
-    stop = StopOnRequest(request, checkpoints, watchdog.rest)
-    # The watchdog rests in what may take long. Scores come before LogTraining, which would count their time as training's.
-    slow_first: list[Callback] = []
-    slow_last: list[Callback] = [SaveOrigin(run, export_info(parts)), checkpoints, *own]
-    if tracker is not None:
-        slow_last.append(Track(tracker, run, parts.data))
-    if parts.autoencoder is not None and isinstance(parts.stage, TransDiffStage):
-        names, folder = class_names(parts.data, run.model.num_classes), run.folder
-        go_on = run.checkpoint.on_error == "continue"
-        grids = SampleGrids(parts.autoencoder, names, folder / "samples", training.sample_every, tracker, despite_full_disk=go_on)
-        slow_last.append(grids)
-        slow_last.append(BestModel(folder / "best", partial(export_model, parts)))
-        if run.evaluation.every:
-            generator = Generator(parts.stage.model, parts.autoencoder, run, names)
-            slow_first.append(OnlineEvaluation(generator, run, stop.now))
-    callbacks: list[Callback] = [
-        stop,
-        Pause(watchdog),
-        *slow_first,
-        Resume(watchdog),
-        GuardSteps(run.safety, run.folder) if guarded else finite,
+    """What watches a run and saves it, and the user's ``own``, in any order: that of a step is ``step_callbacks``'s."""
+    run = parts.run
+    rhythm = Rhythm(run, step_callbacks(parts, start, tracker), request)
+    named = [CALLBACKS[name](run) for name in run.training.callbacks]
+    return [*rhythm.callbacks, SaveOrigin(run, export_info(parts)), *own, *named]
+
+
+def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[StepCallback]:
+    """What a run does at its steps, in this order: a step's scores are logged before its numbers, its samples after them."""
+    run, stage, autoencoder = parts.run, parts.stage, parts.autoencoder
+    numbers, folder = LogTraining(run, compute_dtype(run)), run.folder
+    guarded = isinstance(stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
+    found: list[StepCallback] = [
+        GuardSteps(run.safety, folder) if guarded else StopOnNonFinite(folder / "checkpoints"),
         numbers,
         Progress(run.name, numbers),
-        Pause(watchdog),
-        *slow_last,
-        watchdog,
-        *(CALLBACKS[name](run) for name in training.callbacks),
+        Checkpoints(run, start, spread_of(run)),
     ]
-    watching = run.safety.stall_seconds > 0
-    return [callback for callback in callbacks if watching or not isinstance(callback, Watchdog | Pause | Resume)]
+    if tracker is not None:
+        found.append(Track(tracker, run, parts.data))
+    if autoencoder is not None and isinstance(stage, TransDiffStage):
+        names = class_names(parts.data, run.model.num_classes)
+        if run.evaluation.every:
+            found.insert(0, OnlineEvaluation(Generator(stage.model, autoencoder, run, names), run))
+        go_on = run.checkpoint.on_error == "continue"
+        found.append(SampleGrids(autoencoder, names, folder / "samples", tracker, despite_full_disk=go_on))
+        found.append(BestModel(folder / "best", partial(export_model, parts)))
+    return found
 
 
 def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
     """Lightning's Trainer for a run. The whole run is one epoch of max_steps; the data order has its own."""
     run, training = parts.run, parts.run.training
-    validate_every = training.validate_every or training.max_steps
     validates = run.data.evaluation is not None or not isinstance(parts.data, DataModule)
     also_saves = any(isinstance(callback, CheckpointCallback) for callback in callbacks)
     allowed = f"none with strategy {strategy_name(run)}, which holds tensors in parts; the run has its own checkpoints"
@@ -111,7 +101,7 @@ def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]
         max_steps=training.max_steps,
         max_epochs=-1,
         gradient_clip_val=run.optimizer.gradient_clip or None,
-        val_check_interval=min(validate_every, training.max_steps) * accumulation(run),
+        val_check_interval=due_times(run)["validation"].every * accumulation(run),
         check_val_every_n_epoch=None,  # count over the whole run
         limit_val_batches=1.0 if validates else 0,
         num_sanity_val_steps=0,

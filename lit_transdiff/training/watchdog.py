@@ -21,8 +21,7 @@ WAITING = "waiting for data"
 class Watchdog(pl.Callback):
     """Ends the process with ``EXIT_STALLED`` when a step, or the wait for its data, takes longer than ``seconds``.
 
-    It stands last among the callbacks, and ``Pause`` before those that may take as long as they take between two steps (sample
-    grids, scores, saves); ``Resume`` ends a pause early, before callbacks in which ranks wait for each other only shortly.
+    The rhythm of the run lets it rest in what may take as long as it takes. With 0 ``seconds`` it watches nothing.
     """
 
     def __init__(self, seconds: float, poll: float = 1.0) -> None:
@@ -41,8 +40,10 @@ class Watchdog(pl.Callback):
         self.busy_with = None
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        self.stop.clear()
         self.rest()
+        if self.seconds == 0:
+            return
+        self.stop.clear()
         threading.Thread(target=self.look, args=(trainer,), daemon=True, name="watchdog").start()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
@@ -53,9 +54,6 @@ class Watchdog(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
         self.watch(WAITING, i + 1)
-
-    def on_validation_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        self.rest()
 
     def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.watch(WAITING, trainer.global_step * trainer.accumulate_grad_batches)
@@ -89,26 +87,3 @@ class Watchdog(pl.Callback):
             f"lit-transdiff: rank {trainer.global_rank} on {platform.node()}: {problem} while {what} in step {step}. "
             f"Samples of that batch: {shown}. This process ends now."
         )
-
-
-class Pause(pl.Callback):
-    """From here on the watchdog rests, until the callbacks of this moment are done."""
-
-    def __init__(self, watchdog: Watchdog) -> None:
-        self.watchdog = watchdog
-
-    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
-        self.watchdog.rest()
-
-    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
-        self.watchdog.rest()
-
-
-class Resume(pl.Callback):
-    """From here on the watchdog watches again at the end of a step."""
-
-    def __init__(self, watchdog: Watchdog) -> None:
-        self.watchdog = watchdog
-
-    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
-        self.watchdog.watch("finishing", i)

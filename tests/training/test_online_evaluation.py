@@ -89,7 +89,7 @@ def test_the_last_scores_are_those_of_the_exported_model(tmp_path: Path, referen
 def test_the_global_generators_are_left_as_they_were(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even when drawing uses them: here it draws from all three."""
     states: list[tuple[Any, ...]] = []
-    plain_draw, plain_end = online.draw_batch, online.OnlineEvaluation.on_train_batch_end
+    plain_draw, plain_end = online.draw_batch, online.OnlineEvaluation.after_step
 
     def state() -> tuple[Any, ...]:
         return (
@@ -110,7 +110,7 @@ def test_the_global_generators_are_left_as_they_were(tmp_path: Path, reference: 
         states.append((before, state()))
 
     monkeypatch.setattr(online, "draw_batch", wasteful_draw)
-    monkeypatch.setattr(online.OnlineEvaluation, "on_train_batch_end", watched)
+    monkeypatch.setattr(online.OnlineEvaluation, "after_step", watched)
     train(run_of(tmp_path, reference, every=2), silent)
     assert len(states) == 6 and all(before == after for before, after in states)
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 
 from lit_transdiff.base.endings import EXIT_INTERRUPTED, Preempted
 from lit_transdiff.checkpoints.format import complete_checkpoints
 from lit_transdiff.config import RunConfig
-from lit_transdiff.training import callbacks
 from lit_transdiff.training.trainer import train
 from tests.small import small_run
 
@@ -55,16 +55,15 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[
     return of
 
 
-def at(step: int, what: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
-    """Do it in the first forward pass of a step (from 0)."""
-    start = callbacks.LogTraining.on_train_batch_start
+class At(pl.Callback):
+    """Does something in the first forward pass of a step (from 0)."""
 
-    def on_train_batch_start(self: Any, trainer: Any, stage: Any, batch: Any, i: int) -> None:
-        if trainer.global_step == step:
-            what()
-        start(self, trainer, stage, batch, i)
+    def __init__(self, step: int, what: Callable[[], None]) -> None:
+        self.step, self.what = step, what
 
-    patch.setattr(callbacks.LogTraining, "on_train_batch_start", on_train_batch_start)
+    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
+        if trainer.global_step == self.step:
+            self.what()
 
 
 def cut() -> None:
@@ -77,9 +76,8 @@ def test_a_power_cut_in_mid_window_leaves_no_trace(
 ) -> None:
     run = run_in(tmp_path, STAGES[kind])
     for step in (4, 8, 13):  # after the checkpoints of steps 3, 6 and 12, each in the middle of a window
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
-            at(step, cut, patch)
-            train(run, say=quiet)
+        with pytest.raises(PowerCut):
+            train(run, say=quiet, callbacks=[At(step, cut)])
         with open(run.folder / "metrics.csv", "a") as file:
             file.write(f"{step},1")  # a row that the cut has torn
     train(run, say=quiet)
@@ -95,9 +93,8 @@ def test_a_signal_saves_at_once_and_leaves_no_trace(
     tmp_path: Path, untouched: Callable[[str], list[tuple[str, ...]]], number: signal.Signals
 ) -> None:
     run = run_in(tmp_path, STAGES["one-step"])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted, match=number.name) as ended:
-        at(7, lambda: os.kill(os.getpid(), number), patch)
-        train(run, say=quiet)
+    with pytest.raises(Preempted, match=number.name) as ended:
+        train(run, say=quiet, callbacks=[At(7, lambda: os.kill(os.getpid(), number))])
     assert ended.value.code == (EXIT_INTERRUPTED if number == signal.SIGINT else 75)
     assert complete_checkpoints(run.folder / "checkpoints")[-1].step == 8
     train(run, say=quiet)
