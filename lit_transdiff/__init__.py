@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_transdiff.checkpoints.averages import Averaging as Averaging
     from lit_transdiff.cli.pipeline import train_and_score as train_and_score
     from lit_transdiff.config import RunConfig as RunConfig
     from lit_transdiff.config.loading import load_run as load_run
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from lit_transdiff.stages.base import TransDiffStage as TransDiffStage
     from lit_transdiff.stages.optim import OPTIMIZERS as OPTIMIZERS
     from lit_transdiff.stages.optim import SCHEDULES as SCHEDULES
-    from lit_transdiff.stages.optim import Averaging as Averaging
     from lit_transdiff.study import plots as plots
     from lit_transdiff.study.compare import compare as compare
     from lit_transdiff.study.runs import runs as runs
@@ -75,7 +75,7 @@ PUBLIC = {
     "grid": "sampling.pictures",
     "TransDiffStage": "stages.base",
     "Prediction": "flow.loss",
-    "Averaging": "stages.optim",
+    "Averaging": "checkpoints.averages",
     "AutoencoderKind": "models.autoencoder",
     "Metric": "evaluation.metrics",
     "FeatureExtractor": "evaluation.features",

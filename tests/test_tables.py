@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from lit_transdiff.base.hardware import DEVICES
+from lit_transdiff.checkpoints.averages import Averaging
 from lit_transdiff.config import EvaluationConfig, FlowConfig, OptimizerConfig, SamplingConfig
 from lit_transdiff.config.loading import load_run, override, preset, save_yaml
 from lit_transdiff.config.model import SIZES
@@ -29,7 +30,7 @@ from lit_transdiff.sampling.generator import load_generator
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.ar_pretrain import ARPretrain
 from lit_transdiff.stages.classifier import ClassifierStage
-from lit_transdiff.stages.optim import OPTIMIZERS, SCHEDULES, Averaging
+from lit_transdiff.stages.optim import OPTIMIZERS, SCHEDULES
 from lit_transdiff.sweep.controller import run_sweep
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.file import load_sweep

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_transdiff.checkpoints.averages import EMA
+from lit_transdiff.checkpoints.averages import EMA, flat, parameter_shapes
 from lit_transdiff.checkpoints.format import TRAINING, WEIGHT, Checkpoint, open_checkpoint, slice_key
-from lit_transdiff.stages.averaging import Averages, flat, parameter_shapes
+from lit_transdiff.stages.holders import Holders
 
 
-class Sharding(Averages):
-    """Mixin of the strategies: what ``Averages`` says of tensors, and checkpoints of them."""
+class Sharding(Holders):
+    """Mixin of the strategies: what ``Holders`` says of tensors, and checkpoints of them."""
 
     is_whole: ClassVar[bool] = False  # every rank holds whole tensors
     restore_checkpoint_after_setup = True

@@ -21,9 +21,9 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.ddp import DDPStrategy
 
+from lit_transdiff.checkpoints.averages import Holder, Piece
 from lit_transdiff.config import DistributedConfig, require
 from lit_transdiff.distributed.sharding import Sharding
-from lit_transdiff.stages.averaging import Holder, Piece
 
 CPU_BUCKET = 1_000_000  # elements; DeepSpeed's default allocates gigabytes at once
 

@@ -24,7 +24,7 @@ from lit_transdiff.flow.loss import check_flow, draw_times, flow_matching_loss
 from lit_transdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, check_latents, load_autoencoder
 from lit_transdiff.models.execution import compile_blocks, recompute_blocks
 from lit_transdiff.models.transdiff import TransDiff
-from lit_transdiff.stages.averaging import averages_of
+from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor, parameter_groups
 
 # Normal numbers of a shape, one row for each image of the batch: [B, *shape].

@@ -1,86 +1,20 @@
-"""Optimizers with the paper's parameter groups and averages of the weights kept as some of their states.
-
-The average (EMA) is float32 and lives in the optimizer's state, so whatever shards, saves and restores the optimizer does the
-same to it.
-"""
+"""Optimizers that keep averages of the weights, with the paper's parameter groups, and the schedules of the learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from lit_transdiff.checkpoints.averages import EMA, constant_state, power_decay, power_state
+from lit_transdiff.checkpoints.averages import Averaging, Decay, average_decays
 from lit_transdiff.config import OptimizerConfig, unknown
-
-Decay = Callable[[int], float]  # of an average, at the update 1, 2, ...
-
-
-class Averaging(torch.optim.Optimizer):
-    """Before an optimizer among a class's bases: it keeps averages of the parameters, which start from the first ones.
-
-    After every step ``average <- decay average + (1 - decay) parameter``, for each of ``decays``: name of the state -> decay. A
-    strategy that shards the optimizer's tensors shards these with them.
-    ``skip_step`` makes ``step`` change nothing, whatever the gradients. ``num_updates`` of the first group counts the others.
-    """
-
-    def __init__(self, params: Iterable[Any], *, decays: Mapping[str, Decay], **settings: Any) -> None:
-        super().__init__(params, **settings)
-        self._step_supports_amp_scaling = False  # of float16: gradients are unscaled before they are clipped, not in the step
-        self.decays = dict(decays)
-        self.skip_step = False
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the states; torch gives them the precision of their parameters, the averages keep their own."""
-        super().load_state_dict(state_dict)
-        saved = [state_dict["state"].get(number, {}) for group in state_dict["param_groups"] for number in group["params"]]
-        for p, states in zip(self._trained(), saved, strict=True):
-            for name in self.decays.keys() & states.keys():
-                self.state[p][name] = states[name].to(p.device, torch.float32, copy=True)
-
-    def _trained(self) -> Iterator[nn.Parameter]:
-        return (p for group in self.param_groups for p in group["params"])
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        # The closure runs forward and backward; the averages start from the weights before the first update.
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self.skip_step:
-            return loss
-        averaged = [p for p in self._trained() if p.grad is not None]
-        first = {p: p.detach().float().clone() for p in averaged if EMA not in self.state[p]}
-        super().step()
-        self.param_groups[0]["num_updates"] = update = self.param_groups[0].get("num_updates", 0) + 1
-        for p, value in first.items():
-            for name in self.decays:
-                self.state[p][name] = value.clone()
-        if averaged:
-            weights = [p.detach().float() for p in averaged]
-            for name, decay in self.decays.items():
-                torch._foreach_lerp_([self.state[p][name] for p in averaged], weights, 1 - decay(update))
-        return loss
 
 
 class AveragedAdamW(Averaging, torch.optim.AdamW):
     """AdamW (arXiv 1711.05101) that keeps averages."""
-
-
-def average_decays(config: OptimizerConfig) -> dict[str, Decay]:
-    """Name of each average of the weights -> its decay; the first one is validated, sampled and exported."""
-    constant = {EMA: config.ema_decay} | {constant_state(decay): decay for decay in config.more_ema_decays}
-    decays: dict[str, Decay] = {name: partial(constant_decay, decay=decay) for name, decay in constant.items()}
-    return decays | {power_state(width): partial(power_decay, width=width) for width in config.power_widths}
-
-
-def constant_decay(update: int, decay: float) -> float:
-    return decay
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

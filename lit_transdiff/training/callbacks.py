@@ -33,8 +33,8 @@ from lit_transdiff.models.tokens import token_similarity
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid
 from lit_transdiff.sampling.pictures import picture as as_picture
-from lit_transdiff.stages.averaging import averages_of
 from lit_transdiff.stages.base import TransDiffStage, log_now
+from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.training.rhythm import StepCallback
 from lit_transdiff.training.window import TIME_BINS, Window
 

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.base.endings import CheckpointError
+from lit_transdiff.checkpoints.averages import parameter_shapes
 from lit_transdiff.checkpoints.format import (
     PARTIAL,
     WRITTEN,
@@ -30,7 +31,6 @@ from lit_transdiff.config import RunConfig, unknown
 from lit_transdiff.config.targets import remove_written
 from lit_transdiff.distributed import world_size
 from lit_transdiff.distributed.sharding import Sharding
-from lit_transdiff.stages.averaging import parameter_shapes
 from lit_transdiff.training.rhythm import StepCallback
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from lit_transdiff.base.files import replace_file
+from lit_transdiff.checkpoints.averages import Averaging
 from lit_transdiff.config import SafetyConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.data.names import sample_names
-from lit_transdiff.stages.optim import Averaging
 from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.rhythm import StepCallback
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_transdiff.distributed.strategies import DDP
-from lit_transdiff.stages.averaging import averages_of
+from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.training.build import build
 from tests.small import small_run
 

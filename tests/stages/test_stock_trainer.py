@@ -20,7 +20,7 @@ from lit_transdiff.distributed.strategies import FSDP, Single
 from lit_transdiff.distributed.zero import ZeRO
 from lit_transdiff.models.autoencoder import Autoencoder
 from lit_transdiff.stages.ar_pretrain import ARPretrain
-from lit_transdiff.stages.averaging import averages_of
+from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.stages.mrar_finetune import MRARFinetune
 from lit_transdiff.training.build import Parts, build
 from tests.small import small_run

@@ -1,0 +1,96 @@
+"""What the tensors of a stage are held in, under our strategies and Lightning's: from it follow averages and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lit_transdiff.checkpoints.averages import Averages, Holder, Piece
+from lit_transdiff.config import require
+from lit_transdiff.models.execution import shard_blocks
+from lit_transdiff.models.transdiff import TransDiff
+
+
+def shard_piece(name: str, p: DTensor, rank: int, world: int) -> Piece:
+    """Which elements of a parameter cut by rows this rank holds; the first ranks have ceil(rows / world) rows each."""
+    rows, row = p.shape[0], p.numel() // p.shape[0]
+    each = -(-rows // world)
+    return Piece(name, min(rank * each, rows) * row, 0, p.to_local().numel())
+
+
+class Holders(Averages):
+    """Parameters that are whole or cut by rows; a strategy that holds tensors in its own way says which, and may ``refresh``."""
+
+    lightning_module: pl.LightningModule | None
+    optimizers: list[Optimizer]
+    global_rank: int
+    world_size: int
+
+    def holders(self) -> Iterator[Holder]:
+        """Whole parameters, the same on every rank, each rank answering for its share; of those cut by rows this rank's part."""
+        for i, (name, p) in enumerate(self.stage.named_parameters()):
+            if isinstance(p, DTensor):
+                yield Holder(p, (shard_piece(name, p, self.global_rank, self.world_size),))
+            else:
+                yield Holder(p, (Piece(name, 0, 0, p.numel()),), owned=i % self.world_size == self.global_rank)
+
+    def refresh(self) -> None:
+        """Nothing, where the model computes with the holders themselves."""
+
+    def shard(self, model: TransDiff) -> None:
+        """Cut a model that has just been made; only FSDP does it here."""
+
+    @property
+    def stage(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return cast(Optimizer, getattr(self.optimizers[0], "optimizer", self.optimizers[0]))
+
+    def gradient_norm(self) -> Tensor | None:
+        """Norm of all gradients together, before clipping and the step."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.stage.parameters() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def gradient_norm_of_step(self) -> Tensor | None:
+        """The same after the step, where only then it is known."""
+        return None
+
+
+class StockHolders(Holders):
+    """The same for Lightning's own strategies."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.strategy: Any = trainer.strategy
+        self.lightning_module, self.optimizers = trainer.lightning_module, trainer.optimizers
+        self.global_rank, self.world_size = trainer.global_rank, trainer.world_size
+
+    def shard(self, model: TransDiff) -> None:
+        if isinstance(self.strategy, ModelParallelStrategy):
+            mesh = self.strategy.device_mesh["data_parallel"]
+            allowed = f"{self.world_size}, and tensor_parallel_size=1: each layer is on one device"
+            require(mesh.size() == self.world_size, "ModelParallelStrategy(data_parallel_size)", mesh.size(), allowed)
+            shard_blocks(model, mesh)
+
+
+def averages_of(trainer: pl.Trainer) -> Holders:
+    """The averages of a trainer's stage, as its tensors are held. Raises ``ValueError`` for a strategy that hides its tensors."""
+    strategy = trainer.strategy
+    if isinstance(strategy, Holders):
+        return strategy
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    if not known or isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"Trainer(strategy): got {type(strategy).__name__}, which hides the averages of the weights; allowed: one device, "
+            "'ddp', ModelParallelStrategy, or lit_transdiff.train with distributed.strategy zero1, zero2, zero3 or fsdp."
+        )
+    return StockHolders(trainer)
