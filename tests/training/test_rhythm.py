@@ -1,5 +1,6 @@
 """The steps of a run: what is called when, in which order, and when the watchdog rests."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_transdiff.base.endings import Preempted
 from lit_transdiff.training.callbacks import CALLBACKS
 from lit_transdiff.training.checkpointing import Checkpoints
-from lit_transdiff.training.preemption import StopRequest
+from lit_transdiff.training.preemption import PATIENCE, StopRequest
 from lit_transdiff.training.rhythm import Rhythm, StepCallback
 from lit_transdiff.training.trainer import train
 from tests.small import small_run
@@ -30,6 +31,9 @@ class Recorder(StepCallback):
 
     def between_steps(self, trainer: Any, stage: Any) -> None:
         self.told.append(f"{self.name} between {self.rhythm.step}{' saves' if self.rhythm.saves else ''}")
+
+    def finish(self, trainer: Any) -> None:
+        self.told.append(f"{self.name} finishes")
 
     def after_pass(self, trainer: Any, stage: Any, outputs: Any, batch: Any) -> None:
         self.told.append(f"{self.name} passed {self.rhythm.step}")
@@ -65,7 +69,7 @@ def test_passes_become_steps_in_the_stated_order(tmp_path: Path) -> None:
         expected += ["a pass", "b pass", f"a between {step - 1}{saves}", f"b between {step - 1}{saves}"]
         expected += [f"a passed {step}", f"b passed {step}", "a pass", "b pass", f"a passed {step}", f"b passed {step}"]
         expected += [f"a over {step} {due[step]}", f"b over {step} {due[step]}"]
-    assert told == [*expected, "a between 3 saves", "b between 3 saves"]
+    assert told == [*expected, "a between 3 saves", "b between 3 saves", "a finishes", "b finishes"]
 
 
 def test_a_run_that_is_asked_to_stop_saves_between_two_steps_and_leaves(tmp_path: Path) -> None:
@@ -80,7 +84,18 @@ def test_a_run_that_is_asked_to_stop_saves_between_two_steps_and_leaves(tmp_path
     rhythm.on_train_batch_end(trainer, None, None, None, 3)  # type: ignore[arg-type]
     with pytest.raises(Preempted, match=r"SIGTERM.* step 2 is complete"):
         rhythm.on_train_batch_start(trainer, SimpleNamespace(device="cpu"), None, 4)  # type: ignore[arg-type]
-    assert told[-1] == "a between 2 saves"
+    assert told[-2:] == ["a between 2 saves", "a finishes"]
+
+
+def test_a_step_of_many_passes_that_does_not_end_in_time_is_broken_off(tmp_path: Path) -> None:
+    told: list[str] = []
+    request = StopRequest()
+    rhythm = Rhythm(small_run(tmp_path), [Recorder("a", told)], request)
+    trainer = play(rhythm, passes=3, accumulation=2)
+    request.received, request.since = "SIGTERM", time.monotonic() - PATIENCE - 1
+    with pytest.raises(Preempted, match="step 2 did not end"):
+        rhythm.on_train_batch_start(trainer, None, None, 3)  # type: ignore[arg-type]
+    assert told[-2:] == ["a pass", "a finishes"]  # the step is not saved
 
 
 def test_the_watchdog_rests_inside_and_goes_on_with_what_it_watched(tmp_path: Path) -> None:
