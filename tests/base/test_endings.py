@@ -57,8 +57,8 @@ def test_ctrl_c_ends_any_command_in_one_line(
     def long(args: object) -> None:
         asked(signal.SIGINT)
 
-    long.__name__ = name
-    monkeypatch.setattr(commands, name, long)
+    long.__name__ = f"{name}_command"
+    monkeypatch.setattr(commands, long.__name__, long)
     assert main([name, *words]) == EXIT_INTERRUPTED
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "lit-transdiff: asked to stop (SIGINT): nothing is finished; the same command begins anew."
