@@ -1,6 +1,7 @@
 """Shared by all tests: OMP_NUM_THREADS threads, or one (machines are small and shared); no network, no W&B account."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -15,6 +16,9 @@ import wandb
 from tests.wandb_stub import Stub
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# Tests that are started in the background, or under nohup, inherit ignored signals, which the program leaves ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
