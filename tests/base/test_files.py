@@ -3,6 +3,7 @@
 import errno
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,20 +51,22 @@ def test_too_little_room_is_a_bad_setting_and_an_error_of_the_disk(tmp_path: Pat
     assert isinstance(error.value, OSError) and error.value.errno == errno.ENOSPC
 
 
-@pytest.fixture
+@contextmanager
 def full_at_1000_bytes() -> Iterator[None]:
-    """No file of this process may become longer."""
+    """No file of this process may become longer, that of the tests' own report neither: around no more than what is to fail."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_an_error_that_names_the_file_whoever_writes(tmp_path: Path, full_at_1000_bytes: None) -> None:
+def test_a_full_disk_is_an_error_that_names_the_file_whoever_writes(tmp_path: Path) -> None:
     """Safetensors says so in words only."""
     (tmp_path / "model.safetensors").write_bytes(b"before")
     said = r"File too large \(.* free\): '.*/model.safetensors'"
-    with pytest.raises(OSError, match=said) as told, whole(tmp_path / "model.safetensors") as partial:
+    with full_at_1000_bytes(), pytest.raises(OSError, match=said) as told, whole(tmp_path / "model.safetensors") as partial:
         save_file({"a": torch.zeros(1000)}, partial)
     assert is_full(told.value) and [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
 
