@@ -61,6 +61,7 @@ class FolderLock:
             self.free()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / LOCK, "a+")  # noqa: SIM115 - held until the block ends
+        assert self.file is not None
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
