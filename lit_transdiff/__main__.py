@@ -106,7 +106,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
 
     sub = command(commands.index_command, "write the index of webdataset shards that you already have")
     sub.add_argument("folder")
-    sub.add_argument("--class-names", help="names in order of class, separated by commas")
+    sub.add_argument("--class-names", help="names in order of class, separated by commas, or a file: a name a line")
     sub.add_argument("--label", default="cls", help="member with the class number or name: cls, txt, or json:FIELD; default: cls")
     sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 

@@ -22,6 +22,7 @@ from lit_transdiff.config.paths import (
     checkpoints_folder,
     export_folder,
     local_path,
+    names_given,
 )
 
 AUTOENCODER = "autoencoder.path="  # of a trained run: where its autoencoder lies now
@@ -33,13 +34,12 @@ def pack_command(args: argparse.Namespace) -> None:
     from lit_transdiff.data.encode import Encoding
     from lit_transdiff.data.pack import Cut, pack
 
-    names = args.class_names
     print(
         pack(
             args.source,
             args.dest,
             split=args.split,
-            class_names=Path(names) if names and Path(names).is_file() else names and names.split(","),
+            class_names=names_given(args.class_names),
             limit=args.limit,
             seed=args.seed,
             encoding=Encoding(args.image_size, args.pad_to, args.exif, args.background),
@@ -52,7 +52,7 @@ def pack_command(args: argparse.Namespace) -> None:
 def index_command(args: argparse.Namespace) -> None:
     from lit_transdiff.data.verify import index_again
 
-    found = index_again(args.folder, args.class_names.split(",") if args.class_names else None, args.workers, args.label)
+    found = index_again(args.folder, names_given(args.class_names), args.workers, args.label)
     print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
     from lit_transdiff.data.findings import notes_on_classes
 
@@ -68,7 +68,7 @@ def verify_command(args: argparse.Namespace) -> None:
 
 
 def cache_command(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.index import index_files
+    from lit_transdiff.data.index_files import index_files
 
     run = load_run(args.run, args.overrides, args.imports)
     index_files(args.source)
@@ -89,7 +89,7 @@ def cache_command(args: argparse.Namespace) -> None:
 
 
 def statistics_command(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.index import index_files
+    from lit_transdiff.data.index_files import index_files
 
     run = load_run(args.run, args.overrides, args.imports)
     if not args.source.endswith(".npz"):
@@ -125,7 +125,7 @@ def train_command(args: argparse.Namespace) -> None:
 
 def check_inputs(run: RunConfig) -> None:
     """Look for the data and the model that a new run starts from; training itself looks more closely."""
-    from lit_transdiff.data.index import index_files
+    from lit_transdiff.data.index_files import index_files
 
     if run.folder.exists():  # it may be done, and need them no more
         return
@@ -288,7 +288,7 @@ def plan_command(args: argparse.Namespace) -> None:
 
 
 def doctor_command(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.index import index_files
+    from lit_transdiff.data.index_files import index_files
 
     if args.shards:
         index_files(args.shards)

@@ -27,9 +27,12 @@ def require(condition: bool, what: str, value: object, allowed: str) -> None:
         raise ValueError(f"{what}: got {value!r}; allowed: {allowed}.")
 
 
+FOLDER_NAME = "the name of one folder, without '/', '\\' and '$', in which '~' or a space does not come first"
+
+
 def is_folder_name(name: Any) -> bool:
-    """Whether a word names one folder, which lies where it is made."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+    """Whether a word names one folder, which lies where it is made, also where a shell reads it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and name.isprintable() and not re.search(r"^[~\s]|[/\\$]", name)
 
 
 def expanded(path: str, what: str) -> str:

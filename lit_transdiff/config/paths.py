@@ -28,6 +28,17 @@ def check_files(files: Mapping[str, Path]) -> None:
     require(not missing, "files", "; ".join(missing), "files that exist")
 
 
+def names_given(given: str | None) -> list[str] | Path | None:
+    """Names between commas, or the file that holds them; what looks like a path is one."""
+    if given is None:
+        return None
+    is_path = "," not in given and ("/" in given or given.endswith(".txt"))
+    path = Path(expanded(given, "--class-names") if is_path else given)
+    if is_path:
+        check_files({"--class-names": path})
+    return path if path.is_file() else given.split(",")
+
+
 def check_pack_source(source: Path) -> None:
     """Refuse what is to be packed and does not exist."""
     if not source.exists():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional, Union
 
-from lit_transdiff.config.checks import check_finite, expand, is_folder_name, require
+from lit_transdiff.config.checks import FOLDER_NAME, check_finite, expand, is_folder_name, require
 from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
 from lit_transdiff.config.evaluation import EvaluationConfig
 from lit_transdiff.config.model import ModelConfig
@@ -49,7 +49,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_finite(self)
         expand(self, "output_dir", "init_from")
-        require(is_folder_name(self.name), "name", self.name, "the name of one folder, without '/' or '\\'")
+        require(is_folder_name(self.name), "name", self.name, FOLDER_NAME)
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         require(
             self.optimizer.warmup_steps <= self.training.max_steps,

@@ -52,13 +52,15 @@ def check_replaces(file: Path, signs: Iterable[str], what: str) -> None:
         require(ours, "output", str(file), f"a name that is free, or of {what} that this program wrote")
 
 
-def check_replaces_json(file: Path, sign: Mapping[str, Any]) -> None:
-    """Refuse to replace a JSON file that does not hold the entries of ``sign``; a damaged one is made again."""
+def check_replaces_json(file: Path, key: str, value: str) -> None:
+    """Refuse to replace a JSON file that does not hold ``value`` at ``key``; a damaged one that says it, or nothing, is ours."""
+    text = file.read_bytes() if file.exists() else b""
     try:
-        content = json.loads(file.read_text()) if file.exists() else None
+        content = json.loads(text)
     except ValueError:
-        return
-    ours = not content or (isinstance(content, dict) and all(content.get(key) == value for key, value in sign.items()))
+        ours = value.encode() in text or not text.strip(b"\0 \n")
+    else:
+        ours = not content or (isinstance(content, dict) and content.get(key) == value)
     require(ours, str(file), "a file of another program", "one of this program, which is replaced; move that one elsewhere")
 
 

@@ -149,7 +149,7 @@ def notes_on_classes(index: ShardIndex) -> Iterator[str]:
 
 def notes_on_names(names: Sequence[str]) -> Iterator[str]:
     """Names of classes, in order of the class, whose order or spelling may not be what they seem."""
-    if are_numbers(names):
+    if are_numbers([name.removeprefix("-") for name in names]):
         if moved := [f"class {c} is {name!r}" for c, name in enumerate(names) if int(name) != c]:
             yield f"classes are numbered from 0 without gaps, so that their numbers are not their names: {first_few(moved)}"
     elif wrong := next((pair for pair in pairs_by_number(names) if pair[0] != pair[1]), None):

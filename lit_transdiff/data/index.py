@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from lit_transdiff.base.files import replace_file, sha256_of, sha256_of_lines
 from lit_transdiff.config import require
-from lit_transdiff.config.targets import below, check_replaces_json
+from lit_transdiff.config.targets import below
 from lit_transdiff.data.checksums import checksums_in
+from lit_transdiff.data.index_files import FORMAT, check_free, index_files
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import CLS, LABEL_MEMBER, Labels, ScannedSample, require_class_0, scan_shard
 
-FORMAT = "lit_transdiff shards"
 INDEX_VERSION = 1
 COLUMN_TYPES = {"offset": np.int64, "size": np.int32, "label": np.int32}
 
@@ -143,25 +143,6 @@ class ShardIndex:
         replace_file(self.folder / "index.npz", buffer.getvalue())
 
 
-def index_files(path: str | Path) -> tuple[Path, Path]:
-    """The two files of the index of a folder (or of an ``index.json``). Raises ``FileNotFoundError`` when they are not there."""
-    path = Path(path)
-    folder = path.parent if path.name == "index.json" else path
-    header_path, sidecar_path = folder / "index.json", folder / "index.npz"
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} does not exist. Make shards from images with: lit-transdiff pack SRC {folder}; "
-            f"latents from shards with: lit-transdiff cache RUN.yaml SHARDS {folder} (lit-transdiff run does it by itself)"
-        )
-    if not header_path.is_file() or not sidecar_path.is_file():
-        missing = header_path.name if not header_path.is_file() else sidecar_path.name
-        raise FileNotFoundError(
-            f"{folder} has no {missing}. Index shards that are there with: lit-transdiff index {folder}; "
-            f"make shards from images with: lit-transdiff pack SRC {folder}"
-        )
-    return header_path, sidecar_path
-
-
 def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
     """The index of a folder (or of an ``index.json``), checked against its sidecar and against the sizes of the shards.
 
@@ -204,6 +185,9 @@ def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarr
     )
     for shard in index.shards:
         below(folder, shard.name, "shards: name")
+        require("/" not in shard.name and shard.name.endswith(".tar"), "shards: name", shard.name, "a .tar of the folder")
+    names = [shard.name for shard in index.shards]
+    require(len(set(names)) == len(names), "shards: name", "one twice", "names that differ")
     counts = {name: int(count) for name, count in zip(index.class_names, index.class_counts, strict=False)}
     fits = int(index.starts[-1]) == header["samples"] and counts == header["classes"] and len(index.key) == len(index)
     if not fits or len(index.class_counts) != index.num_classes:
@@ -243,7 +227,7 @@ def index_shards(
     if not paths:
         raise FileNotFoundError(f"{folder} has no *.tar (compressed tars cannot be read at an offset; unpack them first).")
     if save:
-        check_replaces_json(folder / "index.json", {"format": FORMAT})
+        check_free(folder)
     tasks = ((path, latents, Labels.of(label, class_names or ())) for path in paths)
     rows = tqdm(in_processes(shard_rows, tasks, workers), desc="indexing", unit="shard", total=len(paths), disable=not progress)
     index = join_rows(folder, sorted(rows, key=lambda found: found.shard.name), class_names, seed, latents)

@@ -88,7 +88,7 @@ class ShardJournal:
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Write the plan, unless it is there, and remove what a killed process left unfinished."""
         (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
-        for partial in [*self.folder.glob("*.tar.partial-*"), *self.folder.glob("*.npz.partial-*")]:
+        for partial in [*self.folder.glob("*.tar.partial-[0-9]*"), *self.folder.glob("*.npz.partial-[0-9]*")]:
             partial.unlink()
         if not (self.folder / self.plan_file).exists():
             replace_file(self.folder / self.plan_file, (json.dumps(plan, indent=1) + "\n").encode())

@@ -14,6 +14,7 @@ from lit_transdiff.data.checksums import checksums_in
 from lit_transdiff.data.index import ShardIndex, index_shards, read_index
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import LABEL_MEMBER
+from lit_transdiff.data.sources import ClassNames, text_lines
 
 LISTED_SAMPLES = 10  # samples in a message
 log = logging.getLogger(__name__)
@@ -57,9 +58,7 @@ def told(index: ShardIndex, samples: Sequence[int]) -> str:
     return f" Damaged samples: {listed}{more}." if samples else " No sample is damaged: only names, labels or gaps between them."
 
 
-def index_again(
-    folder: str | Path, class_names: Optional[Sequence[str]] = None, workers: int = 0, label: str = LABEL_MEMBER
-) -> ShardIndex:
+def index_again(folder: str | Path, class_names: ClassNames = None, workers: int = 0, label: str = LABEL_MEMBER) -> ShardIndex:
     """Index the shards of a folder. Where they have an index, its class names, seed and latents stay, and it gets what it lacks.
 
     Raises ``ValueError`` for a shard that is as long as in that index and differs from it: it is damaged, and would be indexed as
@@ -67,6 +66,8 @@ def index_again(
     """
     folder = Path(folder)
     before = index_of(folder)
+    if isinstance(class_names, Path):
+        class_names = [line.strip() for line in text_lines(class_names) if line.strip()]
     if before is None:
         return index_shards(folder, class_names, workers=workers, label=label)
     names = class_names or before.class_names

@@ -165,7 +165,7 @@ def check_statistics_file(path: str | Path) -> None:
     path = Path(path)
     require(path.suffix == ".npz", "statistics file", str(path), "a name that ends in .npz")
     if os.path.lexists(path):
-        ours = zipfile.is_zipfile(path) and "about.npy" in zipfile.ZipFile(path).namelist()
+        ours = zipfile.is_zipfile(path) and {"mu.npy", "sigma.npy", "about.npy"} <= set(zipfile.ZipFile(path).namelist())
         require(ours, "statistics file", str(path), "a name that is free, or of statistics that this program wrote")
 
 

@@ -6,6 +6,7 @@ import io
 import logging
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -72,12 +73,18 @@ def read_all(read: Callable[[Any], Run], places: Sequence[Any]) -> list[Run]:
 
 @cache
 def unpacked(file: Path, changed: float) -> Path:
-    """An archive's content in a temporary folder, unpacked once a process and version."""
+    """An archive's content in a temporary folder, unpacked once a process and version.
+
+    Raises ``ValueError`` naming the archive when it is none, is damaged or encrypted, or holds a name that leads elsewhere.
+    """
     folder = Path(tempfile.mkdtemp(prefix="lit-transdiff-runs-"))
-    with zipfile.ZipFile(file) as archive:
-        for name in archive.namelist():
-            below(folder, name.rstrip("/"), f"{file}: entry")
-        archive.extractall(folder)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                below(folder, name.rstrip("/"), f"{file}: entry")
+            archive.extractall(folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+        raise ValueError(f"{file} is not a whole zip archive of runs ({error}). Copy it again from where it came.") from error
     return folder
 
 

@@ -7,11 +7,12 @@ The file is W&B's own: ``method``, ``metric``, ``parameters`` (also nested), ``e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from lit_transdiff.config import is_folder_name, require, unknown
+from lit_transdiff.config.checks import FOLDER_NAME
 from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.sweep.definition import Hyperband, Path_, Sweep
 from lit_transdiff.sweep.distributions import DISTRIBUTIONS, Spec, check, is_number, name_of
@@ -21,6 +22,7 @@ KEYS = (
     *("method", "metric", "parameters", "early_terminate", "command", "program", "name", "project", "run_cap"),
     *("description", "entity", "controller"),
 )
+AS_WRITTEN = ("name", "project", "program", "command")  # taken as it is written: 010 stays 010
 METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 IMPUTES = ("worst", "best", "latest")
 
@@ -42,9 +44,12 @@ def load_sweep(path: str | Path) -> Sweep:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
-    settings = read_file(path)
+    settings, spelled = read_file(path), read_file(path, spelled=True)
     try:
-        return sweep_from(settings, path.stem)
+        if not isinstance(settings, dict):
+            return sweep_from(settings, path.stem)  # which refuses it
+        text = {key: spelled[key] for key in AS_WRITTEN if key in settings}
+        return replace(sweep_from(settings | text, path.stem), source=settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -67,8 +72,9 @@ def sweep_from(settings: Any, name: str) -> Sweep:
     cap, command = settings.get("run_cap"), settings.get("command")
     require(cap is None or (isinstance(cap, int) and cap >= 1), "run_cap", cap, "a whole number of at least 1")
     require(command is None or isinstance(command, list), "command", command, "a list of words")
-    name = str(settings.get("name") or name)
-    require(is_folder_name(name), "name", name, "the name of one folder, without '/' or '\\'")
+    name = settings.get("name") or name
+    name = name if isinstance(name, list | dict) else str(name)
+    require(is_folder_name(name), "name", name, FOLDER_NAME)
     parameters = settings.get("parameters")
     require(isinstance(parameters, dict), "parameters", parameters, "parameters by name")
     sweep = Sweep(

@@ -25,6 +25,7 @@ from lit_transdiff.config.targets import (
     remove_written,
     save_tensors,
 )
+from lit_transdiff.data.index_files import check_free
 from lit_transdiff.data.journal import ShardJournal
 from lit_transdiff.evaluation.statistics import Statistics, save_statistics
 from lit_transdiff.released.convert import convert
@@ -219,22 +220,35 @@ def test_files_of_results_replace_their_own_kind_only(tmp_path: Path):
 
 
 def test_an_index_of_another_program_stays(tmp_path: Path):
-    for content in ("", "\0\0", "{", "{}", '{"format": "lit_transdiff shards"}'):
-        (tmp_path / "index.json").write_text(content)
-        check_replaces_json(tmp_path / "index.json", {"format": "lit_transdiff shards"})
-    (tmp_path / "index.json").write_text('{"weight_map": {}}')
-    with pytest.raises(ValueError, match="another program"):
-        check_replaces_json(tmp_path / "index.json", {"format": "lit_transdiff shards"})
+    file, sign = tmp_path / "index.json", ("format", "lit_transdiff shards")
+    for content in ("", "\0\0", "{}", '{"format": "lit_transdiff shards"}', '{"format": "lit_transdiff shards", "shar'):
+        file.write_text(content)
+        check_replaces_json(file, *sign)
+    for content in ('{"weight_map": {}}', '[{"text": "a"}]', '{"text": "a"}\n{"text": "b"}\n', "my notes"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match="another program"):
+            check_replaces_json(file, *sign)
+
+
+def test_a_sidecar_of_another_program_stays(tmp_path: Path):
+    file = tmp_path / "index.npz"
+    np.savez(file, offset=np.zeros(1, np.int64))  # of an index whose index.json was removed
+    check_free(tmp_path)
+    for arrays in ({"arr_0": np.zeros(3)}, {"keys": np.zeros(3)}):
+        np.savez(file, **arrays)
+        with pytest.raises(ValueError, match=r"index\.npz'; allowed: a name that is free, or of an index"):
+            check_free(tmp_path)
 
 
 def test_statistics_replace_no_other_file(tmp_path: Path):
     statistics = Statistics(np.zeros(2), np.eye(2), num_images=2)
     file = tmp_path / "images.npz"
-    np.savez(file, arr_0=np.zeros((2, 4, 4, 3), np.uint8))
-    before = file.read_bytes()
-    with pytest.raises(ValueError, match=r"images\.npz"):
-        save_statistics(statistics, file)
-    assert file.read_bytes() == before
+    for arrays in ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8)}, {"about": np.array("of mine"), "x": np.zeros(2)}):
+        np.savez(file, **arrays)
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=r"images\.npz"):
+            save_statistics(statistics, file)
+        assert file.read_bytes() == before
     for _ in range(2):
         save_statistics(statistics, tmp_path / "mine.npz")
 
@@ -251,6 +265,17 @@ def test_an_archive_of_runs_stays_in_its_folder(tmp_path: Path):
         archive.writestr("../../escaped.txt", "x")
     with pytest.raises(ValueError, match=r"runs\.zip: entry: got '\.\./\.\./escaped\.txt'"):
         unpacked(tmp_path / "runs.zip", 0.0)
+
+
+def test_a_damaged_archive_of_runs_is_named(tmp_path: Path):
+    file = tmp_path / "runs.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("one/config.yaml", "name: one\n")
+    sound = file.read_bytes()
+    for content in (b"no archive", sound[:-30], sound.replace(b"name: one", b"name: two")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"runs\.zip is not a whole zip archive"):
+            unpacked(file, 0.0)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])

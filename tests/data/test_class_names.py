@@ -1,11 +1,15 @@
 """Classes as they are found: their order, those without images, images of two classes, names that look alike."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from lit_transdiff.config.paths import names_given
 from lit_transdiff.data.findings import notes_on_names
 from lit_transdiff.data.pack import pack
+from lit_transdiff.data.verify import index_again
 
 
 def write(folder, names, each=1, seed=0):
@@ -83,3 +87,29 @@ def test_folders_that_are_one_level_too_deep_are_refused(tmp_path):
     write(tmp_path / "in/train", ["ant", "bee"])
     with pytest.raises(ValueError, match=r"in/train: got 'no images, but folders \(2\)'.*or pack .*in/train itself"):
         pack(tmp_path / "in", tmp_path / "out", progress=False)
+
+
+def test_names_are_a_list_or_a_file_wherever_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    assert names_given(None) is None
+    assert names_given("cat,dog") == ["cat", "dog"] and names_given("cat") == ["cat"]
+    for given in ("~/names.txt", "$HOME/names.txt", f"{tmp_path}/names.txt"):
+        assert names_given(given) == tmp_path / "names.txt"
+    for missing in ("nmes.txt", "~/nmes.txt", "lists/names"):  # not the one class of that name
+        with pytest.raises(ValueError, match="files: got '--class-names: "):
+            names_given(missing)
+
+
+def test_an_index_takes_names_from_a_file(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "shards")
+    (tmp_path / "names.txt").write_text("a\n\nb\nc d\ne\nf\n")
+    assert index_again(tmp_path / "shards", tmp_path / "names.txt").class_names == ("a", "b", "c d", "e", "f")
+
+
+def test_negative_numbers_are_told():
+    assert list(notes_on_names(["-1", "0", "1"])) == [
+        "classes are numbered from 0 without gaps, so that their numbers are not their names: class 0 is '-1', class 1 is '0', "
+        "class 2 is '1'"
+    ]

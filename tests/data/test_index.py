@@ -1,4 +1,5 @@
 import io
+import json
 import shutil
 import tarfile
 
@@ -194,6 +195,19 @@ def test_shards_are_checked_against_the_index(shards, tmp_path):
         (copy / name).write_bytes(b"damaged")
         with pytest.raises(ValueError, match="copy: the index is damaged"):
             read_index(copy)
+
+
+@pytest.mark.parametrize("name", ["sub/a.tar", "../a.tar", "index.json", "caching.json", "finished", "~/a.tar", None])
+def test_an_index_names_tars_of_its_folder_only(shards, tmp_path, name):
+    shutil.copytree(shards, tmp_path / "shards")
+    header = json.loads((tmp_path / "shards" / "index.json").read_text())
+    header["shards"][0]["name"] = header["shards"][1]["name"] if name is None else name
+    (tmp_path / "shards" / "index.json").write_text(json.dumps(header))
+    with np.load(tmp_path / "shards" / "index.npz") as sidecar:
+        columns = {key: sidecar[key] for key in sidecar.files if key != "header"}
+    np.savez(tmp_path / "shards" / "index.npz", **columns)
+    with pytest.raises(ValueError, match="shards: name: got"):
+        read_index(tmp_path / "shards", check_files=False)
 
 
 def bad_shards(folder, content):

@@ -279,3 +279,18 @@ def test_the_shipped_sweeps_are_read_and_name_real_settings(file) -> None:
     (file.parent / f".{file.stem}.json").unlink()
     recipe = next((word for word in words if word.endswith(".yaml")), "experiments/fashion/ar_pretrain.yaml")
     load_run(ROOT / recipe, [word for word in words if "=" in word])  # raises for a setting that does not exist
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "'~'", "~alice", "$HOME", "' '", '"a\\nb"', "[a]", "{a: 1}"])
+def test_a_name_that_is_no_folder_is_refused(tmp_path, name) -> None:
+    (tmp_path / "sweep.yaml").write_text(f"name: {name}\nmethod: grid\nparameters: {{x: {{value: 1}}}}\ncommand: [a]\n")
+    with pytest.raises(ValueError, match=r"name: got .*; allowed: the name of one folder"):
+        load_sweep(tmp_path / "sweep.yaml")
+
+
+def test_words_of_a_sweep_file_stay_as_they_are_written(tmp_path) -> None:
+    settings = "name: 010\nmethod: grid\nparameters: {seed: {values: [010, 1_000]}}\ncommand: [a, 010, 1e-4, 1_000, on, 7]\n"
+    (tmp_path / "sweep.yaml").write_text(settings)
+    sweep = load_sweep(tmp_path / "sweep.yaml")
+    assert sweep.name == "010" and list(map(str, sweep.command or [])) == ["a", "010", "1e-4", "1_000", "on", "7"]
+    assert sweep.parameters[("seed",)]["values"] == [10, 1000]
