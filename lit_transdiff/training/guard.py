@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
@@ -14,9 +13,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_transdiff.base.files import replace_file
+from lit_transdiff.base.files import read_json, replace_file, sealed
 from lit_transdiff.checkpoints.averages import Averaging
-from lit_transdiff.config import SafetyConfig
+from lit_transdiff.config import SafetyConfig, require
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.data.names import sample_names
 from lit_transdiff.training.callbacks import NonFiniteLoss
@@ -40,7 +39,7 @@ class GuardSteps(StepCallback):
     def __init__(self, safety: SafetyConfig, folder: Path) -> None:
         self.safety = safety
         self.file = folder / "bad_steps.json"
-        self.left_out: set[int] = set(json.loads(self.file.read_text())) if self.file.exists() else set()
+        self.left_out: set[int] = steps_in(self.file)
         self.recent: deque[float] = deque(maxlen=HISTORY)
         self.num_bad = 0
         self.loss: Tensor | None = None
@@ -92,7 +91,7 @@ class GuardSteps(StepCallback):
         if self.safety.on_bad_step == "skip":
             return self.skip(stage)
         if trainer.is_global_zero:
-            replace_file(self.file, json.dumps(sorted(self.left_out | {step})).encode())
+            replace_file(self.file, sealed({"steps": sorted(self.left_out | {step})}))
         trainer.strategy.barrier()
         raise RollBack(f"going back to the last checkpoint; step {step} will be left out")
 
@@ -107,3 +106,12 @@ class GuardSteps(StepCallback):
             found = type(optimizer).__name__
             raise ValueError(f"safety.on_bad_step, safety.spike_factor: got the optimizer {found}; allowed: one of OPTIMIZERS.")
         return optimizer
+
+
+def steps_in(file: Path) -> set[int]:
+    """The steps that a run leaves out, also as earlier versions wrote them. Raises ``ValueError`` for a damaged file."""
+    content = read_json(file) if file.exists() else []
+    steps = content.get("steps") if isinstance(content, dict) else content
+    numbers = isinstance(steps, list) and all(isinstance(step, int) for step in steps)
+    require(numbers, str(file), steps, "a list of steps")
+    return set(steps)

@@ -1,6 +1,5 @@
 """Steps that go wrong are named, skipped or undone, up to a limit; a skipped step leaves no trace in weights and averages."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lit_transdiff.base.files import sealed
 from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.training.callbacks import NonFiniteLoss
+from lit_transdiff.training.guard import steps_in
 from lit_transdiff.training.trainer import train
 from tests.small import small_run
 
@@ -46,7 +47,7 @@ def test_a_bad_step_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "bad step 6 (1 so far): the loss on rank 0 is nan" in caplog.text and "bad step 9 (2 so far)" in caplog.text
     assert "fashion-train-0" in caplog.text
     if policy == "roll_back":
-        assert json.loads((run.folder / "bad_steps.json").read_text()) == [6, 9]
+        assert steps_in(run.folder / "bad_steps.json") == {6, 9}
         monkeypatch.undo()
         other = small_run(tmp_path, name="other", training=LONGER, safety={"on_bad_step": "skip"})
         spoil(monkeypatch, 5, 8)
@@ -76,3 +77,14 @@ def test_the_count_of_bad_steps_outlives_a_restart(tmp_path: Path, monkeypatch: 
     train(small_run(tmp_path, training={**STEPS, "max_steps": 8}, **settings), silent)
     with pytest.raises(NonFiniteLoss, match=r"bad step 10 \(2 so far\)"):
         train(small_run(tmp_path, training=STEPS, **settings), silent)
+
+
+def test_a_damaged_list_of_steps_is_named(tmp_path):
+    file = tmp_path / "bad_steps.json"
+    file.write_text("[3, 5]")  # of an earlier version
+    assert steps_in(file) == {3, 5}
+    sound = sealed({"steps": [6, 9]})
+    for content in (sound.replace(b"6", b"7", 1), sound[:-9], b'{"a": 1}', b'["6"]'):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad_steps\.json"):
+            steps_in(file)
