@@ -2,17 +2,20 @@
 
 import os
 import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import wandb
 
+import lit_transdiff
 from tests.wandb_stub import Stub
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -37,6 +40,21 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
         yield server
         assert server.state.unknown == []
     wandb.teardown()
+
+
+@pytest.fixture
+def fresh_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test adds to the tables, and the modules that it imports from its folder, are forgotten after it."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    tables = [getattr(lit_transdiff, name) for name in lit_transdiff.TABLES]
+    before = [{**table} for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+    for name, module in [*sys.modules.items()]:
+        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture

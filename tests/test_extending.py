@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,7 @@ TEXT = (ROOT / "docs/extending.md").read_text()
 BLOCKS = re.findall(r"^## (.+?)\n.*?```python\n(.*?)```", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(autouse=True)
-def same_tables() -> Iterator[None]:
-    """What a block adds is gone after the test."""
-    before = {name: dict(getattr(lit_transdiff, name)) for name in lit_transdiff.TABLES}
-    yield
-    for name, entries in before.items():
-        table = getattr(lit_transdiff, name)
-        table.clear()
-        table.update(entries)
+pytestmark = pytest.mark.usefixtures("fresh_tables")
 
 
 def test_there_is_a_block_for_every_table():

@@ -25,6 +25,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
 
 
+@pytest.mark.usefixtures("fresh_tables")
 def test_the_package_is_written_under_its_name_and_its_recipe_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["init", "my_ideas"]) == 0
@@ -35,7 +36,6 @@ def test_the_package_is_written_under_its_name_and_its_recipe_is_valid(tmp_path:
     }
     assert not any("my_lab" in (tmp_path / "my_ideas" / file).read_text() for file in files)
     monkeypatch.chdir(tmp_path / "my_ideas")
-    monkeypatch.setattr(sys, "path", [*sys.path])
     assert main(["train", "recipe.yaml", "--dry-run"]) == 0
     assert "my_ideas.ideas" in capsys.readouterr().out and not (tmp_path / "my_ideas" / "runs").exists()
 

@@ -26,19 +26,13 @@ SOLVERS["one_step"] = one_step
 
 
 @pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a package of the user's own, in which commands are given; it is forgotten after the test."""
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_tables: None) -> Path:
+    """A folder with a package of the user's own, in which commands are given."""
     (tmp_path / "lab_of_test").mkdir()
     (tmp_path / "lab_of_test" / "ideas.py").write_text(IDEA)
     (tmp_path / "lab_of_test" / "broken.py").write_text("import os\nos.nothing()\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    known, loaded = {**SOLVERS}, {*sys.modules}
-    yield tmp_path
-    for name in {*sys.modules} - loaded:
-        del sys.modules[name]
-    SOLVERS.clear()
-    SOLVERS.update(known)
+    return tmp_path
 
 
 def test_a_recipe_with_an_own_solver_trains_and_its_export_brings_the_module_back(lab: Path):
