@@ -92,10 +92,11 @@ def test_single_images_do_not_depend_on_how_many_are_drawn(demo: Path, tmp_path:
 
 def test_fusion_and_references_are_drawn(demo: Path, tmp_path: Path):
     command = ["sample", "--checkpoint", str(demo / "mrar_finetune"), "--classes", "1,7", "--per-class", "2"]
-    command += ["--output", str(tmp_path)]
+    command += ["--output", str(tmp_path / "drawn")]
     assert main([*command, "--fuse", "halves", "sampling.num_steps=2"]) == 0
     assert main([*command, "--references"]) == 0
-    assert (tmp_path / "fusion.png").is_file() and len(list(tmp_path.glob("class-0001/*reference-2.png"))) == 2
+    assert (tmp_path / "drawn/fusion.png").is_file()
+    assert len(list((tmp_path / "drawn-2").glob("class-0001/*reference-2.png"))) == 2  # nothing is drawn over
 
 
 def test_another_evaluation_stands_beside_the_first(demo: Path):

@@ -32,18 +32,21 @@ ELSEWHERE = {
     3: ("fine-tuning cannot start from the released weights", "test_imagenet:test_training_goes_on_from_released_weights"),
     4: ("loose loading hides keys", "test_house:test_public_code_is_documented_and_nothing_is_loose"),
     6: ("evaluation needs several processes", "test_imagenet:test_reproduce_from_released_files_to_the_table"),
-    13: ("accumulated gradients are summed", "stages.test_training:test_accumulation_is_an_average"),
-    14: ("evaluation repeats and pollutes seeds", "test_sampling:test_seeds_and_labels_matter_and_the_global_generator_does_not"),
+    13: ("accumulated gradients are summed", "training.test_training:test_accumulation_is_an_average"),
+    14: (
+        "evaluation repeats and pollutes seeds",
+        "sampling.test_generator:test_seeds_and_labels_matter_and_the_global_generator_does_not",
+    ),
     19: ("devices written into the code", "test_house:test_public_code_is_documented_and_nothing_is_loose"),
     20: ("MRAR cannot read cached latents", "test_imagenet:test_training_goes_on_from_released_weights"),
     21: ("cached and direct training cut otherwise", "data.test_latents:test_cached_latents_are_those_of_the_images"),
     22: ("no MRAR at 512", "test_imagenet:test_one_optimizer_step_of_a_narrow_copy"),
     23: (
         "online evaluation disturbs training",
-        "evaluation.test_online:test_training_is_the_same_to_the_bit_with_scores_and_without",
+        "training.test_online_evaluation:test_training_is_the_same_to_the_bit_with_scores_and_without",
     ),
     24: ("unlisted dependencies", "test_house:test_dependencies_stand_in_one_list"),
-    27: ("no resume inside an epoch", "stages.test_training:test_resumed_equals_uninterrupted"),
+    27: ("no resume inside an epoch", "training.test_training:test_resumed_equals_uninterrupted"),
 }
 NOT_OURS = {15: "a diversity loss that no flag reaches", 18: "qk_norm of the cross-attention crashes"}  # there is no such thing
 HERE = {int(number) for number in re.findall(r"^def test_(\d\d)_", Path(__file__).read_text(), flags=re.MULTILINE)}

@@ -100,8 +100,8 @@ def watch_scores(kill: Kill) -> None:
     """Die when the evaluation of the step has its scores, and before they are logged."""
     original = online.OnlineEvaluation.scores
 
-    def scores(self: Any, trainer: Any) -> Any:
-        found = original(self, trainer)
+    def scores(self: Any, trainer: Any, job: Any) -> Any:
+        found = original(self, trainer, job)
         if trainer.global_step == kill.step:
             kill.die()
         return found
