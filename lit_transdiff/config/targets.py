@@ -75,7 +75,12 @@ def fresh_folder(path: Path) -> Path:
 
 
 def remove_written(folder: Path, patterns: Iterable[str]) -> None:
-    """Remove the files of a folder that match ``patterns``, then the folder, unless something else lies in it."""
+    """Remove the files of a folder that match ``patterns``, then the folder, unless something else lies in it.
+
+    Of a link, the link alone: what it leads to belongs to others.
+    """
+    if folder.is_symlink():
+        return folder.unlink()
     for pattern in patterns:
         for file in folder.glob(pattern):
             if not file.is_dir():

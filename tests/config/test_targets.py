@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lit_transdiff.base.files import remove
 from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.checkpoints.export import check_export_folder, read_info, write_export
 from lit_transdiff.checkpoints.format import WRITTEN, complete_checkpoints, prune
@@ -294,3 +295,15 @@ def test_files_are_put_whole_into_a_new_folder(tmp_path: Path):
     (tmp_path / "made" / "raw" / "w").write_text("1")
     put_files(tmp_path / "made", tmp_path / "there", [], "w", lambda: pytest.fail("nothing is there to replace"))
     assert everything(tmp_path / "there") == {"raw/w": b"1"} and not (tmp_path / "made").exists()
+
+
+def test_what_a_link_leads_to_stays(tmp_path: Path) -> None:
+    """A checkpoint of another run that a run was begun from, say."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "COMPLETE.json").write_text("{}")
+    (tmp_path / "theirs" / "training.pt").write_text("x")
+    for removed in (lambda link: remove_written(link, WRITTEN), remove):
+        (tmp_path / "step-00000001").symlink_to(tmp_path / "theirs")
+        removed(tmp_path / "step-00000001")
+        assert not (tmp_path / "step-00000001").is_symlink()
+        assert {path.name for path in (tmp_path / "theirs").iterdir()} == {"COMPLETE.json", "training.pt"}
