@@ -72,13 +72,12 @@ def sweep_from(settings: Any, name: str) -> Sweep:
     cap, command = settings.get("run_cap"), settings.get("command")
     require(cap is None or (isinstance(cap, int) and cap >= 1), "run_cap", cap, "a whole number of at least 1")
     require(command is None or isinstance(command, list), "command", command, "a list of words")
-    name = settings.get("name") or name
-    name = name if isinstance(name, list | dict) else str(name)
-    require(is_folder_name(name), "name", name, FOLDER_NAME)
+    given = settings.get("name") or name
+    require(not isinstance(given, list | dict) and is_folder_name(str(given)), "name", given, FOLDER_NAME)
     parameters = settings.get("parameters")
     require(isinstance(parameters, dict), "parameters", parameters, "parameters by name")
     sweep = Sweep(
-        name=name,
+        name=str(given),
         method=settings.get("method"),  # type: ignore[arg-type]
         parameters=dict(leaves(parameters)),  # type: ignore[arg-type]
         metric=metric.get("name"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_transdiff.base.files import read_json, replace_file, sealed
 from lit_transdiff.checkpoints.averages import Averaging
-from lit_transdiff.config import SafetyConfig, require
+from lit_transdiff.config import SafetyConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.data.names import sample_names
 from lit_transdiff.training.callbacks import NonFiniteLoss
@@ -112,6 +112,6 @@ def steps_in(file: Path) -> set[int]:
     """The steps that a run leaves out, also as earlier versions wrote them. Raises ``ValueError`` for a damaged file."""
     content = read_json(file) if file.exists() else []
     steps = content.get("steps") if isinstance(content, dict) else content
-    numbers = isinstance(steps, list) and all(isinstance(step, int) for step in steps)
-    require(numbers, str(file), steps, "a list of steps")
+    if not isinstance(steps, list) or not all(isinstance(step, int) for step in steps):
+        raise ValueError(f"{file}: got {steps!r}; allowed: a list of steps.")
     return set(steps)
