@@ -52,6 +52,11 @@ def start_from(folder: Path, donor: str, run: RunConfig) -> RunConfig:
     return run
 
 
+def without_checksums(info: dict[str, object]) -> dict[str, object]:
+    """What an export says, but for the checksums of its files, which differ by rounding, and of its own content."""
+    return {key: value for key, value in info.items() if key not in ("crc32", "checksum")}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of all tests: name = kind-strategy; -broken: broken off in step 4 and continued; -from-X: begun by strategy X."""
@@ -157,7 +162,8 @@ def test_any_checkpoint_is_exported_whole(folder: Path, tmp_path: Path, strategy
             checkpoint = open_checkpoint(folder / f"plain-{name}" / "checkpoints" / "step-00000004")
             export_checkpoint(checkpoint, tmp_path / name, average)
         one, other = read_export(tmp_path / "single"), read_export(tmp_path / strategy)
-        assert other.info["step"] == 4 and one.info == {**other.info, "name": "plain-single"}
+        assert other.info["step"] == 4
+        assert without_checksums(one.info) == {**without_checksums(other.info), "name": "plain-single"}
         assert max((one.state[k] - other.state[k]).abs().max().item() for k in one.state) < 5e-6
     ranks = len(list(checkpoint.folder.glob("rank-*.safetensors")))
     assert ranks == (1 if strategy == "single" else 2)
