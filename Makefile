@@ -9,6 +9,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Tests run in two processes of one thread each; WORKERS=0 runs them in one.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 OTHER_CPU ?= ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2
 
 .PHONY: demo demo-fast test test-numeric test-slow test-all lint install clean
@@ -30,7 +34,7 @@ demo-fast: install
 	$(BIN)/lit-transdiff run experiments/fashion/pipeline_fast.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-numeric: install
 	$(OTHER_CPU) $(BIN)/python -m pytest -m "numeric and not slow"
@@ -39,7 +43,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .

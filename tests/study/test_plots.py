@@ -85,9 +85,10 @@ def texts(figure) -> list[str]:
 
 
 def test_legends_name_every_run_as_it_is_called(tmp_path: Path) -> None:
-    for folder, name in (("x", "run"), ("y", "run"), ("z", "_hidden"), ("z", "a$x_{$b$^")):
+    for folder, name in (("x", "run"), ("y", "run"), ("z", "_hidden"), ("z", "formula")):
         make_run(tmp_path / folder, name, 1.0)
-    figure = plots.curves(runs(tmp_path), "train/loss")
+    found = runs(tmp_path)
+    figure = plots.curves(found, "train/loss", labels={run.where: "a$x_{$b$^" for run in found if run.name == "formula"})
     assert sorted(texts(figure)) == sorted(["run (x/run)", "run (y/run)", "_hidden", "a$x_{$b$^"])
     labelled(figure)
 
