@@ -16,7 +16,7 @@ import torch
 import wandb
 
 import lit_transdiff
-from tests.wandb_stub import Stub
+from tests.helpers.wandb_stub import Stub
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Tests that are started in the background, or under nohup, inherit ignored signals, which the program leaves ignored.

@@ -15,7 +15,7 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.wandb_run import run_id
 from lit_transdiff.training.trainer import train
-from tests.small import small_run, without_checksums
+from tests.helpers.small import small_run, without_checksums
 
 
 def silent(text: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import lit_transdiff
 from lit_transdiff.cli.api import page
-from tests.small import ROOT
+from tests.helpers.small import ROOT
 
 HEAVY = ("torch", "lightning", "wandb", "pandas", "matplotlib", "torchmetrics", "deepspeed", "diffusers", "scipy")
 LOADED = f"[name for name in {HEAVY} if name in sys.modules]"

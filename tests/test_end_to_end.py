@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lit_transdiff.__main__ import main
 from lit_transdiff.data.index import read_index
 from lit_transdiff.data.shards import ShardReader
-from tests.small import ROOT
+from tests.helpers.small import ROOT
 
 LITTLE = (
     "training.max_steps=8",

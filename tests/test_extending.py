@@ -11,7 +11,7 @@ import torch
 
 import lit_transdiff
 from lit_transdiff.evaluation.statistics import reference_statistics, save_statistics
-from tests.small import ROOT, small_run
+from tests.helpers.small import ROOT, small_run
 
 TEXT = (ROOT / "docs/extending.md").read_text()
 BLOCKS = re.findall(r"^## (.+?)\n.*?```python\n(.*?)```", TEXT, flags=re.MULTILINE | re.DOTALL)

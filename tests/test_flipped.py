@@ -28,7 +28,7 @@ from lit_transdiff.models.autoencoder import load_autoencoder
 from lit_transdiff.models.classifier import load_classifier
 from lit_transdiff.study.folders import read_folder
 from lit_transdiff.training.trainer import train
-from tests.small import FASHION, small_run
+from tests.helpers.small import FASHION, small_run
 
 LATENTS = LatentInfo((4, 4, 4), 2, "none", 8)
 

@@ -2,14 +2,16 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.small import ROOT
+from tests.helpers.small import ROOT
 
 PACKAGE = ROOT / "lit_transdiff"
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # A room may import from rooms of earlier lines, and from itself; rooms of one line do not see each other.
 ORDER = (
     ("base",),
@@ -45,16 +47,17 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Full names of the modules that a file imports, anywhere in it."""
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
-    return found
+            modules.add(node.module or "")
+    return modules
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -126,6 +129,13 @@ def test_a_name_is_defined_in_one_file():
     twice = {name: files for name, files in homes.items() if len(files) > 1}
     assert not {name: files for name, files in twice.items() if name not in TWICE}
     assert set(TWICE) <= set(twice), f"defined once now, take it from TWICE: {set(TWICE) - set(twice)}"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT / "tests")))
+def test_tests_share_nothing_but_helpers(path: Path):
+    """What two test modules need is made in ``tests/helpers``."""
+    for name in imported(path):
+        assert name.split(".")[0] != "tests" or name.startswith("tests.helpers"), f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_dependencies_stand_in_one_list():

@@ -29,9 +29,9 @@ from lit_transdiff.released.convert import convert
 from lit_transdiff.released.key_names import our_name, released_shapes
 from lit_transdiff.training.build import outline
 from lit_transdiff.training.trainer import train
-from tests import plain_autoencoder
-from tests.reference import FIXTURES
-from tests.small import ROOT
+from tests.helpers import plain_autoencoder
+from tests.helpers.reference import FIXTURES
+from tests.helpers.small import ROOT
 
 FOLDERS = ("imagenet256", "imagenet512")
 SHARED = ("common.yaml", "ar.yaml", "mrar.yaml")

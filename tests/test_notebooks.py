@@ -19,9 +19,9 @@ from lit_transdiff.study.folders import read_folder
 from lit_transdiff.study.records import AXES
 from lit_transdiff.tracking.evaluations import log_result
 from lit_transdiff.tracking.wandb_run import WandbRun
-from tests.small import ROOT
-from tests.study.test_runs import make_run
-from tests.wandb_stub import Stub
+from tests.helpers.run_folders import make_run
+from tests.helpers.small import ROOT
+from tests.helpers.wandb_stub import Stub
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TRAINS = "1_quickstart"  # what training took and found depends on the machine

@@ -15,7 +15,7 @@ from lit_transdiff.config import SIZES, ModelConfig, check_effects
 from lit_transdiff.config.loading import load_run, read_yaml, run_from
 from lit_transdiff.data.pack import pack
 from lit_transdiff.tracking.place import flattened
-from tests.small import ROOT, small_run
+from tests.helpers.small import ROOT, small_run
 
 OTHERS = ("launch", "sweeps")  # files of Kubernetes and of W&B; sweeps have a test of their own
 YAML = sorted(file for file in (ROOT / "experiments").rglob("*.yaml") if file.parent.name not in OTHERS)

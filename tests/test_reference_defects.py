@@ -23,8 +23,8 @@ from lit_transdiff.released.key_names import read_shape, released_shapes
 from lit_transdiff.sampling.generator import generate
 from lit_transdiff.stages.optim import lr_factor
 from lit_transdiff.training.trainer import train
-from tests.models.test_transdiff import build as small_model
-from tests.small import small_run
+from tests.helpers.small import small_run
+from tests.helpers.small_model import build as small_model
 
 # Number -> what it was, and the test (module:function) that shows that it is not ours.
 ELSEWHERE = {

@@ -37,7 +37,7 @@ from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.search import SEARCHES, Search
 from lit_transdiff.sweep.trial import Trial
 from lit_transdiff.training.trainer import train
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 USED: list[str] = []
 

@@ -16,7 +16,7 @@ from lit_transdiff.cli import commands, pipeline
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.training import trainer
 from lit_transdiff.training.preemption import stop_request
-from tests.small import ROOT, small_run
+from tests.helpers.small import ROOT, small_run
 
 
 def asked(number: signal.Signals) -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_transdiff.base.hardware import DEVICES, data_sheet, measure_flops, peak_flops
 from lit_transdiff.training import callbacks
 from lit_transdiff.training.trainer import train
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 CPU = torch.device("cpu")
 

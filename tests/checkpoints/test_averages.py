@@ -12,7 +12,7 @@ from lit_transdiff.checkpoints.averages import combination, constant_state, powe
 from lit_transdiff.checkpoints.export import combined, read_export
 from lit_transdiff.checkpoints.format import complete_checkpoints
 from lit_transdiff.training.trainer import train
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 WIDTHS = (0.05, 0.1)
 

@@ -30,7 +30,7 @@ from lit_transdiff.config import CheckpointConfig
 from lit_transdiff.training import trainer
 from lit_transdiff.training.build import check_run
 from lit_transdiff.training.trainer import train
-from tests.small import ROOT, small_run
+from tests.helpers.small import ROOT, small_run
 
 VALUES = torch.arange(12.0)
 

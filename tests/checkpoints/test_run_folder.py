@@ -23,7 +23,7 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.data.index import read_index
 from lit_transdiff.training.trainer import train
-from tests.small import FASHION, small_run
+from tests.helpers.small import FASHION, small_run
 
 
 def silent(text: str) -> None:

@@ -22,7 +22,7 @@ from lit_transdiff.config.loading import load_run
 from lit_transdiff.sampling.generator import load_generator
 from lit_transdiff.study.runs import runs
 from lit_transdiff.training.trainer import train
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 LAST = f"checkpoints/step-00000006/{MARKER}"
 FILES = ("environment.json", "export/export.json", LAST)

@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 from lit_transdiff.__main__ import main
-from tests.small import ROOT
+from tests.helpers.small import ROOT
 
 
 def start(folder: Path, *command: str) -> str:

@@ -13,7 +13,7 @@ from lit_transdiff.config.loading import load_run, save_yaml
 from lit_transdiff.flow.solvers import SOLVERS
 from lit_transdiff.sampling.generator import load_generator
 from lit_transdiff.training.trainer import train
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 IDEA = """
 from lit_transdiff.flow.solvers import SOLVERS

@@ -10,7 +10,7 @@ from lit_transdiff.__main__ import main
 from lit_transdiff.cli.pipeline import read_pipeline
 from lit_transdiff.config import RunConfig, expanded, shipped
 from lit_transdiff.config.loading import load_run, run_from
-from tests.small import ROOT
+from tests.helpers.small import ROOT
 
 
 @pytest.fixture

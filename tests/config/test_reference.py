@@ -14,7 +14,7 @@ from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.flow.loss import DENSITIES
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS
 from lit_transdiff.stages.optim import SCHEDULES
-from tests.small import ROOT
+from tests.helpers.small import ROOT
 
 TABLES = {
     "model.size": SIZES,

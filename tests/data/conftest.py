@@ -2,24 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from lit_transdiff.data.pack import Cut, pack
-
-CLASSES = ["ant", "bee", "cat", "dog", "elk"]
-PER_CLASS = 13
-
-
-def write_image_folder(folder: Path, size: int = 8) -> Path:
-    """``folder/class/number.png``; every image has its own pixels."""
-    rng = np.random.default_rng(0)
-    for name in CLASSES:
-        (folder / name).mkdir(parents=True)
-        for i in range(PER_CLASS):
-            Image.fromarray(rng.integers(0, 256, (size, size), np.uint8)).save(folder / name / f"{i}.png")
-    return folder
+from tests.helpers.shards import write_image_folder
 
 
 @pytest.fixture(scope="session")

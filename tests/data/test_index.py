@@ -5,7 +5,6 @@ import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.dataset import PlannedDataset
@@ -14,21 +13,7 @@ from lit_transdiff.data.order import BatchLayout, Rows
 from lit_transdiff.data.shards import ShardReader
 from lit_transdiff.data.stream import StreamDataset
 from lit_transdiff.data.verify import verify
-
-
-def png(size=(8, 8)):
-    buffer = io.BytesIO()
-    Image.new("L", size).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_tar(path, *members):
-    """A tar of (name, bytes), in order."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+from tests.helpers.shards import bad_shards, png, write_tar
 
 
 def test_index_finds_what_was_written(shards):
@@ -208,15 +193,6 @@ def test_an_index_names_tars_of_its_folder_only(shards, tmp_path, name):
     np.savez(tmp_path / "shards" / "index.npz", **columns)
     with pytest.raises(ValueError, match="shards: name: got"):
         read_index(tmp_path / "shards", check_files=False)
-
-
-def bad_shards(folder, content):
-    """Five samples of class 0 and one of class 1; sample 1 is ``content``."""
-    images = [png(), content, png(), png(), png(), png()]
-    write_tar(
-        folder / "a.tar", *[m for i, image in enumerate(images) for m in ((f"{i}.png", image), (f"{i}.cls", b"01"[i // 5 :][:1]))]
-    )
-    return index_shards(folder, progress=False)
 
 
 @pytest.mark.parametrize(

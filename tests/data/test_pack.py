@@ -18,7 +18,7 @@ from lit_transdiff.data.index import read_index
 from lit_transdiff.data.order import Rows
 from lit_transdiff.data.pack import Cut, pack
 from lit_transdiff.data.verify import verify
-from tests.small import twice
+from tests.helpers.small import twice
 
 
 def values_of(index, data):

@@ -18,7 +18,7 @@ from lit_transdiff.base.files import format_bytes
 from lit_transdiff.data.encode import Encoding
 from lit_transdiff.data.pack import Cut, pack
 from lit_transdiff.data.verify import verify
-from tests.small import ROOT
+from tests.helpers.small import ROOT
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -9,9 +9,8 @@ from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import index_shards, read_index
 from lit_transdiff.data.order import BatchLayout
 from lit_transdiff.data.stream import StreamDataset
-
-from .test_datamodule import fit, module_for
-from .test_index import bad_shards, png, write_tar
+from tests.helpers.datamodule import fit, module_for
+from tests.helpers.shards import bad_shards, png, write_tar
 
 
 def remote(folder, name="train", last=9):

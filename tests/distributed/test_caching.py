@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lit_transdiff.data.verify import verify
-from tests.distributed.test_two_processes import command_line, start
-from tests.small import FASHION, ROOT
+from tests.helpers.processes import PROGRAM, command_line, start
+from tests.helpers.small import FASHION, ROOT
 
 RECIPE = str(ROOT / "experiments/fashion/ar_pretrain.yaml")
 
@@ -18,8 +18,8 @@ RECIPE = str(ROOT / "experiments/fashion/ar_pretrain.yaml")
 @pytest.mark.slow
 def test_killed_and_continued_is_as_uninterrupted(tmp_path: Path):
     options = ["data.num_workers=1", "--flips", "--batch-size", "16"]
-    start(1, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "whole"), *options)
-    line = command_line(2, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "part"), *options)
+    start(1, *PROGRAM, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "whole"), *options)
+    line = command_line(2, *PROGRAM, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "part"), *options)
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(line, cwd=ROOT, start_new_session=True, stdout=quiet, stderr=quiet)
     end = time.monotonic() + 120
@@ -30,7 +30,7 @@ def test_killed_and_continued_is_as_uninterrupted(tmp_path: Path):
     process.wait()
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.tar")}
     assert before and not (tmp_path / "part/index.json").exists()
-    start(3, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "part"), *options)
+    start(3, *PROGRAM, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "part"), *options)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.tar")}
     recorded = [name for name in before if before[name] == after[name]]
     assert recorded and len(after) > len(before)

@@ -4,59 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.evaluation.evaluate import evaluate
-from tests.distributed.test_two_processes import NO_DROPOUT, start
-from tests.evaluation.conftest import SAMPLING, tiny_files, tiny_generator, tiny_settings
-from tests.small import FASHION, ROOT, STEADY, small_run
-
-SETTINGS = {"num_images": 43, "batch_size": 4, "label_mode": "random"}
-RANK = """
-import json, sys, time
-from pathlib import Path
-from lightning.fabric import Fabric
-import torch
-torch.set_num_threads(int(sys.argv[4]))
-from lit_transdiff.evaluation.evaluate import evaluate
-from tests.distributed.test_evaluation import SETTINGS
-from tests.evaluation.conftest import SAMPLING, tiny_generator, tiny_settings
-files, output, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
-fabric.launch()
-generator = tiny_generator()
-plain, drawn = generator.images, 0
-def slowly(*arguments):
-    global drawn
-    drawn += 1
-    time.sleep(pause)
-    return plain(*arguments)
-generator.images = slowly
-result = evaluate(generator, tiny_settings(files, **SETTINGS), SAMPLING, output=output, fabric=fabric, save_images="both")
-(output / f"rank{fabric.global_rank}.json").write_text(json.dumps([drawn, result]))
-fabric.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
-def two_ranks(files: Path, output: Path, pause: float) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    common |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", RANK, str(files), str(output), str(pause), str(torch.get_num_threads())]
-    return [subprocess.Popen(command, cwd=ROOT, env=common | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
+from tests.helpers.judge import SAMPLING, tiny_files, tiny_generator, tiny_settings
+from tests.helpers.processes import TRAIN, start
+from tests.helpers.scoring_ranks import SETTINGS, two_ranks
+from tests.helpers.small import FASHION, NO_DROPOUT, STEADY, small_run
 
 
 def test_killed_in_the_middle_and_continued_by_two_processes_as_one_uninterrupted(tmp_path: Path) -> None:
@@ -66,19 +24,21 @@ def test_killed_in_the_middle_and_continued_by_two_processes_as_one_uninterrupte
     try:
         deadline = time.monotonic() + 120
         while len(list(halved.glob("evaluations/*/[0-9]*.npz"))) < 4:
-            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
             time.sleep(0.02)
     finally:
         for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
     assert not list(halved.glob("evaluations/*.json"))
     done = len(list(halved.glob("evaluations/*/[0-9]*.npz")))
     assert 4 <= done < 11
 
     processes = two_ranks(files, halved, pause=0)
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
@@ -100,7 +60,7 @@ def test_two_processes_score_while_they_train_as_one_does(tmp_path: Path) -> Non
     for processes in (1, 2):
         run = small_run(tmp_path, name=f"on-{processes}", model=NO_DROPOUT, evaluation=evaluation, optimizer=STEADY)
         save_yaml(run, tmp_path / "run.yaml")
-        start(processes, "train", str(tmp_path / "run.yaml"))
+        start(processes, *TRAIN, str(tmp_path / "run.yaml"))
 
     def scores(folder: Path) -> list[float]:
         with open(folder / "metrics.csv", newline="") as file:

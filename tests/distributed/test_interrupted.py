@@ -10,66 +10,25 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from lit_transdiff.base.endings import EXIT_REQUEUE, EXIT_STALLED, STOP_SIGNALS, code_of
+from lit_transdiff.base.endings import EXIT_REQUEUE, EXIT_STALLED, code_of
 from lit_transdiff.checkpoints.format import complete_checkpoints
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import save_yaml
-from tests.distributed.launch import ENVIRONMENT, command_line, values
-from tests.small import ROOT, small_run
-
-LONG = {"max_steps": 200, "checkpoint_every": 50, "log_every": 10}
-TRAIN = ("-m", "lit_transdiff", "train")
-
-
-def run_in(folder: Path, name: str, **training: int) -> tuple[RunConfig, str]:
-    run = small_run(folder, name=name, training={**LONG, **training})
-    file = folder / f"{name}.yaml"
-    save_yaml(run, file)
-    return run, str(file)
-
-
-def background(line: list[str], log: Path, **environment: str) -> subprocess.Popen:
-    with open(log, "w") as file:
-        environment = {**ENVIRONMENT, **environment}
-        return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=file, stderr=file, preexec_fn=ignore_nothing)
-
-
-def ignore_nothing() -> None:
-    """These tests may themselves run under nohup or in the background. The processes make a group, as of a terminal."""
-    os.setsid()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-
-
-def until(condition: object, process: subprocess.Popen, seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert process.poll() is None and time.monotonic() < end, "did not get there"
-        time.sleep(0.05)
-
-
-def steps_logged(run: RunConfig, number: int = 2) -> object:
-    """Whether training has logged so often, so that it is under way."""
-
-    def condition() -> bool:
-        file = run.folder / "metrics.csv"
-        return file.exists() and file.read_text().count("train/loss,") >= number
-
-    return condition
-
-
-def children(process: int) -> list[int]:
-    """The processes that a process (a torchrun, a srun) has started."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
-    return sorted(int(pid) for pid, parent in (line.split() for line in listing.splitlines()[1:]) if int(parent) == process)
-
-
-def same_weights(a: RunConfig, b: RunConfig) -> bool:
-    one, other = (load_file(run.folder / "export" / "model.safetensors") for run in (a, b))
-    return all(torch.equal(one[name], other[name]) for name in one)
+from tests.helpers.processes import (
+    ENVIRONMENT,
+    LONG,
+    TRAIN,
+    background,
+    children,
+    command_line,
+    run_in,
+    same_weights,
+    steps_logged,
+    until,
+    values,
+)
+from tests.helpers.small import ROOT, small_run
 
 
 @pytest.mark.slow

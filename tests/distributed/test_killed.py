@@ -1,12 +1,9 @@
 """Killed again and again, a run ends in the bits of one that was never touched, and uses each sample of an epoch once."""
 
-import faulthandler
 import json
 import multiprocessing
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,10 +21,10 @@ from lit_transdiff.distributed import build_fabric
 from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.prepare import cache
 from lit_transdiff.evaluation.statistics import reference_statistics, save_statistics
-from tests.data.conftest import CLASSES, PER_CLASS, write_image_folder
-from tests.distributed import killed
-from tests.distributed.launch import ENVIRONMENT, command_line, values
-from tests.small import FASHION, ROOT, small_run
+from tests.helpers import killed
+from tests.helpers.processes import ENVIRONMENT, command_line, values
+from tests.helpers.shards import CLASSES, PER_CLASS, write_image_folder
+from tests.helpers.small import FASHION, ROOT, small_run
 
 TIMES = {"max_steps": 18, "global_batch_size": 4, "checkpoint_every": 3, "validate_every": 6, "log_every": 1}
 STAGES: dict[str, dict[str, Any]] = {
@@ -85,18 +82,8 @@ def case_run(folder: Path, name: str, shards: Path, workers: int, stage: str, ki
 def command(arguments: tuple[str, ...], output: str) -> int:
     """Two processes through torchrun; the exit code."""
     with open(output, "w") as log:
-        line = command_line(2, "-m", "tests.distributed.killed", *arguments)
+        line = command_line(2, "-m", "tests.helpers.killed", *arguments)
         return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, timeout=300).returncode
-
-
-def alone(arguments: tuple[str, ...], output: str) -> None:
-    """One process, forked from a server that has done the imports."""
-    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    faulthandler.enable(sys.stderr)
-    killed.main(*arguments)
 
 
 def start(run: RunConfig, processes: int, where: str = "nowhere", step: int = 0, rank: int = 0) -> int:
@@ -108,8 +95,8 @@ def start(run: RunConfig, processes: int, where: str = "nowhere", step: int = 0,
         code = command(arguments, output)
     else:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.distributed.test_killed"])
-        process = context.Process(target=alone, args=(arguments, output))
+        context.set_forkserver_preload([killed.__name__])
+        process = context.Process(target=killed.alone, args=(arguments, output))
         process.start()
         process.join(200)
         assert process.exitcode is not None, Path(output).read_text()

@@ -15,9 +15,19 @@ from torch.distributed import HashStore, Store
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed.restarts import agree
-from tests.distributed.launch import command_line, free_port
-from tests.distributed.test_interrupted import TRAIN, background, children, run_in, same_weights, steps_logged, until, values
-from tests.small import ROOT
+from tests.helpers.processes import (
+    TRAIN,
+    background,
+    children,
+    command_line,
+    free_port,
+    run_in,
+    same_weights,
+    steps_logged,
+    until,
+    values,
+)
+from tests.helpers.small import ROOT
 
 
 def two_nodes(folder: Path, file: str) -> list[subprocess.Popen]:

@@ -12,9 +12,8 @@ import pytest
 import yaml
 
 from lit_transdiff.checkpoints.format import complete_checkpoints
-from tests.distributed.launch import free_port, values
-from tests.distributed.test_interrupted import background, children, run_in, steps_logged, until
-from tests.small import ROOT
+from tests.helpers.processes import background, children, free_port, run_in, steps_logged, until, values
+from tests.helpers.small import ROOT
 
 SRUN = f"""#!/bin/bash
 # Starts the tasks of one node and ends with the highest of their codes.

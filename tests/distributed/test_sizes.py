@@ -17,8 +17,8 @@ from lit_transdiff.distributed.sizes import check_sizes
 from lit_transdiff.models.sizes import Room, least_in_blocks, least_in_tables, least_of_row
 from lit_transdiff.planning.memory import model_cost, pass_cost
 from lit_transdiff.stages import STAGES
-from tests.planning.test_planner import KINDS, kind_run
-from tests.small import ROOT, small_run
+from tests.helpers.kinds import KINDS, kind_run
+from tests.helpers.small import ROOT, small_run
 
 CANNOT_WORK: list[tuple[str, dict[str, Any]]] = [
     ("training.global_batch_size", {"training": {"global_batch_size": 10**8}}),

@@ -16,10 +16,9 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed import STRATEGIES
 from lit_transdiff.models.execution import can_compile
 from lit_transdiff.training.trainer import train
-from tests.distributed.launch import fit_all, values
-from tests.small import STEADY, small_run
+from tests.helpers.processes import fit_all, values
+from tests.helpers.small import NO_DROPOUT, STEADY, small_run
 
-NO_DROPOUT = {"attention_dropout": 0.0, "projection_dropout": 0.0}
 SEVERAL = [name for name in STRATEGIES if name != "single"]
 SETTINGS = {
     "model": NO_DROPOUT,

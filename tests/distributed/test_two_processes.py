@@ -6,27 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import launch
-from tests.small import ROOT
-
-NO_DROPOUT = {"attention_dropout": 0.0, "projection_dropout": 0.0}
-
-
-def command_line(processes: int, *command: str) -> list[str]:
-    """``lit-transdiff`` in one or several processes, with torchrun."""
-    return launch.command_line(processes, "-m", "lit_transdiff", *command)
-
-
-def start(processes: int, *command: str) -> None:
-    """Run ``lit-transdiff`` in one or several processes; fails with its output."""
-    launch.start(processes, "-m", "lit_transdiff", *command)
+from tests.helpers.processes import PROGRAM, start
+from tests.helpers.small import ROOT
 
 
 @pytest.mark.slow
 def test_several_processes_cache_as_one(tmp_path: Path):
     recipe = str(ROOT / "experiments/fashion/ar_pretrain.yaml")
     for processes in (1, 2, 5):  # five: one more than there are shards
-        start(processes, "cache", recipe, str(ROOT / "data/fashion/evaluation"), str(tmp_path / f"on-{processes}"))
+        start(processes, *PROGRAM, "cache", recipe, str(ROOT / "data/fashion/evaluation"), str(tmp_path / f"on-{processes}"))
     names = sorted(p.name for p in (tmp_path / "on-1").glob("*.tar"))
     assert len(names) == 4
     for other in ("on-2", "on-5"):
@@ -37,7 +25,7 @@ def test_several_processes_cache_as_one(tmp_path: Path):
 def test_two_processes_run_a_pipeline_to_its_comparison(tmp_path: Path):
     little = ["training.max_steps=4", "training.checkpoint_every=2", "optimizer.warmup_steps=1", "model.size=test"]
     little += ["sampling.num_steps=2", "evaluation.num_images=21", "training.num_validation_samples=16", "tracking.wandb=false"]
-    start(2, "run", str(ROOT / "experiments/fashion/pipeline.yaml"), f"output_dir={tmp_path}", *little)
+    start(2, *PROGRAM, "run", str(ROOT / "experiments/fashion/pipeline.yaml"), f"output_dir={tmp_path}", *little)
     with open(tmp_path / "comparison.csv", newline="") as file:
         assert {row["run"] for row in csv.DictReader(file)} == {"ar_pretrain", "diffusion_head", "mrar_finetune"}
     for result in tmp_path.rglob("evaluations/*.json"):

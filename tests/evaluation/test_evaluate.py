@@ -20,8 +20,8 @@ from lit_transdiff.evaluation.job import choose_labels, draw_batch, image_seeds,
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.results import result_name
 from lit_transdiff.evaluation.statistics import Statistics, load_statistics, save_statistics
-from tests.evaluation.conftest import SAMPLING, tiny_generator, tiny_settings
-from tests.small import twice
+from tests.helpers.judge import SAMPLING, tiny_generator, tiny_settings
+from tests.helpers.small import twice
 
 
 def close(first: dict, second: dict) -> None:

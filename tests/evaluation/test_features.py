@@ -16,7 +16,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from lit_transdiff.evaluation.features import EXTRACTORS, FeatureExtractor, dino_network, load_extractor, resampled
 from lit_transdiff.models.classifier import load_classifier
-from tests.evaluation.conftest import random_images
+from tests.helpers.judge import random_images
 
 IMAGENET_STD = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
 

@@ -20,8 +20,8 @@ from lit_transdiff.evaluation.statistics import save_statistics
 from lit_transdiff.models.classifier import SmallClassifier, save_classifier
 from lit_transdiff.sampling.draw import save_image
 from lit_transdiff.training.build import build
-from tests.evaluation.conftest import BATCHES
-from tests.small import FASHION, ROOT, small_run, twice
+from tests.helpers.judge import BATCHES
+from tests.helpers.small import FASHION, ROOT, small_run, twice
 
 DATA = DataConfig(image_size=32, image_channels=1)
 

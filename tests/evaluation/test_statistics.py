@@ -23,7 +23,7 @@ from lit_transdiff.evaluation.statistics import (
     reference_statistics,
     save_statistics,
 )
-from tests.evaluation.conftest import BATCHES, random_images
+from tests.helpers.judge import BATCHES, random_images
 
 
 @pytest.mark.numeric

@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lit_transdiff.config import AutoencoderTraining, DataConfig
-from lit_transdiff.data.datamodule import Batch, DataModule
+from lit_transdiff.config import AutoencoderTraining
 from lit_transdiff.models.autoencoder import (
     AUTOENCODERS,
     IdentityAutoencoder,
@@ -22,7 +21,8 @@ from lit_transdiff.models.autoencoder import (
     posterior,
 )
 from lit_transdiff.stages.autoencoder import psnr
-from tests.reference import assert_near, load
+from tests.helpers.datamodule import evaluation_batch
+from tests.helpers.reference import assert_near, load
 
 FASHION = Path(__file__).parents[2] / "data/fashion"
 PSNR_FLOOR = 32.0  # dB; the card says what was measured
@@ -39,22 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("autoencoder")
     autoencoder.save(path)
     return path
-
-
-def evaluation_batch(count: int) -> Batch:
-    """The first ``count`` of the bundled evaluation images, evenly over the classes, without augmentation."""
-    config = DataConfig(evaluation=str(FASHION / "evaluation"), image_size=32, image_channels=1, crop="none")
-    data = DataModule(
-        config,
-        num_references=1,
-        num_classes=10,
-        global_batch_size=1,
-        max_steps=1,
-        seed=0,
-        evaluation_batch_size=count,
-        num_validation_samples=count,
-    )
-    return next(iter(data.val_dataloader()))
 
 
 def edited(folder: Path, target: Path, **fields: object) -> Path:

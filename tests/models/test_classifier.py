@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from lit_transdiff.models.autoencoder import load_autoencoder
 from lit_transdiff.models.classifier import FEATURES, SmallClassifier, load_classifier, save_classifier
-from tests.models.test_autoencoder import FASHION, evaluation_batch
+from tests.helpers.datamodule import FASHION, evaluation_batch
 
 LOST = 0.03  # accuracy that the autoencoder may cost
 

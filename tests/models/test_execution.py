@@ -14,8 +14,8 @@ from lit_transdiff.models.execution import can_compile, compile_blocks, recomput
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.sampling.generator import Generator, generate
 from lit_transdiff.training.build import check_run
-from tests.models.test_transdiff import build
-from tests.small import small_run
+from tests.helpers.small import small_run
+from tests.helpers.small_model import build
 
 pytestmark = pytest.mark.numeric
 SHAPE = {"patch_size": 2, "num_context_tokens": 16}

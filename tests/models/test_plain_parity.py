@@ -13,7 +13,7 @@ from lit_transdiff.models.tokens import patchify
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.key_names import to_released
 from lit_transdiff.sampling.generator import generate
-from tests.reference import assert_near, features_of, latents_to_tokens, load, reference_frequencies
+from tests.helpers.reference import assert_near, features_of, latents_to_tokens, load, reference_frequencies
 
 pytestmark = pytest.mark.numeric
 HEADS = 2

@@ -18,7 +18,7 @@ from lit_transdiff.models.tokens import patchify, token_similarity, unpatchify
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.key_names import our_name
 from lit_transdiff.sampling.generator import pair_of, velocity_of
-from tests.reference import (
+from tests.helpers.reference import (
     CASES,
     FIXTURES,
     assert_near,

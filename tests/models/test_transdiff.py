@@ -6,37 +6,16 @@ from typing import Any
 import pytest
 import torch
 from einops import repeat
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_transdiff.config import ModelConfig
 from lit_transdiff.models.adapt import AdaptReport, match
 from lit_transdiff.models.tokens import patchify, token_similarity, unpatchify
 from lit_transdiff.models.transdiff import TransDiff
+from tests.helpers.small_model import build
 
 pytestmark = pytest.mark.numeric
 
 in_float64 = pytest.mark.usefixtures("float64")
-SMALL = dict(
-    width=16,
-    num_heads=2,
-    encoder_blocks=2,
-    decoder_blocks=2,
-    num_classes=5,
-    num_class_tokens=3,
-    latent_channels=2,
-    latent_size=4,
-    num_context_tokens=16,
-    attention_dropout=0.0,
-    projection_dropout=0.0,
-)
-
-
-def build(num_references: int = 1, **settings) -> TransDiff:
-    """A small model whose last layer is not zero, so that everything before it matters."""
-    torch.manual_seed(0)
-    model = TransDiff(ModelConfig(**{**SMALL, **settings}, num_references=num_references)).eval()
-    nn.init.normal_(model.decoder.final.linear.weight, std=0.5)
-    return model
 
 
 def inputs(rows: int, references: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 from lit_transdiff.distributed import build_fabric
 from lit_transdiff.planning import doctor
 from lit_transdiff.planning.doctor import CHECKS, check_clocks, check_devices, check_versions, examine
-from tests.small import FASHION
+from tests.helpers.small import FASHION
 
 
 def test_a_machine_is_examined(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -1,9 +1,7 @@
 """The plan's numbers against what PyTorch really allocates and computes on the CPU."""
 
 import gc
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.allocations import Allocations
-from lit_transdiff.config import ModelConfig, RunConfig
+from lit_transdiff.config import ModelConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.distributed.strategies import STRATEGIES
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
@@ -20,23 +18,10 @@ from lit_transdiff.planning.memory import model_cost, pass_cost
 from lit_transdiff.planning.planner import communication, memory_of, plan
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.optim import build_optimizer
-from tests.small import ROOT, small_run
+from tests.helpers.kinds import KINDS, kind_run
+from tests.helpers.small import ROOT
 
 ROWS = 8
-MIDDLE = {"width": 64, "num_heads": 4, "encoder_blocks": 3, "decoder_blocks": 2, "patch_size": 4, "num_context_tokens": 64}
-KINDS: dict[str, dict[str, Any]] = {
-    "one-step": {"model": MIDDLE},
-    "recomputed": {"model": MIDDLE, "training": {"activation_checkpointing": "all"}},
-    "decoder recomputed": {"model": MIDDLE, "training": {"activation_checkpointing": "decoder"}},
-    "every other": {"model": MIDDLE, "training": {"activation_checkpointing": "all", "activation_checkpointing_every": 2}},
-    "bf16": {"model": MIDDLE, "training": {"precision": "bf16-mixed"}},
-    "MRAR": {"stage": "mrar_finetune", "model": {**MIDDLE, "num_references": 4}},
-}
-
-
-def kind_run(folder: Path, kind: str) -> RunConfig:
-    run = small_run(folder, **KINDS[kind])
-    return replace(run, model=replace(run.model, attention_dropout=0.0))
 
 
 def batch_of(config: ModelConfig) -> Batch:

@@ -21,8 +21,9 @@ from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.convert import convert
 from lit_transdiff.released.key_names import our_name, read_shape, released_shapes
 from lit_transdiff.sampling.generator import load_generator
-from tests import plain_autoencoder
-from tests.reference import FIXTURES
+from tests.helpers import plain_autoencoder
+from tests.helpers.reference import FIXTURES
+from tests.helpers.released_files import SMALL, converted_autoencoder, equal, random_state, write_checkpoint
 
 SHAPES: dict[str, Any] = json.loads((FIXTURES / "state_dict_shapes.json").read_text())
 KINDS = {
@@ -30,43 +31,11 @@ KINDS = {
     "512": ({"latent_size": 32}, "diffusion_head", 512),
     "MRAR": ({"num_references": 4}, "mrar_finetune", 256),
 }
-SMALL = dict(width=32, num_heads=2, encoder_blocks=2, decoder_blocks=1, num_classes=7, latent_channels=4)
-
-
-def random_state(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {key: (0.05 * torch.randn(shape, generator=generator)).to(dtype) for key, shape in released_shapes(config).items()}
-
-
-def write_checkpoint(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A file as the released training writes it; ``changes`` replace entries, None removes one."""
-    content = {
-        "model": random_state(config, 1, dtype),
-        "model_ema": random_state(config, 2),
-        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
-        "epoch": 799,
-        "args": argparse.Namespace(model="transdiff_large", blr=1e-4, resume=None, betas=[0.9, 0.95]),
-    } | changes
-    folder.mkdir(exist_ok=True)
-    torch.save({key: value for key, value in content.items() if value is not None}, folder / "checkpoint-last.pth")
-    return folder / "checkpoint-last.pth"
-
-
-def converted_autoencoder(folder: Path) -> Path:
-    """A converted autoencoder of 4 channels with downsampling 16, below ``folder``."""
-    torch.save({"model": plain_autoencoder.make(channels=(32, 32, 32, 32, 32))}, folder / "kl16.ckpt")
-    convert(folder / "kl16.ckpt", folder / "autoencoder")
-    return folder / "autoencoder"
 
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted_autoencoder(tmp_path_factory.mktemp("released"))
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """The same keys in the same order, and the same bits."""
-    return list(a) == list(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 class TestTransDiff:

@@ -17,9 +17,9 @@ from lit_transdiff.config import SIZES, ModelConfig, RunConfig
 from lit_transdiff.models.autoencoder import KLAutoencoder
 from lit_transdiff.released.convert import LATENT_SCALE, convert
 from lit_transdiff.released.files import state_dict
-from tests import plain_autoencoder
-from tests.released.test_convert import SMALL, converted_autoencoder, equal, random_state, write_checkpoint
-from tests.small import without_checksums
+from tests.helpers import plain_autoencoder
+from tests.helpers.released_files import SMALL, converted_autoencoder, equal, random_state, write_checkpoint
+from tests.helpers.small import without_checksums
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lit_transdiff import Batch, build, load_generator, train
 from lit_transdiff.sampling.generator import Generator
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 STEPS, ROWS, SIZE, DRAWN = 600, 32, 8, 16
 CORNERS = torch.tensor([[2.0, 2.0], [5.0, 5.0]])  # where the blob of each class lies

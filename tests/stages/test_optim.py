@@ -9,7 +9,7 @@ from torch import nn
 from lit_transdiff.checkpoints.averages import average_decays, power_of, power_state
 from lit_transdiff.config import OptimizerConfig
 from lit_transdiff.stages.optim import SCHEDULES, AveragedAdamW, build_optimizer, lr_factor, parameter_groups
-from tests.models.test_transdiff import build
+from tests.helpers.small_model import build
 
 pytestmark = pytest.mark.numeric
 

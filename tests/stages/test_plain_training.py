@@ -18,8 +18,8 @@ from lit_transdiff.models.tokens import patchify
 from lit_transdiff.released.key_names import to_released
 from lit_transdiff.training.build import build
 from lit_transdiff.training.trainer import train
-from tests.reference import latents_to_tokens
-from tests.small import STEADY, small_run
+from tests.helpers.reference import latents_to_tokens
+from tests.helpers.small import STEADY, small_run
 
 pytestmark = pytest.mark.numeric
 

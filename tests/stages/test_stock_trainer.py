@@ -23,7 +23,7 @@ from lit_transdiff.stages.ar_pretrain import ARPretrain
 from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.stages.mrar_finetune import MRARFinetune
 from lit_transdiff.training.build import Parts, build
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 QUIET: dict[str, Any] = {
     "logger": False,

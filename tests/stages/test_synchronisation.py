@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_transdiff.training.trainer import train
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 WAITING = {
     torch.ops.aten._local_scalar_dense.default,  # item(), float(), if tensor

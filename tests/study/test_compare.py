@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from lit_transdiff.study.compare import compare, labels
 from lit_transdiff.study.runs import of_group, runs
 from lit_transdiff.tracking.loggers import MetricsCSV
-from tests.study.test_runs import HEAD, make_run
+from tests.helpers.run_folders import HEAD, evaluate_again, make_run
 
 
 def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
@@ -83,14 +82,6 @@ def test_what_is_printed_says_mean_spread_and_verdict(tmp_path: Path) -> None:
     made = compare(runs(tmp_path), ["val/loss"])
     for text in (repr(made), made._repr_html_()):
         assert "2.05 ± 0.071, best" in text and "2.1 ± 0.071, within noise" in text
-
-
-def evaluate_again(folder: Path, score: float, date: str, sampling: dict[str, Any] | None = None, **manifest: Any) -> None:
-    """Another result in a run folder."""
-    content = json.loads((folder / "evaluations" / "r.json").read_text())
-    content["scores"]["frechet_distance"] = score
-    content["manifest"] |= {"date": date, "sampling": content["manifest"]["sampling"] | (sampling or {}), **manifest}
-    (folder / "evaluations" / f"{date}.json").write_text(json.dumps(content))
 
 
 def test_a_runs_score_is_that_of_its_own_settings(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from lit_transdiff.study.table import write_comparison
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.report import outcome
 from lit_transdiff.sweep.trial import Trial
-from tests.study.test_compare import evaluate_again
-from tests.study.test_runs import make_run
+from tests.helpers.run_folders import evaluate_again, make_run
 
 METRIC = "eval/frechet_distance"
 Verdicts = dict[tuple[str, int], str]  # by the run and its number of solver steps

@@ -12,7 +12,7 @@ from lit_transdiff.study import plots
 from lit_transdiff.study.compare import compare, labels
 from lit_transdiff.study.records import Run
 from lit_transdiff.study.runs import runs
-from tests.study.test_runs import make_run
+from tests.helpers.run_folders import make_run
 
 
 @pytest.fixture

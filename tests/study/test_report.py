@@ -19,7 +19,7 @@ from lit_transdiff.__main__ import main
 from lit_transdiff.study.report import MAX_POINTS, page_data, report_file, write_report
 from lit_transdiff.study.runs import archive, runs
 from lit_transdiff.tracking.loggers import MetricsCSV
-from tests.study.test_runs import make_run, write_long
+from tests.helpers.run_folders import make_run, write_long
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from lit_transdiff.study.runs import runs
-from tests.small import ROOT
-from tests.sweep.test_controller import TINY, train_command, write_recipe
-from tests.wandb_stub import Stub
+from tests.helpers.small import ROOT
+from tests.helpers.sweeps import TINY, train_command, write_recipe
+from tests.helpers.wandb_stub import Stub
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,8 @@ from lit_transdiff.sweep.controller import run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.journal import SweepJournal
 from lit_transdiff.sweep.report import failures, outcome
-from tests.small import ROOT
+from tests.helpers.small import ROOT
+from tests.helpers.sweeps import TINY, train_command, write_recipe
 
 # Logs a loss that falls towards x, one value every PACE seconds, into the trial's folder, going on where it was.
 PROGRAM = """
@@ -380,27 +381,6 @@ def test_a_program_that_knows_only_wandb(tmp_path: Path, monkeypatch: pytest.Mon
     assert (trial.state, trial.values) == ("finished", [3.5])
     (logged,) = [read_log(files) for files in log_files(tmp_path / "out")]
     assert (logged.id, logged.group, logged.config) == (trial.id, "small", {"x": 2})
-
-
-TINY = [
-    *("model.size=test", "training.max_steps=4", "training.log_every=2", "training.validate_every=2", "sampling.num_steps=2"),
-    *("training.global_batch_size=8", "training.num_validation_samples=16", "optimizer.warmup_steps=2"),
-]
-
-
-def train_command(recipe: Path, *words: str) -> list[str]:
-    """A sweep file's ``command`` that trains a recipe with ``words`` and the trial's settings."""
-    return ["${env}", "${interpreter}", "-m", "lit_transdiff", "train", str(recipe), *words, "${args_no_hyphens}"]
-
-
-def write_recipe(folder: Path) -> Path:
-    """A run on the bundled images without an autoencoder."""
-    from lit_transdiff.config.loading import to_yaml
-    from tests.small import small_run
-
-    file = folder / "recipe.yaml"
-    file.write_text(to_yaml(small_run(folder / "runs", tracking={"wandb": True, "project": "p"})))
-    return file
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from lit_transdiff.sweep.distributions import DISTRIBUTIONS
 from lit_transdiff.sweep.file import load_sweep, sweep_from
 from lit_transdiff.sweep.search import SEARCHES, counts_as, next_settings, to_stop, worst_value
 from lit_transdiff.sweep.trial import Trial
-from tests.small import ROOT
+from tests.helpers.small import ROOT
 
 COMMON: dict[str, Any] = {"command": ["x"], "metric": {"name": "loss", "goal": "minimize"}}
 MIXED = {

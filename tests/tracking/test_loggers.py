@@ -14,7 +14,7 @@ from lit_transdiff.tracking import loggers
 from lit_transdiff.tracking.evaluations import log_own_scores
 from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV, build_loggers
 from lit_transdiff.tracking.wandb_run import WandbRun, run_id
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -22,9 +22,9 @@ from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.wandb_run import WandbRun
 from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.trainer import train
-from tests.small import FASHION, small_run
-from tests.training.test_guard import spoil
-from tests.wandb_stub import Stub
+from tests.helpers.bad_steps import spoil
+from tests.helpers.small import FASHION, small_run
+from tests.helpers.wandb_stub import Stub
 
 TRACKED = {"wandb": True, "project": "p", "group": "g", "tags": ["t"]}
 

@@ -1,18 +1,17 @@
 """Steps that go wrong are named, skipped or undone, up to a limit; a skipped step leaves no trace in weights and averages."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lit_transdiff.base.files import sealed
-from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.guard import steps_in
 from lit_transdiff.training.trainer import train
-from tests.small import small_run
+from tests.helpers.bad_steps import spoil
+from tests.helpers.small import small_run
 
 STEPS = {"max_steps": 30, "checkpoint_every": 4, "log_every": 5}
 LONGER = {**STEPS, "micro_batch_size": 4}  # two passes a step
@@ -20,17 +19,6 @@ LONGER = {**STEPS, "micro_batch_size": 4}  # two passes a step
 
 def silent(text: str) -> None:
     pass
-
-
-def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, factor: float = float("nan")) -> None:
-    """Multiply the loss of these steps (from 0)."""
-    original = TransDiffStage.objective
-
-    def objective(self: Any, batch: Any, normal: Any) -> Any:
-        rows, t = original(self, batch, normal)
-        return (rows * factor if self.global_step in steps and self.trainer.training else rows), t
-
-    monkeypatch.setattr(TransDiffStage, "objective", objective)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

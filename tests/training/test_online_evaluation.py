@@ -24,7 +24,7 @@ from lit_transdiff.evaluation.statistics import reference_statistics, save_stati
 from lit_transdiff.sampling.generator import load_generator
 from lit_transdiff.training import online_evaluation as online
 from lit_transdiff.training.trainer import train
-from tests.small import FASHION, small_run
+from tests.helpers.small import FASHION, small_run
 
 METRICS = ["frechet_distance", "inception_score", "kernel_distance", "precision", "recall", "feature_diversity"]
 

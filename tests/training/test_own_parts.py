@@ -21,7 +21,7 @@ from lit_transdiff.base.endings import EXIT_STALLED
 from lit_transdiff.stages.ar_pretrain import ARPretrain
 from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.watchdog import Watchdog
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 STEPS, ROWS = 6, 8
 

@@ -15,7 +15,7 @@ from lit_transdiff.training.checkpointing import Checkpoints
 from lit_transdiff.training.preemption import PATIENCE, StopRequest
 from lit_transdiff.training.rhythm import Rhythm, StepCallback
 from lit_transdiff.training.trainer import train
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_end")
 

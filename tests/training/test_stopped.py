@@ -13,7 +13,7 @@ from lit_transdiff.base.endings import EXIT_INTERRUPTED, Preempted
 from lit_transdiff.checkpoints.format import complete_checkpoints
 from lit_transdiff.config import RunConfig
 from lit_transdiff.training.trainer import train
-from tests.small import small_run
+from tests.helpers.small import small_run
 
 RHYTHM = {"max_steps": 14, "log_every": 5, "checkpoint_every": 3, "validate_every": 4, "sample_every": 7}
 STAGES: dict[str, dict[str, Any]] = {

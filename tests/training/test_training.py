@@ -20,7 +20,7 @@ from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.training.build import build, check_run, outline
 from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.trainer import train
-from tests.small import FASHION, STEADY, small_run
+from tests.helpers.small import FASHION, STEADY, small_run
 
 MRAR = {"stage": "mrar_finetune", "name": "mrar", "model": {"num_references": 4}, "training": {"global_batch_size": 4}}
 

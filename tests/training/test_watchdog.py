@@ -19,9 +19,8 @@ from lit_transdiff.training.callbacks import LogTraining, SampleGrids, StopOnNon
 from lit_transdiff.training.checkpointing import Checkpoints
 from lit_transdiff.training.preemption import StopOnRequest
 from lit_transdiff.training.trainer import train
-from tests.distributed.launch import command_line
-from tests.distributed.test_interrupted import background
-from tests.small import small_run
+from tests.helpers.processes import background, command_line
+from tests.helpers.small import small_run
 
 WATCHED = [  # what takes long, in which of its calls, and what the watchdog calls it
     (PlannedDataset, "__getitem__", 2, "waiting for data"),
@@ -121,7 +120,7 @@ def test_a_stuck_data_worker_is_named(tmp_path: Path):
     run = small_run(tmp_path, data={"num_workers": 2}, safety={"stall_seconds": 8.0}, training={"max_steps": 100})
     file = tmp_path / "run.json"
     file.write_text(json.dumps(to_dict(run)))
-    line = command_line(1, "-m", "tests.distributed.killed", str(file), "stuck", "4", "0")
+    line = command_line(1, "-m", "tests.helpers.killed", str(file), "stuck", "4", "0")
     process = background(line, tmp_path / "log")  # a stopped worker would hold a pipe open
     try:
         assert process.wait(200) == EXIT_STALLED

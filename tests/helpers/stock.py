@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lit_transdiff.distributed.strategies import DDP
 from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.training.build import build
-from tests.small import small_run
+from tests.helpers.small import NO_DROPOUT, small_run
 
 STEPS, SAVED = 6, 3
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
@@ -26,13 +26,12 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "ours": DDP,
     "fsdp": partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1),
 }
-PLAIN = {"attention_dropout": 0.0, "projection_dropout": 0.0}  # dropout draws other masks on every rank
 
 
 def fit(folder: Path, name: str, resume: bool) -> dict[str, Any]:
     """Losses, and the averages at the end, of a run from the beginning or from its checkpoint of step SAVED."""
     pl.seed_everything(0, verbose=False)
-    parts = build(small_run(folder, model=PLAIN, training={"max_steps": STEPS}))
+    parts = build(small_run(folder, model=NO_DROPOUT, training={"max_steps": STEPS}))
     saves = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=SAVED, save_top_k=-1)
     several: dict[str, Any] = {"devices": 2, "strategy": STRATEGIES[name]()} if name in STRATEGIES else {}
     trainer = pl.Trainer(

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from tests.wandb_stub.state import ENTITY, State, global_id, now, page, short_id
-from tests.wandb_stub.sweeps import commands
+from tests.helpers.wandb_stub.state import ENTITY, State, global_id, now, page, short_id
+from tests.helpers.wandb_stub.sweeps import commands
 
 Variables = dict[str, Any]
 Answer = dict[str, Any]

@@ -5,6 +5,6 @@ were asked for. Operations that have no answer are kept in ``state.unknown`` and
 loudly.
 """
 
-from tests.wandb_stub.server import Stub
+from tests.helpers.wandb_stub.server import Stub
 
 __all__ = ["Stub"]

@@ -10,8 +10,8 @@ import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tests.wandb_stub.operations import Operations
-from tests.wandb_stub.state import State, now
+from tests.helpers.wandb_stub.operations import Operations
+from tests.helpers.wandb_stub.state import State, now
 
 STREAMS = {"wandb-history.jsonl": "history", "wandb-events.jsonl": "events"}
 

@@ -15,7 +15,7 @@ from lit_transdiff.config import ModelConfig
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.key_names import from_released, read_shape
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = json.loads((FIXTURES / "index.json").read_text())
 
 

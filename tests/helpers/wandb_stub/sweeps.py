@@ -11,7 +11,7 @@ from lit_transdiff.sweep.trial import Trial
 from lit_transdiff.sweep.trial import TrialState as TrialState
 
 if TYPE_CHECKING:
-    from tests.wandb_stub.state import State
+    from tests.helpers.wandb_stub.state import State
 
 
 def as_trial(run: dict[str, Any], metric: str | None) -> Trial:
@@ -24,7 +24,7 @@ def as_trial(run: dict[str, Any], metric: str | None) -> Trial:
 
 def commands(state: State, sweep: dict[str, Any], agents_runs: dict[str, Any]) -> list[dict[str, Any]]:
     """The answer to an agent's heartbeat: runs to stop, a run to start, or to go home."""
-    from tests.wandb_stub.state import short_id
+    from tests.helpers.wandb_stub.state import short_id
 
     plan, runs = sweep_from(sweep["settings"], sweep["name"]), state.runs_of_sweep(sweep["name"])
     trials = [as_trial(run, plan.metric) for run in runs]

@@ -1,4 +1,4 @@
-"""Trains a run and kills itself on the way. ``python -m tests.distributed.killed RUN.json WHERE STEP RANK``.
+"""Trains a run and kills itself on the way. ``python -m tests.helpers.killed RUN.json WHERE STEP RANK``.
 
 WHERE: nowhere, step (in the forward pass), save (files are written, the marker is not), validation, scores (of an evaluation,
 before they are logged), worker (a data worker), stuck (a data worker stops and stays), or a number of seconds after the first
@@ -120,6 +120,16 @@ def main(file: str, where: str, step: str, rank: str) -> None:
     if where == "scores":
         watch_scores(kill)
     train(run)
+
+
+def alone(arguments: tuple[str, ...], output: str) -> None:
+    """One process, forked from a server that has done the imports."""
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    faulthandler.enable(sys.stderr)
+    main(*arguments)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from lit_transdiff.base.files import read_json
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import run_from
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FASHION = ROOT / "data" / "fashion"
 
 # AdamW divides each gradient by its size. Where that is all rounding (1e-9 to 1e-7 here; of the keys' biases always), any two
 # ways of computing the same run apart by whole steps, unless eps stands above it.
 STEADY = {"eps": 1e-3}
+NO_DROPOUT = {"attention_dropout": 0.0, "projection_dropout": 0.0}  # dropout draws other masks on every rank
 SETTINGS: dict[str, Any] = {
     "name": "small",
     "stage": "ar_pretrain",

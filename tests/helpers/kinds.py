@@ -1,0 +1,26 @@
+"""One run of each kind that takes memory and time in its own way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lit_transdiff.config import RunConfig
+from tests.helpers.small import small_run
+
+MIDDLE = {"width": 64, "num_heads": 4, "encoder_blocks": 3, "decoder_blocks": 2, "patch_size": 4, "num_context_tokens": 64}
+KINDS: dict[str, dict[str, Any]] = {
+    "one-step": {"model": MIDDLE},
+    "recomputed": {"model": MIDDLE, "training": {"activation_checkpointing": "all"}},
+    "decoder recomputed": {"model": MIDDLE, "training": {"activation_checkpointing": "decoder"}},
+    "every other": {"model": MIDDLE, "training": {"activation_checkpointing": "all", "activation_checkpointing_every": 2}},
+    "bf16": {"model": MIDDLE, "training": {"precision": "bf16-mixed"}},
+    "MRAR": {"stage": "mrar_finetune", "model": {**MIDDLE, "num_references": 4}},
+}
+
+
+def kind_run(folder: Path, kind: str) -> RunConfig:
+    """The small run of that kind, without dropout in attention."""
+    run = small_run(folder, **KINDS[kind])
+    return replace(run, model=replace(run.model, attention_dropout=0.0))
