@@ -27,17 +27,21 @@ def layer_norm(width: int, affine: bool = True) -> nn.LayerNorm:
 
 
 class MLP(nn.Module):
-    """Linear, exact GELU, dropout, linear, dropout."""
+    """Linear, GELU (exact, or with ``tanh`` its approximation), dropout, linear, dropout."""
 
-    def __init__(self, width: int, ratio: float, dropout: float) -> None:
+    def __init__(self, width: int, ratio: float, dropout: float, tanh: bool = False) -> None:
         super().__init__()
-        self.fc1 = Linear(width, int(width * ratio), gelu=True)
+        self.tanh = tanh
+        self.fc1 = Linear(width, int(width * ratio), gelu=not tanh)
         self.fc2 = Linear(int(width * ratio), width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.dropout(self.fc2(self.dropout(self.fc1(x))))
+        hidden = self.fc1(x)
+        if self.tanh:
+            hidden = F.gelu(hidden, approximate="tanh")
+        return self.dropout(self.fc2(self.dropout(hidden)))
 
 
 @dataclass
@@ -142,13 +146,18 @@ class TimeEmbedding(nn.Module):
 
 
 def time_features(t: Tensor) -> Tensor:
-    """Cosines then sines of 1000 t at 128 frequencies from 1 down to 1/10000; ``t`` [B], float32 or 64 -> [B, 256], float32.
+    """Sinusoids of 1000 t; ``t`` [B] in [0, 1], float32 or 64 -> [B, 256], float32."""
+    return sinusoids(1000.0 * t)
 
-    The arguments reach 1000 rad, so the frequencies keep exactly this float32 formula under every precision.
+
+def sinusoids(numbers: Tensor) -> Tensor:
+    """Cosines then sines of ``numbers`` [B] at 128 frequencies from 1 down to 1/10000: [B, 256], float32.
+
+    The angles reach 1000 rad, so the frequencies keep exactly this float32 formula under every precision.
     """
     half = TIME_FEATURES // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = (1000.0 * t).float()[:, None] * frequencies
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=numbers.device) / half)
+    angles = numbers.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

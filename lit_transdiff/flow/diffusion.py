@@ -1,0 +1,167 @@
+"""Diffusion in discrete steps with a learned variance (arXiv 2102.09672): the chain, its loss, and ancestral sampling.
+
+Steps are 0 (almost data) to n - 1 (noise): x_t = signal x + sigma noise. A network predicts the noise and, after it, as many
+values in [-1, 1] that choose between the least and the largest variance of a step backwards.
+
+Shapes: x, noise, x_t [R, C, ...]; what is predicted of them [R, 2 C, ...]; step [R], whole numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_transdiff.config import SamplingConfig
+from lit_transdiff.flow.solvers import DrawNoise
+
+StepPrediction = Callable[[Tensor, int], Tensor]  # x_t [R, C, ...], a step -> [R, 2 C, ...]
+BIN = 1 / 255  # half the width of a grey value in [-1, 1]
+LEAST_PROBABILITY = 1e-12
+
+
+class Coefficients(NamedTuple):
+    """Those of single steps, float32 (or numbers): of the path, and of the Gaussian of the step before, given x and x_t."""
+
+    signal: Tensor
+    sigma: Tensor
+    of_x: Tensor
+    of_x_t: Tensor
+    least_log_variance: Tensor
+    largest_log_variance: Tensor
+
+    def mean(self, x: Tensor, x_t: Tensor) -> Tensor:
+        """The mean of the state one step before ``x_t``, when the data are ``x``."""
+        return self.of_x * x + self.of_x_t * x_t
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """A chain of n steps."""
+
+    betas: Tensor  # [n], float64: the variance that each step adds
+    steps: tuple[int, ...]  # the number of each in the chain that the network is trained on
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def kept(self) -> Tensor:
+        """The part of the data's variance that is left after each step, [n]."""
+        return (1 - self.betas).cumprod(0)
+
+    def noised(self, x: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+        """x_t."""
+        k = self.at(step, x)
+        return k.signal * x + k.sigma * noise
+
+    def at(self, step: Tensor, like: Tensor) -> Coefficients:
+        """The coefficients of ``step``, with trailing axes, so that they multiply ``like``."""
+        rows = self._table().float().to(step.device)[:, step]
+        return Coefficients(*rows.reshape(rows.shape + (1,) * (like.ndim - step.ndim)))
+
+    def _table(self) -> Tensor:
+        kept = self.kept
+        before = torch.cat([kept.new_ones(1), kept[:-1]])
+        variance = self.betas * (1 - before) / (1 - kept)
+        variance[0] = variance[min(1, len(self) - 1)]  # the first is 0, whose logarithm is none
+        of_x, of_x_t = self.betas * before.sqrt() / (1 - kept), (1 - before) * (1 - self.betas).sqrt() / (1 - kept)
+        return torch.stack([kept.sqrt(), (1 - kept).sqrt(), of_x, of_x_t, variance.log(), self.betas.log()])
+
+    def respaced(self, steps: list[int]) -> Chain:
+        """The chain of some of the ``steps``, in rising order, that keeps as much of the data at each."""
+        kept = self.kept[steps]
+        return Chain(1 - kept / torch.cat([kept.new_ones(1), kept[:-1]]), tuple(self.steps[i] for i in steps))
+
+
+@cache
+def cosine_chain(num_steps: int = 1000) -> Chain:
+    """Betas of arXiv 2102.09672, eq. 17."""
+    share = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    kept = torch.cos((share + 0.008) / 1.008 * math.pi / 2).square()
+    return Chain((1 - kept[1:] / kept[:-1]).clamp(max=0.999), tuple(range(num_steps)))
+
+
+@cache
+def linear_chain(num_steps: int = 1000) -> Chain:
+    """Betas of arXiv 2006.11239."""
+    return Chain(torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64), tuple(range(num_steps)))
+
+
+CHAINS: dict[str, Callable[[], Chain]] = {"cosine": cosine_chain, "linear": linear_chain}
+
+
+def even_steps(num_steps: int, length: int) -> list[int]:
+    """n steps from the first to the last at equal distances (the spacing of the released sampler)."""
+    return [round(i * (length - 1) / (num_steps - 1)) for i in range(num_steps)]
+
+
+def strided_steps(num_steps: int, length: int) -> list[int]:
+    """n steps from the first on, of which the last is a stride before the end."""
+    return [i * length // num_steps for i in range(num_steps)]
+
+
+SPACINGS: dict[str, Callable[[int, int], list[int]]] = {"paper": even_steps, "uniform": strided_steps}
+
+
+def draw_steps(normal: Tensor, chain: Chain) -> Tensor:
+    """Uniform training steps from standard normal numbers of any shape."""
+    return (torch.special.ndtr(normal) * len(chain)).long().clamp(max=len(chain) - 1)
+
+
+def diffusion_loss(output: Tensor, x: Tensor, noise: Tensor, step: Tensor, x_t: Tensor, chain: Chain) -> Tensor:
+    """Mean squared error of the noise plus the variational bound in bits, which trains the variance alone: [R]."""
+    error = (output.chunk(2, dim=1)[0] - noise).square()
+    return error.flatten(1).mean(1) + variational_bound(output, x, step, x_t, chain)
+
+
+def variational_bound(output: Tensor, x: Tensor, step: Tensor, x_t: Tensor, chain: Chain) -> Tensor:
+    """Bits that the predicted step backwards takes beyond the true one or, at step 0, that the data take as grey values: [R]."""
+    k = chain.at(step, x)
+    noise, values = output.chunk(2, dim=1)
+    mean, log_variance = backwards(noise.detach(), values, x_t, k)
+    ratio = k.least_log_variance - log_variance
+    divergence = (ratio.exp() - 1 - ratio + (k.mean(x, x_t) - mean).square() * (-log_variance).exp()) / 2
+    first = step.reshape(k.signal.shape) == 0
+    nats = torch.where(first, -log_probability(x, mean, log_variance), divergence)
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def backwards(noise: Tensor, values: Tensor, x_t: Tensor, k: Coefficients) -> tuple[Tensor, Tensor]:
+    """Mean and logarithmic variance of the state one step before ``x_t``, of predicted noise and variance values."""
+    share = (values + 1) / 2
+    log_variance = share * k.largest_log_variance + (1 - share) * k.least_log_variance
+    return k.mean(x_t / k.signal - (k.sigma / k.signal) * noise, x_t), log_variance
+
+
+def log_probability(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Logarithm of the probability that a Gaussian gives to the grey value around ``x``; the outer ones reach to infinity."""
+    scale = (-log_variance / 2).exp()
+    above, below = normal_cdf(scale * (x - mean + BIN)), normal_cdf(scale * (x - mean - BIN))
+    probability = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return probability.clamp(min=LEAST_PROBABILITY).log()
+
+
+def normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation of the normal distribution function with which the published models are trained."""
+    return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+@torch.no_grad()
+def ancestral(predict: StepPrediction, x: Tensor, chain: Chain, draw: DrawNoise, config: SamplingConfig) -> Tensor:
+    """Carry noise ``x`` [B, ...] to data by ``num_steps`` steps of the ``chain``; ``noise_scale`` is the temperature.
+
+    ``predict`` is told the step's number in the whole chain; ``draw()`` gives Gaussian numbers of x's shape.
+    """
+    chain = chain.respaced(SPACINGS[config.grid](config.num_steps, len(chain)))
+    for i, step in reversed([*enumerate(chain.steps)]):
+        k = chain.at(torch.tensor(i, device=x.device), x)
+        noise, values = predict(x, step).chunk(2, dim=1)
+        mean, log_variance = backwards(noise, values, x, k)
+        x = mean if i == 0 else mean + config.noise_scale * (log_variance / 2).exp() * draw()
+    return x

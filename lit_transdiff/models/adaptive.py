@@ -1,0 +1,61 @@
+"""Layers that a condition steers by modulation (adaLN-Zero, arXiv 2212.09748), as SiT, DiT and MAR's head have them.
+
+The names of their weights are those of the released files. Shapes: B rows, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lit_transdiff.models import layers
+from lit_transdiff.models.layers import TIME_FEATURES, layer_norm, modulate
+from lit_transdiff.models.linear import Linear
+
+
+class TimeMLP(nn.Module):
+    """Sinusoidal features of a number, as it is, and a two-layer network of them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(TIME_FEATURES, width), nn.SiLU(), Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """``t`` [B] -> [B, D]."""
+        return self.mlp(layers.sinusoids(t).to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
+
+
+class Modulation(nn.Sequential):
+    """Shifts, scales and gates of a condition, which start at zero: ``parts`` of them."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), Linear(width, parts * width))
+        self.parts = parts
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """[..., D] -> ``parts`` times [..., D]."""
+        return super().forward(condition).chunk(self.parts, dim=-1)  # type: ignore[no-any-return]
+
+
+class AdaptiveOutput(nn.Module):
+    """Normalisation without weights, modulated, and the projection to what is predicted, which starts at zero."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(width, affine=False)
+        self.linear = Linear(width, out_features)
+        self.adaLN_modulation = Modulation(width, 2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """``x`` [..., D] and a condition that broadcasts to it -> [..., out]."""
+        return self.linear(modulate(self.norm_final(x), *self.adaLN_modulation(condition)))
+
+
+def initialise_adaptive(module: nn.Module) -> None:
+    """Over ``initialise``: N(0, 0.02) weights of the time's network; modulations and the last projection are zero."""
+    if isinstance(module, TimeMLP):
+        for i in (0, 2):
+            nn.init.normal_(module.mlp[i].weight, std=0.02)  # type: ignore[arg-type]
+    zero = {Modulation: lambda m: m[1], AdaptiveOutput: lambda m: m.linear}
+    for kind, layer in zero.items():
+        if isinstance(module, kind):
+            nn.init.zeros_(layer(module).weight)
