@@ -34,7 +34,18 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "notebooks": ["jupyterlab"],
-        "dev": ["pytest>=8", "pytest-xdist", "nbclient", "nbformat", "ipykernel", "playwright", "ruff", "mypy", "pre-commit"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist",
+            "nbclient",
+            "nbformat",
+            "ipykernel",
+            "jsonschema",
+            "playwright",
+            "ruff",
+            "mypy",
+            "pre-commit",
+        ],
     },
     entry_points={"console_scripts": ["lit-transdiff=lit_transdiff.__main__:main"]},
 )

@@ -159,6 +159,7 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub = command(commands.settings_command, "every setting of a run: its values, default and meaning")
     sub.add_argument("name", nargs="?", help="a section or a setting, as in sampling or optimizer.lr; default: all")
     sub.add_argument("--markdown", action="store_true", help="print the page docs/settings.md instead")
+    sub.add_argument("--json-schema", action="store_true", help="print docs/recipe.schema.json, by which editors check a recipe")
 
     sub = command(commands.convert_command, "released checkpoints (TransDiff, latent diffusion's autoencoder) <-> ours")
     sub.add_argument("source", help="checkpoint-last.pth, its folder, or kl16.ckpt; back: an export or autoencoder folder")

@@ -159,8 +159,10 @@ def init_command(args: argparse.Namespace) -> None:
 
 def settings_command(args: argparse.Namespace) -> None:
     from lit_transdiff.config.reference import settings_as_markdown, settings_as_text
+    from lit_transdiff.config.schema import schema_as_json
 
-    print(settings_as_markdown() if args.markdown else settings_as_text(args.name), end="")
+    text = settings_as_text(args.name)
+    print(schema_as_json() if args.json_schema else settings_as_markdown() if args.markdown else text, end="")
 
 
 def convert_command(args: argparse.Namespace) -> None:

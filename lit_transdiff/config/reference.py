@@ -40,12 +40,24 @@ This page is made from the source: `lit-transdiff settings --markdown > docs/set
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting; ``name`` is dotted, ``default`` is YAML."""
+    """One setting by its dotted name, with the default of a run and what it means."""
 
     name: str
-    values: str
-    default: str
+    hint: Any  # its type
+    names: list[str]  # those of its table, where it is a name in one
+    ranges: list[str]  # what its checks allow, in words
+    default_value: Any
     meaning: str
+
+    @property
+    def values(self) -> str:
+        """What it may be, in words."""
+        return ", ".join([values_of(self.hint, self.names, self.default_value), *self.ranges])
+
+    @property
+    def default(self) -> str:
+        """The default as YAML."""
+        return as_yaml(self.default_value)
 
 
 def all_settings() -> dict[str, list[Setting]]:
@@ -63,12 +75,10 @@ def settings_of_class(cls: type, defaults: Any, prefix: str) -> Iterator[Setting
     ranges.visit(tree)
     for field, hint in ((field, hints[field.name]) for field in dataclasses.fields(cls)):
         if not dataclasses.is_dataclass(hint):
-            name, meaning, default = prefix + field.name, meanings[field.name], getattr(defaults, field.name)
-            values = [
-                values_of(hint, list(SIZES) if name == "model.size" else names_of(meaning), default),
-                *(ranges.found.get(name, {}) if prefix else ()),
-            ]
-            yield Setting(name, ", ".join(values), as_yaml(default), meaning)
+            name, meaning = prefix + field.name, meanings[field.name]
+            names = list(SIZES) if name == "model.size" else names_of(meaning)
+            allowed = list(ranges.found.get(name, {}) if prefix else ())
+            yield Setting(name, hint, names, allowed, getattr(defaults, field.name), meaning)
 
 
 def values_of(hint: Any, names: Sequence[str], default: Any) -> str:
