@@ -1,7 +1,6 @@
-"""Every recipe and every command that the documents show."""
+"""Every recipe and pipeline that is shipped."""
 
 import dataclasses
-import re
 import shlex
 from pathlib import Path
 
@@ -21,8 +20,6 @@ OTHERS = ("launch", "sweeps")  # files of Kubernetes and of W&B; sweeps have a t
 YAML = sorted(file for file in (ROOT / "experiments").rglob("*.yaml") if file.parent.name not in OTHERS)
 PIPELINES = [path for path in YAML if "runs" in read_yaml(path)]
 RECIPES = [path for path in YAML if path not in PIPELINES]
-FOLDERS = ("benchmarks", "data", "docs")
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.md")))]
 
 
 def name(path: Path) -> str:
@@ -149,44 +146,6 @@ def test_a_pipeline_for_several_devices_asks_for_torchrun(tmp_path: Path, capsys
 def test_a_recipe_is_no_pipeline():
     with pytest.raises(ValueError, match="is the recipe of one run; start it with: lit-transdiff train"):
         load_pipeline(ROOT / "experiments/fashion/ar_pretrain.yaml")
-
-
-def commands(path: Path) -> list[str]:
-    """The ``lit-transdiff`` lines of a document's code blocks and of a recipe's header, with continuation lines joined."""
-    text = path.read_text()
-    if path.suffix == ".md":
-        text = "\n".join(re.findall(r"```(?:bash|sh|console)?\n(.*?)```", text, flags=re.DOTALL))
-    text = re.sub(r"\\\n#?\s*", " ", text)
-    return [m.group(1) for m in re.finditer(r"^(?:#\s+|\$ )?(?:.*?-m\s)?(lit[-_]transdiff .*)$", text, flags=re.MULTILINE)]
-
-
-@pytest.mark.parametrize("path", [*DOCUMENTS, *YAML], ids=name)
-def test_documented_commands_parse(path: Path):
-    for command in commands(path):
-        words = shlex.split(command.split(" #")[0].replace("<folder with the IDX files>", "IDX"))[1:]
-        args = parse(words)
-        for given in (getattr(args, "run", None), getattr(args, "pipeline", None)):
-            if isinstance(given, str) and given != "RUN.yaml":
-                assert (ROOT / given).is_file(), f"{path.name} names {given}"
-
-
-def anchors(path: Path) -> set[str]:
-    """What a link may name after ``#``: the headings as GitHub writes them."""
-    headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
-def test_links_lead_somewhere(path: Path):
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text()):
-        file = path.parent / target if target else path
-        assert file.exists(), f"{path.name} links to {target}"
-        assert not anchor or anchor in anchors(file), f"{path.name} links to {target}#{anchor}"
-
-
-def test_the_readme_shows_the_two_commands_at_its_top():
-    top = (ROOT / "README.md").read_text()[:1500]
-    assert "make demo" in top and "make test" in top
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
