@@ -37,8 +37,9 @@ class OptimizerConfig:
 
     name: str = "adamw"  # a name in stages.optim.OPTIMIZERS
     lr: float = 8e-4  # learning rate after the warm-up
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay rates of the first and second moments of adamw
-    eps: float = 1e-8  # added to the root of adamw's second moment
+    muon_lr: Optional[float] = None  # that of the matrices of the blocks, with name=muon; null: 10 times lr
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay rates of the first and second moments of AdamW
+    eps: float = 1e-8  # added to the root of AdamW's second moment
     weight_decay: float = 0.02  # of the encoder's matrices; biases, norms and the decoder have none
     warmup_steps: int = 0  # steps of the linear warm-up
     warmup_offset: float = 1.0  # step s warms up to (s + offset) / warmup_steps; the reference: 1 - 1 / accumulated passes
@@ -55,6 +56,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "gradient_scale"):
             require(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0")
+        require(self.muon_lr is None or self.muon_lr > 0, "optimizer.muon_lr", self.muon_lr, "null, or above 0")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"0 to optimizer.lr={self.lr}")
         decays, widths = [self.ema_decay, *self.more_ema_decays], self.power_widths

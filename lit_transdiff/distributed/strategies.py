@@ -71,6 +71,7 @@ class StrategyKind:
     keeps_reduced: bool = False  # its reduced part of the gradients beside the whole ones
     buffers: float = 0.0  # bytes
     own_autocast: bool = False  # Lightning is told float32
+    takes_muon: bool = False  # which finds whole matrices in what it holds
     offloads: tuple[str, ...] = ("none",)  # where it can keep the optimizer's state (distributed.offload)
     offloads_parameters: bool = False
 
@@ -102,14 +103,15 @@ def build_zero(stage: int, run: RunConfig) -> Strategy:
 
 DeepSpeed = partial(StrategyKind, cuts_optimizer=True, has_master=True, buffers=BUCKETS, own_autocast=True)
 STRATEGIES: dict[str, StrategyKind] = {
-    "single": StrategyKind(build_single, lambda weights, gradients, passes: 0.0, alone=True),
+    "single": StrategyKind(build_single, lambda weights, gradients, passes: 0.0, alone=True, takes_muon=True),
     # Gradients are reduced and gathered once a step.
-    "ddp": StrategyKind(build_ddp, lambda weights, gradients, passes: 2 * gradients),
+    "ddp": StrategyKind(build_ddp, lambda weights, gradients, passes: 2 * gradients, takes_muon=True),
     # Gradients go to their owners once a step, then the updated weights to all.
     "zero1": DeepSpeed(
         partial(build_zero, 1),
         lambda weights, gradients, passes: gradients + weights,
         keeps_reduced=True,
+        takes_muon=True,
         offloads=("none", "cpu"),
     ),
     # Gradients are reduced in every pass.
@@ -134,6 +136,7 @@ STRATEGIES: dict[str, StrategyKind] = {
         cuts_weights=True,
         cuts_gradients=True,
         cuts_optimizer=True,
+        takes_muon=True,
     ),
 }
 EVERYWHERE = ("auto", "fp32", "bf16-mixed")  # precisions that every strategy has
@@ -162,6 +165,10 @@ def strategy_name(run: RunConfig) -> str:
     parameters = run.distributed.offload_parameters
     possible = not parameters or kind.offloads_parameters
     require(possible, "distributed.offload_parameters", parameters, f"false with strategy {name}")
+    if run.optimizer.name == "muon":
+        takers = [taker for taker, other in STRATEGIES.items() if other.takes_muon]
+        require(kind.takes_muon, "distributed.strategy", name, f"{', '.join(takers)} with optimizer.name=muon")
+        require(offload == "none", "distributed.offload", offload, "'none' with optimizer.name=muon")
     return name
 
 

@@ -25,7 +25,7 @@ from lit_transdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, c
 from lit_transdiff.models.execution import compile_blocks, recompute_blocks
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.stages.holders import averages_of
-from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor, parameter_groups
+from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor
 
 # Normal numbers of a shape, one row for each image of the batch: [B, *shape].
 Normal = Callable[..., Tensor]
@@ -236,7 +236,7 @@ class TransDiffStage(Stage):
         if self._trainer is None or not self.trainer.validating or not checkpoint.get("optimizer_states"):
             return
         names, states = {p: name for name, p in self.named_parameters()}, checkpoint["optimizer_states"][0]["state"]
-        groups = parameter_groups(self.model, self.run.optimizer.weight_decay)
+        groups = build_optimizer(self.model, self.run.optimizer).param_groups
         for i, name in enumerate(names[p] for group in groups for p in group["params"]):
             state = states.get(i, states.get(name, {}))  # by number, or under FSDP by name
             if EMA in state:

@@ -10,32 +10,54 @@ import torch
 from torch import nn
 
 from lit_transdiff.checkpoints.averages import Averaging, Decay, average_decays
-from lit_transdiff.config import OptimizerConfig, unknown
+from lit_transdiff.config import OptimizerConfig, require, unknown
+from lit_transdiff.stages.muon import AveragedMuon
 
 
 class AveragedAdamW(Averaging, torch.optim.AdamW):
     """AdamW (arXiv 1711.05101) that keeps averages."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+class Group(dict[str, Any]):
+    """``params`` with their ``weight_decay``, for an optimizer; ``matrices`` are those of them that are weights in the blocks."""
+
+    def __init__(self, params: list[nn.Parameter], weight_decay: float, blocks: set[nn.Parameter]) -> None:
+        super().__init__(params=params, weight_decay=weight_decay)
+        self.matrices = [p for p in params if p in blocks and p.ndim == 2]
+
+
+Groups = list[Group]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     """The paper's two groups of the trainable parameters: no decay for vectors, biases and the whole decoder; then the rest."""
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, p in model.named_parameters():
         if p.requires_grad:
             groups[p.ndim > 1 and not name.endswith(".bias") and not name.startswith("decoder.")].append(p)
-    settings = [{"params": groups[False], "weight_decay": 0.0}, {"params": groups[True], "weight_decay": weight_decay}]
-    return [group for group in settings if group["params"]]
-
-
-Groups = list[dict[str, Any]]  # of parameters, with their weight decay
+    blocks = {p for name, p in model.named_parameters() if ".blocks." in f".{name}"}
+    return [Group(groups[decayed], weight_decay * decayed, blocks) for decayed in groups if groups[decayed]]
 
 
 def adamw(groups: Groups, config: OptimizerConfig, decays: Mapping[str, Decay]) -> Averaging:
-    betas = (config.betas[0], config.betas[1])
-    return AveragedAdamW(groups, decays=decays, lr=config.lr, betas=betas, eps=config.eps, fused=True)  # one kernel a step
+    return AveragedAdamW(groups, decays=decays, **adamw_settings(config))
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig, Mapping[str, Decay]], Averaging]] = {"adamw": adamw}
+def muon(groups: Groups, config: OptimizerConfig, decays: Mapping[str, Decay]) -> Averaging:
+    """Each group becomes two: its matrices, with their own learning rate, and the rest."""
+    parts: list[dict[str, Any]] = []
+    for group in groups:
+        shapes, rest = [tuple(p.shape) for p in group.matrices], set(group["params"]).difference(group.matrices)
+        parts.append({**group, "params": group.matrices, "shapes": shapes, "lr": config.muon_lr or 10 * config.lr})
+        parts.append({**group, "params": [p for p in group["params"] if p in rest]})
+    return AveragedMuon([part for part in parts if part["params"]], decays=decays, **adamw_settings(config))
+
+
+def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
+    return dict(lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)  # one kernel a step
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig, Mapping[str, Decay]], Averaging]] = {"adamw": adamw, "muon": muon}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Averaging:
@@ -75,3 +97,6 @@ def check_optimizer(config: OptimizerConfig) -> None:
         raise unknown("optimizer.name", config.name, OPTIMIZERS)
     if config.schedule not in SCHEDULES:
         raise unknown("optimizer.schedule", config.schedule, SCHEDULES)
+    require(
+        config.muon_lr is None or config.name != "adamw", "optimizer.muon_lr", config.muon_lr, "null with optimizer.name=adamw"
+    )

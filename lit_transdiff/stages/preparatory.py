@@ -23,6 +23,8 @@ class PreparatoryStage(Stage, ABC):
     @classmethod
     def check(cls, run: RunConfig) -> None:
         super().check(run)
+        optimizer = run.optimizer.name
+        require(optimizer == "adamw", "optimizer.name", optimizer, f"'adamw' in stage {run.stage}")
         policy, factor, frozen = run.safety.on_bad_step, run.safety.spike_factor, run.training.frozen_dropout
         require(policy == "stop", "safety.on_bad_step", policy, f"'stop' in stage {run.stage}")
         require(factor == 0, "safety.spike_factor", factor, f"0 in stage {run.stage}")

@@ -167,3 +167,31 @@ def test_any_checkpoint_is_exported_whole(folder: Path, tmp_path: Path, strategy
     ranks = len(list(checkpoint.folder.glob("rank-*.safetensors")))
     assert ranks == (1 if strategy == "single" else 2)
     assert len(complete_checkpoints(checkpoint.folder.parent)) == 3
+
+
+MUON = {"optimizer": {**SETTINGS["optimizer"], "name": "muon"}, "checkpoint": {"keep_last": 3}}
+TAKERS = [name for name in SEVERAL if STRATEGIES[name].takes_muon]
+
+
+@pytest.fixture(scope="module")
+def muon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with Muon, named as those above. Each strategy goes on from the one before it, too."""
+    root = tmp_path_factory.mktemp("muon")
+    fit_all(root, 1, [(settings(root, "plain", "single", **MUON), None)])
+    plan: list[tuple[RunConfig, int | None]] = []
+    for name in TAKERS:
+        broken = settings(root, "plain", name, "-broken", **MUON)
+        plan += [(settings(root, "plain", name, **MUON), None), (broken, 4), (broken, None)]
+    for donor, name in zip(["single", *TAKERS[:-1]], TAKERS, strict=True):
+        plan.append((start_from(root, f"plain-{donor}", settings(root, "plain", name, "-continued", **MUON)), None))
+    fit_all(root, 2, plan)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", TAKERS)
+def test_muon_takes_the_same_steps_under_every_strategy_that_takes_it(muon: Path, strategy: str):
+    assert_same_run(muon / "plain-single", muon / f"plain-{strategy}")
+    assert_same_run(muon / "plain-single", muon / f"plain-{strategy}-continued")
+    whole, broken = weights(muon / f"plain-{strategy}"), weights(muon / f"plain-{strategy}-broken")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)

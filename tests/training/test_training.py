@@ -216,6 +216,16 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(tmp
         ({"evaluation": {"extractor": "incepton"}}, r"evaluation\.extractor: 'incepton' is not known\. Did you mean 'inception'"),
         ({"stage": "classifier", "evaluation": {"metrics": ["fid"]}}, r"evaluation\.metrics: 'fid' is not known"),
         ({"evaluation": {"every": 2}}, r"evaluation\.extractor_weights: got None"),
+        ({"optimizer": {"muon_lr": 0.1}}, r"optimizer\.muon_lr: got 0\.1; allowed: null with optimizer\.name=adamw"),
+        ({"stage": "classifier", "optimizer": {"name": "muon"}}, r"optimizer\.name: got 'muon'; allowed: 'adamw' in stage"),
+        (
+            {"optimizer": {"name": "muon"}, "distributed": {"strategy": "zero3"}},
+            r"distributed\.strategy: got 'zero3'; allowed: single, ddp, zero1, fsdp with optimizer\.name=muon",
+        ),
+        (
+            {"optimizer": {"name": "muon"}, "distributed": {"strategy": "zero1", "offload": "cpu"}},
+            r"distributed\.offload: got 'cpu'; allowed: 'none' with optimizer\.name=muon",
+        ),
         ({"distributed": {"strategy": "dpp"}}, r"distributed\.strategy: 'dpp' is not known\. Did you mean 'ddp'"),
     ],
 )

@@ -1,0 +1,116 @@
+"""Muon: the updates of matrices are made orthogonal; AdamW moves everything else.
+
+After Keller Jordan (2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, then five Newton-Schulz steps.
+
+torch.optim.Muon (torch >= 2.9) does the same to whole matrices, and to nothing else. A run has one optimizer, which moves vectors
+too, and holds matrices as its strategy cuts them, so that averages and checkpoints see one like any other. So these few lines
+serve every version of torch; the tests hold them against torch's own.
+
+Shapes: M rows, N columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import all_gather_into_tensor, get_rank, get_world_size
+from torch.distributed.tensor import DTensor
+
+from lit_transdiff.checkpoints.averages import Averaging, flat
+
+MOMENTUM = 0.95
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of x, x^3 and x^5
+ITERATIONS = 5
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Roughly U V^T of a matrix U S V^T [M, N]: its singular values come to between 0.7 and 1.2. In bfloat16 on GPUs."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    x = x.T if tall else x  # the product below is then the smaller one
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+def direction(matrix: Tensor) -> Tensor:
+    """The update of a matrix [M, N] at learning rate 1: the outputs of a layer change as much, whatever its shape."""
+    rows, columns = matrix.shape
+    return orthogonal(matrix) * max(1, rows / columns) ** 0.5
+
+
+def direction_of_rows(momentum: DTensor) -> Tensor:
+    """This rank's rows of the update of a matrix that FSDP has cut; the first ranks have ceil(M / ranks) rows each."""
+    rows = momentum.shape[0]
+    each = -(-rows // momentum.device_mesh.size())
+    start = min(momentum.device_mesh.get_local_rank() * each, rows)
+    return direction(momentum.full_tensor())[start : start + momentum.to_local().shape[0]]
+
+
+def direction_of_part(momentum: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """This rank's part of the updates of matrices that ZeRO 1 has laid behind each other and cut into equal parts.
+
+    Only matrices that lie in this part, wholly or not, are computed here.
+    """
+    length = momentum.numel()
+    first = get_rank() * length
+    whole = momentum.new_empty(length * get_world_size())
+    all_gather_into_tensor(whole, momentum)
+    part, start = torch.zeros_like(momentum), 0
+    for rows, columns in shapes:
+        end = start + rows * columns
+        low, high = max(start, first), min(end, first + length)
+        if low < high:
+            update = direction(whole[start:end].view(rows, columns)).flatten()
+            part[low - first : high - first] = update[low - start : high - start]
+        start = end
+    return part
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups that give the ``shapes`` of their matrices, AdamW for the others; see ``AdamW`` for the settings.
+
+    What stands for such a group is its matrices, their rows on this rank (FSDP), or one part of all of them, flat (ZeRO 1).
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        for group in groups:
+            if "shapes" in group:
+                self.move(group)
+        self.param_groups = [group for group in groups if "shapes" not in group]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def move(self, group: dict[str, Any]) -> None:
+        """One update of a group of matrices."""
+        for p in [p for p in group["params"] if p.grad is not None]:
+            state = self.state[p]
+            if not state:
+                state.update(step=torch.zeros((), device=p.device), momentum=torch.zeros_like(p))
+            state["step"] += 1
+            state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+            nesterov = p.grad.lerp(state["momentum"], MOMENTUM)
+            if isinstance(nesterov, DTensor):
+                update = direction_of_rows(nesterov)
+            else:
+                update = direction(nesterov) if nesterov.ndim == 2 else direction_of_part(nesterov, group["shapes"])
+            flat(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.flatten(), alpha=group["lr"])
+
+
+class AveragedMuon(Averaging, Muon):
+    """Muon that keeps averages."""
