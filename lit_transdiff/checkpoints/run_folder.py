@@ -70,6 +70,7 @@ WRITTEN_EARLY = ("environment.json", "metrics.csv", "samples", "best", "export",
 UNREAD = {
     "autoencoder": ("autoencoder.", "model.", "flow."),
     "classifier": ("autoencoder.", "autoencoder_training.", "model.", "flow."),
+    "judge": ("autoencoder.", "autoencoder_training.", "model.", "flow."),
 }
 READ = ("model.num_classes", "model.num_references")  # by every stage: of the data, and of the images seen
 log = logging.getLogger(__name__)

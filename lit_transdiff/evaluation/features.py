@@ -28,7 +28,7 @@ from lit_transdiff.base.files import check_file, check_zip, short_hash
 from lit_transdiff.checkpoints.version import read_versioned
 from lit_transdiff.config import require, unknown
 from lit_transdiff.data.pixels import from_bytes, to_bytes
-from lit_transdiff.models.classifier import load_classifier
+from lit_transdiff.models.classifier import Classifier, Judge, SmallClassifier, load_classifier
 
 StateDict = dict[str, Tensor]
 
@@ -83,17 +83,25 @@ class FeatureExtractor(nn.Module, ABC):
 class ClassifierFeatures(FeatureExtractor):
     """The small classifier of small-image runs: its last hidden layer, and logits over the data set's own classes."""
 
+    kind: type[Classifier] = SmallClassifier
     weights_file = "a classifier of the data set's classes, which a run of the stage 'classifier' exports"
 
     def __init__(self, path: str | Path) -> None:
-        network = load_classifier(path)
-        super().__init__("classifier", network, short_hash(Path(path)), network.head.in_features, network.num_classes)
+        network = load_classifier(path, self.kind)
+        super().__init__(self.kind.kind, network, short_hash(Path(path)), network.num_features, network.num_classes)
         self.class_names = names_beside(Path(path))
 
     def extract(self, pixels: Tensor, spatial: bool) -> Features:
         images = from_bytes(pixels)
         features = self.network.features(images)  # type: ignore[operator]
         return Features(features, self.network.head(features))  # type: ignore[operator]
+
+
+class JudgeFeatures(ClassifierFeatures):
+    """The same of the judge, a network of another architecture that trains, guides and aligns nothing."""
+
+    kind = Judge
+    weights_file = "a judge of the data set's classes, which a run of the stage 'judge' exports"
 
 
 def names_beside(weights: Path) -> list[str]:
@@ -247,6 +255,7 @@ def wrong_file(path: str | Path, expected: str, why: object) -> ValueError:
 
 EXTRACTORS: dict[str, type[ClassifierFeatures] | type[InceptionFeatures] | type[DinoFeatures]] = {
     "classifier": ClassifierFeatures,
+    "judge": JudgeFeatures,
     "inception": InceptionFeatures,
     "dinov2": DinoFeatures,
 }

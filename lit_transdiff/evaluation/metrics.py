@@ -208,7 +208,7 @@ NEEDS: dict[str, str] = {
     "reference spatial": "spatial statistics of real images (mu_s, sigma_s), which evaluation.reference does not hold",
     "spatial features": "spatial features: set evaluation.extractor to 'inception'",
     "logits": "logits: set evaluation.extractor to a network that has them",
-    "class logits": "logits over the model's own classes: set evaluation.extractor to 'classifier', trained on the same classes",
+    "class logits": "logits over the model's own classes: set evaluation.extractor to 'classifier' or 'judge', trained on them",
     "semantic features": "the semantic features of the model that made the images",
 }
 

@@ -1,4 +1,6 @@
-"""A small convolutional classifier: the judge of small-image runs (class accuracy, and features for the distances).
+"""Two small classifiers of another architecture each, whose features and classes score the runs of small images.
+
+What trains, guides or aligns a model never scores it: ``SmallClassifier`` may train, ``Judge`` only scores.
 
 Shapes: B batch, C image channels, H W pixels. Images are in [-1, 1].
 """
@@ -6,11 +8,15 @@ Shapes: B batch, C image channels, H W pixels. Images are in [-1, 1].
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
+from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lit_transdiff.base.files import check_file
@@ -18,8 +24,36 @@ from lit_transdiff.config import require
 from lit_transdiff.config.targets import save_tensors
 
 FEATURES = 64
-WIDTHS = (24, 48, 96)  # channels of the levels; each ends by halving the size
-METADATA_KEY = "classifier"  # the metadata key of the weights file that holds num_classes, image_size, image_channels
+WIDTHS = (24, 48, 96)  # channels of the levels of convolutions; each ends with half the size
+
+
+class Classifier(nn.Module, ABC):
+    """Images -> features -> one logit a class."""
+
+    kind: ClassVar[str]  # the metadata key of the weights file that holds num_classes, image_size, image_channels
+    num_features: ClassVar[int]
+    dropout: nn.Module
+    head: nn.Linear
+
+    def __init__(self, num_classes: int, image_size: int, image_channels: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.image_size = image_size
+        self.image_channels = image_channels
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> features [B, F]."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """The same for images of the size that it was made for."""
+        expected = (self.image_channels, self.image_size, self.image_size)
+        require(tuple(images.shape[1:]) == expected, "images", tuple(images.shape), f"[B, C, H, W] with (C, H, W) = {expected}")
+        return self.embed(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> logits [B, classes]."""
+        return self.head(self.dropout(self.features(images)))
 
 
 def conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -27,14 +61,14 @@ def conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU())
 
 
-class SmallClassifier(nn.Module):
-    """Convolutions at three sizes, the spatial mean, 64 features, one logit a class."""
+class SmallClassifier(Classifier):
+    """Convolutions at three sizes, the spatial mean, 64 features."""
+
+    kind = "classifier"
+    num_features = FEATURES
 
     def __init__(self, num_classes: int, image_size: int, image_channels: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.image_size = image_size
-        self.image_channels = image_channels
+        super().__init__(num_classes, image_size, image_channels)
         levels: list[nn.Module] = []
         width = image_channels
         for wider in WIDTHS:
@@ -45,42 +79,72 @@ class SmallClassifier(nn.Module):
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(FEATURES, num_classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> features [B, 64], not negative."""
-        expected = (self.image_channels, self.image_size, self.image_size)
-        require(tuple(images.shape[1:]) == expected, "images", tuple(images.shape), f"[B, C, H, W] with (C, H, W) = {expected}")
+    def embed(self, images: Tensor) -> Tensor:
+        """Features are not negative."""
         return torch.relu(self.neck(self.trunk(images).mean(dim=(2, 3))))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> logits [B, classes]."""
-        return self.head(self.dropout(self.features(images)))
+
+class Judge(Classifier):
+    """A vision transformer on tokens of 8 x 8 pixels, which convolutions make (arXiv 2106.14881); the mean of its last ones."""
+
+    kind = "judge"
+    num_features = WIDTHS[-1]
+
+    def __init__(self, num_classes: int, image_size: int, image_channels: int) -> None:
+        super().__init__(num_classes, image_size, image_channels)
+        require(image_size % 8 == 0, "data.image_size", image_size, "a multiple of 8 in stage judge")
+        layers: list[nn.Module] = []
+        for narrow, wide in pairwise((image_channels, *WIDTHS)):
+            layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.GELU()]
+        self.stem = nn.Sequential(*layers)
+        self.trunk = VisionTransformer(
+            img_size=image_size // 8,
+            patch_size=1,
+            in_chans=self.num_features,
+            embed_dim=self.num_features,
+            depth=4,
+            num_heads=3,
+            mlp_ratio=2,
+            class_token=False,
+            global_pool="avg",
+            num_classes=0,
+            drop_path_rate=0.05,
+        )
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(self.num_features, num_classes)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features [B, 96], normalised over each image's 96."""
+        return self.trunk(self.stem(images))
 
 
-def save_classifier(classifier: SmallClassifier, path: str | Path) -> None:
+def save_classifier(classifier: Classifier, path: str | Path) -> None:
     """Write weights and, in the file's header, what is needed to rebuild the classifier."""
     shape = {name: getattr(classifier, name) for name in ("num_classes", "image_size", "image_channels")}
     weights = {name: value.detach().cpu().contiguous() for name, value in classifier.state_dict().items()}
-    save_tensors(weights, Path(path), metadata={METADATA_KEY: json.dumps(shape)})
+    save_tensors(weights, Path(path), metadata={classifier.kind: json.dumps(shape)})
 
 
-def load_classifier(path: str | Path) -> SmallClassifier:
-    """The classifier of a file, in evaluation mode and without gradients.
+def load_classifier(path: str | Path, network: type[Classifier] = SmallClassifier) -> Classifier:
+    """The ``network`` of a file, in evaluation mode and without gradients.
 
-    Raises ``FileNotFoundError`` without the file and ``ValueError`` naming it when it is damaged or not a classifier's.
+    Raises ``FileNotFoundError`` without the file and ``ValueError`` naming it when it is damaged or another network's.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"classifier weights: {path} does not exist.")
     check_file(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(METADATA_KEY)
+            header = (file.metadata() or {}).get(network.kind)
         weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if header is None:
-        raise ValueError(f"{path}: header: got no {METADATA_KEY!r} entry; allowed: a file written by save_classifier.")
+        raise ValueError(
+            f"{path}: header: got no {network.kind!r} entry; allowed: a file that a run of stage {network.kind} exports."
+        )
     try:
-        classifier = SmallClassifier(**json.loads(header))
+        classifier = network(**json.loads(header))
         classifier.load_state_dict(weights)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: the weights do not fit the header {header}: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lit_transdiff.stages.ar_pretrain import ARPretrain
 from lit_transdiff.stages.autoencoder import AutoencoderStage
 from lit_transdiff.stages.base import TransDiffStage
-from lit_transdiff.stages.classifier import ClassifierStage
+from lit_transdiff.stages.classifier import ClassifierStage, JudgeStage
 from lit_transdiff.stages.diffusion_head import DiffusionHead
 from lit_transdiff.stages.mrar_finetune import MRARFinetune
 from lit_transdiff.stages.preparatory import PreparatoryStage
@@ -15,8 +15,9 @@ STAGES: dict[str, type[TransDiffStage]] = {
     "diffusion_head": DiffusionHead,
     "mrar_finetune": MRARFinetune,
 }
-# What is trained once a data set, before the stages: its autoencoder, and a classifier to score with.
+# What is trained once a data set, before the stages: its autoencoder, a classifier, and a judge to score with.
 PREPARATORY: dict[str, type[PreparatoryStage]] = {
     "autoencoder": AutoencoderStage,
     "classifier": ClassifierStage,
+    "judge": JudgeStage,
 }

@@ -1,28 +1,28 @@
-"""Preparation: train the small classifier that judges small-image runs, on the user's own shards."""
+"""Preparation: train a small classifier, or the judge that scores small-image runs, on the user's own shards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.models.classifier import SmallClassifier, save_classifier
+from lit_transdiff.models.classifier import Classifier, Judge, SmallClassifier, save_classifier
 from lit_transdiff.stages.preparatory import PreparatoryStage
-
-FILE_NAME = "classifier.safetensors"
 
 
 class ClassifierStage(PreparatoryStage):
     """Cross-entropy on batches with ``values`` [B, 1, C, H, W] in [-1, 1] and ``labels`` [B]."""
 
+    network: ClassVar[type[Classifier]] = SmallClassifier
+
     def __init__(self, run: RunConfig | Mapping[str, Any]) -> None:
         super().__init__(run)
         run = self.run
-        self.classifier = SmallClassifier(run.model.num_classes, run.data.image_size, run.data.image_channels)
+        self.classifier = self.network(run.model.num_classes, run.data.image_size, run.data.image_channels)
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         return F.cross_entropy(self.classifier(batch.values[:, 0]), batch.labels, label_smoothing=0.05)
@@ -32,7 +32,13 @@ class ClassifierStage(PreparatoryStage):
         self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), sync_dist=True, logger=self.logs_itself)
 
     def export(self, folder: Path, batches: Iterable[Any]) -> None:
-        """Write ``classifier.safetensors`` to ``folder``; every rank may call it, the first one writes. No batch is read."""
+        """Write the network's weights to ``folder``; every rank may call it, the first one writes. No batch is read."""
         if self.global_rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            save_classifier(self.classifier.eval(), folder / FILE_NAME)
+            save_classifier(self.classifier.eval(), folder / f"{self.network.kind}.safetensors")
+
+
+class JudgeStage(ClassifierStage):
+    """The same for the network that only scores."""
+
+    network = Judge

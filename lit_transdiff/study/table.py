@@ -220,9 +220,9 @@ def footnotes(lines: Sequence[TableRow], shared: dict[str, str], compared: Compa
         notes.append(
             "Not all rows are judged alike (extractor, its weights, reference, number and choice of images): compare only those."
         )
-    if any(line.manifest.get("extractor") == "classifier" for line in lines):
+    for name in sorted({"classifier", "judge"} & {line.manifest.get("extractor") for line in lines}):
         notes.append(
-            "Scores by 'classifier' are analogues on its features: they are no FID, IS or KID and compare only with each other."
+            f"Scores by {name!r} are analogues on its features: they are no FID, IS or KID and compare only with each other."
         )
     return "\n".join([*notes, *compared.shown_notes()]) + "\n"
 

@@ -1,4 +1,4 @@
-"""The small classifier: its file rebuilds it, and the shipped weights know the bundled clothes."""
+"""The small classifier and the judge: their files rebuild them, and the shipped weights know the bundled clothes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import torch
 from safetensors.torch import save_file
 
 from lit_transdiff.models.autoencoder import load_autoencoder
-from lit_transdiff.models.classifier import FEATURES, SmallClassifier, load_classifier, save_classifier
+from lit_transdiff.models.classifier import Classifier, Judge, SmallClassifier, load_classifier, save_classifier
 from tests.helpers.datamodule import FASHION, evaluation_batch
 
 LOST = 0.03  # accuracy that the autoencoder may cost
 
 
-@pytest.mark.parametrize(("num_classes", "image_size", "image_channels"), [(10, 32, 1), (3, 28, 3)])
-def test_the_file_alone_rebuilds_the_classifier(num_classes: int, image_size: int, image_channels: int, tmp_path: Path) -> None:
-    classifier = SmallClassifier(num_classes, image_size, image_channels).eval()
-    save_classifier(classifier, tmp_path / "classifier.safetensors")
-    loaded = load_classifier(tmp_path / "classifier.safetensors")
+@pytest.mark.parametrize("network", [SmallClassifier, Judge])
+@pytest.mark.parametrize(("num_classes", "image_size", "image_channels"), [(10, 32, 1), (3, 24, 3)])
+def test_the_file_alone_rebuilds_it(
+    network: type[Classifier], num_classes: int, image_size: int, image_channels: int, tmp_path: Path
+) -> None:
+    classifier = network(num_classes, image_size, image_channels).eval()
+    save_classifier(classifier, tmp_path / "weights.safetensors")
+    loaded = load_classifier(tmp_path / "weights.safetensors", network)
     images = torch.rand(4, image_channels, image_size, image_size) * 2 - 1
     assert torch.equal(loaded(images), classifier(images))
-    assert loaded(images).shape == (4, num_classes) and loaded.features(images).shape == (4, FEATURES)
+    assert loaded(images).shape == (4, num_classes) and loaded.features(images).shape == (4, network.num_features)
     torch.testing.assert_close(loaded.head(loaded.features(images)), loaded(images))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
@@ -42,7 +45,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_file({"head.bias": torch.zeros(10)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="header"):
         load_classifier(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"data\.image_size: got 28; allowed: a multiple of 8 in stage judge"):
+        Judge(10, 28, 1)
     save_classifier(SmallClassifier(10, 32, 1), tmp_path / "whole.safetensors")
+    with pytest.raises(ValueError, match=r"header: got no 'judge' entry; allowed: a file that a run of stage judge exports"):
+        load_classifier(tmp_path / "whole.safetensors", Judge)
     content = (tmp_path / "whole.safetensors").read_bytes()
     for damaged in (b"", content[:100], content[:-1]):
         (tmp_path / "cut.safetensors").write_bytes(damaged)

@@ -33,7 +33,7 @@ def small_run(stage: str) -> RunConfig:
                 "latent_channels": 3,
                 "num_statistics_images": 40,
             },
-            "optimizer": {"lr": 3e-3, "schedule": "cosine"},
+            "optimizer": {"lr": 2e-4 if stage == "judge" else 3e-3, "schedule": "cosine"},
             "training": {"max_steps": 20, "global_batch_size": 16},
         }
     )
