@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lit_transdiff.config import OptimizerConfig
 from lit_transdiff.stages.muon import AveragedMuon, direction, orthogonal
 from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor, parameter_groups
-from tests.models.test_transdiff import build
+from tests.helpers.small_model import build
 
 pytestmark = pytest.mark.numeric
 SHAPES = [(6, 6), (12, 4), (4, 12)]
