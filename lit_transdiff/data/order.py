@@ -23,8 +23,8 @@ from lit_transdiff.data.references import check_class_sizes, group_references, n
 
 log = logging.getLogger(__name__)
 MASK = 2**64 - 1
-PHILOX_MULTIPLIERS = (np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157))
-PHILOX_WEYL = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B))
+PHILOX_MULTIPLIERS = np.array([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], np.uint64)
+PHILOX_WEYL = np.array([[0x9E3779B97F4A7C15], [0xBB67AE8584CAA73B]], np.uint64)
 
 
 class Rows(NamedTuple):
@@ -74,19 +74,17 @@ def coin_flips(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray
     It is the top bit of the generator's first 32 bits: of Philox 4x64 with 10 rounds (Salmon et al., 2011), whose counter
     is one higher before it draws.
     """
-    zeros = np.zeros(len(samples), np.uint64)
-    x0, x1, x2, x3 = zeros + np.uint64(1), zeros, zeros, samples.astype(np.uint64) + np.uint64(1)
-    key0, key1 = zeros + np.uint64(seed & MASK), epochs.astype(np.uint64)
-    with np.errstate(over="ignore"):  # all of it is modulo 2^64
-        for _ in range(10):
-            high0, low0 = wide_product(PHILOX_MULTIPLIERS[0], x0)
-            high1, low1 = wide_product(PHILOX_MULTIPLIERS[1], x2)
-            x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
-            key0, key1 = key0 + PHILOX_WEYL[0], key1 + PHILOX_WEYL[1]
-    return (x0 >> np.uint64(31)) & np.uint64(1) == 1
+    even, odd, keys = np.zeros((3, 2, len(samples)), np.uint64)  # the counter's words 0 and 2, then 1 and 3
+    even[0], odd[1] = 1, samples + 1
+    keys[0], keys[1] = seed & MASK, epochs
+    for _ in range(10):
+        high, low = wide_product(PHILOX_MULTIPLIERS, even)
+        even, odd = high[::-1] ^ odd ^ keys, low[::-1]
+        keys += PHILOX_WEYL
+    return (even[0] >> np.uint64(31)) & np.uint64(1) == 1
 
 
-def wide_product(a: np.uint64, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def wide_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The high and the low 64 bits of a x b, from products of 32-bit halves."""
     half, low_half = np.uint64(32), np.uint64(2**32 - 1)
     a0, a1, b0, b1 = a & low_half, a >> half, b & low_half, b >> half

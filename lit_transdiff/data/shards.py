@@ -94,9 +94,9 @@ class ShardReader:
 
     @cached_property
     def unread(self) -> np.ndarray:
-        """[N, parts] bool: the parts of latents that this process has not compared with their checksums yet."""
-        assert self.index.checksum is not None
-        return np.ones(self.index.checksum.shape, bool)
+        """[N, parts] bool: the parts of latents with checksums that this process has not compared yet."""
+        parts = self.index.latents.flips if self.index.latents else 1
+        return np.full((len(self.index), parts), self.index.checksum is not None)
 
     def read(self, sample: int) -> bytes:
         """The image file, or the raw latents, of a sample. Raises ``ValueError`` naming it for damage or a short read."""
@@ -113,23 +113,30 @@ class ShardReader:
         Raises ``ValueError`` as ``read`` does.
         """
         length, view = out.shape[1], out.reshape(-1).data
-        shards = (np.searchsorted(self.index.starts, samples, side="right") - 1).tolist()
-        offsets = (self.index.offset[samples] + first).tolist()
+        order = np.argsort(samples, kind="stable")
+        samples, first = samples[order], first[order]
         parts = first // length
-        expected = self.expected(samples, parts)
-        for i in np.argsort(samples, kind="stable").tolist():
-            content = view[i * length : (i + 1) * length]
-            found = os.preadv(self.descriptor(shards[i]), [content], offsets[i])
+        new = self.unread[samples, parts]
+        shards = np.searchsorted(self.index.starts, samples, side="right") - 1
+        columns = (order * length, shards, self.index.offset[samples] + first, new)
+        descriptor, opened = -1, -1
+        checksums = []
+        for i, (begin, shard, offset, is_new) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+            if shard != opened:
+                descriptor, opened = self.descriptor(shard), shard
+            content = view[begin : begin + length]
+            found = os.preadv(descriptor, [content], offset)
             if found != length:
                 raise ValueError(f"{self.index.name_of(samples[i])}: {found} of {length} bytes read: the shard is truncated.")
-            if expected and expected[i] is not None and checksum_of(content) != expected[i]:
-                raise damaged(self.index, int(samples[i]))
-        if expected:
-            self.unread[samples, parts] = False
+            if is_new:
+                checksums.append(checksum_of(content))  # while a cache of the processor still holds it
+        if checksums:
+            self.compare(samples[new], parts[new], checksums)
 
-    def expected(self, samples: np.ndarray, parts: np.ndarray) -> list[Optional[int]]:
-        """The checksums of these parts, nothing for one that this process has compared before; empty when it has all."""
-        if self.index.checksum is None or not (unread := self.unread[samples, parts]).any():
-            return []
-        checksums = self.index.checksum[samples, parts].tolist()
-        return [value if new else None for value, new in zip(checksums, unread.tolist(), strict=True)]
+    def compare(self, samples: np.ndarray, parts: np.ndarray, checksums: list[int]) -> None:
+        """Remember that these parts have the checksums of the index. Raises ``ValueError`` naming the first that has not."""
+        assert self.index.checksum is not None
+        wrong = np.flatnonzero(self.index.checksum[samples, parts] != np.array(checksums, np.uint32))
+        if len(wrong):
+            raise damaged(self.index, int(samples[wrong[0]]))
+        self.unread[samples, parts] = False
