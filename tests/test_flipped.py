@@ -65,7 +65,8 @@ def read_checkpoints(folder: Path) -> str:
 def read_records(folder: Path) -> str:
     run = read_folder(folder / "small")
     scores = [(evaluation.scores, evaluation.manifest) for evaluation in run.evaluations]
-    return digest(run.config, run.state, scores, run.history()["device_hours"].to_numpy())
+    history = run.history()
+    return digest(run.config, run.state, scores, run.summary, list(history), history.to_numpy())
 
 
 def write_images(folder: Path) -> None:
@@ -137,6 +138,7 @@ KINDS = {
     "export": Kind(write_run, read_trained, 25, ("small/export/*",)),
     "checkpoint": Kind(write_run, read_checkpoints, 10, ("small/checkpoints/step-00000004/*",)),
     "records": Kind(write_run, read_records, 25, ("small/config.yaml", "small/environment.json", "small/evaluations/*.json")),
+    "metrics": Kind(write_run, read_records, 120, ("small/metrics.csv",)),
     "images": Kind(write_images, read_samples, 40, ("images/*",)),
     "latents": Kind(write_latents, read_samples, 60, ("images/*",)),
     "autoencoder": Kind(write_autoencoder, read_autoencoder, 3, ("autoencoder/*",)),

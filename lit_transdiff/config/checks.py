@@ -113,6 +113,6 @@ def require_classes(what: str, found: Sequence[str], expected: Sequence[str], wh
     raise ValueError(f"{what}: got {got}; allowed: {allowed}.")
 
 
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[object]) -> str:
     """The first few names, for messages."""
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

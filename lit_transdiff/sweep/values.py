@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 
+from lit_transdiff.checkpoints.format import warn_once
 from lit_transdiff.study.runs import read_local
 from lit_transdiff.study.wandb_logs import log_files, read_log
+from lit_transdiff.tracking.metrics_file import changed_in_words, read_lines
 
 
 def logged_values(folder: Path, metric: str) -> list[float]:
     """The values of ``metric`` in the order logged; NaN stands for every one that is no number."""
     file, logs = folder / "metrics.csv", folder / "wandb"
     if file.is_file():
-        with open(file, newline="", errors="replace") as lines:
-            rows = [row for row in csv.DictReader(lines) if row.get("metric") == metric]
-        return [as_number(row.get("value")) for row in rows if row.get("value")]
+        lines = read_lines(file)
+        if lines.changed:
+            warn_once(changed_in_words(file, lines.changed))
+        rows = (dict(zip(lines.names, cells, strict=True)) for cells in lines.cells.values())
+        return [as_number(row["value"]) for row in rows if row.get("metric") == metric and row.get("value")]
     return values_in_log(logs, metric) if logs.is_dir() else []
 
 

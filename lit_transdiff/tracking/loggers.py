@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.base.files import is_full, naming_full, replace_file, to_disk
 from lit_transdiff.config import RunConfig
-from lit_transdiff.tracking.metrics_file import COLUMNS, devices_of_starts
+from lit_transdiff.tracking.metrics_file import COLUMNS, NEEDED, cells_of, devices_of_starts, row_checksum
 from lit_transdiff.tracking.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,10 @@ log = logging.getLogger(__name__)
 class MetricsCSV(Logger):
     """``metrics.csv``, one row a value: step, images seen, wall-clock seconds of this process, metric, value, start of the run.
 
-    Starts are numbered as in ``environment.json``. Rows are on disk before training goes on, so that those up to a checkpoint
-    are there when it is; a resumed run first drops the rows after its step, and makes them again. Then the file is, but for
-    times and starts, that of a run that was never stopped. With ``despite_full_disk`` rows wait in memory until there is room.
+    Starts are numbered as in ``environment.json``; a row ends with its checksum. Rows are on disk before training goes on, so
+    that those up to a checkpoint are there when it is; a resumed run first drops the rows after its step, and makes them again.
+    Then the file is, but for times and starts, that of a run that was never stopped. With ``despite_full_disk`` rows wait in
+    memory until there is room.
     """
 
     def __init__(self, path: Path, images_per_step: int, despite_full_disk: bool = False) -> None:
@@ -58,6 +59,7 @@ class MetricsCSV(Logger):
         seconds = round(time.monotonic() - self.start, 3)
         images = (step or 0) * self.images_per_step
         rows = [[step, images, seconds, name, value, self.run_start] for name, value in metrics.items() if name != "epoch"]
+        rows = [[*row, row_checksum(row)] for row in rows]
         if step == self.resumed:
             self.insert(rows)
         else:
@@ -69,13 +71,17 @@ class MetricsCSV(Logger):
         """The number of this start of the run."""
         return len(devices_of_starts(self.path.parent)) - 1
 
-    def columns(self) -> int:
-        """How many columns the file has, which an earlier version may have begun; 0 where it does not begin with their names."""
+    def names(self) -> list[str]:
+        """The names of the file's columns; none where there is no file."""
         if not self.path.exists():
-            return 0
-        with open(self.path, errors="replace") as file:
-            head = file.readline().strip().split(",")
-        return len(head) if head == list(COLUMNS[: len(head)]) else 0
+            return []
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            return file.readline().strip().split(",")
+
+    def columns(self) -> int:
+        """With how many of ``COLUMNS``, fewer in earlier versions, the file begins; 0 where it is none of metrics."""
+        differ = [name != column for name, column in zip(self.names(), COLUMNS, strict=False)] + [True]
+        return differ.index(True) if differ.index(True) >= len(NEEDED) else 0
 
     def write(self) -> None:
         """Append the rows that wait to the file on disk, all of them or none."""
@@ -85,7 +91,7 @@ class MetricsCSV(Logger):
         columns, size = self.columns(), self.path.stat().st_size if self.path.exists() else 0
         rows = [row[:columns] for row in self.waiting] if columns else [COLUMNS, *self.waiting]
         try:
-            with naming_full(self.path), open(self.path, "a", newline="") as file:
+            with naming_full(self.path), open(self.path, "a", newline="", encoding="utf-8") as file:
                 file.write(as_csv(rows))
             to_disk(self.path)
             if not size:  # and its name
@@ -121,18 +127,19 @@ class MetricsCSV(Logger):
         """Rows of the step at which the run was stopped (scores that were broken off) stand first in it, as without the stop."""
         before = self.rows()
         place = next((i for i, row in enumerate(before) if int(row[0]) == self.resumed), len(before))
-        self.replace([*before[:place], *rows, *before[place:]])
+        columns = self.columns() or len(COLUMNS)
+        self.replace([*before[:place], *(row[:columns] for row in rows), *before[place:]])
 
     def rows(self) -> list[list[str]]:
-        """The whole rows of the file."""
-        rows = csv.reader(self.path.read_text(errors="replace").replace("\0", "").splitlines())
-        width = self.columns() or len(COLUMNS)
-        return [row for row in rows if len(row) == width and row[0].isdigit()]
+        """The whole rows of the file, also those that somebody has added or changed."""
+        text = self.path.read_text("utf-8", errors="replace").replace("\0", "").split("\n")
+        rows = [cells_of(line) for line in text[:-1]]
+        return [row for row in rows if len(row) >= len(NEEDED) and row[0].isdecimal()]
 
     def replace(self, rows: Sequence[Sequence[Any]]) -> None:
         """Write the file anew with these rows."""
-        columns = COLUMNS[: self.columns() or None]
-        replace_file(self.path, as_csv([columns, *(row[: len(columns)] for row in rows)]).encode())
+        names = self.names() if self.columns() else COLUMNS
+        replace_file(self.path, as_csv([names, *rows]).encode())
 
 
 def cut_torn_line(path: Path) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import csv
 import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.base.files import Damaged
 from lit_transdiff.checkpoints.version import read_versioned
+from lit_transdiff.config import some
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("step", "images_seen", "seconds", "metric", "value", "start")  # of metrics.csv; earlier versions wrote no start
+CHECKSUM = "checksum"
+NEEDED = ("step", "images_seen", "seconds", "metric", "value")
+COLUMNS = (*NEEDED, "start", CHECKSUM)  # of metrics.csv; earlier versions wrote no checksum, still earlier ones no start
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +42,59 @@ def device_count(folder: Path) -> int:
     return devices_of_starts(folder)[-1]
 
 
+def row_checksum(cells: Sequence[Any]) -> int:
+    """The CRC-32 of what a row holds beside it."""
+    return zlib.crc32(",".join(map(str, cells)).encode())
+
+
+@dataclass
+class MetricLines:
+    """The names of the columns, and the cells of the lines that may be what was written, by the numbers of the lines.
+
+    What was ``changed`` is not among them; what has no checksum, in a file that has some, is.
+    """
+
+    names: list[str]
+    cells: dict[int, list[str]]
+    changed: list[int]
+    without_checksum: list[int]
+    torn: list[int]  # the last line, where a kill has cut it short
+
+
+def read_lines(file: Path) -> MetricLines:
+    """The lines of ``metrics.csv``."""
+    first, *rest = file.read_text("utf-8", errors="replace").split("\n") if file.is_file() else [",".join(COLUMNS), ""]
+    names = cells_of(first)
+    before = names.index(CHECKSUM) if CHECKSUM in names else len(names)
+    lines = MetricLines(names, {}, [], [], [len(rest) + 1] if rest and rest[-1] else [])
+    for number, line in enumerate(rest[:-1], 2):
+        cells = cells_of(line)
+        checksum = "".join(cells[before : before + 1])
+        if not len(NEEDED) <= len(cells) <= len(names) or checksum not in ("", str(row_checksum(cells[:before]))):
+            lines.changed.append(number)
+            continue
+        lines.cells[number] = cells + [""] * (len(names) - len(cells))
+        if not checksum and before < len(names):
+            lines.without_checksum.append(number)
+    return lines
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a line, read alone: a quotation mark that damage has made would take the lines after it with it."""
+    try:
+        return next(csv.reader([line])) if '"' in line else line.split(",")
+    except csv.Error:
+        return []
+
+
+def changed_in_words(file: Path, lines: Sequence[int]) -> str:
+    return f"{file}: damaged or changed, and left out: {lines_in_words(lines)}. If you changed one, empty its {CHECKSUM}."
+
+
+def lines_in_words(numbers: Sequence[int]) -> str:
+    return f"line{'s' * (len(numbers) > 1)} {some(numbers)}" + (f" ({len(numbers)} in all)" if len(numbers) > 3 else "")
+
+
 def read_rows(file: Path) -> pd.DataFrame:
     """The rows of ``metrics.csv`` with its ``COLUMNS``; lines that are cut or damaged are left out with a warning.
 
@@ -43,24 +102,23 @@ def read_rows(file: Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    with_values = list(COLUMNS[:-1])
-    text = file.read_text(errors="replace") if file.is_file() else ",".join(COLUMNS) + "\n"
-    lines = list(csv.reader(text.splitlines()))
-    head = lines[0] if lines else []
-    if not set(with_values) <= set(head):
-        log.warning("%s does not begin with %s and is left out.", file, ",".join(with_values))
+    lines = read_lines(file)
+    if not set(NEEDED) <= set(lines.names):
+        log.warning("%s does not begin with %s and is left out.", file, ",".join(NEEDED))
         return pd.DataFrame(columns=list(COLUMNS), dtype=float)
-    complete = lines[1:] if text.endswith("\n") else lines[1:-1]  # what a kill cut short has no end
-    whole = [line + [""] * (len(head) - len(line)) for line in complete if len(with_values) <= len(line) <= len(head)]
-    rows = pd.DataFrame(whole, columns=head)
+    if unknown := [name for name in lines.names if name not in COLUMNS]:
+        log.warning("%s has columns that are not read: %s.", file, some(unknown))
+    rows = pd.DataFrame(lines.cells.values(), list(lines.cells), lines.names)
     words = rows["value"].str.lower() if len(rows) else rows["value"]
-    numeric = [name for name in head if name != "metric"]
+    numeric = [name for name in COLUMNS if name in lines.names and name != "metric"]
     rows[numeric] = rows[numeric].apply(pd.to_numeric, errors="coerce")
-    rows = rows[rows[["step", "images_seen", "seconds"]].notna().all(axis=1) & (rows["value"].notna() | (words == "nan"))]
-    if len(rows) < len(lines) - 1:
-        log.warning("%s: %d of its %d lines are damaged and are left out.", file, len(lines) - 1 - len(rows), len(lines) - 1)
-    rows = rows.astype({"step": int, "images_seen": int}).reset_index(drop=True)
-    start = rows["start"].ffill().fillna(0) if "start" in head else (rows["seconds"].diff() < 0).cumsum()
+    sound = rows[["step", "images_seen", "seconds"]].notna().all(axis=1) & (rows["value"].notna() | (words == "nan"))
+    if left_out := sorted([*lines.changed, *rows.index[~sound], *lines.torn]):
+        log.warning("%s", changed_in_words(file, left_out))
+    if lines.without_checksum:
+        log.warning("%s: without a %s, but counted: %s.", file, CHECKSUM, lines_in_words(lines.without_checksum))
+    rows = rows[sound].astype({"step": int, "images_seen": int}).reset_index(drop=True)
+    start = rows["start"].ffill().fillna(0) if "start" in rows else (rows["seconds"].diff() < 0).cumsum()
     return rows.assign(start=start)
 
 

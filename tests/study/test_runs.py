@@ -122,6 +122,54 @@ def test_metrics_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: p
     assert run.summary["val/loss"] == 1.0 and len(run.history()) == 3 and run.step == 6 and len(read) == 1
 
 
+def test_a_line_that_was_changed_or_added_by_hand_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = make_run(tmp_path, "a", 1.0) / "metrics.csv"
+    read_rows(file)
+    assert not caplog.text
+    names, *lines = file.read_text().splitlines()
+    assert names == ",".join(COLUMNS) and [line.split(",")[3] for line in lines[:3]] == ["train/loss"] * 3
+    changed = lines[1].replace("0.25", "0.125")
+    unsealed = changed.rpartition(",")[0]
+    for line, loss, said in (
+        (
+            changed,
+            [0.5, 1 / 6],
+            "damaged or changed, and left out: line 3. If you changed one, empty its checksum.",
+        ),
+        (f"{unsealed},", [0.5, 0.125, 1 / 6], "without a checksum, but counted: line 3."),
+        (unsealed, [0.5, 0.125, 1 / 6], "without a checksum, but counted: line 3."),
+        (changed.replace("4", '"', 1), [0.5, 1 / 6], "left out: line 3."),  # a quotation mark takes no other line with it
+        ("\0" * 200_000, [0.5, 1 / 6], "left out: line 3."),
+        (f'{unsealed}\n"', [0.5, 0.125, 1 / 6], "left out: line 4."),
+    ):
+        file.write_text("\n".join([names, lines[0], line, *lines[2:]]) + "\n")
+        caplog.clear()
+        found = read_rows(file)
+        assert found["value"][found["metric"] == "train/loss"].tolist() == pytest.approx(loss) and said in caplog.text, line
+    file.write_text("\n".join([f"{names},note", *(f"{line},mine" for line in lines)]) + "\n")
+    caplog.clear()
+    assert len(read_rows(file)) == len(lines) and "has columns that are not read: 'note'" in caplog.text
+    assert "left out" not in caplog.text
+    assert pd.read_csv(file)["checksum"].dtype == "int64"
+
+
+def test_what_was_added_by_hand_is_there_after_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = MetricsCSV(tmp_path / "metrics.csv", 8)
+    for step in (2, 4, 6):
+        log.log_metrics({'a "b", c': step / 3}, step)
+    text = log.path.read_text().replace("2,16,", "2,17,")
+    log.path.write_text(f"{text}3,24,0,mine,1.5\n")
+    log.drop_after(4)
+    log.log_metrics({"x": 0.1}, 6)
+    found = read_rows(log.path)
+    assert list(zip(found["step"], found["metric"], found["value"], strict=True)) == [
+        *((4, 'a "b", c', 4 / 3), (3, "mine", 1.5), (6, "x", 0.1))
+    ]
+    assert "left out: line 2." in caplog.text and "but counted: line 4." in caplog.text
+    log.path.write_text(log.path.read_text().replace("2,17,", "2,16,"))
+    assert len(read_rows(log.path)) == 4
+
+
 def test_links_and_loops_add_no_runs(tmp_path: Path) -> None:
     make_run(tmp_path / "runs", "b", 1.0)
     (tmp_path / "runs" / "a").symlink_to("b")
