@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_transdiff.base.files import crc32_of_files, crc32_once, damage_once, sealed
+from lit_transdiff.base.files import crc32_of_files, crc32_once, damage_once, read_json, sealed
 from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.checkpoints.format import complete_checkpoints, warn_once
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.dataset import PlannedDataset
+from lit_transdiff.data.findings import Findings, write_findings
 from lit_transdiff.data.index import LatentInfo, index_shards, read_index
 from lit_transdiff.data.order import Rows
 from lit_transdiff.data.pack import pack
@@ -221,9 +222,20 @@ def test_a_damaged_sample_is_named_with_its_place_and_what_to_do(
         assert skipping[rows].samples.tolist() != [[3]] and f"bad sample {index.name_of(3)}: the sample at byte" in caplog.text
 
 
-def test_sealed_content_of_all_types_is_read_as_it_was(tmp_path: Path) -> None:
-    from lit_transdiff.base.files import read_json
+def test_what_pack_found_is_not_told_otherwise(tmp_path: Path) -> None:
+    write_findings(tmp_path, Findings(oddities={"oriented": 3}), [["a/1.png", "b/2.png"]])
+    file = tmp_path / "findings.json"
+    sound, content = read_json(file), file.read_bytes()
+    assert sound == {"oddities": {"oriented": 3}, "in two classes": [["a/1.png", "b/2.png"]]}
+    for place, changed in flipped(content, len(content)):
+        file.write_bytes(changed)
+        try:
+            assert {name: read_json(file)[name] for name in sound} == sound, place
+        except ValueError as error:
+            assert "findings.json is damaged" in str(error)
 
+
+def test_sealed_content_of_all_types_is_read_as_it_was(tmp_path: Path) -> None:
     content = {"a": (1, 2), 3: float("nan"), "c": {"d": 1e-7, "e": None}, "f": "é"}
     (tmp_path / "file.json").write_bytes(sealed(content))
     assert json.dumps(read_json(tmp_path / "file.json")) == json.dumps(content)

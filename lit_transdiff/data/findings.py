@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_transdiff.base.files import read_json, replace_file
+from lit_transdiff.base.files import read_json, replace_file, sealed
 from lit_transdiff.config import are_numbers
 from lit_transdiff.data.decode import ANIMATED, ORIENTED, TRANSPARENT
 from lit_transdiff.data.encode import Encoding
@@ -99,7 +98,7 @@ def write_findings(folder: Path, found: Findings, twice: Sequence[Sequence[str]]
         replace_file(folder / SKIPPED_FILE, "".join(lines).encode())
     if found.oddities or twice:
         content = {"oddities": found.oddities, "in two classes": twice}
-        replace_file(folder / FINDINGS_FILE, (json.dumps(content, indent=1) + "\n").encode())
+        replace_file(folder / FINDINGS_FILE, sealed(content))
 
 
 def read_report(index: ShardIndex, encoding: Encoding, passed_over: Counter[str], found: Sequence[str] = ()) -> PackReport:

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_transdiff.checkpoints.format import warn_once
 from lit_transdiff.config.targets import below
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.study.records import AXES, Evaluation, Pictures, Run, number
@@ -36,11 +37,16 @@ def log_files(root: Path) -> list[list[Path]]:
 
 
 def records(file: Path) -> Iterable[dict[str, Any]]:
-    """What a ``.wandb`` file holds, through W&B's own reader; raises ``ValueError`` for a file that it cannot read."""
+    """What a ``.wandb`` file holds, through W&B's own reader; raises ``ValueError`` for a file that it cannot read.
+
+    The reader ends at a record that differs from its checksum; a warning says so.
+    """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode != 0:
         raise ValueError(f"{file}: {done.stderr.decode().strip() or 'wandb cannot read it'}")
+    if b"corrupt" in done.stderr:
+        warn_once(f"{file} is damaged: W&B's reader left a part of it out, so that the last values of the run may be missing.")
     return (json.loads(line) for line in done.stdout.splitlines())
 
 

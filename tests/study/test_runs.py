@@ -274,12 +274,20 @@ def check_same(run) -> None:
     assert run.pictures()["references"].getpixel((0, 0)) == (5, 5, 5)
 
 
-def test_an_offline_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_offline_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
     log_some(tmp_path)
     (run,) = runs(tmp_path)
     check_same(run)
+    (file,) = tmp_path.rglob("run-*.wandb")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.chmod(0o600)
+    file.write_bytes(content)
+    assert "is damaged" not in caplog.text
+    runs(tmp_path)
+    assert f"{file} is damaged: W&B's reader left a part of it out" in caplog.text
 
 
 def test_device_hours_of_wandb_add_up_over_restarts_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
