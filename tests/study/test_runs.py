@@ -20,7 +20,7 @@ from lit_transdiff.study import folders, wandb_logs
 from lit_transdiff.study.runs import archive, runs
 from lit_transdiff.study.wandb_logs import log_files, read_log
 from lit_transdiff.tracking.loggers import MetricsCSV
-from lit_transdiff.tracking.metrics_file import read_rows
+from lit_transdiff.tracking.metrics_file import COLUMNS, read_rows
 from lit_transdiff.tracking.wandb_run import STEP, WandbRun
 from tests.helpers.run_folders import OLD_COLUMNS, color, make_run, write_long
 from tests.helpers.small import small_run
