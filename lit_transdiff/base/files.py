@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-SEAL = "checksum"  # the entry of a JSON file that holds the CRC-32 of the others
+SEAL = "checksum"  # the entry of a JSON file, or the column of metrics.csv, that holds the CRC-32 of the others
 CHECKSUMS = "checksums.json"  # the CRC-32 of the files beside it, where there is no export.json that holds them
 HARDLY = 1 << 20  # bytes free, on a disk that is as good as full
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the share of a user of it, the largest file of a process

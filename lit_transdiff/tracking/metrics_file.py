@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_transdiff.base.files import Damaged
+from lit_transdiff.base.files import SEAL, Damaged
 from lit_transdiff.checkpoints.version import read_versioned
 from lit_transdiff.config import some
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CHECKSUM = "checksum"
 NEEDED = ("step", "images_seen", "seconds", "metric", "value")
-COLUMNS = (*NEEDED, "start", CHECKSUM)  # of metrics.csv; earlier versions wrote no checksum, still earlier ones no start
+COLUMNS = (*NEEDED, "start", SEAL)  # of metrics.csv; earlier versions wrote no checksum, still earlier ones no start
 log = logging.getLogger(__name__)
 
 
@@ -65,7 +64,7 @@ def read_lines(file: Path) -> MetricLines:
     """The lines of ``metrics.csv``."""
     first, *rest = file.read_text("utf-8", errors="replace").split("\n") if file.is_file() else [",".join(COLUMNS), ""]
     names = cells_of(first)
-    before = names.index(CHECKSUM) if CHECKSUM in names else len(names)
+    before = names.index(SEAL) if SEAL in names else len(names)
     lines = MetricLines(names, {}, [], [], [len(rest) + 1] if rest and rest[-1] else [])
     for number, line in enumerate(rest[:-1], 2):
         cells = cells_of(line)
@@ -88,7 +87,7 @@ def cells_of(line: str) -> list[str]:
 
 
 def changed_in_words(file: Path, lines: Sequence[int]) -> str:
-    return f"{file}: damaged or changed, and left out: {lines_in_words(lines)}. If you changed one, empty its {CHECKSUM}."
+    return f"{file}: damaged or changed, and left out: {lines_in_words(lines)}. If you changed one, empty its {SEAL}."
 
 
 def lines_in_words(numbers: Sequence[int]) -> str:
@@ -116,7 +115,7 @@ def read_rows(file: Path) -> pd.DataFrame:
     if left_out := sorted([*lines.changed, *rows.index[~sound], *lines.torn]):
         log.warning("%s", changed_in_words(file, left_out))
     if lines.without_checksum:
-        log.warning("%s: without a %s, but counted: %s.", file, CHECKSUM, lines_in_words(lines.without_checksum))
+        log.warning("%s: without a %s, but counted: %s.", file, SEAL, lines_in_words(lines.without_checksum))
     rows = rows[sound].astype({"step": int, "images_seen": int}).reset_index(drop=True)
     start = rows["start"].ffill().fillna(0) if "start" in rows else (rows["seconds"].diff() < 0).cumsum()
     return rows.assign(start=start)
