@@ -21,6 +21,8 @@ from lit_transdiff.sweep.controller import run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.journal import SweepJournal
 from lit_transdiff.sweep.report import failures, outcome
+from lit_transdiff.sweep.values import logged_values
+from lit_transdiff.tracking.loggers import MetricsCSV
 from tests.helpers.small import ROOT
 from tests.helpers.sweeps import TINY, train_command, write_recipe
 
@@ -208,6 +210,14 @@ def test_what_is_no_number_does_not_end_a_sweep(tmp_path: Path, content: str) ->
     assert len(warned) == (0 if "1.5" in content else 1), said
     (again,) = run_sweep(plan, tmp_path / "out", say=quiet)
     assert again.values == pytest.approx(trial.values, nan_ok=True)  # as the journal keeps them
+
+
+def test_a_value_that_was_damaged_is_left_out_of_the_search(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = MetricsCSV(tmp_path / "metrics.csv", 8)
+    for step, loss in enumerate((0.75, 0.5, 0.625)):
+        log.log_metrics({"loss": loss}, step)
+    log.path.write_text(log.path.read_text().replace(",0.5,", ",0.1,"))
+    assert logged_values(tmp_path, "loss") == [0.75, 0.625] and "damaged or changed, and left out: line 3." in caplog.text
 
 
 def test_values_of_wandb_end_with_what_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
