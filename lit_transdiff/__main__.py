@@ -128,6 +128,11 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("dest", help="a file name ending in .npz")
     with_overrides(sub)
 
+    sub = command(commands.bounds_command, "image shards -> the scores of real images and of their reconstructions")
+    sub.add_argument("run", help="the run's YAML: its extractor, reference, metrics and number of images")
+    sub.add_argument("source", help="folder of image shards, others than those of the reference")
+    with_overrides(sub)
+
 
 def add_trained(sub: argparse.ArgumentParser) -> None:
     """Which trained model draws, and how fast."""

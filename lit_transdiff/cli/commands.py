@@ -103,6 +103,21 @@ def statistics_command(args: argparse.Namespace) -> None:
     print(f"{found.num_images} images, {found.mu.size} features, hash {found.hash}: {args.dest}")
 
 
+def bounds_command(args: argparse.Namespace) -> None:
+    from lit_transdiff.data.index_files import index_files
+
+    run = load_run(args.run, args.overrides, args.imports)
+    index_files(args.source)
+    from lit_transdiff.distributed import default_device
+    from lit_transdiff.evaluation.bounds import bounds
+    from lit_transdiff.evaluation.scores import score_in_words
+
+    print(f"{run.evaluation.num_images:,} images, extractor {run.evaluation.extractor}")
+    for kind, scores in bounds(run, args.source, default_device()).items():
+        for name, score in scores.items():
+            print(f"{kind:16} {name:20} {score_in_words(score)}")
+
+
 def train_command(args: argparse.Namespace) -> None:
     from lit_transdiff.tracking.place import placed
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lit_transdiff.base.files import short_hash
 from lit_transdiff.config import AutoencoderConfig, DataConfig, require, require_classes
-from lit_transdiff.data.datamodule import DataModule
+from lit_transdiff.data.datamodule import Batch, DataModule
 from lit_transdiff.data.index import ShardIndex, read_index
 from lit_transdiff.data.latents import LatentCache, latent_info
 from lit_transdiff.evaluation.features import FeatureExtractor
@@ -133,6 +133,11 @@ def check_statistics(source: str | Path, dest: str | Path, *, data: DataConfig, 
 
 def images_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterator[Tensor]:
     """Every image of a folder of shards once, as batches [B, C, H, W] in [-1, 1]."""
+    return (batch.values[:, 0] for batch in batches_of(source, data, batch_size))
+
+
+def batches_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterator[Batch]:
+    """The same with the labels: ``values`` [B, 1, C, H, W]."""
     index = read_index(source)
     room_here("cpu").require(bytes_of_images(data, min(batch_size, len(index))), data__image_size=data.image_size)
     picture = {name: getattr(data, name) for name in PICTURE}
@@ -149,4 +154,4 @@ def images_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterator
     module.setup()
     loader = module.val_dataloader()
     assert isinstance(loader, torch.utils.data.DataLoader)
-    return (batch.values[:, 0] for batch in loader)
+    return iter(loader)
