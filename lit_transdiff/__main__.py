@@ -128,11 +128,6 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("dest", help="a file name ending in .npz")
     with_overrides(sub)
 
-    sub = command(commands.bounds_command, "image shards -> the scores of real images and of their reconstructions")
-    sub.add_argument("run", help="the run's YAML: its extractor, reference, metrics and number of images")
-    sub.add_argument("source", help="folder of image shards, others than those of the reference")
-    with_overrides(sub)
-
 
 def add_trained(sub: argparse.ArgumentParser) -> None:
     """Which trained model draws, and how fast."""
@@ -192,6 +187,11 @@ def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.
     add_trained(sub)
     sub.add_argument("--output", help="folder that all processes share; default: the run folder")
     sub.add_argument("--save-images", choices=("npz", "folder", "both"), help="also keep the images: ADM .npz, PNG files")
+    with_overrides(sub)
+
+    sub = command(commands.bounds_command, "image shards -> the scores of real images and of their reconstructions")
+    sub.add_argument("run", help="the run's YAML: its extractor, reference, metrics and number of images")
+    sub.add_argument("source", help="folder of image shards, others than those of the reference")
     with_overrides(sub)
 
     text = "a row of the paper's table from the released files: convert, generate, score, ours beside the paper's"
