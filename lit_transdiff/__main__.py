@@ -98,10 +98,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("--exif", choices=("turn", "ignore"), default="turn", help=EXIF)
     sub.add_argument("--background", default="white", help="what shows under transparent pixels: " + BACKGROUNDS)
     sub.add_argument("--limit", type=int, help="pack only so many, evenly over the classes")
-    sub.add_argument(
-        "--class-names",
-        help="names in order of class, separated by commas, or a file: a name a line, or class folder and name",
-    )
+    sub.add_argument("--class-names", help="names by class, with commas, or a file: a name a line, or class folder and name")
     sub.add_argument("--workers", type=int, default=0, help="processes that write shards; default: this one alone")
 
     sub = command(commands.index_command, "write the index of webdataset shards that you already have")
@@ -235,8 +232,7 @@ def add_machine_commands(command: AddCommand, with_overrides: Callable[[argparse
     sub.add_argument("--mfu", type=float, default=0.35, help="share of the peak that is reached; default: %(default)s")
     with_overrides(sub)
 
-    text = "check this machine, or under torchrun an allocation: devices, network, file system, versions"
-    sub = command(commands.doctor_command, text)
+    sub = command(commands.doctor_command, "check this machine, or torchrun's allocation: devices, network, disk, versions")
     sub.add_argument("--folder", default="runs", help="a folder that all nodes must see; default: %(default)s")
     sub.add_argument("--shards", help="a folder of shards whose reading is timed")
 
@@ -255,9 +251,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(lambda record: "ZeRO with an untested optimizer" not in record.getMessage())
     warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings(
-        "ignore", message=r"`torch\.distributed\.\w+` is (deprecated|a private function)"
-    )  # DeepSpeed's calls
+    # DeepSpeed's calls
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is (deprecated|a private function)")
 
 
 def end_process_group() -> None:

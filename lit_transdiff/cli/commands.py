@@ -24,6 +24,8 @@ from lit_transdiff.config.paths import (
     local_path,
     names_given,
 )
+from lit_transdiff.data.index_files import index_files
+from lit_transdiff.evaluation.scores import result_files, score_in_words
 
 AUTOENCODER = "autoencoder.path="  # of a trained run: where its autoencoder lies now
 CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
@@ -68,8 +70,6 @@ def verify_command(args: argparse.Namespace) -> None:
 
 
 def cache_command(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.index_files import index_files
-
     run = load_run(args.run, args.overrides, args.imports)
     index_files(args.source)
     from lit_transdiff.distributed import build_fabric
@@ -89,8 +89,6 @@ def cache_command(args: argparse.Namespace) -> None:
 
 
 def statistics_command(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.index_files import index_files
-
     run = load_run(args.run, args.overrides, args.imports)
     if not args.source.endswith(".npz"):
         index_files(args.source)
@@ -104,18 +102,13 @@ def statistics_command(args: argparse.Namespace) -> None:
 
 
 def bounds_command(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.index_files import index_files
-
     run = load_run(args.run, args.overrides, args.imports)
     index_files(args.source)
     from lit_transdiff.distributed import default_device
     from lit_transdiff.evaluation.bounds import bounds
-    from lit_transdiff.evaluation.scores import score_in_words
 
-    print(f"{run.evaluation.num_images:,} images, extractor {run.evaluation.extractor}")
     for kind, scores in bounds(run, args.source, default_device()).items():
-        for name, score in scores.items():
-            print(f"{kind:16} {name:20} {score_in_words(score)}")
+        print(*(f"{kind:16} {name:20} {score_in_words(score)}" for name, score in scores.items()), sep="\n")
 
 
 def train_command(args: argparse.Namespace) -> None:
@@ -140,8 +133,6 @@ def train_command(args: argparse.Namespace) -> None:
 
 def check_inputs(run: RunConfig) -> None:
     """Look for the data and the model that a new run starts from; training itself looks more closely."""
-    from lit_transdiff.data.index_files import index_files
-
     if run.folder.exists():  # it may be done, and need them no more
         return
     for source in (run.data.train, run.data.evaluation):
@@ -231,7 +222,6 @@ def evaluate_command(args: argparse.Namespace) -> None:
     export_folder(args.checkpoint)
     from lit_transdiff.cli.pipeline import score_checkpoint
     from lit_transdiff.distributed import build_fabric
-    from lit_transdiff.evaluation.scores import score_in_words
     from lit_transdiff.sampling.generator import load_generator
 
     fabric = build_fabric()
@@ -259,8 +249,6 @@ def reproduce_command(args: argparse.Namespace) -> None:
 
 
 def compare_command(args: argparse.Namespace) -> None:
-    from lit_transdiff.evaluation.scores import result_files
-
     result_files(args.folder)
     from lit_transdiff.study.table import write_comparison
 
@@ -305,8 +293,6 @@ def plan_command(args: argparse.Namespace) -> None:
 
 
 def doctor_command(args: argparse.Namespace) -> None:
-    from lit_transdiff.data.index_files import index_files
-
     if args.shards:
         index_files(args.shards)
     from lit_transdiff.planning.doctor import examine
