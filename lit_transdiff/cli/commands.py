@@ -105,9 +105,9 @@ def bounds_command(args: argparse.Namespace) -> None:
     run = load_run(args.run, args.overrides, args.imports)
     index_files(args.source)
     from lit_transdiff.distributed import default_device
-    from lit_transdiff.evaluation.bounds import bounds
+    from lit_transdiff.evaluation.bounds import best_scores
 
-    for kind, scores in bounds(run, args.source, default_device()).items():
+    for kind, scores in best_scores(run, args.source, default_device()).items():
         print(*(f"{kind:16} {name:20} {score_in_words(score)}" for name, score in scores.items()), sep="\n")
 
 

@@ -26,7 +26,7 @@ from lit_transdiff.models.autoencoder import load_autoencoder
 
 
 @torch.no_grad()
-def bounds(run: RunConfig, source: str | Path, device: torch.device | str = "cpu") -> dict[str, dict[str, Score]]:
+def best_scores(run: RunConfig, source: str | Path, device: torch.device | str = "cpu") -> dict[str, dict[str, Score]]:
     """The scores of ``evaluation.num_images`` images of the shards ``source``: ``real images`` and ``reconstructions``.
 
     Raises ``ValueError`` for images that are too few of a class, of other classes, or those that the reference was made of.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import load_run
-from lit_transdiff.evaluation.bounds import bounds
+from lit_transdiff.evaluation.bounds import best_scores
 from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.prepare import batches_of, statistics
 from lit_transdiff.models.autoencoder import load_autoencoder
@@ -50,7 +50,7 @@ def frechet(features: Tensor, reference: Tensor) -> float:
 
 
 def test_real_images_and_reconstructions_are_scored_as_drawn_ones_are(run: RunConfig) -> None:
-    found = bounds(run, FASHION / "train")
+    found = best_scores(run, FASHION / "train")
     batch = next(iter(batches_of(FASHION / "train", run.data, 200)))
     first = torch.cat([(batch.labels == c).nonzero()[:2, 0] for c in range(10)])
     images, labels = batch.values[first, 0], batch.labels[first]
@@ -67,7 +67,7 @@ def test_real_images_and_reconstructions_are_scored_as_drawn_ones_are(run: RunCo
 
 def test_what_would_mislead_is_refused(run: RunConfig) -> None:
     with pytest.raises(ValueError, match=r"the images: got .*evaluation.*; allowed: others than those that .*reference\.npz"):
-        bounds(run, FASHION / "evaluation")
+        best_scores(run, FASHION / "evaluation")
     more = load_run(ROOT / "experiments/fashion/ar_pretrain.yaml", ["evaluation.num_images=4001"])
     with pytest.raises(ValueError, match=r"num_images: got 4001; allowed: fewer: 401 would be of class 0, which has 400"):
-        bounds(more, FASHION / "train")
+        best_scores(more, FASHION / "train")
