@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import plain
 from lit_transdiff.base.randomness import PerImageNormal
-from lit_transdiff.config import SIZES, ModelConfig, OptimizerConfig, RunConfig, SamplingConfig
-from lit_transdiff.flow.loss import flow_matching_loss
+from lit_transdiff.config import SIZES, FlowConfig, ModelConfig, OptimizerConfig, RunConfig, SamplingConfig
+from lit_transdiff.flow.straight import Flow
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.execution import compile_blocks
 from lit_transdiff.models.linear import product, takes_onednn
@@ -121,14 +121,16 @@ def training_pair(setup: Setup) -> tuple[Callable[[], Tensor], Callable[[], Tens
     drop = torch.zeros_like(setup.labels, dtype=torch.bool)
     optimizer = build_optimizer(model, OptimizerConfig(lr=1e-6, ema_decay=EMA_DECAY))
 
+    flow = Flow(FlowConfig(), "velocity")
+
     def ours() -> Tensor:
         model.train()
         rows = repeat(x, "b r c h w -> (r m b) c h w", m=draws)
         with setup.autocast():
             memory = model.memory(model.encode(setup.labels, x[:, :-1], drop), every_reference=True)
-            loss = flow_matching_loss(
-                lambda x_t, t: model.velocity(x_t, t, memory), rows, noise.flatten(0, 1), t.flatten() / 1000
-            ).mean()
+            e, times = noise.flatten(0, 1), t.flatten() / 1000
+            x_t = flow.noised(rows, e, times)
+            loss = flow.losses(model.velocity(x_t, times, memory), rows, e, times, x_t).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

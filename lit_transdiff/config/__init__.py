@@ -18,7 +18,9 @@ from lit_transdiff.config.checks import (
 from lit_transdiff.config.data import BACKGROUNDS, AutoencoderConfig, AutoencoderTraining, DataConfig, is_colour
 from lit_transdiff.config.effects import EFFECTS, check_effects
 from lit_transdiff.config.evaluation import EvaluationConfig
+from lit_transdiff.config.family import Family, ModelSettings
 from lit_transdiff.config.model import SIZES, ModelConfig
+from lit_transdiff.config.paradigms import PARADIGMS
 from lit_transdiff.config.run import NESTED, RunConfig
 from lit_transdiff.config.running import CheckpointConfig, DistributedConfig, SafetyConfig, TrackingConfig
 from lit_transdiff.config.sampling import PRESETS, SamplingConfig
@@ -28,6 +30,7 @@ __all__ = [
     "BACKGROUNDS",
     "EFFECTS",
     "NESTED",
+    "PARADIGMS",
     "PRESETS",
     "SIZES",
     "AutoencoderConfig",
@@ -36,8 +39,10 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "EvaluationConfig",
+    "Family",
     "FlowConfig",
     "ModelConfig",
+    "ModelSettings",
     "OptimizerConfig",
     "RunConfig",
     "SafetyConfig",

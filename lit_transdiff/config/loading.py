@@ -11,14 +11,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_transdiff.base.files import replace_file
-from lit_transdiff.config import NESTED, PRESETS, ModelConfig, RunConfig, expanded, require, unknown
+from lit_transdiff.config import NESTED, PRESETS, RunConfig, expanded, require, unknown
 from lit_transdiff.config.imports import import_modules
+from lit_transdiff.config.paradigms import settings_class
 from lit_transdiff.config.typed import typed
 from lit_transdiff.config.yaml_text import read, read_file
 
@@ -62,14 +64,20 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
     with refusing(source):
         given = of_environment(OmegaConf.create(settings))
         check_keys(given, RunConfig, "", source)
-        imports = plain_settings(given).get("imports")
-        size = OmegaConf.select(given, "model.size")
+        imports, asked = (plain_settings(given).get(name) for name in ("imports", "model"))
     try:
         import_modules(imports if isinstance(imports, str | list) else typed(imports or [], list[str], "imports"))
-        model = ModelConfig(size=typed(size, str, "model.size")) if size else ModelConfig()
+        schema = settings_class(asked if isinstance(asked, dict) else {})
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    check_keys(given, RunConfig, "", source, NESTED | {"model": schema})
+    try:
         with refusing():
-            whole = merge(to_dict(RunConfig(model=model)), given)
-            run = typed(OmegaConf.to_container(whole, resolve=True), RunConfig, "")
+            size = OmegaConf.select(given, "model.size")
+            model = schema(size=typed(size, str, "model.size")) if size else schema()  # type: ignore[call-arg]
+            whole = OmegaConf.to_container(merge(to_dict(RunConfig(model=model)), given), resolve=True)
+            assert isinstance(whole, dict)
+            run = typed(whole | {"model": typed(whole["model"], schema, "model")}, RunConfig, "")
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     assert isinstance(run, RunConfig)
@@ -149,12 +157,11 @@ def without_none(value: Any) -> Any:
     return None if value == "None" else value
 
 
-def check_keys(given: Any, schema: type, prefix: str, source: str) -> None:
-    """Refuse a key that the dataclass does not have, naming the nearest one that it has."""
+def check_keys(given: Any, schema: type, prefix: str, source: str, nested: Mapping[str, type] = MappingProxyType({})) -> None:
+    """Refuse a key that the dataclass does not have, naming the nearest one that it has; also in its ``nested`` sections."""
     if not isinstance(given, DictConfig | dict):
         raise ValueError(f"{source}: {prefix.rstrip('.')}: got {given!r}; expected settings (key: value).")
     fields = {f.name: f for f in dataclasses.fields(schema)}
-    nested = NESTED if schema is RunConfig else {}
     for key in given:
         if key not in fields:
             explained = f" Explained by: lit-transdiff settings {prefix[:-1]}".rstrip() if schema in SCHEMAS else ""

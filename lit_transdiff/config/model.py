@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from lit_transdiff.config.checks import require, unknown
+from lit_transdiff.config.checks import require
+from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, ModelSettings, take_size
 
 # Table of sizes: the paper's three (arXiv 2506.09482, Table 1) and small ones for laptops and tests.
 # encoder_blocks is the real number of blocks; the reference code counts pairs of them.
@@ -34,22 +37,20 @@ COUNTS_OF_MODEL = (
 )
 
 
-class OfSize(int):
-    """Stands for the number in the size's row of SIZES, until a ``ModelConfig`` is made; an int, as the number is."""
-
-
-OF_SIZE = OfSize()
-
-
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ModelSettings):
     """One TransDiff for every number of references: R = 1 is one-step AR, R > 1 is MRAR."""
 
+    of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "num_context_tokens")
+    paradigm: str = "transdiff"  # a name in config.paradigms.PARADIGMS: the family of the model, which has settings of its own
     size: str = "base"  # a name in config.model.SIZES, which gives those of the next four fields that are not given
     width: int = OF_SIZE  # D, of encoder and decoder
     num_heads: int = OF_SIZE  # of attention
     encoder_blocks: int = OF_SIZE  # of the autoregressive transformer
     decoder_blocks: int = OF_SIZE  # of the diffusion decoder
+    encoder: str = "ar_transformer"  # a name in models.encoder.ENCODERS
+    decoder: str = "cross_attention"  # a name in models.decoder.DECODERS
+    condition: str = "class"  # a name in models.conditions.CONDITIONS: what an image is drawn of
     mlp_ratio: float = 4.0  # hidden width of an MLP / width
     num_classes: int = 1000  # labels are 0 to num_classes - 1
     num_class_tokens: int = 64  # copies of the class embedding in front of the encoder's sequence
@@ -62,11 +63,7 @@ class ModelConfig:
     projection_dropout: float = 0.1  # after attention and within MLPs
 
     def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise unknown("model.size", self.size, SIZES)
-        for name, number in SIZES[self.size].items():
-            if isinstance(getattr(self, name), OfSize):
-                object.__setattr__(self, name, number)
+        take_size(self, SIZES)
         for name in COUNTS_OF_MODEL:
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
         hidden = self.mlp_ratio * self.width
@@ -103,3 +100,25 @@ class ModelConfig:
     @property
     def num_decoder_tokens(self) -> int:
         return (self.latent_size // self.patch_size) ** 2
+
+    def least_parameters(self) -> Mapping[tuple[str, ...], int]:
+        """The matrices that all blocks have, and the tables of classes and positions."""
+        hidden = int(self.mlp_ratio * self.width)
+        blocks = (self.encoder_blocks + self.decoder_blocks) * (4 * self.width**2 + 2 * self.width * hidden)
+        tokens = self.num_class_tokens + self.num_context_tokens + self.num_decoder_tokens
+        tables = self.width * (self.num_classes + tokens)
+        return {
+            ("width", "mlp_ratio", "encoder_blocks", "decoder_blocks"): blocks,
+            ("width", "num_classes", "num_class_tokens", "num_context_tokens", "latent_size", "patch_size"): tables,
+        }
+
+    def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
+        """The tokens in the blocks, of which a block keeps its input or much more."""
+        kept = {name: 1 if name in recomputed else OF_A_TOKEN for name in ("encoder", "decoder")}
+        encoder = self.encoder_blocks * (self.num_class_tokens + self.num_context_tokens) * kept["encoder"]
+        decoder = self.decoder_blocks * self.num_references * draws * self.num_decoder_tokens * kept["decoder"]
+        return self.width * ((0 if head_alone else encoder) + decoder)
+
+    def least_drawn(self) -> int:
+        """The tokens in the decoder, before and after a norm."""
+        return 2 * self.num_decoder_tokens * self.width

@@ -74,11 +74,10 @@ def settings_of_class(cls: type, defaults: Any, prefix: str) -> Iterator[Setting
     hints, meanings, ranges = typing.get_type_hints(cls), comments(cls, tree), Ranges(dict(vars(sys.modules[cls.__module__])))
     ranges.visit(tree)
     for field, hint in ((field, hints[field.name]) for field in dataclasses.fields(cls)):
-        if not dataclasses.is_dataclass(hint):
+        if not dataclasses.is_dataclass(getattr(defaults, field.name)):
             name, meaning = prefix + field.name, meanings[field.name]
-            names = list(SIZES) if name == "model.size" else names_of(meaning)
             allowed = list(ranges.found.get(name, {}) if prefix else ())
-            yield Setting(name, hint, names, allowed, getattr(defaults, field.name), meaning)
+            yield Setting(name, hint, names_of(meaning), allowed, getattr(defaults, field.name), meaning)
 
 
 def values_of(hint: Any, names: Sequence[str], default: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Literal, Optional, Union
 from lit_transdiff.config.checks import FOLDER_NAME, check_finite, expand, is_folder_name, require
 from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
 from lit_transdiff.config.evaluation import EvaluationConfig
+from lit_transdiff.config.family import ModelSettings
 from lit_transdiff.config.model import ModelConfig
 from lit_transdiff.config.running import CheckpointConfig, DistributedConfig, SafetyConfig, TrackingConfig
 from lit_transdiff.config.sampling import SamplingConfig
@@ -35,7 +36,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(kind="identity"))
     autoencoder_training: AutoencoderTraining = field(default_factory=AutoencoderTraining)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelSettings = field(default_factory=ModelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -86,7 +87,7 @@ class RunConfig:
         return self.training.global_batch_size * self.model.num_references
 
 
-# Sections of a run's settings and what they are made of.
+# Sections of a run's settings and what they are made of; ``model`` of another paradigm has the settings of that.
 NESTED: dict[str, type] = {
     "data": DataConfig,
     "autoencoder": AutoencoderConfig,

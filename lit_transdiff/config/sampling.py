@@ -39,15 +39,18 @@ class SamplingConfig:
     noise_scale: float = 1.0  # the paper's scale_1
     guidance_scale: float = 1.0  # v = u + scale (c - u) of classifier-free guidance; 1: none
     guidance: str = "constant"  # a name in flow.guidance.GUIDANCE: how the scale depends on t
+    part_guidance: str = "constant"  # a name in flow.guidance.PART_GUIDANCE: how the scale depends on the parts before
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # t (1 = noise) between which guidance acts
     reference_guidance: Optional[list[float]] = None  # one guidance_scale per reference instead
     reference_steps: Optional[list[int]] = None  # one num_steps per reference instead
     reuse_noise: bool = True  # MRAR: one initial noise for all references of an image, as in the paper
+    num_parts: Optional[int] = None  # parts in which an image is drawn, of families that draw in any number; null: the family's
     precision: Precision = "fp32"  # of the passes through the model; the solver's state is float32
 
     def __post_init__(self) -> None:
         steps = [self.num_steps, *(self.reference_steps or [])]
         require(all(1 <= n <= MOST_STEPS for n in steps), "sampling.num_steps", steps, f"integers of 1 to {MOST_STEPS:,}")
+        require(self.num_parts is None or self.num_parts >= 1, "sampling.num_parts", self.num_parts, "at least 1")
         require(self.shift > 0, "sampling.shift", self.shift, "above 0")
         scales = [self.guidance_scale, *(self.reference_guidance or [])]
         require(all(s >= 1 for s in scales), "sampling.guidance_scale", scales, "at least 1 (no guidance)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
@@ -101,8 +102,8 @@ class TrainingConfig:
     num_validation_samples: int = 512  # images of data.evaluation, the same every time; 0: no validation
     callbacks: list[str] = field(default_factory=list)  # names in training.callbacks.CALLBACKS
     compile: bool = False  # torch.compile of the blocks; where it does not work, the run says so and goes on without
-    activation_checkpointing: Literal["none", "encoder", "decoder", "all"] = "none"
-    # whose blocks are computed again in the backward pass, instead of keeping what is in them
+    activation_checkpointing: str = "none"
+    # "all", or which of the model's stacks of blocks (encoder, decoder) are computed again in the backward pass
     activation_checkpointing_every: int = 1  # every n-th of those blocks
 
     def __post_init__(self) -> None:
@@ -126,8 +127,6 @@ class TrainingConfig:
             "1 when training.activation_checkpointing is 'none'",
         )
 
-    @property
-    def checkpointed_parts(self) -> tuple[str, ...]:
-        """The parts of the model whose blocks are computed again."""
-        chosen = self.activation_checkpointing
-        return {"none": (), "all": ("encoder", "decoder")}.get(chosen, (chosen,))
+    def recomputed(self, stacks: Iterable[str]) -> list[str]:
+        """Those of a model's stacks of blocks that are computed again."""
+        return [name for name in stacks if self.activation_checkpointing in ("all", name)]

@@ -35,7 +35,7 @@ def type_in_words(hint: Any) -> str:
         return f"{type_in_words(parts[0])}: {type_in_words(parts[1])}"
     if origin in (Union, types.UnionType):
         return " or ".join("null" if part is types.NoneType else type_in_words(part) for part in parts)
-    return "settings" if dataclasses.is_dataclass(hint) else WORDS[hint]
+    return WORDS.get(hint, "settings")
 
 
 def typed(value: Any, hint: Any, name: str) -> Any:
@@ -45,6 +45,8 @@ def typed(value: Any, hint: Any, name: str) -> Any:
     none of the type.
     """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(value):
+        return value  # a section that is made
     if dataclasses.is_dataclass(hint):
         return section(value, typing.cast(type, hint), name)
     if origin in (Union, types.UnionType):

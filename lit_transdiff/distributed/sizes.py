@@ -11,8 +11,6 @@ from lit_transdiff.models.sizes import (
     FLOAT_BYTES,
     Room,
     bytes_of_images,
-    least_in_blocks,
-    least_in_tables,
     least_of_autoencoder,
     least_of_drawing,
     least_of_row,
@@ -21,10 +19,6 @@ from lit_transdiff.models.sizes import (
 from lit_transdiff.stages import PREPARATORY, STAGES
 
 LARGEST_GPU = max(device.memory for device in DEVICES.values())
-WEIGHTS = {
-    least_in_blocks: ("width", "mlp_ratio", "encoder_blocks", "decoder_blocks"),
-    least_in_tables: ("width", "num_classes", "num_class_tokens", "num_context_tokens", "latent_size", "patch_size"),
-}
 NODE, CLUSTER = 8, 1024  # GPUs that may share weights, or a batch, where a run is only outlined
 
 
@@ -53,11 +47,11 @@ def check_weights(run: RunConfig, room: Room) -> None:
     """The weights, their gradients and averages, of which a device has its part."""
     model, training = run.model, run.autoencoder_training
     if run.stage in STAGES:
-        copies = 1 + STAGES[run.stage].trains_encoder * (1 + run.optimizer.num_averages)
+        copies = 1 + (not STAGES[run.stage].head_alone) * (1 + run.optimizer.num_averages)
         parts = 1 if STRATEGIES[strategy_name(run)].whole else world_size(run)
-        for least, names in WEIGHTS.items():
+        for names, least in model.least_parameters().items():
             shape = {f"model__{name}": getattr(model, name) for name in names}
-            room.require(FLOAT_BYTES * copies / parts * least(model), **shape)
+            room.require(FLOAT_BYTES * copies / parts * least, **shape)
     elif run.stage == "autoencoder":
         shape = {f"autoencoder_training__{name}": getattr(training, name) for name in ("block_channels", "layers_per_block")}
         room.require(2 * FLOAT_BYTES * least_of_autoencoder(training), **shape)
@@ -70,9 +64,9 @@ def check_batch(run: RunConfig, rows: int, room: Room) -> None:
     if run.stage in PREPARATORY:
         room.require(bytes_of_images(run.data, rows), **batch, data__image_size=run.data.image_size)
         return
-    model, draws = run.model, run.flow.num_noise_draws
-    shape = {f"model__{name}": getattr(model, name) for name in ("width", "latent_size", "num_context_tokens")}
-    room.require(rows * least_of_row(run, STAGES[run.stage].trains_encoder), **batch, flow__num_noise_draws=draws, **shape)
+    shape = {f"model__{name}": getattr(run.model, name) for name in run.model.of_a_row}
+    least = least_of_row(run, STAGES[run.stage].head_alone)
+    room.require(rows * least, **batch, flow__num_noise_draws=run.flow.num_noise_draws, **shape)
 
 
 def check_drawing(run: RunConfig, room: Room) -> None:

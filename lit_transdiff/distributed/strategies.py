@@ -27,7 +27,7 @@ from lit_transdiff.distributed.world import (
     world_size,
 )
 from lit_transdiff.models.execution import shard_blocks
-from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.models.paradigm import Paradigm
 from lit_transdiff.stages import PREPARATORY
 
 
@@ -46,7 +46,7 @@ class DDP(Sharding, DDPStrategy):
 class FSDP(Sharding, ModelParallelStrategy):
     """FSDP2: parameters, gradients, optimizer and averages are cut by rows; each block is gathered when it is needed."""
 
-    def shard(self, model: TransDiff) -> None:
+    def shard(self, model: Paradigm) -> None:
         shard_blocks(model, self.device_mesh["data_parallel"])
 
 

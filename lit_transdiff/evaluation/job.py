@@ -54,12 +54,12 @@ class DrawnBatch:
     found: Features
     pixels: Tensor  # [B, C, H, W] uint8, as a file holds them
     seconds: float  # spent on drawing and decoding
-    evaluations: int  # images that went through the diffusion decoder
+    evaluations: int  # images that went through what a solver evaluates
 
 
 def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig) -> Job:
     """Load the extractor and the reference, and refuse whatever could not be scored after the images are drawn."""
-    check_sampling(sampling)
+    check_sampling(sampling, generator.run.model)
     generator = generator.at(sampling.precision)
     at_once = min(settings.batch_size, settings.num_images)
     room_here(generator.device.type).require(least_of_drawing(generator.run, at_once), evaluation__batch_size=settings.batch_size)
@@ -74,7 +74,7 @@ def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: Samp
         reference,
         logits=extractor.gives_logits,
         class_logits=extractor.num_classes == num_classes,
-        semantic=True,
+        semantic=generator.model.has_features,
         spatial=extractor.num_spatial is not None,
     )
     check_metrics(settings.metrics, have)
@@ -102,7 +102,7 @@ def draw_batch(job: Job, batch: Sequence[int]) -> DrawnBatch:
     """Draw the images of the indices ``batch`` and extract their features."""
     generator = job.generator
     first = batch[:: job.kept]  # of each row
-    with counted_rows(generator.network.decoder) as rows:
+    with counted_rows(generator.network.evaluated) as rows:
         started = clock(generator.device)
         drawn = generator.images(job.labels[list(first)], image_seeds(job.settings, first), job.sampling)
         images = drawn[:, -job.kept :].flatten(0, 1)  # [B, C, H, W]

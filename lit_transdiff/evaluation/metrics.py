@@ -209,7 +209,7 @@ NEEDS: dict[str, str] = {
     "spatial features": "spatial features: set evaluation.extractor to 'inception'",
     "logits": "logits: set evaluation.extractor to a network that has them",
     "class logits": "logits over the model's own classes: set evaluation.extractor to 'classifier' or 'judge', trained on them",
-    "semantic features": "the semantic features of the model that made the images",
+    "semantic features": "a model.paradigm with semantic features (an encoder before its decoder)",
 }
 
 
@@ -240,10 +240,11 @@ def check_metrics(names: Sequence[str], have: set[str]) -> None:
         METRICS[name].check(have)
 
 
-def check_evaluation(settings: EvaluationConfig, *, scores: bool) -> None:
+def check_evaluation(settings: EvaluationConfig, *, scores: bool, semantic: bool = True) -> None:
     """Refuse an extractor or metric that is in no table and, for a run that ``scores``, settings that the metrics cannot do with.
 
-    No file is looked at: the extractor and the reference may be made before they are needed.
+    No file is looked at: the extractor and the reference may be made before they are needed. ``semantic``: whether the model has
+    semantic features.
     """
     check_name(settings.extractor)
     lacking: set[str] = set()
@@ -251,6 +252,7 @@ def check_evaluation(settings: EvaluationConfig, *, scores: bool) -> None:
         check_extractor_weights(settings.extractor, settings.extractor_weights)
         extractor = EXTRACTORS[settings.extractor]
         has = {"reference": settings.reference, "logits": extractor.gives_logits, "spatial features": extractor.num_spatial}
+        has["semantic features"] = semantic
         lacking = {need for need, value in has.items() if not value}
     check_metrics(settings.metrics, set(NEEDS) - lacking)
 

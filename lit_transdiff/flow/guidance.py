@@ -14,7 +14,7 @@ Schedule = Callable[[float, float], float]  # the largest scale, t -> the scale 
 
 
 def constant_scale(scale: float, t: float) -> float:
-    """The same scale at all times."""
+    """The same scale at all times, and of all parts."""
     return scale
 
 
@@ -24,6 +24,15 @@ def rising(scale: float, t: float) -> float:
 
 
 GUIDANCE: dict[str, Schedule] = {"constant": constant_scale, "rising": rising}
+
+
+def growing(scale: float, progress: float) -> float:
+    """Linear in the share of the image that is drawn with this part, up to the whole scale at the last one."""
+    return 1 + (scale - 1) * progress
+
+
+# The largest scale, the share of the image that is drawn with a part (0 to 1) -> the largest scale of the part.
+PART_GUIDANCE: dict[str, Schedule] = {"constant": constant_scale, "growing": growing}
 
 
 def guide(

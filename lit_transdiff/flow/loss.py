@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_transdiff.config import FlowConfig, unknown
-from lit_transdiff.flow.path import expand_like, interpolate, target_velocity
-
-VelocityFn = Callable[[Tensor, Tensor], Tensor]
+from lit_transdiff.flow.path import expand_like, target_velocity
 
 
 def logit_normal(normal: Tensor, config: FlowConfig) -> Tensor:
@@ -88,11 +86,9 @@ OBJECTIVES: dict[str, LossFn] = {"velocity": velocity_error, "clean": clean_erro
 LOSS_TERMS: dict[str, LossFn] = {"direction": direction_error}
 
 
-def flow_matching_loss(velocity_fn: VelocityFn, x: Tensor, noise: Tensor, t: Tensor, config: FlowConfig | None = None) -> Tensor:
+def flow_matching_loss(prediction: Prediction, config: FlowConfig | None = None) -> Tensor:
     """The objective of every row and the weighted loss terms, [B]; the loss of a batch is its mean."""
     config = config or FlowConfig()
-    x_t = interpolate(x, noise, t)
-    prediction = Prediction(velocity_fn(x_t, t).float(), x, noise, t, x_t)
     rows = OBJECTIVES[config.objective](prediction, config)
     for name, weight in config.loss_terms.items():
         rows = rows + weight * LOSS_TERMS[name](prediction, config)

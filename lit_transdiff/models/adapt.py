@@ -10,13 +10,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from lit_transdiff.config import ModelConfig
-from lit_transdiff.models.transdiff import TransDiff
+if TYPE_CHECKING:
+    from lit_transdiff.config import ModelSettings
+    from lit_transdiff.models.paradigm import Paradigm
+
+
+Rule = Callable[[Tensor, Tensor, "ModelSettings"], "Tensor | None"]
+Rules = Mapping[str, tuple[Rule, str]]  # tensor name -> rule, description; it returns nothing when the shapes do not allow it
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What a family does where a model starts from one of another shape, by the names of its tensors."""
+
+    classes: str = ""  # the table of class embeddings, a row a class
+    rules: Rules = field(default_factory=dict)  # always
+    sized: Rules = field(default_factory=dict)  # of another size of the latent: where positions are interpolated, else made anew
+    shaped: Sequence[str] = ()  # depend on patch, channels and numbers of tokens: made anew where init_shapes says so
+    optional: tuple[str, ...] = ()  # beginnings of names that one of the two may have and the other not
 
 
 @dataclass
@@ -36,12 +53,12 @@ class AdaptReport:
         return "\n".join(lines)
 
 
-def broadcast_mask_tokens(old: Tensor, new: Tensor, config: ModelConfig) -> Tensor | None:
+def broadcast_mask_tokens(old: Tensor, new: Tensor, config: ModelSettings) -> Tensor | None:
     """One-step AR has one mask token for all positions; MRAR has one for each position of a group."""
     return old.expand_as(new).clone() if old.shape[1] == 1 and old.shape[2] == new.shape[2] else None
 
 
-def resize_positions(old: Tensor, new: Tensor, config: ModelConfig) -> Tensor | None:
+def resize_positions(old: Tensor, new: Tensor, config: ModelSettings) -> Tensor | None:
     """The table [1, n n, D] of a square grid, bicubically for another grid."""
     before, after = math.isqrt(old.shape[1]), math.isqrt(new.shape[1])
     if (before**2, after**2, old.shape[2]) != (old.shape[1], new.shape[1], new.shape[2]):
@@ -51,7 +68,7 @@ def resize_positions(old: Tensor, new: Tensor, config: ModelConfig) -> Tensor | 
     return rearrange(resized, "1 d h w -> 1 (h w) d").to(new.dtype)
 
 
-def spread_patch(old: Tensor, new: Tensor, config: ModelConfig) -> Tensor | None:
+def spread_patch(old: Tensor, new: Tensor, config: ModelSettings) -> Tensor | None:
     """The projection of p x p patches [D, c p p] for patches of k p x k p: of their k x k means."""
     before, after = (math.isqrt(weight.shape[1] // config.latent_channels) for weight in (old, new))
     if after % before or old.shape[0] != new.shape[0] or old.shape[1] != config.latent_channels * before**2:
@@ -60,28 +77,8 @@ def spread_patch(old: Tensor, new: Tensor, config: ModelConfig) -> Tensor | None
     return repeat(old, "d (c p q) -> d (c p i q j)", p=before, q=before, i=k, j=k) / k**2
 
 
-Rule = Callable[[Tensor, Tensor, ModelConfig], "Tensor | None"]
-# Tensor name -> (rule, description); a rule returns nothing when the shapes do not allow it.
-RULES: dict[str, tuple[Rule, str]] = {
-    "encoder.mask_tokens": (broadcast_mask_tokens, "one mask token repeated for every position"),
-}
-# The same for what depends on the size of the latent: by the rule when positions are interpolated, else newly made.
-SIZED: dict[str, tuple[Rule, str]] = {
-    "decoder.position": (resize_positions, "bicubic interpolation"),
-    "encoder.reference_projection.weight": (spread_patch, "of the mean over the finer pixels"),
-}
-# What depends on the patch size, the latent's channels and the numbers of tokens, and is made anew where init_shapes says so.
-SHAPED = (
-    *("encoder.position", "encoder.context_position", "encoder.mask_tokens", "encoder.reference_projection.weight"),
-    *("decoder.position", "decoder.input_projection.weight", "decoder.final.linear.weight", "decoder.final.linear.bias"),
-)
-CLASSES = "encoder.class_embedding.weight"
-# Tensors that a model may have while the one it starts from has none, and the reverse.
-OPTIONAL = ("encoder.reference_projection.",)
-
-
 def match(
-    model: TransDiff,
+    model: Paradigm,
     state: Mapping[str, Tensor],
     positions: str = "new",
     shapes: str = "same",
@@ -89,26 +86,27 @@ def match(
 ) -> tuple[dict[str, Tensor], AdaptReport]:
     """What ``model`` takes of ``state``, with a report; it may be on the meta device.
 
-    With ``positions`` "interpolate" tables of another latent size are resized, not made anew. With ``shapes`` "new" tensors of
-    SHAPED that do not fit are made anew. ``classes`` gives for each class of the model that of ``state`` whose embedding it
-    takes, or none; without it they are the same. Raises ``ValueError`` with every tensor that fits neither as it is nor by a
-    rule.
+    With ``positions`` "interpolate" tables of another latent size are resized, not made anew. With ``shapes`` "new" the tensors
+    that depend on them are made anew where they do not fit (see ``Adaptation``). ``classes`` gives for each class of the model
+    that of ``state`` whose embedding it takes, or none; without it they are the same. Raises ``ValueError`` with every tensor
+    that fits neither as it is nor by a rule.
     """
     report, result, misfits = AdaptReport(), {}, []
-    own = model.state_dict()
-    rules = RULES | SIZED if positions == "interpolate" else RULES
-    anew = (*(SIZED if positions == "new" else ()), *(SHAPED if shapes == "new" else ()))
+    own, kind = model.state_dict(), model.adaptation
+    rules = {**kind.rules, **kind.sized} if positions == "interpolate" else kind.rules
+    anew = (*(kind.sized if positions == "new" else ()), *(kind.shaped if shapes == "new" else ()))
     for name, new in own.items():
         old = state.get(name)
-        if old is not None and name == CLASSES and classes is not None and list(classes) != list(range(len(old))):
-            result[name] = chosen_rows(old, new, classes, report)
+        chosen = None if old is None or classes is None or name != kind.classes else with_null(classes, old, new)
+        if old is not None and chosen is not None and chosen != list(range(len(old))):
+            result[name] = chosen_rows(name, old, new, chosen, report)
         elif old is not None and old.shape == new.shape:
             report.mapped.append(name)
             result[name] = old
         elif old is not None and name in rules and (adapted := rules[name][0](old, new, model.config)) is not None:
             report.adapted[name] = f"{rules[name][1]}, {list(old.shape)} -> {list(new.shape)}"
             result[name] = adapted
-        elif old is None and name.startswith(OPTIONAL):
+        elif old is None and name.startswith(kind.optional):
             report.new.append(name)
             result[name] = new
         elif old is not None and name in anew and old.ndim == new.ndim:
@@ -117,32 +115,37 @@ def match(
         else:
             misfits.append(f"{name}: {list(new.shape)} here, {'missing' if old is None else list(old.shape)} in the checkpoint")
     for name in state.keys() - own.keys():
-        if name.startswith(OPTIONAL):
+        if name.startswith(kind.optional):
             report.dropped.append(name)
         else:
             misfits.append(f"{name}: {list(state[name].shape)} in the checkpoint, missing here")
     if misfits:
-        raise ValueError(f"the checkpoint is of another shape: {'; '.join(sorted(misfits))}.{way_on(misfits)}")
+        raise ValueError(f"the checkpoint is of another shape: {'; '.join(sorted(misfits))}.{way_on(misfits, kind.shaped)}")
     return result, report
 
 
-def chosen_rows(old: Tensor, new: Tensor, classes: Sequence[int | None], report: AdaptReport) -> Tensor:
+def with_null(classes: Sequence[int | None], old: Tensor, new: Tensor) -> list[int | None]:
+    """The rows of a table ``old`` for those of ``new``; behind the classes there may be one of the null class, which is kept."""
+    return [*classes, *range(len(old) - len(new) + len(classes), len(old))]
+
+
+def chosen_rows(name: str, old: Tensor, new: Tensor, classes: Sequence[int | None], report: AdaptReport) -> Tensor:
     """The embeddings [classes, D] of ``new``, with those of ``old`` for the classes that have one there."""
     if old.shape[1:] != new.shape[1:]:
-        raise ValueError(f"the checkpoint is of another shape: {CLASSES}: {list(new.shape)} here, {list(old.shape)} in it.")
+        raise ValueError(f"the checkpoint is of another shape: {name}: {list(new.shape)} here, {list(old.shape)} in it.")
     kept = {c: row for c, row in enumerate(classes) if row is not None}
     change = f"{list(old.shape)} -> {list(new.shape)}"
     if kept:
-        report.adapted[CLASSES] = f"{len(kept)} classes keep their embeddings, {len(new) - len(kept)} have new ones, {change}"
+        report.adapted[name] = f"{len(kept)} classes keep their embeddings, {len(new) - len(kept)} have new ones, {change}"
     else:
-        report.new.append(f"{CLASSES}, of all classes, {change}")
+        report.new.append(f"{name}, of all classes, {change}")
     result = new.clone()
     if kept and not new.is_meta:  # on it are only shapes
         result[list(kept)] = old[list(kept.values())].to(new)
     return result
 
 
-def way_on(misfits: Sequence[str]) -> str:
+def way_on(misfits: Sequence[str], shaped_names: Sequence[str]) -> str:
     """The setting that takes such a checkpoint, where there is one."""
-    shaped = all(misfit.split(": ")[0] in SHAPED and "missing" not in misfit for misfit in misfits)
+    shaped = all(misfit.split(": ")[0] in shaped_names and "missing" not in misfit for misfit in misfits)
     return " With init_shapes=new these are made anew, and all else is kept." if shaped else ""

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from lit_transdiff.models.decoder import Memory
 from lit_transdiff.models.layers import KeysValues
-from lit_transdiff.models.transdiff import TransDiff
+
+if TYPE_CHECKING:
+    from lit_transdiff.models.transdiff import TransDiff
 
 Beginning = tuple[Tensor, list[KeysValues]]  # see ARTransformer.begin
 
@@ -25,7 +28,7 @@ class Contexts(Protocol):
     def advance(self, images: Tensor) -> Tensor: ...
 
 
-ContextFn = Callable[[TransDiff, Tensor], Contexts]  # model, labels [B] -> their contexts
+ContextFn = Callable[["TransDiff", Tensor], Contexts]  # model, labels [B] -> their contexts
 
 
 class ContextStream:
@@ -80,3 +83,17 @@ def null_contexts(model: TransDiff) -> Callable[[], ContextStream]:
     """Streams of the null class, whose beginning, the same for all images, is computed for the first of them alone."""
     begin = cache(partial(model.encoder.begin, model.encoder.null_class))
     return lambda: ContextStream(model, None, begin)
+
+
+class Remembered:
+    """The decoder's memory of a context that grows: keys and values of its earlier tokens are kept."""
+
+    def __init__(self, model: TransDiff, contexts: Contexts) -> None:
+        self.model, self.contexts = model, contexts
+        self.memory: Memory | None = None
+
+    def after(self, images: Tensor) -> Memory:
+        """The memory of the image after ``images`` [B, r, C, H, W]; to be asked for with a growing r."""
+        new = self.model.memory(self.contexts.advance(images))
+        self.memory = new if self.memory is None else self.memory.join(new)
+        return self.memory

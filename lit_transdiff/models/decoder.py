@@ -6,7 +6,9 @@ Shapes: B images, V views of an image (references times noise draws), N tokens, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ from lit_transdiff.models.layers import (
 )
 from lit_transdiff.models.linear import Linear
 from lit_transdiff.models.tokens import patchify, unpatchify
+
+if TYPE_CHECKING:
+    from lit_transdiff.config import ModelConfig
 
 KeysValuesPair = tuple[Tensor, Tensor]  # [B, h, S, d] each
 
@@ -124,6 +129,11 @@ class DiffusionDecoder(nn.Module):
         self.apply(initialise)
         nn.init.zeros_(self.final.linear.weight)
 
+    def memory_layers(self) -> list[nn.Module]:
+        """The layers that ``memory`` reads, all at once."""
+        attentions: list[CrossAttention] = [block.cross_attention for block in self.blocks]  # type: ignore[misc]
+        return [self.context_projection, *(layer for a in attentions for layer in (a.key, a.value))]
+
     def memory(self, context: Tensor, visible: tuple[int, ...]) -> Memory:
         """Keys and values of the first ``visible[i]`` tokens of ``context`` [B, S, D], for the i-th share of the rows."""
         projected = self.context_projection(context)
@@ -144,3 +154,22 @@ class DiffusionDecoder(nn.Module):
         for block, keys_values in zip(self.blocks, memory.blocks, strict=True):
             x = block(x, modulation, keys_values)
         return unpatchify(self.final(x, embedding), self.patch_size, x_t.shape[-2])
+
+
+def cross_attention_decoder(config: ModelConfig) -> DiffusionDecoder:
+    """The decoder of a model."""
+    return DiffusionDecoder(
+        width=config.width,
+        num_heads=config.num_heads,
+        num_blocks=config.decoder_blocks,
+        mlp_ratio=config.mlp_ratio,
+        latent_channels=config.latent_channels,
+        latent_size=config.latent_size,
+        patch_size=config.patch_size,
+        attention_dropout=config.attention_dropout,
+        projection_dropout=config.projection_dropout,
+    )
+
+
+# An entry makes a subclass of ``DiffusionDecoder``, or a module that can be called as it is.
+DECODERS: dict[str, Callable[[ModelConfig], DiffusionDecoder]] = {"cross_attention": cross_attention_decoder}

@@ -5,13 +5,20 @@ Shapes: B batch, K class tokens, R references, L tokens per reference, D width, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from lit_transdiff.models.conditions import CONDITIONS
 from lit_transdiff.models.layers import MLP, KeysValues, SelfAttention, initialise, layer_norm, learned
 from lit_transdiff.models.linear import Linear
 from lit_transdiff.models.tokens import patchify
+
+if TYPE_CHECKING:
+    from lit_transdiff.config import ModelConfig
 
 
 class EncoderBlock(nn.Module):
@@ -40,12 +47,12 @@ class ARTransformer(nn.Module):
 
     def __init__(
         self,
+        condition: nn.Module,
         *,
         width: int,
         num_heads: int,
         num_blocks: int,
         mlp_ratio: float,
-        num_classes: int,
         num_class_tokens: int,
         num_references: int,
         tokens_per_reference: int,
@@ -62,7 +69,7 @@ class ARTransformer(nn.Module):
         multi = num_references > 1
         num_tokens = num_references * tokens_per_reference
 
-        self.class_embedding = nn.Embedding(num_classes, width)
+        self.class_embedding = condition
         self.null_class = learned(1, width)
         self.mask_tokens = learned(1, tokens_per_reference if multi else 1, width)
         self.reference_projection = Linear(latent_channels * reference_patch_size**2, width) if multi else None
@@ -76,9 +83,12 @@ class ARTransformer(nn.Module):
         self.apply(initialise)
 
     def class_vectors(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Embeddings [B, D] of ``labels`` [B]; rows where ``drop`` [B] is true become the null class."""
+        """Embeddings [B, D] of ``labels`` [B], or of another of ``CONDITIONS``; where ``drop`` [B] is true, the null class."""
         vectors = self.class_embedding(labels)
-        return vectors if drop is None else torch.where(drop[:, None], self.null_class.to(vectors.dtype), vectors)
+        if drop is None:
+            return vectors  # type: ignore[no-any-return]
+        dropped = drop.reshape(-1, *[1] * (vectors.ndim - 1))
+        return torch.where(dropped, self.null_class.to(vectors.dtype), vectors)
 
     def features(self, classes: Tensor, references: Tensor | None = None) -> Tensor:
         """Semantic features [B, (n + 1) L, D] of class vectors [B, D] and n < R clean references [B, n, C, H, W].
@@ -104,7 +114,7 @@ class ARTransformer(nn.Module):
 
     def _first(self, classes: Tensor, references: Tensor | None) -> Tensor:
         """Input tokens from the beginning: the class tokens, the mask tokens, one group a reference; [B, K + (n + 1) L, D]."""
-        class_tokens = repeat(classes, "b d -> b k d", k=self.num_class_tokens)
+        class_tokens = classes if classes.ndim == 3 else repeat(classes, "b d -> b k d", k=self.num_class_tokens)
         groups = [class_tokens, self.mask_tokens.expand(len(classes), self.tokens_per_reference, -1)]
         if references is not None and references.shape[1] > 0:
             groups.append(self._project(references))
@@ -131,3 +141,25 @@ class ARTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, groups, None if past is None else past[i])
         return self.norm(x)
+
+
+def ar_transformer(config: ModelConfig) -> ARTransformer:
+    """The encoder of a model."""
+    return ARTransformer(
+        CONDITIONS[config.condition](config),
+        width=config.width,
+        num_heads=config.num_heads,
+        num_blocks=config.encoder_blocks,
+        mlp_ratio=config.mlp_ratio,
+        num_class_tokens=config.num_class_tokens,
+        num_references=config.num_references,
+        tokens_per_reference=config.tokens_per_reference,
+        reference_patch_size=config.reference_patch_size if config.num_references > 1 else 1,
+        latent_channels=config.latent_channels,
+        attention_dropout=config.attention_dropout,
+        projection_dropout=config.projection_dropout,
+    )
+
+
+# An entry makes a subclass of ``ARTransformer``, or a module that can be called as it is.
+ENCODERS: dict[str, Callable[[ModelConfig], ARTransformer]] = {"ar_transformer": ar_transformer}

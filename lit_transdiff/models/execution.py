@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial, wraps
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,7 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
 
-    from lit_transdiff.models.decoder import Memory
-    from lit_transdiff.models.layers import CrossAttention
-    from lit_transdiff.models.transdiff import TransDiff
+    from lit_transdiff.models.paradigm import Paradigm
 
 log = logging.getLogger(__name__)
 
@@ -66,25 +64,17 @@ def recompute_blocks(blocks: Iterable[nn.Module], every: int = 1) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def shard_blocks(model: TransDiff, mesh: DeviceMesh) -> None:
-    """Cut the weights by rows over the devices of ``mesh`` (FSDP2), unless they are cut already.
-
-    One unit a block, one for all keys and values of the decoder (they are made together), one for the rest.
-    """
+def shard_blocks(model: Paradigm, mesh: DeviceMesh) -> None:
+    """Cut the weights by rows over the devices of ``mesh`` (FSDP2), unit by unit and the rest, unless they are cut already."""
     if any(isinstance(p, DTensor) for p in model.parameters()):
         return
-    attentions = [cast("CrossAttention", block.cross_attention) for block in model.decoder.blocks]
-    projections = [layer for attention in attentions for layer in (attention.key, attention.value)]
-    cut = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
-    cut([model.decoder.context_projection, *projections])
-    for block in [*model.encoder.blocks, *model.decoder.blocks]:
-        cut(block)
-    cut(model)
-    for method in ("encode", "memory", "velocity"):
+    for unit in [*model.units(), model]:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    for method in model.methods:
         register_fsdp_forward_method(model, method)
 
 
-def twin(model: TransDiff) -> TransDiff:
+def twin(model: Paradigm) -> Paradigm:
     """Modules of their own around the weights of ``model``, for evaluation: how they run may be changed, and ``model`` stays."""
     with torch.device("meta"):  # the weights are there
         other = type(model)(model.config).eval().requires_grad_(False)
@@ -99,25 +89,25 @@ def round_linear(model: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
-def replay_decoder(model: TransDiff) -> None:
-    """Run the decoder of ``model`` as CUDA graphs where no gradients are wanted."""
-    model.decoder.forward = Replayed(model.decoder.forward)  # type: ignore[method-assign]
+def replay(model: Paradigm) -> None:
+    """Run what a solver evaluates as CUDA graphs where no gradients are wanted."""
+    model.evaluated.forward = Replayed(model.evaluated.forward)
 
 
 class Replayed:
-    """A decoder's ``forward`` (see ``DiffusionDecoder``) as CUDA graphs, which leave the host almost nothing to do at a step.
+    """A network's ``forward`` (see ``Paradigm.evaluated``) as CUDA graphs, which leave the host almost nothing to do at a step.
 
     A graph is captured for each memory and shape at its first call and replayed at the others; graphs of two memories are kept
-    (guided and unguided steps). On CPUs, or where gradients are wanted, the decoder runs as before.
+    (guided and unguided steps). On CPUs, or where gradients are wanted, the network runs as before.
     """
 
     KEPT = 2
 
-    def __init__(self, forward: Callable[[Tensor, Tensor, Memory], Tensor]) -> None:
+    def __init__(self, forward: Callable[[Tensor, Tensor, Any], Tensor]) -> None:
         self.forward = forward
         self.graphs: dict[tuple[int, torch.Size], Graph] = {}
 
-    def __call__(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, memory: Any) -> Tensor:
         if x_t.device.type != "cuda" or torch.is_grad_enabled():
             return self.forward(x_t, t, memory)
         key = (id(memory), x_t.shape)
@@ -131,7 +121,7 @@ class Replayed:
 class Graph:
     """One captured call; it keeps ``memory``, so that its number stays its own."""
 
-    def __init__(self, forward: Callable[[Tensor, Tensor, Memory], Tensor], x_t: Tensor, t: Tensor, memory: Memory) -> None:
+    def __init__(self, forward: Callable[[Tensor, Tensor, Any], Tensor], x_t: Tensor, t: Tensor, memory: Any) -> None:
         self.x_t, self.t, self.memory = x_t.clone(), t.clone(), memory
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())

@@ -1,54 +1,122 @@
-"""Floating-point operations of TransDiff's matrix products, from its configuration alone.
+"""Floating-point operations of a model's matrix products in training, counted on tensors without values.
 
-A multiply-add counts as two. Attention counts the pairs of tokens of which one sees the other; normalisation, activations and
-solvers are left out, as is usual for a model-FLOPs utilisation.
+A multiply-add counts as two, and the backward pass as twice the forward one, as is usual for a model-FLOPs utilisation.
+
+Shapes: R references of a row, M noise draws, K parts, N tokens of all parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lit_transdiff.models.layers import TIME_FEATURES
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_transdiff.models.paradigm import Paradigm, build_model, network_class
 
 if TYPE_CHECKING:
-    from lit_transdiff.config import ModelConfig
+    from lit_transdiff.config import ModelSettings
 
 
-def encoder_flops(config: ModelConfig) -> float:
-    """Operations of the encoder's forward pass of one row of R references."""
-    width, length = config.width, config.tokens_per_reference
-    tokens = config.num_class_tokens + config.num_context_tokens
-    pairs = tokens**2
-    if config.num_references > 1:  # the class tokens see themselves, a group itself and what comes before it
-        ends = [config.num_class_tokens + (r + 1) * length for r in range(config.num_references)]
-        pairs = config.num_class_tokens**2 + length * sum(ends)
-    block = tokens * (4 + 2 * config.mlp_ratio) * width**2 + 2 * pairs * width
-    projected = (config.num_references - 1) * length * config.latent_channels * config.reference_patch_size**2 * width
-    return 2.0 * (config.encoder_blocks * block + (projected if config.num_references > 1 else 0))
+@dataclass(frozen=True)
+class RowCost:
+    """What a row of a batch costs in training: operations of both passes, and tokens that pass through blocks."""
+
+    flops: float
+    tokens: int
+    stacks: Mapping[str, float]  # operations of a forward pass through the blocks of each stack
 
 
-def decoder_flops(config: ModelConfig, num_noise_draws: int) -> float:
-    """Operations of the decoder's forward pass of one row: R references with ``num_noise_draws`` draws each.
+class Zeros:
+    """A ``Normal`` of one row, all zeros, on the current device."""
 
-    Keys and values of the context are made once for all draws; reference r attends to (r + 1) L of them.
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.zeros(1, *shape)
+
+    def shared(self) -> float:
+        """The mean."""
+        return 0.0
+
+
+class Span:
+    """Operations within the calls of some modules."""
+
+    def __init__(self, counter: FlopCounterMode, modules: Iterable[nn.Module]) -> None:
+        self.counter, self.flops, self.start = counter, 0.0, 0.0
+        for module in modules:
+            module.register_forward_pre_hook(self.enter)
+            module.register_forward_hook(self.leave)
+
+    def enter(self, module: nn.Module, inputs: object) -> None:
+        self.start = self.counter.get_total_flops()
+
+    def leave(self, module: nn.Module, inputs: object, output: object) -> None:
+        self.flops += self.counter.get_total_flops() - self.start
+
+
+COUNTED: dict[tuple[str, int, bool], RowCost] = {}
+
+
+def row_cost(config: ModelSettings, draws: int, head_alone: bool = False) -> RowCost:
+    """Count a row with ``draws`` draws of noise; with ``head_alone`` there is no backward pass through the rest of the model.
+
+    Models with one and with two blocks in each stack are run; everything is linear in their numbers.
     """
-    width, tokens, references = config.width, config.num_decoder_tokens, config.num_references
-    views = references * num_noise_draws
-    features = config.latent_channels * config.patch_size**2
-    own = views * (tokens * (6 + 2 * config.mlp_ratio) * width**2 + 2 * tokens**2 * width)
-    seen = sum((r + 1) * config.tokens_per_reference for r in range(references))  # context tokens of one draw of each reference
-    cross = 2 * config.num_context_tokens * width**2 + 2 * num_noise_draws * tokens * seen * width
-    ends = config.num_context_tokens * width**2 + 2 * views * tokens * features * width
-    time = views * (TIME_FEATURES * width + 7 * width**2)
-    return 2.0 * (config.decoder_blocks * (own + cross) + ends + time)
+    key = (repr(config), draws, head_alone)
+    if key not in COUNTED:
+        stacks, ones = network_class(config).stacks, dict.fromkeys(network_class(config).stacks, 1)
+        base, flops, each = count_row(config, ones, draws, head_alone), 0.0, {}
+        for name, stack in stacks.items():
+            number = getattr(config, stack.depth)
+            flops += (number - 1) * (count_row(config, ones | {name: 2}, draws, head_alone).flops - base.flops)
+            each[name] = number * base.stacks[name]
+        COUNTED[key] = RowCost(base.flops + flops, base.tokens, each)
+    return COUNTED[key]
 
 
-def training_flops(config: ModelConfig, num_noise_draws: int, frozen_encoder: bool = False) -> float:
-    """Operations of one row's forward and backward pass; the backward pass is twice the forward one."""
-    return (1 if frozen_encoder else 3) * encoder_flops(config) + 3 * decoder_flops(config, num_noise_draws)
+def count_row(config: ModelSettings, blocks: Mapping[str, int], draws: int, head_alone: bool) -> RowCost:
+    """The same of a model with so many blocks in its stacks."""
+    tokens, kind = 0, network_class(config)
+
+    def count_tokens(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal tokens
+        tokens += inputs[0].numel() // inputs[0].shape[-1]
+
+    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        depths = {kind.stacks[name].depth: number for name, number in blocks.items()}
+        model = build_model(replace(config, **depths)).eval()  # type: ignore[type-var]
+        stacks = {name: Span(counter, stack) for name, stack in model.block_lists().items()}
+        for stack in model.block_lists().values():
+            stack[0].register_forward_pre_hook(count_tokens)
+        frozen = Span(counter, outside_head(model) if head_alone else ())
+        run_once(model, draws)
+    passes = 3.0 * counter.get_total_flops() - 2 * frozen.flops
+    return RowCost(passes, tokens, {name: span.flops for name, span in stacks.items()})
 
 
-def tokens_of(config: ModelConfig, num_noise_draws: int) -> int:
-    """Tokens of one row that pass the encoder's blocks, and those that pass the decoder's."""
-    decoded = config.num_references * num_noise_draws * config.num_decoder_tokens
-    return config.num_class_tokens + config.num_context_tokens + decoded
+def run_once(model: Paradigm, draws: int) -> None:
+    """The forward pass of a training step, with one row of zeros."""
+    config, normal = model.config, Zeros()
+    labels, drop = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
+    x = torch.zeros(1, config.num_references, config.latent_channels, config.latent_size, config.latent_size)
+    memory = model.condition(labels, drop, x, normal)
+    tokens = torch.zeros(draws, sum(model.part_sizes), *model.token)
+    model.predict(tokens, torch.zeros(draws, len(model.part_sizes)), memory)
+
+
+def outside_head(model: Paradigm) -> Iterator[nn.Module]:
+    """The largest modules that hold nothing of the head."""
+
+    def below(module: nn.Module, prefix: str) -> Iterator[nn.Module]:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}."
+            if any(head.startswith(path) and head != path for head in model.head_prefixes):
+                yield from below(child, path)
+            elif not path.startswith(model.head_prefixes):
+                yield child
+
+    yield from below(model, "")

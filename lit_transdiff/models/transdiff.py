@@ -1,50 +1,65 @@
 """TransDiff: one model for every number of references. It knows no loss and no solver.
 
-Shapes: B images, R references of an image, L tokens per reference, V views (references times draws), C H W a latent.
+Shapes: B images (rows), R references of a row, M noise draws, L tokens per reference, V views (references times draws), C H W a
+latent, which is one token of the seam: the decoder cuts patches of its own.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, ClassVar
 
+import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from lit_transdiff.models.decoder import DiffusionDecoder, Memory
-from lit_transdiff.models.encoder import ARTransformer
+from lit_transdiff.base.randomness import Normal
+from lit_transdiff.models.adapt import Adaptation, broadcast_mask_tokens, resize_positions, spread_patch
+from lit_transdiff.models.context import ContextFn, Contexts, ContextStream, Remembered, null_contexts
+from lit_transdiff.models.decoder import DECODERS, Memory
+from lit_transdiff.models.encoder import ENCODERS
+from lit_transdiff.models.fusion import fused, fusion_pattern
+from lit_transdiff.models.paradigm import Paradigm, Predict, PredictPair, Problem, Stack
 
 if TYPE_CHECKING:
-    from lit_transdiff.config import ModelConfig
+    from lit_transdiff.config import ModelConfig, SamplingConfig
 
 
-class TransDiff(nn.Module):
-    """Encoder and decoder of arXiv 2506.09482; R = 1 is one-step AR, R > 1 is MRAR."""
+class TransDiff(Paradigm):
+    """Encoder and decoder of arXiv 2506.09482; R = 1 is one-step AR, R > 1 is MRAR. A part is an image of the row."""
+
+    stacks: ClassVar = {
+        "encoder": Stack("encoder.blocks", "encoder_blocks"),
+        "decoder": Stack("decoder.blocks", "decoder_blocks"),
+    }
+    head_prefixes = ("decoder.",)
+    undecayed = ("decoder.",)
+    methods = ("condition", "predict", "encode", "memory", "velocity")
+    has_features = True
+    adaptation = Adaptation(
+        classes="encoder.class_embedding.weight",
+        rules={"encoder.mask_tokens": (broadcast_mask_tokens, "one mask token repeated for every position")},
+        sized={
+            "decoder.position": (resize_positions, "bicubic interpolation"),
+            "encoder.reference_projection.weight": (spread_patch, "of the mean over the finer pixels"),
+        },
+        shaped=(
+            *("encoder.position", "encoder.context_position", "encoder.mask_tokens", "encoder.reference_projection.weight"),
+            *("decoder.position", "decoder.input_projection.weight", "decoder.final.linear.weight", "decoder.final.linear.bias"),
+        ),
+        optional=("encoder.reference_projection.",),
+    )
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        common = dict(
-            width=config.width,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_ratio,
-            latent_channels=config.latent_channels,
-            attention_dropout=config.attention_dropout,
-            projection_dropout=config.projection_dropout,
-        )
-        self.encoder = ARTransformer(
-            num_blocks=config.encoder_blocks,
-            num_classes=config.num_classes,
-            num_class_tokens=config.num_class_tokens,
-            num_references=config.num_references,
-            tokens_per_reference=config.tokens_per_reference,
-            reference_patch_size=config.reference_patch_size if config.num_references > 1 else 1,
-            **common,  # type: ignore[arg-type]
-        )
-        self.decoder = DiffusionDecoder(
-            num_blocks=config.decoder_blocks,
-            latent_size=config.latent_size,
-            patch_size=config.patch_size,
-            **common,  # type: ignore[arg-type]
-        )
+        self.part_sizes = (1,) * config.num_references
+        self.token = (config.latent_channels, config.latent_size, config.latent_size)
+        self.encoder = ENCODERS[config.encoder](config)
+        self.decoder = DECODERS[config.decoder](config)
+
+    # --- the two networks -------------------------------------------------------------------------------------------------
 
     def encode(self, labels: Tensor, references: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
         """Context [B, (n + 1) L, D] of ``labels`` [B] and the first n < R latents [B, n, C, H, W] of each image's row.
@@ -65,3 +80,79 @@ class TransDiff(nn.Module):
     def velocity(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
         """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or [1]."""
         return self.decoder(x_t, t, memory)
+
+    # --- the seam ---------------------------------------------------------------------------------------------------------
+
+    def parts(self, x: Tensor) -> Tensor:
+        return x
+
+    def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> Memory:
+        """Image r sees the class and the clean images before it: the context of a row is made once."""
+        return self.memory(self.encode(labels, x[:, :-1], drop), every_reference=True)
+
+    def predict(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
+        rows = rearrange(x_t, "b r c h w -> (r b) c h w")
+        return rearrange(self.velocity(rows, rearrange(t, "b r -> (r b)"), memory), "(r b) c h w -> b r c h w", b=len(x_t))
+
+    def decode(
+        self,
+        labels: Tensor,
+        sampling: SamplingConfig,
+        normal: Normal,
+        kept: Callable[[], Contexts] | None = None,
+        contexts: ContextFn | None = None,
+    ) -> Generator[Problem, Tensor, Tensor]:
+        """The R successive images of each row (arXiv 2506.09482, section 3.3), r from the class and images 0 .. r-1, clean."""
+        conditional = Remembered(self, (contexts or ContextStream)(self, labels))
+        unconditional = Remembered(self, (kept or null_contexts(self))())
+        images = torch.zeros(len(labels), 0, *self.token, device=labels.device)
+        for r in range(self.config.num_references):
+            scale = sampling.reference_guidance[r] if sampling.reference_guidance else sampling.guidance_scale
+            memory = conditional.after(images)
+            image = yield Problem(
+                self.token,
+                self.at_one_time(memory),
+                self.in_one_pass(memory, unconditional.after(images) if scale > 1 else memory),
+                progress=(r + 1) / self.config.num_references,
+                scale=scale if sampling.reference_guidance else None,
+                num_steps=sampling.reference_steps[r] if sampling.reference_steps else None,
+                reuses_noise=r > 0 and sampling.reuse_noise,
+            )
+            images = torch.cat([images, image[:, None]], dim=1)
+        return images
+
+    def at_one_time(self, memory: Memory) -> Predict:
+        """The velocity at a time that all rows share, in the precision of the state."""
+
+        def predict(x_t: Tensor, t: float) -> Tensor:
+            return self.velocity(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), memory).to(x_t.dtype)
+
+        return predict
+
+    def in_one_pass(self, conditional: Memory, unconditional: Memory) -> PredictPair:
+        """The velocities of both memories, in one pass of the decoder."""
+        predict = self.at_one_time(conditional.beside(unconditional))
+
+        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            c, u = predict(torch.cat([x_t, x_t]), t).chunk(2)
+            return c, u
+
+        return pair
+
+    def keep(self) -> Callable[[], Contexts]:
+        return null_contexts(self)
+
+    def features(self, labels: Tensor, references: Tensor | None) -> Tensor:
+        return self.encoder.features(self.encoder.class_vectors(labels), references)
+
+    def fusion(self, second: Tensor, kind: str, seed: int) -> ContextFn:
+        return fused(second, fusion_pattern(self.config.num_context_tokens, kind, seed))
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.decoder
+
+    def units(self) -> Iterator[nn.Module | list[nn.Module]]:
+        """All keys and values of the decoder are made together; then block by block."""
+        yield self.decoder.memory_layers()
+        yield from super().units()

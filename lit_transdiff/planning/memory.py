@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lit_transdiff.config import RunConfig
+from lit_transdiff.config import ModelSettings, RunConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
-from lit_transdiff.models.flops import decoder_flops, encoder_flops, training_flops
+from lit_transdiff.models.flops import row_cost
+from lit_transdiff.models.paradigm import Paradigm, network_class
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.base import TransDiffStage
 
@@ -50,58 +51,56 @@ class ModelCost:
 
     parameters: int
     trained: int
-    encoder: int
-    decoder: int
+    parts: dict[str, int]  # of each of its networks
     largest_unit: int  # parameters of the largest block, or of what is outside of the blocks: gathered at once by ZeRO-3 and FSDP
 
 
 def fake_stage(run: RunConfig) -> TransDiffStage:
-    """The run's stage without values; call inside a ``FakeTensorMode``. Dropout of attention weights lives inside the kernel."""
-    model = replace(run.model, attention_dropout=0.0)
+    """The run's stage without values; call inside a ``FakeTensorMode``."""
+    model = without_attention_dropout(run.model)
     training = replace(
         run.training, compile=False, activation_checkpointing="none", activation_checkpointing_every=1, precision="fp32"
     )
     return STAGES[run.stage](replace(run, model=model, training=training), IdentityAutoencoder(model.latent_channels))
 
 
+def without_attention_dropout(model: ModelSettings) -> ModelSettings:
+    """Dropout of attention weights lives inside the kernel."""
+    has = any(field.name == "attention_dropout" for field in fields(model))  # type: ignore[arg-type]
+    return replace(model, attention_dropout=0.0) if has else model  # type: ignore[type-var]
+
+
 def model_cost(run: RunConfig) -> ModelCost:
     """Count the parameters."""
     with torch.device("meta"):
         model = fake_stage(run).model
-    count = {name: p.numel() for name, p in model.named_parameters()}
-    in_blocks: dict[str, int] = defaultdict(int)
-    for name, number in count.items():
-        part, word, *rest = name.split(".")
-        in_blocks[f"{part}.{word}.{rest[0]}" if word == "blocks" else "outside"] += number
+    units = [sum(p.numel() for p in block.parameters()) for blocks in model.block_lists().values() for block in blocks]
+    total = sum(p.numel() for p in model.parameters())
     return ModelCost(
-        parameters=sum(count.values()),
+        parameters=total,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        encoder=sum(number for name, number in count.items() if name.startswith("encoder.")),
-        decoder=sum(number for name, number in count.items() if name.startswith("decoder.")),
-        largest_unit=max(in_blocks.values()),
+        parts={name: size for name, part in model.named_children() if (size := sum(p.numel() for p in part.parameters()))},
+        largest_unit=max(*units, total - sum(units)),
     )
 
 
 def pass_cost(run: RunConfig, bf16: bool) -> PassCost:
-    """Count a pass of one and of two rows, with one and two blocks; everything is linear in both."""
-    model, draws, frozen = run.model, run.flow.num_noise_draws, not STAGES[run.stage].trains_encoder
-    counts = {
-        blocks: [count_pass(with_blocks(run, *blocks), rows, bf16) for rows in (1, 2)] for blocks in ((1, 1), (2, 1), (1, 2))
-    }
-    base, encoder, decoder = (torch.stack(counts[blocks]) for blocks in ((1, 1), (2, 1), (1, 2)))  # rows of the batch x counts
-    each = {"encoder": encoder - base, "decoder": decoder - base}  # of one block more
-    number = {"encoder": model.encoder_blocks, "decoder": model.decoder_blocks}
-    kept = base[:, 0] + sum((number[part] - 1) * each[part][:, 0] for part in each)
-    training, operations, again = run.training, {"encoder": encoder_flops(model), "decoder": decoder_flops(model, draws)}, 0.0
+    """Count a pass of one and of two rows, with one and two blocks in each stack; everything is linear in both."""
+    stacks, training = network_class(run.model).stacks, run.training
+    number = {name: getattr(run.model, stack.depth) for name, stack in stacks.items()}
+    base = count_passes(run, dict.fromkeys(stacks, 1), bf16)  # rows of the batch x counts
+    more = {name: count_passes(run, dict.fromkeys(stacks, 1) | {name: 2}, bf16) - base for name in stacks}  # with a block more
+    cost = row_cost(run.model, run.flow.num_noise_draws, STAGES[run.stage].head_alone)
+    kept, again = base[:, 0] + sum((number[name] - 1) * more[name][:, 0] for name in stacks), 0.0
     blocks: list[tuple[float, float]] = []  # bytes a row that a block keeps, and that it makes in the backward pass
-    for part, count in each.items():
+    for name, count in more.items():
         _, whole, inputs = (count[1] - count[0]).tolist()
-        chosen = range(0, number[part] if part in training.checkpointed_parts else 0, training.activation_checkpointing_every)
-        blocks += [(inputs, whole) if i in chosen else (whole, whole / 8) for i in range(number[part])]
+        chosen = range(0, number[name] if name in training.recomputed(stacks) else 0, training.activation_checkpointing_every)
+        blocks += [(inputs, whole) if i in chosen else (whole, whole / 8) for i in range(number[name])]
         kept = kept - len(chosen) * (count[:, 1] - count[:, 2])
-        again += operations[part] * len(chosen) / number[part]
+        again += cost.stacks[name] * len(chosen) / number[name]
     row = float(kept[1] - kept[0])
-    return PassCost(float(kept[0]) - row, row, worst_moment(blocks), training_flops(model, draws, frozen_encoder=frozen), again)
+    return PassCost(float(kept[0]) - row, row, worst_moment(blocks), cost.flops, again)
 
 
 def worst_moment(blocks: Sequence[tuple[float, float]]) -> float:
@@ -117,8 +116,25 @@ def worst_moment(blocks: Sequence[tuple[float, float]]) -> float:
     return worst
 
 
-def with_blocks(run: RunConfig, encoder_blocks: int, decoder_blocks: int) -> RunConfig:
-    return replace(run, model=replace(run.model, encoder_blocks=encoder_blocks, decoder_blocks=decoder_blocks))
+def count_passes(run: RunConfig, blocks: dict[str, int], bf16: bool) -> Tensor:
+    """Passes of one and of two rows, with so many blocks in the stacks: [2, 3] (see ``count_pass``)."""
+    stacks = network_class(run.model).stacks
+    model = replace(run.model, **{stacks[name].depth: number for name, number in blocks.items()})  # type: ignore[type-var]
+    return torch.stack([count_pass(replace(run, model=model), rows, bf16) for rows in (1, 2)])
+
+
+class Standard:
+    """A ``Normal`` of some rows."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(self.rows, *shape)
+
+    def shared(self) -> float:
+        """The mean."""
+        return 0.0
 
 
 def count_pass(run: RunConfig, rows: int, bf16: bool) -> Tensor:
@@ -131,7 +147,7 @@ def count_pass(run: RunConfig, rows: int, bf16: bool) -> Tensor:
         numbers = torch.zeros(rows, dtype=torch.int64)
         batch = Batch(values, numbers, torch.zeros(rows, config.num_references, dtype=torch.int64), numbers)
         with kept_tensors(stage.model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            stage.objective(batch, lambda *shape: torch.randn(rows, *shape))
+            stage.objective(batch, Standard(rows))
     in_blocks = sum(size for name, size in kept.bytes.items() if name)
     return torch.tensor([sum(kept.bytes.values()), in_blocks, sum(kept.inputs.values())], dtype=torch.float64)
 
@@ -155,12 +171,12 @@ class Kept:
 
 
 @contextmanager
-def kept_tensors(model: nn.Module) -> Iterator[Kept]:
+def kept_tensors(model: Paradigm) -> Iterator[Kept]:
     """Counts what is saved for the backward pass inside."""
     kept = Kept({p.untyped_storage()._cdata for p in model.parameters()})
     handles = []
-    for name, block in model.named_modules():
-        if ".blocks." in f".{name}" and name.rsplit(".", 1)[-1].isdigit() and name.count(".") == 2:
+    for stack, blocks in model.block_lists().items():
+        for name, block in ((f"{stack}.{i}", block) for i, block in enumerate(blocks)):
 
             def enter(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
                 kept.block = name

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_transdiff.base.hardware import DEVICES, GB, Device
-from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.config import ModelSettings, RunConfig, require, unknown
 from lit_transdiff.data.index import read_index
 from lit_transdiff.distributed.strategies import EVERYWHERE, STRATEGIES, whole_strategies
 from lit_transdiff.models.autoencoder import autoencoder_kind
@@ -162,8 +162,9 @@ def refusals(run: RunConfig) -> list[str]:
 def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool) -> list[str]:
     checkpoint = (model.parameters + model.trained * (2 + run.optimizer.num_averages)) * FLOAT_BYTES
     return [
-        f"run            {run.name}, stage {run.stage}, size {run.model.size}, R = {run.model.num_references}",
-        f"parameters     {model.parameters:,} ({model.trained:,} trained): encoder {model.encoder:,}, decoder {model.decoder:,}",
+        f"run            {run.name}, stage {run.stage}, {described(run.model)}",
+        f"parameters     {model.parameters:,} ({model.trained:,} trained): "
+        + ", ".join(f"{name} {size:,}" for name, size in model.parts.items()),
         f"precision      {'bfloat16' if bf16 else 'float32'} passes; averages float32, weights, gradients and moments "
         + (f"bfloat16 ({' and '.join(whole_strategies())} only)" if run.training.precision == "bf16-true" else "float32"),
         f"operations     {cost.row_flops / 1e9:,.0f} GFLOP a row of {run.model.num_references}, forward and backward; "
@@ -172,6 +173,12 @@ def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool)
         + (f" ({run.training.activation_checkpointing}: recomputed in the backward pass)" if cost.recomputed_flops else ""),
         f"checkpoint     {checkpoint / GB:.2f} GB; export {model.parameters * FLOAT_BYTES / GB:.2f} GB",
     ]
+
+
+def described(model: ModelSettings) -> str:
+    """A model in words: its family, its size where it has one by name, the images of a row."""
+    size = f", size {name}" if (name := getattr(model, "size", None)) else ""
+    return f"{model.paradigm}{size}, R = {model.num_references}"
 
 
 def describe_time(run: RunConfig, gpus: int, gpu: str, device: Device, cost: PassCost, mfu: float, model: ModelCost) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_transdiff.base.files import CHECKSUMS, crc32_of_files, replace_file, sealed, whole
 from lit_transdiff.checkpoints.export import read_export, read_weights, unshared, write_export
-from lit_transdiff.config import RunConfig, require
+from lit_transdiff.config import ModelConfig, ModelSettings, RunConfig, require
 from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.config.paths import check_source, export_folder
 from lit_transdiff.config.targets import save_tensors
@@ -133,10 +133,17 @@ def released_to_export(
     return conversion_report(checkpoint, dest, run, mapped)
 
 
+def of_family(model: ModelSettings) -> ModelConfig:
+    """The settings of a model of the family whose released files are known. Raises ``ValueError`` for another family's."""
+    if not isinstance(model, ModelConfig):
+        raise ValueError(f"model.paradigm: got {model.paradigm!r}; allowed for released files: {ModelConfig.paradigm!r}.")
+    return model
+
+
 def map_state(kind: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
     """Our names for a released state; errors say which of the file's states they are about."""
     try:
-        return from_released(state, run.model)
+        return from_released(state, of_family(run.model))
     except ValueError as error:
         raise ValueError(f"{'model_ema' if kind == 'ema' else 'model'}: {error}") from error
 
@@ -158,7 +165,7 @@ def run_of(
 ) -> RunConfig:
     """The run of a released checkpoint: its shape, the autoencoder's, and everything else from ``recipe``."""
     if recipe is not None and num_heads is None:
-        num_heads = recipe.model.num_heads
+        num_heads = of_family(recipe.model).num_heads
     shape = read_shape(checkpoint.model, num_heads)
     if recipe is not None:
         wrong = {key: value for key, value in shape.items() if key != "size" and getattr(recipe.model, key) != value}
@@ -191,7 +198,7 @@ def run_of(
 
 def conversion_report(checkpoint: ReleasedFile, dest: Path, run: RunConfig, mapped: Mapping[str, Mapped]) -> str:
     """What became of every entry and tensor."""
-    model = run.model
+    model = of_family(run.model)
     kind = "one-step" if model.num_references == 1 else f"MRAR with {model.num_references} references"
     lines = [
         f"{checkpoint.path} -> {dest}: {kind}, width {model.width}, {model.encoder_blocks} + {model.decoder_blocks} blocks, "
@@ -216,7 +223,7 @@ def export_to_released(source: Path, dest: Path) -> str:
     folder = export_folder(source)
     require(dest.suffix == ".pth", "dest", str(dest), "a file name ending in .pth")
     export = read_export(folder)
-    released_shapes(export.run.model)  # refuses a shape that the layout cannot hold
+    released_shapes(of_family(export.run.model))  # refuses a shape that the layout cannot hold
     raw = folder / "raw" if (folder / "raw" / "model.safetensors").is_file() else folder
     states = {"model": released_state(raw), "model_ema": released_state(folder)}
     if export.info.get("weights") == "last":  # the file had no average
@@ -240,7 +247,7 @@ def released_state(folder: Path) -> Mapped:
     """The released state dict of an export folder."""
     left_over = read_weights(folder / LEFT_OVER) if (folder / LEFT_OVER).is_file() else {}
     export = read_export(folder)
-    return to_released(export.state, export.run.model, left_over)
+    return to_released(export.state, of_family(export.run.model), left_over)
 
 
 def converted_from(folder: Path) -> dict[str, Any]:

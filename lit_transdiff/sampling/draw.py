@@ -14,7 +14,6 @@ from tqdm import tqdm
 from lit_transdiff.base.randomness import mix
 from lit_transdiff.config import SamplingConfig, require
 from lit_transdiff.data.pixels import to_bytes
-from lit_transdiff.models.fusion import fused, fusion_pattern
 from lit_transdiff.models.sizes import bytes_of_images, least_of_drawing, room_here
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid, save_png
@@ -95,10 +94,10 @@ def draw_fusion(
     room_here(generator.device.type).require(least_of_drawing(generator.run, count), **{"--per-class": count})
     a, b = pair
     seeds = [mix(seed, "fusion", n) for n in range(count)]
-    pattern = fusion_pattern(generator.run.model.num_context_tokens, kind, seed)
     second = generator.check_labels([b] * count)
+    spliced = generator.model.fusion(second, kind, seed)
     first_row = generator.images([a] * count, seeds, sampling)[:, -1]
-    fused_row = generator.images([a] * count, seeds, sampling, contexts=fused(second, pattern))[:, -1]
+    fused_row = generator.images([a] * count, seeds, sampling, contexts=spliced)[:, -1]
     second_row = generator.images(second, seeds, sampling)[:, -1]
     names = [class_names[c] if class_names else str(c) for c in pair]
     labels = [names[0], f"{names[0]} + {names[1]}", names[1]]

@@ -1,15 +1,15 @@
-"""From labels to images: the loop over references, one generator per image.
+"""From labels to images: the loop over parts, one generator per image.
 
-Shapes: B images, R references, S context tokens, D width, c h w a latent, C H W an image.
+Shapes: B rows, R references of a row, S tokens of features, D width, c h w a latent, C H W an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from einops import rearrange
@@ -17,95 +17,61 @@ from torch import Tensor
 
 from lit_transdiff.base.randomness import PerImageNormal, mix
 from lit_transdiff.checkpoints.export import read_export
-from lit_transdiff.config import RunConfig, SamplingConfig, require, unknown
+from lit_transdiff.config import FlowConfig, ModelSettings, RunConfig, SamplingConfig, require, unknown
 from lit_transdiff.config.sampling import Precision
-from lit_transdiff.flow.guidance import GUIDANCE, Pair, guide
-from lit_transdiff.flow.solvers import GRIDS, SOLVERS, Velocity, solve
+from lit_transdiff.flow.guidance import PART_GUIDANCE
+from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
-from lit_transdiff.models.context import ContextFn, Contexts, ContextStream, null_contexts
-from lit_transdiff.models.decoder import Memory
-from lit_transdiff.models.execution import compile_blocks, replay_decoder, round_linear, twin
+from lit_transdiff.models.execution import compile_blocks, replay, round_linear, twin
+from lit_transdiff.models.paradigm import Paradigm, Problem, build_model, network_class
 from lit_transdiff.models.state_dicts import check_layout
-from lit_transdiff.models.transdiff import TransDiff
 
 
-def check_sampling(sampling: SamplingConfig) -> None:
-    """Refuse a solver, a grid or a schedule of guidance that is in no table."""
-    for field, table in (("solver", SOLVERS), ("grid", GRIDS), ("guidance", GUIDANCE)):
-        if getattr(sampling, field) not in table:
-            raise unknown(f"sampling.{field}", getattr(sampling, field), table)
+def check_sampling(sampling: SamplingConfig, model: ModelSettings) -> None:
+    """Refuse a sampler that is in no table, or that draws no images of such a model."""
+    kind = network_class(model)
+    PROCESSES[kind.process].check_sampling(sampling)
+    model.check_sampling(sampling)
+    if sampling.part_guidance not in PART_GUIDANCE:
+        raise unknown("sampling.part_guidance", sampling.part_guidance, PART_GUIDANCE)
+    allowed = f"null with model.paradigm {model.paradigm}, whose parts are given"
+    require(sampling.num_parts is None or kind.parts_are_free, "sampling.num_parts", sampling.num_parts, allowed)
 
 
 @torch.no_grad()
 def generate(
-    model: TransDiff,
+    model: Paradigm,
     labels: Tensor,
     sampling: SamplingConfig,
     seeds: Sequence[int],
-    contexts: ContextFn = ContextStream,
-    unconditional_contexts: Callable[[], Contexts] | None = None,
+    contexts: Any = None,
+    kept: Any = None,
 ) -> Tensor:
-    """Latents [B, R, c, h, w]: for each of ``labels`` [B] the R successive images of its row (arXiv 2506.09482, section 3.3).
+    """Latents [B, R, c, h, w] of rows of ``labels`` [B], part by part, each given those before it.
 
-    Image r is decoded from the class and images 0 .. r-1, clean. All numbers of a row come from its own seed, so it does not
-    depend on the rest of the batch. ``contexts`` replaces the model's encoder (see ``models.fusion``), ``unconditional_contexts``
-    what the model makes of the null class.
+    All numbers of a row come from its own seed, so it does not depend on the rest of the batch. ``contexts`` stands for what the
+    model makes of the labels (see ``Paradigm.fusion``), ``kept`` is what it makes once (``Paradigm.keep``).
     """
-    config = model.config
-    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    process = PROCESSES[model.process](FlowConfig(), model.prediction)
     draw = PerImageNormal(seeds, labels.device)
-    noise = draw(*shape)
-    images = noise.new_zeros(len(labels), 0, *shape)
-    conditional = Remembered(model, contexts(model, labels))
-    unconditional = Remembered(model, (unconditional_contexts or null_contexts(model))())
-    for r in range(config.num_references):
-        if r > 0 and not sampling.reuse_noise:
-            noise = draw(*shape)
-        scale = sampling.reference_guidance[r] if sampling.reference_guidance else sampling.guidance_scale
-        memory = conditional.after(images)
-        velocity = velocity_of(model, memory)
-        if scale > 1:
-            low, high = sampling.guidance_interval
-            pair, schedule = pair_of(model, memory, unconditional.after(images)), GUIDANCE[sampling.guidance]
-            velocity = guide(velocity, pair, scale, (low, high), schedule)
-        steps = sampling.reference_steps[r] if sampling.reference_steps else sampling.num_steps
-        image = solve(velocity, noise, replace(sampling, num_steps=steps), lambda: draw(*shape))
-        images = torch.cat([images, image[:, None]], dim=1)
-    return images
+    decoding = model.decode(labels, sampling, draw, kept, contexts)
+    noise: Tensor | None = None
+    try:
+        problem = next(decoding)
+        while True:
+            if noise is None or not problem.reuses_noise:
+                noise = draw(*problem.shape)
+            again = partial(draw, *problem.shape)
+            problem = decoding.send(process.solve(problem, noise, again, sampler_of(problem, sampling)))
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
 
 
-class Remembered:
-    """The decoder's memory of a context that grows: keys and values of its earlier tokens are kept."""
-
-    def __init__(self, model: TransDiff, contexts: Contexts) -> None:
-        self.model, self.contexts = model, contexts
-        self.memory: Memory | None = None
-
-    def after(self, images: Tensor) -> Memory:
-        """The memory of the image after ``images`` [B, r, c, h, w]; to be asked for with a growing r."""
-        new = self.model.memory(self.contexts.advance(images))
-        self.memory = new if self.memory is None else self.memory.join(new)
-        return self.memory
-
-
-def velocity_of(model: TransDiff, memory: Memory) -> Velocity:
-    """The model's velocity at a time that all rows share, in the precision of the state."""
-
-    def velocity(x_t: Tensor, t: float) -> Tensor:
-        return model.velocity(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), memory).to(x_t.dtype)
-
-    return velocity
-
-
-def pair_of(model: TransDiff, conditional: Memory, unconditional: Memory) -> Pair:
-    """The velocities of both memories, in one pass of the decoder."""
-    velocity = velocity_of(model, conditional.beside(unconditional))
-
-    def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        c, u = velocity(torch.cat([x_t, x_t]), t).chunk(2)
-        return c, u
-
-    return pair
+def sampler_of(problem: Problem, sampling: SamplingConfig) -> SamplingConfig:
+    """The sampler of a part: its guidance, and its number of steps."""
+    grown = PART_GUIDANCE[sampling.part_guidance](sampling.guidance_scale, problem.progress)
+    scale, steps = problem.scale, problem.num_steps
+    return replace(sampling, guidance_scale=grown if scale is None else scale, num_steps=steps or sampling.num_steps)
 
 
 @dataclass(eq=False)
@@ -117,20 +83,20 @@ class Generator:
     another generator; for another precision ``at`` does.
     """
 
-    model: TransDiff  # in float32
+    model: Paradigm  # in float32
     autoencoder: Autoencoder
     run: RunConfig
     class_names: Sequence[str]
     checkpoint: str = ""
     fingerprint: str = ""
     weights: str = "in memory"  # which the model has: "last", or "ema" and the decay
-    compile: bool = False  # the decoder's blocks through torch.compile; where it does not work, a log says so
-    cuda_graphs: bool = False  # the decoder as CUDA graphs
+    compile: bool = False  # the blocks that a solver evaluates through torch.compile; where it does not work, a log says so
+    cuda_graphs: bool = False  # what a solver evaluates, as CUDA graphs
 
     def __post_init__(self) -> None:
         require(not self.cuda_graphs or self.device.type == "cuda", "CUDA graphs", str(self.device), "a GPU")
 
-    def of(self, model: TransDiff) -> Generator:
+    def of(self, model: Paradigm) -> Generator:
         """The same of another model, or of this one with changed weights."""
         return replace(self, model=model)
 
@@ -147,23 +113,24 @@ class Generator:
         return self.run.sampling.precision
 
     @cached_property
-    def network(self) -> TransDiff:
+    def network(self) -> Paradigm:
         """What draws: ``model``, or its weights in modules that compute as asked for."""
         if self.precision == "fp32" and not (self.compile or self.cuda_graphs):
             return self.model
         network = twin(self.model)
+        blocks = {block for stack in network.block_lists().values() for block in stack}
         if self.precision == "bf16":
             round_linear(network)
         if self.compile:
-            compile_blocks(network.decoder.blocks)
+            compile_blocks(block for block in network.evaluated.modules() if block in blocks)
         if self.cuda_graphs:
-            replay_decoder(network)
+            replay(network)
         return network
 
     @cached_property
-    def null_contexts(self) -> Callable[[], Contexts]:
-        """Contexts of the null class, whose beginning is computed once."""
-        return null_contexts(self.network)
+    def kept(self) -> Any:
+        """What the network makes once, as of the null class."""
+        return self.network.keep()
 
     @property
     def device(self) -> torch.device:
@@ -182,26 +149,24 @@ class Generator:
         labels: Sequence[int] | Tensor,
         seeds: Sequence[int],
         sampling: SamplingConfig | None = None,
-        contexts: ContextFn = ContextStream,
+        contexts: Any = None,
     ) -> Tensor:
         """Images [B, R, C, H, W] in [-1, 1], the R successive images of each label's row; the last is the final one."""
         sampling = sampling or self.run.sampling
-        check_sampling(sampling)
+        check_sampling(sampling, self.run.model)
         labels = self.check_labels(labels)
         require(len(seeds) == len(labels), "seeds", len(seeds), f"one for each of the {len(labels)} labels")
         latents = self.latents(labels, seeds, sampling, contexts)
         images = self.autoencoder.decode(rearrange(latents, "b r c h w -> (b r) c h w"))
         return rearrange(images, "(b r) c h w -> b r c h w", b=len(labels))
 
-    def latents(
-        self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: ContextFn = ContextStream
-    ) -> Tensor:
+    def latents(self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: Any = None) -> Tensor:
         """``generate`` in this generator's precision; raises ``ValueError`` for a ``sampling`` in another."""
         asked = sampling.precision
         allowed = f"{self.precision!r}, in which this generator draws; generator.at({asked!r}) is the one for it"
         require(asked == self.precision, "sampling.precision", asked, allowed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=asked == "bf16", cache_enabled=False):
-            return generate(self.network, labels, sampling, seeds, contexts, self.null_contexts)
+            return generate(self.network, labels, sampling, seeds, contexts, self.kept)
 
     @torch.no_grad()
     def features(self, labels: Sequence[int] | Tensor, sampling: SamplingConfig | None = None) -> Tensor:
@@ -210,11 +175,11 @@ class Generator:
         For R > 1 they follow from the class and R - 1 references, which are drawn first, with one seed a class.
         """
         labels = self.check_labels(labels)
-        classes, references = self.model.encoder.class_vectors(labels), None
+        references = None
         if self.run.model.num_references > 1:
             seeds = [mix("features", label) for label in labels.tolist()]
             references = self.latents(labels, seeds, sampling or self.run.sampling)[:, :-1]
-        return self.model.encoder.features(classes, references)
+        return self.model.features(labels, references)
 
 
 def load_generator(
@@ -234,7 +199,7 @@ def load_generator(
     not belong together.
     """
     export = read_export(checkpoint)
-    model = TransDiff(export.run.model).eval().requires_grad_(False)
+    model = build_model(export.run.model).eval().requires_grad_(False)
     try:
         check_layout(export.state, {key: tuple(value.shape) for key, value in model.state_dict().items()})
     except ValueError as error:

@@ -9,11 +9,13 @@ from lit_transdiff.stages.classifier import ClassifierStage, JudgeStage
 from lit_transdiff.stages.diffusion_head import DiffusionHead
 from lit_transdiff.stages.mrar_finetune import MRARFinetune
 from lit_transdiff.stages.preparatory import PreparatoryStage
+from lit_transdiff.stages.pretrain import Pretrain
 
 STAGES: dict[str, type[TransDiffStage]] = {
     "ar_pretrain": ARPretrain,
     "diffusion_head": DiffusionHead,
     "mrar_finetune": MRARFinetune,
+    "pretrain": Pretrain,
 }
 # What is trained once a data set, before the stages: its autoencoder, a classifier, and a judge to score with.
 PREPARATORY: dict[str, type[PreparatoryStage]] = {

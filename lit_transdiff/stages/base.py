@@ -1,34 +1,31 @@
-"""What the three stages of TransDiff share: the objective, the optimizer, the average of the weights, the export.
+"""What the stages that train a generator share: the objective, the optimizer, the average of the weights, the export.
 
-Shapes: B images of the batch, G of the global batch, R references of an image, M noise draws, C h w a latent; rows of the decoder
-are ordered (reference, draw, image).
+Shapes: B images (rows) of the batch, R references of a row, M noise draws, K parts, C h w a latent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
 
-from lit_transdiff.base.randomness import GlobalBatchNormal, PerImageNormal, mix
+from lit_transdiff.base.randomness import GlobalBatchNormal, Normal, PerImageNormal, mix
 from lit_transdiff.checkpoints.averages import EMA
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.data.datamodule import Batch
-from lit_transdiff.flow.loss import check_flow, draw_times, flow_matching_loss
+from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, check_latents, load_autoencoder
 from lit_transdiff.models.execution import compile_blocks, recompute_blocks
-from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.models.paradigm import Paradigm, build_model, network_class
 from lit_transdiff.stages.holders import averages_of
+from lit_transdiff.stages.objective import losses_of
 from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor
 
-# Normal numbers of a shape, one row for each image of the batch: [B, *shape].
-Normal = Callable[..., Tensor]
 PREFIX = "model."  # of the model's names in the stage
 
 
@@ -73,12 +70,12 @@ class Stage(pl.LightningModule):
 
 
 class TransDiffStage(Stage):
-    """One stage of training. A subclass says what it trains (``trains_encoder``, ``prepare``) and what it needs (``check``).
+    """One stage of training. A subclass says what it trains (``head_alone``, ``prepare``) and what it needs (``check``).
 
     Images are encoded by the run's frozen ``autoencoder``, which is no part of the stage: it is neither trained nor saved.
     """
 
-    trains_encoder: ClassVar[bool] = True  # else there is no backward pass through it
+    head_alone: ClassVar[bool] = False  # there is no backward pass through what makes the memory of an image
     autoencoder: Autoencoder | None
 
     def __init__(self, run: RunConfig | Mapping[str, Any], autoencoder: Autoencoder | None = None) -> None:
@@ -86,12 +83,13 @@ class TransDiffStage(Stage):
         run = self.run
         self.keep(autoencoder)
         self.latents_are_checked = False
-        self.model = TransDiff(run.model)
-        blocks = {"encoder": self.model.encoder.blocks, "decoder": self.model.decoder.blocks}
+        self.model = build_model(run.model)
+        self.process = PROCESSES[self.model.process](run.flow, self.model.prediction)
+        stacks = self.model.block_lists()
         if run.training.compile:
-            compile_blocks([*blocks["encoder"], *blocks["decoder"]])
-        for part in run.training.checkpointed_parts:
-            recompute_blocks(blocks[part], run.training.activation_checkpointing_every)
+            compile_blocks(block for blocks in stacks.values() for block in blocks)
+        for name in run.training.recomputed(stacks):
+            recompute_blocks(stacks[name], run.training.activation_checkpointing_every)
         if run.training.precision == "bf16-true":
             self.model.to(torch.bfloat16)
         self.prepare()
@@ -100,13 +98,14 @@ class TransDiffStage(Stage):
     def check(cls, run: RunConfig) -> None:
         """Refuse settings that cannot work, before anything expensive starts."""
         super().check(run)
-        check_flow(run.flow)
-        frozen, again = run.training.frozen_dropout, run.training.activation_checkpointing
-        allowed = f"false in stage {run.stage}, which freezes nothing"
-        require(not frozen or not cls.trains_encoder, "training.frozen_dropout", frozen, allowed)
-        allowed = f"'none' or 'decoder' in stage {run.stage}, which has no backward pass through the encoder"
-        possible = cls.trains_encoder or "encoder" not in run.training.checkpointed_parts
-        require(possible, "training.activation_checkpointing", again, allowed)
+        model, again = network_class(run.model), run.training.activation_checkpointing
+        PROCESSES[model.process].check(run.flow)
+        frozen, allowed = run.training.frozen_dropout, f"false in stage {run.stage}, which freezes nothing"
+        require(not frozen or cls.head_alone, "training.frozen_dropout", frozen, allowed)
+        in_head = [name for name, stack in model.stacks.items() if stack.path.startswith(model.head_prefixes)]
+        names = ["none", *in_head] if cls.head_alone else ["none", "all", *model.stacks]
+        allowed = f"{' or '.join(map(repr, names))} in stage {run.stage} with model.paradigm {run.model.paradigm}"
+        require(again in names, "training.activation_checkpointing", again, allowed)
 
     def prepare(self) -> None:
         """Freeze what the stage does not train."""
@@ -169,25 +168,12 @@ class TransDiffStage(Stage):
 
     # --- training -------------------------------------------------------------------------------------------------------------
 
-    def context(self, labels: Tensor, references: Tensor, drop: Tensor) -> Tensor:
-        return self.model.encode(labels, references, drop)
-
     def objective(self, batch: Batch, normal: Normal) -> tuple[Tensor, Tensor]:
-        """Flow-matching loss of every decoder row and its time, both [R M B] (arXiv 2506.09482, eqs. 8 and 9).
-
-        The context of a row of references is made once; image r sees its prefix; all R images, each with M draws of noise
-        and time, pass the decoder together.
-        """
+        """The loss of every part of every draw and its share of noise, both [K M B] (see ``losses_of``)."""
         flow, model = self.run.flow, self.run.model
-        shape = (model.latent_channels, model.latent_size, model.latent_size)
-        num_references, draws = model.num_references, flow.num_noise_draws
-        x = self.latents(batch.values, normal(num_references, *shape))
+        x = self.latents(batch.values, normal(model.num_references, model.latent_channels, model.latent_size, model.latent_size))
         drop = torch.special.ndtr(normal()) < flow.label_drop_prob
-        t = rearrange(draw_times(normal(num_references, draws), flow), "b r m -> (r m b)")
-        noise = rearrange(normal(num_references, draws, *shape), "b r m c h w -> (r m b) c h w")
-        memory = self.model.memory(self.context(batch.labels, x[:, :-1], drop), every_reference=True)
-        rows = repeat(x, "b r c h w -> (r m b) c h w", m=draws)
-        return flow_matching_loss(lambda x_t, t: self.model.velocity(x_t, t, memory), rows, noise, t, flow), t
+        return losses_of(self.model, self.process, batch.labels, drop, x, normal, flow.num_noise_draws)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         step, size = self.global_step, self.run.training.global_batch_size
@@ -223,11 +209,11 @@ class TransDiffStage(Stage):
         if self.trainer.optimizers:
             averages_of(self.trainer).swap_averages()
 
-    def averaged_model(self) -> TransDiff:
+    def averaged_model(self) -> Paradigm:
         """A plain whole copy of the model with the averaged weights, in evaluation mode. All ranks call it together."""
         state = averages_of(self.trainer).averaged_state()
         with self.device:
-            model = TransDiff(self.run.model).eval().requires_grad_(False)
+            model = build_model(self.run.model).eval().requires_grad_(False)
         model.load_state_dict({name.removeprefix(PREFIX): value for name, value in state.items()})
         return model
 

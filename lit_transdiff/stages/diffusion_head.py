@@ -1,35 +1,34 @@
-"""Stage 2: the decoder alone, on the features of a frozen encoder (new resolution, new latents, longer training)."""
+"""Stage 2: the head alone, on what the frozen rest of the model makes (new resolution, new latents, longer training)."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from lit_transdiff.config import RunConfig, require
+from lit_transdiff.models.paradigm import network_class
 from lit_transdiff.stages.base import TransDiffStage
 
 
 class DiffusionHead(TransDiffStage):
-    """The encoder's weights, with its position embedding of the context, do not move; its dropout is off unless asked for.
+    """All weights but the head's do not move; the dropout among them is off unless asked for.
 
-    The label is still dropped, so that the decoder keeps learning the unconditional velocity.
+    The label is still dropped, so that the head keeps learning the unconditional prediction.
     """
 
-    trains_encoder = False
+    head_alone = True
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
+        allowed = "a family with a head of its own in stage diffusion_head"
+        require(bool(network_class(run.model).head_prefixes), "model.paradigm", run.model.paradigm, allowed)
         super().check(run)
         require(
             run.init_from is not None, "init_from", run.init_from, "a trained run in stage diffusion_head: its encoder is frozen"
         )
 
     def prepare(self) -> None:
-        self.model.encoder.requires_grad_(False)
-
-    def context(self, labels: Tensor, references: Tensor, drop: Tensor) -> Tensor:
-        with torch.no_grad():
-            return super().context(labels, references, drop)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name.startswith(self.model.head_prefixes))
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
-        self.model.encoder.train(self.run.training.frozen_dropout)
+        for name, module in self.model.named_modules():
+            if name and not f"{name}.".startswith(self.model.head_prefixes):
+                module.training = self.run.training.frozen_dropout

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lit_transdiff.checkpoints.averages import Averages, Holder, Piece
 from lit_transdiff.config import require
 from lit_transdiff.models.execution import shard_blocks
-from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.models.paradigm import Paradigm
 
 
 def shard_piece(name: str, p: DTensor, rank: int, world: int) -> Piece:
@@ -44,7 +44,7 @@ class Holders(Averages):
     def refresh(self) -> None:
         """Nothing, where the model computes with the holders themselves."""
 
-    def shard(self, model: TransDiff) -> None:
+    def shard(self, model: Paradigm) -> None:
         """Cut a model that has just been made; only FSDP does it here."""
 
     @property
@@ -74,7 +74,7 @@ class StockHolders(Holders):
         self.lightning_module, self.optimizers = trainer.lightning_module, trainer.optimizers
         self.global_rank, self.world_size = trainer.global_rank, trainer.world_size
 
-    def shard(self, model: TransDiff) -> None:
+    def shard(self, model: Paradigm) -> None:
         if isinstance(self.strategy, ModelParallelStrategy):
             mesh = self.strategy.device_mesh["data_parallel"]
             allowed = f"{self.world_size}, and tensor_parallel_size=1: each layer is on one device"

@@ -1,4 +1,4 @@
-"""Optimizers that keep averages of the weights, with the paper's parameter groups, and the schedules of the learning rate."""
+"""Optimizers that keep averages of the weights, with two groups of parameters, and the schedules of the learning rate."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_transdiff.checkpoints.averages import Averaging, Decay, average_decays
 from lit_transdiff.config import OptimizerConfig, require, unknown
+from lit_transdiff.models.paradigm import Paradigm
 from lit_transdiff.stages.muon import AveragedMuon
 
 
@@ -29,13 +30,13 @@ class Group(dict[str, Any]):
 Groups = list[Group]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
-    """The paper's two groups of the trainable parameters: no decay for vectors, biases and the whole decoder; then the rest."""
+def parameter_groups(model: Paradigm, weight_decay: float) -> Groups:
+    """Two groups of the trainable parameters: no decay for vectors, biases and what the family exempts; then the rest."""
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[p.ndim > 1 and not name.endswith(".bias") and not name.startswith("decoder.")].append(p)
-    blocks = {p for name, p in model.named_parameters() if ".blocks." in f".{name}"}
+            groups[p.ndim > 1 and not name.endswith(".bias") and not name.startswith(model.undecayed)].append(p)
+    blocks = {p for stack in model.block_lists().values() for p in stack.parameters()}
     return [Group(groups[decayed], weight_decay * decayed, blocks) for decayed in groups if groups[decayed]]
 
 
@@ -60,7 +61,7 @@ def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
 OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig, Mapping[str, Decay]], Averaging]] = {"adamw": adamw, "muon": muon}
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Averaging:
+def build_optimizer(model: Paradigm, config: OptimizerConfig) -> Averaging:
     """The optimizer of a run over the trainable parameters of its model."""
     groups = parameter_groups(model, config.weight_decay)
     return OPTIMIZERS[config.name](groups, config, average_decays(config))

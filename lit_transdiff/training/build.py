@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.checkpoints.run_folder import check_folder
@@ -24,6 +24,7 @@ from lit_transdiff.distributed.sizes import check_sizes
 from lit_transdiff.evaluation.metrics import check_evaluation
 from lit_transdiff.models.adapt import match
 from lit_transdiff.models.autoencoder import Autoencoder, autoencoder_kind, load_autoencoder
+from lit_transdiff.models.paradigm import Paradigm, network_class
 from lit_transdiff.sampling.generator import check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.base import Stage, TransDiffStage
@@ -67,8 +68,9 @@ def check_run(
         if name not in CALLBACKS:
             raise unknown("training.callbacks", name, CALLBACKS)
     autoencoder_kind(run.autoencoder.kind, run.autoencoder.path)
-    check_sampling(run.sampling)
-    check_evaluation(run.evaluation, scores=run.stage in STAGES and run.evaluation.every > 0)
+    check_sampling(run.sampling, run.model)
+    scores = run.stage in STAGES and run.evaluation.every > 0
+    check_evaluation(run.evaluation, scores=scores, semantic=network_class(run.model).has_features)
     check_folder(run)
     if run.init_from is not None and run.init_from not in made:
         export_folder(run.init_from)
@@ -187,8 +189,7 @@ def describe(
         f"parameters  {total:,} ({trained:,} trained)",
     ]
     if isinstance(stage, TransDiffStage):
-        encoder, decoder = count(stage.model.encoder.parameters()), count(stage.model.decoder.parameters())
-        lines.append(f"            encoder {encoder:,}, decoder {decoder:,}")
+        lines.append(f"            {', '.join(f'{name} {count(part.parameters()):,}' for name, part in parts_of(stage.model))}")
     rows, references = training.max_steps * training.global_batch_size, run.model.num_references
     epochs = ""
     if index is not None:
@@ -204,6 +205,11 @@ def describe(
         + (", weights in bfloat16" if run.training.precision == "bf16-true" else ""),
     ]
     return "\n".join([*lines, *([report] if report else [])])
+
+
+def parts_of(model: Paradigm) -> list[tuple[str, nn.Module]]:
+    """The networks of a model that have weights, by name."""
+    return [(name, part) for name, part in model.named_children() if any(True for _ in part.parameters())]
 
 
 def count(parameters: Iterable[Tensor]) -> int:

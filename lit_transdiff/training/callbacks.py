@@ -28,7 +28,7 @@ from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.data.names import sample_names
 from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.models.autoencoder import Autoencoder
-from lit_transdiff.models.flops import tokens_of, training_flops
+from lit_transdiff.models.flops import row_cost
 from lit_transdiff.models.tokens import token_similarity
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid
@@ -173,13 +173,11 @@ class LogTraining(StepCallback):
 
     def rates(self, stage: TransDiffStage, devices: int, images_per_second: float) -> dict[str, float]:
         """Tokens a second through the blocks, and the share of the devices' best that the model's operations are."""
-        model, draws = self.run.model, self.run.flow.num_noise_draws
-        rows = images_per_second / model.num_references
-        flops = rows * training_flops(model, draws, frozen_encoder=not stage.trains_encoder)
-        share = flops / (devices * self.peak.flops)
+        rows = images_per_second / self.run.model.num_references
+        cost = row_cost(self.run.model, self.run.flow.num_noise_draws, stage.head_alone)
         return {
-            "throughput/tokens_per_second": rows * tokens_of(model, draws),
-            "throughput/mfu": share,
+            "throughput/tokens_per_second": rows * cost.tokens,
+            "throughput/mfu": rows * cost.flops / (devices * self.peak.flops),
             "throughput/peak_tflops": self.peak.flops / 1e12,
             "throughput/peak_is_measured": float(self.peak.measured),
         }
@@ -273,8 +271,9 @@ class SampleGrids(StepCallback):
             return
         generator = Generator(model, self.autoencoder.to(stage.device), stage.run, self.class_names)
         images = generator.images(labels, list(range(len(labels))))[:, -1]
-        similarity = token_similarity(generator.features(list(classes))).mean().item()
-        log_now(trainer, {"val/feature_diversity": similarity})
+        if model.has_features:
+            similarity = token_similarity(generator.features(list(classes))).mean().item()
+            log_now(trainer, {"val/feature_diversity": similarity})
         picture = grid(images, self.per_class, row_labels=self.class_names, title=f"step {step}")
         file = self.folder / f"step-{step:08d}.png"
         with unless_full(file, self.despite_full_disk):

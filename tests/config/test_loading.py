@@ -68,7 +68,8 @@ INIT = ("init_from", "init_positions", "init_classes", "init_shapes")
 
 def test_the_sections_are_those_of_the_run():
     fields = {f.name: f.type for f in dataclasses.fields(RunConfig)}
-    assert {name: kind.__name__ for name, kind in NESTED.items()} == {n: t for n, t in fields.items() if n in NESTED}
+    kinds = {name: kind.__name__ for name, kind in NESTED.items()} | {"model": "ModelSettings"}
+    assert kinds == {n: t for n, t in fields.items() if n in NESTED}
     assert set(fields) - set(NESTED) == {"name", "stage", "output_dir", "imports", "seed", *INIT}
 
 
@@ -188,7 +189,7 @@ def test_a_preset_is_a_sampler_and_single_settings_go_over_it(name: str):
     run = RunConfig(model=ModelConfig(num_references=4), sampling=given)
     found = override(run, [*preset(name), "sampling.num_steps=7"], ("sampling",)).sampling
     assert found == dataclasses.replace(given, **{**PRESETS[name], "num_steps": 7}) and found.guidance_scale == 1.7
-    check_sampling(found)
+    check_sampling(found, run.model)
     assert preset(None) == []
 
 

@@ -14,7 +14,7 @@ from lit_transdiff.cli.pipeline import dry_run
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.distributed import sizes
 from lit_transdiff.distributed.sizes import check_sizes
-from lit_transdiff.models.sizes import Room, least_in_blocks, least_in_tables, least_of_row
+from lit_transdiff.models.sizes import Room, least_of_row
 from lit_transdiff.planning.memory import model_cost, pass_cost
 from lit_transdiff.stages import STAGES
 from tests.helpers.kinds import KINDS, kind_run
@@ -64,9 +64,9 @@ def test_what_is_refused_is_far_above_what_is_counted(tmp_path: Path, kind: str)
     """The bounds are below the planner's numbers, but not so far that they mean nothing."""
     run = kind_run(tmp_path, kind)
     counted = pass_cost(run, bf16=run.training.precision != "fp32").row_bytes
-    assert counted / 30 < least_of_row(run, STAGES[run.stage].trains_encoder) < counted / 2
+    assert counted / 30 < least_of_row(run, STAGES[run.stage].head_alone) < counted / 2
     parameters = model_cost(run).parameters
-    assert parameters / 2 < least_in_blocks(run.model) + least_in_tables(run.model) < parameters
+    assert parameters / 2 < sum(run.model.least_parameters().values()) < parameters
 
 
 def test_a_run_that_is_started_must_fit_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_transdiff.config import ModelConfig
+from lit_transdiff.config import FlowConfig, ModelConfig
+from lit_transdiff.flow.straight import Flow
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.key_names import from_released, read_shape
 
@@ -76,3 +78,10 @@ def features_of(t: Tensor, frequencies: Tensor) -> Tensor:
     """Cosines then sines [B, 256] of ``t`` [B] in [0, 1000] at the frequencies [128]."""
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def flow_loss(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, t: Tensor, config: FlowConfig) -> Tensor:
+    """The loss [B] of every row x [B, ...] on the linear path at times [B], of which ``velocity(x_t, t)`` is predicted."""
+    process = Flow(config, "velocity")
+    x_t = process.noised(x, noise, t)
+    return process.losses(velocity(x_t, t), x, noise, t, x_t)

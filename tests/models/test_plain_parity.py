@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from benchmarks import plain
 from lit_transdiff.base.randomness import PerImageNormal
 from lit_transdiff.config import FlowConfig, ModelConfig, SamplingConfig
-from lit_transdiff.flow.loss import draw_times, flow_matching_loss
+from lit_transdiff.flow.loss import draw_times
 from lit_transdiff.models.tokens import patchify
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.key_names import to_released
 from lit_transdiff.sampling.generator import generate
-from tests.helpers.reference import assert_near, features_of, latents_to_tokens, load, reference_frequencies
+from tests.helpers.reference import assert_near, features_of, flow_loss, latents_to_tokens, load, reference_frequencies
 
 pytestmark = pytest.mark.numeric
 HEADS = 2
@@ -85,7 +85,8 @@ def test_loss_and_every_gradient(kind: str):
 
     memory = model.memory(model.encode(labels, x[:, :-1], drop), every_reference=True)
     rows = repeat(x, "b r c h w -> (r m b) c h w", m=draws)
-    ours = flow_matching_loss(lambda x_t, t: model.velocity(x_t, t, memory), rows, noise.flatten(0, 1), t.flatten()).mean()
+    velocity = lambda x_t, t: model.velocity(x_t, t, memory)  # noqa: E731
+    ours = flow_loss(velocity, rows, noise.flatten(0, 1), t.flatten(), FlowConfig()).mean()
     ours.backward()
 
     for value in w.values():

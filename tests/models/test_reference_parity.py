@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from lit_transdiff.config import SIZES, FlowConfig, ModelConfig, SamplingConfig
 from lit_transdiff.flow.guidance import guide
-from lit_transdiff.flow.loss import draw_times, flow_matching_loss
+from lit_transdiff.flow.loss import draw_times
 from lit_transdiff.flow.path import interpolate
 from lit_transdiff.flow.solvers import solve, time_grid
 from lit_transdiff.models import layers
@@ -17,12 +17,12 @@ from lit_transdiff.models.layers import time_features
 from lit_transdiff.models.tokens import patchify, token_similarity, unpatchify
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.key_names import our_name
-from lit_transdiff.sampling.generator import pair_of, velocity_of
 from tests.helpers.reference import (
     CASES,
     FIXTURES,
     assert_near,
     features_of,
+    flow_loss,
     latents_to_tokens,
     load,
     model,
@@ -122,7 +122,7 @@ def test_training_loss_and_gradients():
         v.append(net.velocity(x_t, t, memory))
         return v[0]
 
-    loss = flow_matching_loss(velocity_fn, x, noise, t).mean()
+    loss = flow_loss(velocity_fn, x, noise, t, FlowConfig()).mean()
     loss.backward()
     assert_near(name, "loss", loss[None], case["out/loss"])
     assert_near(name, "x_t_first_token", latents_to_tokens(interpolate(x, noise, t))[:, :2], case["out/x_t_first_token"])
@@ -142,7 +142,7 @@ def test_paper_sampler_with_guidance():
     everything_dropped = torch.ones(len(labels), dtype=torch.bool)
     conditional, unconditional = (net.memory(net.encode(labels, drop=d)) for d in (None, everything_dropped))
 
-    pair = pair_of(net, conditional, unconditional)
+    pair = net.in_one_pass(conditional, unconditional)
 
     def recorded(x_t, t):
         trace.append((x_t, *pair(x_t, t)))
@@ -150,7 +150,7 @@ def test_paper_sampler_with_guidance():
 
     draws = iter(tokens_to_latents(case["in/draws"]))
     config = SamplingConfig(num_steps=5, guidance_scale=1.3, drift_scale=0.89, noise_scale=0.95)
-    velocity = guide(velocity_of(net, conditional), recorded, config.guidance_scale)
+    velocity = guide(net.at_one_time(conditional), recorded, config.guidance_scale)
     latent = solve(velocity, tokens_to_latents(case["in/noise"]), config, lambda: next(draws))
     assert_near(name, "latent", latent, case["out/latent"])
     assert_near(name, "x_per_step", torch.stack([latents_to_tokens(x) for x, _, _ in trace]), case["out/x_per_step"])

@@ -13,7 +13,7 @@ from lit_transdiff.config import ModelConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.distributed.strategies import STRATEGIES
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
-from lit_transdiff.models.flops import decoder_flops, encoder_flops
+from lit_transdiff.models.flops import row_cost
 from lit_transdiff.planning.memory import model_cost, pass_cost
 from lit_transdiff.planning.planner import communication, memory_of, plan
 from lit_transdiff.stages import STAGES
@@ -58,13 +58,22 @@ def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str):
 
 @pytest.mark.parametrize("kind", ["one-step", "MRAR"])
 def test_operations_are_those_of_a_real_pass(tmp_path: Path, kind: str):
+    """Also those of a stage that trains the head alone: there is no backward pass through the encoder."""
     run = kind_run(tmp_path, kind)
     stage = STAGES[run.stage](run, IdentityAutoencoder(run.model.latent_channels))
     # Not every release of torch counts the fused attention of CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         stage.objective(batch_of(run.model), lambda *shape: torch.randn(ROWS, *shape))
-    forward = encoder_flops(run.model) + decoder_flops(run.model, run.flow.num_noise_draws)
-    assert forward * ROWS == pytest.approx(counter.get_total_flops(), rel=1e-9)
+        whole = counter.get_total_flops()
+        batch = batch_of(run.model)
+        stage.model.encode(batch.labels, batch.values[:, :-1])
+    encoder = counter.get_total_flops() - whole
+    draws = run.flow.num_noise_draws
+    assert row_cost(run.model, draws).flops * ROWS == pytest.approx(3 * whole, rel=1e-9)
+    assert row_cost(run.model, draws, head_alone=True).flops * ROWS == pytest.approx(3 * whole - 2 * encoder, rel=1e-9)
+    references, model = run.model.num_references, run.model
+    decoded = references * draws * model.num_decoder_tokens
+    assert row_cost(model, draws).tokens == model.num_class_tokens + model.num_context_tokens + decoded
 
 
 def test_shares_of_the_strategies(tmp_path: Path):

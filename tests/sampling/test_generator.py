@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lit_transdiff.base.randomness import GlobalBatchNormal, PerImageNormal, mix
-from lit_transdiff.config import SamplingConfig
+from lit_transdiff.config import ModelConfig, SamplingConfig
 from lit_transdiff.models.autoencoder import load_autoencoder
 from lit_transdiff.models.context import ContextStream, null_contexts
 from lit_transdiff.models.fusion import fused, fusion_pattern
@@ -118,7 +118,7 @@ def test_fusion_patterns():
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"sampling\.solver: 'eulr' is not known\. Did you mean 'euler'"):
-        check_sampling(SamplingConfig(solver="eulr"))
+        check_sampling(SamplingConfig(solver="eulr"), ModelConfig())
 
 
 @pytest.mark.usefixtures("float64")

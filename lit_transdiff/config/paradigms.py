@@ -1,0 +1,23 @@
+"""The families of models, by the name that ``model.paradigm`` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lit_transdiff.config.checks import unknown
+from lit_transdiff.config.family import Family, ModelSettings
+from lit_transdiff.config.model import ModelConfig
+
+PARADIGMS: dict[str, Family] = {
+    "transdiff": Family(ModelConfig, "lit_transdiff.models.transdiff:TransDiff"),
+}
+DEFAULT = "transdiff"  # also of files of earlier versions, which say none
+
+
+def settings_class(model: Mapping[str, Any]) -> type[ModelSettings]:
+    """What the section ``model`` of some settings is made of. Raises ``ValueError`` for a paradigm that is not in the table."""
+    name = model.get("paradigm", DEFAULT)
+    if not isinstance(name, str) or name not in PARADIGMS:
+        raise unknown("model.paradigm", name, PARADIGMS)
+    return PARADIGMS[name].settings

@@ -1,0 +1,8 @@
+"""The processes by the name that a family of models gives: a class each."""
+
+from __future__ import annotations
+
+from lit_transdiff.flow.process import Process
+from lit_transdiff.flow.straight import Flow
+
+PROCESSES: dict[str, type[Process]] = {"flow": Flow}

@@ -1,0 +1,156 @@
+"""The seam: what a family of models is to training, sampling and planning, which know no family.
+
+A paradigm says which tokens an image is, in which parts they are drawn, and what the network predicts of them. It knows no loss,
+no solver and no trainer. What a token is, is its own business: a latent pixel, a patch, a whole latent.
+
+Shapes: B images (rows of the batch), R references of a row, M noise draws, K parts, N tokens of all parts together, C H W a
+latent; ``token`` the shape of a token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from lit_transdiff.base.randomness import Normal
+from lit_transdiff.config.paradigms import PARADIGMS
+from lit_transdiff.models.adapt import Adaptation
+
+if TYPE_CHECKING:
+    from lit_transdiff.config import SamplingConfig
+    from lit_transdiff.config.paradigms import ModelSettings
+
+# x_t [B, *shape] and a time of the process that all rows share -> what the network predicts of the rows.
+Predict = Callable[[Tensor, float], Tensor]
+PredictPair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A part that is to be drawn, given everything that was drawn before it; the answer is a tensor [B, *shape]."""
+
+    shape: tuple[int, ...]  # of a row
+    predict: Predict  # with the condition
+    pair: PredictPair  # with it and without, in one pass; equal where nothing is to be guided
+    progress: float = 1.0  # share of the tokens that are drawn when this part is, for guidance that grows with it
+    scale: float | None = None  # of the guidance, in place of the sampler's
+    num_steps: int | None = None  # of the solver, in place of the sampler's
+    reuses_noise: bool = False  # begins with the noise of the part before, not with new noise
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of equal blocks within a model: by them it is compiled, computed again, cut, and counted."""
+
+    path: str  # of its nn.ModuleList
+    depth: str  # the setting of the number of its blocks
+
+
+class Paradigm(nn.Module, ABC):
+    """A family of models. Everything above ``abstractmethod`` has a default that a simple family keeps.
+
+    Its constructor takes the family's settings alone, and works on the meta device. Numbers are random through arguments only:
+    a ``Normal`` gives standard normal numbers [B, *shape], a row for each image (``ndtr`` makes them uniform, ``argsort`` an
+    order), and its ``shared()`` a number that all images of a global batch have in common. Numbers of tokens follow from settings
+    and from such numbers, never from tensors, so that a model can be counted without values.
+    """
+
+    process: ClassVar[str] = "flow"  # a name in flow.processes.PROCESSES: how data become noise, and noise data
+    prediction: ClassVar[str] = "velocity"  # what ``predict`` gives, a word that the process knows
+    stacks: ClassVar[Mapping[str, Stack]]  # by the names that training.activation_checkpointing knows
+    head_prefixes: ClassVar[tuple[str, ...]] = ()  # of the names of what ``predict`` alone reads, which a stage can train alone
+    undecayed: ClassVar[tuple[str, ...]] = ()  # prefixes of the names of weights that have no weight decay
+    methods: ClassVar[tuple[str, ...]] = ("condition", "predict")  # that read weights and are called from outside
+    adaptation: ClassVar[Adaptation] = Adaptation()  # how a model starts from one of another shape
+    parts_are_free: ClassVar[bool] = False  # sampling.num_parts says in how many an image is drawn
+    has_features: ClassVar[bool] = False  # gives ``features``, of which there are metrics and fusions
+    config: ModelSettings
+    part_sizes: tuple[int, ...]  # tokens of each part, in training
+    token: tuple[int, ...]  # shape of a token
+
+    # --- training ---------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def parts(self, x: Tensor) -> Tensor:
+        """Latents [B, R, C, H, W] as the tokens that are predicted, part by part: [B, N, *token]."""
+
+    @abstractmethod
+    def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> Any:
+        """The memory: all that depends on neither noise nor time, made once for all M draws.
+
+        Of the labels [B] (where ``drop`` [B] is true, the null class) and the clean latents. A family draws here what it draws,
+        orders and masks of tokens.
+        """
+
+    @abstractmethod
+    def predict(self, x_t: Tensor, t: Tensor, memory: Any) -> Tensor:
+        """What the network says of tokens ``x_t`` [(M B), N, *token] at times [(M B), K] of the process: [(M B), N, ...].
+
+        A row of the memory serves the M rows (draw, image) of its image. ``x_t`` may be more precise than the weights.
+        """
+
+    def weights(self, memory: Any) -> Tensor | None:
+        """Of the parts in the loss, [K] or [B, K] or [(M B), K]; without them all are equal."""
+        return None
+
+    # --- sampling ---------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def decode(
+        self, labels: Tensor, sampling: SamplingConfig, normal: Normal, kept: Any = None, contexts: Any = None
+    ) -> Generator[Problem, Tensor, Tensor]:
+        """Yields the parts of images of ``labels`` [B] as problems, is sent the solution of each, and returns [B, R, C, H, W].
+
+        The sampler owns solver, guidance, noise and seeds. What a family draws itself (the order of the tokens), it draws from
+        ``normal``; a part that it draws in a way of its own, it does not yield. ``kept`` is what ``keep`` gave; ``contexts``
+        stands for what the model makes of the labels, where ``has_features``.
+        """
+        yield from ()
+        raise AssertionError
+
+    def keep(self) -> Any:
+        """What is made once for all images that this model draws (the null class), for ``decode``."""
+        return None
+
+    def features(self, labels: Tensor, references: Tensor | None) -> Tensor:
+        """Semantic features [B, S, D] of labels, and of the references before the last, where ``has_features``."""
+        raise ValueError(f"model.paradigm: {self.config.paradigm!r} has no semantic features.")
+
+    def fusion(self, second: Tensor, kind: str, seed: int) -> Any:
+        """``contexts`` for ``decode`` that splice the features of its labels with those of ``second`` [B]."""
+        raise ValueError(f"--fuse: model.paradigm {self.config.paradigm!r} has no semantic features to splice.")
+
+    # --- structure --------------------------------------------------------------------------------------------------------
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is called at every evaluation of a solver, as ``evaluated(x_t, t, memory)`` with rows first: it is counted."""
+        return self
+
+    def block_lists(self) -> dict[str, nn.ModuleList]:
+        """The blocks of each stack."""
+        return {name: self.get_submodule(stack.path) for name, stack in self.stacks.items()}  # type: ignore[misc]
+
+    def units(self) -> Iterator[nn.Module | list[nn.Module]]:
+        """What a strategy that cuts weights gathers together, in order; the rest is one more."""
+        for blocks in self.block_lists().values():
+            yield from blocks
+
+
+def network_class(settings: ModelSettings) -> type[Paradigm]:
+    """The class of a model of these settings."""
+    network = PARADIGMS[settings.paradigm].network
+    if isinstance(network, str):
+        module, _, name = network.partition(":")
+        network = getattr(import_module(module), name)
+    return network  # type: ignore[no-any-return]
+
+
+def build_model(settings: ModelSettings) -> Paradigm:
+    """A new model."""
+    return network_class(settings)(settings)  # type: ignore[call-arg]

@@ -1,0 +1,46 @@
+"""The loss of a batch for every family of models: parts of images at times of their process, and what the network says of them.
+
+Shapes: B images (rows), R references of a row, M noise draws, K parts, N tokens of all parts, C H W a latent.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from lit_transdiff.base.randomness import Normal
+from lit_transdiff.flow.parts import noise_of_parts, rows_of_parts, times_of_tokens
+from lit_transdiff.flow.process import Process
+from lit_transdiff.models.paradigm import Paradigm
+
+
+def losses_of(
+    model: Paradigm, process: Process, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal, draws: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of every part and its share of noise, both [K M B]; the mean is that of the batch.
+
+    Of images ``x`` [B, R, C, H, W] with ``labels`` [B], of which the null class takes the place where ``drop`` [B]. The memory
+    of an image is made once; all its ``draws`` of noise and time pass the network together.
+    """
+    sizes = model.part_sizes
+    t = rearrange(process.times(normal(len(sizes), draws)), "b k m -> (m b) k")
+    noise = noise_of_parts(normal, sizes, draws, model.token)
+    memory = model.condition(labels, drop, x, normal)
+    tokens = repeat(model.parts(x), "b n ... -> (m b) n ...", m=draws)
+    each = times_of_tokens(t, sizes)
+    x_t = process.noised(tokens.flatten(0, 1), noise.flatten(0, 1), each.flatten()).view_as(noise)
+    output = model.predict(x_t, t, memory)
+    pieces = zip(*(rows_of_parts(z, sizes) for z in (output, tokens, noise, x_t, each)), strict=True)
+    losses = torch.cat([process.losses(said, x, e, at.reshape(len(at), -1)[:, 0], x_t) for said, x, e, x_t, at in pieces])
+    weights = model.weights(memory)
+    if weights is not None:
+        losses = losses * balanced(weights, draws * len(labels), len(sizes))
+    return losses, process.share(rearrange(t, "b k -> (k b)"))
+
+
+def balanced(weights: Tensor, rows: int, parts: int) -> Tensor:
+    """Weights [K], [B, K] or [(M B), K] as those of losses [K M B], with mean 1."""
+    shares = weights.float() if weights.ndim == 2 else weights.float()[None]
+    whole = rearrange(shares.repeat(rows // len(shares), 1), "b k -> (k b)", k=parts)
+    return whole / whole.mean()
