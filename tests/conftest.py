@@ -7,6 +7,7 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("WANDB_X_SERVICE_WAIT", "120")  # seconds; a busy machine may need more than the 30 that are usual
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -8,13 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
-
-if TYPE_CHECKING:
-    from lit_transdiff.data.index import ShardIndex
 
 
 def checksum_of(content: bytes | memoryview) -> int:
@@ -32,18 +28,3 @@ def checksums_in(path: Path, places: Iterable[tuple[int, int]], parts: int) -> n
     with path.open("rb") as file:
         found = [checksums_of(os.pread(file.fileno(), size, offset), parts) for offset, size in places]
     return np.array(found, np.uint32).reshape(-1, parts)
-
-
-def check_content(index: ShardIndex, sample: int, content: bytes) -> None:
-    """Raise ``ValueError`` when the bytes of a sample are not those that were indexed; an older index does not know."""
-    if index.checksum is not None and checksums_of(content, index.checksum.shape[1]) != index.checksum[sample].tolist():
-        raise damaged(index, sample)
-
-
-def damaged(index: ShardIndex, sample: int) -> ValueError:
-    """The one wording for a sample that is not what was indexed."""
-    return ValueError(
-        f"{index.name_of(sample)}: the sample at byte {index.offset[sample]} of the shard is damaged: its checksum differs from "
-        f"that in the index. Copy the shard again, or make the shards again; what else is damaged says: lit-transdiff verify "
-        f"{index.folder}"
-    )

@@ -14,7 +14,7 @@ import numpy as np
 import webdataset as wds
 
 from lit_transdiff.base.files import partial_name
-from lit_transdiff.data.checksums import check_content, checksum_of, damaged
+from lit_transdiff.data.checksums import checksum_of, checksums_of
 from lit_transdiff.data.index import ShardIndex
 
 TAR_BLOCK, TAR_RECORD = 512, 10240  # bytes that a member, and a whole tar, are filled up to
@@ -140,3 +140,18 @@ class ShardReader:
         if len(wrong):
             raise damaged(self.index, int(samples[wrong[0]]))
         self.unread[samples, parts] = False
+
+
+def check_content(index: ShardIndex, sample: int, content: bytes) -> None:
+    """Raise ``ValueError`` when the bytes of a sample are not those that were indexed; an older index does not know."""
+    if index.checksum is not None and checksums_of(content, index.checksum.shape[1]) != index.checksum[sample].tolist():
+        raise damaged(index, sample)
+
+
+def damaged(index: ShardIndex, sample: int) -> ValueError:
+    """The one wording for a sample that is not what was indexed."""
+    return ValueError(
+        f"{index.name_of(sample)}: the sample at byte {index.offset[sample]} of the shard is damaged: its checksum differs from "
+        f"that in the index. Copy the shard again, or make the shards again; what else is damaged says: lit-transdiff verify "
+        f"{index.folder}"
+    )

@@ -28,12 +28,12 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tarfile_samples
 
 from lit_transdiff.config import DataConfig, require
-from lit_transdiff.data.checksums import check_content
 from lit_transdiff.data.dataset import Batch, SampleDecoder
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.order import BatchLayout, generator
 from lit_transdiff.data.references import check_class_sizes, num_groups
 from lit_transdiff.data.scan import IMAGE_MEMBERS, LATENT_MEMBER, PICKLE_MEMBERS
+from lit_transdiff.data.shards import check_content
 
 log = logging.getLogger(__name__)
 SHUFFLE_BUFFER = 1000  # samples that a reader holds to shuffle

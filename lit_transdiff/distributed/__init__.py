@@ -1,6 +1,6 @@
 """How a run is spread over devices: strategies by name."""
 
-from lit_transdiff.distributed.strategies import STRATEGIES, StrategyKind, check_spread, strategy_name, trainer_settings
+from lit_transdiff.distributed.strategies import STRATEGIES, StrategyKind, check_distributed, strategy_name, trainer_settings
 from lit_transdiff.distributed.world import (
     accumulation,
     build_fabric,
@@ -16,7 +16,7 @@ __all__ = [
     "StrategyKind",
     "accumulation",
     "build_fabric",
-    "check_spread",
+    "check_distributed",
     "compute_dtype",
     "default_device",
     "micro_batch_size",

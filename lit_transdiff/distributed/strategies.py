@@ -172,7 +172,7 @@ def strategy_name(run: RunConfig) -> str:
     return name
 
 
-def check_spread(run: RunConfig) -> None:
+def check_distributed(run: RunConfig) -> None:
     """Refuse a strategy, batch or offload that is not possible here."""
     strategy_name(run)
     micro_batch_size(run)

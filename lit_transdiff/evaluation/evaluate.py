@@ -146,7 +146,7 @@ def draw_missing(job: Job, files: BatchFiles, batches: Sequence[range], saved: S
             if "folder" in saved:
                 write_pngs(files.images, drawn.pixels, batch)
             keep = [i for i in batch if "npz" in saved or i in shown]
-            arrays = {name: value.cpu().numpy() for name, value in drawn.found._asdict().items() if value is not None}
+            arrays = {name: value.cpu().numpy() for name, value in drawn.features._asdict().items() if value is not None}
             arrays |= {"kept": np.array(keep, dtype=np.int64), "pixels": drawn.pixels[[i - batch.start for i in keep]].numpy()}
             files.write(batch, arrays | {"cost": np.array([drawn.seconds, drawn.evaluations])})
             bar.update(len(batch))

@@ -39,7 +39,7 @@ class Job:
     extractor: FeatureExtractor
     reference: Statistics | None
     labels: Tensor  # [N]
-    kept: int  # images of a row that are scored
+    images_of_row: int  # that are scored
     needs: set[str]  # of the metrics, as in metrics.NEEDS
 
     @property
@@ -51,7 +51,7 @@ class Job:
 class DrawnBatch:
     """What is known of drawn images."""
 
-    found: Features
+    features: Features
     pixels: Tensor  # [B, C, H, W] uint8, as a file holds them
     seconds: float  # spent on drawing and decoding
     evaluations: int  # images that went through what a solver evaluates
@@ -88,24 +88,24 @@ def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: Samp
     require(
         neighbours < settings.num_images, "evaluation.num_neighbours", neighbours, f"less than num_images={settings.num_images}"
     )
-    kept = generator.run.model.num_references if settings.keep == "all" else 1
+    of_row = generator.run.model.num_references if settings.keep == "all" else 1
     for name in ("num_images", "batch_size"):
         value = getattr(settings, name)
-        require(value % kept == 0, f"evaluation.{name}", value, f"a multiple of the {kept} images of a row that are kept")
-    rows = choose_labels(dataclasses.replace(settings, num_images=settings.num_images // kept), num_classes)
+        require(value % of_row == 0, f"evaluation.{name}", value, f"a multiple of the {of_row} images of a row that are kept")
+    rows = choose_labels(dataclasses.replace(settings, num_images=settings.num_images // of_row), num_classes)
     return Job(
-        generator, settings, sampling, extractor, reference, rows.repeat_interleave(kept), kept, needed_by(settings.metrics)
+        generator, settings, sampling, extractor, reference, rows.repeat_interleave(of_row), of_row, needed_by(settings.metrics)
     )
 
 
 def draw_batch(job: Job, batch: Sequence[int]) -> DrawnBatch:
     """Draw the images of the indices ``batch`` and extract their features."""
     generator = job.generator
-    first = batch[:: job.kept]  # of each row
+    first = batch[:: job.images_of_row]  # of each row
     with counted_rows(generator.network.evaluated) as rows:
         started = clock(generator.device)
         drawn = generator.images(job.labels[list(first)], image_seeds(job.settings, first), job.sampling)
-        images = drawn[:, -job.kept :].flatten(0, 1)  # [B, C, H, W]
+        images = drawn[:, -job.images_of_row :].flatten(0, 1)  # [B, C, H, W]
         seconds = clock(generator.device) - started
     return DrawnBatch(job.extractor(images, spatial=job.spatial), to_bytes(images).cpu(), seconds, sum(rows))
 
@@ -119,13 +119,13 @@ def with_reference(job: Job, folder: Path) -> Job:
     return dataclasses.replace(job, reference=reference)
 
 
-def score(job: Job, found: Features, spatial: Iterable[Tensor]) -> dict[str, Score]:
+def score(job: Job, features: Features, spatial: Iterable[Tensor]) -> dict[str, Score]:
     """All scores of drawn images; ``spatial`` gives chunks [B, S] of their spatial features, and is read only where needed."""
     generator = job.generator
     scored = Scored(
-        found.features.to(generator.device),
+        features.features.to(generator.device),
         job.labels,
-        found.logits,
+        features.logits,
         job.extractor.num_classes == generator.run.model.num_classes,
         partial(generator.features, sampling=job.sampling),
         gaussian_of(spatial) if job.spatial else None,

@@ -95,10 +95,15 @@ def check_covariance(sigma: np.ndarray, name: str) -> None:
     largest = float(np.abs(sigma).max(initial=0))
     symmetric = np.allclose(sigma, sigma.T, rtol=10 * SIGMA_TOLERANCE, atol=SIGMA_TOLERANCE * largest)
     require(symmetric, name, "a matrix that is not symmetric", "a covariance")
-    if sigma.size:
+    if sigma.size and not is_positive(sigma, SIGMA_TOLERANCE * float(np.diagonal(sigma).max())):
         values = torch.linalg.eigvalsh(torch.from_numpy(sigma))
         lowest, highest = float(values[0]), float(values[-1])
         require(lowest >= -SIGMA_TOLERANCE * highest, name, f"eigenvalues from {lowest:.3g} to {highest:.3g}", "none below 0")
+
+
+def is_positive(sigma: np.ndarray, shift: float) -> bool:
+    """Whether ``sigma`` has a Cholesky factor with ``shift`` added to its diagonal; much faster than its eigenvalues."""
+    return int(torch.linalg.cholesky_ex(torch.from_numpy(sigma + shift * np.eye(len(sigma)))).info) == 0
 
 
 class Reservoir:
@@ -251,11 +256,12 @@ def completed(statistics: Statistics, extractor: FeatureExtractor, folder: Path,
     path = Path(str(statistics.path))
     name = f"{path.stem}-{statistics.hash}-{extractor.name}-{extractor.fingerprint}.npz"
     folder = path.parent if os.access(path.parent, os.W_OK) else folder
-    if not (folder / name).is_file():
+    if (folder / name).is_file():
+        of_images = load_statistics(folder / name)
+    else:
         batches = tqdm(image_batches(path), desc=f"features of {path.name}", unit="batch", leave=False)
         made = reference_statistics(batches, extractor, max_features=statistics.images, source=f"arr_0 of {path}")
-        save_statistics(made, folder / name)
-    of_images = load_statistics(folder / name)
+        of_images = save_statistics(made, folder / name)
     given = statistics if statistics.mu.size else of_images
     return dataclasses.replace(
         statistics,

@@ -15,12 +15,16 @@ def logged_values(folder: Path, metric: str) -> list[float]:
     """The values of ``metric`` in the order logged; NaN stands for every one that is no number."""
     file, logs = folder / "metrics.csv", folder / "wandb"
     if file.is_file():
-        lines = read_lines(file)
-        if lines.changed:
-            warn_once(changed_in_words(file, lines.changed))
-        rows = (dict(zip(lines.names, cells, strict=True)) for cells in lines.cells.values())
-        return [as_number(row["value"]) for row in rows if row.get("metric") == metric and row.get("value")]
+        return [as_number(row["value"]) for row in rows_of(file) if row.get("metric") == metric and row.get("value")]
     return values_in_log(logs, metric) if logs.is_dir() else []
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    """The rows of a ``metrics.csv``, which may be of another program; lines that have changed are told once."""
+    lines = read_lines(file)
+    if lines.changed:
+        warn_once(changed_in_words(file, lines.changed))
+    return [dict(zip(lines.names, cells, strict=True)) for cells in lines.cells.values()]
 
 
 def values_in_log(folder: Path, metric: str) -> list[float]:
@@ -48,6 +52,9 @@ def as_number(value: object) -> float:
 
 def logged_names(folder: Path) -> list[str]:
     """The metrics that a trial has logged."""
+    file = folder / "metrics.csv"
+    if file.is_file():
+        return sorted({row["metric"] for row in rows_of(file) if row.get("metric")})
     try:
         return sorted({name for run in read_local(folder) for name in run.summary})
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.names import class_names
 from lit_transdiff.data.references import num_groups
-from lit_transdiff.distributed import accumulation, check_spread, micro_batch_size, precision_of, strategy_name, world_size
+from lit_transdiff.distributed import accumulation, check_distributed, micro_batch_size, precision_of, strategy_name, world_size
 from lit_transdiff.distributed.sizes import check_sizes
 from lit_transdiff.evaluation.metrics import check_evaluation
 from lit_transdiff.models.adapt import match
@@ -74,7 +74,7 @@ def check_run(
     check_folder(run)
     if run.init_from is not None and run.init_from not in made:
         export_folder(run.init_from)
-    check_spread(run)
+    check_distributed(run)
     if own_stage is None:
         check_sizes(run, outline)
 
@@ -226,6 +226,6 @@ def export_info(parts: Parts) -> dict[str, Any]:
     }
 
 
-def spread_of(run: RunConfig) -> dict[str, Any]:
-    """How the run is spread, for its checkpoints."""
+def layout_of(run: RunConfig) -> dict[str, Any]:
+    """The layout of the run over devices, for its checkpoints."""
     return layout(strategy_name(run), world_size(run), micro_batch_size(run), precision_of(run))

@@ -95,13 +95,13 @@ class Checkpoints(StepCallback):
 
     Tensors are copied to CPU memory; with ``checkpoint.asynchronous`` a thread then writes the files while training goes on, and
     a failure is noticed by all ranks together at the next save or at the end. ``start`` is the step of the
-    checkpoint that this rank is about to load; ``identity`` says how the run is spread.
+    checkpoint that this rank is about to load; ``layout`` is that of the run over devices.
     """
 
-    def __init__(self, run: RunConfig, start: int, identity: dict[str, Any]) -> None:
+    def __init__(self, run: RunConfig, start: int, layout: dict[str, Any]) -> None:
         self.run = run
         self.start = start
-        self.identity = identity
+        self.layout = layout
         self.folder = run.folder / "checkpoints"
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
@@ -213,7 +213,7 @@ class Checkpoints(StepCallback):
             "shapes": parameter_shapes(trainer.lightning_module),
             "metrics": numbers_of(trainer),
             "milestone": milestone > 0 and images // milestone > max(0, before) // milestone,
-            **self.identity,
+            **self.layout,
         }
 
     def write(self, partial: Path, rank: int, world: int, tensors: Any, training: Any, manifest: Any) -> None:
@@ -240,7 +240,7 @@ def judges(metric: str) -> bool:
 
 
 def layout(strategy: str, world: int, micro_batch: int, precision: str) -> dict[str, Any]:
-    """How a run is spread, as far as its last digits depend on it."""
+    """The layout of a run over devices, as far as its last digits depend on it."""
     return {
         "strategy": strategy,
         "world": world,

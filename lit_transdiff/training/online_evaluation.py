@@ -84,7 +84,7 @@ class OnlineEvaluation(StepCallback):
         for turn in range(math.ceil(len(batches) / world)):  # on all ranks the same number
             if trainer.global_step < trainer.max_steps and self.rhythm.asked_to_stop(trainer):
                 return None
-            drawn += [draw_batch(job, batch).found for batch in mine[turn : turn + 1]]
+            drawn += [draw_batch(job, batch).features for batch in mine[turn : turn + 1]]
 
         def all_ranks(rows: list[Tensor | None]) -> Tensor | None:
             present = [part for part in rows if part is not None]

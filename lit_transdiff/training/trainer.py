@@ -37,7 +37,7 @@ from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.stages.preparatory import PreparatoryStage
 from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, wandb_of
 from lit_transdiff.tracking.wandb_run import WandbRun
-from lit_transdiff.training.build import Parts, build, build_data, describe_parts, export_info, spread_of
+from lit_transdiff.training.build import Parts, build, build_data, describe_parts, export_info, layout_of
 from lit_transdiff.training.callbacks import CALLBACKS, LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
 from lit_transdiff.training.checkpointing import Checkpoints, TryAgain, agreed_checkpoint, what_changes
 from lit_transdiff.training.guard import GuardSteps, RollBack
@@ -75,7 +75,7 @@ def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[S
         GuardSteps(run.safety, folder) if guarded else StopOnNonFinite(folder / "checkpoints"),
         numbers,
         Progress(run.name, numbers),
-        Checkpoints(run, start, spread_of(run)),
+        Checkpoints(run, start, layout_of(run)),
     ]
     if tracker is not None:
         found.append(Track(tracker, run, parts.data))
@@ -178,7 +178,7 @@ def fit(
         return TrainResult(run.folder, start, dict(checkpoint.manifest["metrics"]))
     trainer = build_trainer(parts, build_callbacks(parts, start, request, wandb_of(loggers), callbacks), loggers)
     if checkpoint is not None:
-        changes = what_changes(checkpoint, spread_of(run))
+        changes = what_changes(checkpoint, layout_of(run))
         say(f"continuing from {checkpoint.folder}" + (f"; {changes}" if changes else ""))
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):

@@ -51,8 +51,11 @@ def test_snapshots_of_two_averages_give_a_third(width: float):
 
 
 def test_a_width_is_chosen_after_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    training = {"max_steps": 100, "checkpoint_every": 10}
-    run = small_run(tmp_path, training=training, checkpoint={"keep_last": 10}, optimizer={"power_widths": [0.05, 0.07, 0.1]})
+    training = {"max_steps": 100, "checkpoint_every": 10, "global_batch_size": 2}
+    shallow = {"encoder_blocks": 1, "decoder_blocks": 1}
+    run = small_run(
+        tmp_path, model=shallow, training=training, checkpoint={"keep_last": 10}, optimizer={"power_widths": [0.05, 0.07, 0.1]}
+    )
     train(run, lambda text: None)
     checkpoints = [checkpoint.index() for checkpoint in complete_checkpoints(run.folder / "checkpoints")]
     kept, shorter, longer = (checkpoints[-1].weights(power_state(width)) for width in (0.07, 0.05, 0.1))

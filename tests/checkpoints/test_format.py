@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
         train(run, silent)
 
 
-def test_another_spread_is_told(tmp_path: Path):
+def test_another_layout_is_told(tmp_path: Path):
     train(small_run(tmp_path, training={"max_steps": 4}), silent)
     said: list[str] = []
     train(small_run(tmp_path, training={"micro_batch_size": 4, "precision": "bf16-mixed"}), said.append)

@@ -95,7 +95,9 @@ def test_all_scores_of_the_adm_evaluator_from_a_file_in_its_layout(tmp_path: Pat
     result = evaluate(generator, settings, SAMPLING, output=tmp_path)
     assert set(result["scores"]) == set(names) and result["manifest"]["spatial_features"] is True
 
-    found = draw_batch(prepare_job(generator, settings, SAMPLING), range(8)).found
+    without = dataclasses.replace(settings, reference=None, metrics=["inception_score"])
+    job = dataclasses.replace(prepare_job(generator, without, SAMPLING), needs={"spatial features"})
+    found = draw_batch(job, range(8)).features
     for name, rows, mu, scale in [
         ("frechet_distance", found.features, 0.0, 1.0),
         ("spatial_frechet_distance", found.spatial, 1.0, 2.0),
@@ -176,7 +178,7 @@ def test_the_last_image_of_a_row_is_scored(files: Path, tmp_path: Path, extracto
     images = generator.images(job.labels, image_seeds(settings, range(6)), SAMPLING)
     assert images.shape[1] == 4
     drawn = draw_batch(job, range(2, 6))
-    assert torch.allclose(drawn.found.features, extractor(images[2:, 3]).features, atol=1e-5)
+    assert torch.allclose(drawn.features.features, extractor(images[2:, 3]).features, atol=1e-5)
     assert torch.equal(
         drawn.pixels, to_bytes(generator.images(job.labels[2:], image_seeds(settings, range(2, 6)), SAMPLING)[:, 3])
     )
@@ -191,7 +193,7 @@ def test_all_images_of_a_row_are_scored_for_the_work_of_one(files: Path, tmp_pat
     rows = generator.images(job.labels[::4], image_seeds(settings, range(0, 16, 4)), SAMPLING)
     drawn = draw_batch(job, range(8, 16))
     assert torch.equal(drawn.pixels, to_bytes(rows[2:].flatten(0, 1)))
-    assert torch.allclose(drawn.found.features, extractor(rows[2:].flatten(0, 1)).features, atol=1e-5)
+    assert torch.allclose(drawn.features.features, extractor(rows[2:].flatten(0, 1)).features, atol=1e-5)
     assert all(len(set(labels)) == 1 for labels in job.labels.reshape(-1, 4).tolist())
     manifest = evaluate(generator, settings, SAMPLING, output=tmp_path)["manifest"]
     assert manifest["scored_reference"] == "all" and manifest["decoder_evaluations_per_image"] == 4

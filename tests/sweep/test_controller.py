@@ -21,7 +21,7 @@ from lit_transdiff.sweep.controller import run_sweep, slots_of
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.journal import SweepJournal
 from lit_transdiff.sweep.report import failures, outcome
-from lit_transdiff.sweep.values import logged_values
+from lit_transdiff.sweep.values import logged_names, logged_values
 from lit_transdiff.tracking.loggers import MetricsCSV
 from tests.helpers.small import ROOT
 from tests.helpers.sweeps import TINY, train_command, write_recipe
@@ -238,7 +238,10 @@ def test_a_sweep_of_failures_still_says_how_it_ended(tmp_path: Path) -> None:
 
 def test_a_metric_that_no_trial_logs_is_told_at_the_first_one(tmp_path: Path) -> None:
     program = tmp_path / "other.py"
-    program.write_text("import wandb\nwith wandb.init(mode='offline') as run:\n    run.log({'val/loss': 1.0, 'accuracy': 2.0})\n")
+    program.write_text(
+        "import sys\nif '--x=1' not in sys.argv:\n    sys.exit()\n"  # the second has nothing to say
+        "import wandb\nwith wandb.init(mode='offline') as run:\n    run.log({'val/loss': 1.0, 'accuracy': 2.0})\n"
+    )
     metric = {"name": "val_loss", "goal": "minimize"}
     plan = load_sweep(
         write_sweep(tmp_path, command=None, program=str(program), metric=metric, parameters={"x": {"values": [1, 2]}})
@@ -248,6 +251,11 @@ def test_a_metric_that_no_trial_logs_is_told_at_the_first_one(tmp_path: Path) ->
     (warning,) = [text for text in said if text.startswith("warning")]
     assert "metric.name: the trial has not logged 'val_loss', but val/loss" in warning
     assert "2 finished; none has logged val_loss" in outcome(plan, trials, tmp_path / "out")
+
+
+def test_names_in_the_file_of_another_program_are_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(HEAD + "1,8,0,val/loss,1.0,0\n1,8,0,accuracy,2.0,0\n2,16,0,accuracy,2.0,0\n2,1")
+    assert logged_names(tmp_path) == ["accuracy", "val/loss"]
 
 
 def test_another_sweep_does_not_go_into_the_same_folder(tmp_path: Path) -> None:
