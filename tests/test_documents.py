@@ -23,7 +23,7 @@ from lit_transdiff.cli import commands
 from lit_transdiff.cli.own_package import write_package
 from lit_transdiff.cli.pipeline import load_pipeline
 from lit_transdiff.config.loading import load_run
-from lit_transdiff.config.reference import all_settings
+from lit_transdiff.config.reference import all_settings, family_settings
 from lit_transdiff.sweep.file import load_sweep
 from tests.helpers.run_folders import make_run
 from tests.helpers.small import ROOT, small_run
@@ -171,7 +171,8 @@ def test_commands_and_options_in_the_text_are_there(path: Path) -> None:
 
 @cache
 def settings() -> set[str]:
-    return {setting.name for section in all_settings().values() for setting in section}
+    sections = [*all_settings().values(), *family_settings().values()]
+    return {setting.name for section in sections for setting in section}
 
 
 @cache

@@ -7,10 +7,15 @@ from typing import Any
 
 from lit_transdiff.config.checks import unknown
 from lit_transdiff.config.family import Family, ModelSettings
+from lit_transdiff.config.mar import MARConfig
 from lit_transdiff.config.model import ModelConfig
+from lit_transdiff.config.sit import DiTConfig, SiTConfig
 
 PARADIGMS: dict[str, Family] = {
     "transdiff": Family(ModelConfig, "lit_transdiff.models.transdiff:TransDiff"),
+    "sit": Family(SiTConfig, "lit_transdiff.models.sit:SiT"),
+    "dit": Family(DiTConfig, "lit_transdiff.models.sit:DiT"),
+    "mar": Family(MARConfig, "lit_transdiff.models.mar:MAR"),
 }
 DEFAULT = "transdiff"  # also of files of earlier versions, which say none
 

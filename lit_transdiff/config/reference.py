@@ -16,12 +16,13 @@ import sys
 import textwrap
 import tokenize
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.config import NESTED, PRESETS, SIZES, RunConfig, unknown
+from lit_transdiff.config import NESTED, PARADIGMS, PRESETS, SIZES, RunConfig, unknown
+from lit_transdiff.config.paradigms import DEFAULT
 from lit_transdiff.config.typed import quoted, type_in_words
 
 PACKAGE = Path(__file__).parents[1]
@@ -67,12 +68,22 @@ def all_settings() -> dict[str, list[Setting]]:
     return {"": list(settings_of_class(RunConfig, whole, ""))} | sections
 
 
+def family_settings() -> dict[str, list[Setting]]:
+    """``model.paradigm`` -> the settings that ``model`` has with it, for all but the default."""
+    others = {name: family.settings for name, family in PARADIGMS.items() if name != DEFAULT}
+    return {name: list(settings_of_class(cls, cls(), "model.")) for name, cls in others.items()}
+
+
 def settings_of_class(cls: type, defaults: Any, prefix: str) -> Iterator[Setting]:
-    """The fields of one class but its sections; the defaults are those of an instance."""
-    tree = ast.parse(inspect.getsource(cls)).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    hints, meanings, ranges = typing.get_type_hints(cls), comments(cls, tree), Ranges(dict(vars(sys.modules[cls.__module__])))
-    ranges.visit(tree)
+    """The fields of one class, and of those it is derived from, but its sections; the defaults are those of an instance."""
+    hints, ranges = typing.get_type_hints(cls), Ranges({})
+    meanings: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        tree = ast.parse(inspect.getsource(base)).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        meanings |= {name: meaning for name, meaning in comments(base, tree).items() if meaning or name not in meanings}
+        ranges.known |= vars(sys.modules[base.__module__])
+        ranges.visit(tree)
     for field, hint in ((field, hints[field.name]) for field in dataclasses.fields(cls)):
         if not dataclasses.is_dataclass(getattr(defaults, field.name)):
             name, meaning = prefix + field.name, meanings[field.name]
@@ -170,18 +181,42 @@ def settings_as_markdown() -> str:
     for section, settings in all_settings().items():
         about = first_paragraph(NESTED[section] if section else RunConfig)
         parts.append(f"## {f'`{section}`' if section else 'The run'}\n\n{as_markdown(about)}")
-        rows = [(f"`{s.name}`", s.values, f"`{s.default}`", as_markdown(s.meaning)) for s in settings]
-        parts.append(markdown_table(("setting", "values", "default", "meaning"), rows))
+        parts.append(settings_table(settings))
         parts += extra_tables(section)
+        parts += family_tables() if section == "model" else []
     return "\n\n".join(parts) + "\n"
+
+
+def settings_table(settings: Iterable[Setting]) -> str:
+    rows = [(f"`{s.name}`", s.values, f"`{s.default}`", as_markdown(s.meaning)) for s in settings]
+    return markdown_table(("setting", "values", "default", "meaning"), rows)
+
+
+def family_tables() -> list[str]:
+    """The section ``model`` of every other family."""
+    parts = []
+    for name, settings in family_settings().items():
+        parts += [
+            f"### `model.paradigm: {name}`",
+            as_markdown(first_paragraph(PARADIGMS[name].settings)),
+            settings_table(settings),
+        ]
+        sizes = [table for s in settings if s.name == "model.size" for table in TABLE.findall(s.meaning)]
+        parts += [part for module, table in sizes for part in sizes_table(getattr(sys.modules[f"lit_transdiff.{module}"], table))]
+    return parts
+
+
+def sizes_table(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What the sizes of a family stand for."""
+    columns = list(next(iter(sizes.values())))
+    rows = [(f"`{name}`", *map(str, size.values())) for name, size in sizes.items()]
+    return ["Sizes (a field that is given goes over its size's):", markdown_table(("`model.size`", *columns), rows)]
 
 
 def extra_tables(section: str) -> list[str]:
     """The tables of names that stand for several settings."""
     if section == "model":
-        columns = list(next(iter(SIZES.values())))
-        rows = [(f"`{name}`", *map(str, size.values())) for name, size in SIZES.items()]
-        return ["Sizes (a field that is given goes over its size's):", markdown_table(("`model.size`", *columns), rows)]
+        return sizes_table(SIZES)
     if section == "sampling":
         rows = [
             (f"`{name}`", quoted(f"sampling.{key}={as_yaml(value)}" for key, value in preset.items()))
@@ -207,15 +242,19 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def settings_as_text(word: str | None = None) -> str:
-    """The settings for a terminal: all, those of a section, or one by its whole name or its last word.
+    """The settings for a terminal: all, those of a section or of a ``model.paradigm``, or one by its whole name or its last word.
 
     Raises ``ValueError`` for a name that there is not.
     """
-    everything = [setting for settings in all_settings().values() for setting in settings]
+    everything, families = [setting for settings in all_settings().values() for setting in settings], family_settings()
+    here = {setting.name for setting in everything}
+    others = {s.name: s for settings in families.values() for s in settings if s.name not in here}
+    everywhere = [*everything, *others.values()]
     chosen = [s for s in everything if word is None or s.name == word or s.name.startswith(f"{word}.")]
-    chosen = chosen or [s for s in everything if s.name.rsplit(".", 1)[-1] == word]  # by its last word, wherever it is
+    chosen = chosen or families.get(word or "", [])
+    chosen = chosen or [s for s in everywhere if word in (s.name, s.name.rsplit(".", 1)[-1])]  # by its last word, wherever it is
     if not chosen:
-        raise unknown("setting", word, [*NESTED, *(setting.name for setting in everything)])
+        raise unknown("setting", word, [*NESTED, *families, *(setting.name for setting in everywhere)])
     lines = []
     for s in chosen:
         about = [f"{s.name} = {s.default}    ({s.values.replace('`', '')})", f"    {s.meaning.replace('``', '')}"]

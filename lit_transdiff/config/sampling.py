@@ -31,12 +31,12 @@ MOST_STEPS = 100_000  # of a solver, a hundred times what any of them needs
 class SamplingConfig:
     """How an image is drawn from a trained model."""
 
-    solver: str = "euler_maruyama"  # a name in flow.solvers.SOLVERS
+    solver: str = "euler_maruyama"  # a name in flow.solvers.SOLVERS, or for discrete steps in flow.diffusion.CHAIN_SOLVERS
     grid: str = "paper"  # a name in flow.solvers.GRIDS
     num_steps: int = 100  # solver steps per image
     shift: float = 1.0  # of the grid, by the formula of flow.shift
     drift_scale: float = 1.0  # the paper's scale_0
-    noise_scale: float = 1.0  # the paper's scale_1
+    noise_scale: float = 1.0  # the paper's scale_1; of discrete steps the temperature
     guidance_scale: float = 1.0  # v = u + scale (c - u) of classifier-free guidance; 1: none
     guidance: str = "constant"  # a name in flow.guidance.GUIDANCE: how the scale depends on t
     part_guidance: str = "constant"  # a name in flow.guidance.PART_GUIDANCE: how the scale depends on the parts before

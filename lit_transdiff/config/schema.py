@@ -13,7 +13,7 @@ import typing
 from typing import Any, Literal, Union
 
 from lit_transdiff.config import NESTED, RunConfig
-from lit_transdiff.config.reference import Setting, all_settings, first_paragraph
+from lit_transdiff.config.reference import Setting, all_settings, family_settings, first_paragraph
 
 DRAFT = "http://json-schema.org/draft-07/schema#"  # the draft that editors of YAML know
 TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", types.NoneType: "null"}
@@ -35,6 +35,9 @@ def recipe_schema() -> dict[str, Any]:
     base = {"type": "string", "description": "a YAML file, relative to this one, whose settings this one changes"}
     properties = {"base": base} | properties_of(sections.pop(""))
     properties |= {name: {"description": first_paragraph(NESTED[name]), **mapping(s)} for name, s in sections.items()}
+    others = properties_of([setting for settings in family_settings().values() for setting in settings])
+    model = properties["model"]["properties"]
+    model |= {name: schema for name, schema in others.items() if name not in model}  # those of model.paradigm, whatever it is
     about = {"$schema": DRAFT, "title": "A recipe of lit_transdiff", "description": first_paragraph(RunConfig)}
     return about | {"type": "object", "properties": properties, "additionalProperties": False}
 

@@ -9,15 +9,17 @@ Shapes: x, noise, x_t [R, C, ...]; what is predicted of them [R, 2 C, ...]; step
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_transdiff.config import SamplingConfig
+from lit_transdiff.config import FlowConfig, SamplingConfig, require, unknown
+from lit_transdiff.flow.guidance import GUIDANCE, guide
+from lit_transdiff.flow.process import Process, Unsolved
 from lit_transdiff.flow.solvers import DrawNoise
 
 StepPrediction = Callable[[Tensor, int], Tensor]  # x_t [R, C, ...], a step -> [R, 2 C, ...]
@@ -26,7 +28,7 @@ LEAST_PROBABILITY = 1e-12
 
 
 class Coefficients(NamedTuple):
-    """Those of single steps, float32 (or numbers): of the path, and of the Gaussian of the step before, given x and x_t."""
+    """Those of single steps, float32: of the path, and of the Gaussian of the step before, given x and x_t."""
 
     signal: Tensor
     sigma: Tensor
@@ -62,16 +64,18 @@ class Chain:
 
     def at(self, step: Tensor, like: Tensor) -> Coefficients:
         """The coefficients of ``step``, with trailing axes, so that they multiply ``like``."""
-        rows = self._table().float().to(step.device)[:, step]
+        rows = self.table.to(step.device)[:, step]
         return Coefficients(*rows.reshape(rows.shape + (1,) * (like.ndim - step.ndim)))
 
-    def _table(self) -> Tensor:
+    @cached_property
+    def table(self) -> Tensor:
+        """The ``Coefficients`` of all steps, [6, n], float32 from float64."""
         kept = self.kept
         before = torch.cat([kept.new_ones(1), kept[:-1]])
         variance = self.betas * (1 - before) / (1 - kept)
         variance[0] = variance[min(1, len(self) - 1)]  # the first is 0, whose logarithm is none
         of_x, of_x_t = self.betas * before.sqrt() / (1 - kept), (1 - before) * (1 - self.betas).sqrt() / (1 - kept)
-        return torch.stack([kept.sqrt(), (1 - kept).sqrt(), of_x, of_x_t, variance.log(), self.betas.log()])
+        return torch.stack([kept.sqrt(), (1 - kept).sqrt(), of_x, of_x_t, variance.log(), self.betas.log()]).float()
 
     def respaced(self, steps: list[int]) -> Chain:
         """The chain of some of the ``steps``, in rising order, that keeps as much of the data at each."""
@@ -79,7 +83,6 @@ class Chain:
         return Chain(1 - kept / torch.cat([kept.new_ones(1), kept[:-1]]), tuple(self.steps[i] for i in steps))
 
 
-@cache
 def cosine_chain(num_steps: int = 1000) -> Chain:
     """Betas of arXiv 2102.09672, eq. 17."""
     share = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
@@ -87,13 +90,9 @@ def cosine_chain(num_steps: int = 1000) -> Chain:
     return Chain((1 - kept[1:] / kept[:-1]).clamp(max=0.999), tuple(range(num_steps)))
 
 
-@cache
 def linear_chain(num_steps: int = 1000) -> Chain:
     """Betas of arXiv 2006.11239."""
     return Chain(torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64), tuple(range(num_steps)))
-
-
-CHAINS: dict[str, Callable[[], Chain]] = {"cosine": cosine_chain, "linear": linear_chain}
 
 
 def even_steps(num_steps: int, length: int) -> list[int]:
@@ -159,9 +158,83 @@ def ancestral(predict: StepPrediction, x: Tensor, chain: Chain, draw: DrawNoise,
     ``predict`` is told the step's number in the whole chain; ``draw()`` gives Gaussian numbers of x's shape.
     """
     chain = chain.respaced(SPACINGS[config.grid](config.num_steps, len(chain)))
+    table = chain.table.to(x.device)
     for i, step in reversed([*enumerate(chain.steps)]):
-        k = chain.at(torch.tensor(i, device=x.device), x)
         noise, values = predict(x, step).chunk(2, dim=1)
-        mean, log_variance = backwards(noise, values, x, k)
+        mean, log_variance = backwards(noise, values, x, Coefficients(*table[:, i]))
         x = mean if i == 0 else mean + config.noise_scale * (log_variance / 2).exp() * draw()
     return x
+
+
+CHAIN_SOLVERS: dict[str, Callable[[StepPrediction, Tensor, Chain, DrawNoise, SamplingConfig], Tensor]] = {"ancestral": ancestral}
+
+
+class Diffusion(Process):
+    """Noise in discrete steps, taken away again by ancestral sampling."""
+
+    predictions = ("noise_and_variance",)
+    chain: ClassVar[Callable[[], Chain]]
+
+    @classmethod
+    def check(cls, config: FlowConfig) -> None:
+        """Refuse the settings of the continuous path, which nothing reads."""
+        refuse_changed(
+            "flow", config, ("density", "density_mean", "density_std", "shift", "discretize", "objective", "loss_terms")
+        )
+
+    @classmethod
+    def check_sampling(cls, sampling: SamplingConfig) -> None:
+        """Refuse a solver or a grid that is not of a chain, and more steps than it has."""
+        for field, table in (("solver", CHAIN_SOLVERS), ("grid", SPACINGS), ("guidance", GUIDANCE)):
+            if getattr(sampling, field) not in table:
+                raise unknown(f"sampling.{field}", getattr(sampling, field), table)
+        refuse_changed("sampling", sampling, ("shift", "drift_scale"))
+        steps, most = sampling.num_steps, len(cls.chain())
+        require(2 <= steps <= most, "sampling.num_steps", steps, f"2 to {most}, the steps of the chain")
+
+    def __init__(self, config: FlowConfig, prediction: str) -> None:
+        super().__init__(config, prediction)
+        self.whole = type(self).chain()
+
+    def times(self, normal: Tensor) -> Tensor:
+        return draw_steps(normal, self.whole)
+
+    def share(self, t: Tensor) -> Tensor:
+        return t / (len(self.whole) - 1)
+
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self.whole.noised(x, noise, t)
+
+    def losses(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+        return diffusion_loss(output.float(), x, noise, t, x_t, self.whole)
+
+    def solve(self, problem: Unsolved, noise: Tensor, draw: DrawNoise, sampling: SamplingConfig) -> Tensor:
+        last = len(self.whole) - 1
+        low, high = sampling.guidance_interval
+        guided = guide(
+            lambda x_t, share: problem.predict(x_t, round(share * last)),
+            lambda x_t, share: problem.pair(x_t, round(share * last)),
+            sampling.guidance_scale,
+            (low, high),
+            GUIDANCE[sampling.guidance],
+        )
+        return CHAIN_SOLVERS[sampling.solver](lambda x_t, step: guided(x_t, step / last), noise, self.whole, draw, sampling)
+
+
+class CosineDiffusion(Diffusion):
+    """With the betas of arXiv 2102.09672."""
+
+    chain = staticmethod(cosine_chain)
+
+
+class LinearDiffusion(Diffusion):
+    """With the betas of arXiv 2006.11239."""
+
+    chain = staticmethod(linear_chain)
+
+
+def refuse_changed(section: str, settings: Any, names: Sequence[str]) -> None:
+    """Raise ``ValueError`` for a setting that differs from its default, because nothing reads it."""
+    for name in names:
+        value, default = getattr(settings, name), getattr(type(settings)(), name)
+        require(value == default, f"{section}.{name}", value, f"{default!r}, which a diffusion in discrete steps does not read")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from lit_transdiff.flow.diffusion import CosineDiffusion, LinearDiffusion
 from lit_transdiff.flow.process import Process
 from lit_transdiff.flow.straight import Flow
 
-PROCESSES: dict[str, type[Process]] = {"flow": Flow}
+PROCESSES: dict[str, type[Process]] = {
+    "flow": Flow,
+    "cosine_diffusion": CosineDiffusion,
+    "linear_diffusion": LinearDiffusion,
+}

@@ -7,25 +7,36 @@ C numbers of a token, D width, R rows of the head, W its width.
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from lit_transdiff.base.randomness import Normal
+from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, initialise_adaptive
 from lit_transdiff.models.layers import MLP, SelfAttention, initialise, layer_norm, learned, modulate
 from lit_transdiff.models.linear import Linear
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
+from lit_transdiff.models.tokens import patchify, unpatchify
+
+if TYPE_CHECKING:
+    from lit_transdiff.config import SamplingConfig
+    from lit_transdiff.config.mar import MARConfig
 
 
 class MARBlock(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, attention_dropout: float, projection_dropout: float) -> None:
+    def __init__(self, width: int, config: MARConfig) -> None:
         super().__init__()
         self.norm1 = layer_norm(width)
-        self.attn = SelfAttention(width, num_heads, attention_dropout, projection_dropout)
+        self.attn = SelfAttention(width, config.num_heads, config.attention_dropout, config.projection_dropout)
         self.norm2 = layer_norm(width)
-        self.mlp = MLP(width, mlp_ratio, projection_dropout)
+        self.mlp = MLP(width, config.mlp_ratio, config.projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -51,13 +62,14 @@ class HeadBlock(nn.Module):
 class TokenHead(nn.Module):
     """Noise and variance values of single tokens, which do not see each other."""
 
-    def __init__(self, width: int, num_blocks: int, context_width: int, token_features: int) -> None:
+    def __init__(self, config: MARConfig) -> None:
         super().__init__()
+        width = config.head_width
         self.time_embed = TimeMLP(width)
-        self.cond_embed = Linear(context_width, width)
-        self.input_proj = Linear(token_features, width)
-        self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(num_blocks))
-        self.final_layer = AdaptiveOutput(width, 2 * token_features)
+        self.cond_embed = Linear(config.width_of_decoder, width)
+        self.input_proj = Linear(config.token_features, width)
+        self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(config.head_blocks))
+        self.final_layer = AdaptiveOutput(width, 2 * config.token_features)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """``x_t`` [R, C] at the steps ``t`` [R] or [1], ``condition`` [R, W] = ``cond_embed`` of the context -> [R, 2 C]."""
@@ -68,57 +80,63 @@ class TokenHead(nn.Module):
         return self.final_layer(x, condition)
 
 
-class MaskedTransformer(nn.Module):
-    """Encoder of the known tokens, decoder of all, and the head: everything that is learned of MAR."""
+class MAR(Paradigm):
+    """Encoder of the known tokens, decoder of all, and the head, which denoises each unknown token by itself.
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        decoder_width: int,
-        num_heads: int,
-        encoder_blocks: int,
-        decoder_blocks: int,
-        mlp_ratio: float,
-        num_classes: int,
-        num_class_tokens: int,
-        num_tokens: int,
-        token_features: int,
-        head_width: int,
-        head_blocks: int,
-        attention_dropout: float,
-        projection_dropout: float,
-    ) -> None:
+    In training every token is a part with a time of its own, and the unknown ones count. In sampling a part is a set of tokens.
+    """
+
+    process = "cosine_diffusion"
+    prediction = "noise_and_variance"
+    stacks: ClassVar = {
+        "encoder": Stack("encoder_blocks", "encoder_blocks"),
+        "decoder": Stack("decoder_blocks", "decoder_blocks"),
+        "head": Stack("diffloss.net.res_blocks", "head_blocks"),
+    }
+    head_prefixes = ("diffloss.",)
+    undecayed = ("diffloss.",)
+    parts_are_free = True
+    adaptation = Adaptation(
+        classes="class_emb.weight",
+        shaped=(
+            *("encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned", "z_proj.weight"),
+            *("diffloss.net.input_proj.weight", "diffloss.net.final_layer.linear.weight", "diffloss.net.final_layer.linear.bias"),
+        ),
+    )
+    config: MARConfig
+
+    def __init__(self, config: MARConfig) -> None:
         super().__init__()
-        self.num_class_tokens = num_class_tokens
-        dropout = (attention_dropout, projection_dropout)
-        positions = num_class_tokens + num_tokens
-        self.class_emb = nn.Embedding(num_classes, width)
+        self.config = config
+        self.part_sizes, self.token = (1,) * config.num_tokens, (config.token_features,)
+        width, decoder_width = config.width, config.width_of_decoder
+        positions = config.num_class_tokens + config.num_tokens
+        self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = learned(1, width)  # of no class
-        self.z_proj = Linear(token_features, width)
+        self.z_proj = Linear(config.token_features, width)
         self.encoder_pos_embed_learned = learned(1, positions, width)
         self.z_proj_ln = layer_norm(width)
-        self.encoder_blocks = nn.ModuleList(MARBlock(width, num_heads, mlp_ratio, *dropout) for _ in range(encoder_blocks))
+        self.encoder_blocks = nn.ModuleList(MARBlock(width, config) for _ in range(config.encoder_blocks))
         self.encoder_norm = layer_norm(width)
         self.decoder_embed = Linear(width, decoder_width)
         self.mask_token = learned(1, 1, decoder_width)
         self.decoder_pos_embed_learned = learned(1, positions, decoder_width)
-        self.decoder_blocks = nn.ModuleList(
-            MARBlock(decoder_width, num_heads, mlp_ratio, *dropout) for _ in range(decoder_blocks)
-        )
+        self.decoder_blocks = nn.ModuleList(MARBlock(decoder_width, config) for _ in range(config.decoder_blocks))
         self.decoder_norm = layer_norm(decoder_width)
-        self.diffusion_pos_embed_learned = learned(1, num_tokens, decoder_width)
-        self.diffloss = nn.ModuleDict({"net": TokenHead(head_width, head_blocks, decoder_width, token_features)})
+        self.diffusion_pos_embed_learned = learned(1, config.num_tokens, decoder_width)
+        self.diffloss = nn.ModuleDict({"net": TokenHead(config)})
         self.apply(initialise).apply(initialise_adaptive)
+
+    # --- the transformer ------------------------------------------------------------------------------------------------------
 
     def class_vectors(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         """Embeddings [B, D] of ``labels`` [B]; rows where ``drop`` [B] is true become those of no class."""
         vectors = self.class_emb(labels)
         return vectors if drop is None else torch.where(drop[:, None], self.fake_latent.to(vectors.dtype), vectors)
 
-    def encode(self, classes: Tensor, tokens: Tensor, known: Tensor) -> Tensor:
+    def encode_known(self, classes: Tensor, tokens: Tensor, known: Tensor) -> Tensor:
         """Features [B, T + K, D] of class vectors [B, D] and of those of ``tokens`` [B, L, C] that are at ``known`` [B, K]."""
-        buffer = repeat(classes, "b d -> b t d", t=self.num_class_tokens)
+        buffer = repeat(classes, "b d -> b t d", t=self.config.num_class_tokens)
         given = self.z_proj(rows_at(tokens, known).to(self.z_proj.weight.dtype))
         positions = self.encoder_pos_embed_learned.expand(len(known), -1, -1)
         x = self.z_proj_ln(torch.cat([buffer, given], dim=1) + rows_at(positions, self.with_buffer(known)))
@@ -126,29 +144,92 @@ class MaskedTransformer(nn.Module):
             x = block(x)
         return self.encoder_norm(x)
 
-    def decode(self, encoded: Tensor, known: Tensor) -> Tensor:
+    def decode_all(self, encoded: Tensor, known: Tensor) -> Tensor:
         """Context [B, L, D] of every token, from the features [B, T + K, D] of the buffer and the ``known`` [B, K] tokens."""
-        x, places = self.decoder_embed(encoded), self.with_buffer(known)[..., None]
-        positions = self.decoder_pos_embed_learned
+        x, positions = self.decoder_embed(encoded), self.decoder_pos_embed_learned
         unknown = self.mask_token.to(x.dtype).expand(len(x), positions.shape[1], -1)
-        x = unknown.scatter(1, places.expand(-1, -1, x.shape[-1]), x) + positions
+        x = unknown.scatter(1, across(self.with_buffer(known), x), x) + positions
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_norm(x)[:, self.num_class_tokens :] + self.diffusion_pos_embed_learned
+        return self.decoder_norm(x)[:, self.config.num_class_tokens :] + self.diffusion_pos_embed_learned
 
     def context(self, classes: Tensor, tokens: Tensor, known: Tensor) -> Tensor:
         """Context [B, L, D] of every token, given those of ``tokens`` [B, L, C] that are at ``known`` [B, K]."""
-        return self.decode(self.encode(classes, tokens, known), known)
+        return self.decode_all(self.encode_known(classes, tokens, known), known)
 
     def with_buffer(self, known: Tensor) -> Tensor:
         """Places [B, T + K] in the sequence of the buffer and of the tokens at ``known`` [B, K]."""
-        buffer = torch.arange(self.num_class_tokens, device=known.device).expand(len(known), -1)
-        return torch.cat([buffer, known + self.num_class_tokens], dim=1)
+        buffer = torch.arange(self.config.num_class_tokens, device=known.device).expand(len(known), -1)
+        return torch.cat([buffer, known + self.config.num_class_tokens], dim=1)
+
+    # --- the seam -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def evaluated(self) -> TokenHead:
+        return self.diffloss["net"]  # type: ignore[return-value]
+
+    def parts(self, x: Tensor) -> Tensor:
+        return patchify(x[:, 0], self.config.patch_size)
+
+    def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> tuple[Tensor, Tensor]:
+        """Conditions [B, L, W] of all tokens, given those that a random order leaves known, and which are unknown [B, L]."""
+        order = normal(self.config.num_tokens).argsort(dim=1)
+        known = known_tokens(order, number_unknown(self.config, normal.shared()))
+        context = self.context(self.class_vectors(labels, drop), self.parts(x), known)
+        unknown = torch.ones_like(order, dtype=torch.float32).scatter(1, known, 0.0)
+        return self.evaluated.cond_embed(context), unknown
+
+    def predict(self, x_t: Tensor, t: Tensor, memory: tuple[Tensor, Tensor]) -> Tensor:
+        condition = memory[0].repeat(len(x_t) // len(memory[0]), 1, 1).flatten(0, 1)
+        return self.evaluated(x_t.flatten(0, 1), t.flatten(), condition).unflatten(0, t.shape)
+
+    def weights(self, memory: tuple[Tensor, Tensor]) -> Tensor:
+        return memory[1]
+
+    def decode(
+        self, labels: Tensor, sampling: SamplingConfig, normal: Normal, kept: Any = None, contexts: Any = None
+    ) -> Generator[Problem, Tensor, Tensor]:
+        """The tokens in a random order of each image, fewer at once in the beginning than in the end."""
+        config, number, left = self.config, len(labels), self.config.num_tokens
+        order, tokens = normal(left).argsort(dim=1), torch.zeros(number, left, *self.token, device=labels.device)
+        classes, times = self.class_vectors(labels), 1
+        if sampling.guidance_scale > 1:  # all images again, of no class
+            classes, times = torch.cat([classes, self.fake_latent.expand_as(classes)]), 2
+        order = order.repeat(times, 1)
+        for after in unknown_tokens(left, sampling.num_parts or min(config.num_parts, left)):
+            places = order[:, after:left].sort(dim=1).values
+            context = self.context(classes, tokens.repeat(times, 1, 1), known_tokens(order, left))
+            progress = 1 - max(after, 1) / config.num_tokens
+            drawn = yield self.problem(self.evaluated.cond_embed(rows_at(context, places)), number, progress)
+            tokens = tokens.scatter(1, across(places[:number], tokens), drawn.transpose(1, 2))
+            left = after
+        return unpatchify(tokens, config.patch_size, config.latent_size)[:, None]
+
+    def problem(self, condition: Tensor, num_images: int, progress: float) -> Problem:
+        """That of n tokens of each image, [B, c, n]; the second half of a ``condition`` [2 B, n, W] is of no class."""
+        number, features = condition.shape[1], self.config.token_features
+        of_images, of_all = condition[:num_images].flatten(0, 1), condition.flatten(0, 1)
+
+        def predict(x_t: Tensor, t: float, condition: Tensor = of_images) -> Tensor:
+            rows = rearrange(x_t, "b c n -> (b n) c")
+            said = self.evaluated(rows, torch.full((1,), t, device=x_t.device), condition)
+            return rearrange(said, "(b n) c -> b c n", n=number).to(x_t.dtype)
+
+        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            c, u = predict(torch.cat([x_t, x_t]), t, of_all).chunk(2)
+            return c, torch.cat([u[:, :features], c[:, features:]], dim=1)  # variances are not guided
+
+        return Problem((features, number), predict, pair, progress)
 
 
 def rows_at(table: Tensor, places: Tensor) -> Tensor:
     """Rows [B, K, D] of ``table`` [B, N, D] at ``places`` [B, K]."""
-    return table.gather(1, places[..., None].expand(-1, -1, table.shape[-1]))
+    return table.gather(1, across(places, table))
+
+
+def across(places: Tensor, table: Tensor) -> Tensor:
+    """``places`` [B, K] for all columns of ``table`` [B, N, D]: [B, K, D]."""
+    return places[..., None].expand(-1, -1, table.shape[-1])
 
 
 def known_tokens(order: Tensor, num_unknown: int) -> Tensor:
@@ -163,3 +244,11 @@ def unknown_tokens(num_tokens: int, num_parts: int) -> list[int]:
         left = max(1, min(left - 1, int(num_tokens * math.cos(math.pi / 2 * (i / num_parts)))))
         counts.append(left)
     return [*counts, 0]
+
+
+def number_unknown(config: MARConfig, normal: float) -> int:
+    """Unknown tokens in training, by a standard normal number that becomes one of a truncated normal distribution, rounded up."""
+    standard = NormalDist()
+    least, share = standard.cdf((config.mask_rate_min - 1) / config.mask_rate_std), standard.cdf(normal)
+    rate = 1 + config.mask_rate_std * standard.inv_cdf(least + share * (0.5 - least))
+    return math.ceil(config.num_tokens * min(max(rate, config.mask_rate_min), 1.0))

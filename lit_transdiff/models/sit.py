@@ -5,12 +5,22 @@ The names of the weights are those of the released files. Shapes: B rows, N patc
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, ClassVar
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from lit_transdiff.base.randomness import Normal
+from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, initialise_adaptive
 from lit_transdiff.models.layers import MLP, SelfAttention, initialise, layer_norm, modulate
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
+
+if TYPE_CHECKING:
+    from lit_transdiff.config import ModelSettings, SamplingConfig
+    from lit_transdiff.config.sit import SiTConfig
 
 
 class SiTBlock(nn.Module):
@@ -31,51 +41,6 @@ class SiTBlock(nn.Module):
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
-class PatchTransformer(nn.Module):
-    """The network of SiT and DiT; with ``learn_sigma`` it has twice the outputs, of which the second half are variance values."""
-
-    def __init__(
-        self,
-        *,
-        width: int,
-        num_heads: int,
-        num_blocks: int,
-        mlp_ratio: float,
-        num_classes: int,
-        latent_channels: int,
-        latent_size: int,
-        patch_size: int,
-        learn_sigma: bool = False,
-    ) -> None:
-        super().__init__()
-        self.null_class = num_classes
-        self.patch_size = patch_size
-        out_channels = latent_channels * (2 if learn_sigma else 1)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(latent_channels, width, patch_size, stride=patch_size)})
-        self.t_embedder = TimeMLP(width)
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
-        self.pos_embed = nn.Parameter(position_table(width, latent_size // patch_size)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(SiTBlock(width, num_heads, mlp_ratio) for _ in range(num_blocks))
-        self.final_layer = AdaptiveOutput(width, out_channels * patch_size**2)
-        self.apply(initialise).apply(initialise_adaptive)
-        patches = self.x_embedder["proj"]
-        nn.init.xavier_uniform_(patches.weight.flatten(1))  # type: ignore[operator, arg-type]
-        nn.init.zeros_(patches.bias)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Prediction [B, C or 2C, H, W] of ``x`` [B, C, H, W] at ``t`` [B] or [1], embedded as it is; ``labels`` [B] or [1].
-
-        The label ``null_class`` is that of no class. ``x`` may be more precise than the weights.
-        """
-        patches = self.x_embedder["proj"](x.to(self.pos_embed.dtype))
-        h = rearrange(patches, "b d h w -> b (h w) d") + self.pos_embed
-        condition = (self.t_embedder(t) + self.y_embedder["embedding_table"](labels))[:, None]
-        for block in self.blocks:
-            h = block(h, condition)
-        p, rows = self.patch_size, x.shape[-2] // self.patch_size
-        return rearrange(self.final_layer(h, condition), "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=rows)
-
-
 def position_table(width: int, side: int) -> Tensor:
     """Fixed positions [side^2, D] of a square grid: sines and cosines of the column, then those of the row, from float64."""
     frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -83,3 +48,96 @@ def position_table(width: int, side: int) -> Tensor:
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)
     grid = torch.cat([line.expand(side, -1, -1), line[:, None].expand(-1, side, -1)], dim=-1)
     return grid.flatten(0, 1).to(torch.get_default_dtype())
+
+
+def position_of(old: Tensor, new: Tensor, config: ModelSettings) -> Tensor:
+    """The fixed table of a model, whatever that of another is."""
+    return new
+
+
+class SiT(Paradigm):
+    """An image is one part, its velocity what is predicted. In the released files data are at t = 1, and noise at 0."""
+
+    stacks: ClassVar = {"blocks": Stack("blocks", "num_blocks")}
+    adaptation = Adaptation(
+        classes="y_embedder.embedding_table.weight",
+        rules={"pos_embed": (position_of, "it is a formula")},
+        shaped=("x_embedder.proj.weight", "final_layer.linear.weight", "final_layer.linear.bias"),
+    )
+    config: SiTConfig
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.part_sizes, self.token = (1,), (config.latent_channels, config.latent_size, config.latent_size)
+        width, p = config.width, config.patch_size
+        out_features = config.latent_channels * p**2 * (2 if config.learn_sigma else 1)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.latent_channels, width, p, stride=p)})
+        self.t_embedder = TimeMLP(width)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, width)})  # the last: no class
+        self.pos_embed = nn.Parameter(position_table(width, config.latent_size // p)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(SiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks))
+        self.final_layer = AdaptiveOutput(width, out_features)
+        self.apply(initialise).apply(initialise_adaptive)
+        patches = self.x_embedder["proj"]
+        nn.init.xavier_uniform_(patches.weight.flatten(1))  # type: ignore[operator, arg-type]
+        nn.init.zeros_(patches.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """What the released network says, [B, C or 2C, H, W], of ``x`` [B, C, H, W], ``labels`` [B] and its own ``t`` [B] or [1].
+
+        The label ``num_classes`` is that of no class. ``x`` may be more precise than the weights.
+        """
+        patches = self.x_embedder["proj"](x.to(self.pos_embed.dtype))
+        h = rearrange(patches, "b d h w -> b (h w) d") + self.pos_embed
+        condition = (self.t_embedder(t) + self.y_embedder["embedding_table"](labels))[:, None]
+        for block in self.blocks:
+            h = block(h, condition)
+        p, rows = self.config.patch_size, x.shape[-2] // self.config.patch_size
+        return rearrange(self.final_layer(h, condition), "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=rows)
+
+    def prediction_of(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The velocity towards noise of ``x_t`` [B, C, H, W] at ``t`` [B] or [1]."""
+        return -self(x_t, 1 - t, labels)[:, : self.config.latent_channels]
+
+    # --- the seam -------------------------------------------------------------------------------------------------------------
+
+    def parts(self, x: Tensor) -> Tensor:
+        return x
+
+    def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> Tensor:
+        return labels.masked_fill(drop, self.config.num_classes)
+
+    def predict(self, x_t: Tensor, t: Tensor, memory: Tensor) -> Tensor:
+        return self.prediction_of(x_t[:, 0], t[:, 0], memory.repeat(len(x_t) // len(memory)))[:, None]
+
+    def decode(
+        self, labels: Tensor, sampling: SamplingConfig, normal: Normal, kept: Any = None, contexts: Any = None
+    ) -> Generator[Problem, Tensor, Tensor]:
+        both = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+
+        def predict(x_t: Tensor, t: float, labels: Tensor = labels) -> Tensor:
+            return self.prediction_of(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), labels).to(x_t.dtype)
+
+        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            c, u = predict(torch.cat([x_t, x_t]), t, both).chunk(2)
+            return c, torch.cat([u[:, : self.num_guided], c[:, self.num_guided :]], dim=1)
+
+        image = yield Problem(self.token, predict, pair)
+        return image[:, None]
+
+    @property
+    def num_guided(self) -> int:
+        """Channels that are guided, from the first on."""
+        return self.config.guided_channels or self.config.latent_channels
+
+
+class DiT(SiT):
+    """The same network, which predicts the noise and the variance of a discrete step; variances are not guided."""
+
+    process = "linear_diffusion"
+    prediction = "noise_and_variance"
+
+    def prediction_of(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Noise and variance values [B, 2 C, H, W]."""
+        return self(x_t, t, labels)

@@ -139,6 +139,8 @@ def initialise_from(run: RunConfig, stage: TransDiffStage, class_names: Sequence
     if run.init_from is None:
         return ""
     export = read_export(run.init_from)
+    mine, its = run.model.paradigm, export.run.model.paradigm
+    require(mine == its, "init_from", str(export.folder), f"a run of model.paradigm {mine}; this one is of {its}")
     old = full_names(export.info["class_names"], export.run.model.num_classes)
     how = run.init_classes if class_names is not None or run.init_classes == "same" else "new"
     try:

@@ -6,11 +6,12 @@ import re
 import pytest
 
 from lit_transdiff.__main__ import main
-from lit_transdiff.config import NESTED, SIZES, RunConfig
-from lit_transdiff.config.reference import Setting, all_settings, settings_as_markdown
+from lit_transdiff.config import NESTED, PARADIGMS, SIZES, RunConfig
+from lit_transdiff.config.reference import Setting, all_settings, family_settings, settings_as_markdown, settings_as_text
 from lit_transdiff.distributed import STRATEGIES
 from lit_transdiff.evaluation.features import EXTRACTORS
 from lit_transdiff.evaluation.metrics import METRICS
+from lit_transdiff.flow.diffusion import CHAIN_SOLVERS
 from lit_transdiff.flow.loss import DENSITIES
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS
 from lit_transdiff.stages.optim import SCHEDULES
@@ -20,7 +21,7 @@ TABLES = {
     "model.size": SIZES,
     "flow.density": DENSITIES,
     "optimizer.schedule": SCHEDULES,
-    "sampling.solver": SOLVERS,
+    "sampling.solver": [*SOLVERS, *CHAIN_SOLVERS],
     "sampling.grid": GRIDS,
     "evaluation.extractor": EXTRACTORS,
     "evaluation.metrics": METRICS,
@@ -42,6 +43,20 @@ def test_every_field_is_there(settings: dict[str, Setting]):
     own = [field.name for field in dataclasses.fields(RunConfig) if field.name not in NESTED]
     nested = [f"{name}.{field.name}" for name, schema in NESTED.items() for field in dataclasses.fields(schema)]
     assert list(settings) == own + nested
+
+
+@pytest.mark.parametrize("name", [name for name in PARADIGMS if name != "transdiff"])
+def test_every_field_of_every_family_is_there_with_its_meaning(name: str):
+    cls = PARADIGMS[name].settings
+    found = {setting.name: setting for setting in family_settings()[name]}
+    assert list(found) == [f"model.{field.name}" for field in dataclasses.fields(cls)]
+    assert all(setting.meaning for setting in found.values()) and found["model.paradigm"].default == name
+    assert f"### `model.paradigm: {name}`" in settings_as_markdown()
+
+
+@pytest.mark.parametrize(("word", "lines"), [("sit", "model.guided_channels"), ("mask_rate_min", "model.mask_rate_min")])
+def test_settings_of_a_family_are_found(word: str, lines: str):
+    assert f"{lines} = " in settings_as_text(word) and "sampling." not in settings_as_text(word).split()
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -17,7 +17,7 @@ from lit_transdiff.distributed import STRATEGIES
 from lit_transdiff.models.execution import can_compile
 from lit_transdiff.training.trainer import train
 from tests.helpers.processes import fit_all, values
-from tests.helpers.small import NO_DROPOUT, STEADY, small_run
+from tests.helpers.small import FAMILIES, NO_DROPOUT, STEADY, small_run
 
 SEVERAL = [name for name in STRATEGIES if name != "single"]
 SETTINGS = {
@@ -32,6 +32,8 @@ KINDS = {
     "plain": {},
     "bf16": {"training": {**SETTINGS["training"], "precision": "bf16-mixed", "activation_checkpointing": "all"}},
     "mrar": {"stage": "mrar_finetune", "model": {**NO_DROPOUT, "num_references": 4}},
+    "sit": FAMILIES["sit"],
+    "mar": FAMILIES["mar"],
     "head": {"stage": "diffusion_head", "init_from": "FOLDER/plain-single"},
 }
 

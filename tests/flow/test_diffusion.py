@@ -10,7 +10,6 @@ from torch.distributions import Normal, kl_divergence
 
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.flow.diffusion import (
-    CHAINS,
     SPACINGS,
     Chain,
     ancestral,
@@ -28,6 +27,7 @@ from tests.helpers.families import check, tensors
 
 pytestmark = pytest.mark.numeric
 NAME = "mar_schedules"
+CHAINS = {"cosine": cosine_chain, "linear": linear_chain}
 
 
 def least_log_variance(chain: Chain) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_transdiff.models.mar import MaskedTransformer
-from lit_transdiff.models.sit import PatchTransformer, position_table
+from lit_transdiff.config.mar import MARConfig
+from lit_transdiff.config.sit import DiTConfig, SiTConfig
+from lit_transdiff.models.mar import MAR
+from lit_transdiff.models.sit import DiT, SiT, position_table
 from tests.helpers.reference import FIXTURES
 
 FOLDER = FIXTURES / "paradigms"
@@ -42,44 +44,34 @@ def check(case: str, name: str, ours: Tensor, official: dict[str, Tensor]) -> fl
     return error
 
 
-def patch_transformer(case: str) -> PatchTransformer:
+def sit_or_dit(case: str, **more: Any) -> SiT:
     """SiT or DiT with the case's weights, in evaluation mode."""
     theirs = settings(case)
-    net = PatchTransformer(
-        width=theirs["hidden_size"],
-        num_heads=theirs["num_heads"],
-        num_blocks=theirs["depth"],
-        mlp_ratio=theirs["mlp_ratio"],
-        num_classes=theirs["num_classes"],
-        latent_channels=theirs["in_channels"],
-        latent_size=theirs["input_size"],
-        patch_size=theirs["patch_size"],
-        learn_sigma=theirs["learn_sigma"],
-    ).eval()
-    table = position_table(theirs["hidden_size"], theirs["input_size"] // theirs["patch_size"])
+    learns, names = (
+        theirs["learn_sigma"],
+        dict(width="hidden_size", num_heads="num_heads", num_blocks="depth", mlp_ratio="mlp_ratio"),
+    )
+    names |= dict(num_classes="num_classes", latent_channels="in_channels", latent_size="input_size", patch_size="patch_size")
+    config = (DiTConfig if learns else SiTConfig)(**{ours: theirs[name] for ours, name in names.items()}, **more)
+    net = (DiT if learns else SiT)(config).eval()
+    table = position_table(config.width, config.latent_size // config.patch_size)
     net.load_state_dict(tensors(INDEX["cases"][case]["weights"]) | {"pos_embed": table[None]})
     return net
 
 
-def masked_transformer() -> MaskedTransformer:
+def mar() -> MAR:
     """MAR with the fixtures' weights, in evaluation mode."""
     theirs = settings("mar_transformer")
-    net = MaskedTransformer(
-        width=theirs["encoder_embed_dim"],
-        decoder_width=theirs["decoder_embed_dim"],
-        num_heads=theirs["encoder_num_heads"],
-        encoder_blocks=theirs["encoder_depth"],
-        decoder_blocks=theirs["decoder_depth"],
-        mlp_ratio=theirs["mlp_ratio"],
-        num_classes=theirs["class_num"],
-        num_class_tokens=theirs["buffer_size"],
-        num_tokens=(theirs["img_size"] // theirs["vae_stride"]) ** 2,
-        token_features=theirs["vae_embed_dim"],
-        head_width=theirs["diffloss_w"],
-        head_blocks=theirs["diffloss_d"],
-        attention_dropout=theirs["attn_dropout"],
-        projection_dropout=theirs["proj_dropout"],
-    ).eval()
+    names = dict(
+        width="encoder_embed_dim", decoder_width="decoder_embed_dim", num_heads="encoder_num_heads", mlp_ratio="mlp_ratio"
+    )
+    names |= dict(
+        encoder_blocks="encoder_depth", decoder_blocks="decoder_depth", head_width="diffloss_w", head_blocks="diffloss_d"
+    )
+    names |= dict(num_classes="class_num", num_class_tokens="buffer_size", latent_channels="vae_embed_dim")
+    names |= dict(attention_dropout="attn_dropout", projection_dropout="proj_dropout", mask_rate_min="mask_ratio_min")
+    shape = {ours: theirs[name] for ours, name in names.items()}
+    net = MAR(MARConfig(**shape, latent_size=theirs["img_size"] // theirs["vae_stride"], patch_size=theirs["patch_size"])).eval()
     net.load_state_dict(tensors("w_mar"))
     return net
 

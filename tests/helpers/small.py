@@ -49,9 +49,20 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+SHAPE = {"size": "test", "num_classes": 10, "latent_channels": 1, "latent_size": 32, "patch_size": 8}
+TOKEN_SETS = {"num_class_tokens": 2, "num_parts": 4, **NO_DROPOUT}
+# What each other family changes in SETTINGS.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "sit": {"stage": "pretrain", "model": {"paradigm": "sit", **SHAPE}},
+    "dit": {"stage": "pretrain", "model": {"paradigm": "dit", **SHAPE}, "sampling": {"solver": "ancestral"}},
+    "mar": {"stage": "pretrain", "model": {"paradigm": "mar", **SHAPE, **TOKEN_SETS}, "sampling": {"solver": "ancestral"}},
+}
+
+
 def small_run(folder: Path, **changes: Any) -> RunConfig:
-    """``SETTINGS`` with ``changes`` (nested dictionaries), writing below ``folder``."""
-    return run_from(OmegaConf.merge(OmegaConf.create(SETTINGS), OmegaConf.create({"output_dir": str(folder), **changes})))
+    """``SETTINGS`` with ``changes`` (nested dictionaries), writing below ``folder``; a ``model.paradigm`` has its own model."""
+    base = SETTINGS if "paradigm" not in changes.get("model", {}) else {**SETTINGS, "model": {}}
+    return run_from(OmegaConf.merge(OmegaConf.create(base), OmegaConf.create({"output_dir": str(folder), **changes})))
 
 
 def without_checksums(*files: Path) -> None:

@@ -1,27 +1,28 @@
-"""MAR's transformer, head and sampling against the numbers of the official implementation."""
+"""MAR's transformer, head, training and sampling against the numbers of the official implementation."""
 
 import math
+from functools import partial
 from itertools import pairwise
+from statistics import NormalDist
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from lit_transdiff.config import SamplingConfig
-from lit_transdiff.flow.diffusion import ancestral, cosine_chain, diffusion_loss, variational_bound
+from lit_transdiff.config import FlowConfig, SamplingConfig
+from lit_transdiff.config.mar import MARConfig
+from lit_transdiff.flow.diffusion import cosine_chain, diffusion_loss, variational_bound
+from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.models import layers
-from lit_transdiff.models.mar import MaskedTransformer, known_tokens, rows_at, unknown_tokens
-from tests.helpers.families import as_tokens, check, masked_transformer, same_shapes, scalars, settings, tensors
+from lit_transdiff.models.mar import MAR, known_tokens, number_unknown, rows_at, unknown_tokens
+from lit_transdiff.sampling.generator import sampler_of
+from lit_transdiff.stages.objective import losses_of
+from tests.helpers.families import as_tokens, check, mar, same_shapes, scalars, settings, tensors
 from tests.helpers.reference import features_of, reference_frequencies
 
 pytestmark = pytest.mark.numeric
-SIZES = {
-    "base": (dict(width=768, num_heads=12, encoder_blocks=12, decoder_blocks=12, head_width=1024, head_blocks=6), 207_924_768),
-    "large": (dict(width=1024, num_heads=16, encoder_blocks=16, decoder_blocks=16, head_width=1280, head_blocks=8), 478_326_304),
-    "huge": (dict(width=1280, num_heads=16, encoder_blocks=20, decoder_blocks=20, head_width=1536, head_blocks=12), 942_403_104),
-}
-SHAPE = dict(mlp_ratio=4.0, num_classes=1000, num_class_tokens=64, num_tokens=256, token_features=16)
-NO_DROPOUT = dict(attention_dropout=0.0, projection_dropout=0.0)
+PUBLISHED = {"base": 207_924_768, "large": 478_326_304, "huge": 942_403_104}  # parameters
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +30,11 @@ def _frequencies_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "sinusoids", lambda t: features_of(t, reference_frequencies()))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", PUBLISHED)
 def test_keys_shapes_and_parameter_counts(size: str):
-    numbers, count = SIZES[size]
     with torch.device("meta"):
-        net = MaskedTransformer(**numbers, decoder_width=numbers["width"], **SHAPE, **NO_DROPOUT)
-    assert sum(p.numel() for p in net.parameters()) == count
+        net = MAR(MARConfig(size=size))
+    assert sum(p.numel() for p in net.parameters()) == PUBLISHED[size]
     if size == "base":
         same_shapes(net, "mar_base_d6_w1024")
 
@@ -42,22 +42,22 @@ def test_keys_shapes_and_parameter_counts(size: str):
 @torch.no_grad()
 def test_transformer():
     name = "mar_transformer"
-    case, net = tensors(name), masked_transformer()
+    case, net = tensors(name), mar()
     tokens, orders = as_tokens(case["in/latents"]), case["in/orders"]
     check(name, "tokens", tokens, case)
     known = known_tokens(orders, math.ceil(64 * case["in/mask_rate"].item()))
     assert torch.equal(torch.ones(3, 64, dtype=torch.bool).scatter(1, known, False), case["out/mask"])
     for key, drop in (("z", None), ("z_null", torch.ones(3, dtype=torch.bool))):
         classes = net.class_vectors(case["in/labels"], drop)
-        encoded = net.encode(classes, tokens, known)
+        encoded = net.encode_known(classes, tokens, known)
         if drop is None:
             check(name, "encoded", encoded, case)
-        check(name, key, net.decode(encoded, known), case)
+        check(name, key, net.decode_all(encoded, known), case)
 
 
 def test_head_its_loss_and_gradients():
     name = "mar_diffloss"
-    case, head = tensors(name), masked_transformer().diffloss["net"]
+    case, head = tensors(name), mar().diffloss["net"]
     chain, t, x, noise = cosine_chain(), case["in/t"], case["in/target"], case["in/noise"]
     condition = head.cond_embed(case["in/c"])
     with torch.no_grad():
@@ -81,50 +81,82 @@ def check_gradients(name: str, net: nn.Module, case: dict[str, Tensor], number: 
         check(name, key, gradients[key], case)
 
 
+class Prepared:
+    """A ``Normal`` that gives prepared numbers, in order."""
+
+    def __init__(self, numbers: list[Tensor], shared: float = 0.0) -> None:
+        self.numbers, self.common = iter(numbers), shared
+
+    def __call__(self, *shape: int) -> Tensor:
+        numbers = next(self.numbers)
+        assert numbers.shape[1:] == shape
+        return numbers
+
+    def shared(self) -> float:
+        return self.common
+
+
+def normal_of_rate(rate: float) -> float:
+    """The standard normal number of a mask rate: normal(1, 0.25) truncated to [0.7, 1]."""
+    below = NormalDist(1, 0.25).cdf
+    return NormalDist().inv_cdf((below(rate) - below(0.7)) / (below(1) - below(0.7)))
+
+
 def test_training_loss_and_gradients():
     name = "mar_loss_train"
-    case, net = tensors(name), masked_transformer().train()
-    tokens = as_tokens(case["in/latents"])
-    known = known_tokens(case["in/orders"], math.ceil(64 * case["in/mask_rate"].item()))
-    context = net.context(net.class_vectors(case["in/labels"], case["in/drop_rand"] < 0.1), tokens, known)
-    head = net.diffloss["net"]
-    condition, draws = head.cond_embed(context).flatten(0, 1), settings(name)["diffusion_batch_mul"]
-
-    x, noise, t, chain = tokens.flatten(0, 1).repeat(draws, 1), case["in/noise"], case["in/t"], cosine_chain()
-    x_t = chain.noised(x, noise, t)
-    rows = diffusion_loss(head(x_t, t, condition.repeat(draws, 1)), x, noise, t, x_t, chain)
-    unknown = torch.ones(4, 64).scatter(1, known, 0).flatten().repeat(draws)
-    loss = (rows * unknown).sum() / unknown.sum()
-    loss.backward()
-    check(name, "loss", loss[None], case)
+    case, net = tensors(name), mar().train()
+    draws = settings(name)["diffusion_batch_mul"]
+    times = torch.special.ndtri((case["in/t"].double() + 0.5) / 1000)
+    numbers = [
+        rearrange(times, "(m b n) -> b n m", m=draws, b=4),
+        rearrange(case["in/noise"], "(m b n) c -> b (n m) c", m=draws, b=4),
+        case["in/orders"].argsort(dim=1).float(),
+    ]
+    normal = Prepared(numbers, normal_of_rate(case["in/mask_rate"].item()))
+    process, drop = PROCESSES[net.process](FlowConfig(), net.prediction), case["in/drop_rand"] < 0.1
+    losses, share = losses_of(net, process, case["in/labels"], drop, case["in/latents"][:, None], normal, draws)
+    assert torch.equal((share * 999).round(), rearrange(case["in/t"], "(m b n) -> (n m b)", m=draws, b=4).float())
+    losses.mean().backward()
+    check(name, "loss", losses.mean()[None], case)
     check_gradients(name, net, case, 10)
 
 
 @torch.no_grad()
 def test_sampling_with_a_linear_scale():
     name = "mar_sample_cfg3_linear"
-    case, net = tensors(name), masked_transformer()
-    head, orders, given = net.diffloss["net"], case["in/orders"], scalars(name)
-    classes = [net.class_vectors(case["in/labels"], torch.full((2,), drop)) for drop in (False, True)]
-    tokens, left = torch.zeros(2, 64, 16), 64
-    for i, after in enumerate(unknown_tokens(64, given["num_iter"])):
-        places = orders[:, after:left].sort(dim=1).values
-        assert places.shape[1] == given["tokens_per_iteration"][i]
-        known = known_tokens(orders, left)
-        conditions = [head.cond_embed(rows_at(net.context(c, tokens, known), places)).flatten(0, 1) for c in classes]
-        scale = 1 + (given["cfg"] - 1) * (64 - max(after, 1)) / 64
+    case, net, given = tensors(name), mar(), scalars(name)
+    sampling = SamplingConfig(
+        solver="ancestral",
+        grid="uniform",
+        num_steps=5,
+        num_parts=given["num_iter"],
+        guidance_scale=given["cfg"],
+        part_guidance="growing",
+    )
+    process = PROCESSES[net.process](FlowConfig(), net.prediction)
+    decoding = net.decode(case["in/labels"], sampling, Prepared([case["in/orders"].argsort(dim=1).float()]))
+    problem, rows = next(decoding), partial(rearrange, pattern="(b n) c -> b c n", b=2)
+    with pytest.raises(StopIteration) as end:
+        for i, number in enumerate(given["tokens_per_iteration"]):
+            assert problem.shape == (16, number)
+            steps = iter(case[f"in/steps_{i}"][:, : 2 * number])  # without those of the null half
+            draw = lambda steps=steps: rows(next(steps))  # noqa: E731
+            solution = process.solve(problem, rows(case[f"in/noise_{i}"]), draw, sampler_of(problem, sampling))
+            problem = decoding.send(solution)
+    check(name, "latents", end.value.value[:, 0], case)
 
-        def predict(x_t: Tensor, step: int, conditions=conditions, scale=scale) -> Tensor:
-            c, u = (head(x_t, torch.tensor([step]), condition) for condition in conditions)
-            u[:, 16:] = c[:, 16:]
-            return u + scale * (c - u)
 
-        steps = iter(case[f"in/steps_{i}"][:, : 2 * places.shape[1]])
-        config = SamplingConfig(num_steps=5, grid="uniform")
-        drawn = ancestral(predict, case[f"in/noise_{i}"], cosine_chain(), lambda steps=steps: next(steps), config)
-        tokens = tokens.scatter(1, places[..., None].expand(-1, -1, 16), drawn.unflatten(0, (2, -1)))
-        left = after
-    check(name, "latents", tokens.transpose(1, 2).unflatten(2, (8, 8)), case)
+@pytest.mark.parametrize("normal", [-40.0, -1.0, 0.0, 1.0, 40.0])
+def test_mask_rates_are_truncated(normal: float):
+    number = number_unknown(MARConfig(), normal)
+    assert math.ceil(256 * 0.7) <= number <= 256
+    assert number == max(180, math.ceil(256 * rate_of_normal(normal)))
+
+
+def rate_of_normal(normal: float) -> float:
+    below = NormalDist(1, 0.25).cdf
+    share = NormalDist().cdf(normal) * (0.5 - below(0.7)) + below(0.7)
+    return NormalDist(1, 0.25).inv_cdf(share)
 
 
 @pytest.mark.parametrize(("parts", "length"), [(4, 64), (64, 256), (256, 256)])
@@ -144,12 +176,11 @@ def test_each_iteration_draws_at_least_one_token(parts: int):
     assert all(before > after for before, after in pairwise(left))
 
 
-def small() -> MaskedTransformer:
+def small(**more) -> MAR:
     torch.manual_seed(0)
-    shape = dict(width=16, decoder_width=24, num_heads=2, encoder_blocks=2, decoder_blocks=2, mlp_ratio=2.0, num_classes=5)
-    net = MaskedTransformer(
-        **shape, num_class_tokens=3, num_tokens=9, token_features=4, head_width=8, head_blocks=2, **NO_DROPOUT
-    )
+    shape = dict(width=16, decoder_width=24, num_heads=2, encoder_blocks=2, decoder_blocks=2, head_width=8, head_blocks=2)
+    shape |= dict(num_classes=5, num_class_tokens=3, latent_size=3, latent_channels=4)
+    net = MAR(MARConfig(**shape, mlp_ratio=2.0, attention_dropout=0.0, projection_dropout=0.0, **more))
     for p in net.parameters():
         nn.init.normal_(p, std=0.3)
     return net

@@ -4,23 +4,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_transdiff.config import SamplingConfig
+from lit_transdiff.config import FlowConfig, SamplingConfig
+from lit_transdiff.config.sit import SIT_SIZES, SiTConfig
 from lit_transdiff.flow.diffusion import diffusion_loss, linear_chain, variational_bound
-from lit_transdiff.flow.solvers import solve
+from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.models import layers
-from lit_transdiff.models.sit import PatchTransformer, position_table
-from tests.helpers.families import check, patch_transformer, same_shapes, scalars, settings, tensors
+from lit_transdiff.models.sit import SiT, position_table
+from tests.helpers.families import check, same_shapes, scalars, settings, sit_or_dit, tensors
 from tests.helpers.reference import features_of, reference_frequencies
 
 pytestmark = pytest.mark.numeric
-B = dict(width=768, num_heads=12, num_blocks=12)
-SIZES = {  # parameters, of which the fixed table of positions has 256 D
-    "small": (dict(width=384, num_heads=6, num_blocks=12), 32_957_200),
-    "base": (B, 130_500_112),
-    "large": (dict(width=1024, num_heads=16, num_blocks=24), 458_086_416),
-    "xl": (dict(width=1152, num_heads=16, num_blocks=28), 675_111_184),
-}
-SHAPE = dict(mlp_ratio=4.0, num_classes=1000, latent_channels=4, latent_size=32, patch_size=2)
+# Parameters of the published sizes, of which the fixed table of positions has 256 D.
+PUBLISHED = {"small": 32_957_200, "base": 130_500_112, "large": 458_086_416, "xl": 675_111_184}
+SHAPE = dict(latent_channels=4, latent_size=32, patch_size=2)
 
 
 @pytest.fixture(autouse=True)
@@ -30,51 +26,52 @@ def _frequencies_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keys_and_shapes():
     with torch.device("meta"):
-        same_shapes(PatchTransformer(**B, **SHAPE), "sit_b_2", left_out=("pos_embed",))
+        same_shapes(SiT(SiTConfig(size="base", **SHAPE)), "sit_b_2", left_out=("pos_embed",))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", PUBLISHED)
 def test_parameter_counts(size: str):
-    numbers, count = SIZES[size]
     with torch.device("meta"):
-        net = PatchTransformer(**numbers, **SHAPE)
-    assert sum(p.numel() for p in net.parameters()) == count
-    assert sum(p.numel() for p in net.parameters() if not p.requires_grad) == 256 * numbers["width"]
+        net = SiT(SiTConfig(size=size, **SHAPE))
+    assert sum(p.numel() for p in net.parameters()) == PUBLISHED[size]
+    assert sum(p.numel() for p in net.parameters() if not p.requires_grad) == 256 * SIT_SIZES[size]["width"]
 
 
 @torch.no_grad()
 def test_forward_and_three_guided_channels():
     name = "sit_forward"
-    case, net = tensors(name), patch_transformer(name)
+    case, net = tensors(name), sit_or_dit(name, guided_channels=3)
     check(name, "pos_embed", position_table(48, 4)[None], case)
     check(name, "time_features", layers.sinusoids(case["in/t"]), case)
-    v = net(case["in/x"], case["in/t"], case["in/labels"])
-    check(name, "v", v, case)
-    # the official guidance takes one x for both halves of a batch, and scales the first three channels
-    null = torch.full_like(case["in/labels"], net.null_class)
-    guided, u = v.clone(), net(case["in/x"], case["in/t"], null)
-    guided[:, :3] = (u + scalars(name)["cfg"] * (v - u))[:, :3]
-    check(name, "v_cfg_3_channels", guided, case)
+    x, t, labels = (case[f"in/{key}"] for key in ("x", "t", "labels"))
+    check(name, "v", net(x, t, labels), case)
+    none = torch.zeros(3, dtype=torch.bool)
+    memory = net.condition(labels, none, x[:, None], None)
+    check(name, "v", -net.predict(x[:, None], 1 - t[:, None], memory)[:, 0], case)
+    guided = torch.cat([guided_velocity(net, x[i], t[i].item(), labels[i], scalars(name)["cfg"]) for i in range(3)])
+    check(name, "v_cfg_3_channels", -guided, case)
+
+
+def guided_velocity(net: SiT, x: Tensor, t: float, label: Tensor, scale: float) -> Tensor:
+    c, u = next(net.decode(label[None], SamplingConfig(guidance_scale=scale), None)).pair(x[None], 1 - t)
+    return u + scale * (c - u)
 
 
 @torch.no_grad()
 def test_its_stochastic_sampler_is_the_one_of_transdiff():
     name = "sit_sample_sde_sigma"
-    case, net = tensors(name), patch_transformer(name)
-    draws = iter(case["in/steps"])
-
-    def velocity(x_t: Tensor, t: float) -> Tensor:
-        return -net(x_t, torch.tensor([1 - t]), case["in/labels"])  # data are at 1 there
-
-    config = SamplingConfig(num_steps=scalars(name)["num_steps"])
-    check(name, "latents", solve(velocity, case["in/noise"], config, lambda: next(draws)), case)
+    case, net = tensors(name), sit_or_dit(name)
+    draws, sampling = iter(case["in/steps"]), SamplingConfig(num_steps=scalars(name)["num_steps"])
+    problem = next(net.decode(case["in/labels"], sampling, None))
+    process = PROCESSES[net.process](FlowConfig(), net.prediction)
+    check(name, "latents", process.solve(problem, case["in/noise"], lambda: next(draws), sampling), case)
 
 
 def test_dit_loss_and_gradients():
     name = "dit_loss_train"
-    case, net = tensors(name), patch_transformer(name).train()
+    case, net = tensors(name), sit_or_dit(name).train()
     chain, x, noise, t = linear_chain(), case["in/latents"], case["in/noise"], case["in/t"]
-    labels = torch.where(case["in/drop_rand"] < 0.1, net.null_class, case["in/labels"])
+    labels = torch.where(case["in/drop_rand"] < 0.1, net.config.num_classes, case["in/labels"])
     x_t = chain.noised(x, noise, t)
     out = net(x_t, t, labels)
     rows = diffusion_loss(out, x, noise, t, x_t, chain)
@@ -91,10 +88,10 @@ def test_dit_loss_and_gradients():
         check(name, key, gradients[key], case)
 
 
-def small(**more) -> PatchTransformer:
+def small(**more) -> SiT:
     torch.manual_seed(0)
     shape = dict(num_classes=5, latent_channels=3, latent_size=6, patch_size=2)
-    return PatchTransformer(width=16, num_heads=2, num_blocks=2, mlp_ratio=4.0, **shape, **more)
+    return SiT(SiTConfig(width=16, num_heads=2, num_blocks=2, **shape, **more))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.distributed.strategies import STRATEGIES
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.flops import row_cost
-from lit_transdiff.planning.memory import model_cost, pass_cost
+from lit_transdiff.planning.memory import Standard, model_cost, pass_cost
 from lit_transdiff.planning.planner import communication, memory_of, plan
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.optim import build_optimizer
@@ -44,13 +44,14 @@ def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str):
     gc.collect()
     with Allocations() as allocations:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = stage.objective(batch, lambda *shape: torch.randn(ROWS, *shape))[0].mean()
+            loss = stage.objective(batch, Standard(ROWS))[0].mean()
         loss.backward()
-    gradients = sum(p.grad.numel() * 4 for p in stage.parameters())
+    trained = [p for p in stage.parameters() if p.requires_grad]
+    gradients = sum(p.grad.numel() * 4 for p in trained)
     assert gradients == planned.gradients
     assert sum(p.numel() * 4 for p in stage.parameters()) == planned.weights
     optimizer.step()
-    states = [optimizer.state[p] for p in stage.parameters()]
+    states = [optimizer.state[p] for p in trained]
     assert sum(s["exp_avg"].numel() * 4 + s["exp_avg_sq"].numel() * 4 for s in states) == planned.optimizer
     assert sum(s["ema"].numel() * 4 for s in states) == planned.averages
     assert 0.9 * (allocations.peak - gradients) < planned.activations < 1.1 * allocations.peak
@@ -63,7 +64,7 @@ def test_operations_are_those_of_a_real_pass(tmp_path: Path, kind: str):
     stage = STAGES[run.stage](run, IdentityAutoencoder(run.model.latent_channels))
     # Not every release of torch counts the fused attention of CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        stage.objective(batch_of(run.model), lambda *shape: torch.randn(ROWS, *shape))
+        stage.objective(batch_of(run.model), Standard(ROWS))
         whole = counter.get_total_flops()
         batch = batch_of(run.model)
         stage.model.encode(batch.labels, batch.values[:, :-1])

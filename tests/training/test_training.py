@@ -20,7 +20,7 @@ from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.training.build import build, check_run, outline
 from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.trainer import train
-from tests.helpers.small import FASHION, STEADY, small_run
+from tests.helpers.small import FAMILIES, FASHION, STEADY, small_run
 
 MRAR = {"stage": "mrar_finetune", "name": "mrar", "model": {"num_references": 4}, "training": {"global_batch_size": 4}}
 
@@ -79,7 +79,7 @@ def test_a_trained_run_draws_images_in_three_lines(one_step: Path):
     assert images.shape == (2, 1, 1, 32, 32)
 
 
-@pytest.mark.parametrize("changes", [{}, MRAR], ids=["one-step", "mrar"])
+@pytest.mark.parametrize("changes", [{}, MRAR, *FAMILIES.values()], ids=["one-step", "mrar", *FAMILIES])
 @pytest.mark.parametrize("how", ["broken off", "extended"])
 def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, how: str):
     """Broken off in step 6 (after the checkpoint of step 4), or ended at step 4 and made longer: the same losses and weights."""

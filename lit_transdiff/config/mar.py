@@ -1,0 +1,104 @@
+"""The size and shape of MAR."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+from lit_transdiff.config.checks import require
+from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, ModelSettings, take_size
+from lit_transdiff.config.sampling import SamplingConfig
+
+# The paper's three sizes (arXiv 2406.11838, section 5), and small ones for laptops and tests.
+MAR_SIZES: dict[str, dict[str, int]] = {
+    "test": dict(width=32, num_heads=2, encoder_blocks=2, decoder_blocks=2, head_width=32, head_blocks=2),
+    "nano": dict(width=128, num_heads=4, encoder_blocks=3, decoder_blocks=3, head_width=192, head_blocks=3),
+    "base": dict(width=768, num_heads=12, encoder_blocks=12, decoder_blocks=12, head_width=1024, head_blocks=6),
+    "large": dict(width=1024, num_heads=16, encoder_blocks=16, decoder_blocks=16, head_width=1280, head_blocks=8),
+    "huge": dict(width=1280, num_heads=16, encoder_blocks=20, decoder_blocks=20, head_width=1536, head_blocks=12),
+}
+COUNTS = (
+    *("width", "num_heads", "encoder_blocks", "decoder_blocks", "head_width", "head_blocks", "num_classes", "num_class_tokens"),
+    *("latent_channels", "latent_size", "patch_size", "num_parts"),
+)
+
+
+@dataclass(frozen=True)
+class MARConfig(ModelSettings):
+    """MAR: random sets of tokens by a masked transformer, each token by a small diffusion network (arXiv 2406.11838)."""
+
+    of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size", "num_class_tokens")
+    paradigm: str = "mar"  # a name in config.paradigms.PARADIGMS: the family of the model, which has settings of its own
+    size: str = "base"  # a name in config.mar.MAR_SIZES, which gives those of the next six fields that are not given
+    width: int = OF_SIZE  # D, of the transformer
+    num_heads: int = OF_SIZE  # of attention
+    encoder_blocks: int = OF_SIZE  # over the known tokens
+    decoder_blocks: int = OF_SIZE  # over all tokens
+    head_width: int = OF_SIZE  # of the network that denoises a token
+    head_blocks: int = OF_SIZE  # of that network
+    decoder_width: Optional[int] = None  # of the decoder's blocks; null: width
+    mlp_ratio: float = 4.0  # hidden width of an MLP / width
+    num_classes: int = 1000  # labels are 0 to num_classes - 1
+    num_class_tokens: int = 64  # copies of the class embedding in front of the sequence
+    latent_channels: int = 16  # of the autoencoder's latents
+    latent_size: int = 16  # height and width of the latent
+    patch_size: int = 1  # side of the square of latent pixels that is one token
+    mask_rate_min: float = 0.7  # share of unknown tokens in training: normal with mean 1, truncated to [mask_rate_min, 1]
+    mask_rate_std: float = 0.25  # deviation of that normal distribution
+    num_parts: int = 64  # iterations in which an image is drawn, or as many as it has tokens; sampling.num_parts comes first
+    attention_dropout: float = 0.1  # of attention weights; 0 allows fused attention on CPUs
+    projection_dropout: float = 0.1  # after attention and within MLPs
+
+    def __post_init__(self) -> None:
+        take_size(self, MAR_SIZES)
+        for name in COUNTS:
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
+        require(self.decoder_width is None or self.decoder_width >= 1, "model.decoder_width", self.decoder_width, "1 or more")
+        for name, width in (("width", self.width), ("decoder_width", self.width_of_decoder)):
+            require(width % self.num_heads == 0, "model.num_heads", self.num_heads, f"a divisor of model.{name}={width}")
+            require(self.mlp_ratio * width >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.{name}={width}")
+        require(self.latent_size % self.patch_size == 0, "model.patch_size", self.patch_size, f"a divisor of {self.latent_size}")
+        require(0 < self.mask_rate_min <= 1, "model.mask_rate_min", self.mask_rate_min, "above 0, at most 1")
+        require(self.mask_rate_std > 0, "model.mask_rate_std", self.mask_rate_std, "above 0")
+        for name in ("attention_dropout", "projection_dropout"):
+            require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "0 <= p < 1")
+
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        allowed = f"null, or 1 to {self.num_tokens}, the tokens of an image"
+        require((sampling.num_parts or 1) <= self.num_tokens, "sampling.num_parts", sampling.num_parts, allowed)
+
+    @property
+    def width_of_decoder(self) -> int:
+        return self.decoder_width or self.width
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def token_features(self) -> int:
+        return self.latent_channels * self.patch_size**2
+
+    def least_parameters(self) -> Mapping[tuple[str, ...], int]:
+        """The matrices that all blocks have, and the tables of classes and positions."""
+        blocks = sum(
+            number * (4 * width**2 + 2 * width * int(self.mlp_ratio * width))
+            for number, width in ((self.encoder_blocks, self.width), (self.decoder_blocks, self.width_of_decoder))
+        )
+        tables = self.width * (self.num_classes + self.num_class_tokens + self.num_tokens)
+        return {
+            ("width", "decoder_width", "mlp_ratio", "encoder_blocks", "decoder_blocks"): blocks,
+            ("head_width", "head_blocks"): self.head_blocks * 5 * self.head_width**2,
+            ("width", "num_classes", "num_class_tokens", "latent_size", "patch_size"): tables,
+        }
+
+    def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
+        """The tokens in the decoder and in the head, of which a block keeps its input or much more."""
+        kept = {name: 1 if name in recomputed else OF_A_TOKEN for name in ("decoder", "head")}
+        decoder = self.decoder_blocks * (self.num_class_tokens + self.num_tokens) * self.width_of_decoder * kept["decoder"]
+        return (0 if head_alone else decoder) + self.head_blocks * draws * self.num_tokens * self.head_width * kept["head"]
+
+    def least_drawn(self) -> int:
+        """The tokens in the decoder, before and after a norm."""
+        return 2 * (self.num_class_tokens + self.num_tokens) * self.width_of_decoder

@@ -1,0 +1,84 @@
+"""The size and shape of SiT and DiT."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+from lit_transdiff.config.checks import require
+from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, ModelSettings, take_size
+
+# The papers' four sizes (arXiv 2212.09748, Table 1; arXiv 2401.08740), and small ones for laptops and tests.
+SIT_SIZES: dict[str, dict[str, int]] = {
+    "test": dict(width=32, num_heads=2, num_blocks=2),
+    "nano": dict(width=128, num_heads=4, num_blocks=6),
+    "small": dict(width=384, num_heads=6, num_blocks=12),
+    "base": dict(width=768, num_heads=12, num_blocks=12),
+    "large": dict(width=1024, num_heads=16, num_blocks=24),
+    "xl": dict(width=1152, num_heads=16, num_blocks=28),
+}
+
+
+@dataclass(frozen=True)
+class SiTConfig(ModelSettings):
+    """SiT: one transformer over all patches of a noisy latent, and no autoregression (arXiv 2401.08740)."""
+
+    of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
+    paradigm: str = "sit"  # a name in config.paradigms.PARADIGMS: the family of the model, which has settings of its own
+    size: str = "base"  # a name in config.sit.SIT_SIZES, which gives those of the next three fields that are not given
+    width: int = OF_SIZE  # D, a multiple of 4
+    num_heads: int = OF_SIZE  # of attention
+    num_blocks: int = OF_SIZE  # of the transformer
+    mlp_ratio: float = 4.0  # hidden width of an MLP / width
+    num_classes: int = 1000  # labels are 0 to num_classes - 1
+    latent_channels: int = 16  # of the autoencoder's latents
+    latent_size: int = 16  # height and width of the latent
+    patch_size: int = 1  # side of the square of latent pixels that is one token
+    guided_channels: Optional[int] = None  # so many first channels alone are guided, 3 in the released samplers; null: all
+    learn_sigma: bool = False  # twice the outputs, of which SiT reads the first half, as in the released files
+
+    def __post_init__(self) -> None:
+        take_size(self, SIT_SIZES)
+        for name in ("width", "num_heads", "num_blocks", "num_classes", "latent_channels", "latent_size", "patch_size"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
+        require(self.width % 4 == 0, "model.width", self.width, "a multiple of 4")
+        require(self.mlp_ratio * self.width >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.width={self.width}")
+        require(self.width % self.num_heads == 0, "model.num_heads", self.num_heads, f"a divisor of model.width={self.width}")
+        require(self.latent_size % self.patch_size == 0, "model.patch_size", self.patch_size, f"a divisor of {self.latent_size}")
+        guided, channels = self.guided_channels, self.latent_channels
+        allowed = f"null or 1 to model.latent_channels={channels}"
+        require(guided is None or 1 <= guided <= channels, "model.guided_channels", guided, allowed)
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.latent_size // self.patch_size) ** 2
+
+    def least_parameters(self) -> Mapping[tuple[str, ...], int]:
+        """The matrices that all blocks have, and the tables of classes and positions."""
+        block = 10 * self.width**2 + 2 * self.width * int(self.mlp_ratio * self.width)
+        tables = self.width * (self.num_classes + self.num_tokens)
+        return {
+            ("width", "mlp_ratio", "num_blocks"): self.num_blocks * block,
+            ("width", "num_classes", "latent_size", "patch_size"): tables,
+        }
+
+    def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
+        """The tokens in the blocks, of which a block keeps its input or much more."""
+        return self.num_blocks * draws * self.num_tokens * self.width * (1 if "blocks" in recomputed else OF_A_TOKEN)
+
+    def least_drawn(self) -> int:
+        """The tokens in a block, before and after a norm."""
+        return 2 * self.num_tokens * self.width
+
+
+@dataclass(frozen=True)
+class DiTConfig(SiTConfig):
+    """DiT: SiT's network as a diffusion in 1000 discrete steps that learns their variances (arXiv 2212.09748)."""
+
+    paradigm: str = "dit"
+    learn_sigma: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.learn_sigma, "model.learn_sigma", self.learn_sigma, "true with model.paradigm dit")
