@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_transdiff.checkpoints.averages import Averaging as Averaging
     from lit_transdiff.cli.pipeline import train_and_score as train_and_score
+    from lit_transdiff.config import Family as Family
+    from lit_transdiff.config import ModelSettings as ModelSettings
     from lit_transdiff.config import RunConfig as RunConfig
     from lit_transdiff.config.loading import load_run as load_run
+    from lit_transdiff.config.paradigms import PARADIGMS as PARADIGMS
     from lit_transdiff.data.datamodule import DataModule as DataModule
     from lit_transdiff.data.dataset import Batch as Batch
     from lit_transdiff.distributed import build_fabric as build_fabric
@@ -27,14 +30,25 @@ if TYPE_CHECKING:
     from lit_transdiff.evaluation.prepare import cache as cache
     from lit_transdiff.evaluation.prepare import statistics as statistics
     from lit_transdiff.flow.guidance import GUIDANCE as GUIDANCE
+    from lit_transdiff.flow.guidance import PART_GUIDANCE as PART_GUIDANCE
     from lit_transdiff.flow.loss import DENSITIES as DENSITIES
     from lit_transdiff.flow.loss import LOSS_TERMS as LOSS_TERMS
     from lit_transdiff.flow.loss import OBJECTIVES as OBJECTIVES
     from lit_transdiff.flow.loss import Prediction as Prediction
+    from lit_transdiff.flow.process import Process as Process
+    from lit_transdiff.flow.processes import PROCESSES as PROCESSES
     from lit_transdiff.flow.solvers import GRIDS as GRIDS
     from lit_transdiff.flow.solvers import SOLVERS as SOLVERS
     from lit_transdiff.models.autoencoder import AUTOENCODERS as AUTOENCODERS
     from lit_transdiff.models.autoencoder import AutoencoderKind as AutoencoderKind
+    from lit_transdiff.models.conditions import CONDITIONS as CONDITIONS
+    from lit_transdiff.models.decoder import DECODERS as DECODERS
+    from lit_transdiff.models.decoder import DiffusionDecoder as DiffusionDecoder
+    from lit_transdiff.models.encoder import ENCODERS as ENCODERS
+    from lit_transdiff.models.encoder import ARTransformer as ARTransformer
+    from lit_transdiff.models.paradigm import Paradigm as Paradigm
+    from lit_transdiff.models.paradigm import Problem as Problem
+    from lit_transdiff.models.paradigm import Stack as Stack
     from lit_transdiff.models.transdiff import TransDiff as TransDiff
     from lit_transdiff.sampling.generator import load_generator as load_generator
     from lit_transdiff.sampling.pictures import grid as grid
@@ -74,6 +88,14 @@ PUBLIC = {
     "plots": "study.plots",
     "grid": "sampling.pictures",
     "TransDiffStage": "stages.base",
+    "Paradigm": "models.paradigm",
+    "Problem": "models.paradigm",
+    "Stack": "models.paradigm",
+    "Family": "config",
+    "ModelSettings": "config",
+    "ARTransformer": "models.encoder",
+    "DiffusionDecoder": "models.decoder",
+    "Process": "flow.process",
     "Prediction": "flow.loss",
     "Averaging": "checkpoints.averages",
     "AutoencoderKind": "models.autoencoder",
@@ -86,6 +108,11 @@ PUBLIC = {
 # The open sets, to which a module of your own adds entries (docs/extending.md), and what entries are made of.
 TABLES = {
     "STAGES": "stages",
+    "PARADIGMS": "config.paradigms",
+    "ENCODERS": "models.encoder",
+    "DECODERS": "models.decoder",
+    "CONDITIONS": "models.conditions",
+    "PROCESSES": "flow.processes",
     "OBJECTIVES": "flow.loss",
     "LOSS_TERMS": "flow.loss",
     "DENSITIES": "flow.loss",
@@ -94,6 +121,7 @@ TABLES = {
     "SOLVERS": "flow.solvers",
     "GRIDS": "flow.solvers",
     "GUIDANCE": "flow.guidance",
+    "PART_GUIDANCE": "flow.guidance",
     "AUTOENCODERS": "models.autoencoder",
     "METRICS": "evaluation.metrics",
     "EXTRACTORS": "evaluation.features",

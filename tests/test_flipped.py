@@ -93,7 +93,7 @@ def read_samples(folder: Path) -> str:
     dataset = PlannedDataset(index, DataConfig(image_size=8, image_channels=1), training=True)
     samples = np.arange(len(index))
     passes = [dataset[Rows(samples, samples * 0 + epoch, samples[:, None])] for epoch in range(5 if index.latents else 1)]
-    return digest(index.class_names, *(tensor for batch in passes for tensor in batch.tensors()))
+    return digest(index.class_names, *(tensor for batch in passes for tensor in vars(batch).values() if tensor is not None))
 
 
 def write_autoencoder(folder: Path) -> None:

@@ -7,6 +7,7 @@ float16, as they are stored: half as much to move, and the stages compute in flo
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -36,15 +37,18 @@ class Batch:
     labels: Tensor  # [B] int64
     samples: Tensor  # [B, R] int64, index of each sample in the shard index
     positions: Tensor  # [B] int64, position of the row in the run's endless stream (evaluation: index of the first sample)
+    conditions: Tensor | None = None  # [B, ...], of which images are drawn in the place of labels: vectors, or tokens
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors()))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        return Batch(*(tensor.pin_memory() for tensor in self.tensors()))
+        return self.each(Tensor.pin_memory)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.values, self.labels, self.samples, self.positions
+    def each(self, act: Callable[[Tensor], Tensor]) -> Batch:
+        """A batch of what ``act`` makes of its tensors."""
+        fields: dict[str, Any] = {name: tensor if tensor is None else act(tensor) for name, tensor in vars(self).items()}
+        return Batch(**fields)
 
 
 def as_is(batch: Batch) -> Batch:

@@ -59,6 +59,8 @@ class DrawnBatch:
 
 def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig) -> Job:
     """Load the extractor and the reference, and refuse whatever could not be scored after the images are drawn."""
+    shape = generator.model.condition_shape
+    require(shape is None, "a model of conditions of shape", shape, "a model of class labels, of which scores are drawn")
     check_sampling(sampling, generator.run.model)
     generator = generator.at(sampling.precision)
     at_once = min(settings.batch_size, settings.num_images)

@@ -28,7 +28,7 @@ class Contexts(Protocol):
     def advance(self, images: Tensor) -> Tensor: ...
 
 
-ContextFn = Callable[["TransDiff", Tensor], Contexts]  # model, labels [B] -> their contexts
+ContextFn = Callable[["TransDiff", Tensor], Contexts]  # model, labels [B], or other conditions -> their contexts
 
 
 class ContextStream:
@@ -44,7 +44,7 @@ class ContextStream:
         self.row_of: Tensor | None = None  # [B], which of the classes
         self.classes: Tensor = model.encoder.null_class  # U D
         if labels is not None:
-            distinct, self.row_of = labels.unique(return_inverse=True)
+            distinct, self.row_of = labels.unique(return_inverse=True, dim=0)
             self.classes = model.encoder.class_vectors(distinct)
         self.begin = begin or partial(model.encoder.begin, self.classes)
 

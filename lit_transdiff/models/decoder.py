@@ -129,6 +129,21 @@ class DiffusionDecoder(nn.Module):
         self.apply(initialise)
         nn.init.zeros_(self.final.linear.weight)
 
+    @classmethod
+    def of(cls, config: ModelConfig) -> DiffusionDecoder:
+        """The decoder of a model."""
+        return cls(
+            width=config.width,
+            num_heads=config.num_heads,
+            num_blocks=config.decoder_blocks,
+            mlp_ratio=config.mlp_ratio,
+            latent_channels=config.latent_channels,
+            latent_size=config.latent_size,
+            patch_size=config.patch_size,
+            attention_dropout=config.attention_dropout,
+            projection_dropout=config.projection_dropout,
+        )
+
     def memory_layers(self) -> list[nn.Module]:
         """The layers that ``memory`` reads, all at once."""
         attentions: list[CrossAttention] = [block.cross_attention for block in self.blocks]  # type: ignore[misc]
@@ -156,20 +171,5 @@ class DiffusionDecoder(nn.Module):
         return unpatchify(self.final(x, embedding), self.patch_size, x_t.shape[-2])
 
 
-def cross_attention_decoder(config: ModelConfig) -> DiffusionDecoder:
-    """The decoder of a model."""
-    return DiffusionDecoder(
-        width=config.width,
-        num_heads=config.num_heads,
-        num_blocks=config.decoder_blocks,
-        mlp_ratio=config.mlp_ratio,
-        latent_channels=config.latent_channels,
-        latent_size=config.latent_size,
-        patch_size=config.patch_size,
-        attention_dropout=config.attention_dropout,
-        projection_dropout=config.projection_dropout,
-    )
-
-
 # An entry makes a subclass of ``DiffusionDecoder``, or a module that can be called as it is.
-DECODERS: dict[str, Callable[[ModelConfig], DiffusionDecoder]] = {"cross_attention": cross_attention_decoder}
+DECODERS: dict[str, Callable[[ModelConfig], DiffusionDecoder]] = {"cross_attention": DiffusionDecoder.of}

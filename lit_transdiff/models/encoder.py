@@ -82,6 +82,24 @@ class ARTransformer(nn.Module):
         self.context_position = learned(1, num_tokens, width)
         self.apply(initialise)
 
+    @classmethod
+    def of(cls, config: ModelConfig) -> ARTransformer:
+        """The encoder of a model."""
+        return cls(
+            CONDITIONS[config.condition](config),
+            width=config.width,
+            num_heads=config.num_heads,
+            num_blocks=config.encoder_blocks,
+            mlp_ratio=config.mlp_ratio,
+            num_class_tokens=config.num_class_tokens,
+            num_references=config.num_references,
+            tokens_per_reference=config.tokens_per_reference,
+            reference_patch_size=config.reference_patch_size if config.num_references > 1 else 1,
+            latent_channels=config.latent_channels,
+            attention_dropout=config.attention_dropout,
+            projection_dropout=config.projection_dropout,
+        )
+
     def class_vectors(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         """Embeddings [B, D] of ``labels`` [B], or of another of ``CONDITIONS``; where ``drop`` [B] is true, the null class."""
         vectors = self.class_embedding(labels)
@@ -143,23 +161,5 @@ class ARTransformer(nn.Module):
         return self.norm(x)
 
 
-def ar_transformer(config: ModelConfig) -> ARTransformer:
-    """The encoder of a model."""
-    return ARTransformer(
-        CONDITIONS[config.condition](config),
-        width=config.width,
-        num_heads=config.num_heads,
-        num_blocks=config.encoder_blocks,
-        mlp_ratio=config.mlp_ratio,
-        num_class_tokens=config.num_class_tokens,
-        num_references=config.num_references,
-        tokens_per_reference=config.tokens_per_reference,
-        reference_patch_size=config.reference_patch_size if config.num_references > 1 else 1,
-        latent_channels=config.latent_channels,
-        attention_dropout=config.attention_dropout,
-        projection_dropout=config.projection_dropout,
-    )
-
-
 # An entry makes a subclass of ``ARTransformer``, or a module that can be called as it is.
-ENCODERS: dict[str, Callable[[ModelConfig], ARTransformer]] = {"ar_transformer": ar_transformer}
+ENCODERS: dict[str, Callable[[ModelConfig], ARTransformer]] = {"ar_transformer": ARTransformer.of}

@@ -101,9 +101,8 @@ def count_row(config: ModelSettings, blocks: Mapping[str, int], draws: int, head
 def run_once(model: Paradigm, draws: int) -> None:
     """The forward pass of a training step, with one row of zeros."""
     config, normal = model.config, Zeros()
-    labels, drop = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
     x = torch.zeros(1, config.num_references, config.latent_channels, config.latent_size, config.latent_size)
-    memory = model.condition(labels, drop, x, normal)
+    memory = model.condition(model.blank(1), torch.zeros(1, dtype=torch.bool), x, normal)
     tokens = torch.zeros(draws, sum(model.part_sizes), *model.token)
     model.predict(tokens, torch.zeros(draws, len(model.part_sizes)), memory)
 

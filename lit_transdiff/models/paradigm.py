@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lit_transdiff.base.randomness import Normal
@@ -72,6 +73,11 @@ class Paradigm(nn.Module, ABC):
     config: ModelSettings
     part_sizes: tuple[int, ...]  # tokens of each part, in training
     token: tuple[int, ...]  # shape of a token
+    condition_shape: tuple[int, ...] | None = None  # of what a row is drawn of, where that is no label
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse settings of the family that name what is in no table of its own."""
 
     # --- training ---------------------------------------------------------------------------------------------------------
 
@@ -83,8 +89,8 @@ class Paradigm(nn.Module, ABC):
     def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> Any:
         """The memory: all that depends on neither noise nor time, made once for all M draws.
 
-        Of the labels [B] (where ``drop`` [B] is true, the null class) and the clean latents. A family draws here what it draws,
-        orders and masks of tokens.
+        Of the labels [B], or conditions [B, *condition_shape] (where ``drop`` [B] is true, of the null class), and of the clean
+        latents. A family draws here what it draws, orders and masks of tokens.
         """
 
     @abstractmethod
@@ -124,6 +130,11 @@ class Paradigm(nn.Module, ABC):
     def fusion(self, second: Tensor, kind: str, seed: int) -> Any:
         """``contexts`` for ``decode`` that splice the features of its labels with those of ``second`` [B]."""
         raise ValueError(f"--fuse: model.paradigm {self.config.paradigm!r} has no semantic features to splice.")
+
+    def blank(self, rows: int) -> Tensor:
+        """Labels, or conditions, of so many rows to count with."""
+        shape = self.condition_shape
+        return torch.zeros(rows, dtype=torch.int64) if shape is None else torch.zeros(rows, *shape)
 
     # --- structure --------------------------------------------------------------------------------------------------------
 

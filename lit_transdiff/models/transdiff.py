@@ -14,7 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lit_transdiff.base.randomness import Normal
+from lit_transdiff.config import unknown
 from lit_transdiff.models.adapt import Adaptation, broadcast_mask_tokens, resize_positions, spread_patch
+from lit_transdiff.models.conditions import CONDITIONS
 from lit_transdiff.models.context import ContextFn, Contexts, ContextStream, Remembered, null_contexts
 from lit_transdiff.models.decoder import DECODERS, Memory
 from lit_transdiff.models.encoder import ENCODERS
@@ -58,6 +60,14 @@ class TransDiff(Paradigm):
         self.token = (config.latent_channels, config.latent_size, config.latent_size)
         self.encoder = ENCODERS[config.encoder](config)
         self.decoder = DECODERS[config.decoder](config)
+        self.condition_shape = getattr(self.encoder.class_embedding, "condition_shape", None)
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Refuse an encoder, a decoder or a condition that is in no table."""
+        for field, table in (("encoder", ENCODERS), ("decoder", DECODERS), ("condition", CONDITIONS)):
+            if getattr(config, field) not in table:
+                raise unknown(f"model.{field}", getattr(config, field), table)
 
     # --- the two networks -------------------------------------------------------------------------------------------------
 

@@ -145,7 +145,8 @@ def count_pass(run: RunConfig, rows: int, bf16: bool) -> Tensor:
         config = run.model
         values = torch.zeros(rows, config.num_references, config.latent_channels, config.latent_size, config.latent_size)
         numbers = torch.zeros(rows, dtype=torch.int64)
-        batch = Batch(values, numbers, torch.zeros(rows, config.num_references, dtype=torch.int64), numbers)
+        samples = torch.zeros(rows, config.num_references, dtype=torch.int64)
+        batch = Batch(values, numbers, samples, numbers, stage.model.blank(rows))
         with kept_tensors(stage.model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             stage.objective(batch, Standard(rows))
     in_blocks = sum(size for name, size in kept.bytes.items() if name)

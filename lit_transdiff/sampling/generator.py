@@ -137,8 +137,15 @@ class Generator:
         return next(self.model.parameters()).device
 
     def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
-        """``labels`` as a tensor on the model's device; raises ``ValueError`` for a class that the model does not have."""
-        tensor = torch.as_tensor(labels, device=self.device)
+        """``labels`` as a tensor on the model's device; raises ``ValueError`` for a class that the model does not have.
+
+        Of a model that is told something else these are its conditions [B, *condition_shape].
+        """
+        tensor, shape = torch.as_tensor(labels, device=self.device), self.model.condition_shape
+        if shape is not None:
+            allowed = f"numbers [B, {', '.join(map(str, shape))}], the model's conditions"
+            require(tuple(tensor.shape[1:]) == shape, "conditions", tuple(tensor.shape), allowed)
+            return tensor
         for label in tensor.flatten().tolist():
             require(0 <= label < self.run.model.num_classes, "classes", label, f"0 to {self.run.model.num_classes - 1}")
         return tensor

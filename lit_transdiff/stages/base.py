@@ -99,6 +99,7 @@ class TransDiffStage(Stage):
         """Refuse settings that cannot work, before anything expensive starts."""
         super().check(run)
         model, again = network_class(run.model), run.training.activation_checkpointing
+        model.check(run.model)
         PROCESSES[model.process].check(run.flow)
         frozen, allowed = run.training.frozen_dropout, f"false in stage {run.stage}, which freezes nothing"
         require(not frozen or cls.head_alone, "training.frozen_dropout", frozen, allowed)
@@ -173,7 +174,8 @@ class TransDiffStage(Stage):
         flow, model = self.run.flow, self.run.model
         x = self.latents(batch.values, normal(model.num_references, model.latent_channels, model.latent_size, model.latent_size))
         drop = torch.special.ndtr(normal()) < flow.label_drop_prob
-        return losses_of(self.model, self.process, batch.labels, drop, x, normal, flow.num_noise_draws)
+        conditions = batch.labels if batch.conditions is None else batch.conditions
+        return losses_of(self.model, self.process, conditions, drop, x, normal, flow.num_noise_draws)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         step, size = self.global_step, self.run.training.global_batch_size

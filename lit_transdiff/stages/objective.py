@@ -16,17 +16,17 @@ from lit_transdiff.models.paradigm import Paradigm
 
 
 def losses_of(
-    model: Paradigm, process: Process, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal, draws: int
+    model: Paradigm, process: Process, conditions: Tensor, drop: Tensor, x: Tensor, normal: Normal, draws: int
 ) -> tuple[Tensor, Tensor]:
     """The loss of every part and its share of noise, both [K M B]; the mean is that of the batch.
 
-    Of images ``x`` [B, R, C, H, W] with ``labels`` [B], of which the null class takes the place where ``drop`` [B]. The memory
-    of an image is made once; all its ``draws`` of noise and time pass the network together.
+    Of images ``x`` [B, R, C, H, W] with labels [B] or other ``conditions``, of which the null class takes the place where
+    ``drop`` [B]. The memory of an image is made once; all its ``draws`` of noise and time pass the network together.
     """
     sizes = model.part_sizes
     t = rearrange(process.times(normal(len(sizes), draws)), "b k m -> (m b) k")
     noise = noise_of_parts(normal, sizes, draws, model.token)
-    memory = model.condition(labels, drop, x, normal)
+    memory = model.condition(conditions, drop, x, normal)
     tokens = repeat(model.parts(x), "b n ... -> (m b) n ...", m=draws)
     each = times_of_tokens(t, sizes)
     x_t = process.noised(tokens.flatten(0, 1), noise.flatten(0, 1), each.flatten()).view_as(noise)
@@ -35,7 +35,7 @@ def losses_of(
     losses = torch.cat([process.losses(said, x, e, at.reshape(len(at), -1)[:, 0], x_t) for said, x, e, x_t, at in pieces])
     weights = model.weights(memory)
     if weights is not None:
-        losses = losses * balanced(weights, draws * len(labels), len(sizes))
+        losses = losses * balanced(weights, draws * len(x), len(sizes))
     return losses, process.share(rearrange(t, "b k -> (k b)"))
 
 

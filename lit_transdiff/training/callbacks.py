@@ -264,6 +264,8 @@ class SampleGrids(StepCallback):
 
     def draw(self, trainer: pl.Trainer, stage: pl.LightningModule, step: int) -> None:
         assert isinstance(stage, TransDiffStage)
+        if stage.model.condition_shape is not None:
+            return  # a grid is of classes
         classes = range(len(self.class_names))
         labels = torch.tensor([c for c in classes for _ in range(self.per_class)])
         model = stage.averaged_model()  # all ranks give their part
