@@ -37,6 +37,7 @@ TRAINING = "training.pt"
 WEIGHT = "weight"  # the "state" that is the parameter itself, float32
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
+MAX_OPEN = 256  # files of a checkpoint at a time
 CHECKSUM = ".crc32"  # of a rank's file, until the marker holds it
 # All that this program writes into the folder of a checkpoint: what else lies in it is not removed.
 WRITTEN = ("rank-*.safetensors*", f"rank-*{CHECKSUM}", "rank-*.failed", f"{TRAINING}*", f"{MARKER}*")
@@ -60,6 +61,7 @@ class Checkpoint:
     folder: Path
     manifest: dict[str, Any]
     slices: dict[tuple[str, str], list[Slice]] = field(default_factory=dict)
+    contents: dict[Path, Any] = field(default_factory=dict, compare=False, repr=False)  # of open files
 
     @property
     def step(self) -> int:
@@ -72,14 +74,22 @@ class Checkpoint:
 
     def index(self) -> Checkpoint:
         """The same checkpoint with a list of its slices; reads the head of each file."""
-        found: dict[tuple[str, str], list[Slice]] = defaultdict(list)
+        slices: dict[tuple[str, str], list[Slice]] = defaultdict(list)
         for file in sorted(self.folder.glob("rank-*.safetensors")):
-            with safe_open(file, "pt") as content:
-                for key in content.keys():  # noqa: SIM118 (it is no dictionary)
-                    name, state, start = key.split("::")
-                    length = math.prod(content.get_slice(key).get_shape())
-                    found[name, state].append(Slice(int(start), length, file, key))
-        return Checkpoint(self.folder, self.manifest, dict(found))
+            content = self.content(file)
+            for key in content.keys():  # noqa: SIM118 (it is no dictionary)
+                name, state, start = key.split("::")
+                length = math.prod(content.get_slice(key).get_shape())
+                slices[name, state].append(Slice(int(start), length, file, key))
+        return Checkpoint(self.folder, self.manifest, dict(slices), self.contents)
+
+    def content(self, file: Path) -> Any:
+        """A rank's file, which stays open: to open it is to read its whole head."""
+        if file not in self.contents:
+            if len(self.contents) >= MAX_OPEN:
+                self.contents.clear()
+            self.contents[file] = safe_open(file, "pt")
+        return self.contents[file]
 
     def states(self, name: str) -> list[str]:
         """The states that are kept of a parameter."""
@@ -92,8 +102,7 @@ class Checkpoint:
         for piece in self.slices.get((name, state), []):
             first, last = max(start, piece.start), min(start + length, piece.start + piece.length)
             if first < last:
-                with safe_open(piece.file, "pt") as content:
-                    part = content.get_slice(piece.key)[first - piece.start : last - piece.start]
+                part = self.content(piece.file).get_slice(piece.key)[first - piece.start : last - piece.start]
                 out[first - start : last - start] = part
                 filled += last - first
         if filled != length:
@@ -103,8 +112,7 @@ class Checkpoint:
     def scalar(self, name: str, state: str) -> Tensor:
         """A state that is one number, as the step of AdamW."""
         piece = self.slices[name, state][0]
-        with safe_open(piece.file, "pt") as content:
-            return content.get_tensor(piece.key).reshape(())
+        return self.content(piece.file).get_tensor(piece.key).reshape(())
 
     def tensor(self, name: str, state: str) -> Tensor:
         """A whole state in the parameter's shape, float32."""

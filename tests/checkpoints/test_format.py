@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_transdiff.__main__ import main
@@ -50,6 +50,23 @@ def write(checkpoints: Path, step: int, cuts: tuple[int, ...] = (5,), **manifest
 
 def silent(text: str) -> None:
     pass
+
+
+@pytest.mark.parametrize("most", [1, disk.MAX_OPEN])
+def test_a_file_is_opened_once_however_much_is_read_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int):
+    opened: list[Path] = []
+
+    def counted(file: Path, framework: str) -> object:
+        opened.append(file)
+        return safe_open(file, framework)
+
+    monkeypatch.setattr(disk, "safe_open", counted)
+    monkeypatch.setattr(disk, "MAX_OPEN", most)
+    checkpoint = open_checkpoint(write(tmp_path, 1, (5,)).folder)
+    for _ in range(3):
+        assert torch.equal(checkpoint.tensor("p", "weight"), VALUES.view(3, 4)) and checkpoint.scalar("p", "step") == 7
+    assert len(opened) == 2 or most == 1
+    assert len(checkpoint.contents) <= most
 
 
 @pytest.mark.parametrize("cuts", [(), (5,), (1, 6, 7)])
