@@ -64,7 +64,7 @@ def test_planned(trained: Path, name: str, capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sit", "mar"])
-def test_swept(trained: Path, name: str, capsys: pytest.CaptureFixture[str]):
+def test_swept(trained: Path, name: str):
     setting = {"sit": "sampling.num_steps", "mar": "sampling.num_parts"}[name]
     command = ["${env}", "${interpreter}", "-m", "lit_transdiff", "evaluate", "--checkpoint", str(trained / name)]
     sweep = {
@@ -75,8 +75,9 @@ def test_swept(trained: Path, name: str, capsys: pytest.CaptureFixture[str]):
         "command": [*command, "${args_no_hyphens}"],
     }
     (trained / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    assert main(["sweep", str(trained / "sweep.yaml"), "--output", str(trained / "sweeps")]) == 0
-    assert len(list((trained / name / "evaluations").glob("*.json"))) >= 2
+    output = trained / f"sweep-{name}"
+    assert main(["sweep", str(trained / "sweep.yaml"), "--output", str(output)]) == 0
+    assert len(list(output.rglob("evaluations/*.json"))) == 2
 
 
 @pytest.mark.parametrize("name", FAMILIES)
