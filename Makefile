@@ -1,5 +1,6 @@
 # make demo      set up, then the whole job on the bundled images: cache, three stages, sampling, scores, comparison
 # make demo-fast the same with less training
+# make picture   make demo, then its picture to docs/demo.png and its table for the README
 # make test      set up, then the tests;  make test-all: also the slow ones
 # make test-numeric  the tests that compare numbers, as an older processor with two cores would run them
 # make lint      ruff and mypy
@@ -15,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 OTHER_CPU ?= ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2
 
-.PHONY: demo demo-fast test test-numeric test-slow test-all lint install clean
+.PHONY: demo demo-fast picture test test-numeric test-slow test-all lint install clean
 
 install: $(READY)
 
@@ -32,6 +33,11 @@ demo: install
 
 demo-fast: install
 	$(BIN)/lit-transdiff run experiments/fashion/pipeline_fast.yaml
+
+# The README's picture is what make demo draws; its table is runs/fashion/comparison.md.
+picture: demo
+	cp runs/fashion/comparison.png docs/demo.png
+	@cat runs/fashion/comparison.md
 
 test: install
 	$(PYTEST) -m "not slow"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import errno
 import io
 import logging
 import signal
@@ -13,17 +12,9 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from lit_transdiff import __version__
-from lit_transdiff.base.endings import (
-    STOP_SIGNALS,
-    CheckpointError,
-    Preempted,
-    TrialsFailed,
-    ending_when_asked,
-    leave,
-    leave_undone,
-)
-from lit_transdiff.base.files import is_full
+from lit_transdiff.base.endings import STOP_SIGNALS, ending_when_asked, leave, leave_undone
 from lit_transdiff.cli import commands
+from lit_transdiff.cli.errors import ENDINGS, status_of
 from lit_transdiff.config import BACKGROUNDS, PRESETS
 from lit_transdiff.config.imports import import_modules
 from lit_transdiff.config.paths import expand_paths
@@ -38,7 +29,6 @@ RESUMABLE = (
     commands.pack_command,
     commands.sweep_command,
 )
-NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS)  # a path that cannot be meant
 EXIF = "turn images upright by their EXIF orientation, or not, as ADM; where files are kept, data.exif says so to the readers"
 QUIET = (  # loggers whose information is of no use to a user; cuda says LOCAL_RANK at every start of a Trainer
     "lightning.pytorch.utilities.rank_zero",
@@ -274,24 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ending_when_asked(leave if goes_on else leave_undone, STOP_SIGNALS if goes_on else (signal.SIGINT,)):
             import_modules(args.imports)
             args.function(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"lit-transdiff: {error}", file=sys.stderr)
-        return 2
-    except Preempted as reason:
-        print(f"lit-transdiff: {reason}", file=sys.stderr)
-        return reason.code
-    except (FloatingPointError, CheckpointError, TrialsFailed) as error:
-        print(f"lit-transdiff: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if is_full(error):
-            told = f"{error.filename}: {error.strerror}" if error.filename else error
-            print(f"lit-transdiff: {told}. Make room, and start the same command again.", file=sys.stderr)
-            return 1
-        if error.filename is None:  # of no file: a connection, a process
-            raise
-        print(f"lit-transdiff: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2 if error.errno in NOT_HERE else 1
+    except ENDINGS as error:
+        return status_of(error)
     atexit.register(end_process_group)
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,10 @@ class CheckpointError(OSError):
     """A checkpoint could not be written."""
 
 
+class RankFailed(RuntimeError):
+    """What this process waited for did not come: another rank has failed, or is too slow."""
+
+
 def code_of(number: int) -> int:
     """The exit code of a process that a signal asked to stop."""
     return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE
@@ -66,11 +71,30 @@ def ending_when_asked(
     heard = [number for number in numbers if main and signal.getsignal(number) != signal.SIG_IGN]  # under nohup not all
     before = {number: signal.signal(number, handler) for number in heard}
     try:
-        with quitting_when_asked_twice():
+        with asking_again(), quitting_when_asked_twice():
             yield
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+@contextmanager
+def asking_again() -> Iterator[None]:
+    """A signal of the block that came while Python took an object apart (``__del__``), where it drops errors, is sent again."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, Preempted):
+            number = signal.SIGINT if dropped.exc_value.code == EXIT_INTERRUPTED else signal.SIGTERM
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()  # not here: this may be inside of another __del__
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import json
@@ -9,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -206,9 +208,10 @@ def is_full(error: BaseException) -> bool:
 
 
 def errno_of(error: BaseException) -> int | None:
-    """The operating system's number of an error; safetensors gives it in its text."""
+    """The operating system's number of an error, or of the one behind it; safetensors gives it in its text."""
     said = re.search(r"\(os error (\d+)\)", str(error))
-    return int(said[1]) if said else getattr(error, "errno", None)
+    number = int(said[1]) if said else getattr(error, "errno", None)
+    return errno_of(error.__context__) if number is None and error.__context__ is not None else number
 
 
 @contextmanager
@@ -239,6 +242,13 @@ def unless_full(path: Path, go_on: bool) -> Iterator[None]:
         log.warning("%s is left out: %s", path, error)
         if path.is_file():  # half of it; a folder keeps what it had
             path.unlink()
+
+
+def folder_of_this_process(prefix: str) -> Path:
+    """A new folder among the temporary ones, which goes when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def free_bytes(folder: Path) -> int:

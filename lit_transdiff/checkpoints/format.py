@@ -220,6 +220,12 @@ def write_rank_file(partial: Path, rank: int, tensors: Mapping[str, Tensor]) -> 
         raise CheckpointError(getattr(error, "errno", None) or errno.EIO, f"{file}: {error}") from error
 
 
+def save_pickled(content: Any, path: Path) -> None:
+    """``torch.save`` to a file of Python's, which says why it could not write; torch's own does not."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
+
+
 def finish_checkpoint(
     partial: Path, world: int, training: Mapping[str, Any], manifest: Mapping[str, Any], timeout: float
 ) -> Checkpoint:
@@ -232,7 +238,7 @@ def finish_checkpoint(
             raise CheckpointError(errno.EIO, f"{partial}: {reason}.")
         time.sleep(0.05)
     try:
-        torch.save(dict(training), partial / TRAINING)
+        save_pickled(dict(training), partial / TRAINING)
         to_disk(partial / TRAINING)
         crc32 = {TRAINING: crc32_of(partial / TRAINING)}
         for file in sorted(partial.glob(f"*{CHECKSUM}")):

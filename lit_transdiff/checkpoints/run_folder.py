@@ -23,7 +23,7 @@ import torch
 
 from lit_transdiff.base.files import Damaged, crc32_of, replace_file, with_seal
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
-from lit_transdiff.checkpoints.version import read_versioned, versioned
+from lit_transdiff.checkpoints.version import read_number, read_starts, versioned
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import load_run, run_from, save_yaml, setting, to_dict
 from lit_transdiff.config.targets import contents, refuse_foreign
@@ -175,7 +175,7 @@ def trained_steps(run: RunConfig) -> int:
     """The steps of the trained model in the folder, 0 where there is none."""
     info = run.folder / "export" / "export.json"
     try:
-        return int(read_versioned(info)["step"]) if info.exists() else 0
+        return int(read_number(info, "step")) if info.exists() else 0
     except Damaged as error:
         log.warning("%s The export is made again.", error)
         return 0
@@ -203,7 +203,7 @@ def starts(folder: Path) -> list[dict[str, Any]]:
     """What each start of the run in a folder noted of its environment; nothing, with a warning, where that is damaged."""
     file = folder / "environment.json"
     try:
-        return list(read_versioned(file)) if file.exists() else []
+        return read_starts(file) if file.exists() else []
     except Damaged as error:
         log.warning("%s It is begun anew.", error)
         return []

@@ -9,16 +9,15 @@ from __future__ import annotations
 import io
 import json
 import logging
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
-from zipfile import BadZipFile
 
 import numpy as np
 
+from lit_transdiff.base.arrays import read_arrays
 from lit_transdiff.base.files import read_json, replace_file
 from lit_transdiff.base.locks import LOCK, FolderLock
 from lit_transdiff.config.targets import contents, remove_written
@@ -110,14 +109,14 @@ class ShardJournal:
         if not record.exists():
             return None
         try:
-            with np.load(record, allow_pickle=False) as stored:
-                about = json.loads(str(stored["about"]))
-                columns = {column: stored[column] for column in stored.files if column != "about"}
-        except (ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+            columns = read_arrays(record)
+            about = json.loads(str(columns.pop("about")))
+            shard = Shard(**about["shard"])
+        except (ValueError, KeyError, TypeError) as error:
             log.warning("%s is damaged (%s): the shard is made again", record, error)
             record.unlink()
             return None
-        shard, path = Shard(**about["shard"]), self.folder / name
+        path = self.folder / name
         if shard.samples and not (path.exists() and path.stat().st_size == shard.bytes):
             return None
         return ShardRecord(ShardRows(shard, columns), Findings.of(about))

@@ -37,7 +37,8 @@ def latent_info(encode_fn: EncodeFn, data: DataConfig, *, fingerprint: str, flip
     image = torch.full((1, data.image_channels, data.image_size, data.image_size), -1.0, device=device)
     moments = encode(encode_fn, image)
     _, channels, height, width = moments.shape
-    require(channels % 2 == 0, "encode_fn: shape", tuple(moments.shape), "(B, 2c, h, w)")
+    allowed = "moments of shape (B, 2c, h, w): an autoencoder that encodes, not kind identity, of which there is nothing to cache"
+    require(channels % 2 == 0, "autoencoder: shape", tuple(moments.shape), allowed)
     return LatentInfo((channels, height, width), 2 if flips else 1, fingerprint, data.image_size)
 
 

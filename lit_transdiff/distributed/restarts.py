@@ -12,6 +12,8 @@ import torch
 import torch.distributed
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from lit_transdiff.base.endings import RankFailed
+
 MEETING = "lit-transdiff/meeting"
 MEETING_POLL = 0.1  # seconds
 
@@ -29,8 +31,11 @@ def join(backend: str, timeout: timedelta) -> None:
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     rank, address, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timeout)
-    place = PrefixStore(agree(store, rank, world, timeout), store)
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timeout)
+        place = PrefixStore(agree(store, rank, world, timeout), store)
+    except RuntimeError as error:
+        raise RankFailed(f"rank {rank} of {world} does not meet the others at {address}:{port}: {error}") from error
     torch.distributed.init_process_group(backend, store=place, rank=rank, world_size=world, timeout=timeout)
     atexit.register(close_connections)
 
@@ -42,7 +47,7 @@ def close_connections() -> None:
 
 
 def agree(store: Store, rank: int, world: int, timeout: timedelta) -> str:
-    """A name that the ``world`` ranks living now have in common and no earlier ones had. Raises ``TimeoutError``,
+    """A name that the ``world`` ranks living now have in common and no earlier ones had. Raises ``RankFailed``,
     or the store's ``RuntimeError``, after ``timeout``.
 
     torchrun's count of restarts is no such name: each node counts its own. So the first rank writes a new name, every other one
@@ -65,4 +70,4 @@ def agree(store: Store, rank: int, world: int, timeout: timedelta) -> str:
             if store.check([f"{name}/{rank}/heard"]) and store.get(f"{name}/{rank}/heard").decode() == word:
                 return name
             time.sleep(MEETING_POLL)
-    raise TimeoutError(f"rank {rank} has not met the other {world - 1} ranks within {timeout}.")
+    raise RankFailed(f"rank {rank} has not met the other {world - 1} ranks within {timeout}.")

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lit_transdiff.base.arrays import read_arrays
+from lit_transdiff.base.endings import RankFailed
 from lit_transdiff.base.files import whole
 from lit_transdiff.base.locks import LOCK
 from lit_transdiff.config import require
@@ -69,8 +71,7 @@ class BatchFiles:
     def each(self, name: str) -> Iterator[np.ndarray]:
         """The array ``name`` of every batch, in order of the images' indices."""
         for batch in self.batches():
-            with np.load(self.path(batch), allow_pickle=False) as part:
-                yield part[name]
+            yield read_arrays(self.path(batch), [name])[name]
 
     def publish_images(self) -> None:
         """Move the images to their place, over earlier ones of the same settings, which have the same names."""
@@ -89,9 +90,9 @@ class BatchFiles:
             (self.folder / FAILED).write_text(why)
 
     def check(self) -> None:
-        """Raise ``RuntimeError`` when a rank has failed."""
+        """Raise ``RankFailed`` when a rank has failed."""
         if (self.folder / FAILED).is_file():
-            raise RuntimeError((self.folder / FAILED).read_text())
+            raise RankFailed((self.folder / FAILED).read_text())
 
 
 def open_batch_files(files: BatchFiles, fabric: Fabric | None) -> list[range]:
@@ -125,7 +126,7 @@ def wait_for_batches(files: BatchFiles) -> None:
         if len(still) < len(remaining):
             remaining, since = still, time.monotonic()
         elif time.monotonic() - since > PART_LIMIT:
-            raise RuntimeError(f"{len(still)} batches of images did not come within {PART_LIMIT:.0f} s; start the command again.")
+            raise RankFailed(f"{len(still)} batches of images did not come within {PART_LIMIT:.0f} s; start the command again.")
         else:
             time.sleep(PAUSE)
 
@@ -136,7 +137,7 @@ def wait_for_scores(files: BatchFiles, result: Path) -> None:
     ended = wait_until(lambda: failed.is_file() or not files.folder.is_dir(), SCORES_LIMIT)
     files.check()
     if not ended:
-        raise RuntimeError(f"rank 0 wrote no scores to {result} within {SCORES_LIMIT:.0f} s.")
+        raise RankFailed(f"rank 0 wrote no scores to {result} within {SCORES_LIMIT:.0f} s.")
 
 
 def wait_until(condition: Callable[[], bool], limit: float) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -17,7 +17,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from lit_transdiff.base.files import whole
+from lit_transdiff.base.files import Damaged, whole
 from lit_transdiff.config import require
 from lit_transdiff.data.pixels import from_bytes
 from lit_transdiff.sampling.pictures import save_png
@@ -26,18 +26,29 @@ from lit_transdiff.sampling.pictures import save_png
 @contextmanager
 def open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """The bytes of ``arr_0`` and its shape [N, H, W, 3]. Raises ``ValueError`` for anything but such uint8 images."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+    with ExitStack() as opened:
+        try:
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            file = opened.enter_context(archive.open("arr_0.npy"))
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran_order, dtype = read(file)
-            ok = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and not fortran_order
-            require(ok, f"{path}: arr_0", f"{dtype} of shape {shape}", "uint8 images of shape [N, H, W, 3]")
+        except OSError:
+            raise
+        except KeyError as error:
+            raise ValueError(f"{path}: {error}; allowed: images as arr_0.") from error
+        except Exception as error:  # each layer of such a file has its own for bytes that it does not expect
+            raise damaged(path, error) from error
+        ok = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and not fortran_order
+        require(ok, f"{path}: arr_0", f"{dtype} of shape {shape}", "uint8 images of shape [N, H, W, 3]")
+        try:
             yield file, shape
-    except KeyError as error:
-        raise ValueError(f"{path}: {error}; allowed: images as arr_0.") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Copy it again from where it came, or make it again.") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> Damaged:
+    return Damaged(f"{path} is damaged: {error}. Copy it again from where it came, or make it again.")
 
 
 def images_shape(path: str | Path) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lit_transdiff.base.files import replace_file, sealed, whole
 from lit_transdiff.checkpoints.run_folder import git_commit, package_versions
-from lit_transdiff.checkpoints.version import read_versioned
+from lit_transdiff.checkpoints.version import read_starts, read_versioned
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
 from lit_transdiff.config.paths import export_folder
 from lit_transdiff.evaluation.metrics import INCEPTION_PART
@@ -75,9 +75,9 @@ def origin(checkpoint: str) -> dict[str, Any]:
         return {"training": None, "training_commit": None}
     folder = export_folder(checkpoint)
     environment = folder.parent / "environment.json"
-    starts = read_versioned(environment) if environment.is_file() else []
+    starts = read_starts(environment) if environment.is_file() else []
     training = read_versioned(folder / "export.json")
-    return {"training": training, "training_commit": starts[-1]["git_commit"] if starts else None}
+    return {"training": training, "training_commit": starts[-1].get("git_commit") if starts else None}
 
 
 def result_name(record: dict[str, Any]) -> str:

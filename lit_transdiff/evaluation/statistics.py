@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_transdiff.base.files import check_zip, short_hash, whole
+from lit_transdiff.base.arrays import read_arrays, zip_of_arrays
+from lit_transdiff.base.files import Damaged, check_zip, short_hash, whole
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
@@ -201,18 +201,16 @@ def load_statistics(path: str | Path) -> Statistics:
     if not path.is_file():
         raise FileNotFoundError(f"evaluation.reference: {path} does not exist.")
     try:
-        file = np.load(path, allow_pickle=False)
-        require(isinstance(file, np.lib.npyio.NpzFile), "content", "a single array", "an .npz file")
-        with file:
-            names = set(file.files)
-            both = all({mu, sigma} <= names or not {mu, sigma} & names for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")))
-            complete = both and bool({"mu", "arr_0"} & names)
-            require(complete, "arrays", sorted(names), "at least mu and sigma, or images as arr_0; mu_s with sigma_s")
-            arrays = {name: file[name] for name in NAMES if name in names}
+        arrays = read_arrays(path, NAMES)
         check_zip(path)  # also what is not read here, and the names of what is
+        with zip_of_arrays(path) as file:
+            names = set(file.files)
+        both = all({mu, sigma} <= names or not {mu, sigma} & names for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")))
+        complete = both and bool({"mu", "arr_0"} & names)
+        require(complete, "arrays", sorted(names), "at least mu and sigma, or images as arr_0; mu_s with sigma_s")
         return statistics_of(arrays, path, images_shape(path)[0] if "arr_0" in names else 0)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f"evaluation.reference: {path} is not an .npz file ({error}).") from error
+    except Damaged as error:  # it names the file
+        raise ValueError(f"evaluation.reference: {error}") from error
     except ValueError as error:
         raise ValueError(f"evaluation.reference: {path}: {error}") from error
 

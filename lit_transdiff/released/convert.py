@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lit_transdiff.base.files import CHECKSUMS, crc32_of_files, replace_file, sealed, whole
 from lit_transdiff.checkpoints.export import read_export, read_weights, unshared, write_export
+from lit_transdiff.checkpoints.format import save_pickled
 from lit_transdiff.config import ModelConfig, ModelSettings, RunConfig, require
 from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.config.paths import check_source, export_folder
@@ -233,7 +234,7 @@ def export_to_released(source: Path, dest: Path) -> str:
     content |= {"epoch": origin["epoch"]} if origin.get("epoch") is not None else {}
     content |= {"args": argparse.Namespace(**origin["args"])} if origin.get("args") else {}
     with whole(dest) as file:
-        torch.save(content, file)
+        save_pickled(content, file)
     lines = [f"{folder} -> {dest}: {', '.join(f'{key} ({len(mapped.state)} tensors)' for key, mapped in states.items())}"]
     lines += [
         f"  made of zeros: {key} (the model has none; it has no effect)"
@@ -290,5 +291,5 @@ def autoencoder_to_ldm(source: Path, dest: Path) -> str:
     dtype = one_type({value.dtype for file in source.glob("*.safetensors") for value in read_weights(file).values()})
     state = {key: value.to(dtype) for key, value in network.to_ldm().items()}
     with whole(dest) as file:
-        torch.save({"model": state}, file)
+        save_pickled({"model": state}, file)
     return f"{source} -> {dest}: {len(state)} tensors; the layout holds no normalisation (mean and std of the latents)"

@@ -16,7 +16,7 @@ from lit_transdiff.config import SamplingConfig, require
 from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.models.sizes import bytes_of_images, least_of_drawing, room_here
 from lit_transdiff.sampling.generator import Generator
-from lit_transdiff.sampling.pictures import grid, save_png
+from lit_transdiff.sampling.pictures import grid, save_picture, save_png
 
 IMAGES_SHOWN = 16  # images of a class in a grid
 
@@ -52,7 +52,7 @@ def draw_samples(
             save_image(image, folder / f"seed-{number:04d}{suffix}.png")
     names = [class_names[c] if class_names else str(c) for c in classes]
     result = labelled(rearrange(rows, "(k n) r c h w -> k n r c h w", n=per_class), names, references)
-    result.save(output / "grid.png")
+    save_picture(result, output / "grid.png")
     return output / "grid.png"
 
 
@@ -103,7 +103,7 @@ def draw_fusion(
     labels = [names[0], f"{names[0]} + {names[1]}", names[1]]
     output.mkdir(parents=True, exist_ok=True)
     images = torch.cat([first_row, fused_row, second_row]).cpu()
-    grid(images, count, row_labels=labels, title=f"semantic fusion, {kind}").save(output / "fusion.png")
+    save_picture(grid(images, count, row_labels=labels, title=f"semantic fusion, {kind}"), output / "fusion.png")
     return output / "fusion.png"
 
 

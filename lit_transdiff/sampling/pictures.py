@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lit_transdiff.base.files import naming_full
 from lit_transdiff.config import require
 from lit_transdiff.data.pixels import to_bytes
 
@@ -138,7 +139,17 @@ def as_image(tile: Tensor) -> Image.Image:
 
 def save_png(pixels: Tensor, path: Path) -> None:
     """One image [C, H, W] of uint8 as a PNG file, grey when C = 1."""
-    as_image(rearrange(pixels, "c h w -> h w c")).save(path)
+    save_picture(as_image(rearrange(pixels, "c h w -> h w c")), path)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture; of one for which there is no room nothing is left."""
+    try:
+        with naming_full(path):
+            picture.save(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def font(size: int) -> Font:

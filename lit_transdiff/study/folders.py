@@ -18,7 +18,7 @@ from lit_transdiff.evaluation.scores import EVALUATE, FOLDER, value
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.study.records import AXES, Evaluation, Pictures, Run
 from lit_transdiff.study.repeats import repeats
-from lit_transdiff.tracking.metrics_file import devices_of_starts, json_content, last_logged, read_rows
+from lit_transdiff.tracking.metrics_file import devices_of_starts, json_content, last_logged, read_rows, starts_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +83,7 @@ def read_folder(folder: Path) -> Run:
 
 def warn_of_other_config(folder: Path) -> None:
     """Warn when ``config.yaml`` is not what the run's last start has written."""
-    starts = json_content(folder / "environment.json") or [{}]
+    starts = starts_of(folder) or [{}]
     file = folder / "config.yaml"
     if starts[-1].get("config_crc32") not in (None, crc32_of(file)):
         log.warning("%s is not what the run has written: it is damaged, or was edited.", file)
@@ -94,7 +94,8 @@ def state_of(folder: Path, config: dict[str, Any]) -> str:
     if config["stage"] == EVALUATE:
         return "finished" if any((folder / FOLDER).glob("*.json")) else "unfinished"
     export = json_content(folder / "export" / "export.json") or {}
-    return "finished" if export.get("step", 0) >= config["training"]["max_steps"] else "unfinished"
+    step = export.get("step")
+    return "finished" if isinstance(step, int) and step >= config["training"]["max_steps"] else "unfinished"
 
 
 def history_of_rows(rows: pd.DataFrame, devices: Sequence[int]) -> pd.DataFrame:
@@ -142,13 +143,11 @@ def run_of_results(group: list[Evaluation]) -> Run:
 def evaluations_in(folder: Path) -> list[Evaluation]:
     """The results in ``evaluations``."""
     found = ((file, json_content(file)) for file in sorted(folder.glob("*.json")))
-    return [read_evaluation(file, content) for file, content in found if is_result(file, content)]
+    return [read_evaluation(file, content) for file, content in found if content is not None and is_result(file, content)]
 
 
 def is_result(file: Path, content: Any) -> bool:
     """Whether a JSON file holds a result; when it holds something else, a warning says so."""
-    if content is None:
-        return False
     try:
         numbers = [float(value(score)) for score in content["scores"].values()]
         result = len(numbers) > 0 and isinstance(content["manifest"]["run"], str)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from lit_transdiff.base.files import whole
+from lit_transdiff.base.files import NoSpaceError, folder_of_this_process, require_space, whole
 from lit_transdiff.config import require
 from lit_transdiff.config.paths import local_path
 from lit_transdiff.config.targets import below, check_replaces
@@ -73,16 +72,19 @@ def read_all(read: Callable[[Any], Run], places: Sequence[Any]) -> list[Run]:
 
 @cache
 def unpacked(file: Path, changed: float) -> Path:
-    """An archive's content in a temporary folder, unpacked once a process and version.
+    """An archive's content in a folder that lasts as long as this process, unpacked once a version.
 
     Raises ``ValueError`` naming the archive when it is none, is damaged or encrypted, or holds a name that leads elsewhere.
     """
-    folder = Path(tempfile.mkdtemp(prefix="lit-transdiff-runs-"))
+    folder = folder_of_this_process("lit-transdiff-runs-")
     try:
         with zipfile.ZipFile(file) as archive:
             for name in archive.namelist():
                 below(folder, name.rstrip("/"), f"{file}: entry")
+            require_space(folder, sum(entry.file_size for entry in archive.infolist()))
             archive.extractall(folder)
+    except NoSpaceError:
+        raise
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         raise ValueError(f"{file} is not a whole zip archive of runs ({error}). Copy it again from where it came.") from error
     return folder

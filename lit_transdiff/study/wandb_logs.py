@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_transdiff.base.files import folder_of_this_process
 from lit_transdiff.checkpoints.format import warn_once
 from lit_transdiff.config.targets import below
 from lit_transdiff.sampling.pictures import opener
@@ -130,7 +130,7 @@ def read_server_run(found: Any) -> Run:
 
     @cache
     def folder() -> Path:
-        return Path(tempfile.mkdtemp(prefix="wandb-pictures-"))
+        return folder_of_this_process("wandb-pictures-")
 
     def fetch(path: str) -> Any:
         place = below(folder(), path, f"{found.name}: picture")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.base.files import short_hash
 from lit_transdiff.checkpoints.version import read_versioned
+from lit_transdiff.tracking.server import going_on_without
 from lit_transdiff.tracking.wandb_run import WandbRun
 
 if TYPE_CHECKING:
@@ -79,4 +80,5 @@ def use(tracker: WandbRun, artifact: wandb.Artifact) -> None:
 
 def make(tracker: WandbRun, artifact: wandb.Artifact, aliases: Sequence[str] = ()) -> None:
     """Say that the run made ``artifact``; W&B gives its newest version the alias ``latest`` by itself."""
-    tracker.experiment.log_artifact(artifact, aliases=["latest", *aliases])
+    with going_on_without(artifact.name):
+        tracker.experiment.log_artifact(artifact, aliases=["latest", *aliases])

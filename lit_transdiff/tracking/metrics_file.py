@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lit_transdiff.base.files import SEAL, Damaged
-from lit_transdiff.checkpoints.version import read_versioned
+from lit_transdiff.checkpoints.version import read_starts, read_versioned
 from lit_transdiff.config import some
 
 if TYPE_CHECKING:
@@ -19,13 +19,19 @@ if TYPE_CHECKING:
 
 NEEDED = ("step", "images_seen", "seconds", "metric", "value")
 COLUMNS = (*NEEDED, "start", SEAL)  # of metrics.csv; earlier versions wrote no checksum, still earlier ones no start
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def json_content(file: Path) -> Any:
-    """What a JSON file holds; nothing, with a warning when there is a file, where it is damaged."""
+def json_content(file: Path) -> dict[str, Any] | None:
+    """What a JSON file says; nothing, with a warning when there is a file, where it is damaged."""
+    return unless_damaged(read_versioned, file)
+
+
+def unless_damaged(read: Callable[[Path], T], file: Path) -> T | None:
+    """What ``read`` makes of a file, if there is one; nothing, with a warning, where it is damaged."""
     try:
-        return read_versioned(file) if file.is_file() else None
+        return read(file) if file.is_file() else None
     except Damaged as error:
         log.warning("%s It is left out.", error)
         return None
@@ -33,7 +39,13 @@ def json_content(file: Path) -> Any:
 
 def devices_of_starts(folder: Path) -> list[int]:
     """Processes of each start of the run, on all nodes; each had one device."""
-    return [start.get("num_processes", 1) for start in json_content(folder / "environment.json") or []] or [1]
+    counts = [start.get("num_processes", 1) for start in starts_of(folder)]
+    return [count if isinstance(count, int) else 1 for count in counts] or [1]
+
+
+def starts_of(folder: Path) -> list[dict[str, Any]]:
+    """What is known of each start of the run."""
+    return unless_damaged(read_starts, folder / "environment.json") or []
 
 
 def device_count(folder: Path) -> int:

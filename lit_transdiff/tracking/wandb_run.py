@@ -3,8 +3,8 @@
 A run folder is one W&B run, also over restarts; W&B's local files lie in it. W&B's own environment variables decide between
 online, offline and disabled. A server that cannot be reached costs no training step: at the start the run is recorded offline
 and says so; later the client goes on writing its log, and the end of the run waits ``FINISH_TIMEOUT`` seconds at most. Before a
-table or an artifact (at the last step and after it) the client asks the server, and gives up after 20 s. What the server did not
-get is in the run's ``.wandb`` file, for ``wandb sync --include-online``.
+table or an artifact (at the last step and after it) the client asks the server, and goes without it after 20 s. What else the
+server did not get is in the run's ``.wandb`` file, for ``wandb sync --include-online``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lit_transdiff.config.loading import to_dict
 from lit_transdiff.tracking.metrics_file import device_count, last_logged, read_rows
 from lit_transdiff.tracking.origin import COPIED_FROM, RECORD, has_older_sibling, is_copy, keep_record, read_record
 from lit_transdiff.tracking.place import SWEEP_SIGN, trial_place
+from lit_transdiff.tracking.server import finish_timeout, finished_within, going_on_without, writing_below
 
 if TYPE_CHECKING:
     import wandb
 
 INIT_TIMEOUT = 20.0  # seconds that the start of a run may wait for the server
-FINISH_TIMEOUT = 300.0  # seconds that its end may, with the upload of a model; WANDB_FINISH_TIMEOUT says otherwise
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # the last two are W&B's old words
 STEP, IMAGES_SEEN = "trainer/global_step", "images_seen"  # the two axes of every metric
 NUM_DEVICES = "num_devices"  # of all nodes; beside the settings in the configuration
@@ -50,7 +50,7 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
     settings = wandb.Settings(
         silent=mode == "offline" or os.environ.get("WANDB_SILENT") == "true",
         init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)),
-        finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)),
+        finish_timeout=finish_timeout(),
     )
     given: dict[str, Any] = dict(
         project=run.tracking.project,
@@ -107,7 +107,8 @@ def keep_below(folder: Path) -> None:
         ("WANDB_CACHE_DIR", root / "wandb" / "cache"),
         ("WANDB_ARTIFACT_DIR", root / "wandb" / "artifacts"),
     ):
-        place.mkdir(parents=True, exist_ok=True)
+        with writing_below(place):
+            place.mkdir(parents=True, exist_ok=True)
         os.environ[variable] = str(place)
 
 
@@ -116,7 +117,12 @@ def run_id(folder: Path) -> str:
 
     A copy of a run folder gets an id of its own, and its record says of which run it is a copy.
     """
-    file = folder.resolve() / "wandb" / "run_id"
+    with writing_below(folder / "wandb"):
+        return known_id(folder, folder.resolve() / "wandb" / "run_id")
+
+
+def known_id(folder: Path, file: Path) -> str:
+    """The id of a run folder that is kept in ``file``."""
     known = file.read_text().strip("\0\n ") if file.exists() else ""
     record = read_record(file)
     if not known:
@@ -208,7 +214,8 @@ class WandbRun(Logger):
         import wandb
 
         cells = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
-        self.experiment.log({key: wandb.Table(columns=list(columns), data=cells)} | self.axes(step))
+        with going_on_without(f"table {key}"):
+            self.experiment.log({key: wandb.Table(columns=list(columns), data=cells)} | self.axes(step))
 
     @rank_zero_only
     def alert(self, title: str, text: str, *, bad: bool = False) -> None:
@@ -227,10 +234,10 @@ class WandbRun(Logger):
         if self._opened is None:
             return
         opened, self._opened = self._opened, None
-        start, place = time.monotonic(), opened.settings.sync_dir
-        opened.finish(exit_code)
-        waited = time.monotonic() - start
-        keep_linked(Path(place))
-        shutil.rmtree(Path(place).with_name("cache"), ignore_errors=True)  # copies of what lies elsewhere, kept for re-use only
-        if not opened.offline and waited >= float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)):
-            log.warning("W&B did not take everything in %.0f s; later: wandb sync --include-online %s", waited, place)
+        limit, place = finish_timeout(), Path(opened.settings.sync_dir)
+        start = time.monotonic()
+        ended = finished_within(limit, opened, exit_code)
+        keep_linked(place)
+        shutil.rmtree(place.with_name("cache"), ignore_errors=True)  # copies of what lies elsewhere, kept for re-use only
+        if not ended or (not opened.offline and time.monotonic() - start >= limit):
+            log.warning("W&B did not take everything in %.0f s; later: wandb sync --include-online %s", limit, place)

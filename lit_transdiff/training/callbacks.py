@@ -31,7 +31,7 @@ from lit_transdiff.models.autoencoder import Autoencoder
 from lit_transdiff.models.flops import row_cost
 from lit_transdiff.models.tokens import token_similarity
 from lit_transdiff.sampling.generator import Generator
-from lit_transdiff.sampling.pictures import grid
+from lit_transdiff.sampling.pictures import grid, save_picture
 from lit_transdiff.sampling.pictures import picture as as_picture
 from lit_transdiff.stages.base import TransDiffStage, log_now
 from lit_transdiff.stages.holders import averages_of
@@ -280,7 +280,7 @@ class SampleGrids(StepCallback):
         file = self.folder / f"step-{step:08d}.png"
         with unless_full(file, self.despite_full_disk):
             self.folder.mkdir(parents=True, exist_ok=True)
-            picture.save(file)
+            save_picture(picture, file)
         if self.tracker is not None:
             self.tracker.log_picture("samples", picture, step)
             if step == trainer.max_steps:

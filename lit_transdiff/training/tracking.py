@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_transdiff.checkpoints.version import read_versioned
+from lit_transdiff.checkpoints.version import read_number
 from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.tracking.artifacts import data_artifact, make, model_artifact, use
@@ -49,7 +49,7 @@ class BestModel(StepCallback):
 def best_loss(folder: Path) -> float | None:
     """The validation loss of the best model kept so far, also by an earlier start of the run."""
     file = folder / "export.json"
-    return float(read_versioned(file)[WATCHED]) if file.is_file() else None
+    return read_number(file, WATCHED) if file.is_file() else None
 
 
 class Track(StepCallback):

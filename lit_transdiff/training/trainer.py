@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_transdiff.base.endings import CheckpointError, RankFailed
 from lit_transdiff.base.files import unless_full
 from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.checkpoints.export import export_checkpoint, write_export
@@ -196,7 +197,8 @@ def write_model(parts: Parts) -> None:
     """Export the last checkpoint; a preparatory stage may look at training batches from the start for it."""
     run, stage = parts.run, parts.stage
     checkpoint = last_checkpoint(run)
-    assert checkpoint is not None
+    if checkpoint is None:  # none could be written, and training went on
+        raise CheckpointError(f"{run.folder}: no checkpoint could be written, of which the model would be made. Make room first.")
     checkpoint = checkpoint.index()
     if isinstance(stage, TransDiffStage):
         return export_checkpoint(checkpoint, run.folder / "export", own=True)
@@ -228,5 +230,5 @@ def wait_for_export(run: RunConfig, step: int) -> None:
     deadline = time.monotonic() + 60 * run.distributed.timeout_minutes
     while trained_steps(run) < step:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{run.folder / 'export'}: the first rank has not written it.")
+            raise RankFailed(f"{run.folder / 'export'}: the first rank has not written it.")
         time.sleep(0.1)

@@ -64,6 +64,20 @@ def test_ctrl_c_ends_any_command_in_one_line(
     assert line == "lit-transdiff: asked to stop (SIGINT): nothing is finished; the same command begins anew."
 
 
+def test_a_signal_in_a_finalizer_is_not_lost() -> None:
+    """Python drops what is raised there."""
+
+    class Slow:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    with pytest.raises(Preempted, match="SIGTERM"), ending_when_asked():
+        Slow()
+        for _ in range(500):
+            time.sleep(0.01)
+
+
 TWICE = """
 import os, signal, sys, threading, time
 from lit_transdiff.base.endings import Preempted, ending_when_asked

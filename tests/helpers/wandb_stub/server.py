@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -62,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         content = self.body()
         if self.server.dead:
             return self.send(b"")
+        if self.server.trouble is not None:
+            return self.in_trouble(self.server.trouble)
         with self.server.state.lock:
             if self.path.endswith("/file_stream"):
                 self.answer(self.file_stream(json.loads(content)))
@@ -69,6 +72,14 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(self.graphql(json.loads(content)))
             else:
                 self.answer({}, 404)
+
+    def in_trouble(self, status: int) -> None:
+        """Answer every question with ``status``; with 0 take it and say nothing."""
+        if status:
+            return self.answer({"errors": [{"message": "in trouble"}]}, status)
+        while not self.server.dead and self.server.trouble == 0:
+            time.sleep(0.05)
+        self.close_connection = True
 
     def graphql(self, query: dict[str, Any]) -> dict[str, Any]:
         """Choose the answer by the operation's name."""
@@ -116,6 +127,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.state = state
         self.dead = False
+        self.trouble: int | None = None  # the status of every answer; 0: there is none
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The client drops its connections when it ends."""

@@ -1,0 +1,36 @@
+"""Arrays in ``.npz`` files, which others may have written or damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from lit_transdiff.base.files import Damaged
+
+
+def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file by name; with ``names`` those of them that are there.
+
+    Raises ``Damaged`` for anything else: each layer of such a file has its own errors for bytes that it does not expect.
+    """
+    try:
+        with zip_of_arrays(path) as file:
+            arrays = {name: file[name] for name in file.files if names is None or name in names}
+    except OSError:  # it is not there, or may not be read
+        raise
+    except Exception as error:
+        raise Damaged(f"{path} is not an .npz file, or damaged: {' '.join(str(error).split())}.") from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise Damaged(f"{path} is not an .npz file, or damaged: {name} is no array.")
+    return arrays
+
+
+def zip_of_arrays(path: Path) -> np.lib.npyio.NpzFile:
+    """An open ``.npz`` file; nothing of it is read yet."""
+    file = np.load(path, allow_pickle=False)
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError("a single array")
+    return file

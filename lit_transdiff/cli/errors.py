@@ -1,0 +1,40 @@
+"""How an error ends a command: in one line and a status of ``base.endings``; an error of the program itself in a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+from lit_transdiff.base.endings import CheckpointError, Preempted, RankFailed, TrialsFailed
+from lit_transdiff.base.files import is_full
+
+# A path that cannot be meant.
+NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+FAILED = (FloatingPointError, CheckpointError, TrialsFailed, RankFailed)  # of these the message says all
+ENDINGS = (ValueError, OSError, Preempted, *FAILED)  # what ``status_of`` knows
+
+
+def status_of(error: BaseException) -> int:
+    """The status that one of ``ENDINGS`` stands for, after its line on standard error."""
+    status, line = ending_of(error)
+    print(f"lit-transdiff: {line}", file=sys.stderr)
+    return status
+
+
+def ending_of(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, Preempted):
+        return error.code, str(error)
+    if isinstance(error, FAILED):
+        return 1, str(error)
+    if isinstance(error, ValueError | FileNotFoundError):
+        return 2, str(error)
+    assert isinstance(error, OSError)
+    if is_full(error):
+        told = f"{error.filename}: {error.strerror}" if error.filename else error
+        return 1, f"{told}. Make room, and start the same command again."
+    if error.filename is not None:
+        return 2 if error.errno in NOT_HERE else 1, f"{error.filename}: {error.strerror}"
+    if isinstance(error, BrokenPipeError):  # nobody reads what is printed: Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1, f"{type(error).__name__}: {error}"  # of a connection or a process
