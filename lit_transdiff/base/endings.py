@@ -81,12 +81,13 @@ def ending_when_asked(
 @contextmanager
 def asking_again() -> Iterator[None]:
     """A signal of the block that came while Python took an object apart (``__del__``), where it drops errors, is sent again."""
-    before = sys.unraisablehook
+    before, timers = sys.unraisablehook, list[threading.Timer]()
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
         if isinstance(dropped.exc_value, Preempted):
             number = signal.SIGINT if dropped.exc_value.code == EXIT_INTERRUPTED else signal.SIGTERM
-            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()  # not here: this may be inside of another __del__
+            timers.append(threading.Timer(0.05, os.kill, (os.getpid(), number)))  # later: this may be inside of another __del__
+            timers[-1].start()
         else:
             before(dropped)
 
@@ -95,6 +96,8 @@ def asking_again() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 @contextmanager

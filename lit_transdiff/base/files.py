@@ -138,10 +138,18 @@ class Damaged(ValueError):
     """A file is not what was written."""
 
 
+def json_of(text: str | bytes) -> Any:
+    """The value of a JSON text; raises ``ValueError`` when it is none, or nested beyond all bounds."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises ``Damaged`` naming the file when it is none, or not what was sealed."""
     try:
-        content = json.loads(path.read_text())
+        content = json_of(path.read_text())
     except ValueError as error:
         raise Damaged(f"{path} is damaged: it holds no JSON ({error}).") from error
     try:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.base.files import partial_name, remove, to_disk
+from lit_transdiff.base.files import json_of, partial_name, remove, to_disk
 from lit_transdiff.config import require
 
 HEAD = 4096  # bytes of a file by which it is known
@@ -56,7 +55,7 @@ def check_replaces_json(file: Path, key: str, value: str) -> None:
     """Refuse to replace a JSON file that does not hold ``value`` at ``key``; a damaged one that says it, or nothing, is ours."""
     text = file.read_bytes() if file.exists() else b""
     try:
-        content = json.loads(text)
+        content = json_of(text)
     except ValueError:
         ours = value.encode() in text or not text.strip(b"\0 \n")
     else:

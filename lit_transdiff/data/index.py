@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lit_transdiff.base.arrays import read_arrays
-from lit_transdiff.base.files import replace_file, sha256_of, sha256_of_lines
+from lit_transdiff.base.files import json_of, replace_file, sha256_of, sha256_of_lines
 from lit_transdiff.config import require
 from lit_transdiff.config.targets import below
 from lit_transdiff.data.checksums import checksums_in
@@ -153,7 +153,7 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
     folder = header_path.parent
     try:
         text = header_path.read_bytes()
-        header = json.loads(text)
+        header = json_of(text)
         require(header.get("format") == FORMAT, "format", header.get("format"), repr(FORMAT))
         require(header["version"] == INDEX_VERSION, "version", header["version"], f"{INDEX_VERSION}")
         columns = read_arrays(sidecar_path)

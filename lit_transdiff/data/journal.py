@@ -18,7 +18,7 @@ from typing import Any, Optional
 import numpy as np
 
 from lit_transdiff.base.arrays import read_arrays
-from lit_transdiff.base.files import read_json, replace_file
+from lit_transdiff.base.files import json_of, read_json, replace_file
 from lit_transdiff.base.locks import LOCK, FolderLock
 from lit_transdiff.config.targets import contents, remove_written
 from lit_transdiff.data.findings import Findings
@@ -110,7 +110,7 @@ class ShardJournal:
             return None
         try:
             columns = read_arrays(record)
-            about = json.loads(str(columns.pop("about")))
+            about = json_of(str(columns.pop("about")))
             shard = Shard(**about["shard"])
         except (ValueError, KeyError, TypeError) as error:
             log.warning("%s is damaged (%s): the shard is made again", record, error)

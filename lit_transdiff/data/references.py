@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
+from lit_transdiff.base.files import json_of
 from lit_transdiff.config import require
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.sources import key_of, text_lines
@@ -116,7 +116,7 @@ def group_lines(path: str | Path, num_references: int) -> Iterator[GroupLine]:
             continue
         where = f"{path}: line {number}"
         try:
-            value = json.loads(text)
+            value = json_of(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         keys, folder = group_keys(value, where, num_references)

@@ -7,7 +7,6 @@ refused, because webdataset would run them.
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Optional
 
+from lit_transdiff.base.files import json_of
 from lit_transdiff.config import require
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "bmp")
@@ -68,7 +68,7 @@ class Labels:
         value: Any = content.decode("utf-8", errors="replace").strip()
         if self.field:
             try:
-                value = json.loads(content)
+                value = json_of(content)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f".json: {error}; allowed: JSON with the field {self.field!r}") from error
             if not isinstance(value, dict) or self.field not in value:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_transdiff.base.arrays import read_arrays, zip_of_arrays
-from lit_transdiff.base.files import Damaged, check_zip, short_hash, whole
+from lit_transdiff.base.files import Damaged, check_zip, json_of, short_hash, whole
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
@@ -222,7 +222,7 @@ def statistics_of(arrays: dict[str, np.ndarray], path: Path, images: int) -> Sta
     num_images = arrays.get("num_images")
     if num_images is not None:
         require(num_images.ndim == 0 and num_images.dtype.kind in "iu", "num_images", num_images.tolist(), "an integer")
-    about = json.loads(str(arrays["about"])) if "about" in arrays else {}
+    about = json_of(str(arrays["about"])) if "about" in arrays else {}
     require(isinstance(about, dict), "about", about, "a JSON object")
     wide = {name: arrays[name].astype(np.float64) for name in NAMES[:4] if name in arrays}
     require("mu" not in wide or wide["mu"].size > 0, "mu", "no numbers", "[D]")

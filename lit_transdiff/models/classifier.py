@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lit_transdiff.base.files import check_file
+from lit_transdiff.base.files import check_file, json_of
 from lit_transdiff.config import require
 from lit_transdiff.config.targets import save_tensors
 
@@ -144,7 +144,7 @@ def load_classifier(path: str | Path, network: type[Classifier] = SmallClassifie
             f"{path}: header: got no {network.kind!r} entry; allowed: a file that a run of stage {network.kind} exports."
         )
     try:
-        classifier = network(**json.loads(header))
+        classifier = network(**json_of(header))
         classifier.load_state_dict(weights)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: the weights do not fit the header {header}: {error}") from error

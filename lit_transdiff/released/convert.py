@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_transdiff.base.files import CHECKSUMS, crc32_of_files, replace_file, sealed, whole
+from lit_transdiff.base.files import CHECKSUMS, crc32_of_files, json_of, replace_file, sealed, whole
 from lit_transdiff.checkpoints.export import read_export, read_weights, unshared, write_export
 from lit_transdiff.checkpoints.format import save_pickled
 from lit_transdiff.config import ModelConfig, ModelSettings, RunConfig, require
@@ -254,7 +254,7 @@ def released_state(folder: Path) -> Mapped:
 def converted_from(folder: Path) -> dict[str, Any]:
     """What an export folder or an autoencoder's folder says of the file that it was converted from; nothing if it was not."""
     if (folder / CONFIG_FILE).is_file():
-        return json.loads((folder / ORIGIN).read_text()) if (folder / ORIGIN).is_file() else {}
+        return json_of((folder / ORIGIN).read_text()) if (folder / ORIGIN).is_file() else {}
     return read_export(folder).info.get("released", {})
 
 
@@ -286,7 +286,7 @@ def one_type(dtypes: set[torch.dtype]) -> torch.dtype:
 def autoencoder_to_ldm(source: Path, dest: Path) -> str:
     """Write a folder of diffusers as a checkpoint of latent diffusion."""
     require(dest.suffix in (".ckpt", ".pth"), "dest", str(dest), "a file name ending in .ckpt or .pth")
-    channels = json.loads((source / CONFIG_FILE).read_text()).get("in_channels")
+    channels = json_of((source / CONFIG_FILE).read_text()).get("in_channels")
     network = KLAutoencoder.load(source, channels)
     dtype = one_type({value.dtype for file in source.glob("*.safetensors") for value in read_weights(file).values()})
     state = {key: value.to(dtype) for key, value in network.to_ldm().items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from lightning.fabric import Fabric
 
-from lit_transdiff.base.files import short_hash
+from lit_transdiff.base.files import json_of, short_hash
 from lit_transdiff.config import EvaluationConfig, RunConfig, require, unknown
 from lit_transdiff.config.loading import load_run
 from lit_transdiff.config.paths import check_files
@@ -53,7 +52,7 @@ def published_row(name: str, experiments: Path) -> dict[str, Any]:
     file = experiments / BASELINES
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; run this in the project's folder, or say --experiments FOLDER.")
-    rows = {key: row for key, row in json.loads(file.read_text())["rows"].items() if "recipe" in row}
+    rows = {key: row for key, row in json_of(file.read_text())["rows"].items() if "recipe" in row}
     if name not in rows:
         raise unknown("row", name, rows)
     return rows[name]

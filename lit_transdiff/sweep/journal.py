@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.base.files import replace_file, unsealed, with_seal
+from lit_transdiff.base.files import json_of, replace_file, unsealed, with_seal
 from lit_transdiff.config import is_folder_name, require
 from lit_transdiff.config.yaml_text import dump, read_file
 from lit_transdiff.sweep.definition import Sweep
@@ -77,7 +77,7 @@ class SweepJournal:
 def event_in(line: str, file: Path) -> dict[str, Any]:
     """An event of the journal ``file``; empty, with a warning, for a line that is none, or is not what was written."""
     try:
-        event = unsealed(json.loads(line))
+        event = unsealed(json_of(line))
     except ValueError as error:
         log.warning("%s: a damaged line is left out (%s): %s", file, error, line)
         return {}

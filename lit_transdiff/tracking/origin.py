@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.base.files import replace_file
+from lit_transdiff.base.files import json_of, replace_file
 
 RECORD = "origin.json"  # in the numbered folder
 COPIED_FROM = "copied_from"  # entry of the record, and of the configuration in W&B
@@ -35,7 +35,7 @@ def same_folder(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def read_record(file: Path) -> dict[str, Any]:
     """The record beside ``file``; empty where there is none, or a damaged one."""
     try:
-        found = json.loads((file.parent / RECORD).read_text())
+        found = json_of((file.parent / RECORD).read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

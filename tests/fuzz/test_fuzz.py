@@ -51,13 +51,17 @@ def asked_to_stop(command: str, patience: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, GRACE)
         os.kill(os.getpid(), asked)
 
-    before = signal.signal(signal.SIGALRM, ring)
+    def too_late(number: int, frame: object) -> None:
+        """The command has ended by itself just before it was asked to."""
+
+    before = {signal.SIGALRM: signal.signal(signal.SIGALRM, ring), asked: signal.signal(asked, too_late)}
     signal.setitimer(signal.ITIMER_REAL, patience)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
