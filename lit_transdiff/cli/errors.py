@@ -26,7 +26,7 @@ def ending_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Preempted):
         return error.code, str(error)
     if isinstance(error, FAILED):
-        return 1, str(error)
+        return 1, getattr(error, "strerror", None) or str(error)  # without the number of a CheckpointError
     if isinstance(error, ValueError | FileNotFoundError):
         return 2, str(error)
     assert isinstance(error, OSError)

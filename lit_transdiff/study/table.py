@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from lit_transdiff.study.records import opened_pictures
 from lit_transdiff.study.repeats import Pooled, over, seeds
 from lit_transdiff.study.runs import runs
 from lit_transdiff.study.scored import FULL, Entry, higher_is_better, judge_in_words, metric_of, sampler_in_words, title_of
-from lit_transdiff.study.text import aligned, markdown
+from lit_transdiff.study.text import WIDTH, aligned, markdown
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +225,8 @@ def footnotes(lines: Sequence[TableRow], shared: dict[str, str], compared: Compa
         notes.append(
             f"Scores by {name!r} are analogues on its features: they are no FID, IS or KID and compare only with each other."
         )
-    return "\n".join([*notes, *compared.shown_notes()]) + "\n"
+    notes += compared.shown_notes()
+    return "\n".join(textwrap.fill(note, WIDTH, break_long_words=False, break_on_hyphens=False) for note in notes) + "\n"
 
 
 def csv_text(entries: Sequence[Entry], names: Sequence[str]) -> str:

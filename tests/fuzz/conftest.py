@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.world import build_world
+from tests.helpers.fuzz.world import build_world
 
 
 @pytest.fixture(scope="package")

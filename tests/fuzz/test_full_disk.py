@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.grammar import CACHE, EXPORT, RUN
-from tests.fuzz.test_fuzz import told_by
-from tests.fuzz.world import picture_of
+from tests.helpers.fuzz.ending import told_by
+from tests.helpers.fuzz.grammar import CACHE, EXPORT, RUN
+from tests.helpers.fuzz.world import picture_of
 
 COMMANDS = [
     "pack work/photos out/pack",
@@ -49,6 +49,7 @@ def full_after(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
 def test_a_full_disk_is_one_line(world: Path, command: str) -> None:
     for size in (0, 300, 20_000):

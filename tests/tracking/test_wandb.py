@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,20 +22,8 @@ from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.trainer import train
 from tests.helpers.bad_steps import spoil
 from tests.helpers.small import FASHION, small_run
+from tests.helpers.wandb_runs import TRACKED, rows_of, sync, until
 from tests.helpers.wandb_stub import Stub
-
-TRACKED = {"wandb": True, "project": "p", "group": "g", "tags": ["t"]}
-
-
-def rows_of(stub: Stub, key: str) -> list[dict]:
-    return [row for row in stub.state.only_run()["history"] if key in row]
-
-
-def until(condition, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.05)
 
 
 def csv_values(folder: Path, metric: str) -> dict[int, float]:
@@ -192,15 +178,6 @@ def test_a_server_that_dies_in_the_middle_costs_no_step_and_no_row(
     with Stub() as later:
         sync(later, run.folder)
         assert [row["train/loss"] for row in rows_of(later, "train/loss")] == [float(step) for step in range(1, 101)]
-
-
-def sync(server: Stub, folder: Path) -> None:
-    """``wandb sync``, as a user types it."""
-    files = sorted((folder / "wandb").glob("*run-*-*"))
-    command = [sys.executable, "-m", "wandb", "sync", "--include-online", *(str(f) for f in files)]
-    environment = {**os.environ, **server.environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_online_without_a_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

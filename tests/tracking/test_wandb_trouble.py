@@ -12,9 +12,9 @@ from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.tracking import server
 from lit_transdiff.tracking.artifacts import data_artifact, make
 from lit_transdiff.tracking.wandb_run import WandbRun
-from tests.small import FASHION, small_run
-from tests.tracking.test_wandb import TRACKED, rows_of, sync, until
-from tests.wandb_stub import Stub
+from tests.helpers.small import FASHION, small_run
+from tests.helpers.wandb_runs import TRACKED, rows_of, sync, until
+from tests.helpers.wandb_stub import Stub
 
 HANGS = 0  # a server that takes questions and does not answer
 

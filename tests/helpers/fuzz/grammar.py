@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.fuzz.damage import (
+from tests.helpers.fuzz.damage import (
     Change,
     change_arrays,
     change_bytes,
@@ -22,7 +22,7 @@ from tests.fuzz.damage import (
     odd_value,
     places,
 )
-from tests.fuzz.world import recipe
+from tests.helpers.fuzz.world import recipe
 
 RUN, EXPORT = "work/runs/small", "work/runs/small/export"
 CHECKPOINT = f"{RUN}/checkpoints/step-00000002"

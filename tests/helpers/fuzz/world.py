@@ -19,10 +19,10 @@ from PIL import Image
 from lit_transdiff.__main__ import main
 from lit_transdiff.config import ModelConfig
 from lit_transdiff.study.runs import archive
-from tests import plain_autoencoder
-from tests.released.test_convert import SMALL, random_state
-from tests.small import ROOT, SETTINGS
-from tests.study.test_runs import make_run
+from tests.helpers import plain_autoencoder
+from tests.helpers.released_files import SMALL, random_state
+from tests.helpers.run_folders import make_run
+from tests.helpers.small import ROOT, SETTINGS
 
 SIDE, CLASSES, EACH = 32, 10, 2  # pixels, classes, images of a class
 CLASSIFIER = ROOT / "data" / "fashion" / "classifier.safetensors"
