@@ -22,7 +22,19 @@ def versioned(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_versioned(file: Path) -> dict[str, Any]:
     """What a JSON file says. Raises ``ValueError`` for a newer version, ``Damaged`` for what is not what was written."""
-    return checked([read_json(file)], file)[0]
+    content = read_json(file)
+    check_form(file, content, isinstance(content, dict))
+    check_version(file, content)
+    return content
+
+
+def read_starts(file: Path) -> list[dict[str, Any]]:
+    """What ``environment.json`` says of each start of a run. Raises as ``read_versioned``."""
+    content = read_json(file)
+    check_form(file, content, isinstance(content, list) and all(isinstance(start, dict) for start in content))
+    for start in content:
+        check_version(file, start)
+    return content
 
 
 def read_number(file: Path, name: str) -> float:
@@ -33,22 +45,17 @@ def read_number(file: Path, name: str) -> float:
     return found
 
 
-def read_starts(file: Path) -> list[dict[str, Any]]:
-    """What ``environment.json`` says of each start of a run. Raises as ``read_versioned``."""
-    return checked(read_json(file), file)
+def check_form(file: Path, content: Any, fits: bool) -> None:
+    if not fits:
+        raise Damaged(f"{file}: content: got {str(content)[:80]}; allowed: what this program writes there.")
 
 
-def checked(parts: Any, file: Path) -> list[dict[str, Any]]:
-    """The ``parts`` of a file, each of a version that is known."""
-    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise Damaged(f"{file} is damaged: its content is of another kind.")
-    for part in parts:
-        version = part.get(KEY, VERSION)
-        if type(version) is not int or version < 1:
-            raise Damaged(f"{file} is damaged: {KEY} is {version!r}, no number from 1.")
-        if version > VERSION:
-            raise ValueError(
-                f"{file}: {KEY}: got {version}; allowed: up to {VERSION}, the newest that this lit-transdiff knows. "
-                "Use the one that wrote it, or a newer one."
-            )
-    return parts
+def check_version(file: Path, content: dict[str, Any]) -> None:
+    version = content.get(KEY, VERSION)
+    if type(version) is not int or version < 1:
+        raise Damaged(f"{file} is damaged: {KEY} is {version!r}, no number from 1.")
+    if version > VERSION:
+        raise ValueError(
+            f"{file}: {KEY}: got {version}; allowed: up to {VERSION}, the newest that this lit-transdiff knows. "
+            "Use the one that wrote it, or a newer one."
+        )
