@@ -28,6 +28,7 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import load_run, run_from, save_yaml, setting, to_dict
 from lit_transdiff.config.targets import contents, refuse_foreign
 
+GIT_TIMEOUT = 10.0  # seconds; a disk that hangs is no reason that a run does
 PACKAGES = (
     "lit-transdiff",
     "torch",
@@ -241,6 +242,6 @@ def git_commit() -> str | None:
     root = Path(__file__).parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
