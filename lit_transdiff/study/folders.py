@@ -12,13 +12,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_transdiff.base.files import crc32_of
+from lit_transdiff.base.files import crc32_of, read_json
 from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.evaluation.scores import EVALUATE, FOLDER, value
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.study.records import AXES, Evaluation, Pictures, Run
 from lit_transdiff.study.repeats import repeats
-from lit_transdiff.tracking.metrics_file import devices_of_starts, json_content, last_logged, read_rows, starts_of
+from lit_transdiff.tracking.metrics_file import devices_of_starts, json_content, last_logged, read_rows, starts_of, unless_damaged
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +142,7 @@ def run_of_results(group: list[Evaluation]) -> Run:
 
 def evaluations_in(folder: Path) -> list[Evaluation]:
     """The results in ``evaluations``."""
-    found = ((file, json_content(file)) for file in sorted(folder.glob("*.json")))
+    found = ((file, unless_damaged(read_json, file)) for file in sorted(folder.glob("*.json")))
     return [read_evaluation(file, content) for file, content in found if content is not None and is_result(file, content)]
 
 
