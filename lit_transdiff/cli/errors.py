@@ -11,8 +11,8 @@ from lit_transdiff.base.files import is_full
 
 # A path that cannot be meant.
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
-FAILED = (FloatingPointError, CheckpointError, TrialsFailed, RankFailed)  # of these the message says all
-ENDINGS = (ValueError, OSError, Preempted, *FAILED)  # what ``status_of`` knows
+FAILURES = (FloatingPointError, CheckpointError, TrialsFailed, RankFailed)  # of these the message says all
+ENDINGS = (ValueError, OSError, Preempted, *FAILURES)  # what ``status_of`` knows
 
 
 def status_of(error: BaseException) -> int:
@@ -25,7 +25,7 @@ def status_of(error: BaseException) -> int:
 def ending_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Preempted):
         return error.code, str(error)
-    if isinstance(error, FAILED):
+    if isinstance(error, FAILURES):
         return 1, getattr(error, "strerror", None) or str(error)  # without the number of a CheckpointError
     if isinstance(error, ValueError | FileNotFoundError):
         return 2, str(error)

@@ -38,16 +38,16 @@ def open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
         except KeyError as error:
             raise ValueError(f"{path}: {error}; allowed: images as arr_0.") from error
         except Exception as error:  # each layer of such a file has its own for bytes that it does not expect
-            raise damaged(path, error) from error
+            raise damaged_images(path, error) from error
         ok = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and not fortran_order
         require(ok, f"{path}: arr_0", f"{dtype} of shape {shape}", "uint8 images of shape [N, H, W, 3]")
         try:
             yield file, shape
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise damaged(path, error) from error
+            raise damaged_images(path, error) from error
 
 
-def damaged(path: Path, error: Exception) -> Damaged:
+def damaged_images(path: Path, error: Exception) -> Damaged:
     return Damaged(f"{path} is damaged: {error}. Copy it again from where it came, or make it again.")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NEEDED = ("step", "images_seen", "seconds", "metric", "value")
 COLUMNS = (*NEEDED, "start", SEAL)  # of metrics.csv; earlier versions wrote no checksum, still earlier ones no start
-T = TypeVar("T")
+Content = TypeVar("Content")
 log = logging.getLogger(__name__)
 
 
@@ -28,7 +28,7 @@ def json_content(file: Path) -> dict[str, Any] | None:
     return unless_damaged(read_versioned, file)
 
 
-def unless_damaged(read: Callable[[Path], T], file: Path) -> T | None:
+def unless_damaged(read: Callable[[Path], Content], file: Path) -> Content | None:
     """What ``read`` makes of a file, if there is one; nothing, with a warning, where it is damaged."""
     try:
         return read(file) if file.is_file() else None
