@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lit_transdiff.sampling.generator import Generator
 
 
+ADDED = ("part_guidance", "num_parts")  # settings of the sampler that came after the first results
+
+
 def manifest(
     generator: Generator,
     settings: EvaluationConfig,
@@ -51,7 +54,7 @@ def manifest(
         "metrics": list(settings.metrics),
         "num_neighbours": settings.num_neighbours,
         "inception_score_part": INCEPTION_PART,
-        "sampling": dataclasses.asdict(sampling),
+        "sampling": said(sampling),
         "precision": {"fp32": "float32", "bf16": "bfloat16"}[sampling.precision],
         "matmul_precision": torch.get_float32_matmul_precision(),
         "batch_size": settings.batch_size,
@@ -67,6 +70,12 @@ def manifest(
         "evaluation_commit": git_commit(),
         "versions": package_versions(),
     }
+
+
+def said(sampling: SamplingConfig) -> dict[str, Any]:
+    """A sampler; settings that earlier versions had not only where they are changed, so that results of both are of one name."""
+    plain = {field.name: field.default for field in dataclasses.fields(sampling) if field.name in ADDED}
+    return {name: value for name, value in dataclasses.asdict(sampling).items() if name not in ADDED or value != plain[name]}
 
 
 def origin(checkpoint: str) -> dict[str, Any]:

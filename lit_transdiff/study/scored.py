@@ -145,9 +145,10 @@ def sampler_in_words(manifest: Mapping[str, Any]) -> str:
     low, high = sampling.get("guidance_interval") or (0, 1)
     interval = "" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]"
     scales = sampling.get("drift_scale", 1), sampling.get("noise_scale", 1)
-    return f"{sampling['solver']} {steps} x {guidance}{interval}" + (
-        "" if scales == (1, 1) else ", scales {:g} {:g}".format(*scales)
-    )
+    parts = f", {sampling['num_parts']} parts" if sampling.get("num_parts") else ""
+    parts += f", {sampling['part_guidance']} over parts" if sampling.get("part_guidance", "constant") != "constant" else ""
+    scaled = "" if scales == (1, 1) else ", scales {:g} {:g}".format(*scales)
+    return f"{sampling['solver']} {steps} x {guidance}{interval}{scaled}{parts}"
 
 
 def evaluation_in_words(group: Sequence[Evaluation]) -> str:

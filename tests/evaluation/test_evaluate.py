@@ -18,7 +18,7 @@ from lit_transdiff.evaluation.evaluate import choose_shown, evaluate
 from lit_transdiff.evaluation.features import FeatureExtractor
 from lit_transdiff.evaluation.job import choose_labels, draw_batch, image_seeds, prepare_job
 from lit_transdiff.evaluation.metrics import METRICS
-from lit_transdiff.evaluation.results import result_name
+from lit_transdiff.evaluation.results import result_name, said
 from lit_transdiff.evaluation.statistics import Statistics, load_statistics, save_statistics
 from tests.helpers.judge import SAMPLING, tiny_generator, tiny_settings
 from tests.helpers.small import twice
@@ -38,7 +38,7 @@ def test_the_result_file_holds_all_scores_and_what_decided_them(files: Path, tmp
     assert written == {"scores": result["scores"], "manifest": result["manifest"]}
     assert set(written["scores"]) == set(METRICS) - {"spatial_frechet_distance"}
     manifest = written["manifest"]
-    assert manifest["sampling"] == dataclasses.asdict(SAMPLING)
+    assert manifest["sampling"] == said(SAMPLING)
     assert manifest["weights_fingerprint"] == generator.fingerprint and manifest["extractor"] == "classifier"
     assert manifest["reference_hash"] and manifest["scored_reference"] == 0 and manifest["precision"] == "float32"
     assert manifest["decoder_evaluations_per_image"] == 2 * 2  # two steps, each with and without the label
@@ -200,6 +200,13 @@ def test_all_images_of_a_row_are_scored_for_the_work_of_one(files: Path, tmp_pat
     for name in ("num_images", "batch_size"):
         with pytest.raises(ValueError, match=rf"evaluation\.{name}: got 6; allowed: a multiple of the 4 images of a row"):
             prepare_job(generator, dataclasses.replace(settings, **{name: 6}), SAMPLING)
+
+
+def test_settings_that_came_later_are_said_where_they_are_changed() -> None:
+    """So a result of an earlier version and the same one of today have one name."""
+    assert {"part_guidance", "num_parts"}.isdisjoint(said(SamplingConfig()))
+    changed = SamplingConfig(part_guidance="growing", num_parts=4)
+    assert said(changed) == said(SamplingConfig()) | {"part_guidance": "growing", "num_parts": 4}
 
 
 def test_labels_seeds_and_shown_images() -> None:
