@@ -17,12 +17,11 @@ PARADIGMS: dict[str, Family] = {
     "dit": Family(DiTConfig, "lit_transdiff.models.sit:DiT"),
     "mar": Family(MARConfig, "lit_transdiff.models.mar:MAR"),
 }
-DEFAULT = "transdiff"  # also of files of earlier versions, which say none
 
 
 def settings_class(model: Mapping[str, Any]) -> type[ModelSettings]:
     """What the section ``model`` of some settings is made of. Raises ``ValueError`` for a paradigm that is not in the table."""
-    name = model.get("paradigm", DEFAULT)
+    name = model.get("paradigm", ModelConfig.paradigm)  # files of earlier versions say none
     if not isinstance(name, str) or name not in PARADIGMS:
         raise unknown("model.paradigm", name, PARADIGMS)
     return PARADIGMS[name].settings

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.config import NESTED, PARADIGMS, PRESETS, SIZES, RunConfig, unknown
-from lit_transdiff.config.paradigms import DEFAULT
+from lit_transdiff.config import NESTED, PARADIGMS, PRESETS, SIZES, ModelConfig, RunConfig, unknown
 from lit_transdiff.config.typed import quoted, type_in_words
 
 PACKAGE = Path(__file__).parents[1]
@@ -70,7 +69,7 @@ def all_settings() -> dict[str, list[Setting]]:
 
 def family_settings() -> dict[str, list[Setting]]:
     """``model.paradigm`` -> the settings that ``model`` has with it, for all but the default."""
-    others = {name: family.settings for name, family in PARADIGMS.items() if name != DEFAULT}
+    others = {name: family.settings for name, family in PARADIGMS.items() if family.settings is not ModelConfig}
     return {name: list(settings_of_class(cls, cls(), "model.")) for name, cls in others.items()}
 
 
