@@ -24,6 +24,7 @@ from lit_transdiff.config.loading import load_run
 from lit_transdiff.data.index import index_shards
 from lit_transdiff.data.shards import ShardWriter
 from lit_transdiff.evaluation.prepare import cache
+from lit_transdiff.models.paradigm import build_model
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.convert import convert
 from lit_transdiff.released.key_names import our_name, released_shapes
@@ -34,13 +35,17 @@ from tests.helpers.reference import FIXTURES
 from tests.helpers.small import ROOT
 
 FOLDERS = ("imagenet256", "imagenet512")
-SHARED = ("common.yaml", "ar.yaml", "mrar.yaml")
-RECIPES = [
-    path for folder in FOLDERS for path in sorted((ROOT / "experiments" / folder).glob("*.yaml")) if path.name not in SHARED
-]
+SHARED = ("data.yaml", "common.yaml", "ar.yaml", "mrar.yaml", "mar.yaml")
+ALL = [path for folder in FOLDERS for path in sorted((ROOT / "experiments" / folder).glob("*.yaml")) if path.name not in SHARED]
+RECIPES = [path for path in ALL if load_run(path).model.paradigm == "transdiff"]
+OTHERS = [path for path in ALL if path not in RECIPES]  # of other families
 BASELINES = json.loads((ROOT / "experiments" / "baselines.json").read_text())["rows"]
 # A copy of reduced width: all tokens and latents are as in the recipe, but one pixel of the image is one of the latent.
 NARROW = ["model.width=16", "model.num_heads=2", "model.encoder_blocks=1", "model.decoder_blocks=1"]
+NARROW_OTHERS = {
+    "sit": ["model.width=16", "model.num_heads=2", "model.num_blocks=1"],
+    "mar": [*NARROW, "model.head_width=16", "model.head_blocks=1", "sampling.num_parts=2", "sampling.num_steps=2"],
+}
 
 
 def name_of(path: Path) -> str:
@@ -78,7 +83,8 @@ def overrides(imagenet: Path, output: Path, autoencoder: str = "autoencoder") ->
 
 def narrow(path: Path, imagenet: Path, output: Path, *more: str) -> RunConfig:
     """The recipe with less width, depth and length; precision, optimizer and token counts stay."""
-    size = load_run(path).model.latent_size
+    model = load_run(path).model
+    few = NARROW_OTHERS.get(model.paradigm, NARROW)
     short = [
         "training.max_steps=1",
         "training.log_every=1",
@@ -86,8 +92,8 @@ def narrow(path: Path, imagenet: Path, output: Path, *more: str) -> RunConfig:
         "training.global_batch_size=4",
         "training.micro_batch_size=2",
     ]
-    settings = [*overrides(imagenet, output, "same_size"), *NARROW, *short, f"data.image_size={size}", "sampling.num_steps=1"]
-    return load_run(path, [*settings, *more])
+    size = [f"data.image_size={model.latent_size}", "sampling.num_steps=1"]
+    return load_run(path, [*overrides(imagenet, output, "same_size"), *short, *size, *few, *more])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -128,7 +134,18 @@ def test_every_published_row_has_its_recipe():
     assert {row["recipe"] for row in BASELINES.values()} | {"imagenet512/mrar_large.yaml"} == {name_of(path) for path in RECIPES}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+@pytest.mark.parametrize("path", OTHERS, ids=name_of)
+def test_a_recipe_of_another_family_dry_runs_and_says_its_size(path: Path, imagenet: Path, tmp_path: Path):
+    text, run = path.read_text(), load_run(path, overrides(imagenet, tmp_path))
+    with torch.device("meta"):
+        total = sum(p.numel() for p in build_model(run.model).parameters() if p.requires_grad)
+    assert f"{total:,}" in outline(run) and f"{round(total / 1e6)} M parameters" in text
+    commands = (f"lit_transdiff train experiments/{name_of(path)}", f"evaluate --checkpoint {load_run(path).folder}")
+    assert all(part in text for part in (*commands, "ublished"))
+    assert run.evaluation.num_images == 50_000
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_one_optimizer_step_of_a_narrow_copy(path: Path, imagenet: Path, tmp_path: Path):
     """In the precision of the recipe; a fine-tuning starts from a narrow copy of what it starts from."""
     more = []
