@@ -96,6 +96,15 @@ def narrow(path: Path, imagenet: Path, output: Path, *more: str) -> RunConfig:
     return load_run(path, [*overrides(imagenet, output, "same_size"), *short, *size, *few, *more])
 
 
+@pytest.fixture(scope="module")
+def start(imagenet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow one-step run of 256 px, from which others are fine-tuned."""
+    first = narrow(
+        ROOT / "experiments/imagenet256/ar_base.yaml", imagenet, tmp_path_factory.mktemp("start"), "training.precision=fp32"
+    )
+    return train(first, say=lambda text: None).folder
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_a_recipe_dry_runs_with_the_published_number_of_parameters(path: Path, imagenet: Path, tmp_path: Path):
     run = load_run(path, overrides(imagenet, tmp_path))
@@ -146,13 +155,9 @@ def test_a_recipe_of_another_family_dry_runs_and_says_its_size(path: Path, image
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)
-def test_one_optimizer_step_of_a_narrow_copy(path: Path, imagenet: Path, tmp_path: Path):
+def test_one_optimizer_step_of_a_narrow_copy(path: Path, imagenet: Path, start: Path, tmp_path: Path):
     """In the precision of the recipe; a fine-tuning starts from a narrow copy of what it starts from."""
-    more = []
-    if load_run(path).init_from:
-        first = ROOT / "experiments/imagenet256/ar_base.yaml"
-        start = train(narrow(first, imagenet, tmp_path, "name=start", "training.precision=fp32"), say=lambda text: None)
-        more = [f"init_from={start.folder}", "init_positions=interpolate"]
+    more = [f"init_from={start}", "init_positions=interpolate"] if load_run(path).init_from else []
     said: list[str] = []
     result = train(narrow(path, imagenet, tmp_path, *more), say=said.append)
     assert result.step == 1 and np.isfinite(result.metrics["train/loss"])
