@@ -189,7 +189,7 @@ def output_dirs(work: Path) -> list[str]:
     for file in (work / "run.yaml", work / "pipeline.yaml"):
         try:
             given = yaml.safe_load(file.read_text())["output_dir"]
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError):
             continue
         found.append(os.path.relpath(os.path.expandvars(os.path.expanduser(str(given).strip()))))
     return found
