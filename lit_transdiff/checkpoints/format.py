@@ -98,15 +98,18 @@ class Checkpoint:
     def read(self, name: str, state: str, start: int = 0, length: int | None = None) -> Tensor:
         """Elements ``start`` .. ``start + length`` of a flattened state [length]; raises ``ValueError`` if some are missing."""
         length = math.prod(self.shapes[name]) - start if length is None else length
-        out, filled = torch.empty(length), 0
-        for piece in self.slices.get((name, state), []):
-            first, last = max(start, piece.start), min(start + length, piece.start + piece.length)
+        pieces = [
+            (piece, max(start, piece.start), min(start + length, piece.start + piece.length))
+            for piece in self.slices.get((name, state), [])
+        ]
+        filled = sum(max(0, last - first) for _, first, last in pieces)
+        if filled != length:
+            raise ValueError(f"{self.folder}: {name}: {length - filled} of {length} elements of {state!r} are missing.")
+        out = torch.empty(length)
+        for piece, first, last in pieces:
             if first < last:
                 part = self.content(piece.file).get_slice(piece.key)[first - piece.start : last - piece.start]
                 out[first - start : last - start] = part
-                filled += last - first
-        if filled != length:
-            raise ValueError(f"{self.folder}: {name}: {length - filled} of {length} elements of {state!r} are missing.")
         return out
 
     def scalar(self, name: str, state: str) -> Tensor:

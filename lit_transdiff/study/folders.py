@@ -150,12 +150,21 @@ def is_result(file: Path, content: Any) -> bool:
     """Whether a JSON file holds a result; when it holds something else, a warning says so."""
     try:
         numbers = [float(value(score)) for score in content["scores"].values()]
-        result = len(numbers) > 0 and isinstance(content["manifest"]["run"], str)
+        result = len(numbers) > 0 and isinstance(content["manifest"]["run"], str) and has_sampler(content["manifest"])
     except (KeyError, TypeError, ValueError, AttributeError):
         result = False
     if not result:
         log.warning("%s is not a result of evaluate and is left out; remove it or evaluate again.", file)
     return result
+
+
+def has_sampler(manifest: dict[str, Any]) -> bool:
+    """Whether the numbers of a sampler, where a manifest has one, are numbers."""
+    sampling = manifest.get("sampling") or {}
+    several = [sampling.get(name) or [] for name in ("reference_steps", "reference_guidance", "guidance_interval")]
+    numbers = [sampling.get(name, 1) for name in ("guidance_scale", "drift_scale", "noise_scale")]
+    numbers += [number for values in several for number in values]
+    return all(isinstance(values, list) for values in several) and all(isinstance(n, int | float) for n in numbers)
 
 
 def read_evaluation(file: Path, content: dict[str, Any]) -> Evaluation:

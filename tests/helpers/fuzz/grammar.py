@@ -188,8 +188,8 @@ def output_dirs(work: Path) -> list[str]:
     found = []
     for file in (work / "run.yaml", work / "pipeline.yaml"):
         try:
-            given = yaml.safe_load(file.read_text())["output_dir"]
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError):
+            given = yaml.safe_load(file.read_text()).get("output_dir", "runs")
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError):
             continue
         found.append(os.path.relpath(os.path.expandvars(os.path.expanduser(str(given).strip()))))
     return found
