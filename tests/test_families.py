@@ -113,7 +113,7 @@ def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
         ("sit", {"model": {"num_context_tokens": 4}}, r"model\.num_context_tokens"),
         ("sit", {"model": {"size": "huge"}}, r"model\.size: 'huge' is not known"),
         ("sit", {"stage": "diffusion_head"}, r"model\.paradigm: got 'sit'; allowed: a family with a head of its own"),
-        ("sit", {"stage": "mrar_finetune"}, r"model\.num_references: got 1; allowed: at least 2 in stage mrar_finetune"),
+        ("sit", {"stage": "mrar_finetune"}, r"model\.paradigm: got 'sit'; allowed: transdiff in stage mrar_finetune"),
         (
             "sit",
             {"evaluation": {**SCORES, "every": 2, "metrics": ["feature_diversity"]}},

@@ -107,11 +107,8 @@ class Averaging(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        # The closure runs forward and backward; the averages start from the weights before the first update.
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        # The averages start from the weights before the first update.
+        loss = loss_of(closure)
         if self.skip_step:
             return loss
         averaged = [p for p in self._trained() if p.grad is not None]
@@ -126,6 +123,14 @@ class Averaging(torch.optim.Optimizer):
             for name, decay in self.decays.items():
                 torch._foreach_lerp_([self.state[p][name] for p in averaged], weights, 1 - decay(update))
         return loss
+
+
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """What the closure of an optimizer's step gives: it runs forward and backward."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 # --- holders --------------------------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ def draw_samples(
 ) -> Path:
     """Write ``output/class-XXXX/seed-XXXX.png``, one for each of ``per_class`` images of ``classes``, and ``output/grid.png``.
 
-    The grid shows the first SHOWN of each class, with ``references`` the R successive images of each. The image of a class and
-    number depends on ``seed``, the class and the number alone.
+    The grid shows the first ``IMAGES_SHOWN`` of each class, with ``references`` the R successive images of each. The image of
+    a class and number depends on ``seed``, the class and the number alone.
     """
     check_number(generator, per_class, len(classes))
     labels = [c for c in classes for _ in range(per_class)]
@@ -65,7 +65,7 @@ def check_number(generator: Generator, per_class: int, num_classes: int) -> None
 
 
 def labelled(rows: Tensor, names: Sequence[str], references: bool) -> Image.Image:
-    """The first SHOWN of ``rows`` [K, N, R, C, H, W] of each class: the last of the R images, or all of them."""
+    """The first ``IMAGES_SHOWN`` of ``rows`` [K, N, R, C, H, W] of each class: the last of the R images, or all of them."""
     count = rows.shape[1]
     rows = rows[:, :IMAGES_SHOWN]
     first = f"the first {IMAGES_SHOWN} of {count:,} images of a class" if count > IMAGES_SHOWN else ""

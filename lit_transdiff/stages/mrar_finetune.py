@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lit_transdiff.config import RunConfig, require
+from dataclasses import fields
+
+from lit_transdiff.config import PARADIGMS, RunConfig, require
 from lit_transdiff.stages.base import TransDiffStage
 
 
@@ -12,6 +14,8 @@ class MRARFinetune(TransDiffStage):
     @classmethod
     def check(cls, run: RunConfig) -> None:
         super().check(run)
-        require(
-            run.model.num_references > 1, "model.num_references", run.model.num_references, "at least 2 in stage mrar_finetune"
-        )
+        families = [name for name, family in PARADIGMS.items() if "num_references" in {f.name for f in fields(family.settings)}]
+        paradigm, number = run.model.paradigm, run.model.num_references
+        allowed = f"{', '.join(families)} in stage mrar_finetune, whose rows have references"
+        require(paradigm in families, "model.paradigm", paradigm, allowed)
+        require(number > 1, "model.num_references", number, "at least 2 in stage mrar_finetune")

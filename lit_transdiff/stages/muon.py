@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import all_gather_into_tensor, get_rank, get_world_size
 from torch.distributed.tensor import DTensor
 
-from lit_transdiff.checkpoints.averages import Averaging, flat
+from lit_transdiff.checkpoints.averages import Averaging, flat, loss_of
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of x, x^3 and x^5
@@ -81,10 +81,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         groups = self.param_groups
         for group in groups:
             if "shapes" in group:

@@ -84,6 +84,9 @@ def test_missing_elements_are_named(tmp_path: Path):
     (checkpoint.folder / "rank-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"p: 7 of 12 elements of 'weight' are missing"):
         checkpoint.index().read("p", "weight")
+    checkpoint.manifest["shapes"] = {"p": [10**6, 10**9]}  # refused before memory is taken
+    with pytest.raises(ValueError, match=r"p: 9{12}\d+ of 10{15} elements of 'weight' are missing"):
+        checkpoint.index().read("p", "weight")
     with pytest.raises(FileNotFoundError, match="is not a complete checkpoint"):
         open_checkpoint(checkpoint.folder)
 

@@ -218,6 +218,18 @@ def test_a_damaged_file_is_left_out_with_a_warning(
     assert archive(tmp_path, tmp_path / "all.zip").is_file()
 
 
+@pytest.mark.parametrize("damage", [{"reference_guidance": 0.5}, {"guidance_scale": "2"}, {"guidance_interval": ["0", "1"]}])
+def test_a_result_whose_sampler_has_no_numbers_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: dict[str, Any]
+) -> None:
+    file = make_run(tmp_path, "a", 1.0) / "evaluations" / "r.json"
+    content = json.loads(file.read_text())
+    content["manifest"]["sampling"] |= damage
+    file.write_text(json.dumps(content))
+    assert [len(run.evaluations) for run in runs(tmp_path)] == [0]
+    assert f"{file} is not a result of evaluate and is left out" in caplog.text
+
+
 def test_filters_say_what_they_take(tmp_path: Path) -> None:
     make_run(tmp_path, "a", 2.0)
     found = [len(runs(tmp_path, {"tags": tags})) for tags in ("a", ["a", "b"], ["b"], lambda tags: tags == ["a"])]
