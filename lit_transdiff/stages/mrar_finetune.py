@@ -14,7 +14,11 @@ class MRARFinetune(TransDiffStage):
     @classmethod
     def check(cls, run: RunConfig) -> None:
         super().check(run)
-        families = [name for name, family in PARADIGMS.items() if "num_references" in {f.name for f in fields(family.settings)}]
+        families = [
+            name
+            for name, family in PARADIGMS.items()
+            if "num_references" in {field.name for field in fields(family.settings)}  # type: ignore[arg-type]
+        ]
         paradigm, number = run.model.paradigm, run.model.num_references
         allowed = f"{', '.join(families)} in stage mrar_finetune, whose rows have references"
         require(paradigm in families, "model.paradigm", paradigm, allowed)
