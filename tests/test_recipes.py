@@ -1,7 +1,9 @@
 """Every recipe and pipeline that is shipped."""
 
 import dataclasses
+import os
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,11 +160,18 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10])
-def test_what_is_to_be_tried_next_works_for_the_classes_of_the_run(classes: int) -> None:
+@pytest.mark.parametrize("program", ["bin/lit-transdiff", "lit_transdiff/__main__.py"])
+def test_what_is_to_be_tried_next_works_for_the_classes_of_the_run(
+    classes: int, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The commands are read as the command line reads them; folders of several words are one."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sys.argv", [str(Path(program).absolute())])
+    start = ["bin/lit-transdiff"] if program.startswith("bin") else [os.path.relpath(sys.executable), "-m", "lit_transdiff"]
     run = small_run(Path("my runs"), model={"num_classes": classes})
-    commands = farewell(Path("my runs"), run).split("Try next:")[1].strip().splitlines()
-    parsed = [parse(shlex.split(command)[1:]) for command in commands]
+    commands = [shlex.split(line) for line in farewell(Path("my runs"), run).split("Try next:")[1].strip().splitlines()]
+    assert all(words[: len(start)] == start for words in commands)
+    parsed = [parse(words[len(start) :]) for words in commands]
     started = [args.function.__name__.removesuffix("_command") for args in parsed]
     assert started == ["sample", *["sample"] * (classes > 1), "evaluate", "compare"]
     for args in parsed[:-2]:

@@ -181,7 +181,9 @@ def check_images(pipeline: Pipeline, runs: Sequence[RunConfig]) -> None:
 
 def farewell(root: Path, last: RunConfig) -> str:
     """Where to look, and what to try next."""
-    command = "lit-transdiff" if shutil.which("lit-transdiff") else os.path.relpath(sys.argv[0])
+    module = Path(sys.argv[0]).name == "__main__.py"  # of python -m lit_transdiff
+    started = f"{os.path.relpath(sys.executable)} -m lit_transdiff" if module else os.path.relpath(sys.argv[0])
+    command = "lit-transdiff" if shutil.which("lit-transdiff") else started
     trained = f"--checkpoint {shlex.quote(str(last.folder))}"
     pair = f"0,{last.model.num_classes - 1}" if last.model.num_classes > 1 else "0"
     commands = [
