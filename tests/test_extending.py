@@ -122,7 +122,7 @@ def test_what_does_not_fit_a_family_is_refused(tmp_path: Path, changes: dict[str
     "stage, changes, message",
     [
         ("diffusion_head", {"init_from": "x"}, r"model\.paradigm: got 'plain_mlp'; allowed: a family with a head of its own"),
-        ("mrar_finetune", {}, r"model\.num_references: got 1; allowed: at least 2"),
+        ("mrar_finetune", {}, r"model\.paradigm: got 'plain_mlp'; allowed: transdiff in stage mrar_finetune"),
     ],
 )
 def test_a_stage_refuses_a_family_that_it_does_not_fit(tmp_path: Path, stage: str, changes: dict[str, Any], message: str):
