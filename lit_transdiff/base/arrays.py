@@ -1,4 +1,4 @@
-"""Arrays in ``.npz`` files, which others may have written or damaged."""
+"""Reading arrays from ``.npz`` files that others may have written or damaged."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from lit_transdiff.base.files import Damaged
 
 
 def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz`` file by name; with ``names`` those of them that are there.
+    """The arrays of an ``.npz`` file by name, or only those in ``names``.
 
-    Raises ``Damaged`` for anything else: each layer of such a file has its own errors for bytes that it does not expect.
+    Raises ``Damaged`` for any other content: each layer of the format has errors of its own for unexpected
+    bytes.
     """
     try:
         with zip_of_arrays(path) as file:
             arrays = {name: file[name] for name in file.files if names is None or name in names}
-    except OSError:  # it is not there, or may not be read
+    except OSError:  # missing, or not readable for this user
         raise
     except Exception as error:
         raise Damaged(f"{path} is not an .npz file, or damaged: {' '.join(str(error).split())}.") from error
@@ -29,7 +30,7 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, n
 
 
 def zip_of_arrays(path: Path) -> np.lib.npyio.NpzFile:
-    """An open ``.npz`` file; nothing of it is read yet."""
+    """Open an ``.npz`` file without reading its arrays."""
     file = np.load(path, allow_pickle=False)
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise ValueError("a single array")

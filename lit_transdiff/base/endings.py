@@ -1,7 +1,7 @@
-"""How a process ends when it has not done what it should: exit codes for schedulers, and the errors behind them.
+"""Exit codes for schedulers, and the errors behind them.
 
-0 done; 1 training, or a trial of a sweep, failed; 2 a bad setting, a missing file, or a run that another process trains; 75 asked
-to stop, start it again; 76 stalled; 130 Ctrl-C.
+0 success; 1 training, or a trial of a sweep, failed; 2 a bad setting, a missing file, or a run that another
+process trains; 75 stopped on request, to be started again; 76 stalled; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-EXIT_REQUEUE = 75  # "temporary failure" of sysexits.h: the same command again goes on
+EXIT_REQUEUE = 75  # "temporary failure" of sysexits.h: the same command continues
 EXIT_STALLED = 76  # to be started again a limited number of times
-EXIT_INTERRUPTED = 130  # as shells say of Ctrl-C: nothing starts it again by itself
+EXIT_INTERRUPTED = 130  # the code of shells for Ctrl-C: nothing restarts it automatically
 
-# A scheduler before a time limit and when it takes a machine back, a closed terminal, Ctrl-C.
+# Sent by a scheduler before a time limit or when it reclaims a machine, by a closed terminal, and by Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-SAME_KEY = 1.0  # seconds in which a second SIGINT is still that of the first Ctrl-C: terminals and launchers both send it
+# Seconds in which a second SIGINT counts as the first Ctrl-C, because terminals and launchers both send it.
+SAME_KEY = 1.0
 
 
 class Preempted(BaseException):
-    """The process ends because it was asked to; what was done is on disk. Like Ctrl-C, no ``except Exception`` keeps it."""
+    """The process was asked to end; finished work is on disk. No ``except Exception`` catches it."""
 
     def __init__(self, reason: str, code: int = EXIT_REQUEUE) -> None:
         super().__init__(reason)
@@ -34,7 +35,7 @@ class Preempted(BaseException):
 
 
 class TrialsFailed(Exception):
-    """Trials of a sweep have failed; the others are there."""
+    """Some trials of a sweep failed; the results of the others are complete."""
 
 
 class CheckpointError(OSError):
@@ -42,7 +43,7 @@ class CheckpointError(OSError):
 
 
 class RankFailed(RuntimeError):
-    """What this process waited for did not come: another rank has failed, or is too slow."""
+    """A collective operation did not complete: another rank failed or is too slow."""
 
 
 def code_of(number: int) -> int:
@@ -51,13 +52,13 @@ def code_of(number: int) -> int:
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """A signal handler that ends the process as one that is to be started again."""
+    """Signal handler: end the process with the exit code of one that should be started again."""
     name = signal.Signals(number).name
     raise Preempted(f"asked to stop ({name}): the same command goes on with what was not done yet.", code_of(number))
 
 
 def leave_undone(number: int, frame: FrameType | None) -> None:
-    """The same where nothing is left to go on with."""
+    """Signal handler for commands that cannot continue: the same command begins again from the start."""
     name = signal.Signals(number).name
     raise Preempted(f"asked to stop ({name}): nothing is finished; the same command begins anew.", code_of(number))
 
@@ -66,9 +67,9 @@ def leave_undone(number: int, frame: FrameType | None) -> None:
 def ending_when_asked(
     handler: Callable[[int, FrameType | None], Any] = leave, numbers: Sequence[int] = STOP_SIGNALS
 ) -> Iterator[None]:
-    """Signals go to ``handler`` in the block, but those that the process ignores; a second Ctrl-C there quits at once."""
-    main = threading.current_thread() is threading.main_thread()  # only there can signals be taken
-    heard = [number for number in numbers if main and signal.getsignal(number) != signal.SIG_IGN]  # under nohup not all
+    """Handle the signals by ``handler`` in the block, except ignored ones; a second Ctrl-C quits at once."""
+    main = threading.current_thread() is threading.main_thread()  # Python takes signals only there
+    heard = [number for number in numbers if main and signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores some
     before = {number: signal.signal(number, handler) for number in heard}
     try:
         with asking_again(), quitting_when_asked_twice():
@@ -80,13 +81,14 @@ def ending_when_asked(
 
 @contextmanager
 def asking_again() -> Iterator[None]:
-    """A signal of the block that came while Python took an object apart (``__del__``), where it drops errors, is sent again."""
+    """Send a signal again whose exception Python dropped because it was raised inside a ``__del__``."""
     before, timers = sys.unraisablehook, list[threading.Timer]()
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
         if isinstance(dropped.exc_value, Preempted):
             number = signal.SIGINT if dropped.exc_value.code == EXIT_INTERRUPTED else signal.SIGTERM
-            timers.append(threading.Timer(0.05, os.kill, (os.getpid(), number)))  # later: this may be inside of another __del__
+            # Later, because this may be inside another __del__.
+            timers.append(threading.Timer(0.05, os.kill, (os.getpid(), number)))
             timers[-1].start()
         else:
             before(dropped)
@@ -102,12 +104,12 @@ def asking_again() -> Iterator[None]:
 
 @contextmanager
 def quitting_when_asked_twice() -> Iterator[None]:
-    """The second Ctrl-C in the block ends the process at once, whatever it waits for: a thread hears it beside the handler."""
+    """Quit at the second Ctrl-C in the block, whatever the main thread waits for: another thread watches."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     outer = signal.set_wakeup_fd(-1)
-    if outer != -1:  # someone listens already
+    if outer != -1:  # another listener exists
         signal.set_wakeup_fd(outer, warn_on_full_buffer=False)
         yield
         return
@@ -123,7 +125,7 @@ def quitting_when_asked_twice() -> Iterator[None]:
 
 
 def quit_at_the_second(reader: int) -> None:
-    """The thread: reads the numbers of the signals as they come."""
+    """The thread's function: read signal numbers as they arrive."""
     first: float | None = None
     while number := os.read(reader, 1):
         if number[0] != signal.SIGINT:

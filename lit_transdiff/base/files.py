@@ -1,4 +1,4 @@
-"""Files: their hashes, writing them whole or not at all, and the room there is for them."""
+"""Files: hashes, atomic writes, checksums and disk space."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-SEAL = "checksum"  # the entry of a JSON file, or the column of metrics.csv, that holds the CRC-32 of the others
-CHECKSUMS = "checksums.json"  # the CRC-32 of the files beside it, where there is no export.json that holds them
-HARDLY = 1 << 20  # bytes free, on a disk that is as good as full
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the share of a user of it, the largest file of a process
+SEAL = "checksum"  # the entry of a JSON file, or the column of metrics.csv, with the CRC-32 of the other entries
+CHECKSUMS = "checksums.json"  # the CRC-32 of the files beside it, in folders that have no export.json
+HARDLY = 1 << 20  # bytes; a disk with less free space counts as full
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file too large
 
 
 def sha256_of(path: Path) -> str:
@@ -49,7 +49,7 @@ def short_hash(path: Path) -> str:
 
 
 def crc32_of(path: Path) -> int:
-    """The CRC-32 of a file: three times as fast as its SHA-256, and enough against damage."""
+    """The CRC-32 of a file: three times as fast as SHA-256, and sufficient to detect damage."""
     total = 0
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -58,26 +58,26 @@ def crc32_of(path: Path) -> int:
 
 
 class NoSpaceError(OSError, ValueError):
-    """A disk has too little room for what is to be written."""
+    """The disk has too little space for a file that is to be written."""
 
     def __str__(self) -> str:
         return str(self.strerror)
 
 
 def partial_name(path: Path) -> Path:
-    """What ``path`` is called until it is whole: a name of this process's own, so that no two processes write the same."""
+    """The temporary name of ``path`` until it is complete. It is unique to this process."""
     return path.with_name(f"{path.name}.partial-{os.getpid()}")
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Write a file or folder whole or not at all: to the name given here, which becomes ``path`` at the end of the block.
+    """Write a file or folder completely or not at all: the block writes to a temporary name.
 
-    A file is on disk before it has its name, so that a machine that loses its power leaves none that is empty. When the block
-    fails, what was written is removed and ``path`` stays as it was. A folder must not exist yet.
+    A file is flushed to disk before it is renamed, so that a power failure leaves no empty file. If the block
+    raises, the partial output is removed and ``path`` is unchanged. A folder must not exist yet.
     """
     partial = partial_name(path)
-    remove(partial)  # left behind by an earlier process of the same number
+    remove(partial)  # left by an earlier process with the same id
     try:
         with naming_full(path):
             yield partial
@@ -90,7 +90,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there; of a link, the link alone."""
+    """Remove a file, a folder or a link (not its target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -98,13 +98,13 @@ def remove(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file of a known content whole or not at all."""
+    """Write ``content`` to a file completely or not at all."""
     with whole(path) as partial:
         partial.write_bytes(content)
 
 
 def to_disk(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -113,7 +113,7 @@ def to_disk(path: Path) -> None:
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
-    """A JSON file that holds a checksum of its own content, which ``read_json`` looks at."""
+    """The bytes of a JSON file with a checksum of its own content, which ``read_json`` verifies."""
     return (json.dumps(with_seal(content), indent=1) + "\n").encode()
 
 
@@ -126,7 +126,7 @@ def seal_of(content: Mapping[str, Any]) -> str:
 
 
 def unsealed(content: Any) -> Any:
-    """What was sealed, or the items of a list were. Raises ``ValueError`` when it is not that any more."""
+    """The content without its checksum (or that of each list item). ``ValueError`` if it does not match."""
     if isinstance(content, list):
         return [unsealed(item) for item in content]
     if isinstance(content, dict) and content.pop(SEAL, None) not in (None, seal_of(content)):
@@ -135,11 +135,11 @@ def unsealed(content: Any) -> Any:
 
 
 class Damaged(ValueError):
-    """A file is not what was written."""
+    """The content of a file is not what was written."""
 
 
 def json_of(text: str | bytes) -> Any:
-    """The value of a JSON text; raises ``ValueError`` when it is none, or nested beyond all bounds."""
+    """Parse JSON. Raises ``ValueError`` for invalid or too deeply nested text."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -147,7 +147,7 @@ def json_of(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises ``Damaged`` naming the file when it is none, or not what was sealed."""
+    """Read a JSON file. Raises ``Damaged`` if it is not JSON or its checksum does not match."""
     try:
         content = json_of(path.read_text())
     except ValueError as error:
@@ -159,40 +159,40 @@ def read_json(path: Path) -> Any:
 
 
 def crc32_of_files(folder: Path) -> dict[str, int]:
-    """The CRC-32 of each file in a folder, by its name."""
+    """The CRC-32 of each file in a folder, by file name."""
     return {path.name: crc32_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def check_file(path: Path) -> None:
-    """Raise ``ValueError`` when a file is not what was written, by the CRC-32 that ``export.json`` beside it holds, or else
-    ``checksums.json``.
+    """Raise ``ValueError`` if a file differs from its CRC-32 in the ``export.json`` or ``checksums.json`` beside it.
 
-    A file is read once a process. Nothing is known of files of earlier versions and of others.
+    Each file is read once per process. Files without a recorded checksum are not checked.
     """
     for record in (path.with_name("export.json"), path.with_name(CHECKSUMS)):
         content = read_json(record) if record.is_file() else None
         known = content.get("crc32", {}) if isinstance(content, dict) else {}
         if path.name in known and path.is_file():
             stat = path.stat()
-            found = crc32_once(path, stat.st_size, stat.st_mtime_ns)
-            if found != known[path.name]:
+            actual = crc32_once(path, stat.st_size, stat.st_mtime_ns)
+            if actual != known[path.name]:
                 raise ValueError(
-                    f"{path} is damaged: its CRC-32 is {found:08x}, in {record.name} it is {known[path.name]:08x}. Copy it again "
-                    f"from where it came, or make it again. If you changed it, remove 'crc32' and {SEAL!r} from {record.name}."
+                    f"{path} is damaged: its CRC-32 is {actual:08x}, in {record.name} it is "
+                    f"{known[path.name]:08x}. Copy it again from where it came, or make it again. "
+                    f"If you changed it, remove 'crc32' and {SEAL!r} from {record.name}."
                 )
             return
 
 
 @lru_cache(maxsize=256)
 def crc32_once(path: Path, size: int, modified: int) -> int:
-    """The CRC-32 of a file that has this size and was last modified then."""
+    """The CRC-32 of a file, cached for this size and modification time."""
     return crc32_of(path)
 
 
 def check_zip(path: Path) -> None:
-    """Raise ``ValueError`` for a zip archive (``.npz``, ``.pth``) with a part that differs from the CRC-32 in the archive.
+    """Raise ``ValueError`` if a member of a zip archive (``.npz``, ``.pth``) differs from its CRC-32.
 
-    A file is read once a process.
+    Each file is read once per process.
     """
     stat = path.stat()
     if (damage := damage_once(path, stat.st_size, stat.st_mtime_ns)) is not None:
@@ -201,7 +201,7 @@ def check_zip(path: Path) -> None:
 
 @lru_cache(maxsize=256)
 def damage_once(path: Path, size: int, modified: int) -> str | None:
-    """What is wrong in a zip archive that has this size and was last modified then."""
+    """The first damage in a zip archive or None, cached for this size and modification time."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -211,22 +211,22 @@ def damage_once(path: Path, size: int, modified: int) -> str | None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk is full, or what one may use of it."""
+    """Whether an error means that the disk or the user's quota is full."""
     return errno_of(error) in NO_ROOM
 
 
 def errno_of(error: BaseException) -> int | None:
-    """The operating system's number of an error, or of the one behind it; safetensors gives it in its text."""
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(said[1]) if said else getattr(error, "errno", None)
+    """The errno of an error or of its context; safetensors gives it only in the message."""
+    in_text = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(in_text[1]) if in_text else getattr(error, "errno", None)
     return errno_of(error.__context__) if number is None and error.__context__ is not None else number
 
 
 @contextmanager
 def naming_full(path: Path) -> Iterator[None]:
-    """A full disk in the block, whatever error says so, is an ``OSError`` that names ``path`` and the room there is.
+    """Turn any error of a full disk in the block into an ``OSError`` that gives the path and the free space.
 
-    torch does not say why it could not write: it is believed to be the room where there is hardly any.
+    torch does not report why a write failed, so a full disk is assumed when hardly any space is free.
     """
     try:
         yield
@@ -241,19 +241,19 @@ def naming_full(path: Path) -> Iterator[None]:
 
 @contextmanager
 def unless_full(path: Path, go_on: bool) -> Iterator[None]:
-    """With ``go_on``, a full disk in the block costs what it writes to ``path``, with a warning, and does not raise."""
+    """With ``go_on``, give up the file ``path`` with a warning when the disk is full in the block."""
     try:
         yield
     except Exception as error:
         if not (go_on and is_full(error)):
             raise
         log.warning("%s is left out: %s", path, error)
-        if path.is_file():  # half of it; a folder keeps what it had
+        if path.is_file():  # incomplete; a folder keeps its earlier content
             path.unlink()
 
 
 def folder_of_this_process(prefix: str) -> Path:
-    """A new folder among the temporary ones, which goes when the process ends."""
+    """Make a temporary folder that is removed when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -267,15 +267,15 @@ def free_bytes(folder: Path) -> int:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise ``NoSpaceError``, also a ``ValueError``, when fewer than ``needed`` bytes are free on the disk of ``folder``."""
+    """Raise ``NoSpaceError``, also a ``ValueError``, if the disk of ``folder`` has too few bytes free."""
     free = free_bytes(folder)
     if needed > free:
-        text = f"{folder}: {format_bytes(needed)} are to be written, but only {format_bytes(free)} are free on that disk."
-        raise NoSpaceError(errno.ENOSPC, text)
+        space = f"{format_bytes(needed)} are to be written, but only {format_bytes(free)} are free on that disk."
+        raise NoSpaceError(errno.ENOSPC, f"{folder}: {space}")
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Bytes for people: ``42.3 GB`` (powers of 1000)."""
+    """Format a number of bytes as in ``42.3 GB`` (powers of 1000)."""
     size = float(num_bytes)
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:

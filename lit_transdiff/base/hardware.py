@@ -1,4 +1,4 @@
-"""What devices can do: from their makers' data sheets, or measured where there is none."""
+"""The memory and speed of devices: from their data sheets, or measured."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ MEASURE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: memory in bytes, dense bfloat16 operations a second, and the bytes a second that collectives move."""
+    """A GPU: memory in bytes, dense bfloat16 FLOP/s, and link bandwidths in bytes per second."""
 
     memory: float
     flops: float
-    link: float  # of a GPU to the others of its node, one direction
-    network: float  # of a node of eight to the others, one direction
-    name: str  # a part of the name that the driver gives
+    link: float  # between GPUs of a node, per GPU and direction
+    network: float  # between nodes of eight GPUs, per node and direction
+    name: str  # part of the driver's name for it
 
     def collective_rate(self, gpus: int) -> float:
-        """Bytes a second at which a ring over so many GPUs sends; its hops between nodes are shared by all cards of a node."""
+        """Bytes per second of a ring over ``gpus`` GPUs, which share the network cards of their node."""
         return self.link if gpus <= 8 else min(self.link, self.network)
 
 
-# Data sheets of the makers; network: eight 400 Gb/s cards a node for H100 and later, eight of 200 Gb/s for A100, else one of 100.
+# From data sheets. Network cards of a node: 8 x 400 Gb/s (H100 and later), 8 x 200 Gb/s (A100), else 1 x 100.
 DEVICES: dict[str, Device] = {
     "b200": Device(180 * GB, 2250e12, 900 * GB, 400 * GB, "B200"),
     "h200": Device(141 * GB, 989e12, 450 * GB, 400 * GB, "H200"),
@@ -48,7 +48,7 @@ DEVICES: dict[str, Device] = {
 
 @dataclass(frozen=True)
 class Peak:
-    """Operations a second of a device at its best, and where the number is from."""
+    """The peak FLOP/s of a device, and the source of the number."""
 
     flops: float
     source: str
@@ -57,27 +57,29 @@ class Peak:
 
 @lru_cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
-    """What a device does at its best: as its data sheet says, or measured in the ``dtype`` that is computed in."""
+    """The peak of a device from its data sheet or, if it has none here, measured in ``dtype``."""
     known = data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if known is not None:
         return Peak(known.flops, f"dense bfloat16 of the {known.name}'s data sheet", measured=False)
-    return Peak(measure_flops(device, dtype), f"measured on products of {str(dtype).removeprefix('torch.')}", measured=True)
+    source = f"measured on products of {str(dtype).removeprefix('torch.')}"
+    return Peak(measure_flops(device, dtype), source, measured=True)
 
 
 def data_sheet(name: str) -> Device | None:
-    """The row of the GPU to which the driver gives ``name``; of several that fit, the one that says most."""
-    return max((known for known in DEVICES.values() if known.name in name), key=lambda known: len(known.name), default=None)
+    """The data sheet of the GPU with the driver's ``name``; the longest match wins."""
+    known = (sheet for sheet in DEVICES.values() if sheet.name in name)
+    return max(known, key=lambda sheet: len(sheet.name), default=None)
 
 
 @torch.no_grad()
 def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the fastest of some square products, which take ``MEASURE_SECONDS`` or little more."""
+    """The FLOP/s of the fastest square matrix product, measured in about ``MEASURE_SECONDS``."""
     on_gpu = device.type == "cuda"
     best, at_once, start = 0.0, 10 if on_gpu else 1, time.perf_counter()
     for size in (4096, 8192) if on_gpu else (512, 1024):
         matrix = torch.linspace(-1, 1, size**2, device=device).reshape(size, size).to(dtype)
         for product in products(device):
-            product(matrix, matrix)  # kernels are chosen and loaded
+            product(matrix, matrix)  # warm-up: kernels are chosen and loaded
             for _ in range(5):
                 if best and time.perf_counter() - start > MEASURE_SECONDS:
                     return best
@@ -91,7 +93,7 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def products(device: torch.device) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """The ways in which torch multiplies matrices on a device: on CPUs by MKL, and by oneDNN as ``models.linear`` does."""
+    """The matrix products of torch on a device: on CPUs by MKL, and by oneDNN as in ``models.linear``."""
     onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if device.type != "cpu" or onednn is None or not torch.backends.mkldnn.enabled:
         return [torch.matmul]
@@ -99,14 +101,14 @@ def products(device: torch.device) -> list[Callable[[Tensor, Tensor], Tensor]]:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when a GPU has done all that it was given."""
+    """Wait until a GPU has completed all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @lru_cache
 def mkl_lags() -> bool:
-    """Whether this CPU has AVX-512 that MKL does not use, since the processor is not its maker's, and oneDNN does."""
+    """Whether this CPU has AVX-512 that oneDNN uses and MKL does not, because it is not Intel's."""
     if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -118,7 +120,7 @@ def mkl_lags() -> bool:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most bytes that this process has held: on its GPU, or in main memory."""
+    """The peak memory of this process in bytes: on its GPU, or in main memory."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
@@ -126,7 +128,7 @@ def peak_memory(device: torch.device) -> float:
 
 @lru_cache
 def memory_here(device: str) -> float:
-    """All bytes of this machine's main memory (``device`` "cpu"), or of its largest GPU."""
+    """The size in bytes of the main memory (``device`` "cpu") or of the largest GPU."""
     if device != "cpu":
         return float(max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

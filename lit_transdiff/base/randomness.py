@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of named integers, so that they depend on no batch size, rank, worker or restart.
+"""Random numbers as pure functions of named integers, independent of batch size, rank, worker and restart.
 
 Shapes: B rows, G rows of the global batch.
 """
@@ -14,24 +14,24 @@ from torch import Tensor
 
 
 def mix(*parts: int | str) -> int:
-    """One 63-bit seed from several numbers and words; different parts give unrelated seeds."""
+    """Hash numbers and words to a 63-bit seed; different parts give unrelated seeds."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 class Normal(Protocol):
-    """Standard normal numbers of a shape, a row for each image of a batch: [B, *shape]."""
+    """A source of standard normal numbers, one row per image: [B, *shape]."""
 
     def __call__(self, *shape: int) -> Tensor: ...
 
     def shared(self) -> float:
-        """One more standard normal number, which all images have in common, on all devices and in all passes of a step."""
+        """One standard normal number that all images, devices and passes of a step have in common."""
 
 
 class PerImageNormal:
-    """Gaussian numbers from one generator per image: [B, *shape] a draw, each row a function of its seed alone.
+    """Gaussian numbers from one generator per image: [B, *shape], each row a function of its seed alone.
 
-    The generators are on the CPU, so that an image does not depend on the kind of device either.
+    The generators are on the CPU, so that an image does not depend on the type of device either.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -42,19 +42,19 @@ class PerImageNormal:
     def __call__(self, *shape: int) -> Tensor:
         numbers = torch.stack([torch.randn(shape, generator=g) for g in self.generators])
         if self.device.type == "cuda":
-            numbers = numbers.pin_memory()  # else the copy waits for the device
+            numbers = numbers.pin_memory()  # otherwise the copy waits for the device
         return numbers.to(self.device, non_blocking=True)
 
     def shared(self) -> float:
-        """The same always: what images of their own seeds have in common depends on none of them."""
+        """Always the same sequence: shared numbers cannot depend on the seed of one image."""
         return torch.randn((), generator=self.common).item()
 
 
 class GlobalBatchNormal:
-    """Gaussian numbers of a global batch, of which a rank and micro-step takes its own rows.
+    """Gaussian numbers of a global batch, of which each rank and micro-step takes its own rows.
 
-    Every rank draws the whole batch on its device (G numbers of ``shape``) and keeps ``rows``: a millisecond on a GPU, and the
-    run's randomness is the same for any number of ranks and any accumulation.
+    Every rank samples the whole batch on its device (G numbers of ``shape``) and keeps ``rows``. This takes a
+    millisecond on a GPU and makes the randomness independent of the number of ranks and of accumulation.
     """
 
     def __init__(self, seed: int, global_batch_size: int, rows: Tensor) -> None:
@@ -68,5 +68,5 @@ class GlobalBatchNormal:
         return numbers[self.rows]
 
     def shared(self) -> float:
-        """The same on every rank, at hand without waiting for the device."""
+        """The same number on every rank, without waiting for the device."""
         return torch.randn((), generator=self.common).item()

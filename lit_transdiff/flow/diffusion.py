@@ -1,9 +1,10 @@
-"""Diffusion in discrete steps with a learned variance (arXiv 2102.09672): the chain, its loss, and ancestral sampling.
+"""Diffusion in discrete steps with a learned variance (arXiv 2102.09672): chain, loss and ancestral sampling.
 
-Steps are 0 (almost data) to n - 1 (noise): x_t = signal x + sigma noise. A network predicts the noise and, after it, as many
-values in [-1, 1] that choose between the least and the largest variance of a step backwards.
+Steps run from 0 (almost data) to n - 1 (noise): x_t = signal x + sigma noise. The network predicts the noise
+and, in as many further channels, values in [-1, 1] that interpolate between the smallest and largest reverse
+variance.
 
-Shapes: x, noise, x_t [R, C, ...]; what is predicted of them [R, 2 C, ...]; step [R], whole numbers.
+Shapes: x, noise, x_t [R, C, ...]; the network's output [R, 2 C, ...]; step [R], integers.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from lit_transdiff.flow.guidance import GUIDANCE, guide
 from lit_transdiff.flow.process import Process, Unsolved
 from lit_transdiff.flow.solvers import DrawNoise
 
-StepPrediction = Callable[[Tensor, int], Tensor]  # x_t [R, C, ...], a step -> [R, 2 C, ...]
+StepPrediction = Callable[[Tensor, int], Tensor]  # x_t [R, C, ...], step -> [R, 2 C, ...]
 BIN = 1 / 255  # half the width of a grey value in [-1, 1]
 LEAST_PROBABILITY = 1e-12
 
 
 class Coefficients(NamedTuple):
-    """Those of single steps, float32: of the path, and of the Gaussian of the step before, given x and x_t."""
+    """Coefficients of single steps, float32: of x_t, and of the posterior of the preceding state."""
 
     signal: Tensor
     sigma: Tensor
@@ -38,70 +39,72 @@ class Coefficients(NamedTuple):
     largest_log_variance: Tensor
 
     def mean(self, x: Tensor, x_t: Tensor) -> Tensor:
-        """The mean of the state one step before ``x_t``, when the data are ``x``."""
+        """The posterior mean of the state one step before ``x_t``, given the data ``x``."""
         return self.of_x * x + self.of_x_t * x_t
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """A chain of n steps."""
+    """A diffusion chain of n steps."""
 
     betas: Tensor  # [n], float64: the variance that each step adds
-    steps: tuple[int, ...]  # the number of each in the chain that the network is trained on
+    steps: tuple[int, ...]  # their numbers in the chain of training
 
     def __len__(self) -> int:
         return len(self.steps)
 
     @property
-    def kept(self) -> Tensor:
-        """The part of the data's variance that is left after each step, [n]."""
+    def alphas_cumprod(self) -> Tensor:
+        """The share of the data's variance that remains after each step, [n]."""
         return (1 - self.betas).cumprod(0)
 
     def noised(self, x: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        """x_t."""
+        """x_t of the forward process."""
         k = self.at(step, x)
         return k.signal * x + k.sigma * noise
 
     def at(self, step: Tensor, like: Tensor) -> Coefficients:
-        """The coefficients of ``step``, with trailing axes, so that they multiply ``like``."""
+        """The coefficients of ``step``, with trailing axes for broadcasting against ``like``."""
         rows = self.table.to(step.device)[:, step]
         return Coefficients(*rows.reshape(rows.shape + (1,) * (like.ndim - step.ndim)))
 
     @cached_property
     def table(self) -> Tensor:
-        """The ``Coefficients`` of all steps, [6, n], float32 from float64."""
-        kept = self.kept
-        before = torch.cat([kept.new_ones(1), kept[:-1]])
-        variance = self.betas * (1 - before) / (1 - kept)
-        variance[0] = variance[min(1, len(self) - 1)]  # the first is 0, whose logarithm is none
-        of_x, of_x_t = self.betas * before.sqrt() / (1 - kept), (1 - before) * (1 - self.betas).sqrt() / (1 - kept)
-        return torch.stack([kept.sqrt(), (1 - kept).sqrt(), of_x, of_x_t, variance.log(), self.betas.log()]).float()
+        """The ``Coefficients`` of all steps, [6, n], computed in float64 and stored in float32."""
+        after = self.alphas_cumprod
+        before = torch.cat([after.new_ones(1), after[:-1]])
+        variance = self.betas * (1 - before) / (1 - after)
+        variance[0] = variance[min(1, len(self) - 1)]  # the first is 0 and has no logarithm
+        of_x = self.betas * before.sqrt() / (1 - after)
+        of_x_t = (1 - before) * (1 - self.betas).sqrt() / (1 - after)
+        return torch.stack([after.sqrt(), (1 - after).sqrt(), of_x, of_x_t, variance.log(), self.betas.log()]).float()
 
     def respaced(self, steps: list[int]) -> Chain:
-        """The chain of some of the ``steps``, in rising order, that keeps as much of the data at each."""
-        kept = self.kept[steps]
-        return Chain(1 - kept / torch.cat([kept.new_ones(1), kept[:-1]]), tuple(self.steps[i] for i in steps))
+        """The chain of a subset of ``steps``, in rising order, with the same signal and noise at each."""
+        after = self.alphas_cumprod[steps]
+        betas = 1 - after / torch.cat([after.new_ones(1), after[:-1]])
+        return Chain(betas, tuple(self.steps[i] for i in steps))
 
 
 def cosine_chain(num_steps: int = 1000) -> Chain:
-    """Betas of arXiv 2102.09672, eq. 17."""
+    """The cosine schedule of arXiv 2102.09672, eq. 17."""
     share = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    kept = torch.cos((share + 0.008) / 1.008 * math.pi / 2).square()
-    return Chain((1 - kept[1:] / kept[:-1]).clamp(max=0.999), tuple(range(num_steps)))
+    after = torch.cos((share + 0.008) / 1.008 * math.pi / 2).square()
+    return Chain((1 - after[1:] / after[:-1]).clamp(max=0.999), tuple(range(num_steps)))
 
 
 def linear_chain(num_steps: int = 1000) -> Chain:
-    """Betas of arXiv 2006.11239."""
+    """The linear schedule of arXiv 2006.11239."""
     return Chain(torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64), tuple(range(num_steps)))
 
 
 def even_steps(num_steps: int, length: int) -> list[int]:
-    """n steps from the first to the last at equal distances (the spacing of the released sampler)."""
+    """n equidistant steps from the first to the last (the spacing of the released sampler)."""
     return [round(i * (length - 1) / (num_steps - 1)) for i in range(num_steps)]
 
 
 def strided_steps(num_steps: int, length: int) -> list[int]:
-    """n steps from the first on, of which the last is a stride before the end."""
+    """n equidistant steps from the first on; the last is one stride before the end."""
     return [i * length // num_steps for i in range(num_steps)]
 
 
@@ -114,13 +117,13 @@ def draw_steps(normal: Tensor, chain: Chain) -> Tensor:
 
 
 def diffusion_loss(output: Tensor, x: Tensor, noise: Tensor, step: Tensor, x_t: Tensor, chain: Chain) -> Tensor:
-    """Mean squared error of the noise plus the variational bound in bits, which trains the variance alone: [R]."""
+    """Mean squared error of the noise plus the variational bound, which trains only the variance: [R]."""
     error = (output.chunk(2, dim=1)[0] - noise).square()
     return error.flatten(1).mean(1) + variational_bound(output, x, step, x_t, chain)
 
 
 def variational_bound(output: Tensor, x: Tensor, step: Tensor, x_t: Tensor, chain: Chain) -> Tensor:
-    """Bits that the predicted step backwards takes beyond the true one or, at step 0, that the data take as grey values: [R]."""
+    """The variational bound in bits, [R]: KL divergence of the reverse step, or at step 0 -log p(x)."""
     k = chain.at(step, x)
     noise, values = output.chunk(2, dim=1)
     mean, log_variance = backwards(noise.detach(), values, x_t, k)
@@ -132,14 +135,14 @@ def variational_bound(output: Tensor, x: Tensor, step: Tensor, x_t: Tensor, chai
 
 
 def backwards(noise: Tensor, values: Tensor, x_t: Tensor, k: Coefficients) -> tuple[Tensor, Tensor]:
-    """Mean and logarithmic variance of the state one step before ``x_t``, of predicted noise and variance values."""
+    """Mean and log variance of the reverse step from ``x_t``, from predicted noise and variance values."""
     share = (values + 1) / 2
     log_variance = share * k.largest_log_variance + (1 - share) * k.least_log_variance
     return k.mean(x_t / k.signal - (k.sigma / k.signal) * noise, x_t), log_variance
 
 
 def log_probability(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Logarithm of the probability that a Gaussian gives to the grey value around ``x``; the outer ones reach to infinity."""
+    """Log probability of the grey value around ``x`` under a Gaussian; the outer bins reach to infinity."""
     scale = (-log_variance / 2).exp()
     above, below = normal_cdf(scale * (x - mean + BIN)), normal_cdf(scale * (x - mean - BIN))
     probability = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
@@ -147,15 +150,16 @@ def log_probability(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the normal distribution function with which the published models are trained."""
+    """The tanh approximation of the normal CDF with which the published models were trained."""
     return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
 @torch.no_grad()
 def ancestral(predict: StepPrediction, x: Tensor, chain: Chain, draw: DrawNoise, config: SamplingConfig) -> Tensor:
-    """Carry noise ``x`` [B, ...] to data by ``num_steps`` steps of the ``chain``; ``noise_scale`` is the temperature.
+    """Sample data from noise ``x`` [B, ...] in ``num_steps`` steps; ``noise_scale`` is the temperature.
 
-    ``predict`` is told the step's number in the whole chain; ``draw()`` gives Gaussian numbers of x's shape.
+    ``predict`` receives the step's number in the training chain; ``draw()`` returns Gaussian noise of x's
+    shape.
     """
     chain = chain.respaced(SPACINGS[config.grid](config.num_steps, len(chain)))
     table = chain.table.to(x.device)
@@ -166,25 +170,25 @@ def ancestral(predict: StepPrediction, x: Tensor, chain: Chain, draw: DrawNoise,
     return x
 
 
-CHAIN_SOLVERS: dict[str, Callable[[StepPrediction, Tensor, Chain, DrawNoise, SamplingConfig], Tensor]] = {"ancestral": ancestral}
+ChainSolver = Callable[[StepPrediction, Tensor, Chain, DrawNoise, SamplingConfig], Tensor]
+CHAIN_SOLVERS: dict[str, ChainSolver] = {"ancestral": ancestral}
 
 
 class Diffusion(Process):
-    """Noise in discrete steps, taken away again by ancestral sampling."""
+    """Diffusion in discrete steps with ancestral sampling."""
 
     predictions = ("noise_and_variance",)
     chain: ClassVar[Callable[[], Chain]]
 
     @classmethod
     def check(cls, config: FlowConfig) -> None:
-        """Refuse the settings of the continuous path, which nothing reads."""
-        refuse_changed(
-            "flow", config, ("density", "density_mean", "density_std", "shift", "discretize", "objective", "loss_terms")
-        )
+        """Refuse changed settings of the continuous path, which have no effect here."""
+        unread = ("density", "density_mean", "density_std", "shift", "discretize", "objective", "loss_terms")
+        refuse_changed("flow", config, unread)
 
     @classmethod
     def check_sampling(cls, sampling: SamplingConfig) -> None:
-        """Refuse a solver or a grid that is not of a chain, and more steps than it has."""
+        """Refuse solvers and grids of other processes, and more steps than the chain has."""
         for field, table in (("solver", CHAIN_SOLVERS), ("grid", SPACINGS), ("guidance", GUIDANCE)):
             if getattr(sampling, field) not in table:
                 raise unknown(f"sampling.{field}", getattr(sampling, field), table)
@@ -222,19 +226,20 @@ class Diffusion(Process):
 
 
 class CosineDiffusion(Diffusion):
-    """With the betas of arXiv 2102.09672."""
+    """Diffusion with the cosine schedule of arXiv 2102.09672."""
 
     chain = staticmethod(cosine_chain)
 
 
 class LinearDiffusion(Diffusion):
-    """With the betas of arXiv 2006.11239."""
+    """Diffusion with the linear schedule of arXiv 2006.11239."""
 
     chain = staticmethod(linear_chain)
 
 
 def refuse_changed(section: str, settings: Any, names: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a setting that differs from its default, because nothing reads it."""
+    """Raise ``ValueError`` for a setting that differs from its default although it has no effect."""
     for name in names:
         value, default = getattr(settings, name), getattr(type(settings)(), name)
-        require(value == default, f"{section}.{name}", value, f"{default!r}, which a diffusion in discrete steps does not read")
+        allowed = f"{default!r}, which a diffusion in discrete steps does not read"
+        require(value == default, f"{section}.{name}", value, allowed)

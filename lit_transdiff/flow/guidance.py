@@ -1,4 +1,4 @@
-"""Classifier-free guidance, as a wrapper that makes one velocity of two."""
+"""Classifier-free guidance: a wrapper that combines two velocities into one."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from lit_transdiff.flow.solvers import Velocity
 
-TIME_TOLERANCE = 1e-6  # of the times of a grid, which are float32: the one at 0.7 is in [0.7, 1]
+TIME_TOLERANCE = 1e-6  # grid times are float32; that of 0.7 must lie in [0.7, 1]
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # x_t, t -> conditional and unconditional velocity
-Schedule = Callable[[float, float], float]  # the largest scale, t -> the scale at t
+Schedule = Callable[[float, float], float]  # maximal scale, t -> scale at t
 
 
 def constant_scale(scale: float, t: float) -> float:
-    """The same scale at all times, and of all parts."""
+    """The same scale for all times, or all parts."""
     return scale
 
 
 def rising(scale: float, t: float) -> float:
-    """No guidance at noise (t = 1), then linearly up to the whole scale at data (t = 0)."""
+    """No guidance at noise (t = 1), rising linearly to the full scale at data (t = 0)."""
     return 1 + (scale - 1) * (1 - t)
 
 
@@ -27,11 +27,11 @@ GUIDANCE: dict[str, Schedule] = {"constant": constant_scale, "rising": rising}
 
 
 def growing(scale: float, progress: float) -> float:
-    """Linear in the share of the image that is drawn with this part, up to the whole scale at the last one."""
+    """Rise linearly with the share of the image sampled so far, to the full scale at the last part."""
     return 1 + (scale - 1) * progress
 
 
-# The largest scale, the share of the image that is drawn with a part (0 to 1) -> the largest scale of the part.
+# Maximal scale, share of the image sampled including this part (0 to 1) -> maximal scale of the part.
 PART_GUIDANCE: dict[str, Schedule] = {"constant": constant_scale, "growing": growing}
 
 
@@ -44,7 +44,8 @@ def guide(
 ) -> Velocity:
     """v = u + scale(t) (c - u) where low <= t <= high, else c (arXiv 2207.12598; interval: arXiv 2404.07724).
 
-    ``both`` gives (c, u) in one pass. It is never called outside the interval, nor for a scale of 1, which is no guidance.
+    ``both`` returns (c, u) in one pass. It is never called outside the interval or for a scale of 1 (no
+    guidance).
     """
     if scale < 1:
         raise ValueError(f"guidance scale: got {scale!r}; allowed: at least 1 (no guidance).")

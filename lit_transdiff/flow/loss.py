@@ -1,6 +1,6 @@
-"""Densities of t, and the flow-matching loss: an objective, and terms that are added to it.
+"""Densities of t, and the flow-matching loss: an objective plus weighted loss terms.
 
-Shapes: x [B, ...] clean latents, noise [B, ...], t [B]. Randomness is an argument: numbers that are uniform or normal.
+Shapes: x [B, ...] clean latents, noise [B, ...], t [B]. Randomness is an argument: uniform or normal numbers.
 """
 
 from __future__ import annotations
@@ -16,36 +16,38 @@ from lit_transdiff.flow.path import expand_like, target_velocity
 
 
 def logit_normal(normal: Tensor, config: FlowConfig) -> Tensor:
-    """t = sigmoid(mean + std n): the paper's density with mean 0 and std 1."""
+    """t = sigmoid(mean + std n); the paper uses mean 0 and std 1."""
     return torch.sigmoid(config.density_mean + config.density_std * normal)
 
 
 def uniform(normal: Tensor, config: FlowConfig) -> Tensor:
-    """t uniform in (0, 1), as the normal distribution function of n."""
+    """t uniform in (0, 1): the normal CDF of n."""
     return torch.special.ndtr(normal)
 
 
-DENSITIES: dict[str, Callable[[Tensor, FlowConfig], Tensor]] = {"logit_normal": logit_normal, "uniform": uniform}
+Density = Callable[[Tensor, FlowConfig], Tensor]  # standard normal numbers -> t
+DENSITIES: dict[str, Density] = {"logit_normal": logit_normal, "uniform": uniform}
 
 
 def draw_times(normal: Tensor, config: FlowConfig) -> Tensor:
     """Training times in [0, 1] from standard normal numbers of any shape, float32.
 
-    The density is shifted (above 1: towards noise; arXiv 2403.03206, eq. 23) and, as an option, truncated to multiples of
-    1 / n, which the reference does with n = 1000. These are float64: 1000 times the float32 k / 1000 is not k for some k.
+    The density is shifted (above 1: towards noise; arXiv 2403.03206, eq. 23) and optionally truncated to
+    multiples of 1 / n; the reference uses n = 1000. These are float64, because 1000 times the float32 k /
+    1000 is not k for some k.
     """
     t = shift_times(DENSITIES[config.density](normal.float(), config), config.shift)
     return t if config.discretize is None else torch.floor(t * config.discretize).double() / config.discretize
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """t -> s t / (1 + (s - 1) t), written such that 0 and 1 stay exactly what they are; the identity for s = 1."""
+    """t -> s t / (1 + (s - 1) t), written so that 0 and 1 are exact fixed points; the identity for s = 1."""
     return t if shift == 1 else t / (t + (1 - t) / shift)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A velocity that the network has predicted, and what it was predicted from: all [B, ...], and t [B]."""
+    """A predicted velocity with the x, noise, t and x_t behind it: all [B, ...], t [B]."""
 
     velocity: Tensor
     x: Tensor
@@ -73,12 +75,12 @@ def velocity_error(prediction: Prediction, config: FlowConfig) -> Tensor:
 
 
 def clean_error(prediction: Prediction, config: FlowConfig) -> Tensor:
-    """Mean squared error of the clean latents: that of the velocity, weighted by t^2."""
+    """Mean squared error of the clean latents, i.e. that of the velocity weighted by t^2."""
     return (prediction.clean - prediction.x).square().flatten(1).mean(1)
 
 
 def direction_error(prediction: Prediction, config: FlowConfig) -> Tensor:
-    """1 - the cosine between predicted and true velocity (the velocity direction loss of arXiv 2501.01423)."""
+    """1 - cosine similarity of predicted and true velocity (direction loss of arXiv 2501.01423)."""
     return 1 - nn.functional.cosine_similarity(prediction.velocity.flatten(1), prediction.target.flatten(1))
 
 
@@ -87,7 +89,7 @@ LOSS_TERMS: dict[str, LossFn] = {"direction": direction_error}
 
 
 def flow_matching_loss(prediction: Prediction, config: FlowConfig | None = None) -> Tensor:
-    """The objective of every row and the weighted loss terms, [B]; the loss of a batch is its mean."""
+    """The objective plus weighted loss terms of every row, [B]; the batch loss is the mean."""
     config = config or FlowConfig()
     rows = OBJECTIVES[config.objective](prediction, config)
     for name, weight in config.loss_terms.items():
@@ -96,7 +98,7 @@ def flow_matching_loss(prediction: Prediction, config: FlowConfig | None = None)
 
 
 def check_flow(config: FlowConfig) -> None:
-    """Refuse a density, an objective or a loss term that is in no table."""
+    """Refuse unknown densities, objectives and loss terms."""
     if config.density not in DENSITIES:
         raise unknown("flow.density", config.density, DENSITIES)
     if config.objective not in OBJECTIVES:

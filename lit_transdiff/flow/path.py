@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def expand_like(t: Tensor, like: Tensor) -> Tensor:
-    """``t`` [B] (or a scalar) with trailing axes, so that it multiplies ``like`` [B, ...] row by row."""
+    """``t`` [B] (or a scalar) with trailing axes for broadcasting against ``like`` [B, ...]."""
     return t.float().reshape(t.shape + (1,) * (like.ndim - t.ndim)) if t.ndim else t.float()
 
 

@@ -1,6 +1,6 @@
-"""How data become noise in training, and noise becomes data in sampling: the processes that families of models go by.
+"""The interface of a process: how data become noise in training, and noise becomes data in sampling.
 
-Shapes: n rows (parts of images), of any shape each. Times are of the process: numbers or whole numbers.
+Shapes: n rows (parts of images) of any shape. Times are in the unit of the process: floats or integers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lit_transdiff.flow.solvers import DrawNoise
 
 
 class Unsolved(Protocol):
-    """A part that is to be drawn (see ``models.paradigm.Problem``)."""
+    """A part that is to be sampled (see ``models.paradigm.Problem``)."""
 
     def predict(self, x_t: Tensor, t: float) -> Tensor: ...
 
@@ -24,23 +24,24 @@ class Unsolved(Protocol):
 
 
 class Process(ABC):
-    """A process of a run; ``prediction`` is the word for what the network predicts."""
+    """The noise process of a run; ``prediction`` names the network's output."""
 
-    predictions: ClassVar[Collection[str]]  # the words that it knows
+    predictions: ClassVar[Collection[str]]  # the names that it supports
 
     def __init__(self, config: FlowConfig, prediction: str) -> None:
-        require(prediction in self.predictions, f"prediction of {type(self).__name__}", prediction, " or ".join(self.predictions))
+        allowed = " or ".join(self.predictions)
+        require(prediction in self.predictions, f"prediction of {type(self).__name__}", prediction, allowed)
         self.config, self.prediction = config, prediction
 
     @classmethod
     @abstractmethod
     def check(cls, config: FlowConfig) -> None:
-        """Refuse settings of training that it does not know or does not read."""
+        """Refuse training settings that are unknown to it or have no effect."""
 
     @classmethod
     @abstractmethod
     def check_sampling(cls, sampling: SamplingConfig) -> None:
-        """Refuse settings of sampling that it does not know or does not read."""
+        """Refuse sampling settings that are unknown to it or have no effect."""
 
     @abstractmethod
     def times(self, normal: Tensor) -> Tensor:
@@ -48,16 +49,16 @@ class Process(ABC):
 
     @abstractmethod
     def share(self, t: Tensor) -> Tensor:
-        """Of noise at times of any shape, from 0 to 1, by which losses are sorted for people."""
+        """The noise level in [0, 1] at times of any shape, by which losses are binned for reporting."""
 
     @abstractmethod
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t of rows x and noise [n, ...] at t [n]."""
+        """x_t for rows x and noise [n, ...] at t [n]."""
 
     @abstractmethod
     def losses(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
-        """The loss [n] of rows of which the network said ``output`` [n, ...]."""
+        """The loss [n] of rows with the network's ``output`` [n, ...]."""
 
     @abstractmethod
     def solve(self, problem: Unsolved, noise: Tensor, draw: DrawNoise, sampling: SamplingConfig) -> Tensor:
-        """Carry ``noise`` [B, ...] to data, guided with ``sampling.guidance_scale``; ``draw()`` gives more of its shape."""
+        """Integrate ``noise`` [B, ...] to data with guidance; ``draw()`` returns more noise of its shape."""

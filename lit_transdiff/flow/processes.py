@@ -1,4 +1,4 @@
-"""The processes by the name that a family of models gives: a class each."""
+"""The table of noise processes, by the name that a family of models uses."""
 
 from __future__ import annotations
 

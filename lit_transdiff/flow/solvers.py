@@ -1,8 +1,8 @@
-"""Time grids, and the integrators that carry noise (t = 1) to data (t = 0).
+"""Time grids, and the integrators from noise (t = 1) to data (t = 0).
 
-A solver is ``solver(velocity, x, grid, draw, config) -> x``: ``x`` [B, ...] is the state at ``grid[0]``, ``grid`` a falling
-list of times that ends in 0, ``velocity(x, t)`` is the field at a time that all rows share, and ``draw()`` gives fresh Gaussian
-numbers of x's shape (deterministic solvers never call it).
+A solver is ``solver(velocity, x, grid, draw, config) -> x``: ``x`` [B, ...] is the state at ``grid[0]``,
+``grid`` a falling list of times that ends in 0, ``velocity(x, t)`` the field at a time shared by all rows,
+and ``draw()`` returns fresh Gaussian noise of x's shape (deterministic solvers never call it).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Solver = Callable[[Velocity, Tensor, list[float], DrawNoise, SamplingConfig], Te
 
 
 def paper_grid(num_steps: int) -> Tensor:
-    """n times from 1 to 0.04 at equal distances, then 0 (the grid of the released sampler)."""
+    """n equidistant times from 1 to 0.04, then 0 (the grid of the released sampler)."""
     return torch.cat([torch.linspace(1, 0.04, num_steps), torch.zeros(1)])
 
 
 def uniform_grid(num_steps: int) -> Tensor:
-    """n + 1 times from 1 to 0 at equal distances."""
+    """n + 1 equidistant times from 1 to 0."""
     return torch.linspace(1, 0, num_steps + 1)
 
 
@@ -36,14 +36,14 @@ GRIDS: dict[str, Callable[[int], Tensor]] = {"paper": paper_grid, "uniform": uni
 
 
 def time_grid(config: SamplingConfig) -> list[float]:
-    """The falling times of a sampler, n + 1 of them; a shift above 1 spends more of them near noise."""
+    """The n + 1 falling times of a sampler; a shift above 1 puts more of them near noise."""
     return shift_times(GRIDS[config.grid](config.num_steps), config.shift).tolist()
 
 
 def euler_maruyama(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig) -> Tensor:
     """The paper's stochastic sampler: drift v - t score = (2 - t) v + x and diffusion 2 t (section 3.2).
 
-    Drift and noise are scaled by ``drift_scale`` and ``noise_scale`` in every step but the last, which is plain.
+    Drift and noise are scaled by ``drift_scale`` and ``noise_scale`` in every step except the last.
     """
     for i, (t, t_next) in enumerate(pairwise(grid)):
         last = i == len(grid) - 2
@@ -58,14 +58,14 @@ def euler_maruyama(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawN
 
 
 def euler(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig) -> Tensor:
-    """First order, one evaluation a step."""
+    """Euler: first order, one evaluation per step."""
     for t, t_next in pairwise(grid):
         x = x + (t_next - t) * velocity(x, t)
     return x
 
 
 def heun(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig) -> Tensor:
-    """Second order, two evaluations a step: the trapezoid rule with an Euler predictor."""
+    """Heun: second order, two evaluations per step (the trapezoidal rule with an Euler predictor)."""
     for t, t_next in pairwise(grid):
         v = velocity(x, t)
         v_next = velocity(x + (t_next - t) * v, t_next)
@@ -74,9 +74,9 @@ def heun(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, conf
 
 
 def adams_bashforth(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig) -> Tensor:
-    """Second order, one evaluation a step: extrapolates from the step before, for steps of any length.
+    """Adams-Bashforth: second order, one evaluation per step, for steps of any length.
 
-    The first step has nothing before it and is a Heun step.
+    It extrapolates from the previous step; the first step is a Heun step.
     """
     v_before, dt_before = velocity(x, grid[0]), grid[1] - grid[0]
     x = x + dt_before * (v_before + velocity(x + dt_before * v_before, grid[1])) / 2
@@ -97,5 +97,5 @@ SOLVERS: dict[str, Solver] = {
 
 @torch.no_grad()
 def solve(velocity: Velocity, noise: Tensor, config: SamplingConfig, draw: DrawNoise) -> Tensor:
-    """Carry ``noise`` [B, ...] to data with the configured grid and solver."""
+    """Integrate ``noise`` [B, ...] to data with the configured grid and solver."""
     return SOLVERS[config.solver](velocity, noise, time_grid(config), draw, config)

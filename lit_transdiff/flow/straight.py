@@ -1,6 +1,6 @@
-"""The process of flow matching: the linear path, with the objective, the density and the solver of the run's settings.
+"""The process of flow matching: the linear path with the run's objective, density and solver.
 
-Shapes: n rows (parts of images), of any shape each.
+Shapes: n rows (parts of images) of any shape.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lit_transdiff.flow.path import expand_like, interpolate
 from lit_transdiff.flow.process import Process, Unsolved
 from lit_transdiff.flow.solvers import GRIDS, SOLVERS, DrawNoise, solve
 
-NEAREST = 0.05  # the smallest t, and 1 - t, by which a prediction of clean data or of noise is divided
+NEAREST = 0.05  # lower bound of the divisors t and 1 - t, when the network predicts clean data or noise
 VelocityOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # prediction, x_t [n, ...], t [n] or scalar
 VELOCITIES: dict[str, VelocityOf] = {
     "velocity": lambda output, x_t, t: output,
@@ -27,7 +27,7 @@ VELOCITIES: dict[str, VelocityOf] = {
 
 
 class Flow(Process):
-    """The linear path of ``flow.path``, with the objective, the density and the solver of the run's settings."""
+    """Flow matching on the linear path of ``flow.path``."""
 
     predictions = VELOCITIES
 
@@ -37,7 +37,7 @@ class Flow(Process):
 
     @classmethod
     def check_sampling(cls, sampling: SamplingConfig) -> None:
-        """Refuse a solver, a grid or a schedule of guidance that is in no table."""
+        """Refuse unknown solvers, grids and guidance schedules."""
         for field, table in (("solver", SOLVERS), ("grid", GRIDS), ("guidance", GUIDANCE)):
             if getattr(sampling, field) not in table:
                 raise unknown(f"sampling.{field}", getattr(sampling, field), table)
@@ -56,7 +56,7 @@ class Flow(Process):
         return flow_matching_loss(prediction, self.config)
 
     def velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """That which a prediction implies."""
+        """The velocity implied by the network's output."""
         return VELOCITIES[self.prediction](output, x_t, t)
 
     def solve(self, problem: Unsolved, noise: Tensor, draw: DrawNoise, sampling: SamplingConfig) -> Tensor:

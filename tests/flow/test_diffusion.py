@@ -37,7 +37,7 @@ def least_log_variance(chain: Chain) -> Tensor:
 def test_the_cosine_chain():
     case, chain = tensors(NAME), cosine_chain()
     check(NAME, "betas", chain.betas, case)
-    check(NAME, "alphas_cumprod", chain.kept, case)
+    check(NAME, "alphas_cumprod", chain.alphas_cumprod, case)
     check(NAME, "posterior_log_variance_clipped", least_log_variance(chain), case)
 
 
@@ -60,7 +60,7 @@ def test_strides():
 def test_a_respaced_chain_keeps_as_much_of_the_data_and_a_whole_one_is_the_same(name: str):
     chain = CHAINS[name]()
     short = chain.respaced([10, 500, 990])
-    torch.testing.assert_close(short.kept, chain.kept[[10, 500, 990]])
+    torch.testing.assert_close(short.alphas_cumprod, chain.alphas_cumprod[[10, 500, 990]])
     torch.testing.assert_close(chain.respaced(list(range(1000))).betas, chain.betas)
     assert short.respaced([0, 2]).steps == (10, 990)
 
@@ -85,7 +85,7 @@ def test_the_step_backwards_is_bayes_rule(name: str):
     chain, x, x_t = CHAINS[name](), torch.randn(998), torch.randn(998)
     step = torch.arange(1, 999)
     k = chain.at(step, x)
-    beta, before = chain.betas[step], chain.kept[step - 1]
+    beta, before = chain.betas[step], chain.alphas_cumprod[step - 1]
     precision = (1 - beta) / beta + 1 / (1 - before)
     mean = ((1 - beta).sqrt() * x_t / beta + before.sqrt() * x / (1 - before)) / precision
     torch.testing.assert_close(k.mean(x, x_t), mean, rtol=0, atol=1e-5)
@@ -130,7 +130,7 @@ def test_ancestral_sampling_of_known_data_ends_in_it(grid: str):
 
     def predict(x_t: Tensor, step: int) -> Tensor:
         told.append(step)
-        kept = chain.kept[step]
+        kept = chain.alphas_cumprod[step]
         return torch.cat([(x_t - kept.sqrt() * data) / (1 - kept).sqrt(), torch.zeros_like(x_t)], dim=1)
 
     config = SamplingConfig(num_steps=10, grid=grid)
