@@ -46,7 +46,7 @@ test-numeric: install
 	$(OTHER_CPU) $(BIN)/python -m pytest -m "numeric and not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-all: install
 	$(PYTEST)

@@ -115,22 +115,23 @@ def test_two_processes_take_the_steps_of_one(folder: Path, kind: str, strategy: 
 
 
 @pytest.fixture(scope="module")
-def eager(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process whose blocks are not compiled."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process whose blocks are not compiled, and one of each strategy whose blocks are: name = strategy."""
+    if not can_compile("cpu"):
+        pytest.skip("torch.compile does not work on this machine")
     root = tmp_path_factory.mktemp("compiled")
-    fit_all(root, 1, [(settings(root, "plain", "single", **BRIEF), None)])
+    fast = {**BRIEF, "training": {**BRIEF["training"], "compile": True, "activation_checkpointing": "decoder"}}
+    runs = {name: settings(root, "plain", name, "-compiled", **fast) for name in STRATEGIES}
+    single = [(settings(root, "plain", "single", **BRIEF), None), (runs.pop("single"), None)]
+    output = fit_all(root, 1, single) + fit_all(root, 2, [(run, None) for run in runs.values()])
+    assert "run eagerly" not in output
     return root
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_compiled_blocks_take_the_same_steps(eager: Path, strategy: str):
-    if not can_compile("cpu"):
-        pytest.skip("torch.compile does not work on this machine")
-    fast = {**BRIEF, "training": {**BRIEF["training"], "compile": True, "activation_checkpointing": "decoder"}}
-    said = fit_all(eager, 1 if strategy == "single" else 2, [(settings(eager, "plain", strategy, "-compiled", **fast), None)])
-    assert "run eagerly" not in said
-    assert_same_run(eager / "plain-single", eager / f"plain-{strategy}-compiled", 1e-5)
+def test_compiled_blocks_take_the_same_steps(compiled: Path, strategy: str):
+    assert_same_run(compiled / "plain-single", compiled / f"plain-{strategy}-compiled", 1e-5)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from tests.helpers.fuzz.world import picture_of
 
 STATUSES = (0, 1, 2, 75, 76, 130)
 FAST = range(100)
-SEED, COUNT = int(os.environ.get("FUZZ_SEED", 10_000)), int(os.environ.get("FUZZ_COUNT", 1500))
+SEED, COUNT = int(os.environ.get("FUZZ_SEED", 10_000)), int(os.environ.get("FUZZ_COUNT", 500))
 
 
 def faults_of(seed: int, world: Path) -> tuple[str, list[str]]:

@@ -35,7 +35,7 @@ def break_off_at(step: int | None) -> None:
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(280, exit=True)
+    faulthandler.dump_traceback_later(880, exit=True)
     torch.set_num_threads(1)
     for settings, step in json.loads(Path(sys.argv[1]).read_text()):
         print("fit", settings["name"], flush=True)

@@ -53,7 +53,7 @@ def fit_all(folder: Path, processes: int, plan: list[tuple[RunConfig, int | None
     """All fits of a plan in the same processes; see ``fits``. Returns the output."""
     file = folder / f"plan-{processes}-{len(plan)}.json"
     file.write_text(json.dumps([[to_dict(run), step] for run, step in plan]))
-    return start(processes, "-m", "tests.helpers.fits", str(file))
+    return start(processes, "-m", "tests.helpers.fits", str(file), timeout=900)
 
 
 def values(folder: Path, metric: str = "train/loss") -> dict[int, float]:
