@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_transdiff.base.files import json_of, replace_file, unsealed, with_seal
+from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.config import is_folder_name, require
 from lit_transdiff.config.yaml_text import dump, read_file
 from lit_transdiff.sweep.definition import Sweep
@@ -24,13 +24,9 @@ class SweepJournal:
     """Opens the folder for one controller alone; raises ``ValueError`` when it holds another sweep or another controller runs."""
 
     def __init__(self, folder: Path, sweep: Sweep, seed: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.lock = open(folder / "lock", "a")  # noqa: SIM115 - held until the process ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{folder}: another process runs this sweep.") from error
+        self.lock = FolderLock(folder, "runs this sweep")  # held until the process ends
+        self.lock.take()
         file = folder / SWEEP_SIGN
         given = {"seed": seed, "sweep": sweep.source}
         there = settings_in(file) if file.exists() else given

@@ -38,6 +38,17 @@ def test_the_second_waits_and_holds_the_file_that_is_there(tmp_path: Path, remov
     first.join()
 
 
+def test_those_of_a_group_may_take_the_file_that_one_of_them_made(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        with FolderLock(tmp_path) as lock:
+            lock.take()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o664
+    assert (tmp_path / "lock").read_text().endswith(f", pid {os.getpid()}\n")  # who was the last
+
+
 def test_a_signal_ends_the_wait_at_once(tmp_path: Path) -> None:
     with FolderLock(tmp_path) as first, FolderLock(tmp_path) as second:
         first.take()

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from lit_transdiff.__main__ import main
+from lit_transdiff.base import locks
 from lit_transdiff.base.endings import EXIT_REQUEUE, STOP_SIGNALS, Preempted, TrialsFailed, code_of
 from lit_transdiff.study.runs import runs
 from lit_transdiff.study.wandb_logs import log_files, read_log
@@ -57,6 +58,14 @@ def write_sweep(folder: Path, **changes: object) -> Path:
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(settings | changes))
     return folder / "sweep.yaml"
+
+
+def test_a_second_controller_is_told_who_runs_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(locks, "LOCK_PATIENCE", 0.0)
+    sweep = load_sweep(write_sweep(tmp_path))
+    told = rf"out: another process runs this sweep \(.+, pid {os.getpid()}\)\."
+    with SweepJournal(tmp_path / "out", sweep, 0).lock, pytest.raises(ValueError, match=told):
+        SweepJournal(tmp_path / "out", sweep, 0)
 
 
 def journal(folder: Path, event: str) -> list[dict]:

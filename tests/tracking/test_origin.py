@@ -88,12 +88,14 @@ def test_a_trial_of_a_copied_sweep_is_a_run_of_its_own(tmp_path: Path, monkeypat
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump({"method": "grid", "parameters": {"x": {"value": 1}}, "command": ["true"]}))
     sweep = load_sweep(file)
-    SweepJournal(tmp_path / "sweep", sweep, 0).lock.close()
+    with SweepJournal(tmp_path / "sweep", sweep, 0).lock:
+        pass
     copied(tmp_path / "sweep", tmp_path / "copy")
     (tmp_path / "parameters.yaml").write_text(yaml.safe_dump({"x": {"value": 1}}))
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "parameters.yaml"))
     monkeypatch.setenv("WANDB_RUN_ID", "0badcafe")
     for name, same in (("copy", False), ("sweep", True), ("copy", False)):
-        SweepJournal(tmp_path / name, sweep, 0).lock.close()
+        with SweepJournal(tmp_path / name, sweep, 0).lock:
+            pass
         monkeypatch.setenv("LIT_TRANSDIFF_SWEEP_FOLDER", str(tmp_path / name))
         assert (first_id(tmp_path / name / "wandb") == "0badcafe") == same
