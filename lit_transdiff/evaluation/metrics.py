@@ -6,16 +6,13 @@ Shapes: N generated images, M reference images, D features, K classes, S context
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.image.kid import KernelInceptionDistance
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
+from torchmetrics.image.kid import poly_mmd
 
 from lit_transdiff.config import EvaluationConfig, require, unknown
 from lit_transdiff.evaluation.features import EXTRACTORS, check_extractor_weights, check_name
@@ -26,8 +23,6 @@ from lit_transdiff.models.tokens import token_similarity
 
 INCEPTION_PART = 5000  # images of a part of the inception score, as in the ADM evaluator
 DISTANCES = 1 << 26  # distances that are held at a time
-# One rank computes the scores of all images; by default torchmetrics would wait for the others to join.
-ALONE: dict[str, Any] = {"sync_on_compute": False}
 
 
 @dataclass(frozen=True)
@@ -40,17 +35,6 @@ class Scored:
     logits_name_classes: bool = False  # the logits are over the classes of ``labels``
     semantic_features: Callable[[Tensor], Tensor] | None = None  # labels [B] -> the model's context tokens [B, S, D]
     spatial: Gaussian | None = None  # of the spatial features
-
-
-class Given(nn.Module):
-    """Stands where torchmetrics expects its network: the features come from outside."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 def frechet_distance(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
@@ -87,12 +71,10 @@ def kernel_distance(generated: Scored, reference: Statistics, settings: Evaluati
     Over 100 random subsets of 1000 images, or of all there are; it may be slightly below 0.
     """
     real, fake = reference_tensor(reference), generated.features.double().cpu()
-    size = min(1000, len(real), len(fake))
-    with quiet():
-        metric = KernelInceptionDistance(feature=Given(fake.shape[1]), subsets=100, subset_size=size, **ALONE)
-    metric.update(real, real=True)
-    metric.update(fake, real=False)
-    return seeded(metric.compute, settings.seed)
+    size, order = min(1000, len(real), len(fake)), torch.Generator().manual_seed(settings.seed)
+    subsets = ([rows[torch.randperm(len(rows), generator=order)[:size]] for rows in (real, fake)] for _ in range(100))
+    values = torch.stack([poly_mmd(*subset) for subset in subsets])
+    return {"mean": float(values.mean()), "std": float(values.std(correction=0))}
 
 
 def precision(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
@@ -110,9 +92,8 @@ def recall(generated: Scored, reference: Statistics, settings: EvaluationConfig)
 def class_accuracy(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> float:
     """The share of generated images that the extractor names as the class asked for."""
     assert generated.logits is not None
-    metric = MulticlassAccuracy(num_classes=generated.logits.shape[1], average="micro", **ALONE)
-    metric.update(generated.logits.cpu(), generated.labels.cpu())
-    return float(metric.compute())
+    logits = generated.logits.cpu()
+    return float(multiclass_accuracy(logits, generated.labels.cpu(), num_classes=logits.shape[1], average="micro"))
 
 
 def feature_diversity(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> float:
@@ -142,22 +123,6 @@ def covered(points: Tensor, manifold: Tensor, neighbours: int, chunk: int | None
     radii = torch.cat([torch.cdist(rows, manifold).kthvalue(neighbours + 1).values for rows in manifold.split(chunk)])
     inside = [(torch.cdist(rows.double() - centre, manifold) <= radii).any(dim=1) for rows in points.split(chunk)]
     return float(torch.cat(inside).double().mean())
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without torchmetrics' remark that features are kept in memory: they are already."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
-        yield
-
-
-def seeded(compute: Callable[[], tuple[Tensor, Tensor]], seed: int) -> Score:
-    """Mean and std of a metric that draws from torch's global generator, which is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        mean, std = compute()
-    return {"mean": float(mean), "std": float(std)}
 
 
 @dataclass(frozen=True)
