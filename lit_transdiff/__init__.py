@@ -1,7 +1,7 @@
 """lit_transdiff: train, sweep and compare TransDiff-type image generators.
 
-The names of ``PUBLIC`` are imported from here, as in ``from lit_transdiff import load_run, train``. Each is loaded when it is
-first used, so that ``import lit_transdiff`` and the command line answer at once.
+The names in ``PUBLIC`` are imported from here, as in ``from lit_transdiff import load_run, train``. Each is
+loaded on first use, so that ``import lit_transdiff`` and the command line start quickly.
 """
 
 from importlib import import_module
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Name -> the module in which it is defined, or which it is.
+# Name -> the module that defines it, or the module itself.
 PUBLIC = {
     "load_run": "config.loading",
     "RunConfig": "config",
@@ -105,7 +105,7 @@ PUBLIC = {
     "StrategyKind": "distributed.strategies",
     "Search": "sweep.search",
 }
-# The open sets, to which a module of your own adds entries (docs/extending.md), and what entries are made of.
+# The tables to which your own module adds entries (docs/extending.md), and the classes of the entries.
 TABLES = {
     "STAGES": "stages",
     "PARADIGMS": "config.paradigms",
@@ -133,7 +133,7 @@ __all__ = [*PUBLIC, *TABLES]
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, loaded now and kept."""
+    """Load a public name on first use and keep it."""
     home = PUBLIC.get(name) or TABLES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

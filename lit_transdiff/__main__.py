@@ -1,4 +1,4 @@
-"""The command line: the options of each command, and how its errors end the process."""
+"""The command line: the options of all commands, and the exit of the process after errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lit_transdiff.config import BACKGROUNDS, PRESETS
 from lit_transdiff.config.imports import import_modules
 from lit_transdiff.config.paths import expand_paths
 
-# Started again, they go on with what was not done yet; of the others, whom any other signal may kill, Ctrl-C leaves nothing.
+# These continue where they were stopped. The others begin again: Ctrl-C leaves no partial output of them.
 RESUMABLE = (
     commands.train_command,
     commands.run_command,
@@ -29,8 +29,8 @@ RESUMABLE = (
     commands.pack_command,
     commands.sweep_command,
 )
-EXIF = "turn images upright by their EXIF orientation, or not, as ADM; where files are kept, data.exif says so to the readers"
-QUIET = (  # loggers whose information is of no use to a user; cuda says LOCAL_RANK at every start of a Trainer
+EXIF = "turn images upright by EXIF orientation, or not (as ADM); for files kept unchanged, set data.exif too"
+QUIET = (  # loggers whose information does not help users; cuda logs LOCAL_RANK at every start of a Trainer
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
     "lightning.pytorch.accelerators.cuda",
@@ -39,7 +39,7 @@ AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.Argu
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+    """The parser of all commands and their options."""
     parser = argparse.ArgumentParser(prog="lit-transdiff", description="Train, sweep and compare image generators.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command and its options; ``key=value`` settings may stand before, between and after the options."""
+    """Parse the command line; ``key=value`` settings may come before, between and after the options."""
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
     if any(item.startswith("-") or "=" not in item for item in rest) or (rest and "overrides" not in args):
@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
-    """What is done once to a data set."""
+    """The commands that prepare a data set."""
     sub = command(commands.pack_command, "image folder, IDX files or list file -> webdataset shards with an index")
     sub.add_argument("source")
     sub.add_argument("dest")
@@ -82,18 +82,18 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sizes.add_argument("--samples-per-shard", type=int, help="default: 1000")
     sizes.add_argument("--shards", type=int, help="how many shards")
     sizes.add_argument("--shard-size", type=int, metavar="BYTES", help="about how many bytes a shard has")
-    sub.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
     sub.add_argument("--image-size", type=int, help="centre-crop and resize to this many pixels")
     sub.add_argument("--pad-to", type=int, help="pad with zeros to this many pixels")
     sub.add_argument("--exif", choices=("turn", "ignore"), default="turn", help=EXIF)
-    sub.add_argument("--background", default="white", help="what shows under transparent pixels: " + BACKGROUNDS)
+    sub.add_argument("--background", default="white", help="colour behind transparent pixels: " + BACKGROUNDS)
     sub.add_argument("--limit", type=int, help="pack only so many, evenly over the classes")
-    sub.add_argument("--class-names", help="names by class, with commas, or a file: a name a line, or class folder and name")
+    sub.add_argument("--class-names", help="names, with commas, or a file: a name, or class folder and name, per line")
     sub.add_argument("--workers", type=int, default=0, help="processes that write shards; default: this one alone")
 
     sub = command(commands.index_command, "write the index of webdataset shards that you already have")
     sub.add_argument("folder")
-    sub.add_argument("--class-names", help="names in order of class, separated by commas, or a file: a name a line")
+    sub.add_argument("--class-names", help="names in class order, with commas, or a file of one per line")
     sub.add_argument("--label", default="cls", help="member with the class number or name: cls, txt, or json:FIELD; default: cls")
     sub.add_argument("--workers", type=int, default=0, help="processes that read shards; default: this one alone")
 
@@ -105,7 +105,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("source")
     sub.add_argument("dest")
-    sub.add_argument("--flips", action="store_true", help="also the latents of the mirrored images")
+    sub.add_argument("--flips", action="store_true", help="also cache the latents of the mirrored images")
     sub.add_argument("--batch-size", type=int, default=64, help="images that are encoded together on each device")
     with_overrides(sub)
 
@@ -117,15 +117,15 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
 
 
 def add_trained(sub: argparse.ArgumentParser) -> None:
-    """Which trained model draws, and how fast."""
+    """The options that choose a trained model, its sampler and its speed."""
     sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
-    sub.add_argument("--preset", choices=PRESETS, help="settings of the sampler by name; key=value settings go over them")
+    sub.add_argument("--preset", choices=PRESETS, help="named sampler settings; key=value overrides them")
     sub.add_argument("--compile", action="store_true", help="run decoder blocks and autoencoder through torch.compile")
     sub.add_argument("--cuda-graphs", action="store_true", help="run the decoder's steps as CUDA graphs")
 
 
 def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
-    """What makes trained models."""
+    """The commands that train or convert models."""
     sub = command(commands.train_command, "train one run; the same command again continues it")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing")
@@ -152,14 +152,14 @@ def add_model_commands(command: AddCommand, with_overrides: Callable[[argparse.A
     sub.add_argument("source", help="checkpoint-last.pth, its folder, or kl16.ckpt; back: an export or autoencoder folder")
     sub.add_argument("dest", help="a folder; back: a file name ending in .pth or .ckpt")
     sub.add_argument("--autoencoder", help="folder of the converted autoencoder that the model was trained with")
-    sub.add_argument("--recipe", help="YAML that gives all settings but the shape, such as those of sampling and evaluation")
-    sub.add_argument("--num-heads", type=int, help="of attention, where width and blocks are of no known size")
-    sub.add_argument("--scaling-factor", type=float, help="of an autoencoder: latents = samples x this; default: 0.2325")
+    sub.add_argument("--recipe", help="YAML with all other settings, such as sampling and evaluation")
+    sub.add_argument("--num-heads", type=int, help="attention heads of a model that has no known size")
+    sub.add_argument("--scaling-factor", type=float, help="autoencoders: latents / samples; default: 0.2325")
     with_overrides(sub)
 
 
 def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
-    """What draws from trained models, scores and compares them."""
+    """The commands that sample, score and compare trained models."""
     sub = command(commands.sample_command, "draw images from a trained run: a labelled grid and single images")
     add_trained(sub)
     sub.add_argument("--classes", help="names or numbers, as in sneaker,bag or 0,7 or 0-3; default: the first ten")
@@ -167,10 +167,10 @@ def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--references", action="store_true", help="show the row of successive images of an MRAR run")
     sub.add_argument("--fuse", choices=("halves", "random"), help="splice the semantic features of two classes")
-    sub.add_argument("--output", help="folder; default: samples/drawn in the run folder; where that is taken, drawn-2, ...")
+    sub.add_argument("--output", help="folder; default: samples/drawn in the run folder, or drawn-2, ...")
     with_overrides(sub)
 
-    sub = command(commands.evaluate_command, "score a trained run and store the scores with everything that decided them")
+    sub = command(commands.evaluate_command, "score a trained run; store the scores and all settings")
     add_trained(sub)
     sub.add_argument("--output", help="folder that all processes share; default: the run folder")
     sub.add_argument("--save-images", choices=("npz", "folder", "both"), help="also keep the images: ADM .npz, PNG files")
@@ -178,7 +178,7 @@ def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.
 
     sub = command(commands.bounds_command, "image shards -> the scores of real images and of their reconstructions")
     sub.add_argument("run", help="the run's YAML: its extractor, reference, metrics and number of images")
-    sub.add_argument("source", help="folder of image shards, others than those of the reference")
+    sub.add_argument("source", help="folder of image shards, not the ones of the reference")
     with_overrides(sub)
 
     text = "a row of the paper's table from the released files: convert, generate, score, ours beside the paper's"
@@ -198,15 +198,15 @@ def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.
 
 
 def add_study_commands(command: AddCommand) -> None:
-    """What looks at many runs together."""
+    """The commands for many runs: sweeps and reports."""
     text = "run a W&B sweep file on this machine, without a server; the same command continues it and tries failed trials again"
     sub = command(commands.sweep_command, text)
     sub.add_argument("file", help="the sweep's YAML")
     sub.add_argument("--output", help="folder of the trials; default: runs/sweeps/NAME")
     sub.add_argument("--agents", type=int, help="trials at once; default: as many as the GPUs allow, or one on CPUs")
-    sub.add_argument("--devices-per-run", type=int, default=1, help="GPUs of one trial, where its command is torchrun's")
-    sub.add_argument("--seed", type=int, default=0, help="of random and bayes")
-    sub.add_argument("--tries", type=int, default=3, help="attempts of a trial that fails, one a command; default: %(default)s")
+    sub.add_argument("--devices-per-run", type=int, default=1, help="GPUs per trial, for torchrun")
+    sub.add_argument("--seed", type=int, default=0, help="seed of random and bayes")
+    sub.add_argument("--tries", type=int, default=3, help="attempts of a trial; default: %(default)s")
 
     sub = command(commands.report_command, "one HTML page of all runs below a folder: curves, samples, scores, differences")
     sub.add_argument("folder", help="a folder of runs, an archive of them, or entity/project at W&B")
@@ -214,17 +214,17 @@ def add_study_commands(command: AddCommand) -> None:
 
 
 def add_machine_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
-    """What is asked of machines before and after a run."""
+    """The commands about machines and checkpoints, before and after a run."""
     sub = command(commands.plan_command, "memory, time and network of a run for every strategy, before it is started")
     sub.add_argument("run", help="the run's YAML")
     sub.add_argument("--gpus", type=int, required=True)
     sub.add_argument("--gpu", required=True, help="as in h200, h100, a100-80gb")
-    sub.add_argument("--mfu", type=float, default=0.35, help="share of the peak that is reached; default: %(default)s")
+    sub.add_argument("--mfu", type=float, default=0.35, help="fraction of peak FLOP/s; default: %(default)s")
     with_overrides(sub)
 
     sub = command(commands.doctor_command, "check this machine, or torchrun's allocation: devices, network, disk, versions")
     sub.add_argument("--folder", default="runs", help="a folder that all nodes must see; default: %(default)s")
-    sub.add_argument("--shards", help="a folder of shards whose reading is timed")
+    sub.add_argument("--shards", help="a folder of shards whose read speed is measured")
 
     sub = command(commands.export_command, "a checkpoint of any strategy -> plain averaged weights (safetensors) and config.yaml")
     sub.add_argument("run_folder")
@@ -234,7 +234,7 @@ def add_machine_commands(command: AddCommand, with_overrides: Callable[[argparse
 
 
 def quiet_libraries() -> None:
-    """Our own messages are shown; the libraries speak only when something is wrong that a user can change."""
+    """Show our own messages, and of the libraries only warnings about problems that a user can solve."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("lit_transdiff").setLevel(logging.INFO)
     for name in QUIET:
@@ -246,17 +246,17 @@ def quiet_libraries() -> None:
 
 
 def end_process_group() -> None:
-    """Take leave of the other processes when all is done: NCCL warns of a process that does not."""
+    """Leave the process group at the end; NCCL warns about a process that does not."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; a bad setting or a missing file ends in one line and a status of ``endings``."""
+    """Run a command; a bad setting or a missing file ends in one line and an exit code of ``endings``."""
     args = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # so that the log of a batch job shows how far it is
+        sys.stdout.reconfigure(line_buffering=True)  # so that the log of a batch job shows its progress
     quiet_libraries()
     goes_on = args.function in RESUMABLE
     try:

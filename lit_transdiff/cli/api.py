@@ -1,4 +1,4 @@
-"""The page of the public names, docs/api.md, made from their signatures and docstrings: ``python -m lit_transdiff.cli.api``."""
+"""The generator of docs/api.md from signatures and docstrings: ``python -m lit_transdiff.cli.api``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import lit_transdiff
 
-SIGNATURE_WIDTH = 110  # of a signature in one line
+SIGNATURE_WIDTH = 110  # columns; a longer signature gets one line per parameter
 API_HEAD = """\
 # Python
 
@@ -17,27 +17,27 @@ API_HEAD = """\
 from lit_transdiff import load_run, train
 ```
 
-The names below are imported from `lit_transdiff`, and each is loaded when it is first used: `import lit_transdiff` takes no time.
-Everything else may move between versions.
+Import the names below from `lit_transdiff`. Each is loaded on first use, so that `import lit_transdiff` is
+fast. All other names may change between versions.
 
-This page is made from the source: `python -m lit_transdiff.cli.api > docs/api.md`."""
+This page is generated from the source: `python -m lit_transdiff.cli.api > docs/api.md`."""
 
 
 def page() -> str:
-    """All public names, in the order of the table."""
+    """The whole page: all public names in the order of ``PUBLIC``."""
     entries = (entry(name, getattr(lit_transdiff, name)) for name in lit_transdiff.PUBLIC)
     return "\n\n".join([API_HEAD, *entries, tables()]) + "\n"
 
 
 def tables() -> str:
-    """The tables with their names."""
+    """The section that lists the tables and their entries."""
     rows = [f"| `{name}` | {', '.join(f'`{key}`' for key in getattr(lit_transdiff, name))} |" for name in lit_transdiff.TABLES]
-    about = "The open sets, plain dictionaries by name; [Your own ideas](extending.md) shows how to add to each."
+    about = "Dictionaries that you can extend; [Your own ideas](extending.md) shows how to add entries."
     return "\n".join(["## Tables", "", about, "", "| table | names |", "|---|---|", *rows])
 
 
 def entry(name: str, value: Any) -> str:
-    """A heading, the signature and the docstring of a name, and of a class or module what is public in it."""
+    """The heading, signature and docstring of a name, and the public members of a class or module."""
     parts = [f"## `{name}`"]
     if not isinstance(value, ModuleType):
         parts.append(code(signature(name, value)))
@@ -50,7 +50,7 @@ def entry(name: str, value: Any) -> str:
 
 
 def members(value: Any) -> Iterator[tuple[str, Any]]:
-    """The functions that a module names in ``__all__``, or the public ones that a class defines itself and documents."""
+    """The functions in a module's ``__all__``, or the documented public methods of a class itself."""
     if isinstance(value, ModuleType):
         yield from ((name, getattr(value, name)) for name in value.__all__)
     elif inspect.isclass(value):
@@ -58,7 +58,7 @@ def members(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def signature(name: str, value: Any) -> str:
-    """How it is called, on one line or a parameter a line; a run's many settings are left to their own page."""
+    """The signature on one line or one line per parameter; a run's settings have their own page."""
     if value is lit_transdiff.RunConfig:
         return f"{name}(**settings)"
     found = inspect.signature(value)
@@ -74,7 +74,7 @@ def signature(name: str, value: Any) -> str:
 
 
 def parameter(found: inspect.Parameter) -> str:
-    """One parameter as the source writes it."""
+    """One parameter as written in the source."""
     stars: dict[Any, str] = {found.VAR_POSITIONAL: "*", found.VAR_KEYWORD: "**"}
     star = stars.get(found.kind, "")
     default = getattr(found.default, "__name__", repr(found.default))

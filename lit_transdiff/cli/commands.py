@@ -1,7 +1,7 @@
 """The commands: one thin function each, no logic. Their options are in ``__main__``.
 
-The heavy imports are inside the functions, after what can be said without them, so that ``--help``, a bad option and a wrong path
-are answered at once.
+Heavy imports are inside the functions, after the checks that do not need them, so that ``--help``, a bad
+option and a wrong path are answered at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lit_transdiff.config.paths import (
 from lit_transdiff.data.index_files import index_files
 from lit_transdiff.evaluation.scores import result_files, score_in_words
 
-AUTOENCODER = "autoencoder.path="  # of a trained run: where its autoencoder lies now
+AUTOENCODER = "autoencoder.path="  # override with the new folder of a trained run's autoencoder
 CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
 
 
@@ -132,8 +132,8 @@ def train_command(args: argparse.Namespace) -> None:
 
 
 def check_inputs(run: RunConfig) -> None:
-    """Look for the data and the model that a new run starts from; training itself looks more closely."""
-    if run.folder.exists():  # it may be done, and need them no more
+    """Check that the data and the initial model of a new run exist; training checks them more closely."""
+    if run.folder.exists():  # the run may be complete and no longer need them
         return
     for source in (run.data.train, run.data.evaluation):
         if source and "://" not in source and not source.startswith("pipe:"):
@@ -190,7 +190,7 @@ def convert_command(args: argparse.Namespace) -> None:
 
 
 def moved_autoencoder(overrides: list[str]) -> tuple[str | None, list[str]]:
-    """The folder of a trained run's autoencoder that the overrides give, and the other overrides."""
+    """Split overrides into the folder of a trained run's autoencoder, if given, and the others."""
     given = [item.removeprefix(AUTOENCODER) for item in overrides if item.startswith(AUTOENCODER)]
     return (expanded(given[-1], "autoencoder.path") if given else None), [i for i in overrides if not i.startswith(AUTOENCODER)]
 

@@ -1,4 +1,4 @@
-"""How an error ends a command: in one line and a status of ``base.endings``; an error of the program itself in a traceback."""
+"""Exit codes and one-line messages for errors of commands; only bugs of the program end in a traceback."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lit_transdiff.base.files import is_full
 
 # A path that cannot be meant.
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
-FAILURES = (FloatingPointError, CheckpointError, TrialsFailed, RankFailed)  # of these the message says all
-ENDINGS = (ValueError, OSError, Preempted, *FAILURES)  # what ``status_of`` knows
+FAILURES = (FloatingPointError, CheckpointError, TrialsFailed, RankFailed)  # their message is the whole line
+ENDINGS = (ValueError, OSError, Preempted, *FAILURES)  # the errors that ``status_of`` handles
 
 
 def status_of(error: BaseException) -> int:
-    """The status that one of ``ENDINGS`` stands for, after its line on standard error."""
+    """Print the line of one of ``ENDINGS`` to standard error and return its exit code."""
     status, line = ending_of(error)
     print(f"lit-transdiff: {line}", file=sys.stderr)
     return status
@@ -35,6 +35,6 @@ def ending_of(error: BaseException) -> tuple[int, str]:
         return 1, f"{told}. Make room, and start the same command again."
     if error.filename is not None:
         return 2 if error.errno in NOT_HERE else 1, f"{error.filename}: {error.strerror}"
-    if isinstance(error, BrokenPipeError):  # nobody reads what is printed: Python would say so once more at its end
+    if isinstance(error, BrokenPipeError):  # no reader is left: Python would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1, f"{type(error).__name__}: {error}"  # of a connection or a process
+    return 1, f"{type(error).__name__}: {error}"  # an error of a connection or a process

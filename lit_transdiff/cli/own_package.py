@@ -1,4 +1,4 @@
-"""A package for the user's own ideas: one entry of a table, its test, a recipe, a sweep and a notebook (``template/``)."""
+"""Write a package for a user's own ideas: a table entry, its test, a recipe, a sweep, a notebook."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from lit_transdiff.config import require
 
 PACKAGE_TEMPLATE, NAME = Path(__file__).with_name("template"), "my_lab"
-TEXT = ".txt"  # after the name of a module of the template, which is none of this package
+TEXT = ".txt"  # suffix of the template's modules, so that they do not count as modules of this package
 
 
 def write_package(folder: Path) -> list[Path]:
-    """Write the template to ``folder``, under its name; the files that were written.
+    """Write the template to ``folder``, with its name as the package name, and return the written files.
 
-    Raises ``ValueError`` for a folder that is not empty, or whose name no module can have.
+    Raises ``ValueError`` for a folder that is not empty, or whose name is not a valid module name.
     """
     name = folder.resolve().name
     proposed = re.sub(r"\W", "_", name.lower()).lstrip("0123456789_") or NAME

@@ -1,7 +1,7 @@
-"""A pipeline: what is prepared once (autoencoder, classifier, caches, reference statistics), then a list of runs, each trained,
-sampled and scored; last the comparison.
+"""Pipelines: shared preparation, then runs that are trained, sampled and scored, then a comparison.
 
-Every step that has been done is left as it is, so the same command continues where it was stopped.
+The preparation makes the autoencoder, the classifier, the caches and the reference statistics. Completed
+steps are skipped, so the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lit_transdiff.training.trainer import train
 
 @dataclass(frozen=True)
 class CacheStep:
-    """Image shards whose latents are cached with the autoencoder of the first of the three stages."""
+    """Image shards whose latents are cached with the autoencoder of the first run of the three stages."""
 
     source: str
     dest: str  # below the pipeline's output_dir
@@ -62,12 +62,12 @@ class RunStep:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What ``lit-transdiff run`` does; the folder of everything is ``output_dir``."""
+    """The steps of ``lit-transdiff run``, all with ``output_dir`` as their folder."""
 
     output_dir: str
     runs: list[RunStep]
     cache: list[CacheStep] = field(default_factory=list)
-    reference_images: str | None = None  # image shards that the reference statistics of the evaluations are made of
+    reference_images: str | None = None  # image shards for the reference statistics of the evaluations
     samples_per_class: int = 8
     overrides: list[str] = field(default_factory=list)  # for all runs
 
@@ -78,16 +78,16 @@ class Pipeline:
 
 
 STEPS: dict[str, type[RunStep] | type[CacheStep]] = {"runs": RunStep, "cache": CacheStep}
-PATH_SETTINGS = ("output_dir", "cache", "reference_images")  # settings that may say ${output_dir}
+PATH_SETTINGS = ("output_dir", "cache", "reference_images")  # settings that may contain ${output_dir}
 
 
 def load_pipeline(
     path: str | Path, overrides: Sequence[str] = (), imports: Sequence[str] = ()
 ) -> tuple[Pipeline, list[RunConfig]]:
-    """Read a pipeline and all its runs; every setting is checked before anything starts.
+    """Read a pipeline and all its runs, and check every setting before anything starts.
 
-    ``overrides`` and ``imports`` apply to all runs; ``output_dir`` also moves the pipeline's own files, whose paths may begin
-    with ``${output_dir}``.
+    ``overrides`` and ``imports`` apply to all runs. ``output_dir`` also moves the pipeline's own files, whose
+    paths may begin with ``${output_dir}``.
     """
     pipeline = read_pipeline(path, [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")])
     common = [*pipeline.overrides, *overrides, f"output_dir={pipeline.output_dir}"]
@@ -104,7 +104,7 @@ def load_pipeline(
 
 
 def read_pipeline(path: str | Path, moved: Sequence[str]) -> Pipeline:
-    """The pipeline of a YAML file; the last of ``moved`` is its ``output_dir``, in the place of the file's."""
+    """Read the pipeline of a YAML file; the last of ``moved``, if any, replaces its ``output_dir``."""
     given = of_environment(read_yaml(path))
     if "stage" in given:
         raise ValueError(f"{path} is the recipe of one run; start it with: lit-transdiff train {path}")
@@ -115,7 +115,7 @@ def read_pipeline(path: str | Path, moved: Sequence[str]) -> Pipeline:
             check_keys(step, schema, f"{name}[{i}].", str(path))
     given["output_dir"] = moved[-1] if moved else given.get("output_dir", "runs")
     try:
-        # Only paths: what the overrides refer to are settings of the runs.
+        # Only the paths are resolved here: references in the overrides are to settings of the runs.
         settings = plain_settings(given) | resolved(given, [name for name in PATH_SETTINGS if name in given])
         pipeline = typed(settings, Pipeline, "")
     except ValueError as error:
@@ -126,7 +126,7 @@ def read_pipeline(path: str | Path, moved: Sequence[str]) -> Pipeline:
 
 
 def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say: Callable[[str], None] = print) -> None:
-    """Do every step that is not done yet."""
+    """Do all steps that are not complete yet."""
     for run in runs:
         wanted, allowed = world_size(run), f"the {fabric.world_size} that this command runs in (torchrun starts several)"
         require(wanted == fabric.world_size, f"{run.name}: distributed: processes", wanted, allowed)
@@ -162,14 +162,14 @@ def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say:
 
 
 def check_images(pipeline: Pipeline, runs: Sequence[RunConfig]) -> None:
-    """Refuse images that do not suit a run: those that it reads, and those whose latents it will read when they are made."""
+    """Refuse images that do not fit a run, including those whose latents are cached for it later."""
     sources = {str(Path(pipeline.output_dir) / step.dest): step.source for step in pipeline.cache}
     for run in runs:
         data = run.data
         if data.train in sources:
             data = replace(data, train=sources[data.train], evaluation=sources.get(data.evaluation or ""))
         elif run.stage in STAGES:
-            continue  # what is there already is looked at by the run itself
+            continue  # the run itself checks existing data
         try:
             images = build_data(replace(run, data=data))
             if run.stage in STAGES and pipeline.reference_images is not None and Path(pipeline.reference_images).suffix != ".npz":
@@ -180,8 +180,8 @@ def check_images(pipeline: Pipeline, runs: Sequence[RunConfig]) -> None:
 
 
 def farewell(root: Path, last: RunConfig) -> str:
-    """Where to look, and what to try next."""
-    module = Path(sys.argv[0]).name == "__main__.py"  # of python -m lit_transdiff
+    """The closing lines: where the pictures are, and commands to try next."""
+    module = Path(sys.argv[0]).name == "__main__.py"  # started by python -m lit_transdiff
     started = f"{os.path.relpath(sys.executable)} -m lit_transdiff" if module else os.path.relpath(sys.argv[0])
     command = "lit-transdiff" if shutil.which("lit-transdiff") else started
     trained = f"--checkpoint {shlex.quote(str(last.folder))}"
@@ -198,10 +198,10 @@ def farewell(root: Path, last: RunConfig) -> str:
 
 
 def prepare_reference(source: str, run: RunConfig, fabric: Fabric) -> None:
-    """Make the reference statistics of a run's evaluations, unless they exist; those of something else are refused."""
+    """Compute the reference statistics of a run's evaluations, or check existing ones."""
     settings = run.evaluation
     if settings.reference is None:
-        raise ValueError("reference_images: the runs say no evaluation.reference, the file that the statistics go to.")
+        raise ValueError("reference_images: the runs do not set evaluation.reference, the statistics file.")
     if fabric.is_global_zero:
         extractor = load_extractor(settings.extractor, settings.extractor_weights, fabric.device)
         make = check_statistics if Path(settings.reference).exists() else statistics
@@ -210,7 +210,7 @@ def prepare_reference(source: str, run: RunConfig, fabric: Fabric) -> None:
 
 
 def sample_and_score(run: RunConfig, per_class: int, fabric: Fabric) -> dict[str, Any]:
-    """The grid of samples and the scores of a trained run, unless it has them; an MRAR run also shows its successive images."""
+    """Sample and score a trained run, unless done; an MRAR run also gets a grid of successive images."""
     generator = load_generator(run.folder, fabric.device)
     names = generator.class_names
     classes = list(range(min(run.model.num_classes, 10)))
@@ -223,7 +223,7 @@ def sample_and_score(run: RunConfig, per_class: int, fabric: Fabric) -> dict[str
 
 
 def score_own(run: RunConfig, generator: Generator, fabric: Fabric) -> dict[str, Any]:
-    """Score a trained run with its own settings, unless it has been; the scores go to the run itself."""
+    """Score a trained run with its own settings, unless that is done; the run itself logs the scores."""
     if run.tracking.wandb:
         check_mode()
     start = time.time()
@@ -245,9 +245,9 @@ def train_and_score(run: RunConfig, fabric: Fabric) -> None:
 def score_checkpoint(
     generator: Generator, settings: RunConfig, output: Path | None, fabric: Fabric, *, save_images: str | None = None
 ) -> dict[str, Any]:
-    """Score a trained model with any sampling and evaluation settings, as a run of its own in W&B.
+    """Score a trained model with any sampling and evaluation settings, as a separate run in W&B.
 
-    As a trial of a sweep it is also a run folder of its own.
+    A trial of a sweep also gets a run folder of its own.
     """
     checkpoint = generator.checkpoint
     run = placed(evaluation_run(settings, checkpoint))

@@ -1,7 +1,8 @@
-"""Released checkpoints <-> ours: TransDiff's ``checkpoint-last.pth`` and latent diffusion's ``kl16.ckpt``, bit for bit both ways.
+"""Lossless conversion of released checkpoints (``checkpoint-last.pth``, ``kl16.ckpt``) to ours and back.
 
-A converted TransDiff is an export folder of the averaged weights (``model_ema``), with ``raw``, an export folder of the last
-ones (``model``), in it. What has no place in our model lies beside the weights in ``left_over.safetensors``.
+A converted TransDiff is an export folder of the averaged weights (``model_ema``). Its subfolder ``raw`` is
+an export folder of the last weights (``model``). Tensors without a counterpart in our model are stored
+beside the weights in ``left_over.safetensors``.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from lit_transdiff.released.key_names import from_released, is_released, read_sh
 
 LEFT_OVER = "left_over.safetensors"
 ORIGIN = "released.json"  # in an autoencoder's folder: the file that it was converted from
-LATENT_SCALE = 0.2325  # of the released TransDiff models (and MAR's): latents = samples x 0.2325
+LATENT_SCALE = 0.2325  # scaling of the released TransDiff models (and MAR's): latents = samples x 0.2325
 
 
 def convert(
@@ -55,13 +56,14 @@ def convert(
     num_heads: int | None = None,
     scaling_factor: float | None = None,
 ) -> str:
-    """Convert ``source`` to ``dest``, in the direction that ``source`` tells, and say what became of every tensor.
+    """Convert ``source`` to ``dest`` in the direction that it implies, and return a report on every tensor.
 
-    A released TransDiff file (or its folder) becomes an export folder; ``autoencoder`` is the folder of its converted
-    autoencoder, ``recipe`` gives all settings but the model's shape (sampling, evaluation, ...), which must agree with the
-    file's. A latent-diffusion autoencoder becomes a folder of diffusers; its latents are samples times ``scaling_factor``
-    (``LATENT_SCALE`` if not given). An export folder, run folder or autoencoder folder becomes a file again. Raises
-    ``ValueError`` for anything that does not fit, for an option that has no effect on ``source``, and for a ``dest`` that exists.
+    A released TransDiff file (or its folder) becomes an export folder: ``autoencoder`` is the folder of its
+    converted autoencoder, and ``recipe`` provides all settings except the model's shape (sampling,
+    evaluation, ...), which must agree with the file. A latent-diffusion autoencoder becomes a diffusers
+    folder, whose latents are samples times ``scaling_factor`` (default: ``LATENT_SCALE``). An export folder,
+    run folder or autoencoder folder becomes a file again. Raises ``ValueError`` for any mismatch, for an
+    option that has no effect on ``source``, and for a ``dest`` that exists.
     """
     source, dest = Path(source), Path(dest)
     options = {"autoencoder": autoencoder, "recipe": recipe, "num_heads": num_heads, "scaling_factor": scaling_factor}
@@ -86,13 +88,13 @@ def convert(
     require(is_released(state), "source", what, "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
     check_options(given, {"autoencoder", "recipe", "num_heads"}, f"the TransDiff checkpoint {file}")
     if autoencoder is None:
-        raise ValueError("autoencoder: got nothing; allowed: the folder of the autoencoder that the model was trained with.")
+        raise ValueError("autoencoder: got nothing; allowed: the folder of the model's autoencoder.")
     network = load_autoencoder("kl", autoencoder, image_channels=3)
     return released_to_export(released_parts(file, content), dest, network, Path(autoencoder), recipe, num_heads)
 
 
 def check_options(given: set[str], effective: set[str], source: str) -> None:
-    """Refuse options that are given and have no effect on ``source``."""
+    """Refuse options that have no effect on ``source``."""
     allowed = ", ".join(sorted(effective)) or "none"
     require(given <= effective, "options", sorted(given - effective), f"for {source}: {allowed}")
 
@@ -135,14 +137,14 @@ def released_to_export(
 
 
 def of_family(model: ModelSettings) -> ModelConfig:
-    """The settings of a model of the family whose released files are known. Raises ``ValueError`` for another family's."""
+    """``model``, if it is of the family with released files; raises ``ValueError`` for any other family."""
     if not isinstance(model, ModelConfig):
         raise ValueError(f"model.paradigm: got {model.paradigm!r}; allowed for released files: {ModelConfig.paradigm!r}.")
     return model
 
 
 def map_state(kind: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
-    """Our names for a released state; errors say which of the file's states they are about."""
+    """Map a released state to our names; errors name the state dict of the file."""
     try:
         return from_released(state, of_family(run.model))
     except ValueError as error:
@@ -150,7 +152,7 @@ def map_state(kind: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
 
 
 def write_weights(mapped: Mapped, folder: Path) -> None:
-    """``model.safetensors`` in the dtype of the file, and what has no place in our model."""
+    """Write ``model.safetensors`` in the dtype of the file, and the tensors without a place in our model."""
     save_tensors(unshared(mapped.state), folder / "model.safetensors")
     if mapped.left_over:
         save_tensors(unshared(mapped.left_over), folder / LEFT_OVER)
@@ -164,7 +166,7 @@ def run_of(
     recipe: RunConfig | None,
     num_heads: int | None,
 ) -> RunConfig:
-    """The run of a released checkpoint: its shape, the autoencoder's, and everything else from ``recipe``."""
+    """The run of a released checkpoint: shapes from the files, all other settings from ``recipe``."""
     if recipe is not None and num_heads is None:
         num_heads = of_family(recipe.model).num_heads
     shape = read_shape(checkpoint.model, num_heads)
@@ -174,7 +176,7 @@ def run_of(
             f"model.{key}: {value} in the checkpoint, {getattr(recipe.model, key)} in the recipe" for key, value in wrong.items()
         )
         if wrong:
-            raise ValueError(f"{checkpoint.path} is of another shape than the recipe: {listed}")
+            raise ValueError(f"{checkpoint.path} has a different shape than the recipe: {listed}")
     channels = shape["latent_channels"]
     require(autoencoder.latent_channels == channels, "autoencoder: latent channels", autoencoder.latent_channels, f"{channels}")
     image_size = shape["latent_size"] * autoencoder.downsampling
@@ -198,7 +200,7 @@ def run_of(
 
 
 def conversion_report(checkpoint: ReleasedFile, dest: Path, run: RunConfig, mapped: Mapping[str, Mapped]) -> str:
-    """What became of every entry and tensor."""
+    """Report the result for every entry and tensor."""
     model = of_family(run.model)
     kind = "one-step" if model.num_references == 1 else f"MRAR with {model.num_references} references"
     lines = [
@@ -215,19 +217,19 @@ def conversion_report(checkpoint: ReleasedFile, dest: Path, run: RunConfig, mapp
             for key, value in part.left_over.items()
         ]
     if "ema" not in mapped:
-        lines.append("model_ema: not in the file; model stands for it")
+        lines.append("model_ema: not in the file; model is used instead")
     return "\n".join(lines + [f"not converted: {name}" for name in checkpoint.ignored])
 
 
 def export_to_released(source: Path, dest: Path) -> str:
-    """Write an export (of ours, or converted) as a released checkpoint."""
+    """Write an export (our own or a converted one) as a released checkpoint."""
     folder = export_folder(source)
     require(dest.suffix == ".pth", "dest", str(dest), "a file name ending in .pth")
     export = read_export(folder)
     released_shapes(of_family(export.run.model))  # refuses a shape that the layout cannot hold
     raw = folder / "raw" if (folder / "raw" / "model.safetensors").is_file() else folder
     states = {"model": released_state(raw), "model_ema": released_state(folder)}
-    if export.info.get("weights") == "last":  # the file had no average
+    if export.info.get("weights") == "last":  # the file had no averaged weights
         del states["model_ema"]
     origin = export.info.get("released", {})
     content: dict[str, Any] = {key: mapped.state for key, mapped in states.items()}
@@ -252,14 +254,14 @@ def released_state(folder: Path) -> Mapped:
 
 
 def converted_from(folder: Path) -> dict[str, Any]:
-    """What an export folder or an autoencoder's folder says of the file that it was converted from; nothing if it was not."""
+    """The recorded source file of a converted export or autoencoder folder; empty if it was not converted."""
     if (folder / CONFIG_FILE).is_file():
         return json_of((folder / ORIGIN).read_text()) if (folder / ORIGIN).is_file() else {}
     return read_export(folder).info.get("released", {})
 
 
 def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, scaling_factor: float) -> str:
-    """Write an autoencoder of latent diffusion as a folder of diffusers."""
+    """Write a latent-diffusion autoencoder as a diffusers folder."""
     require(math.isfinite(scaling_factor) and scaling_factor > 0, "scaling_factor", scaling_factor, "a finite number above 0")
     network, dropped = KLAutoencoder.from_ldm(state, scaling_factor)
     dtypes = {value.dtype for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
@@ -279,12 +281,12 @@ def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, sc
 
 
 def one_type(dtypes: set[torch.dtype]) -> torch.dtype:
-    """The type of all weights, where it is one that float32 holds to the bit; else float32."""
+    """The dtype of all weights if it is float16 or bfloat16 (exact in float32); float32 otherwise."""
     return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16} else torch.float32
 
 
 def autoencoder_to_ldm(source: Path, dest: Path) -> str:
-    """Write a folder of diffusers as a checkpoint of latent diffusion."""
+    """Write a diffusers folder as a latent-diffusion checkpoint."""
     require(dest.suffix in (".ckpt", ".pth"), "dest", str(dest), "a file name ending in .ckpt or .pth")
     channels = json_of((source / CONFIG_FILE).read_text()).get("in_channels")
     network = KLAutoencoder.load(source, channels)
@@ -292,4 +294,5 @@ def autoencoder_to_ldm(source: Path, dest: Path) -> str:
     state = {key: value.to(dtype) for key, value in network.to_ldm().items()}
     with whole(dest) as file:
         save_pickled({"model": state}, file)
-    return f"{source} -> {dest}: {len(state)} tensors; the layout holds no normalisation (mean and std of the latents)"
+    missing = "the layout has no entries for normalisation (mean and std of the latents)"
+    return f"{source} -> {dest}: {len(state)} tensors; {missing}"

@@ -1,4 +1,4 @@
-"""The files of the released training, read without running code from them: state dicts, epoch and arguments."""
+"""Reading the files of the released training code without running code from them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lit_transdiff.base.files import check_zip, short_hash
 from lit_transdiff.config import require
 
 CHECKPOINT = "checkpoint-last.pth"
-# What torch and zipfile raise for a damaged file; a UnicodeDecodeError is a ValueError.
+# The errors of torch and zipfile for a damaged file; a UnicodeDecodeError is a ValueError.
 DAMAGE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError),
     *(ArithmeticError, LookupError, AttributeError, TypeError),
 )
 log = logging.getLogger(__name__)
-PARALLEL, COMPILED = "module.", "_orig_mod"  # what DistributedDataParallel and torch.compile add to names
-LISTED_NAMES = 10  # names in a message
-KNOWN = {"model", "model_ema", "optimizer", "scaler", "epoch", "args"}  # what the released training writes
+PARALLEL, COMPILED = "module.", "_orig_mod"  # added to names by DistributedDataParallel and torch.compile
+LISTED_NAMES = 10  # the most names in a message
+KNOWN = {"model", "model_ema", "optimizer", "scaler", "epoch", "args"}  # entries of the training code
 
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """A released file, read: its state dicts, and the rest by name."""
+    """The content of a released file: its state dicts and the other entries."""
 
     path: Path
     model: dict[str, Tensor]
@@ -45,7 +45,7 @@ class ReleasedFile:
 
 
 def released_file(source: Path) -> Path:
-    """The checkpoint in a released folder; any other source is taken as it is."""
+    """The checkpoint file in a released folder; any other source is returned unchanged."""
     if (source / CHECKPOINT).is_file():
         return source / CHECKPOINT
     numbered = sorted(file.name for file in source.glob("checkpoint-*.pth")) if source.is_dir() else []
@@ -54,9 +54,10 @@ def released_file(source: Path) -> Path:
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:
-    """The dictionary in a ``torch.save`` file, without running code from it: tensors, plain values and argparse's Namespace.
+    """Load the dictionary in a ``torch.save`` file without running code from it.
 
-    Raises ``ValueError`` naming the file, and of a damaged one the part whose checksum is wrong: torch does not look at those.
+    Allowed are tensors, plain values and argparse's Namespace. Raises ``ValueError`` that names the file and,
+    if it is damaged, the member with the wrong checksum, because torch does not verify checksums.
     """
     try:
         zipped = zipfile.is_zipfile(path)
@@ -71,27 +72,27 @@ def read_torch_file(path: Path) -> dict[str, Any]:
 
 
 def why(error: Exception) -> str:
-    """What torch refused in a file, without its advice to run the code all the same."""
+    """The reason for which torch refused a file, without its advice to run the code anyway."""
     refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
     unread = re.search(r"WeightsUnpickler error: (.+)", str(error))
     if refused:
         return f"it asks for {refused[1]}"
-    if unread is None and "Weights only load failed" in str(error):  # what follows is advice to load it unsafely
+    if unread is None and "Weights only load failed" in str(error):  # the rest is advice to load it unsafely
         return "it holds more than tensors and plain values"
     return (unread[1] if unread else str(error)).strip().split("\n")[0] or "it is empty"
 
 
 def state_dict(value: Any, name: str, path: Path) -> dict[str, Tensor]:
-    """``value``, if it is a state dict: names of tensors. Raises ``ValueError`` listing what is not."""
+    """``value``, if it is a state dict (names to tensors). Raises ``ValueError`` with the wrong entries."""
     require(isinstance(value, Mapping), f"{path}: {name}", type(value).__name__, "a state dict")
     strange = [f"{key}: {type(item).__name__}" for key, item in value.items() if not isinstance(item, Tensor)]
     if strange:
-        raise ValueError(f"{path}: {name}: entries that are no tensors: {listed(strange)}")
+        raise ValueError(f"{path}: {name}: entries that are not tensors: {listed(strange)}")
     return unwrapped(value, name, path)
 
 
 def unwrapped(state: Mapping[Any, Tensor], name: str, path: Path) -> dict[str, Tensor]:
-    """``state`` without what wrappers of training put into its names, which a log line tells."""
+    """``state`` with the additions of training wrappers removed from its names, which is logged."""
     names = {str(key): str(key) for key in state}
     if any(COMPILED in key.split(".") for key in names):
         names = {key: ".".join(part for part in short.split(".") if part != COMPILED) for key, short in names.items()}
@@ -100,19 +101,19 @@ def unwrapped(state: Mapping[Any, Tensor], name: str, path: Path) -> dict[str, T
     first = next((key for key, short in names.items() if key != short), None)
     require(len(set(names.values())) == len(names), f"{path}: {name}", first, f"names that differ without {COMPILED}")
     if first is not None:
-        log.info("%s: %s: names are taken without what wrappers add: %s is %s, ...", path, name, first, names[first])
+        log.info("%s: %s: prefixes of wrappers are removed: %s is %s, ...", path, name, first, names[first])
     return {names[str(key)]: value for key, value in state.items()}
 
 
 def check_tensors(state: Mapping[str, Tensor], name: str, path: Path) -> None:
-    """Raise ``ValueError`` listing the tensors that are no weights: not of a floating type, not dense, or not finite."""
+    """Raise ``ValueError`` with the tensors that are not dense, finite and of a floating-point dtype."""
     strange = [f"{key}: {wrong}" for key, value in state.items() if (wrong := no_weight(value))]
     if strange:
-        raise ValueError(f"{path}: {name}: entries that are no weights: {listed(strange)}")
+        raise ValueError(f"{path}: {name}: entries that are not weights: {listed(strange)}")
 
 
 def no_weight(value: Tensor) -> str | None:
-    """Why a tensor cannot be a weight; nothing if it can."""
+    """The reason why a tensor cannot be a weight, or None if it can."""
     if value.layout != torch.strided:
         return str(value.layout).removeprefix("torch.")
     if not value.is_floating_point():
@@ -122,13 +123,13 @@ def no_weight(value: Tensor) -> str | None:
 
 
 def listed(names: list[str]) -> str:
-    """The first of ``names``, and how many more there are."""
+    """The first ``LISTED_NAMES`` of ``names``, and the number of the others."""
     more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     return ", ".join(names[:LISTED_NAMES]) + more
 
 
 def json_safe(value: Any) -> Any:
-    """``value`` as JSON can hold it: lists for tuples, text for what JSON does not know."""
+    """Convert ``value`` for JSON: lists for tuples, text for types that JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): json_safe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -139,7 +140,7 @@ def json_safe(value: Any) -> Any:
 def released_parts(path: Path, content: Mapping[str, Any]) -> ReleasedFile:
     """The parts of a released file; a bare state dict counts as its ``model``.
 
-    Raises ``ValueError`` listing what is no weight, and for an epoch that is no whole number.
+    Raises ``ValueError`` with the entries that are not weights, and for an epoch that is not an integer.
     """
     bare = "model" not in content
     args = None if bare else arguments(content.get("args"))
@@ -160,7 +161,7 @@ def released_parts(path: Path, content: Mapping[str, Any]) -> ReleasedFile:
 
 
 def arguments(value: Any) -> dict[str, Any] | None:
-    """The arguments of a training by name, if there are any; None for something else."""
+    """The training arguments by name, or None if ``value`` is neither a namespace nor a dictionary."""
     if value is None:
         return {}
     value = vars(value) if isinstance(value, argparse.Namespace) else value
@@ -168,7 +169,7 @@ def arguments(value: Any) -> dict[str, Any] | None:
 
 
 def whole_number(value: Any, where: str) -> int | None:
-    """An integer that may be a tensor; nothing stays nothing."""
+    """An integer from a number or a tensor; None stays None."""
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     whole = number is None or isinstance(number, int) or (isinstance(number, float) and number.is_integer())
     require(whole, where, value, "a whole number")
@@ -176,5 +177,5 @@ def whole_number(value: Any, where: str) -> int | None:
 
 
 def identity(file: Path) -> dict[str, str]:
-    """Which file something was converted from."""
+    """The record that identifies the source file of a conversion."""
     return {"file": file.name, "hash": short_hash(file)}

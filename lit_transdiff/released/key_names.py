@@ -1,7 +1,8 @@
-"""The released TransDiff checkpoints: their layout by a model's shape, and their key names <-> ours.
+"""The layout of released TransDiff checkpoints, and the mapping between their key names and ours.
 
-The layout is that of the released state dicts (arXiv 2506.09482, github.com/TransDiff/TransDiff). Two tensors have no place
-here: a one-step checkpoint's ``z_proj`` projects zeros that are then overwritten, so it is set aside by name.
+The layout is that of the released state dicts (arXiv 2506.09482, github.com/TransDiff/TransDiff). Two tensors
+have no counterpart here: ``z_proj`` of a one-step checkpoint projects zeros that are then overwritten, so its
+tensors are kept aside.
 
 Shapes: D width, T features of a reference token, M mask tokens, K classes.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from lit_transdiff.config import SIZES, ModelConfig
 from lit_transdiff.models.state_dicts import Mapped, check_layout
 
-# (released, ours), tried in order; a released name that starts with the left side gets the right side instead.
+# (released, ours), tried in order; a prefix of a released name is replaced by the right side.
 PREFIXES: tuple[tuple[str, str], ...] = (
     ("fake_latent", "encoder.null_class"),
     ("mask_token", "encoder.mask_tokens"),
@@ -37,7 +38,7 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("diffdecoder.net.res_blocks.", "decoder.blocks."),
     ("diffdecoder.net.final_layer.", "decoder.final."),
 )
-# Inside a block: the same parts under other names.
+# The same parts inside a block.
 PARTS: tuple[tuple[str, str], ...] = (
     (".attn1.", ".self_attention."),
     (".attn2.wq.", ".cross_attention.query."),
@@ -46,8 +47,8 @@ PARTS: tuple[tuple[str, str], ...] = (
     (".attn2.", ".cross_attention."),
     (".attn.", ".attention."),
 )
-DEAD = ("z_proj.weight", "z_proj.bias")  # of a one-step checkpoint: they get no gradient
-# What every released checkpoint has, and its shape is read from: the number of dimensions of each.
+DEAD = ("z_proj.weight", "z_proj.bias")  # keys of a one-step checkpoint that get no gradient
+# Keys of every released checkpoint from which the model's shape is read: their number of dimensions.
 TELLING = {
     "fake_latent": 2,
     "mask_token": 3,
@@ -78,24 +79,24 @@ def our_name(released: str) -> str:
 
 
 def check_telling(state: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` listing what is missing, of another number of dimensions, or empty of the keys in TELLING."""
+    """Raise ``ValueError`` with the keys in TELLING that are missing, empty or wrongly shaped."""
     missing = [key for key in TELLING if key not in state]
     if missing:
         raise ValueError(f"not a released TransDiff checkpoint; missing: {', '.join(missing)}")
     wrong = [f"{key} {list(state[key].shape)}" for key, ndim in TELLING.items() if state[key].ndim != ndim]
     if wrong:
-        raise ValueError(f"not a released TransDiff checkpoint; of another number of dimensions: {', '.join(wrong)}")
+        raise ValueError(f"not a released TransDiff checkpoint; wrong dimensions: {', '.join(wrong)}")
     empty = [f"{key} {list(state[key].shape)}" for key in TELLING if state[key].numel() == 0]
     if empty:
-        raise ValueError(f"not a released TransDiff checkpoint; without a number: {', '.join(empty)}")
+        raise ValueError(f"not a released TransDiff checkpoint; empty: {', '.join(empty)}")
 
 
 def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
-    """The settings of ``ModelConfig`` that a released state dict has by its shapes.
+    """The settings of ``ModelConfig`` implied by the shapes in a released state dict.
 
-    The number of heads leaves no trace in them: it is that of the row of ``SIZES`` with the same width and blocks, or
-    ``num_heads``. Raises ``ValueError`` for missing keys and wrong shapes, for an unknown size without ``num_heads``, and for a
-    ``num_heads`` that is not that of a known size.
+    The shapes do not determine the number of heads: it is taken from the row of ``SIZES`` with the same width
+    and blocks, or from ``num_heads``. Raises ``ValueError`` for missing keys and wrong shapes, for an unknown
+    size without ``num_heads``, and for a ``num_heads`` that differs from that of a known size.
     """
     check_telling(state)
     width, channels = state["fake_latent"].shape[1], state["diffdecoder.net.final_layer.linear.weight"].shape[0]
@@ -111,7 +112,7 @@ def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dic
     if row and heads != row["num_heads"]:
         raise ValueError(f"model.num_heads: got {heads}; allowed: {row['num_heads']}, as the checkpoint is of size {size!r}")
     if heads is None:
-        raise ValueError(f"model.num_heads: a model of width {width} and {counts} is of no known size; say how many heads it has")
+        raise ValueError(f"model.num_heads: no known size has width {width} and {counts}; give num_heads")
     return {
         **({"size": size} if size else {}),
         "width": width,
@@ -129,8 +130,10 @@ def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dic
 
 
 def check_model(config: ModelConfig) -> None:
-    """Refuse a model that the released layout cannot hold: decoder patches above 1, or references at another resolution than
-    the context's (the released MRAR is bound to 256 px).
+    """Refuse a model that the released layout cannot represent.
+
+    The layout has no decoder patches above 1, and in MRAR (released for 256 px only) no references at another
+    resolution than the context's.
     """
     multi = config.num_references > 1
     if config.patch_size != 1 or (multi and config.latent_size**2 != config.num_context_tokens):
@@ -142,9 +145,9 @@ def check_model(config: ModelConfig) -> None:
 
 
 def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every key of the released layout with its shape, in the order of the released parameters.
+    """All keys of the released layout with their shapes, in the order of the released parameters.
 
-    Raises ``ValueError`` for a model that the layout cannot hold.
+    Raises ``ValueError`` for a model that the layout cannot represent.
     """
     check_model(config)
     multi = config.num_references > 1
@@ -195,16 +198,17 @@ def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def from_released(state: Mapping[str, Tensor], config: ModelConfig) -> Mapped:
-    """Our state dict of a released one, tensors as they are. Raises ``ValueError`` listing every key that does not fit."""
+    """Convert a released state dict to ours, tensors unchanged. Raises ``ValueError`` with all wrong keys."""
     check_layout(state, released_shapes(config))
     dead = DEAD if config.num_references == 1 else ()
     return Mapped({our_name(key): value for key, value in state.items() if key not in dead}, {key: state[key] for key in dead})
 
 
 def to_released(state: Mapping[str, Tensor], config: ModelConfig, left_over: Mapping[str, Tensor]) -> Mapped:
-    """The released state dict of ours, in the released order, with ``left_over`` put back; zeros stand for what was never there.
+    """Convert our state dict to a released one in the released order, with ``left_over`` put back.
 
-    What was made of zeros is the ``left_over`` of the result. Raises ``ValueError`` listing every key that does not fit.
+    Tensors that never existed are filled with zeros and are the ``left_over`` of the result. Raises
+    ``ValueError`` with all wrong keys.
     """
     shapes = released_shapes(config)
     dead = DEAD if config.num_references == 1 else ()

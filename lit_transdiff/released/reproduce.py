@@ -1,4 +1,4 @@
-"""A row of the paper's table with one command: convert the released files, generate, score, and print ours beside the paper's."""
+"""Reproduce a row of the paper's table: convert the released files, generate, score and compare."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PUBLISHED = {"frechet_distance": "fid", "inception_score": "inception_score"}  #
 
 @dataclass(frozen=True)
 class Files:
-    """What a lab has of the released files: the checkpoint's folder, the autoencoder, InceptionV3, the reference statistics."""
+    """Paths: the checkpoint (or its folder), the autoencoder, InceptionV3, the reference statistics."""
 
     weights: Path
     vae: Path
@@ -42,16 +42,16 @@ class Files:
         return self.weights / CHECKPOINT if self.weights.is_dir() else self.weights
 
     def check(self, settings: EvaluationConfig) -> None:
-        """Refuse files that do not exist, all at once, and those that could not be scored with: before anything is made."""
+        """Refuse missing files and mismatched statistics before any work starts."""
         check_files({"weights": self.checkpoint, "vae": self.vae, "inception": self.inception, "reference": self.reference})
         check_extractor(load_statistics(self.reference), load_extractor(settings.extractor, self.inception))
 
 
 def published_row(name: str, experiments: Path) -> dict[str, Any]:
-    """The published row ``name`` of ``baselines.json`` that has a recipe."""
+    """The published row ``name`` of ``baselines.json``, which must have a recipe."""
     file = experiments / BASELINES
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; run this in the project's folder, or say --experiments FOLDER.")
+        raise FileNotFoundError(f"{file} does not exist; run in the project folder or set --experiments.")
     rows = {key: row for key, row in json_of(file.read_text())["rows"].items() if "recipe" in row}
     if name not in rows:
         raise unknown("row", name, rows)
@@ -68,9 +68,9 @@ def reproduce(
     overrides: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> str:
-    """Do the row ``name`` (as in ``L-MRAR``) in ``output``; what is already there is not done again. Returns the table.
+    """Reproduce the row ``name`` (such as ``L-MRAR``) in ``output`` and return the table.
 
-    All settings are the recipe's; ``overrides`` change them, and the table then says so.
+    Completed steps are skipped. All settings are the recipe's; the table mentions any ``overrides``.
     """
     row = published_row(name, experiments)
     paths = [f"evaluation.extractor_weights={files.inception}", f"evaluation.reference={files.reference}"]
@@ -86,7 +86,7 @@ def reproduce(
 
 
 def convert_files(name: str, files: Files, output: Path, recipe: RunConfig, say: Callable[[str], None]) -> None:
-    """Convert the autoencoder and the model, unless they were converted before from the same file."""
+    """Convert the autoencoder and the model, unless an earlier call converted them from the same files."""
     autoencoder, model = output / "autoencoder", below(output, name, BASELINES)
     if not autoencoder.exists():
         state = read_torch_file(files.vae)
@@ -99,7 +99,7 @@ def convert_files(name: str, files: Files, output: Path, recipe: RunConfig, say:
 
 
 def check_origin(folder: Path, file: Path) -> None:
-    """Raise ``ValueError`` when a folder of an earlier start was converted from another file than the one given now."""
+    """Raise ``ValueError`` if an existing folder was converted from another file than the one given now."""
     origin = converted_from(folder)
     allowed = "that file; or another --output, or remove the folder"
     require(
@@ -108,7 +108,7 @@ def check_origin(folder: Path, file: Path) -> None:
 
 
 def scores_table(name: str, row: dict[str, Any], result: dict[str, Any], overrides: Sequence[str]) -> str:
-    """Our scores beside the published ones, with what decided ours."""
+    """Our scores beside the published ones, with the settings behind ours."""
     made = result["manifest"]
     lines = [f"{row['model']}, {row['resolution']} x {row['resolution']}", f"{'':22} {'ours':>10} {'published':>10}"]
     for metric, score in result["scores"].items():

@@ -43,7 +43,7 @@ def test_tensors_that_are_no_weights_are_listed(wrong: Any, message: str, name: 
     state = random_state(ModelConfig(**SMALL), 1)
     state["fake_latent"] = wrong(state["fake_latent"])
     file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL), **{name: state})
-    with pytest.raises(ValueError, match=f"{file}: {name}: entries that are no weights: {message}$"):
+    with pytest.raises(ValueError, match=f"{file}: {name}: entries that are not weights: {message}$"):
         convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
     assert not (tmp_path / "ours").exists()
 
