@@ -88,7 +88,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("--exif", choices=("turn", "ignore"), default="turn", help=EXIF)
     sub.add_argument("--background", default="white", help="colour behind transparent pixels: " + BACKGROUNDS)
     sub.add_argument("--limit", type=int, help="pack only so many, evenly over the classes")
-    sub.add_argument("--class-names", help="names, with commas, or a file: a name, or class folder and name, per line")
+    sub.add_argument("--class-names", help="names, with commas, or a file of names or folders and names")
     sub.add_argument("--workers", type=int, default=0, help="processes that write shards; default: this one alone")
 
     sub = command(commands.index_command, "write the index of webdataset shards that you already have")

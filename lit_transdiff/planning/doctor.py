@@ -1,4 +1,4 @@
-"""Checks of a machine or an allocation before a run is started on it. Under torchrun every rank takes part; the first reports."""
+"""Checks of a machine or an allocation before a run. Under torchrun all ranks check and the first reports."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from lit_transdiff.data.index import read_index
 from lit_transdiff.data.shards import ShardReader
 from lit_transdiff.distributed import build_fabric
 
-BYTES = 64 << 20  # of the message whose all-reduce is timed
-MAX_SKEW = 1.0  # seconds that clocks of nodes may differ
-MIN_FREE = 20e9  # bytes that the shared folder should have left
+BYTES = 64 << 20  # size of the message in the all-reduce benchmark
+MAX_SKEW = 1.0  # seconds by which the clocks of nodes may differ
+MIN_FREE = 20e9  # bytes that should be free in the shared folder
 READ_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``problem`` says what to do; empty when all is well."""
+    """One line of the report. ``problem`` describes a fault and its remedy; it is empty if all is well."""
 
     what: str
     found: str
@@ -39,7 +39,7 @@ class Finding:
 
 
 def gather(fabric: Fabric, value: Any) -> list[Any]:
-    """The values of all ranks, on every rank."""
+    """Gather the values of all ranks on every rank."""
     values: list[Any] = [value] * fabric.world_size
     if fabric.world_size > 1:
         torch.distributed.all_gather_object(values, value)
@@ -47,7 +47,7 @@ def gather(fabric: Fabric, value: Any) -> list[Any]:
 
 
 def check_devices(fabric: Fabric, folder: Path) -> Finding:
-    """What each rank computes on."""
+    """The device of each rank."""
     name = "CPU"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(fabric.device)
@@ -59,7 +59,7 @@ def check_devices(fabric: Fabric, folder: Path) -> Finding:
 
 
 def check_bandwidth(fabric: Fabric, folder: Path) -> Finding:
-    """The rate at which gradients are averaged: bytes of the message over the time, times 2 (n - 1) / n."""
+    """The bus bandwidth of an all-reduce: message size over time, times 2 (n - 1) / n."""
     if fabric.world_size == 1:
         return Finding("all-reduce", "one rank: nothing to send")
     message, times = torch.ones(BYTES // 4, device=fabric.device), []
@@ -78,7 +78,7 @@ def check_bandwidth(fabric: Fabric, folder: Path) -> Finding:
 
 
 def check_shared_folder(fabric: Fabric, folder: Path) -> Finding:
-    """What one rank writes, all ranks read; and what is free."""
+    """Whether all ranks see a file that the first rank writes, and the free space."""
     token = gather(fabric, secrets.token_hex(8))[0]
     file = folder / f".doctor-{token}"
     if fabric.is_global_zero:
@@ -103,7 +103,7 @@ def check_shared_folder(fabric: Fabric, folder: Path) -> Finding:
 
 
 def check_clocks(fabric: Fabric, folder: Path) -> Finding:
-    """Differences of the clocks, of which shared file systems and logs make sense only when small."""
+    """The skew between the clocks, which must be small for shared file systems and logs."""
     fabric.barrier()
     clocks = gather(fabric, time.time())
     skew = max(clocks) - min(clocks)
@@ -111,7 +111,7 @@ def check_clocks(fabric: Fabric, folder: Path) -> Finding:
 
 
 def check_versions(fabric: Fabric, folder: Path) -> Finding:
-    """Python, packages and the commit of this code are the same on every rank."""
+    """Whether Python, the packages and the commit of this code are the same on every rank."""
     versions = {"python": platform.python_version(), "commit": str(git_commit()), **package_versions()}
     everywhere = gather(fabric, versions)
     different = [
@@ -122,14 +122,14 @@ def check_versions(fabric: Fabric, folder: Path) -> Finding:
 
 
 def check_threads(fabric: Fabric, folder: Path) -> Finding:
-    """CPU cores for the ranks of this node and their data workers."""
+    """The CPU cores for the ranks of this node and their data workers."""
     cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     problem = f"{ranks} ranks share {cores} cores; leave OMP_NUM_THREADS=1" if ranks > cores else ""
     return Finding("cores", f"{cores} a node for {ranks} rank(s), {torch.get_num_threads()} thread(s) a rank", problem)
 
 
 def check_shards(fabric: Fabric, shards: Path) -> Finding:
-    """How fast all ranks together read samples of a folder of shards, in random order, undecoded."""
+    """The rate at which all ranks together read undecoded samples of a folder of shards in random order."""
     index = read_index(shards)
     reader = ShardReader(index, max_open=64)
     generator = torch.Generator().manual_seed(fabric.global_rank)
@@ -154,7 +154,7 @@ CHECKS: dict[str, Callable[[Fabric, Path], Finding]] = {
 
 
 def examine(folder: Path, shards: Path | None) -> int:
-    """Do all checks and print the report; 0 when nothing is wrong, else 1."""
+    """Run all checks and print the report; return 0 if there is no problem, else 1."""
     fabric = build_fabric()
     findings = [check(fabric, folder) for check in CHECKS.values()]
     if shards is not None:

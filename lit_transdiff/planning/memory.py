@@ -1,8 +1,8 @@
-"""What a forward pass of a stage keeps in memory for its backward pass, counted without doing it.
+"""The activation memory of a stage's forward and backward pass, estimated without running it.
 
-The stage runs once on fake tensors (shapes without values), so any size is counted in seconds on any machine. Counted are the
-tensors that autograd keeps, with the precision of the run. Attention is counted as the fused kernels do it: without its matrix
-of weights.
+The stage runs once on fake tensors (shapes without values), so that the estimate for any size takes seconds
+on any machine. It counts the tensors saved by autograd in the precision of the run. Attention is counted as
+in fused kernels, without the matrix of attention weights.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from lit_transdiff.stages.base import TransDiffStage
 
 @dataclass(frozen=True)
 class PassCost:
-    """A forward and backward pass of a micro-batch: bytes that stay until the backward pass, and model operations.
+    """The memory and FLOPs of a forward and backward pass of a micro-batch.
 
-    ``fixed_bytes`` (copies of the weights in bfloat16) and ``row_bytes`` for each row; of recomputed blocks only the inputs stay.
-    ``work_bytes`` a row are held for a moment on top. ``recomputed_flops`` a row come on top of ``row_flops``.
+    Kept until the backward pass are ``fixed_bytes`` (copies of the weights in bfloat16) and ``row_bytes`` per
+    row (only the inputs of recomputed blocks). The peak adds ``work_bytes`` per row. Recomputation adds
+    ``recomputed_flops`` per row to ``row_flops``.
     """
 
     fixed_bytes: float
@@ -41,18 +42,19 @@ class PassCost:
     recomputed_flops: float
 
     def kept(self, rows: int) -> float:
-        """Bytes at the worst moment."""
+        """The peak in bytes."""
         return self.fixed_bytes + rows * (self.row_bytes + self.work_bytes)
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Parameters of a stage's model."""
+    """The parameter counts of a stage's model."""
 
     parameters: int
     trained: int
-    parts: dict[str, int]  # of each of its networks
-    largest_unit: int  # parameters of the largest block, or of what is outside of the blocks: gathered at once by ZeRO-3 and FSDP
+    parts: dict[str, int]  # per network
+    # The largest block, or all parameters outside of blocks: the most that ZeRO-3 and FSDP gather at once.
+    largest_unit: int
 
 
 def fake_stage(run: RunConfig) -> TransDiffStage:
@@ -65,7 +67,7 @@ def fake_stage(run: RunConfig) -> TransDiffStage:
 
 
 def without_attention_dropout(model: ModelSettings) -> ModelSettings:
-    """Dropout of attention weights lives inside the kernel."""
+    """``model`` without dropout of attention weights, which happens inside the fused kernel."""
     has = any(field.name == "attention_dropout" for field in fields(model))  # type: ignore[arg-type]
     return replace(model, attention_dropout=0.0) if has else model  # type: ignore[type-var]
 
@@ -85,14 +87,15 @@ def model_cost(run: RunConfig) -> ModelCost:
 
 
 def pass_cost(run: RunConfig, bf16: bool) -> PassCost:
-    """Count a pass of one and of two rows, with one and two blocks in each stack; everything is linear in both."""
+    """Measure passes of one and two rows with one and two blocks per stack; all costs are linear in both."""
     stacks, training = network_class(run.model).stacks, run.training
     number = {name: getattr(run.model, stack.depth) for name, stack in stacks.items()}
     base = count_passes(run, dict.fromkeys(stacks, 1), bf16)  # rows of the batch x counts
-    more = {name: count_passes(run, dict.fromkeys(stacks, 1) | {name: 2}, bf16) - base for name in stacks}  # with a block more
+    # The increments for one more block in each stack.
+    more = {name: count_passes(run, dict.fromkeys(stacks, 1) | {name: 2}, bf16) - base for name in stacks}
     cost = row_cost(run.model, run.flow.num_noise_draws, STAGES[run.stage].head_alone)
     kept, again = base[:, 0] + sum((number[name] - 1) * more[name][:, 0] for name in stacks), 0.0
-    blocks: list[tuple[float, float]] = []  # bytes a row that a block keeps, and that it makes in the backward pass
+    blocks: list[tuple[float, float]] = []  # bytes per row kept by a block and made in its backward pass
     for name, count in more.items():
         _, whole, inputs = (count[1] - count[0]).tolist()
         chosen = range(0, number[name] if name in training.recomputed(stacks) else 0, training.activation_checkpointing_every)
@@ -104,10 +107,11 @@ def pass_cost(run: RunConfig, bf16: bool) -> PassCost:
 
 
 def worst_moment(blocks: Sequence[tuple[float, float]]) -> float:
-    """What the backward pass holds at its worst moment beyond everything that ``blocks`` keep: (bytes kept, bytes made) each.
+    """The peak of the backward pass beyond the total kept by ``blocks``: (bytes kept, bytes made) of each.
 
-    A block makes its activations again, or gradients of them (an eighth of the activations, more than was measured), when what
-    the blocks after it kept is no longer there.
+    When the backward pass reaches a block, the memory kept by later blocks is free again. The block then
+    makes its activations anew, or their gradients (an eighth of the activations, which is more than was
+    measured).
     """
     behind, worst = 0.0, 0.0
     for kept, made in reversed(blocks):
@@ -117,14 +121,14 @@ def worst_moment(blocks: Sequence[tuple[float, float]]) -> float:
 
 
 def count_passes(run: RunConfig, blocks: dict[str, int], bf16: bool) -> Tensor:
-    """Passes of one and of two rows, with so many blocks in the stacks: [2, 3] (see ``count_pass``)."""
+    """``count_pass`` of one and two rows, with the given number of blocks in each stack: [2, 3]."""
     stacks = network_class(run.model).stacks
     model = replace(run.model, **{stacks[name].depth: number for name, number in blocks.items()})  # type: ignore[type-var]
     return torch.stack([count_pass(replace(run, model=model), rows, bf16) for rows in (1, 2)])
 
 
 class Standard:
-    """A ``Normal`` of some rows."""
+    """A ``Normal`` for fake tensors with a given number of rows."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -138,7 +142,7 @@ class Standard:
 
 
 def count_pass(run: RunConfig, rows: int, bf16: bool) -> Tensor:
-    """[3] float64: bytes kept, of these in blocks, bytes of the blocks' inputs."""
+    """Bytes kept, the part of them in blocks, and bytes of the blocks' inputs: [3] float64."""
     with FakeTensorMode():
         stage = fake_stage(run)
         stage.train()
@@ -154,13 +158,13 @@ def count_pass(run: RunConfig, rows: int, bf16: bool) -> Tensor:
 
 
 class Kept:
-    """Bytes that autograd keeps, by block ("" outside of blocks), and the size of each block's input."""
+    """The bytes saved by autograd per block ("" outside of blocks), and the size of each block's input."""
 
     def __init__(self, parameters: set[int]) -> None:
         self.bytes: dict[str, int] = defaultdict(int)
         self.inputs: dict[str, int] = {}
         self.block = ""
-        self.seen: dict[int, Any] = {}  # storages are kept alive, so that no number is given twice
+        self.seen: dict[int, Any] = {}  # keeps storages alive, so that no id is reused
         self.parameters = parameters
 
     def pack(self, tensor: Tensor) -> Tensor:
@@ -173,7 +177,7 @@ class Kept:
 
 @contextmanager
 def kept_tensors(model: Paradigm) -> Iterator[Kept]:
-    """Counts what is saved for the backward pass inside."""
+    """Count the tensors saved for the backward pass within the block."""
     kept = Kept({p.untyped_storage()._cdata for p in model.parameters()})
     handles = []
     for stack, blocks in model.block_lists().items():

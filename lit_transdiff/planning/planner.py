@@ -1,7 +1,8 @@
-"""What a run needs before it is paid for: memory by part, communication, operations, time and sizes, for every strategy.
+"""Resource estimates of a run: memory by part, communication, FLOPs, time and file sizes for every strategy.
 
-All sizes are bytes and all rates are a second. The shares of each strategy are those of this code: float32 weights, gradients,
-moments and averages, bfloat16 in the passes alone (with precision bf16-true the averages alone are float32).
+All sizes are in bytes and all rates per second. The estimates follow this code: weights, gradients, moments
+and averages are float32, and only the passes are in bfloat16 (with precision bf16-true only the averages are
+float32).
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from lit_transdiff.models.sizes import FLOAT_BYTES
 from lit_transdiff.planning.memory import ModelCost, PassCost, model_cost, pass_cost
 from lit_transdiff.stages import STAGES
 
-AUTOENCODER_BYTES = 66_456_019 * FLOAT_BYTES  # the released KL autoencoder (kl16); only a run on images holds it
-OVERHEAD = 1.5 * GB  # CUDA's context, the communication library, workspaces
-USABLE = 0.92  # of the memory, as the allocator cannot fill all gaps
+AUTOENCODER_BYTES = 66_456_019 * FLOAT_BYTES  # the released KL autoencoder (kl16), in runs on images only
+OVERHEAD = 1.5 * GB  # the CUDA context, the communication library and workspaces
+USABLE = 0.92  # the usable fraction of the memory, because of fragmentation
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes a GPU, by part."""
+    """Bytes per GPU, by part."""
 
     weights: float
     gradients: float
@@ -41,7 +42,7 @@ class MemoryUse:
 
 
 def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelCost, cost: PassCost, images: bool) -> MemoryUse:
-    """Memory of one of ``gpus`` GPUs at its fullest moment, with micro-batches of ``rows`` rows."""
+    """The peak memory of one of ``gpus`` GPUs with micro-batches of ``rows`` rows."""
     kind = STRATEGIES[strategy]
     number = 2 if run.training.precision == "bf16-true" and kind.whole else FLOAT_BYTES
     weights, trained = model.parameters * number, model.trained * number
@@ -51,7 +52,8 @@ def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelC
     def part(size: float, cut: bool) -> float:
         return size / gpus if cut else size
 
-    gathered = 2 * model.largest_unit * FLOAT_BYTES if kind.cuts_weights else 0  # this block, and the next one on its way
+    # The current block and the prefetched next one.
+    gathered = 2 * model.largest_unit * FLOAT_BYTES if kind.cuts_weights else 0
     master = trained / gpus if kind.has_master and not offloaded else 0
     reduced = trained / gpus if kind.keeps_reduced else 0
     return MemoryUse(
@@ -66,19 +68,19 @@ def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelC
 
 
 def image_bytes(run: RunConfig) -> float:
-    """The largest layer of the autoencoder's encoder for one row: 128 channels at full size, in float32, three at a time."""
+    """The autoencoder's peak for one row: three float32 tensors of 128 channels at full resolution."""
     return 3 * 128 * run.data.image_size**2 * FLOAT_BYTES * run.model.num_references
 
 
 def communication(strategy: str, gpus: int, accumulation: int, model: ModelCost) -> float:
-    """Bytes that one GPU sends in a step, with ring collectives."""
+    """The bytes that one GPU sends per step with ring collectives."""
     ring = (gpus - 1) / gpus
     weights, gradients = model.parameters * FLOAT_BYTES * ring, model.trained * FLOAT_BYTES * ring
     return STRATEGIES[strategy].sent(weights, gradients, accumulation)
 
 
 def micro_batches(run: RunConfig, gpus: int) -> list[int]:
-    """Rows a GPU and pass: every power of two, and the whole, that divide a GPU's part of the global batch."""
+    """Micro-batch sizes: a GPU's share of the global batch, and the powers of two that divide it."""
     per_gpu = run.training.global_batch_size // gpus
     sizes = {2**k for k in range(per_gpu.bit_length()) if per_gpu % 2**k == 0} | {per_gpu}
     return sorted(sizes)
@@ -86,7 +88,7 @@ def micro_batches(run: RunConfig, gpus: int) -> list[int]:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """A strategy with its largest micro-batch that fits, or with the smallest if none does."""
+    """The estimate for one strategy and micro-batch size."""
 
     strategy: str
     rows: int
@@ -96,7 +98,7 @@ class PlanRow:
 
 
 def plan_rows(run: RunConfig, gpus: int, device: Device, model: ModelCost, cost: PassCost, images: bool) -> list[PlanRow]:
-    """Every strategy and micro-batch."""
+    """The estimates for every strategy and micro-batch size."""
     table = []
     for strategy, kind in STRATEGIES.items():
         if kind.alone != (gpus == 1):
@@ -110,7 +112,7 @@ def plan_rows(run: RunConfig, gpus: int, device: Device, model: ModelCost, cost:
 
 
 def data_of(run: RunConfig) -> tuple[bool, str]:
-    """Whether the run reads images, so that the autoencoder is on each GPU, and a line about its data."""
+    """Whether the run reads images (and so has the autoencoder on each GPU), and a line about its data."""
     has_weights = autoencoder_kind(run.autoencoder.kind, run.autoencoder.path).has_folder
     if (Path(run.data.train) / "index.json").is_file():
         index = read_index(run.data.train, check_files=False)
@@ -151,7 +153,7 @@ def plan(run: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
 
 
 def refusals(run: RunConfig) -> list[str]:
-    """Which strategies of the table do not take the run's precision, and what is counted for them."""
+    """A note on strategies that refuse the run's precision, and the precision of their estimates."""
     precision = run.training.precision
     others = [name for name, kind in STRATEGIES.items() if not kind.whole]
     if precision in EVERYWHERE:
@@ -176,13 +178,13 @@ def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool)
 
 
 def described(model: ModelSettings) -> str:
-    """A model in words: its family, its size where it has one by name, the images of a row."""
+    """A short description of a model: its family, its named size if any, and the images per row."""
     size = f", size {name}" if (name := getattr(model, "size", None)) else ""
     return f"{model.paradigm}{size}, R = {model.num_references}"
 
 
 def describe_time(run: RunConfig, gpus: int, gpu: str, device: Device, cost: PassCost, mfu: float, model: ModelCost) -> list[str]:
-    """Steps, hours and what the network must carry, at the stated share of the peak."""
+    """Lines on steps, hours and network traffic at the given fraction of the peak."""
     training = run.training
     operations = (cost.row_flops + cost.recomputed_flops) * training.global_batch_size / gpus
     seconds = operations / (device.flops * mfu)
@@ -198,7 +200,7 @@ def describe_time(run: RunConfig, gpus: int, gpu: str, device: Device, cost: Pas
 
 
 def memory_table(table: list[PlanRow], device: Device, wanted: int | None) -> list[str]:
-    """One line a strategy and micro-batch: those around the largest that fits, and the run's own."""
+    """One line per strategy and micro-batch: the sizes around the largest that fits, and the run's own."""
     head = f"{'strategy':9}{'rows':>5}{'passes':>8}" + "".join(f"{name:>13}" for name in (*vars(table[0].memory), "total"))
     lines = [head + f"{'GB sent':>10}"]
     for strategy in dict.fromkeys(row.strategy for row in table):

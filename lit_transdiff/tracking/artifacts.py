@@ -1,6 +1,7 @@
 """Lineage in W&B: data index -> model -> evaluation, each an artifact named by its content.
 
-Nothing is copied on disk: an artifact's files are uploaded from where they lie. An equal file is the same version at the server.
+Files are uploaded from their place without a copy on disk. A file with the same content is the same version
+on the server.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ log = logging.getLogger(__name__)
 
 
 def artifact_name(*words: str) -> str:
-    """A name of the letters that W&B allows."""
+    """Join words to a name of the characters that W&B allows."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(words))[:120]
 
 
 def data_artifact(index_file: Path, description: dict[str, Any]) -> wandb.Artifact:
-    """A data set, by the hash of its index; the shards stay where they are."""
+    """The artifact of a data set, identified by the hash of its index; the shards are not uploaded."""
     import wandb
 
     about = {"index": str(index_file), "index_sha256": short_hash(index_file), **description}
@@ -41,7 +42,7 @@ def data_artifact(index_file: Path, description: dict[str, Any]) -> wandb.Artifa
 
 
 def model_artifact(run_name: str, run_id: str, export: Path, *, upload: bool) -> wandb.Artifact:
-    """The exported weights of a run with their configuration; without ``upload`` the files are named, not sent."""
+    """The artifact of a run's exported weights and configuration, or without ``upload`` of their paths."""
     import wandb
 
     about = read_versioned(export / "export.json") | {"folder": str(export)}
@@ -55,7 +56,7 @@ def model_artifact(run_name: str, run_id: str, export: Path, *, upload: bool) ->
 
 
 def evaluation_artifact(file: Path, manifest: dict[str, Any]) -> wandb.Artifact:
-    """A result file and its picture."""
+    """The artifact of a result file and its picture."""
     import wandb
 
     artifact = wandb.Artifact(artifact_name("evaluation", file.stem), type="evaluation", metadata={"manifest": manifest})
@@ -66,19 +67,19 @@ def evaluation_artifact(file: Path, manifest: dict[str, Any]) -> wandb.Artifact:
 
 
 def use(tracker: WandbRun, artifact: wandb.Artifact) -> None:
-    """Say that the run reads ``artifact``. The client waits here for the server, so it does so beside the training."""
+    """Record ``artifact`` as an input of the run, in a thread because the client waits for the server."""
     experiment = tracker.experiment
 
     def tell() -> None:
         try:
             experiment.use_artifact(artifact)
-        except Exception as error:  # of any kind: the lineage is worth no training step
-            log.debug("the server was not told of %s: %s", artifact.name, error)
+        except Exception as error:  # any error: lineage must not stop training
+            log.debug("the server did not record %s: %s", artifact.name, error)
 
     threading.Thread(target=tell, name="wandb lineage", daemon=True).start()
 
 
 def make(tracker: WandbRun, artifact: wandb.Artifact, aliases: Sequence[str] = ()) -> None:
-    """Say that the run made ``artifact``; W&B gives its newest version the alias ``latest`` by itself."""
+    """Record ``artifact`` as an output of the run; W&B gives the newest version the alias ``latest``."""
     with going_on_without(artifact.name):
         tracker.experiment.log_artifact(artifact, aliases=["latest", *aliases])

@@ -1,4 +1,4 @@
-"""Results of evaluations in W&B: scores, a table, the picture, an artifact that says which model was scored, and an alert."""
+"""Logging of evaluations to W&B: scores, a table, the picture, an artifact with its model, and an alert."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.metrics_file import last_logged, read_rows
 from lit_transdiff.tracking.wandb_run import WandbRun, open_run, run_id
 
-REFERENCES = "references"  # the picture of an MRAR run's successive images
+REFERENCES = "references"  # name of the picture of an MRAR run's successive images
 
 
 def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Scores as metrics: ``eval/NAME``, and ``eval/NAME_std`` where there is a spread."""
+    """Scores as metrics: ``eval/NAME``, and ``eval/NAME_std`` for scores with a standard deviation."""
     found: dict[str, float] = {}
     for name, score in scores.items():
         found[f"eval/{name}"] = value(score)
@@ -31,14 +31,15 @@ def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluation_run(settings: RunConfig, checkpoint: str) -> RunConfig:
-    """The run that scores ``checkpoint`` with ``settings``, those of the trained run with other sampling and evaluation."""
+    """The run that scores ``checkpoint``: the trained run's settings with other sampling and evaluation."""
     return dataclasses.replace(settings, stage=EVALUATE, init_from=checkpoint)
 
 
 def log_own_scores(run: RunConfig, result: Mapping[str, Any], *, new: bool) -> None:
-    """Scores of a trained run with its own settings: they go to the run itself, in W&B and in ``metrics.csv``.
+    """Log the scores of a trained run with its own settings to the run itself, in W&B and ``metrics.csv``.
 
-    Of a result that is not ``new``, those go there that a stop has kept out of the file, which is written last.
+    The CSV file is written last. For a result that is not ``new``, scores that are missing there because of
+    an interruption are logged again.
     """
     step, file = run.training.max_steps, run.folder / "metrics.csv"
     there = set() if new else set(last_logged(read_rows(file)))
@@ -54,9 +55,10 @@ def log_own_scores(run: RunConfig, result: Mapping[str, Any], *, new: bool) -> N
 
 
 def log_evaluation(run: RunConfig, result: Mapping[str, Any], folder: Path, *, trial: bool) -> None:
-    """Scores of ``evaluate`` with any settings: a W&B run of its own, of job type ``evaluate``, whose files lie in ``folder``.
+    """Log scores as a separate W&B run of job type ``evaluate`` with its files in ``folder``.
 
-    ``trial``: the folder is this evaluation's alone, a trial of a sweep, and also gets a ``metrics.csv``.
+    With ``trial``, the folder belongs to this evaluation alone (a trial of a sweep) and also gets a
+    ``metrics.csv``.
     """
     step = int((result["manifest"]["training"] or {}).get("step", 0))
     if trial:
@@ -76,7 +78,7 @@ def log_evaluation(run: RunConfig, result: Mapping[str, Any], folder: Path, *, t
 
 
 def log_result(log: WandbRun, result: Mapping[str, Any], step: int) -> None:
-    """Scores as numbers, table and picture; the manifest in the configuration; the artifact; the alert."""
+    """Log scores as numbers, table and picture, the manifest as configuration, the artifact and the alert."""
     scores, manifest, file = result["scores"], result["manifest"], Path(result["file"])
     log.experiment.config.update({"manifest": dict(manifest)}, allow_val_change=True)
     log.log_metrics(numbers(scores), step)

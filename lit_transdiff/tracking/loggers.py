@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a CSV file in the run folder, and Weights & Biases."""
+"""The loggers of a run: a CSV file in the run folder, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ log = logging.getLogger(__name__)
 
 
 class MetricsCSV(Logger):
-    """``metrics.csv``, one row a value: step, images seen, wall-clock seconds of this process, metric, value, start of the run.
+    """``metrics.csv``, one row per value.
 
-    Starts are numbered as in ``environment.json``; a row ends with its checksum. Rows are on disk before training goes on, so
-    that those up to a checkpoint are there when it is; a resumed run first drops the rows after its step, and makes them again.
-    Then the file is, but for times and starts, that of a run that was never stopped. With ``despite_full_disk`` rows wait in
-    memory until there is room.
+    A row has the step, images seen, wall-clock seconds of this process, metric, value, number of the run's
+    start (as in ``environment.json``) and checksum. Rows are flushed to disk before training continues, so
+    that a checkpoint never lacks the rows before it. A resumed run drops the rows after its step and writes
+    them again: except for times and starts, the file then equals that of an uninterrupted run. With
+    ``despite_full_disk`` rows wait in memory until the disk has space.
     """
 
     def __init__(self, path: Path, images_per_step: int, despite_full_disk: bool = False) -> None:
@@ -38,9 +39,9 @@ class MetricsCSV(Logger):
         self.images_per_step = images_per_step
         self.despite_full_disk = despite_full_disk
         self.waiting: list[list[Any]] = []
-        self.full = False  # and the people have been told
+        self.full = False  # the disk is full, and a warning was logged
         self.start = time.monotonic()
-        self.resumed: int | None = None  # the step of the checkpoint that the run goes on from
+        self.resumed: int | None = None  # the step of the checkpoint from which the run continues
 
     @property
     def name(self) -> str:
@@ -52,7 +53,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The configuration is saved beside the metrics, in ``config.yaml``."""
+        """Do nothing: the configuration is saved beside the metrics in ``config.yaml``."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -68,23 +69,23 @@ class MetricsCSV(Logger):
 
     @cached_property
     def run_start(self) -> int:
-        """The number of this start of the run."""
+        """The number of the run's current start."""
         return len(devices_of_starts(self.path.parent)) - 1
 
     def names(self) -> list[str]:
-        """The names of the file's columns; none where there is no file."""
+        """The column names of the file; empty if it does not exist."""
         if not self.path.exists():
             return []
         with open(self.path, encoding="utf-8", errors="replace") as file:
             return file.readline().strip().split(",")
 
     def columns(self) -> int:
-        """With how many of ``COLUMNS``, fewer in earlier versions, the file begins; 0 where it is none of metrics."""
+        """The number of ``COLUMNS`` in the file, fewer in earlier versions; 0 if it has no metrics."""
         differ = [name != column for name, column in zip(self.names(), COLUMNS, strict=False)] + [True]
         return differ.index(True) if differ.index(True) >= len(NEEDED) else 0
 
     def write(self) -> None:
-        """Append the rows that wait to the file on disk, all of them or none."""
+        """Append the waiting rows to the file on disk, all or none."""
         if not self.waiting:
             return
         cut_torn_line(self.path)
@@ -94,7 +95,7 @@ class MetricsCSV(Logger):
             with naming_full(self.path), open(self.path, "a", newline="", encoding="utf-8") as file:
                 file.write(as_csv(rows))
             to_disk(self.path)
-            if not size:  # and its name
+            if not size:  # a new file: flush its directory entry, too
                 to_disk(self.path.parent)
         except OSError as error:
             if self.path.exists():
@@ -110,40 +111,41 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what still waits; W&B, where it is on, has it anyway."""
+        """Write the rows that still wait; W&B, if used, has them in any case."""
         if self.waiting:
             self.write()
         if self.waiting:
-            log.warning("%s: the last %d numbers of this process are lost: there is still no room.", self.path, len(self.waiting))
+            text = "%s: the last %d numbers of this process are lost: the disk is still full."
+            log.warning(text, self.path, len(self.waiting))
 
     @rank_zero_only
     def drop_after(self, step: int) -> None:
-        """Forget what was logged after ``step``, and lines that a kill or a damaged disk has cut short."""
+        """Drop the rows after ``step``, and lines truncated by a kill or a damaged disk."""
         self.resumed = step
         if self.path.exists():
             self.replace([row for row in self.rows() if int(row[0]) <= step])
 
     def insert(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Rows of the step at which the run was stopped (scores that were broken off) stand first in it, as without the stop."""
+        """Insert rows of the step at which the run was stopped before the others of that step."""
         before = self.rows()
         place = next((i for i, row in enumerate(before) if int(row[0]) == self.resumed), len(before))
         columns = self.columns() or len(COLUMNS)
         self.replace([*before[:place], *(row[:columns] for row in rows), *before[place:]])
 
     def rows(self) -> list[list[str]]:
-        """The whole rows of the file, also those that somebody has added or changed."""
+        """The complete rows of the file, including rows that a user has added or changed."""
         text = self.path.read_text("utf-8", errors="replace").replace("\0", "").split("\n")
         rows = [cells_of(line) for line in text[:-1]]
         return [row for row in rows if len(row) >= len(NEEDED) and row[0].isdecimal()]
 
     def replace(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Write the file anew with these rows."""
+        """Rewrite the file with these rows."""
         names = self.names() if self.columns() else COLUMNS
         replace_file(self.path, as_csv([names, *rows]).encode())
 
 
 def cut_torn_line(path: Path) -> None:
-    """Remove a last line that a kill has cut short: what is appended would continue it."""
+    """Remove a last line truncated by a kill, because the next row would continue it."""
     if path.exists() and path.stat().st_size:
         with open(path, "rb+") as file:
             file.seek(-1, os.SEEK_END)
@@ -153,18 +155,18 @@ def cut_torn_line(path: Path) -> None:
 
 
 def as_csv(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as the text of a CSV file."""
+    """Format rows as CSV text."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     return text.getvalue()
 
 
 def build_loggers(run: RunConfig) -> list[Logger]:
-    """The CSV file and, unless ``tracking.wandb`` is false, the W&B run of this run folder."""
+    """The CSV logger and, unless ``tracking.wandb`` is false, the W&B logger of this run folder."""
     loggers: list[Logger] = [MetricsCSV(run.folder / "metrics.csv", run.images_per_step, run.checkpoint.on_error == "continue")]
     return loggers + ([WandbRun(run)] if run.tracking.wandb else [])
 
 
 def wandb_of(loggers: Iterable[Logger]) -> WandbRun | None:
-    """The W&B run among the loggers, if there is one."""
+    """The W&B logger among the loggers, or None."""
     return next((logger for logger in loggers if isinstance(logger, WandbRun)), None)

@@ -1,4 +1,4 @@
-"""What the files of a run folder say of its metrics and its starts; what is damaged is left out with a warning."""
+"""Reading metrics and starts from the files of a run folder; damaged content is skipped with a warning."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 def json_content(file: Path) -> dict[str, Any] | None:
-    """What a JSON file says; nothing, with a warning when there is a file, where it is damaged."""
+    """The content of a JSON file; None if it does not exist or, with a warning, if it is damaged."""
     return unless_damaged(read_versioned, file)
 
 
 def unless_damaged(read: Callable[[Path], Content], file: Path) -> Content | None:
-    """What ``read`` makes of a file, if there is one; nothing, with a warning, where it is damaged."""
+    """The result of ``read`` for a file; None if it does not exist or, with a warning, if it is damaged."""
     try:
         return read(file) if file.is_file() else None
     except Damaged as error:
@@ -38,42 +38,42 @@ def unless_damaged(read: Callable[[Path], Content], file: Path) -> Content | Non
 
 
 def devices_of_starts(folder: Path) -> list[int]:
-    """Processes of each start of the run, on all nodes; each had one device."""
+    """The number of processes on all nodes, one device each, for every start of the run."""
     counts = [start.get("num_processes", 1) for start in starts_of(folder)]
     return [count if isinstance(count, int) else 1 for count in counts] or [1]
 
 
 def starts_of(folder: Path) -> list[dict[str, Any]]:
-    """What is known of each start of the run."""
+    """The records of the run's starts."""
     return unless_damaged(read_starts, folder / "environment.json") or []
 
 
 def device_count(folder: Path) -> int:
-    """Processes of the run's last start, on all nodes; each had one device."""
+    """The number of processes on all nodes, one device each, in the run's last start."""
     return devices_of_starts(folder)[-1]
 
 
 def row_checksum(cells: Sequence[Any]) -> int:
-    """The CRC-32 of what a row holds beside it."""
+    """The CRC-32 of the other cells of a row."""
     return zlib.crc32(",".join(map(str, cells)).encode())
 
 
 @dataclass
 class MetricLines:
-    """The names of the columns, and the cells of the lines that may be what was written, by the numbers of the lines.
+    """The column names, and the cells of all acceptable lines by line number.
 
-    What was ``changed`` is not among them; what has no checksum, in a file that has some, is.
+    ``changed`` lines (with a wrong checksum) are excluded; lines without a checksum are included.
     """
 
     names: list[str]
     cells: dict[int, list[str]]
     changed: list[int]
     without_checksum: list[int]
-    torn: list[int]  # the last line, where a kill has cut it short
+    torn: list[int]  # the last line, if a kill has truncated it
 
 
 def read_lines(file: Path) -> MetricLines:
-    """The lines of ``metrics.csv``."""
+    """Read the lines of ``metrics.csv``."""
     first, *rest = file.read_text("utf-8", errors="replace").split("\n") if file.is_file() else [",".join(COLUMNS), ""]
     names = cells_of(first)
     before = names.index(SEAL) if SEAL in names else len(names)
@@ -91,7 +91,7 @@ def read_lines(file: Path) -> MetricLines:
 
 
 def cells_of(line: str) -> list[str]:
-    """The cells of a line, read alone: a quotation mark that damage has made would take the lines after it with it."""
+    """The cells of one line, parsed alone so that a damaged quotation mark cannot swallow the next lines."""
     try:
         return next(csv.reader([line])) if '"' in line else line.split(",")
     except csv.Error:
@@ -107,9 +107,9 @@ def lines_in_words(numbers: Sequence[int]) -> str:
 
 
 def read_rows(file: Path) -> pd.DataFrame:
-    """The rows of ``metrics.csv`` with its ``COLUMNS``; lines that are cut or damaged are left out with a warning.
+    """The rows of ``metrics.csv`` with its ``COLUMNS``, without truncated and damaged lines (with a warning).
 
-    Where the file does not say which start of the run wrote a row, a clock that goes back begins another.
+    In a file without the number of the start, a time that goes backwards marks a new start.
     """
     import pandas as pd
 
@@ -134,6 +134,6 @@ def read_rows(file: Path) -> pd.DataFrame:
 
 
 def last_logged(rows: pd.DataFrame) -> dict[str, float]:
-    """The last logged value of each metric, also where it is not a number."""
+    """The last logged value of each metric, even if it is NaN."""
     last = rows.drop_duplicates("metric", keep="last")
     return {str(name): float(value) for name, value in zip(last["metric"], last["value"], strict=True)}

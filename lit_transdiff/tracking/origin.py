@@ -1,9 +1,9 @@
-"""Whether a folder is the one in which its W&B run was begun, or a copy of that: no two folders may write to one run.
+"""Telling the original folder of a W&B run from its copies: two folders must never write to the same run.
 
-A folder is known by what no copy of its files takes along: the number of one of its folders on its disk (inode), and the time at
-which one of its files was last changed as the disk has it (ctime, which nobody can set). Renaming and moving on a disk, and
-mounting the disk elsewhere, leave one of them as it was: some network disks number anew, ``chmod`` changes the time. A move to
-another disk is a copy of which the original is removed, and cannot be told from one: it counts as a copy.
+A folder is identified by two properties that do not survive copying: the inode of one of its subfolders, and
+the ctime of one of its files, which users cannot set. Renaming, moving within a disk and mounting the disk
+elsewhere preserve at least one of the two (some network disks change inodes, ``chmod`` changes the ctime). A
+move to another disk cannot be distinguished from a copy and counts as one.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 
 from lit_transdiff.base.files import json_of, replace_file
 
-RECORD = "origin.json"  # in the numbered folder
+RECORD = "origin.json"  # in the subfolder whose inode is recorded
 COPIED_FROM = "copied_from"  # entry of the record, and of the configuration in W&B
 
 
 def folder_signature(file: Path) -> dict[str, Any]:
-    """What no copy of the folder of ``file`` takes along."""
+    """The properties of the folder of ``file`` that do not survive copying."""
     status = file.stat()
-    changed = status.st_ctime_ns if status.st_nlink == 1 else None  # a file may have two names (cp -l)
+    changed = status.st_ctime_ns if status.st_nlink == 1 else None  # hard links (cp -l) share the ctime
     return {"inode": file.parent.stat().st_ino, "disk": os.statvfs(file.parent).f_fsid, "changed": changed}
 
 
 def same_folder(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two signatures are of the same folder."""
+    """Whether two signatures belong to the same folder."""
     same_place = all(one.get(key) == other.get(key) for key in ("inode", "disk"))
     return same_place or (one.get("changed") is not None and one.get("changed") == other.get("changed"))
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """The record beside ``file``; empty where there is none, or a damaged one."""
+    """The record beside ``file``; empty if it is missing or damaged."""
     try:
         found = json_of((file.parent / RECORD).read_text())
     except (OSError, ValueError):
@@ -42,14 +42,14 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def keep_record(file: Path, copied_from: Any) -> None:
-    """Note beside ``file`` which folder this is, and what it is a copy of."""
+    """Record beside ``file`` the signature of this folder and the run that it is a copy of."""
     about = {**folder_signature(file), "folder": str(file.parent.resolve()), COPIED_FROM: copied_from}
     if about != read_record(file):
         replace_file(file.parent / RECORD, json.dumps(about, indent=1).encode())
 
 
 def is_copy(file: Path) -> bool:
-    """Whether the folder of ``file`` is a copy of the one that its record is of; a folder without a record is none."""
+    """Whether the folder of ``file`` is a copy of the recorded one; a folder without a record is not."""
     record, now = read_record(file), folder_signature(file)
     if not record:
         return False
@@ -62,7 +62,7 @@ def is_copy(file: Path) -> bool:
 
 
 def has_older_sibling(file: Path) -> bool:
-    """Whether a run folder beside that of ``file`` holds the same, and longer: without records, the older is the original."""
+    """Whether an older run folder beside that of ``file`` has the same id and so counts as the original."""
     here = file.stat()
     for other in file.parents[2].glob(f"*/{file.parent.name}/{file.name}"):
         there = other.stat()

@@ -1,8 +1,8 @@
-"""Where a run belongs when it is a trial of a sweep: its name, its group and its folder.
+"""The name, group and folder of a run that is a trial of a sweep.
 
 ``wandb agent`` and ``lit-transdiff sweep`` start a trial with the same environment: ``WANDB_RUN_ID``, and
-``WANDB_SWEEP_PARAM_PATH``, a YAML file of the swept settings. ``lit-transdiff sweep`` adds ``WANDB_RUN_GROUP`` (the sweep's name)
-and ``SWEEP_FOLDER``.
+``WANDB_SWEEP_PARAM_PATH``, a YAML file of the swept settings. ``lit-transdiff sweep`` adds
+``WANDB_RUN_GROUP`` (the sweep's name) and ``SWEEP_FOLDER``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lit_transdiff.config.targets import below
 from lit_transdiff.config.yaml_text import read_file
 
 SWEEP_FOLDER = "LIT_TRANSDIFF_SWEEP_FOLDER"
-SWEEP_SIGN = "sweep.yaml"  # of a sweep's folder
-MAX_NAME = 120  # characters of a folder's name that the settings may take
+SWEEP_SIGN = "sweep.yaml"  # the file that identifies a sweep's folder
+MAX_NAME = 120  # the most characters of a folder's name for the settings
 
 
 @dataclass(frozen=True)
 class TrialPlace:
-    """The W&B id of a trial, the name of its sweep, the sweep's folder (nothing: below the run's), and the swept settings."""
+    """The W&B id of a trial, its sweep's name and folder (None: below the run's), and the swept settings."""
 
     id: str
     sweep: str
@@ -34,7 +34,7 @@ class TrialPlace:
 
     @property
     def name(self) -> str:
-        """The swept settings and the id, in the order of their dotted names: ``lr_0.002-global_batch_size_64-1a2b3c4d``."""
+        """The sorted swept settings and the id, as in ``lr_0.002-global_batch_size_64-1a2b3c4d``."""
         words = "-".join(
             f"{folder_safe(key.split('.')[-1])}_{word(value)}" for key, value in sorted(flattened(self.settings).items())
         )
@@ -42,7 +42,7 @@ class TrialPlace:
 
 
 def trial_place() -> TrialPlace | None:
-    """What the environment says of the trial that this process is, or nothing."""
+    """The trial that this process is according to its environment, or None."""
     file, id_ = os.environ.get("WANDB_SWEEP_PARAM_PATH"), os.environ.get("WANDB_RUN_ID")
     if not file or not id_:
         return None
@@ -55,7 +55,7 @@ def trial_place() -> TrialPlace | None:
 
 
 def placed(run: RunConfig) -> RunConfig:
-    """``run``, or, when this process is a trial of a sweep, the same run named, grouped and put as that trial."""
+    """``run``; if this process is a trial of a sweep, with the name, group and folder of the trial."""
     trial = trial_place()
     if trial is None:
         return run
@@ -65,7 +65,7 @@ def placed(run: RunConfig) -> RunConfig:
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
+    """Flatten nested settings to dotted names."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
@@ -74,11 +74,11 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def folder_safe(key: str) -> str:
-    """A setting's name as part of a folder's name."""
+    """A setting's name in a form for folder names."""
     return re.sub(r"[^\w+-]", "_", key)
 
 
 def word(value: Any) -> str:
-    """A value as part of a folder's name."""
+    """A value in a form for folder names."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("_")

@@ -1,4 +1,4 @@
-"""What a W&B server and its folder may cost a run: waits that end, and what is gone without."""
+"""Limits on the effect of a W&B server or folder in trouble: bounded waits, and skipped uploads."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from lit_transdiff.base.files import is_full
 if TYPE_CHECKING:
     import wandb
 
-FINISH_TIMEOUT = 300.0  # seconds that its end may, with the upload of a model; WANDB_FINISH_TIMEOUT says otherwise
-MARGIN = 20.0  # seconds after that; before they are over the client has written its log to disk, as it does every 15 s
+FINISH_TIMEOUT = 300.0  # seconds for the end of a run with the upload of a model; see WANDB_FINISH_TIMEOUT
+MARGIN = 20.0  # further seconds, in which the client writes its log to disk (it does so every 15 s)
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def going_on_without(name: str) -> Iterator[None]:
-    """What the client must ask the server for in the block is left out, with a warning, when the server does not answer.
+    """Skip the requests in the block with a warning if the server does not answer.
 
-    The client has an error of its own for each of its parts; what the server keeps beside the numbers is worth no run.
+    Any error is caught, because the parts of the client raise errors of different types and nothing that the
+    server stores beside the numbers is worth a failed run.
     """
     try:
         yield
     except Exception as error:
-        log.warning("W&B does not answer, and goes without %s; the numbers are not lost (%s)", name, " ".join(str(error).split()))
+        reason = " ".join(str(error).split())
+        log.warning("W&B does not answer and skips %s; the numbers are not lost (%s)", name, reason)
 
 
 @contextmanager
 def writing_below(place: Path) -> Iterator[None]:
-    """A folder of W&B's that cannot be written to is a refusal that says how to go on."""
+    """Turn an error of writing to W&B's folder into a ``ValueError`` that tells how to continue."""
     try:
         yield
     except OSError as error:
@@ -47,15 +49,15 @@ def writing_below(place: Path) -> Iterator[None]:
 
 
 def finish_timeout() -> float:
-    """Seconds that the end of a run may wait for the server."""
+    """The most seconds that the end of a run waits for the server."""
     return float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT))
 
 
 def finished_within(seconds: float, opened: wandb.Run, exit_code: int) -> bool:
-    """Close a run, whose log is on disk before; whether that has ended in about this time.
+    """Close a run, whose log is already on disk, and return whether that took at most about ``seconds``.
 
-    The client waits for a server that takes questions and does not answer, or answers with an error, for as long as it does so,
-    whatever its ``finish_timeout``; and its service would do the same when this process ends.
+    The client ignores its ``finish_timeout`` and waits indefinitely for a server that accepts requests
+    without answering, or answers with errors; its service would do the same at the end of this process.
     """
 
     def finish() -> None:
@@ -72,13 +74,13 @@ def finished_within(seconds: float, opened: wandb.Run, exit_code: int) -> bool:
 
 
 def end_service() -> None:
-    """End the client's service, which would wait for the server; the next run starts another."""
+    """End the client's service, which would wait for the server; the next run starts a new one."""
     import wandb
 
     services = [child for child in psutil.Process().children() if "wandb" in child.name()]
     for service in services:
         service.kill()
     psutil.wait_procs(services, MARGIN)
-    os.environ.pop("WANDB_SERVICE", None)  # where this process and its children look for it
+    os.environ.pop("WANDB_SERVICE", None)  # the address of the service for this process and its children
     with going_on_without("the end of its service"):
         wandb.teardown()

@@ -1,10 +1,11 @@
-"""The one place where a W&B run is opened, written to and closed.
+"""Opening, writing and closing a W&B run.
 
-A run folder is one W&B run, also over restarts; W&B's local files lie in it. W&B's own environment variables decide between
-online, offline and disabled. A server that cannot be reached costs no training step: at the start the run is recorded offline
-and says so; later the client goes on writing its log, and the end of the run waits ``FINISH_TIMEOUT`` seconds at most. Before a
-table or an artifact (at the last step and after it) the client asks the server, and goes without it after 20 s. What else the
-server did not get is in the run's ``.wandb`` file, for ``wandb sync --include-online``.
+A run folder is one W&B run across restarts and contains W&B's local files. W&B's own environment variables
+select online, offline or disabled. An unreachable server costs no training step: at the start, the run is
+recorded offline with a warning; later, the client continues to write its log, and the end of the run waits at
+most ``FINISH_TIMEOUT`` seconds. Tables and artifacts (at the last step and after it) need the server and are
+skipped after 20 s without an answer. All other data that the server has not received are in the run's
+``.wandb`` file, for ``wandb sync --include-online``.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from lit_transdiff.tracking.server import finish_timeout, finished_within, going
 if TYPE_CHECKING:
     import wandb
 
-INIT_TIMEOUT = 20.0  # seconds that the start of a run may wait for the server
-MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # the last two are W&B's old words
+INIT_TIMEOUT = 20.0  # the most seconds that the start of a run waits for the server
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # the last two are old names
 STEP, IMAGES_SEEN = "trainer/global_step", "images_seen"  # the two axes of every metric
-NUM_DEVICES = "num_devices"  # of all nodes; beside the settings in the configuration
+NUM_DEVICES = "num_devices"  # on all nodes; stored beside the settings in the configuration
 log = logging.getLogger(__name__)
 
 
 def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str) -> wandb.Run:
-    """Start the W&B run ``id_``, or go on with it, with all its local files in ``folder``."""
+    """Start or resume the W&B run ``id_`` with all its local files in ``folder``."""
     import wandb
 
     keep_below(folder)
@@ -70,7 +71,7 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
             " ".join(str(error).split()),  # in one line
             folder / "wandb",
         )
-        wandb.teardown()  # its service still holds the run that could not start
+        wandb.teardown()  # the service still has the run that could not start
         opened = wandb.init(mode="offline", **given)
     opened.define_metric(STEP)
     opened.define_metric(IMAGES_SEEN)
@@ -79,13 +80,13 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
 
 
 def origin_of(folder: Path) -> dict[str, Any]:
-    """Of which run a folder is a copy, for the configuration in W&B; empty where it is none."""
+    """The run that a folder is a copy of, as an entry of W&B's configuration; empty for an original."""
     origin = read_record(folder / "wandb" / "run_id").get(COPIED_FROM)
     return {COPIED_FROM: origin} if origin else {}
 
 
 def wandb_mode() -> Any:
-    """What WANDB_MODE says, one of ``MODES``; without it, online where there is a key, else offline."""
+    """The value of WANDB_MODE, one of ``MODES``; if it is not set, online with an API key, else offline."""
     import wandb
 
     check_mode()
@@ -93,13 +94,13 @@ def wandb_mode() -> Any:
 
 
 def check_mode() -> None:
-    """Refuse a mode that W&B has not, before something is made whose numbers it would not take."""
+    """Refuse an unknown WANDB_MODE before any work whose numbers would not be logged."""
     mode = os.environ.get("WANDB_MODE")
     require(mode is None or mode in MODES, "WANDB_MODE", mode, f"{', '.join(MODES)}, or not set")
 
 
 def keep_below(folder: Path) -> None:
-    """Point every folder of W&B's into ``folder``."""
+    """Set all of W&B's folders to places below ``folder``."""
     root = folder.resolve()
     for variable, place in (
         ("WANDB_DIR", root),
@@ -113,16 +114,17 @@ def keep_below(folder: Path) -> None:
 
 
 def run_id(folder: Path) -> str:
-    """The W&B id of a run folder: that of the sweep's trial, or one made once. A lost one is that of W&B's last local files.
+    """The W&B id of a run folder: the id of the sweep's trial, or one generated once.
 
-    A copy of a run folder gets an id of its own, and its record says of which run it is a copy.
+    A lost id is recovered from W&B's last local files. A copy of a run folder gets a new id, and its record
+    names the run that it is a copy of.
     """
     with writing_below(folder / "wandb"):
         return known_id(folder, folder.resolve() / "wandb" / "run_id")
 
 
 def known_id(folder: Path, file: Path) -> str:
-    """The id of a run folder that is kept in ``file``."""
+    """The id of a run folder, stored in ``file``."""
     known = file.read_text().strip("\0\n ") if file.exists() else ""
     record = read_record(file)
     if not known:
@@ -144,22 +146,23 @@ def known_id(folder: Path, file: Path) -> str:
 
 
 def first_id(wandb_folder: Path) -> str:
-    """The W&B id of a folder that has none, or has lost it."""
+    """The W&B id of a folder that has no id yet, or has lost it."""
     earlier = sorted(wandb_folder.glob("*run-*_*-*"), key=lambda place: place.name.split("run-")[-1])
     trial = trial_place()
-    if trial and not (trial.folder and read_record(trial.folder / SWEEP_SIGN).get(COPIED_FROM)):  # its id is the original's
+    # The trials of a copied sweep have the ids of the original's.
+    if trial and not (trial.folder and read_record(trial.folder / SWEEP_SIGN).get(COPIED_FROM)):
         return trial.id
     return earlier[-1].name.rpartition("-")[2] if earlier else secrets.token_hex(4)
 
 
 def keep_linked(folder: Path) -> None:
-    """Put files in the place of links to W&B's cache, which is removed, and of others that break when the run is moved."""
+    """Replace links by files: W&B's cache is removed, and other links break if the run is moved."""
     for link in [path for path in folder.rglob("*") if path.is_symlink() and os.path.isabs(os.readlink(path)) and path.is_file()]:
         replace_file(link, link.read_bytes())
 
 
 class WandbRun(Logger):
-    """The W&B run of a run folder, as Lightning's logger; it starts with the first thing that is logged. Rank 0 alone writes."""
+    """Lightning logger for the W&B run of a run folder. The run starts on first use; only rank 0 writes."""
 
     def __init__(self, run: RunConfig) -> None:
         super().__init__()
@@ -181,20 +184,20 @@ class WandbRun(Logger):
         if self._opened is None:
             run, folder = self.run, self.run.folder
             self._opened = open_run(run, run_id(folder), folder=folder, name=run.name, job_type=run.stage)
-            if self._opened.offline:  # an offline start knows of none before it, and its summary becomes that of the whole run
+            if self._opened.offline:  # its summary replaces that of earlier starts
                 self._opened.summary.update(last_logged(read_rows(folder / "metrics.csv")))
         return self._opened
 
     def adopt(self, opened: wandb.Run) -> None:
-        """Write to ``opened`` in place of the run folder's own W&B run."""
+        """Log to ``opened`` instead of the run folder's own W&B run."""
         self._opened = opened
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The whole configuration is given at the start."""
+        """Do nothing: the whole configuration is logged at the start."""
 
     def axes(self, step: int) -> dict[str, int]:
-        """The two axes at an optimizer step; W&B's own step counts calls and is no axis."""
+        """The values of both axes at an optimizer step; W&B's own step counts calls and is not an axis."""
         return {STEP: step, IMAGES_SEEN: step * self.run.images_per_step}
 
     @rank_zero_only
@@ -203,14 +206,14 @@ class WandbRun(Logger):
 
     @rank_zero_only
     def log_picture(self, key: str, picture: Image.Image, step: int) -> None:
-        """One labelled picture, such as a grid of samples."""
+        """Log a labelled picture, such as a grid of samples."""
         import wandb
 
         self.experiment.log({key: wandb.Image(picture)} | self.axes(step))
 
     @rank_zero_only
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """A table; pictures in its cells are shown as pictures."""
+        """Log a table; images in its cells are displayed."""
         import wandb
 
         cells = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
@@ -219,18 +222,18 @@ class WandbRun(Logger):
 
     @rank_zero_only
     def alert(self, title: str, text: str, *, bad: bool = False) -> None:
-        """Tell the people who follow the project."""
+        """Send an alert to the people who follow the project."""
         self.experiment.alert(title, text, level="ERROR" if bad else "INFO")
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Lightning's call at the end of training; a run that succeeded still gets its model, and is closed by ``finish``."""
+        """Close the run after a failure; a successful run still gets its model, and ``finish`` closes it."""
         if status != "success":
             self.finish(1)
 
     @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:
-        """Close the run, waiting for the server ``FINISH_TIMEOUT`` seconds at most; nothing happens when it is not open."""
+        """Close the run, if it is open, waiting for the server at most ``FINISH_TIMEOUT`` seconds."""
         if self._opened is None:
             return
         opened, self._opened = self._opened, None
@@ -238,6 +241,6 @@ class WandbRun(Logger):
         start = time.monotonic()
         ended = finished_within(limit, opened, exit_code)
         keep_linked(place)
-        shutil.rmtree(place.with_name("cache"), ignore_errors=True)  # copies of what lies elsewhere, kept for re-use only
+        shutil.rmtree(place.with_name("cache"), ignore_errors=True)  # only copies of other files
         if not ended or (not opened.offline and time.monotonic() - start >= limit):
             log.warning("W&B did not take everything in %.0f s; later: wandb sync --include-online %s", limit, place)
