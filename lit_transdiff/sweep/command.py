@@ -1,4 +1,4 @@
-"""The command of a trial, made by W&B's own code from the ``command`` of a sweep file, so that both run the same."""
+"""The command of a trial, built by W&B's own code from a sweep file, so that both run the same command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_transdiff.config.yaml_text import dump
 
 
 def trial_command(command: Sequence[str] | None, program: str | None, settings: dict[str, Any], json_file: Path) -> list[str]:
-    """``command`` with its macros (``${env}``, ``${interpreter}``, ``${program}``, ``${args_no_hyphens}``, ...) filled in."""
+    """Expand the macros of ``command``: ``${env}``, ``${interpreter}``, ``${program}``, ``${args}``, ..."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     filled: dict[str, Any] = create_sweep_command_args({"args": {key: {"value": value} for key, value in settings.items()}})
@@ -33,5 +33,5 @@ def trial_command(command: Sequence[str] | None, program: str | None, settings: 
 
 
 def write_parameters(settings: dict[str, Any], file: Path) -> None:
-    """The swept settings as an agent hands them over (``WANDB_SWEEP_PARAM_PATH``)."""
+    """Write the swept settings in the format of an agent (``WANDB_SWEEP_PARAM_PATH``)."""
     file.write_text(dump({"wandb_version": 1, **{key: {"value": value} for key, value in settings.items()}}))

@@ -1,9 +1,10 @@
-"""``lit-transdiff sweep``: the trials of a W&B sweep file as processes of this machine, without a server.
+"""``lit-transdiff sweep``: run the trials of a W&B sweep file as processes of this machine, without a server.
 
-The controller does what W&B's server and agents do together: it chooses settings, starts a trial on each free slot of devices,
-follows the metric in the trial's own files, ends trials early, and remembers everything, so that the same command goes on after
-a kill. A trial that was running then is started again with its settings and continues from its checkpoint; so is one that has
-failed, once each time that the command is given, until it has had as many attempts as ``--tries`` says.
+The controller takes the role of W&B's server and agents: it chooses settings, starts a trial on each free
+slot of devices, reads the metric from the trial's files, stops trials early, and keeps a journal, so that the
+same command continues after a kill. A trial that was running at that time is started again with its settings
+and continues from its checkpoint. Each call of the command also retries failed trials once, up to ``--tries``
+attempts in total.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ from lit_transdiff.sweep.trial import Trial, TrialState
 from lit_transdiff.sweep.values import logged_names, logged_values
 from lit_transdiff.tracking.place import SWEEP_FOLDER, TrialPlace
 
-POLL = 0.5  # seconds between looks at the trials
-KILL_AFTER = 60.0  # seconds that a trial has to end after SIGTERM
+POLL = 0.5  # seconds between checks of the trials
+KILL_AFTER = 60.0  # seconds for a trial to end after SIGTERM
 TRIES = 3  # attempts of a trial, over all calls of the command
-HOPELESS = 3  # so many failures before any success end the sweep
+HOPELESS = 3  # this many failures without any success end the sweep
 Slot = tuple[int, ...]  # GPUs of one trial; empty on CPUs
 
 
 @dataclass
 class Agent:
-    """A running trial, its process and its devices."""
+    """A running trial with its process and devices."""
 
     trial: Trial
     process: subprocess.Popen[bytes]
     slot: Slot
-    old: list[float] = field(default_factory=list)  # values that an attempt before, which failed, has left in the trial's files
+    old: list[float] = field(default_factory=list)  # values left by a failed earlier attempt
     stopped_at: float | None = None
 
 
 def slots_of(agents: int | None, devices_per_run: int) -> list[Slot]:
-    """GPUs of each of ``agents`` trials at once; without a number, as many as the GPUs make, or one on CPUs."""
+    """The GPUs of ``agents`` concurrent trials; default: as many trials as the GPUs allow, or one on CPUs."""
     gpus = torch.cuda.device_count()
     if gpus == 0:
         return [()] * (agents or 1)
@@ -60,7 +61,7 @@ def slots_of(agents: int | None, devices_per_run: int) -> list[Slot]:
 
 
 class Controller:
-    """One sweep in one folder."""
+    """The controller of one sweep in one folder."""
 
     def __init__(
         self, sweep: Sweep, folder: Path, seed: int, slots: list[Slot], say: Callable[[str], None], tries: int = TRIES
@@ -76,10 +77,10 @@ class Controller:
         self.retry(tries)
         self.again = [trial for trial in self.trials if trial.state == "running"]
         self.live: list[Agent] = []
-        self.asked: list[int] = []  # the signals that have come
+        self.asked: list[int] = []  # the signals received so far
 
     def retry(self, tries: int) -> None:
-        """Give each trial that has failed another attempt, if it has had fewer than ``tries``, or nothing has ever worked."""
+        """Retry failed trials with fewer than ``tries`` attempts, or all if no trial ever succeeded."""
         always = hopeless(self.trials)
         for trial in self.trials:
             if trial.state == "failed" and (always or trial.failures < tries):
@@ -87,11 +88,11 @@ class Controller:
                 trial.begin_again()
 
     def run(self) -> list[Trial]:
-        """Until the search has no more settings and every trial has ended.
+        """Run trials until the search is exhausted and every trial has ended.
 
-        At a signal the running trials are ended and ``Preempted`` is raised; the same command goes on with them. It is
-        noted, and raised between two looks: in the middle of a start, it would leave a trial behind that nobody ends. A second
-        Ctrl-C does not wait for the trials, which save and end all the same.
+        A signal ends the running trials and raises ``Preempted``; the same command continues them. The signal
+        is handled between two checks, because in the middle of a start it would leave a trial without a
+        controller. A second Ctrl-C does not wait for the trials, which still save and end.
         """
         with ending_when_asked(lambda number, _: self.asked.append(number)):
             self.until_asked()
@@ -100,7 +101,7 @@ class Controller:
         return self.trials
 
     def until_asked(self) -> None:
-        """The same, ending at a signal; no trial outlives it."""
+        """Run trials until the end or a signal; no trial outlives this call."""
         try:
             if self.again:
                 end_orphans({trial.id for trial in self.again}, self.folder)
@@ -113,13 +114,13 @@ class Controller:
                 self.stop_losers()
                 self.check_hope()
         finally:
-            for agent in self.live:  # they are in the journal as running: the same command goes on with them
+            for agent in self.live:  # the journal lists them as running, so the same command continues them
                 signal_group(agent.process.pid, signal.SIGTERM)
             for agent in self.live:
                 wait_or_kill(agent.process)
 
     def fill(self) -> bool:
-        """Start trials on free slots; whether one was started."""
+        """Start trials on free slots and return whether one was started."""
         started = False
         while self.free:
             if self.again:
@@ -140,7 +141,7 @@ class Controller:
         return self.folder / TrialPlace(trial.id, self.sweep.name, self.folder, trial.settings).name
 
     def start(self, trial: Trial, slot: Slot) -> None:
-        """A process of its own group, told of its trial as an agent tells it."""
+        """Start a process in its own group, with the environment that an agent gives to a trial."""
         parameters = self.folder / "logs" / f"{trial.id}.yaml"
         write_parameters(trial.settings, parameters)
         command = trial_command(self.sweep.command, self.sweep.program, trial.settings, parameters.with_suffix(".json"))
@@ -165,16 +166,16 @@ class Controller:
         self.say(f"start     {self.place(trial).name}{attempt}" + (f" on GPU {','.join(map(str, slot))}" if slot else ""))
 
     def values(self, trial: Trial) -> list[float]:
-        """The values of the sweep's metric that the trial has logged so far, in order."""
+        """The values of the sweep's metric logged by the trial so far, in order."""
         return logged_values(self.place(trial), self.sweep.metric) if self.sweep.metric is not None else []
 
     def new_values(self, agent: Agent) -> list[float]:
-        """The same without what a failed attempt has left, until this one changes it: going on, or from the beginning."""
+        """``values``, but empty while the files still have exactly the values of a failed attempt."""
         values = self.values(agent.trial)
         return [] if repr(values) == repr(agent.old) else values  # repr, because NaN is not NaN
 
     def stop_losers(self) -> None:
-        """Early termination: SIGTERM, so that the trial can save what it has; SIGKILL when it does not end."""
+        """Early termination: SIGTERM, so that a trial can save its state, and SIGKILL if it does not end."""
         if self.sweep.early_terminate is not None:
             lost = {trial.id for trial in to_stop(self.sweep.early_terminate, self.trials, self.sweep.maximize)}
             for agent in self.live:
@@ -187,11 +188,11 @@ class Controller:
                 signal_group(agent.process.pid, signal.SIGKILL)
 
     def end(self, agent: Agent) -> None:
-        """Note how a trial ended."""
+        """Record the outcome of a trial."""
         trial, code = agent.trial, agent.process.returncode
         self.live.remove(agent)
         self.free.append(agent.slot)
-        if code in (EXIT_REQUEUE, EXIT_INTERRUPTED) and agent.stopped_at is None:  # someone else asked it to stop: it goes on
+        if code in (EXIT_REQUEUE, EXIT_INTERRUPTED) and agent.stopped_at is None:  # stopped from outside
             self.again.append(trial)
             self.say(f"again     {self.place(trial).name}")
             return
@@ -201,24 +202,24 @@ class Controller:
         self.check_metric(trial)
         best = trial.best(self.sweep.maximize)
         told = f", best {self.sweep.metric} {best:.5g}" if best is not None else ""
-        told += ", the last is no number" if trial.diverged else ""
+        told += ", the last is not a number" if trial.diverged else ""
         told += f", exit status {code}: see {self.folder / 'logs' / trial.id}.log" if trial.state == "failed" else ""
         self.say(f"{trial.state:9} {self.place(trial).name}{told}")
 
     def check_metric(self, trial: Trial) -> None:
-        """Warn when the first trial that finished has logged no number as the sweep's metric: nothing can be chosen by it."""
+        """Warn if the first finished trial has logged no usable value of the sweep's metric."""
         metric = self.sweep.metric
         first = [trial.state for trial in self.trials].count("finished") == 1
         if metric is None or trial.finite() or trial.state != "finished" or not first:
             return
         if trial.values:
-            return self.say(f"warning   metric.name: what the trial has logged as {metric!r} is no finite number")
+            return self.say(f"warning   metric.name: the trial has logged no finite value of {metric!r}")
         names = logged_names(self.place(trial))
         near = difflib.get_close_matches(metric, names, n=3, cutoff=0.3) or names
         self.say(f"warning   metric.name: the trial has not logged {metric!r}, but {', '.join(near) or 'nothing'}")
 
     def check_hope(self) -> None:
-        """Raise ``TrialsFailed`` when the sweep's first trials have all failed."""
+        """Raise ``TrialsFailed`` if the sweep's first trials have all failed."""
         if hopeless(self.trials):
             ended = [trial for trial in self.trials if trial.state == "failed"]
             log = self.folder / "logs" / f"{ended[-1].id}.log"
@@ -226,7 +227,7 @@ class Controller:
 
 
 def hopeless(trials: list[Trial]) -> bool:
-    """Whether the sweep's first trials have all failed, and none has ended in another way."""
+    """Whether at least ``HOPELESS`` trials have failed and none has ended in another way."""
     ended = [trial.state for trial in trials if trial.state != "running"]
     return len(ended) >= HOPELESS and set(ended) == {"failed"}
 
@@ -241,7 +242,7 @@ def run_sweep(
     tries: int = TRIES,
     say: Callable[[str], None] = print,
 ) -> list[Trial]:
-    """Run or continue a sweep in ``folder`` to its end; the trials are its run folders."""
+    """Run or continue a sweep to its end; the trials are run folders in ``folder``."""
     require(tries >= 1, "--tries", tries, "at least 1")
     return Controller(sweep, folder, seed, slots_of(agents, devices_per_run), say, tries).run()
 
@@ -249,7 +250,8 @@ def run_sweep(
 def end_orphans(trials: set[str], folder: Path) -> None:
     """End the trials of this sweep that outlived their controller.
 
-    They are known by their environment: the controller may have been killed before it wrote their processes down.
+    They are recognised by their environment, because a killed controller may not have recorded their
+    processes.
     """
     import psutil
 
@@ -258,7 +260,7 @@ def end_orphans(trials: set[str], folder: Path) -> None:
         try:
             environment = process.environ()
             ours = environment.get("WANDB_RUN_ID") in trials and environment.get(SWEEP_FOLDER) == str(folder)
-            if ours and os.getpgid(process.pid) == process.pid:  # the trial itself, not its children
+            if ours and os.getpgid(process.pid) == process.pid:  # the trial itself, not a child process
                 found.append(process)
         except (psutil.Error, ProcessLookupError, PermissionError):
             continue
@@ -271,7 +273,7 @@ def end_orphans(trials: set[str], folder: Path) -> None:
 
 
 def signal_group(pid: int, number: signal.Signals) -> None:
-    """Signal a trial with all its children, if it is still there."""
+    """Send a signal to a trial and all its children, if it still exists."""
     try:
         os.killpg(pid, number)
     except ProcessLookupError:
@@ -279,7 +281,7 @@ def signal_group(pid: int, number: signal.Signals) -> None:
 
 
 def wait_or_kill(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a trial to end, and end it when it does not."""
+    """Wait for a trial to end, and kill it if it does not."""
     try:
         process.wait(KILL_AFTER)
     except subprocess.TimeoutExpired:

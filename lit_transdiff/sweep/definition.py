@@ -1,4 +1,4 @@
-"""What a sweep is: its search, its parameters, its metric and its early termination."""
+"""The definition of a sweep: search, parameters, metric and early termination."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from lit_transdiff.config import require
 from lit_transdiff.sweep.distributions import Spec
 
-Path_ = tuple[str, ...]  # the keys that lead to a parameter
+Path_ = tuple[str, ...]  # the nested keys of a parameter
 
 
 @dataclass(frozen=True)
 class Hyperband:
-    """W&B's early termination: bands are numbers of logged values of the metric."""
+    """W&B's early termination; its bands count logged values of the metric."""
 
     eta: float = 3
     max_iter: int | None = None
@@ -29,7 +29,7 @@ class Hyperband:
 
     @property
     def bands(self) -> list[int]:
-        """The numbers of values after which a run is judged, ascending."""
+        """The numbers of values after which a run is judged, in ascending order."""
         if self.min_iter is not None:
             return [int(self.min_iter * self.eta**i) for i in range(30)]
         assert self.max_iter is not None
@@ -39,16 +39,16 @@ class Hyperband:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file says; ``load_sweep`` checks it."""
+    """The content of a sweep file, checked by ``load_sweep``."""
 
     name: str
     method: str
     parameters: dict[Path_, Spec]
     metric: str | None = None
     maximize: bool = False
-    target: float | None = None  # no trial is started once one has reached it
-    impute: str = "worst"  # what a trial that has failed counts as in bayes: worst, best or latest
-    impute_while_running: str = "false"  # what a running trial counts as in bayes: nothing (false), worst, best or latest
+    target: float | None = None  # no further trial starts after one has reached it
+    impute: str = "worst"  # the value of a failed trial in bayes: worst, best or latest
+    impute_while_running: str = "false"  # that of a running trial: false (no value), worst, best or latest
     early_terminate: Hyperband | None = None
     command: list[str] | None = None
     program: str | None = None
@@ -57,7 +57,7 @@ class Sweep:
     source: dict[str, Any] = field(default_factory=dict)
 
     def nested(self, values: dict[Path_, Any]) -> dict[str, Any]:
-        """Values of the parameters in the file's own nesting."""
+        """Nest parameter values as in the file."""
         result: dict[str, Any] = {}
         for path, value in values.items():
             place = result

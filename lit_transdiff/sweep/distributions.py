@@ -1,6 +1,6 @@
-"""The distributions of a W&B sweep file's parameters: drawing, listing for a grid, and optuna's counterpart.
+"""The distributions of a W&B sweep file: sampling, enumeration for a grid, and optuna's equivalents.
 
-Names and fields are those of W&B's documentation of sweep files.
+Names and fields follow W&B's documentation of sweep files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Spec = dict[str, Any]
 
 @dataclass(frozen=True)
 class Distribution:
-    """The fields it must have, how a value is drawn, what a grid walks through (nothing: no grid can), the optional fields."""
+    """Required fields, sampling function, values for a grid (None if not enumerable) and optional fields."""
 
     needs: tuple[str, ...]
     draw: Callable[[Spec, random.Random], Any]
@@ -30,44 +30,44 @@ class Distribution:
 
 
 def rounded(spec: Spec, value: float) -> float:
-    """To the multiple of ``q`` (default 1) nearest to ``value``; whole numbers stay whole."""
+    """Round ``value`` to the nearest multiple of ``q`` (default 1); an integer ``q`` gives an integer."""
     q = spec.get("q", 1)
     return round(value / q) * q if isinstance(q, int) else round(round(value / q) * q, 12)
 
 
 def log_between(spec: Spec, rng: random.Random) -> float:
-    """Log-uniform between two values."""
+    """Sample log-uniformly between two values."""
     return math.exp(rng.uniform(math.log(spec["min"]), math.log(spec["max"])))
 
 
 def inverse_between(spec: Spec, rng: random.Random) -> float:
-    """A value between two whose inverse is log-uniform."""
+    """Sample a value between two bounds whose inverse is log-uniform."""
     return math.exp(-rng.uniform(-math.log(spec["max"]), -math.log(spec["min"])))
 
 
 def gauss(spec: Spec, rng: random.Random) -> float:
-    """Normal with mean ``mu`` and standard deviation ``sigma``."""
+    """Sample the normal distribution with mean ``mu`` and standard deviation ``sigma``."""
     return rng.gauss(spec.get("mu", 0), spec.get("sigma", 1))
 
 
 def beta(spec: Spec, rng: random.Random) -> float:
-    """The beta distribution of ``a`` and ``b``, between 0 and 1."""
+    """Sample the beta distribution with parameters ``a`` and ``b`` on [0, 1]."""
     return rng.betavariate(spec.get("a", 1), spec.get("b", 1))
 
 
 def exponential(spec: Spec, rng: random.Random) -> float:
-    """Log-uniform between two exponents of e."""
+    """Sample log-uniformly; the bounds are exponents of e."""
     return math.exp(rng.uniform(spec["min"], spec["max"]))
 
 
 def steps(spec: Spec) -> list[Any]:
-    """All values of a rounded uniform."""
+    """All values of a rounded uniform distribution."""
     q = spec.get("q", 1)
     return [rounded(spec, spec["min"] + i * q) for i in range(int((spec["max"] - spec["min"]) / q + 1e-9) + 1)]
 
 
 def choose(spec: Spec, rng: random.Random) -> Any:
-    """One of the values, with their probabilities if there are any."""
+    """Sample one of the values, with their probabilities if given."""
     return rng.choices(spec["values"], weights=spec.get("probabilities"))[0]
 
 
@@ -94,7 +94,7 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 
 
 def name_of(spec: Spec) -> str:
-    """The distribution that a parameter names, or that follows from its fields as at W&B."""
+    """The distribution named by a parameter, or inferred from its fields as W&B does."""
     if "distribution" in spec:
         name = str(spec["distribution"])
         return {"categorical_w_probabilities": "categorical"}.get(name, name)
@@ -104,7 +104,7 @@ def name_of(spec: Spec) -> str:
 
 
 def check(parameter: str, spec: Any) -> None:
-    """Refuse a parameter that no distribution fits, naming the field."""
+    """Refuse a parameter that fits no distribution; the error names the field."""
     place = f"parameters.{parameter}"
     require(isinstance(spec, dict) and len(spec) > 0, place, spec, "value, values, or min and max")
     name = name_of(spec)
@@ -123,7 +123,7 @@ def check(parameter: str, spec: Any) -> None:
 
 
 def check_choices(place: str, spec: Spec) -> None:
-    """Refuse values that cannot be chosen from."""
+    """Refuse an empty list of values, and probabilities that do not match it."""
     values, chances = spec["values"], spec.get("probabilities")
     require(isinstance(values, list) and len(values) > 0, f"{place}.values", values, "a list of at least one")
     if chances is not None:
@@ -133,7 +133,7 @@ def check_choices(place: str, spec: Spec) -> None:
 
 
 def check_numbers(place: str, name: str, spec: Spec) -> None:
-    """Refuse bounds and shapes that are not numbers of the distribution."""
+    """Refuse bounds and shape parameters that are not valid for the distribution."""
     for field in [field for field in spec if field != "distribution"]:
         require(is_number(spec[field]), f"{place}.{field}", spec[field], "a number")
     if "min" in spec:
@@ -151,7 +151,7 @@ def is_number(value: Any) -> bool:
 
 
 def for_optuna(parameter: str, spec: Spec) -> BaseDistribution:
-    """Optuna's counterpart of a parameter. Values that optuna cannot hold (lists) stand for themselves by their number."""
+    """Optuna's equivalent of a parameter; categorical values, which may be lists, become indices."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     name = name_of(spec)

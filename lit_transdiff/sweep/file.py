@@ -1,7 +1,8 @@
-"""A W&B sweep file, read and checked before anything starts.
+"""Reading a W&B sweep file, with all checks before anything starts.
 
-The file is W&B's own: ``method``, ``metric``, ``parameters`` (also nested), ``early_terminate``, ``command``, ``program``,
-``name``, ``project``, ``run_cap``. The same file goes to ``wandb sweep`` and to ``lit-transdiff sweep``.
+The format is W&B's own: ``method``, ``metric``, ``parameters`` (also nested), ``early_terminate``,
+``command``, ``program``, ``name``, ``project``, ``run_cap``. The same file works with ``wandb sweep`` and
+``lit-transdiff sweep``.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ KEYS = (
     *("method", "metric", "parameters", "early_terminate", "command", "program", "name", "project", "run_cap"),
     *("description", "entity", "controller"),
 )
-AS_WRITTEN = ("name", "project", "program", "command")  # taken as it is written: 010 stays 010
+AS_WRITTEN = ("name", "project", "program", "command")  # read as text: 010 stays 010
 METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 IMPUTES = ("worst", "best", "latest")
 
 
 def leaves(parameters: dict[str, Any], prefix: Path_ = ()) -> Iterator[tuple[Path_, Spec]]:
-    """The parameters below nested ``parameters:`` with the keys that lead to them."""
+    """The parameters below nested ``parameters:`` entries, with their nested keys."""
     for key, spec in parameters.items():
         if isinstance(spec, dict) and "parameters" in spec:
             require(
@@ -40,14 +41,14 @@ def leaves(parameters: dict[str, Any], prefix: Path_ = ()) -> Iterator[tuple[Pat
 
 
 def load_sweep(path: str | Path) -> Sweep:
-    """Read a sweep file; raises ``ValueError`` naming the file, the field, the value and what is allowed."""
+    """Read a sweep file. Raises ``ValueError`` with the file, the field, the value and the allowed values."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     settings, spelled = read_file(path), read_file(path, spelled=True)
     try:
         if not isinstance(settings, dict):
-            return sweep_from(settings, path.stem)  # which refuses it
+            return sweep_from(settings, path.stem)  # raises an error for it
         text = {key: spelled[key] for key in AS_WRITTEN if key in settings}
         return replace(sweep_from(settings | text, path.stem), source=settings)
     except (TypeError, ValueError) as error:
@@ -55,7 +56,7 @@ def load_sweep(path: str | Path) -> Sweep:
 
 
 def sweep_from(settings: Any, name: str) -> Sweep:
-    """A checked sweep from the settings of a file; ``name`` is used where it names none."""
+    """A checked sweep from the settings of a file; ``name`` is the default name."""
     require(isinstance(settings, dict), "sweep file", settings, "settings (key: value)")
     for key in settings:
         if key not in KEYS:
@@ -97,7 +98,7 @@ def sweep_from(settings: Any, name: str) -> Sweep:
 
 
 def check_search(sweep: Sweep) -> None:
-    """Raise ``ValueError`` unless the search is one of SEARCHES and has the parameters and the metric that it asks for."""
+    """Raise ``ValueError`` for a search that is unknown or lacks the parameters or metric that it needs."""
     if sweep.method not in SEARCHES:
         raise unknown("method", sweep.method, SEARCHES)
     search = SEARCHES[sweep.method]
@@ -113,7 +114,7 @@ def check_search(sweep: Sweep) -> None:
 
 
 def metric_from(metric: Any) -> dict[str, Any]:
-    """A checked ``metric:``; empty where the file has none."""
+    """The checked ``metric:`` section; empty if the file has none."""
     if metric is None:
         return {}
     named = isinstance(metric, dict) and isinstance(metric.get("name"), str)
@@ -125,7 +126,7 @@ def metric_from(metric: Any) -> dict[str, Any]:
     require(goal in ("minimize", "maximize"), "metric.goal", goal, "minimize or maximize")
     require(target is None or is_number(target), "metric.target", target, "a number")
     impute, running = metric.get("impute", "worst"), metric.get("impute_while_running", "false")
-    running = "false" if running is False else running  # as YAML reads the word
+    running = "false" if running is False else running  # YAML reads the word false as a boolean
     require(impute in IMPUTES, "metric.impute", impute, ", ".join(IMPUTES))
     require(running in (*IMPUTES, "false"), "metric.impute_while_running", running, ", ".join((*IMPUTES, "false")))
     return {**metric, "impute_while_running": running}

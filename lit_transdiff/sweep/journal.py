@@ -1,4 +1,4 @@
-"""The memory of a local sweep: ``sweep.yaml`` and ``trials.jsonl`` in its folder, one line an event, written before it counts."""
+"""The journal of a local sweep: ``sweep.yaml``, and ``trials.jsonl`` with one line per event."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ log = logging.getLogger(__name__)
 
 
 class SweepJournal:
-    """Opens the folder for one controller alone; raises ``ValueError`` when it holds another sweep or another controller runs."""
+    """The journal in a sweep's folder, open for a single controller.
+
+    Raises ``ValueError`` if the folder belongs to another sweep or another controller is running.
+    """
 
     def __init__(self, folder: Path, sweep: Sweep, seed: int) -> None:
         self.folder = folder
-        self.lock = FolderLock(folder, "runs this sweep")  # held until the process ends
+        self.lock = FolderLock(folder, "runs this sweep")  # locked until the process ends
         self.lock.take()
         file = folder / SWEEP_SIGN
         given = {"seed": seed, "sweep": sweep.source}
@@ -41,17 +44,18 @@ class SweepJournal:
         drop_cut_line(self.file)
 
     def write(self, event: str, **content: Any) -> None:
-        """Append an event, on disk when this returns."""
+        """Append an event and flush it to disk."""
         with open(self.file, "a") as file:
             file.write(json.dumps(with_seal({"event": event, **content})) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def read(self) -> list[Trial]:
-        """All trials in the order of their start, each as its last attempt ended.
+        """All trials in the order of their start, each in the state of its last attempt.
 
-        A trial's events are ``start``, ``process`` (one for each process), ``end`` (one for each attempt), and ``again`` before
-        an attempt after a failure. Damaged lines, and events of trials whose start is in one, are left out.
+        The events of a trial are ``start``, ``process`` (per process), ``end`` (per attempt), and ``again``
+        before another attempt after a failure. Damaged lines are skipped, and so are the events of a trial
+        whose start was in a damaged line.
         """
         past: dict[str, Trial] = {}
         for line in self.file.read_text(errors="replace").splitlines() if self.file.exists() else []:
@@ -62,7 +66,7 @@ class SweepJournal:
             if kind == "start" and "settings" in event:
                 past[id_] = Trial(id_, event["settings"])
             elif id_ not in past:
-                log.warning("%s: an event of a trial of which no start is there: %s", self.file, line)
+                log.warning("%s: an event of a trial without a start: %s", self.file, line)
             elif kind == "end" and "state" in event:
                 past[id_].end(event["state"], event.get("values", []))
             elif kind == "again":
@@ -71,17 +75,17 @@ class SweepJournal:
 
 
 def event_in(line: str, file: Path) -> dict[str, Any]:
-    """An event of the journal ``file``; empty, with a warning, for a line that is none, or is not what was written."""
+    """Parse an event of the journal ``file``; empty, with a warning, for a damaged line."""
     try:
         event = unsealed(json_of(line))
     except ValueError as error:
-        log.warning("%s: a damaged line is left out (%s): %s", file, error, line)
+        log.warning("%s: a damaged line is skipped (%s): %s", file, error, line)
         return {}
     return event if isinstance(event, dict) else {}
 
 
 def settings_in(file: Path) -> dict[str, Any]:
-    """The sweep that a folder was made for. Raises ``ValueError`` naming the file when it holds none."""
+    """The sweep settings of a folder. Raises ``ValueError`` that names the file if it has none."""
     try:
         found = read_file(file)
     except ValueError:
@@ -92,7 +96,7 @@ def settings_in(file: Path) -> dict[str, Any]:
 
 
 def drop_cut_line(file: Path) -> None:
-    """Cut a file of lines back to its last whole one; what is written next would go on with a line that a kill cut short."""
+    """Remove a last line truncated by a kill, because the next line would continue it."""
     if file.exists():
         content = file.read_bytes()
         if not content.endswith(b"\n"):
@@ -100,5 +104,5 @@ def drop_cut_line(file: Path) -> None:
 
 
 def without_cap(given: dict[str, Any]) -> dict[str, Any]:
-    """A sweep may be made longer."""
+    """The settings without ``run_cap``, which may change between calls."""
     return {**given, "sweep": {key: value for key, value in given["sweep"].items() if key != "run_cap"}}

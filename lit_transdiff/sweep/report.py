@@ -1,4 +1,4 @@
-"""What a sweep found, in words."""
+"""The summary of a sweep as text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
-    """The table of the trials, the settings that are best over their seeds first, and where to look."""
+    """The table of the trials, best settings (averaged over seeds) first, and the place of their files."""
     count = {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
     told = ", ".join(f"{number} {state}" for state, number in count.items() if number)
     head = f"\n{len(trials)} trials: {told}"
     try:
         found = runs(folder)
     except FileNotFoundError:
-        return f"{head}\n\nNo trial has left a run. Their outputs: {folder / 'logs'}"
+        return f"{head}\n\nNo trial has produced a run. Their outputs: {folder / 'logs'}"
     metric = sweep.metric if any(sweep.metric in entry.scores() for run in found for entry in entries_of(run)) else None
     if metric is None:
         head += f"; none has logged {sweep.metric}" if sweep.metric else ""
@@ -39,12 +39,12 @@ def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
 
 
 def told_of(head: str, table: pd.DataFrame, folder: Path) -> str:
-    """The summary around its table."""
+    """Format the summary with its table."""
     return f"{head}\n\n{frame(table.drop(columns=['seed', 'judged by']))}\n\nTry next: lit-transdiff report {folder}"
 
 
 def failures(trials: Sequence[Trial], folder: Path, tries: int) -> str | None:
-    """What to say of the trials that have failed, and how to try them again; nothing, if none has."""
+    """A sentence about failed trials and how to try them again; None if no trial failed."""
     failed = [trial for trial in trials if trial.state == "failed"]
     if not failed:
         return None

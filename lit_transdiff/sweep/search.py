@@ -1,7 +1,7 @@
-"""How a sweep chooses its next settings. A search is ``function(sweep, trials, seed) -> settings``, or nothing at its end.
+"""The searches of sweeps. A search is a function ``(sweep, trials, seed) -> settings``, or None at its end.
 
-Each is a function of the sweep, the seed and the trials so far (running ones included), so a sweep that was killed goes on as if
-it had not been. SEARCHES lists them.
+It depends only on the sweep, the seed and the trials so far (including running ones), so a killed sweep
+continues as if it had not been interrupted. SEARCHES is the table of them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lit_transdiff.sweep.trial import Trial
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-START_TRIALS = 5  # of bayes, drawn at random
+START_TRIALS = 5  # random trials at the start of bayes
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search, and what it asks of the sweep file: a metric, or parameters whose values can be listed."""
+    """A search function and its requirements: a metric, or parameters that can be enumerated."""
 
     next: Callable[[Sweep, Sequence[Trial], int], dict[str, Any] | None]
     needs_metric: bool = False
@@ -33,20 +33,20 @@ class Search:
 
 
 def grid_search(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any] | None:
-    """Every combination once, the last parameter fastest."""
+    """Every combination once; the last parameter varies fastest."""
     lists = [DISTRIBUTIONS[name_of(spec)].values(spec) for spec in sweep.parameters.values()]  # type: ignore[misc]
     values = next(itertools.islice(itertools.product(*lists), len(trials), None), None)
     return None if values is None else sweep.nested(dict(zip(sweep.parameters, values, strict=True)))
 
 
 def at_random(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
-    """Trial i follows from the seed and i alone."""
+    """Random settings; trial i depends only on the seed and i."""
     rng = random.Random(f"{seed} {len(trials)}")
     return sweep.nested({path: DISTRIBUTIONS[name_of(spec)].draw(spec, rng) for path, spec in sweep.parameters.items()})
 
 
 def bayes(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
-    """Optuna's tree-structured Parzen estimator on what each trial counts as; running trials count as poor ones."""
+    """Optuna's tree-structured Parzen estimator on ``counts_as``; running trials count as poor."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -60,7 +60,7 @@ def bayes(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
 
 
 def past(sweep: Sweep, trial: Trial, distributions: dict[str, Any], value: float | None) -> FrozenTrial:
-    """A trial as optuna keeps it; one without a value tells optuna nothing but where it was."""
+    """A trial in optuna's format; a trial without a value only contributes its position."""
     from optuna.trial import TrialState, create_trial
 
     values = sweep.flat(trial.settings)
@@ -72,15 +72,16 @@ def past(sweep: Sweep, trial: Trial, distributions: dict[str, Any], value: float
 
 
 def worst_value(trials: Sequence[Trial], maximize: bool) -> float | None:
-    """The worst value that any trial has logged which has ended; nothing where there is none."""
+    """The worst value logged by any trial that has ended, or None."""
     values = [value for trial in trials if trial.state != "running" for value in trial.finite()]
     return (min if maximize else max)(values, default=None)
 
 
 def counts_as(sweep: Sweep, trial: Trial, worst: float | None) -> float | None:
-    """The value of a trial in a search: its best; of one that has failed, diverged or logged no number by ``metric.impute``.
+    """The value of a trial in a search: its best value.
 
-    A running trial has none unless ``metric.impute_while_running`` says which. Nothing, where no trial has logged a number.
+    A trial that failed, diverged or logged no number has the value chosen by ``metric.impute``, a running
+    trial that chosen by ``metric.impute_while_running``. None if there is no such value.
     """
     if trial.state == "running":
         return None if sweep.impute_while_running == "false" else imputed(sweep.impute_while_running, sweep, trial, worst)
@@ -91,13 +92,13 @@ def counts_as(sweep: Sweep, trial: Trial, worst: float | None) -> float | None:
 
 
 def imputed(rule: str, sweep: Sweep, trial: Trial, worst: float | None) -> float | None:
-    """W&B's rules: the trial's own best or latest number, or the worst of all trials, which also stands for a missing one."""
+    """W&B's rules: the trial's own best or latest value, or the worst of all trials (the default)."""
     own = {"best": trial.best(sweep.maximize), "latest": next(reversed(trial.finite()), None)}.get(rule)
     return worst if own is None else own
 
 
 def to_optuna(spec: dict[str, Any], value: Any) -> Any:
-    """A categorical value by its number."""
+    """Replace a categorical value by its index."""
     return DISTRIBUTIONS[name_of(spec)].values(spec).index(value) if counted(spec) else value  # type: ignore[misc]
 
 
@@ -111,7 +112,7 @@ def counted(spec: dict[str, Any]) -> bool:
 
 
 def hash_of(seed: int, number: int) -> int:
-    """A seed for trial ``number``."""
+    """The seed of trial ``number``."""
     return random.Random(f"{seed} {number}").getrandbits(32)
 
 
@@ -123,7 +124,7 @@ SEARCHES: dict[str, Search] = {
 
 
 def next_settings(sweep: Sweep, trials: Sequence[Trial], seed: int = 0) -> dict[str, Any] | None:
-    """The settings of the next trial, or nothing when the sweep has all it wants."""
+    """The settings of the next trial, or None if the sweep is complete."""
     if sweep.run_cap is not None and len(trials) >= sweep.run_cap:
         return None
     if sweep.target is not None and any(reached(sweep, sweep.target, trial) for trial in trials):
@@ -132,16 +133,17 @@ def next_settings(sweep: Sweep, trials: Sequence[Trial], seed: int = 0) -> dict[
 
 
 def reached(sweep: Sweep, target: float, trial: Trial) -> bool:
-    """Whether a trial has been as good as the sweep's target."""
+    """Whether a trial has reached the sweep's target."""
     best = trial.best(sweep.maximize)
     return best is not None and (best >= target if sweep.maximize else best <= target)
 
 
 def to_stop(rule: Hyperband, trials: Sequence[Trial], maximize: bool) -> list[Trial]:
-    """The running trials that hyperband ends: worse than the best 1/eta of all that got as far (arXiv 1603.06560, as at W&B).
+    """The running trials to be stopped by hyperband (arXiv 1603.06560, with W&B's rules).
 
-    A trial is judged at the highest band that it has reached, by its best value so far, or by the value at that band when the
-    rule is strict. A value that is no number is worse than any, and a trial whose last is none does not pass a band.
+    These are worse than the best 1/eta of all trials that reached the same band. A trial is judged at its
+    highest band by its best value so far, or with ``strict`` by the value at that band. NaN is worse than any
+    number, and a trial whose last value is NaN does not pass a band.
     """
     sign = -1 if maximize else 1
     costs = {trial.id: [sign * value if math.isfinite(value) else math.inf for value in trial.values] for trial in trials}

@@ -1,4 +1,4 @@
-"""One run of a sweep as the searches and the early stopping see it."""
+"""The state of a trial for searches and early termination."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ TrialState = Literal["running", "finished", "stopped", "failed"]
 
 @dataclass
 class Trial:
-    """Its settings (as the command gets them), its state, and the values of the sweep's metric in the order logged.
+    """A trial: its settings (as passed to the command), state, and logged values of the sweep's metric.
 
-    ``values`` are those of the last attempt, NaN for what is no number; ``failures`` counts the attempts that have failed.
+    ``values`` are those of the last attempt in order, NaN if not a number; ``failures`` counts failed
+    attempts.
     """
 
     id: str
@@ -23,11 +24,11 @@ class Trial:
     failures: int = 0
 
     def finite(self) -> list[float]:
-        """The values that are numbers."""
+        """The finite values."""
         return [value for value in self.values if math.isfinite(value)]
 
     def best(self, maximize: bool) -> float | None:
-        """The best value that is a number, or nothing."""
+        """The best finite value, or None."""
         return (max if maximize else min)(self.finite(), default=None)
 
     @property
@@ -36,10 +37,10 @@ class Trial:
         return len(self.values) > 0 and not math.isfinite(self.values[-1])
 
     def end(self, state: TrialState, values: list[float]) -> None:
-        """Note how an attempt has ended."""
+        """Record the end of an attempt."""
         self.state, self.values = state, values
         self.failures += state == "failed"
 
     def begin_again(self) -> None:
-        """Another attempt: what the last one has logged no longer counts."""
+        """Begin another attempt, which discards the values of the last one."""
         self.state, self.values = "running", []

@@ -1,4 +1,4 @@
-"""What a trial has logged, read from the files in its run folder: ``metrics.csv``, or the log that W&B keeps there."""
+"""Reading the logged values of a trial from ``metrics.csv`` or W&B's log in its run folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_transdiff.tracking.metrics_file import changed_in_words, read_lines
 
 
 def logged_values(folder: Path, metric: str) -> list[float]:
-    """The values of ``metric`` in the order logged; NaN stands for every one that is no number."""
+    """The values of ``metric`` in the order logged, NaN for any that is not a number."""
     file, logs = folder / "metrics.csv", folder / "wandb"
     if file.is_file():
         return [as_number(row["value"]) for row in rows_of(file) if row.get("metric") == metric and row.get("value")]
@@ -20,7 +20,7 @@ def logged_values(folder: Path, metric: str) -> list[float]:
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
-    """The rows of a ``metrics.csv``, which may be of another program; lines that have changed are told once."""
+    """The rows of a ``metrics.csv``, possibly of another program; changed lines give one warning."""
     lines = read_lines(file)
     if lines.changed:
         warn_once(changed_in_words(file, lines.changed))
@@ -28,7 +28,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 
 
 def values_in_log(folder: Path, metric: str) -> list[float]:
-    """The same from W&B's files; none where W&B cannot read them, as in the moment in which it begins one."""
+    """The values of ``metric`` in W&B's files; empty if they are not readable, as just after the start."""
     try:
         runs = [read_log(files) for files in log_files(folder)[:1]]
     except ValueError:
@@ -38,12 +38,12 @@ def values_in_log(folder: Path, metric: str) -> list[float]:
         history, last = run.history(), run.summary.get(metric)
         values += [as_number(value) for value in history[metric].dropna()] if metric in history else []
         if last is not None and not math.isfinite(as_number(last)) and not (values and math.isnan(values[-1])):
-            values.append(math.nan)  # which the history cannot tell from a step without a value
+            values.append(math.nan)  # in the history, NaN looks like a step without a value
     return values
 
 
 def as_number(value: object) -> float:
-    """A logged value as a number; NaN for a word."""
+    """A logged value as a float; NaN for text."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -51,7 +51,7 @@ def as_number(value: object) -> float:
 
 
 def logged_names(folder: Path) -> list[str]:
-    """The metrics that a trial has logged."""
+    """The names of the metrics that a trial has logged."""
     file = folder / "metrics.csv"
     if file.is_file():
         return sorted({row["metric"] for row in rows_of(file) if row.get("metric")})

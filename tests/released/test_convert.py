@@ -192,7 +192,7 @@ class TestTransDiff:
     @pytest.mark.parametrize(
         "changes, message",
         [
-            ({"num_heads": None}, r"model\.num_heads: a model of width 32"),
+            ({"num_heads": None}, r"model\.num_heads: no known size has width 32"),
             ({"autoencoder": None}, "autoencoder: got nothing"),
             ({"dest": "released"}, "dest: .*does not exist yet"),
         ],

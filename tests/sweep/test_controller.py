@@ -242,7 +242,7 @@ def test_a_sweep_of_failures_still_says_how_it_ended(tmp_path: Path) -> None:
     command = ["${interpreter}", "-c", "import sys; sys.exit(3)"]
     plan = load_sweep(write_sweep(tmp_path, parameters={"x": {"values": [1, 2]}}, command=command))
     told = outcome(plan, run_sweep(plan, tmp_path / "out", say=quiet), tmp_path / "out")
-    assert "2 trials: 2 failed" in told and f"No trial has left a run. Their outputs: {tmp_path / 'out' / 'logs'}" in told
+    assert "2 trials: 2 failed" in told and f"No trial has produced a run. Their outputs: {tmp_path / 'out' / 'logs'}" in told
 
 
 def test_a_metric_that_no_trial_logs_is_told_at_the_first_one(tmp_path: Path) -> None:
