@@ -22,6 +22,7 @@ from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.config import EvaluationConfig, SamplingConfig, unknown
 from lit_transdiff.data.pixels import from_bytes
 from lit_transdiff.evaluation.batch_files import BatchFiles, open_batch_files, wait_for_batches, wait_for_scores
+from lit_transdiff.evaluation.errors import standard_errors
 from lit_transdiff.evaluation.features import Features
 from lit_transdiff.evaluation.images import write_npz, write_pngs
 from lit_transdiff.evaluation.job import Job, draw_batch, images_of_a_class, prepare_job, score, with_reference
@@ -160,6 +161,7 @@ def finish_evaluation(job: Job, files: BatchFiles, output: Output, record: dict[
     scores = score(job, Features(features, logits), map(torch.from_numpy, files.each("spatial")))
     seconds, evaluations = np.stack(list(files.each("cost"))).sum(axis=0).tolist()
     record |= {
+        "standard_errors": standard_errors(scores, features, job.labels, job.reference),
         "images_per_second": job.settings.num_images / seconds,  # of one device
         "decoder_evaluations_per_image": evaluations / job.settings.num_images,
         "wall_seconds": time.time() - start,  # of this command

@@ -78,6 +78,18 @@ def test_the_table_marks_the_best_of_what_is_judged_alike(folder: Path, tmp_path
     assert "Not all rows are judged alike" in made.text and "analogues" in made.text
 
 
+def test_the_table_says_by_how_much_results_differ(tmp_path: Path) -> None:
+    errors = {"frechet_distance": 0.03, "recall": 0.01}
+    write(tmp_path, "a-onestep", {"frechet_distance": 1.0, "recall": 0.6, "precision": 0.5}, standard_errors=errors)
+    write(tmp_path, "b-mrar", {"frechet_distance": 0.5, "recall": 0.61, "precision": 0.7}, standard_errors=errors)
+    write(tmp_path, "c-earlier", {"frechet_distance": 0.9, "recall": 0.6})
+    write(tmp_path, "d-other", {"frechet_distance": 0.1}, standard_errors=errors, reference_hash="another")
+    text = " ".join(write_comparison(tmp_path, tmp_path / "out").markdown.read_text().split())
+    # 1.96 x sqrt(2) x 0.03 = 0.083, and 0.01 + 1.96 x sqrt(2) x 0.01 = 0.038
+    assert "b-mrar against a-onestep: Frechet distance -0.5 ± 0.083, recall no difference above 0.038." in text
+    assert "95 % intervals over the images" in text and text.count("against a-onestep") == 1
+
+
 def test_text_is_aligned_and_the_csv_holds_plain_numbers(folder: Path, tmp_path: Path) -> None:
     made = write_comparison(folder, tmp_path / "out")
     lines = made.text.splitlines()[:5]
