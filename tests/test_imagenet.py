@@ -42,8 +42,11 @@ OTHERS = [path for path in ALL if path not in RECIPES]  # of other families
 BASELINES = json.loads((ROOT / "experiments" / "baselines.json").read_text())["rows"]
 # A copy of reduced width: all tokens and latents are as in the recipe, but one pixel of the image is one of the latent.
 NARROW = ["model.width=16", "model.num_heads=2", "model.encoder_blocks=1", "model.decoder_blocks=1"]
+NARROW_STACK = ["model.width=16", "model.num_heads=2", "model.num_blocks=1"]
 NARROW_OTHERS = {
-    "sit": ["model.width=16", "model.num_heads=2", "model.num_blocks=1"],
+    "sit": NARROW_STACK,
+    "dit": [*NARROW_STACK, "sampling.num_steps=2"],
+    "acdit": [*NARROW_STACK, "sampling.num_steps=2"],
     "mar": [*NARROW, "model.head_width=16", "model.head_blocks=1", "sampling.num_parts=2", "sampling.num_steps=2"],
 }
 

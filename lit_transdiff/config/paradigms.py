@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lit_transdiff.config.acdit import ACDiTConfig
 from lit_transdiff.config.checks import unknown
 from lit_transdiff.config.family import Family, ModelSettings
 from lit_transdiff.config.mar import MARConfig
@@ -15,6 +16,7 @@ PARADIGMS: dict[str, Family] = {
     "transdiff": Family(ModelConfig, "lit_transdiff.models.transdiff:TransDiff"),
     "sit": Family(SiTConfig, "lit_transdiff.models.sit:SiT"),
     "dit": Family(DiTConfig, "lit_transdiff.models.sit:DiT"),
+    "acdit": Family(ACDiTConfig, "lit_transdiff.models.acdit:ACDiT"),
     "mar": Family(MARConfig, "lit_transdiff.models.mar:MAR"),
 }
 

@@ -45,7 +45,7 @@ class OptimizerConfig:
     warmup_steps: int = 0  # steps of the linear warm-up
     warmup_offset: float = 1.0  # step s warms up to (s + offset) / warmup_steps; the reference: 1 - 1 / accumulated passes
     schedule: str = "constant"  # a name in stages.optim.SCHEDULES
-    min_lr: float = 0.0  # where schedules other than constant end
+    min_lr: float = 0.0  # where cosine ends, and to which wsd falls by 63 of 64 parts
     gradient_clip: float = 3.0  # largest norm of all gradients together; 0: no clipping
     gradient_scale: float = 1.0
     # factor of the mean loss before clipping; the number of accumulated passes gives the reference's sum over them

@@ -1,10 +1,11 @@
-"""Diffusion in discrete steps with a learned variance (arXiv 2102.09672): chain, loss and ancestral sampling.
+"""Diffusion in discrete steps (arXiv 2006.11239; with a learned variance 2102.09672): chain, losses, solvers.
 
 Steps run from 0 (almost data) to n - 1 (noise): x_t = signal x + sigma noise. The network predicts the noise
-and, in as many further channels, values in [-1, 1] that interpolate between the smallest and largest reverse
-variance.
+and, if it learns variances, in as many further channels values in [-1, 1] that interpolate between the smallest
+and largest reverse variance.
 
-Shapes: x, noise, x_t [R, C, ...]; the network's output [R, 2 C, ...]; step [R], integers.
+Shapes: x, noise, x_t [R, ...]; the network's output has the same shape or, with variances, twice the length
+along one axis; step [R], integers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lit_transdiff.flow.guidance import GUIDANCE, guide
 from lit_transdiff.flow.process import Process, Unsolved
 from lit_transdiff.flow.solvers import DrawNoise
 
-StepPrediction = Callable[[Tensor, int], Tensor]  # x_t [R, C, ...], step -> [R, 2 C, ...]
+StepPrediction = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # x_t, step -> noise and variance values
 BIN = 1 / 255  # half the width of a grey value in [-1, 1]
 LEAST_PROBABILITY = 1e-12
 
@@ -99,7 +100,7 @@ def linear_chain(num_steps: int = 1000) -> Chain:
 
 
 def even_steps(num_steps: int, length: int) -> list[int]:
-    """n equidistant steps from the first to the last (the spacing of the released sampler)."""
+    """n equidistant steps from the first to the last (the spacing of MAR's and DiT's released samplers)."""
     return [round(i * (length - 1) / (num_steps - 1)) for i in range(num_steps)]
 
 
@@ -108,7 +109,16 @@ def strided_steps(num_steps: int, length: int) -> list[int]:
     return [i * length // num_steps for i in range(num_steps)]
 
 
-SPACINGS: dict[str, Callable[[int, int], list[int]]] = {"paper": even_steps, "uniform": strided_steps}
+def nonzero_steps(num_steps: int, length: int) -> list[int]:
+    """n steps after the first, to the last, at equal distances (the spacing of ACDiT's released sampler)."""
+    return even_steps(num_steps + 1, length)[1:]
+
+
+SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
+    "paper": even_steps,
+    "uniform": strided_steps,
+    "nonzero": nonzero_steps,
+}
 
 
 def draw_steps(normal: Tensor, chain: Chain) -> Tensor:
@@ -118,14 +128,25 @@ def draw_steps(normal: Tensor, chain: Chain) -> Tensor:
 
 def diffusion_loss(output: Tensor, x: Tensor, noise: Tensor, step: Tensor, x_t: Tensor, chain: Chain) -> Tensor:
     """Mean squared error of the noise plus the variational bound, which trains only the variance: [R]."""
-    error = (output.chunk(2, dim=1)[0] - noise).square()
-    return error.flatten(1).mean(1) + variational_bound(output, x, step, x_t, chain)
+    return noise_error(halves(output, x)[0], noise) + variational_bound(output, x, step, x_t, chain)
+
+
+def noise_error(predicted: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error of the noise: [R]."""
+    return (predicted - noise).square().flatten(1).mean(1)
+
+
+def halves(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the network's output for ``x`` into noise and variance values, along the axis of twice the length."""
+    axis = next(i for i, (long, length) in enumerate(zip(output.shape, x.shape, strict=True)) if long != length)
+    noise, values = output.chunk(2, dim=axis)
+    return noise, values
 
 
 def variational_bound(output: Tensor, x: Tensor, step: Tensor, x_t: Tensor, chain: Chain) -> Tensor:
     """The variational bound in bits, [R]: KL divergence of the reverse step, or at step 0 -log p(x)."""
     k = chain.at(step, x)
-    noise, values = output.chunk(2, dim=1)
+    noise, values = halves(output, x)
     mean, log_variance = backwards(noise.detach(), values, x_t, k)
     ratio = k.least_log_variance - log_variance
     divergence = (ratio.exp() - 1 - ratio + (k.mean(x, x_t) - mean).square() * (-log_variance).exp()) / 2
@@ -164,20 +185,41 @@ def ancestral(predict: StepPrediction, x: Tensor, chain: Chain, draw: DrawNoise,
     chain = chain.respaced(SPACINGS[config.grid](config.num_steps, len(chain)))
     table = chain.table.to(x.device)
     for i, step in reversed([*enumerate(chain.steps)]):
-        noise, values = predict(x, step).chunk(2, dim=1)
+        noise, values = predict(x, step)
         mean, log_variance = backwards(noise, values, x, Coefficients(*table[:, i]))
         x = mean if i == 0 else mean + config.noise_scale * (log_variance / 2).exp() * draw()
     return x
 
 
+@torch.no_grad()
+def dpmpp_2m(predict: StepPrediction, x: Tensor, chain: Chain, draw: DrawNoise, config: SamplingConfig) -> Tensor:
+    """DPM-Solver++(2M), midpoint rule (arXiv 2211.01095): second order, deterministic, one evaluation a step.
+
+    Steps are taken in log(signal / sigma). The first one and the last one, which ends in the data, are of first
+    order.
+    """
+    chain = chain.respaced(SPACINGS[config.grid](config.num_steps, len(chain)))
+    signal, sigma = chain.alphas_cumprod.sqrt().tolist(), (1 - chain.alphas_cumprod).sqrt().tolist()
+    x_0_before, distance_before = x, math.inf
+    for i, step in reversed([*enumerate(chain.steps)]):
+        x_0 = (x - sigma[i] * predict(x, step)[0]) / signal[i]
+        if i == 0:
+            return x_0
+        distance = math.log(signal[i - 1] / sigma[i - 1]) - math.log(signal[i] / sigma[i])
+        midpoint = x_0 + distance / (2 * distance_before) * (x_0 - x_0_before)
+        x = sigma[i - 1] / sigma[i] * x - signal[i - 1] * math.expm1(-distance) * midpoint
+        x_0_before, distance_before = x_0, distance
+    return x
+
+
 ChainSolver = Callable[[StepPrediction, Tensor, Chain, DrawNoise, SamplingConfig], Tensor]
-CHAIN_SOLVERS: dict[str, ChainSolver] = {"ancestral": ancestral}
+CHAIN_SOLVERS: dict[str, ChainSolver] = {"ancestral": ancestral, "dpmpp_2m": dpmpp_2m}
 
 
 class Diffusion(Process):
-    """Diffusion in discrete steps with ancestral sampling."""
+    """Diffusion in discrete steps. Where the variance is not learned, ``ancestral`` uses the smallest one."""
 
-    predictions = ("noise_and_variance",)
+    predictions = ("noise_and_variance", "noise")
     chain: ClassVar[Callable[[], Chain]]
 
     @classmethod
@@ -193,7 +235,8 @@ class Diffusion(Process):
             if getattr(sampling, field) not in table:
                 raise unknown(f"sampling.{field}", getattr(sampling, field), table)
         refuse_changed("sampling", sampling, ("shift", "drift_scale"))
-        steps, most = sampling.num_steps, len(cls.chain())
+        steps, length, spacing = sampling.num_steps, len(cls.chain()), SPACINGS[sampling.grid]
+        most = next(number for number in range(length, 0, -1) if len({*spacing(number, length)}) == number)
         require(2 <= steps <= most, "sampling.num_steps", steps, f"2 to {most}, the steps of the chain")
 
     def __init__(self, config: FlowConfig, prediction: str) -> None:
@@ -210,6 +253,8 @@ class Diffusion(Process):
         return self.whole.noised(x, noise, t)
 
     def losses(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+        if self.prediction == "noise":
+            return noise_error(output.float(), noise)
         return diffusion_loss(output.float(), x, noise, t, x_t, self.whole)
 
     def solve(self, problem: Unsolved, noise: Tensor, draw: DrawNoise, sampling: SamplingConfig) -> Tensor:
@@ -222,7 +267,12 @@ class Diffusion(Process):
             (low, high),
             GUIDANCE[sampling.guidance],
         )
-        return CHAIN_SOLVERS[sampling.solver](lambda x_t, step: guided(x_t, step / last), noise, self.whole, draw, sampling)
+
+        def predict(x_t: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            output = guided(x_t, step / last)
+            return (output, -torch.ones_like(output)) if self.prediction == "noise" else halves(output, x_t)
+
+        return CHAIN_SOLVERS[sampling.solver](predict, noise, self.whole, draw, sampling)
 
 
 class CosineDiffusion(Diffusion):

@@ -37,11 +37,11 @@ class Modulation(nn.Sequential):
 
 
 class AdaptiveOutput(nn.Module):
-    """Normalisation without weights, modulated, and the projection to what is predicted, which starts at zero."""
+    """Normalisation (without weights, unless a ``norm`` is given), modulated, and the projection, which starts at zero."""
 
-    def __init__(self, width: int, out_features: int) -> None:
+    def __init__(self, width: int, out_features: int, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.norm_final = layer_norm(width, affine=False)
+        self.norm_final = layer_norm(width, affine=False) if norm is None else norm
         self.linear = Linear(width, out_features)
         self.adaLN_modulation = Modulation(width, 2)
 

@@ -26,6 +26,16 @@ def layer_norm(width: int, affine: bool = True) -> nn.LayerNorm:
     return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=affine)
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the precision of its weights, as autocast does it for other norms."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class MLP(nn.Module):
     """Linear, GELU (exact, or with ``tanh`` its approximation), dropout, linear, dropout."""
 
@@ -170,7 +180,8 @@ def initialise(module: nn.Module) -> None:
     """The paper's initialisation of one layer: Xavier-uniform weights, zero biases, N(0, 0.02) embeddings."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
 

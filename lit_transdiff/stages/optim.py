@@ -75,7 +75,12 @@ def cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine}
+def wsd(progress: float) -> float:
+    """Warm-up, stable, decay: constant, then in the last 15% halved six times."""
+    return 0.5 ** (6 * max(0.0, progress - 0.85) / 0.15)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine, "wsd": wsd}
 
 
 def lr_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:

@@ -33,6 +33,8 @@ KINDS = {
     "bf16": {"training": {**SETTINGS["training"], "precision": "bf16-mixed", "activation_checkpointing": "all"}},
     "mrar": {"stage": "mrar_finetune", "model": {**NO_DROPOUT, "num_references": 4}},
     "sit": FAMILIES["sit"],
+    "dit": FAMILIES["dit"],
+    "acdit": FAMILIES["acdit"],
     "mar": FAMILIES["mar"],
     "head": {"stage": "diffusion_head", "init_from": "FOLDER/plain-single"},
 }

@@ -1,16 +1,19 @@
-"""The numbers of the official SiT, DiT and MAR (tests/fixtures/paradigms) as tensors, and networks that carry their weights."""
+"""The numbers of the official implementations (tests/fixtures/paradigms) as tensors, and networks that carry their weights."""
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lit_transdiff.config.acdit import ACDiTConfig
 from lit_transdiff.config.mar import MARConfig
 from lit_transdiff.config.sit import DiTConfig, SiTConfig
+from lit_transdiff.models.acdit import ACDiT
 from lit_transdiff.models.mar import MAR
 from lit_transdiff.models.sit import DiT, SiT, position_table
 from tests.helpers.reference import FIXTURES
@@ -73,6 +76,16 @@ def mar() -> MAR:
     shape = {ours: theirs[name] for ours, name in names.items()}
     net = MAR(MARConfig(**shape, latent_size=theirs["img_size"] // theirs["vae_stride"], patch_size=theirs["patch_size"])).eval()
     net.load_state_dict(tensors("w_mar"))
+    return net
+
+
+def acdit() -> ACDiT:
+    """ACDiT with the fixtures' weights, in evaluation mode."""
+    theirs = settings("acdit_forward")
+    shape = dict(width=theirs["hidden_size"], num_blocks=theirs["depth"], latent_size=math.isqrt(theirs["spatial_len"]))
+    shape |= {name: theirs[name] for name in ("num_heads", "mlp_ratio", "num_classes")}
+    net = ACDiT(ACDiTConfig(**shape, latent_channels=16, parts_per_side=math.isqrt(theirs["ar_len"]))).eval()
+    net.load_state_dict(tensors("w_acdit"))
     return net
 
 

@@ -18,6 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16": {"model": MIDDLE, "training": {"precision": "bf16-mixed"}},
     "MRAR": {"stage": "mrar_finetune", "model": {**MIDDLE, "num_references": 4}},
     "SiT": FAMILIES["sit"],
+    "ACDiT": FAMILIES["acdit"] | {"model": {**FAMILIES["acdit"]["model"], "width": 64, "patch_size": 4}},
     "MAR": FAMILIES["mar"] | {"model": {**FAMILIES["mar"]["model"], "width": 64, "head_width": 128, "patch_size": 4}},
 }
 

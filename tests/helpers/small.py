@@ -55,6 +55,11 @@ TOKEN_SETS = {"num_class_tokens": 2, "num_parts": 4, **NO_DROPOUT}
 FAMILIES: dict[str, dict[str, Any]] = {
     "sit": {"stage": "pretrain", "model": {"paradigm": "sit", **SHAPE}},
     "dit": {"stage": "pretrain", "model": {"paradigm": "dit", **SHAPE}, "sampling": {"solver": "ancestral"}},
+    "acdit": {
+        "stage": "pretrain",
+        "model": {"paradigm": "acdit", **SHAPE},
+        "sampling": {"solver": "dpmpp_2m", "grid": "nonzero"},
+    },
     "mar": {"stage": "pretrain", "model": {"paradigm": "mar", **SHAPE, **TOKEN_SETS}, "sampling": {"solver": "ancestral"}},
 }
 

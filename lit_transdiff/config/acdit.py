@@ -1,0 +1,80 @@
+"""The size and shape of ACDiT."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lit_transdiff.config.checks import require
+from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, ModelSettings, take_size
+
+# The paper's four sizes (arXiv 2412.07720; heads of 64 numbers), and small ones for laptops and tests.
+ACDIT_SIZES: dict[str, dict[str, int]] = {
+    "test": dict(width=32, num_heads=2, num_blocks=2),
+    "nano": dict(width=128, num_heads=4, num_blocks=6),
+    "base": dict(width=768, num_heads=12, num_blocks=12),
+    "large": dict(width=1024, num_heads=16, num_blocks=24),
+    "xl": dict(width=1152, num_heads=18, num_blocks=28),
+    "huge": dict(width=1280, num_heads=20, num_blocks=32),
+}
+COUNTS = (*("width", "num_heads", "num_blocks", "num_classes", "latent_channels", "latent_size", "patch_size", "parts_per_side"),)
+
+
+@dataclass(frozen=True)
+class ACDiTConfig(ModelSettings):
+    """ACDiT: squares of a latent one after the other, each by diffusion given the clean ones before it (arXiv 2412.07720)."""
+
+    of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
+    paradigm: str = "acdit"  # a name in config.paradigms.PARADIGMS: the family of the model, which has settings of its own
+    size: str = "base"  # a name in config.acdit.ACDIT_SIZES, which gives those of the next three fields that are not given
+    width: int = OF_SIZE  # D, four times model.num_heads or a multiple of that
+    num_heads: int = OF_SIZE  # of attention
+    num_blocks: int = OF_SIZE  # of the transformer
+    mlp_ratio: float = 4.0  # hidden width of an MLP / width
+    num_classes: int = 1000  # labels are 0 to num_classes - 1
+    latent_channels: int = 16  # of the autoencoder's latents
+    latent_size: int = 16  # height and width of the latent
+    patch_size: int = 1  # side of the square of latent pixels that is one token
+    parts_per_side: int = 2  # an image is drawn in so many rows of so many squares
+
+    def __post_init__(self) -> None:
+        take_size(self, ACDIT_SIZES)
+        for name in COUNTS:
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
+        require(self.mlp_ratio * self.width >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.width={self.width}")
+        allowed = f"a number of which four times is a divisor of model.width={self.width}"
+        require(self.width % (4 * self.num_heads) == 0, "model.num_heads", self.num_heads, allowed)
+        require(self.latent_size % self.patch_size == 0, "model.patch_size", self.patch_size, f"a divisor of {self.latent_size}")
+        allowed = f"a divisor of {self.grid}, the tokens of a side of the latent"
+        require(self.grid % self.parts_per_side == 0, "model.parts_per_side", self.parts_per_side, allowed)
+
+    @property
+    def grid(self) -> int:
+        """Tokens of a side of the latent."""
+        return self.latent_size // self.patch_size
+
+    @property
+    def tokens_of_part(self) -> int:
+        return (self.grid // self.parts_per_side) ** 2
+
+    @property
+    def token_features(self) -> int:
+        return self.latent_channels * self.patch_size**2
+
+    def least_parameters(self) -> Mapping[tuple[str, ...], int]:
+        """The matrices that all blocks have, and the table of classes."""
+        block = 10 * self.width**2 + 2 * self.width * int(self.mlp_ratio * self.width)
+        return {
+            ("width", "mlp_ratio", "num_blocks"): self.num_blocks * block,
+            ("width", "num_classes"): self.width * self.num_classes,
+        }
+
+    def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
+        """The clean tokens and those of all draws in the blocks, of which a block keeps its input or much more."""
+        kept = 1 if "blocks" in recomputed else OF_A_TOKEN
+        return self.num_blocks * (1 + draws) * self.grid**2 * self.width * kept
+
+    def least_drawn(self) -> int:
+        """Keys and values of all parts but the last one in all blocks, and the last one before and after a norm."""
+        return 2 * self.width * (self.num_blocks * (self.grid**2 - self.tokens_of_part) + self.tokens_of_part)

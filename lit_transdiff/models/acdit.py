@@ -1,0 +1,215 @@
+"""ACDiT: squares of an image one after the other, each by diffusion, given the clean ones before it (arXiv 2412.07720).
+
+The names of the weights are those of the released files. Shapes: B images, C rows of clean tokens, R of noised ones, N tokens of
+a row, K parts of a row, n tokens of a part, c numbers of a token, D width, h heads, d numbers of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from lit_transdiff.base.randomness import Normal
+from lit_transdiff.models.adapt import Adaptation
+from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, initialise_adaptive
+from lit_transdiff.models.layers import MLP, KeysValues, RMSNorm, initialise, modulate
+from lit_transdiff.models.linear import Linear
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
+
+if TYPE_CHECKING:
+    from lit_transdiff.config import SamplingConfig
+    from lit_transdiff.config.acdit import ACDiTConfig
+
+
+class SkipCausalAttention(nn.Module):
+    """A clean token sees the clean parts up to its own; a noised one the clean parts before its own, and its own noised part."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width)
+        self.q_norm, self.k_norm = (RMSNorm(width // num_heads) for _ in range(2))
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor, clean: int, parts: int, angles: Tensor, past: KeysValues | None) -> Tensor:
+        """``x`` [(C + R), N, D], the first ``clean`` = C rows clean, all of as many ``parts`` -> the same.
+
+        ``past`` holds keys and values of the clean parts before those of ``x``, and afterwards those of its clean rows as well.
+        """
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k = (turned(z, angles).to(v.dtype) for z in (self.q_norm(q), self.k_norm(k)))
+        past = KeysValues() if past is None else past
+        before = 0 if past.keys is None else past.keys.shape[2]
+        of_clean, of_noised = list[Tensor](), list[Tensor]()
+        if clean:
+            keys, values = past.extend(k[:clean], v[:clean])
+        for i, j in pairwise(range(0, x.shape[1] + 1, x.shape[1] // parts)):
+            if clean:
+                known = keys[:, :, : before + j], values[:, :, : before + j]
+                of_clean.append(F.scaled_dot_product_attention(q[:clean, :, i:j], *known))
+            if clean < len(x):
+                own = k[clean:, :, i:j], v[clean:, :, i:j]
+                seen = with_own(past.keys, own[0], before + i), with_own(past.values, own[1], before + i)
+                of_noised.append(F.scaled_dot_product_attention(q[clean:, :, i:j], *seen))
+        y = torch.cat([torch.cat(pieces, dim=2) for pieces in (of_clean, of_noised) if pieces])
+        return self.proj(rearrange(y, "b h n d -> b n (h d)"))
+
+
+def with_own(kept: Tensor | None, own: Tensor, number: int) -> Tensor:
+    """The first ``number`` of the clean ones [C, h, S, d], and those of a noised part [R, h, n, d] whose rows are images of C."""
+    if kept is None or not number:
+        return own
+    return torch.cat([kept[:, :, :number].repeat(len(own) // len(kept), 1, 1, 1), own], dim=2)
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """``x`` [..., N, d] by ``angles`` [N, d] as in the released code, which pairs a row's angle with a column's: no rotation."""
+    first, second = x.chunk(2, dim=-1)
+    return x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+
+def angles_of(grid: int, numbers: int, device: torch.device) -> Tensor:
+    """Of a square grid of tokens, [grid, grid, d]: those of the row, twice, then those of the column, twice."""
+    base = (int(8 * grid / math.pi) // 100 + 1) * 100
+    line = torch.arange(grid, device=device)[:, None] * base ** -torch.linspace(0, 1, numbers // 4, device=device)
+    rows, columns = line[:, None].expand(-1, grid, -1), line.expand(grid, -1, -1)
+    return torch.cat([rows, rows, columns, columns], dim=-1)
+
+
+class ACDiTBlock(nn.Module):
+    """Self-attention and MLP; noised tokens are modulated and gated, clean ones pass the same weights as they are."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = SkipCausalAttention(width, num_heads)
+        self.norm2 = RMSNorm(width)
+        self.mlp = MLP(width, mlp_ratio, 0.0, tanh=True)
+        self.adaLN_modulation = Modulation(width, 6)
+
+    def forward(self, x: Tensor, condition: Tensor, angles: Tensor, past: KeysValues | None = None) -> Tensor:
+        """``x`` [(C + R), N, D], ``condition`` [R, K, D] of the noised rows, ``angles`` [N, d] -> [(C + R), N, D]."""
+        clean, parts = len(x) - len(condition), condition.shape[1]
+
+        def steered(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+            noised = change(rearrange(x[clean:], "r (k n) d -> r k n d", k=parts))
+            return torch.cat([x[:clean], rearrange(noised, "r k n d -> r (k n) d")])
+
+        steering = (z[:, :, None] for z in self.adaLN_modulation(condition))
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = steering
+        h = steered(self.norm1(x), lambda z: modulate(z, shift_attention, scale_attention))
+        x = x + steered(self.attn(h, clean, parts, angles, past), lambda z: gate_attention * z)
+        h = steered(self.norm2(x), lambda z: modulate(z, shift_mlp, scale_mlp))
+        return x + steered(self.mlp(h), lambda z: gate_mlp * z)
+
+
+@dataclass(eq=False)
+class Known:
+    """What noised tokens are drawn of."""
+
+    labels: Tensor  # [B], of which the rows are a multiple; ``num_classes`` is no class
+    clean: Tensor  # [B, N, c]: the image, of which a noised part sees the parts before; of no rows where ``past`` has them
+    first: int = 0  # place of the first noised token in the image
+    past: Sequence[KeysValues | None] = ()  # of the clean parts before, for each block
+
+
+class ACDiT(Paradigm):
+    """In training all parts are noised, each with a time of its own, and pass the network together with the clean image.
+
+    Clean tokens see neither class nor time: in sampling keys and values of what is drawn serve both halves of the guidance.
+    """
+
+    process = "linear_diffusion"
+    prediction = "noise"
+    stacks: ClassVar = {"blocks": Stack("blocks", "num_blocks")}
+    adaptation = Adaptation(
+        classes="y_embedder.embedding_table.weight",
+        shaped=("x_embedder.weight", "final_layer.linear.weight", "final_layer.linear.bias"),
+    )
+    config: ACDiTConfig
+
+    def __init__(self, config: ACDiTConfig) -> None:
+        super().__init__()
+        self.config, width, features = config, config.width, config.token_features
+        self.part_sizes, self.token = (config.tokens_of_part,) * config.parts_per_side**2, (features,)
+        self.x_embedder = nn.Linear(features, width, bias=False)
+        self.t_embedder = TimeMLP(width)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, width)})  # the last: no class
+        self.blocks = nn.ModuleList(ACDiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks))
+        self.final_layer = AdaptiveOutput(width, features, RMSNorm(width))
+        self.apply(initialise).apply(initialise_adaptive)
+
+    def forward(self, x_t: Tensor, t: Tensor, known: Known) -> Tensor:
+        """The noise in parts ``x_t`` [R, N, c] at the steps ``t`` [R, K] or [1, 1]; the clean image passes beside them.
+
+        ``x_t`` may be more precise than the weights.
+        """
+        times = self.t_embedder(t.flatten()).unflatten(0, t.shape)
+        classes = self.y_embedder["embedding_table"](known.labels.repeat(len(x_t) // len(known.labels)))
+        condition = times + classes[:, None]
+        x = self.transform(torch.cat([known.clean, x_t]), condition, known.first, known.past)
+        noised = rearrange(x[len(known.clean) :], "r (k n) d -> r k n d", k=condition.shape[1])
+        return rearrange(self.final_layer(noised, condition[:, :, None]), "r k n c -> r (k n) c")
+
+    def transform(self, x: Tensor, condition: Tensor, first: int, past: Sequence[KeysValues | None]) -> Tensor:
+        """Tokens [(C + R), N, c], of which ``first`` is the place of the first, through all blocks: [(C + R), N, D]."""
+        config = self.config
+        angles = self.split(angles_of(config.grid, config.width // config.num_heads, x.device).movedim(-1, 0), 1)
+        h = self.x_embedder(x.to(self.x_embedder.weight.dtype))
+        for i, block in enumerate(self.blocks):
+            h = block(h, condition, angles[first : first + x.shape[1]], past[i] if past else None)
+        return h
+
+    def split(self, x: Tensor, patch_size: int) -> Tensor:
+        """[..., c, H, W] -> [..., N, c p p], square by square, row by row, and so within a square."""
+        side, p = self.config.parts_per_side, patch_size
+        return rearrange(x, "... c (i h p) (j w q) -> ... (i j h w) (c p q)", i=side, j=side, p=p, q=p)
+
+    # --- the seam -------------------------------------------------------------------------------------------------------------
+
+    def parts(self, x: Tensor) -> Tensor:
+        return self.split(x[:, 0], self.config.patch_size)
+
+    def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> Known:
+        return Known(labels.masked_fill(drop, self.config.num_classes), self.parts(x))
+
+    def predict(self, x_t: Tensor, t: Tensor, memory: Known) -> Tensor:
+        return self(x_t, t, memory)
+
+    def decode(
+        self, labels: Tensor, sampling: SamplingConfig, normal: Normal, kept: Any = None, contexts: Any = None
+    ) -> Generator[Problem, Tensor, Tensor]:
+        config, size, number = self.config, self.part_sizes[0], len(self.part_sizes)
+        past, drawn = [KeysValues() for _ in self.blocks], list[Tensor]()
+        both = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+        for k in range(number):
+            if drawn:
+                self.transform(drawn[-1], drawn[-1].new_zeros(0, 1, config.width), (k - 1) * size, past)
+            problem = self.problem(labels, both, k * size, past, (k + 1) / number)
+            drawn.append((yield problem))
+        side, p = config.parts_per_side, config.patch_size
+        pixels = "b (i j h w) (c p q) -> b 1 c (i h p) (j w q)"
+        return rearrange(torch.cat(drawn, dim=1), pixels, i=side, j=side, h=config.grid // side, p=p, q=p)
+
+    def problem(self, labels: Tensor, both: Tensor, first: int, past: list[KeysValues], progress: float) -> Problem:
+        """That of the part whose first token is ``first``."""
+        shape = (self.part_sizes[0], *self.token)
+        none = torch.zeros(0, *shape, device=labels.device)
+        alone, guided = (Known(rows, none, first, past) for rows in (labels, both))
+
+        def predict(x_t: Tensor, t: float, known: Known = alone) -> Tensor:
+            return self(x_t, torch.full((1, 1), t, device=x_t.device), known).to(x_t.dtype)
+
+        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            c, u = predict(torch.cat([x_t, x_t]), t, guided).chunk(2)
+            return c, u
+
+        return Problem(shape, predict, pair, progress)
