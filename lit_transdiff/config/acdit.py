@@ -18,7 +18,6 @@ ACDIT_SIZES: dict[str, dict[str, int]] = {
     "xl": dict(width=1152, num_heads=18, num_blocks=28),
     "huge": dict(width=1280, num_heads=20, num_blocks=32),
 }
-COUNTS = (*("width", "num_heads", "num_blocks", "num_classes", "latent_channels", "latent_size", "patch_size", "parts_per_side"),)
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class ACDiTConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, ACDIT_SIZES)
-        for name in COUNTS:
+        counts = ("width", "num_heads", "num_blocks", "num_classes", "latent_channels", "latent_size", "patch_size")
+        for name in (*counts, "parts_per_side"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
         require(self.mlp_ratio * self.width >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.width={self.width}")
         allowed = f"a number of which four times is a divisor of model.width={self.width}"
