@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from lit_transdiff.config.targets import below
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.study.records import AXES, Evaluation, Pictures, Run, number
 from lit_transdiff.tracking.origin import COPIED_FROM
+from lit_transdiff.tracking.server import answer_timeout, answers
 from lit_transdiff.tracking.wandb_run import IMAGES_SEEN, NUM_DEVICES, STEP
 
 if TYPE_CHECKING:
@@ -114,9 +116,12 @@ def read_server(project: str, filters: Mapping[str, Any]) -> list[Run]:
 
     plain = {AT_SERVER[key]: value for key, value in filters.items() if key in AT_SERVER and isinstance(value, str)}
     try:
-        return [read_server_run(found) for found in wandb.Api().runs(project, filters=plain)]
+        api = wandb.Api(timeout=math.ceil(answer_timeout()))  # not below: it may ask for the key
+        return [read_server_run(found) for found in answers(lambda: api.runs(project, filters=plain), f"runs of {project}")]
     except (wandb.errors.Error, ValueError, OSError) as error:
-        raise FileNotFoundError(f"{project} is no folder here, and W&B does not give such a project: {error}") from error
+        said = " ".join(str(error).split())
+        way_on = "Name a folder of runs, or try again later (WANDB_HTTP_TIMEOUT waits longer)."
+        raise FileNotFoundError(f"{project} is no folder here, and W&B gives no such project ({said}). {way_on}") from error
 
 
 def read_server_run(found: Any) -> Run:
@@ -126,7 +131,7 @@ def read_server_run(found: Any) -> Run:
 
     @cache
     def rows() -> list[dict[str, Any]]:
-        return list(found.scan_history())
+        return list(answers(found.scan_history, f"the metrics of {found.name}"))
 
     @cache
     def folder() -> Path:
@@ -134,7 +139,9 @@ def read_server_run(found: Any) -> Run:
 
     def fetch(path: str) -> Any:
         place = below(folder(), path, f"{found.name}: picture")
-        found.file(path).download(root=str(folder()), exist_ok=True)
+        list(
+            answers(lambda: [found.file(path).download(root=str(folder()), exist_ok=True)], f"the picture {path} of {found.name}")
+        )
         return opener(place)()
 
     def pictures() -> Pictures:

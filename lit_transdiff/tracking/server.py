@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
 from lit_transdiff.base.files import is_full
+from lit_transdiff.config import require
 
 if TYPE_CHECKING:
     import wandb
 
 FINISH_TIMEOUT = 300.0  # seconds for the end of a run with the upload of a model; see WANDB_FINISH_TIMEOUT
+ANSWER_TIMEOUT = 60.0  # seconds for a question about runs; see WANDB_HTTP_TIMEOUT
 MARGIN = 20.0  # further seconds, in which the client writes its log to disk (it does so every 15 s)
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -48,9 +52,20 @@ def writing_below(place: Path) -> Iterator[None]:
         raise ValueError(f"{place}: got {error.strerror!r}; allowed: {allowed}.") from error
 
 
+def wait_of(variable: str, otherwise: float) -> float:
+    """Seconds that one of W&B's variables says."""
+    said = os.environ.get(variable) or str(otherwise)
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    require(0 < seconds < threading.TIMEOUT_MAX, variable, said, "seconds above 0, or not set")
+    return seconds
+
+
 def finish_timeout() -> float:
     """The most seconds that the end of a run waits for the server."""
-    return float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT))
+    return wait_of("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)
 
 
 def finished_within(seconds: float, opened: wandb.Run, exit_code: int) -> bool:
@@ -71,6 +86,44 @@ def finished_within(seconds: float, opened: wandb.Run, exit_code: int) -> bool:
         end_service()
         return False
     return True
+
+
+def answer_timeout() -> float:
+    """Seconds that a question about runs may wait for the server."""
+    return wait_of("WANDB_HTTP_TIMEOUT", ANSWER_TIMEOUT)
+
+
+def answers(question: Callable[[], Iterable[T]], what: str) -> Iterator[T]:
+    """What the server answers to a question of the public API, in parts; ``what`` it is about is for the message.
+
+    Raises ``ConnectionError`` when the client gives an error, or the server is silent for ``answer_timeout`` seconds: for rows
+    and files the client alone would wait without end.
+    """
+    seconds = answer_timeout()
+    parts: SimpleQueue[tuple[list[T], Exception | None]] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            for part in question():
+                parts.put(([part], None))
+            parts.put(([], None))
+        except Exception as error:  # of any kind: the client has an error of its own for each of its parts
+            parts.put(([], error))
+
+    threading.Thread(target=ask, name="wandb question", daemon=True).start()
+    while True:
+        try:
+            part, error = parts.get(timeout=seconds)
+        except Empty:
+            error = TimeoutError(f"no answer in {seconds:g} s")
+        if error is not None:
+            end_service()  # which would go on asking, and wait for the server when this process ends
+            said = " ".join(str(error).split())
+            way_on = "Try again later (WANDB_HTTP_TIMEOUT waits longer), or name a folder of runs."
+            raise ConnectionError(f"W&B does not give {what} ({said}). {way_on}") from error
+        if not part:
+            return
+        yield part[0]
 
 
 def end_service() -> None:

@@ -30,7 +30,7 @@ from lit_transdiff.config.loading import to_dict
 from lit_transdiff.tracking.metrics_file import device_count, last_logged, read_rows
 from lit_transdiff.tracking.origin import COPIED_FROM, RECORD, has_older_sibling, is_copy, keep_record, read_record
 from lit_transdiff.tracking.place import SWEEP_SIGN, trial_place
-from lit_transdiff.tracking.server import finish_timeout, finished_within, going_on_without, writing_below
+from lit_transdiff.tracking.server import finish_timeout, finished_within, going_on_without, wait_of, writing_below
 
 if TYPE_CHECKING:
     import wandb
@@ -50,7 +50,7 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
     mode = wandb_mode()
     settings = wandb.Settings(
         silent=mode == "offline" or os.environ.get("WANDB_SILENT") == "true",
-        init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)),
+        init_timeout=wait_of("WANDB_INIT_TIMEOUT", INIT_TIMEOUT),
         finish_timeout=finish_timeout(),
     )
     given: dict[str, Any] = dict(

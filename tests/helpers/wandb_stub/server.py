@@ -48,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         return urllib.parse.unquote(self.path.split("?")[0])
 
     def do_GET(self) -> None:
+        if self.server.trouble is not None:
+            return self.in_trouble(self.server.trouble)
         found = self.server.state.files.get(self.place)
         if found is None:
             return self.answer({"error": "not found"}, 404)
