@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from lit_transdiff.__main__ import main
@@ -146,6 +147,29 @@ def page(report: Path) -> Iterator[Any]:
         yield opened
         assert errors == []
         browser.close()
+
+
+def test_nothing_of_the_demo_is_outside_a_window_of_1280(page: Any, tmp_path: Path) -> None:
+    """Three stages with seven scores, whose settings differ as those of the demo do."""
+    for name, at in (("ar_pretrain", 1), ("diffusion_head", 2), ("mrar_finetune", 3)):
+        folder = make_run(tmp_path / "demo", name, float(at))
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config |= {"stage": name, "init_from": f"runs/fashion/{name}"}
+        config["model"] = config.get("model", {}) | {"num_references": at}
+        config["flow"] = {"num_noise_draws": at}
+        config["optimizer"] = {"lr": at / 1000}
+        config["training"] = config.get("training", {}) | {"max_steps": at, "global_batch_size": 8 * at}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        result = json.loads((folder / "evaluations" / "r.json").read_text())
+        scores = ["kernel_distance", "precision", "recall", "class_accuracy", "feature_similarity"]
+        result["scores"] |= {score: 0.01234 * at for score in scores}
+        (folder / "evaluations" / "r.json").write_text(json.dumps(result))
+    page.goto(write_report(runs(tmp_path / "demo"), tmp_path / "demo.html").as_uri())
+    assert page.locator("#runs th").count() == 18  # with the tick
+    places = "[document.documentElement, ...document.querySelectorAll('.scroll')]"
+    boxes = page.evaluate(f"{places}.map(place => [place.scrollWidth, place.clientWidth])")
+    assert all(inside <= window for inside, window in boxes), boxes
+    assert "state finished" in page.locator("#alike").inner_text()
 
 
 def test_it_works_in_a_browser(page: Any, tmp_path: Path) -> None:
