@@ -24,7 +24,7 @@ def unknown(what: str, value: object, allowed: Iterable[str]) -> ValueError:
 def require(condition: bool, what: str, value: object, allowed: str) -> None:
     """Raise ``ValueError`` naming the field, the value received and what is allowed, unless ``condition`` holds."""
     if not condition:
-        raise ValueError(f"{what}: got {value!r}; allowed: {allowed}.")
+        raise ValueError(f"{what}: got {value!r}; allowed: {allowed}{'' if allowed.endswith('?') else '.'}")
 
 
 FOLDER_NAME = "the name of one folder, without '/', '\\' and '$', in which '~' or a space does not come first"
