@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FINISH_TIMEOUT = 300.0  # seconds for the end of a run with the upload of a model; see WANDB_FINISH_TIMEOUT
 ANSWER_TIMEOUT = 60.0  # seconds for a question about runs; see WANDB_HTTP_TIMEOUT
 MARGIN = 20.0  # further seconds, in which the client writes its log to disk (it does so every 15 s)
-T = TypeVar("T")
+Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
 
@@ -93,14 +93,14 @@ def answer_timeout() -> float:
     return wait_of("WANDB_HTTP_TIMEOUT", ANSWER_TIMEOUT)
 
 
-def answers(question: Callable[[], Iterable[T]], what: str) -> Iterator[T]:
+def answers(question: Callable[[], Iterable[Answer]], what: str) -> Iterator[Answer]:
     """What the server answers to a question of the public API, in parts; ``what`` it is about is for the message.
 
     Raises ``ConnectionError`` when the client gives an error, or the server is silent for ``answer_timeout`` seconds: for rows
     and files the client alone would wait without end.
     """
     seconds = answer_timeout()
-    parts: SimpleQueue[tuple[list[T], Exception | None]] = SimpleQueue()
+    parts: SimpleQueue[tuple[list[Answer], Exception | None]] = SimpleQueue()
 
     def ask() -> None:
         try:
