@@ -72,6 +72,7 @@ def curves(runs: Sequence[Run], metric: str, over: str = "images_seen", labels: 
 def spread(compared: Comparison, metric: str) -> Figure:
     """Mean and spread over seeds of each setting, every averaged run as a dot; settings within noise of the best are filled."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     verdicts = compared.verdicts(metric)
     figure = Figure(figsize=(6.4, 0.5 * len(verdicts) + 1.4), layout="constrained")
@@ -89,6 +90,10 @@ def spread(compared: Comparison, metric: str) -> Figure:
             axes.text(0.5, i, verdict, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8)
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel=label_of(metric), ylim=(-0.6, len(names) - 0.3))
     axes.grid(axis="x", alpha=0.3)
+    diamond = dict(marker="D", markersize=9)
+    looks = [dict(marker="o", color=GREY, markersize=4), diamond, diamond | dict(fillstyle="none")]
+    handles = [Line2D([], [], linestyle="none", **look) for look in looks]
+    legend(figure, handles, ["a run", "mean, best or within noise of it", "mean of others"], loc="outside lower center", ncols=3)
     return figure
 
 
@@ -97,8 +102,8 @@ def short(name: str, between: str = ".") -> str:
     return name.split(between)[-1]
 
 
-def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float = 3.2) -> Figure:
-    """Pictures in a row or more, each under its name and ``width`` inches wide."""
+def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float = 4.8) -> Figure:
+    """Pictures in a row or more, each under its name and ``width`` inches wide, so that the labels within can be read."""
     from matplotlib.figure import Figure
 
     require(len(pictures) > 0, "pictures", len(pictures), "at least one")
@@ -106,12 +111,12 @@ def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: s
     rows = math.ceil(len(pictures) / columns)
     shapes = [picture.height / picture.width for picture in pictures.values()]
     heights = [width * max(shapes[i * columns : (i + 1) * columns]) + 0.3 for i in range(rows)]
-    figure = Figure(figsize=(width * columns, sum(heights)), layout="constrained", dpi=60)
+    figure = Figure(figsize=(width * columns, sum(heights)), layout="constrained", dpi=100)
     for axes in figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flat:
         axes.set_axis_off()
     for axes, (name, picture) in zip(figure.axes, pictures.items(), strict=False):
         axes.imshow(picture)
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name, fontsize=12)
     figure.suptitle(title)
     return figure
 
@@ -130,10 +135,12 @@ def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: s
     for i in range(len(scored)):
         tone = colormaps["viridis_r"](i / max(1, len(scored) - 1))
         axes.plot(range(len(places)), [place[0][i] for place in places], color=tone, alpha=0.85, linewidth=1.6)
+    ends = {f"best, {scored[-1][1]:.4g}": axes.lines[-1], f"worst, {scored[0][1]:.4g}": axes.lines[0]}
+    legend(figure, list(ends.values()), list(ends), loc="outside lower center", ncols=2)
     for x, (_, marks) in enumerate(places):
         axes.axvline(x, color=GREY, linewidth=0.8)
         for text, height in marks.items():
-            axes.text(x + 0.03, height, text, fontsize=8, va="center")
+            axes.text(x + 0.04, height, text, fontsize=9, va="center", bbox=dict(facecolor="white", edgecolor="none", pad=1))
     axes.set_xticks(range(len(places)), [*map(short, settings), label_of(metric).split(" (")[0]])
     axes.set(yticks=[], ylim=(-0.06, 1.06), ylabel="low to high", xlim=(-0.2, len(places) - 0.6))
     axes.spines[["top", "right", "bottom", "left"]].set_visible(False)

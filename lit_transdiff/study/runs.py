@@ -25,7 +25,8 @@ from lit_transdiff.study.wandb_logs import log_files, read_log, read_server
 
 KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run folder, in an archive
 RESULTS, PICTURES = (f"{FOLDER}/*.json",), (f"{FOLDER}/*.png", "samples/*.png", "samples/*/*.png")
-SHRUNK, COLOURS = 320, 32  # width and number of colours of a picture in an archive
+SHRUNK, READABLE = 320, 0.45  # width of a picture in an archive; no smaller part of its own, at which its labels can be read
+COLOURS = 32
 log = logging.getLogger(__name__)
 
 
@@ -112,5 +113,5 @@ def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path
 def shrunk(picture: Image.Image) -> bytes:
     """A picture as a small PNG."""
     buffer = io.BytesIO()
-    narrowed(picture, SHRUNK).quantize(COLOURS).save(buffer, format="png", optimize=True)
+    narrowed(picture, max(SHRUNK, round(READABLE * picture.width))).quantize(COLOURS).save(buffer, format="png", optimize=True)
     return buffer.getvalue()

@@ -49,17 +49,23 @@ def test_the_front_is_what_nothing_beats(found: list[Run]) -> None:
     points = [(i + 1, run.evaluations[0].value("frechet_distance")) for i, run in enumerate(found)]
     front = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
     drawn = figure.axes[0].lines[1]
-    named = [text.get_text() for text in figure.legends[0].get_texts()][2:]
+    best = named(figure)[2:]
     wanted = {run.evaluations[0].value("frechet_distance"): labels(found)[run.where] for run in found}
-    assert named == [wanted[y] for _, y in front] and named[0].startswith("lr ")
+    assert best == [wanted[y] for _, y in front] and best[0].startswith("lr ")
     assert list(zip(drawn.get_xdata(), drawn.get_ydata(), strict=True)) == front
     labelled(figure)
+
+
+def named(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_parallel_coordinates_end_at_the_metric(found: list[Run]) -> None:
     figure = plots.parallel_coordinates(found, ["optimizer.lr", "seed"], "eval/frechet_distance")
     ends = [line.get_ydata()[-1] for line in figure.axes[0].lines[:6]]
     assert ends == sorted(ends, reverse=True) and (ends[0], ends[-1]) == (1.0, 0.0)  # the best, lowest, is drawn last
+    scores = sorted(run.evaluations[0].value("frechet_distance") for run in found)
+    assert named(figure) == [f"best, {scores[0]:.4g}", f"worst, {scores[-1]:.4g}"]
     labelled(figure)
 
 
@@ -69,7 +75,8 @@ def test_words_are_spaced_evenly_and_wide_numbers_by_logarithm() -> None:
 
 
 def test_the_rest_is_labelled(found: list[Run]) -> None:
-    labelled(plots.spread(compare(found), "eval/frechet_distance"))
+    labelled(figure := plots.spread(compare(found), "eval/frechet_distance"))
+    assert named(figure) == ["a run", "mean, best or within noise of it", "mean of others"]
     labelled(plots.response(found, "optimizer.lr", "eval/frechet_distance", by="seed"))
     labelled(plots.bars({"a": 1.0, "b": 2.0}, "numbers", "letters"))
     figure = plots.side_by_side({run.name: picture for run in found for picture in run.samples().values()}, columns=2)
@@ -119,7 +126,7 @@ def test_what_was_judged_otherwise_is_on_no_line_with_the_rest(found: list[Run])
     assert sum(len(line.get_xdata()) for line in figure.axes[0].lines[::2]) == 4
     assert figure.axes[0].get_title() == "2 judged otherwise are left out"
     figure = plots.pareto(found, cost="cost")
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    names = named(figure)
     fronts = ["Pareto front of 5 images by None", "Pareto front of 20 images by None"]
     assert [name for name in names if "front" in name] == fronts
     labelled(figure)
