@@ -72,8 +72,11 @@ def kernel_distance(generated: Scored, reference: Statistics, settings: Evaluati
     """
     real, fake = reference_tensor(reference), generated.features.double().cpu()
     size, order = min(1000, len(real), len(fake)), torch.Generator().manual_seed(settings.seed)
-    subsets = ([rows[torch.randperm(len(rows), generator=order)[:size]] for rows in (real, fake)] for _ in range(100))
-    values = torch.stack([poly_mmd(*subset) for subset in subsets])
+
+    def some(rows: Tensor) -> Tensor:
+        return rows[torch.randperm(len(rows), generator=order)[:size]]
+
+    values = torch.stack([poly_mmd(some(real), some(fake)) for _ in range(100)])
     return {"mean": float(values.mean()), "std": float(values.std(correction=0))}
 
 
