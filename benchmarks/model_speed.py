@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,12 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import plain
+from lit_transdiff.base.hardware import products
 from lit_transdiff.base.randomness import PerImageNormal
 from lit_transdiff.config import SIZES, FlowConfig, ModelConfig, OptimizerConfig, RunConfig, SamplingConfig
 from lit_transdiff.flow.straight import Flow
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.execution import compile_blocks
-from lit_transdiff.models.linear import product, takes_onednn
+from lit_transdiff.models.paradigm import build_model
 from lit_transdiff.models.tokens import patchify
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.key_names import to_released
@@ -71,7 +73,8 @@ def set_up(
 ) -> Setup:
     config = ModelConfig(size=size, num_references=references, attention_dropout=0.0, projection_dropout=0.0)
     torch.manual_seed(0)
-    model = TransDiff(config).to(device)
+    model = build_model(config).to(device)
+    assert isinstance(model, TransDiff)
     torch.nn.init.normal_(model.decoder.final.linear.weight, std=0.02)  # else every velocity is zero
     state = {key: value.detach().clone() for key, value in model.state_dict().items()}
     weights = to_released(state, config, {}).state
@@ -186,10 +189,7 @@ def product_rate(device: torch.device, precision: str) -> float:
     """Floating-point operations a second of a large matrix product, by the fastest kernel that torch has for it."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    kernels = [lambda: a @ a]
-    if takes_onednn(a, a):
-        kernels.append(lambda: product(a, a))
-    return 2 * n**3 / min(seconds(kernel, device) for kernel in kernels)
+    return 2 * n**3 / min(seconds(partial(product, a, a), device) for product in products(device))
 
 
 def counted(function: Callable[[], Tensor]) -> float:

@@ -21,7 +21,6 @@ from lit_transdiff.base.randomness import Normal
 from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, initialise_adaptive
 from lit_transdiff.models.layers import MLP, KeysValues, RMSNorm, initialise, modulate
-from lit_transdiff.models.linear import Linear
 from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
 
 if TYPE_CHECKING:
@@ -35,9 +34,9 @@ class SkipCausalAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)
         self.q_norm, self.k_norm = (RMSNorm(width // num_heads) for _ in range(2))
-        self.proj = Linear(width, width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, clean: int, parts: int, angles: Tensor, past: KeysValues | None) -> Tensor:
         """``x`` [(C + R), N, D], the first ``clean`` = C rows clean, all of as many ``parts`` -> the same.

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lit_transdiff.models import layers
 from lit_transdiff.models.layers import TIME_FEATURES, layer_norm, modulate
-from lit_transdiff.models.linear import Linear
 
 
 class TimeMLP(nn.Module):
@@ -17,7 +16,7 @@ class TimeMLP(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(Linear(TIME_FEATURES, width), nn.SiLU(), Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         """``t`` [B] -> [B, D]."""
@@ -28,7 +27,7 @@ class Modulation(nn.Sequential):
     """Shifts, scales and gates of a condition, which start at zero: ``parts`` of them."""
 
     def __init__(self, width: int, parts: int) -> None:
-        super().__init__(nn.SiLU(), Linear(width, parts * width))
+        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
         self.parts = parts
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
@@ -42,7 +41,7 @@ class AdaptiveOutput(nn.Module):
     def __init__(self, width: int, out_features: int, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.norm_final = layer_norm(width, affine=False) if norm is None else norm
-        self.linear = Linear(width, out_features)
+        self.linear = nn.Linear(width, out_features)
         self.adaLN_modulation = Modulation(width, 2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from lit_transdiff.models.layers import (
     learned,
     modulate,
 )
-from lit_transdiff.models.linear import Linear
 from lit_transdiff.models.tokens import patchify, unpatchify
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / math.sqrt(width))
         self.norm = layer_norm(width, affine=False)
-        self.linear = Linear(width, out_features)
+        self.linear = nn.Linear(width, out_features)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """``x`` [B, N, D], time ``embedding`` [B or 1, D] -> [B, N, C p p]."""
@@ -120,8 +119,8 @@ class DiffusionDecoder(nn.Module):
         token_features = latent_channels * patch_size**2
         self.position = learned(1, (latent_size // patch_size) ** 2, width)
         self.time_embedding = TimeEmbedding(width)
-        self.context_projection = Linear(width, width)
-        self.input_projection = Linear(token_features, width)
+        self.context_projection = nn.Linear(width, width)
+        self.input_projection = nn.Linear(token_features, width)
         self.blocks = nn.ModuleList(
             DecoderBlock(width, num_heads, mlp_ratio, attention_dropout, projection_dropout) for _ in range(num_blocks)
         )

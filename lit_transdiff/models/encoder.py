@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lit_transdiff.models.conditions import CONDITIONS
 from lit_transdiff.models.layers import MLP, KeysValues, SelfAttention, initialise, layer_norm, learned
-from lit_transdiff.models.linear import Linear
 from lit_transdiff.models.tokens import patchify
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class ARTransformer(nn.Module):
         self.class_embedding = condition
         self.null_class = learned(1, width)
         self.mask_tokens = learned(1, tokens_per_reference if multi else 1, width)
-        self.reference_projection = Linear(latent_channels * reference_patch_size**2, width) if multi else None
+        self.reference_projection = nn.Linear(latent_channels * reference_patch_size**2, width) if multi else None
         self.position = learned(1, num_class_tokens + num_tokens, width)
         self.input_norm = layer_norm(width)
         self.blocks = nn.ModuleList(

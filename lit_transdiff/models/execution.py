@@ -17,10 +17,10 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_transdiff.models.paradigm import Paradigm, build_model
+
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
-
-    from lit_transdiff.models.paradigm import Paradigm
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def shard_blocks(model: Paradigm, mesh: DeviceMesh) -> None:
 def twin(model: Paradigm) -> Paradigm:
     """Modules of their own around the weights of ``model``, for evaluation: how they run may be changed, and ``model`` stays."""
     with torch.device("meta"):  # the weights are there
-        other = type(model)(model.config).eval().requires_grad_(False)
+        other = build_model(model.config).eval().requires_grad_(False)
     other.load_state_dict(model.state_dict(), assign=True)
     return other
 

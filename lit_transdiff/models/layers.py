@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lit_transdiff.models.linear import Linear
-
 NORM_EPS = 1e-6
 TIME_FEATURES = 256
 
@@ -41,17 +39,14 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, ratio: float, dropout: float, tanh: bool = False) -> None:
         super().__init__()
-        self.tanh = tanh
-        self.fc1 = Linear(width, int(width * ratio), gelu=not tanh)
-        self.fc2 = Linear(int(width * ratio), width)
+        self.fc1 = nn.Linear(width, int(width * ratio))
+        self.gelu: nn.Module = nn.GELU("tanh" if tanh else "none")
+        self.fc2 = nn.Linear(int(width * ratio), width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        hidden = self.fc1(x)
-        if self.tanh:
-            hidden = F.gelu(hidden, approximate="tanh")
-        return self.dropout(self.fc2(self.dropout(hidden)))
+        return self.dropout(self.fc2(self.dropout(self.gelu(self.fc1(x)))))
 
 
 @dataclass
@@ -81,8 +76,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(projection_dropout)
 
     def forward(self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None) -> Tensor:
@@ -113,10 +108,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
-        self.query = Linear(width, width)
-        self.key = Linear(width, width)
-        self.value = Linear(width, width)
-        self.proj = Linear(width, width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(projection_dropout)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,9 +140,9 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.linear_1 = Linear(TIME_FEATURES, width)
-        self.linear_2 = Linear(width, width)
-        self.modulation = Linear(width, 6 * width)
+        self.linear_1 = nn.Linear(TIME_FEATURES, width)
+        self.linear_2 = nn.Linear(width, width)
+        self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``t`` [B] in [0, 1] -> embedding [B, D] and block modulation [B, 6, D]."""

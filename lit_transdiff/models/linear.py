@@ -1,4 +1,4 @@
-"""A linear layer that takes the faster of the two float32 matrix products that torch holds for CPUs.
+"""The faster of the two float32 matrix products that torch holds for CPUs, in the linear layers of a model.
 
 torch multiplies float32 matrices on CPUs by MKL, which does its best on its maker's processors only; oneDNN, also within torch,
 is then 1.1 to 1.2 times as fast, and applies a GELU on the way (benchmarks/README.md). Both are float32 throughout and differ by
@@ -8,6 +8,7 @@ rounding. ``torch.backends.mkldnn.flags(enabled=False)`` leaves everything to MK
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -18,36 +19,40 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from lit_transdiff.base.hardware import mkl_lags
+from lit_transdiff.models.layers import MLP
 
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 WORTHWHILE = 8e6  # multiply-adds of a product from which oneDNN's longer call pays
 
 
-class Linear(nn.Linear):
-    """``nn.Linear``: [..., in] -> [..., out]; with ``gelu`` the exact GELU of it."""
+def use_faster_product(model: nn.Module) -> None:
+    """Let the linear layers of a model take oneDNN's product on CPUs for which it is the faster; elsewhere nothing changes."""
+    if not HAS_ONEDNN or not mkl_lags():
+        return
+    for module in list(model.modules()):  # a layer comes after what holds it
+        if isinstance(module, MLP) and isinstance(module.gelu, nn.GELU) and module.gelu.approximate == "none":
+            module.fc1.forward, module.gelu = partial(product_of, module.fc1, gelu=True), nn.Identity()  # type: ignore[method-assign]
+        elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module):
+            module.forward = partial(product_of, module)  # type: ignore[method-assign]
 
-    def __init__(self, in_features: int, out_features: int, gelu: bool = False) -> None:
-        super().__init__(in_features, out_features)
-        self.gelu = gelu
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not takes_onednn(x, self.weight):
-            y = super().forward(x)
-        elif self.gelu and not torch.is_grad_enabled():
-            return product(x, self.weight, self.bias, "gelu")
-        else:
-            y = OneDNNLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
-        return F.gelu(y) if self.gelu else y
+def product_of(layer: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
+    """The forward pass of a layer, [..., in] -> [..., out]; with ``gelu`` the exact GELU of it."""
+    if torch.compiler.is_compiling() or not takes_onednn(x, layer.weight):
+        y = F.linear(x, layer.weight, layer.bias)
+    elif gelu and not torch.is_grad_enabled():
+        return product(x, layer.weight, layer.bias, "gelu")
+    else:
+        y = OneDNNLinear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    return F.gelu(y) if gelu else y
 
 
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product is a large one of float32 matrices on a CPU for which oneDNN is the faster."""
+    """Whether a product is a large one of float32 matrices on a CPU."""
     return (
-        HAS_ONEDNN
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and prod(x.shape[:-1]) * weight.numel() >= WORTHWHILE
-        and mkl_lags()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )

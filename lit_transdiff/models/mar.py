@@ -19,7 +19,6 @@ from lit_transdiff.base.randomness import Normal
 from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, initialise_adaptive
 from lit_transdiff.models.layers import MLP, SelfAttention, initialise, layer_norm, learned, modulate
-from lit_transdiff.models.linear import Linear
 from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
 from lit_transdiff.models.tokens import patchify, unpatchify
 
@@ -50,7 +49,7 @@ class HeadBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.in_ln = layer_norm(width)
-        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = Modulation(width, 3)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -66,8 +65,8 @@ class TokenHead(nn.Module):
         super().__init__()
         width = config.head_width
         self.time_embed = TimeMLP(width)
-        self.cond_embed = Linear(config.width_of_decoder, width)
-        self.input_proj = Linear(config.token_features, width)
+        self.cond_embed = nn.Linear(config.width_of_decoder, width)
+        self.input_proj = nn.Linear(config.token_features, width)
         self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(config.head_blocks))
         self.final_layer = AdaptiveOutput(width, 2 * config.token_features)
 
@@ -113,12 +112,12 @@ class MAR(Paradigm):
         positions = config.num_class_tokens + config.num_tokens
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = learned(1, width)  # of no class
-        self.z_proj = Linear(config.token_features, width)
+        self.z_proj = nn.Linear(config.token_features, width)
         self.encoder_pos_embed_learned = learned(1, positions, width)
         self.z_proj_ln = layer_norm(width)
         self.encoder_blocks = nn.ModuleList(MARBlock(width, config) for _ in range(config.encoder_blocks))
         self.encoder_norm = layer_norm(width)
-        self.decoder_embed = Linear(width, decoder_width)
+        self.decoder_embed = nn.Linear(width, decoder_width)
         self.mask_token = learned(1, 1, decoder_width)
         self.decoder_pos_embed_learned = learned(1, positions, decoder_width)
         self.decoder_blocks = nn.ModuleList(MARBlock(decoder_width, config) for _ in range(config.decoder_blocks))

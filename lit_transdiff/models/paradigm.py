@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lit_transdiff.base.randomness import Normal
 from lit_transdiff.config.paradigms import PARADIGMS
 from lit_transdiff.models.adapt import Adaptation
+from lit_transdiff.models.linear import use_faster_product
 
 if TYPE_CHECKING:
     from lit_transdiff.config import SamplingConfig
@@ -163,5 +164,7 @@ def network_class(settings: ModelSettings) -> type[Paradigm]:
 
 
 def build_model(settings: ModelSettings) -> Paradigm:
-    """A new model."""
-    return network_class(settings)(settings)  # type: ignore[call-arg]
+    """A new model, with the products that are the faster here."""
+    model: Paradigm = network_class(settings)(settings)  # type: ignore[call-arg]
+    use_faster_product(model)
+    return model

@@ -1,12 +1,16 @@
-"""The linear layer's two kernels against float64."""
+"""The faster product of a model's linear layers against float64, and where it is taken."""
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_transdiff.config import ModelConfig
 from lit_transdiff.models import linear
-from lit_transdiff.models.linear import HAS_ONEDNN, Linear, OneDNNLinear, takes_onednn
+from lit_transdiff.models.execution import twin
+from lit_transdiff.models.layers import MLP
+from lit_transdiff.models.linear import HAS_ONEDNN, OneDNNLinear, takes_onednn, use_faster_product
+from lit_transdiff.models.paradigm import build_model
 
 pytestmark = pytest.mark.numeric
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN product")
@@ -33,23 +37,40 @@ def test_product_and_gradients_are_those_of_float64(kind: str):
         torch.testing.assert_close(one.double(), other, **SUMS)
 
 
-@needs_onednn
-def test_gelu_on_the_way_is_the_exact_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear, "takes_onednn", lambda x, weight: True)
-    torch.manual_seed(0)
-    layer, x = Linear(12, 9, gelu=True), 3 * torch.randn(40, 12)
-    expected = nn.functional.gelu(nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()))
-    assert layer(x).requires_grad
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(layer(x).double(), expected, **SUMS)
-
-
-@needs_onednn
-def test_only_large_float32_products_of_a_cpu_take_it(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU for which oneDNN is the faster, with small products."""
     monkeypatch.setattr(linear, "mkl_lags", lambda: True)
     monkeypatch.setattr(linear, "WORTHWHILE", 100)
-    layer, x = Linear(12, 9), torch.randn(2, 12)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize("tanh", [False, True])
+def test_gelu_on_the_way_is_the_exact_one(tanh: bool):
+    torch.manual_seed(0)
+    mlp, x = MLP(12, 2.0, 0.0, tanh), 3 * torch.randn(40, 12)
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = mlp.double()(x.double())
+    mlp.float()
+    names, calls = list(mlp.state_dict()), []
+    use_faster_product(mlp)
+    use_faster_product(mlp)
+    mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
+    assert list(mlp.state_dict()) == names
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = mlp(x)
+        assert y.requires_grad == grad
+        torch.testing.assert_close(y.double(), expected, **SUMS)
+    assert len(calls) == 2  # hooks stay
+
+
+@needs_onednn
+@pytest.mark.usefixtures("faster")
+def test_only_large_float32_products_of_a_cpu_take_it():
+    layer, x = nn.Linear(12, 9), torch.randn(2, 12)
+    use_faster_product(layer)
     assert takes_onednn(x, layer.weight) and not takes_onednn(x[:0], layer.weight)
     assert not takes_onednn(x.bfloat16(), layer.weight) and not takes_onednn(x.to("meta"), layer.weight)
     with torch.autocast("cpu", torch.bfloat16):
@@ -58,14 +79,33 @@ def test_only_large_float32_products_of_a_cpu_take_it(monkeypatch: pytest.Monkey
         assert not takes_onednn(x, layer.weight)
         expected = layer(x)
     torch.testing.assert_close(layer(x), expected)
-    monkeypatch.setattr(linear, "mkl_lags", lambda: False)
-    assert not takes_onednn(x, layer.weight)
 
 
 @needs_onednn
-def test_torchs_counter_counts_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear, "takes_onednn", lambda x, weight: True)
-    x = torch.randn(2, 5, 12, requires_grad=True)
+def test_it_is_a_matter_of_the_cpu_and_of_plain_layers(monkeypatch: pytest.MonkeyPatch):
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    def touched(model: nn.Module) -> int:
+        return sum("forward" in vars(module) for module in model.modules())
+
+    config = ModelConfig(width=32, num_heads=2, encoder_blocks=1, decoder_blocks=1)
+    monkeypatch.setattr(linear, "mkl_lags", lambda: False)
+    assert touched(build_model(config)) == 0
+    monkeypatch.setattr(linear, "mkl_lags", lambda: True)
+    model = build_model(config)
+    assert touched(model) == touched(twin(model)) == sum(isinstance(module, nn.Linear) for module in model.modules()) > 10
+    own = Own(2, 2)
+    use_faster_product(own)
+    assert touched(own) == 0
+
+
+@needs_onednn
+@pytest.mark.usefixtures("faster")
+def test_torchs_counter_counts_it():
+    layer, x = nn.Linear(12, 9), torch.randn(2, 5, 12, requires_grad=True)
+    use_faster_product(layer)
     with FlopCounterMode(display=False) as counter:
-        Linear(12, 9)(x).sum().backward()
+        layer(x).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 10 * 12 * 9
