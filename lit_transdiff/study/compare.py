@@ -1,4 +1,4 @@
-"""Runs beside each other: only the settings that differ, mean and spread over seeds, which differences exceed noise."""
+"""Comparison of runs: the settings that differ, mean and spread over seeds, and verdicts against noise."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lit_transdiff.study.text import frame
 if TYPE_CHECKING:
     import pandas as pd
 
-SEEDS = ("seed", "evaluation.seed")  # runs that differ in these alone are repeats of one another
-NOT_SETTINGS = ("name", "output_dir", "tracking.")  # names and places decide no number
+SEEDS = ("seed", "evaluation.seed")  # runs that differ only in these are repeats
+NOT_SETTINGS = ("name", "output_dir", "tracking.")  # names and paths do not affect results
 CONFIDENCE = 0.95
-MAX_NOTES = 10  # on runs that are not averaged, of those printed
-MAX_IN_LABEL = 6  # settings that a label may name
+MAX_NOTES = 10  # the most notes to print
+MAX_IN_LABEL = 6  # the most settings in a label
 
 
 def is_setting(name: str) -> bool:
@@ -31,9 +31,9 @@ def is_setting(name: str) -> bool:
 
 
 def differing(compared: Sequence[Run | Entry]) -> list[str]:
-    """Dotted names of the settings in which runs differ, seeds left out.
+    """Dotted names of the settings in which runs differ, except seeds.
 
-    A setting that a run does not have (an earlier version's run has fewer) is no difference.
+    A setting that a run does not have (runs of earlier versions have fewer) does not count as a difference.
     """
     settings = [one.settings for one in compared]
     names = dict.fromkeys(name for config in settings for name in config if is_setting(name))
@@ -41,9 +41,9 @@ def differing(compared: Sequence[Run | Entry]) -> list[str]:
 
 
 def labels(runs: Sequence[Run]) -> dict[str, str]:
-    """For figures: what tells each run from the others, as ``num_noise_draws 4, seed 1``, by where the run is.
+    """Labels for figures by ``where``: the settings that differ, as in ``num_noise_draws 4, seed 1``.
 
-    Runs that differ in nothing, or in more than ``MAX_IN_LABEL`` settings, keep their names.
+    Runs without differences, or with more than ``MAX_IN_LABEL``, are labelled by their names.
     """
     seeds = [name for name in SEEDS if len({run.settings.get(name) for run in runs}) > 1]
     names = [*differing(runs), *seeds]
@@ -53,7 +53,7 @@ def labels(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def distinct(runs: Sequence[Run], texts: Mapping[str, str]) -> dict[str, str]:
-    """Texts of runs by where they are; those that say the same also say the folder that holds the run, and its name or id."""
+    """Labels of runs by ``where``; equal ones also get the parent folder and the run's name or id."""
     clash = Counter(texts.values())
     told = {
         run.where: f"{texts[run.where]} ({Path(run.where).parent.name}/{Path(run.where).name})"
@@ -64,7 +64,7 @@ def distinct(runs: Sequence[Run], texts: Mapping[str, str]) -> dict[str, str]:
 
 
 def label(settings: Mapping[str, Any]) -> str:
-    """Settings in words, each by the last word of its dotted name."""
+    """Settings as text, each with the last part of its dotted name."""
     words = [
         (name.split(".")[-1], f"{value:.3g}" if isinstance(value, float) else str(value)) for name, value in settings.items()
     ]
@@ -73,13 +73,14 @@ def label(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """The one comparison: what Python shows, the command's table, a sweep's summary and the page are renderings of it.
+    """A comparison of runs; the display in Python, the command, a sweep's summary and the page show it.
 
-    ``table``: one row a run, and one for each evaluation of it with other settings than its own. ``groups``: one row for
-    finished ones that differ in their seeds alone, with mean, std and count. ``settings`` are the columns of settings in both,
-    ``metrics`` the others. ``notes`` say what is not averaged and why. Beside the rows of ``table`` are ``entries`` and
-    ``scores``; ``members`` are the rows that each group averages, ``others`` those of its settings that it does not; ``judges``
-    judged a group, by metric: nothing where its members were not judged alike.
+    ``table`` has one row per run, and one per evaluation with other settings than the run's own. ``groups``
+    has one row per set of finished runs that differ only in their seeds, with mean, std and count.
+    ``settings`` are the columns of settings in both, ``metrics`` the others. ``notes`` list what is not
+    averaged and why. ``entries`` and ``scores`` correspond to the rows of ``table``. ``members`` are the rows
+    averaged in each group, ``others`` those with the same settings that are not averaged. ``judges`` are the
+    judges of each group by metric: None if the members have different ones.
     """
 
     table: pd.DataFrame
@@ -95,11 +96,12 @@ class Comparison:
     higher: dict[str, bool]
 
     def verdicts(self, metric: str) -> pd.DataFrame:
-        """Each group against the best in ``metric``: its difference, how large noise makes one, and which it is.
+        """The difference of each group to the best one in ``metric``, its noise, and a verdict.
 
-        Noise is the least significant difference of Fisher at 95 %: t s sqrt(1/n_1 + 1/n_2), where s is the standard deviation
-        over seeds, pooled over all groups that have several. Where no group has two seeds, the verdict is "unknown". Groups are
-        compared with those that were judged alike; one that has none such is "alone", and the best of equal ones is none.
+        The noise is Fisher's least significant difference at 95 %: t s sqrt(1/n_1 + 1/n_2), where s is the
+        standard deviation over seeds, pooled over all groups with several. If no group has two seeds, the
+        verdict is "unknown". Groups are compared only with groups of the same judge; a group without any is
+        "alone", and groups with equal means are "equal".
         """
         require(metric in self.metrics, "metric", metric, ", ".join(self.metrics))
         mean, count = (self.groups[f"{metric} {part}"] for part in ("mean", "n"))
@@ -118,7 +120,7 @@ class Comparison:
         return result
 
     def verdict_of_rows(self, metric: str) -> list[str]:
-        """For each row of ``table`` the verdict of its group; of a row that is not averaged, none."""
+        """The verdict of the group of each row of ``table``; empty for rows that are not averaged."""
         found = [""] * len(self.entries)
         for word, rows in zip(self.verdicts(metric)["verdict"], self.members, strict=True):
             for i in rows:
@@ -126,7 +128,7 @@ class Comparison:
         return found
 
     def unjudged(self, metric: str, i: int) -> str | None:
-        """Why a group has no verdict, if it has none."""
+        """The reason why a group has no verdict, or None."""
         group = self.groups.iloc[i]
         if group["runs"] == 0:
             return "no finished run"
@@ -137,7 +139,7 @@ class Comparison:
         return "diverged" if group["diverged"] or not math.isfinite(group[f"{metric} mean"]) else None
 
     def differences(self, metric: str, among: Sequence[int]) -> list[list[float]]:
-        """Differences of groups to the best of them, and how large noise makes each."""
+        """The differences of groups to the best of them, and the noise of each difference."""
         mean, std, count = (self.groups[f"{metric} {part}"].loc[list(among)] for part in ("mean", "std", "n"))
         best, free = mean.idxmax() if self.higher[metric] else mean.idxmin(), (count - 1).clip(lower=0)
         pooled = ((std.fillna(0) ** 2 * free).sum() / free.sum()) ** 0.5 if free.sum() else math.nan
@@ -146,7 +148,7 @@ class Comparison:
 
     @property
     def summary(self) -> pd.DataFrame:
-        """Each group in words: mean, spread and verdict of every metric."""
+        """Mean, spread and verdict of every metric as text, one row per group."""
         keys = self.settings or ["first run"]
         shown = self.groups[[*keys, "runs"]].copy()
         for metric in self.metrics:
@@ -156,7 +158,7 @@ class Comparison:
         return shown
 
     def shown(self) -> tuple[list[pd.DataFrame], list[str]]:
-        """What is printed: the table, the groups where one has several runs, and the notes."""
+        """The parts to print: the table, the groups if one has several runs, and the notes."""
         judges, notes, table = self.table["judged by"], self.shown_notes(), self.table
         if judges.nunique() <= 1:
             table = table.drop(columns="judged by")
@@ -166,10 +168,10 @@ class Comparison:
         for metric in self.metrics:
             best = [self.table["run"][i] for i, word in enumerate(self.verdict_of_rows(metric)) if word == "best"]
             notes += [f"best {title_of(metric)}: {', '.join(best)}"] if best else []
-        return [table], [*notes, "no settings have two finished runs of other seeds: how large noise is, is not known"]
+        return [table], [*notes, "noise is unknown: no settings have two finished runs with different seeds"]
 
     def shown_notes(self) -> list[str]:
-        """Of many notes the first."""
+        """The first ``MAX_NOTES`` notes, and the number of the others."""
         more = len(self.notes) - MAX_NOTES
         return self.notes[:MAX_NOTES] + ([f"and {more} more are not averaged"] if more > 0 else [])
 
@@ -178,7 +180,7 @@ class Comparison:
         texts = [frame(table) for table in tables]
         return "\n\n".join([*texts, "\n".join(notes)]).rstrip()
 
-    __repr__ = __str__  # what a console shows
+    __repr__ = __str__  # for consoles
 
     def _repr_html_(self) -> str:
         tables, notes = self.shown()
@@ -187,13 +189,13 @@ class Comparison:
 
 
 def with_verdict(mean: float, std: float, verdict: str) -> str:
-    """``10.5 ± 0.2, within noise``."""
+    """Format a mean, as in ``10.5 ± 0.2, within noise``."""
     score = Pooled(mean, std if math.isfinite(std) else None, 1)
     return f"{score}, {verdict}" if math.isfinite(mean) else verdict
 
 
 def verdict(gap: float, noise: float) -> str:
-    """Of a difference to the best, in words."""
+    """The verdict on a difference to the best group."""
     if gap == 0:
         return "best"
     if noise != noise:
@@ -202,7 +204,7 @@ def verdict(gap: float, noise: float) -> str:
 
 
 def student(freedom: int) -> float:
-    """The t beyond which a fraction 1 - CONFIDENCE lies, two-sided; NaN without a degree of freedom."""
+    """The two-sided critical value of Student's t at CONFIDENCE; NaN without a degree of freedom."""
     if freedom == 0:
         return float("nan")
     from scipy.stats import t
@@ -211,10 +213,10 @@ def student(freedom: int) -> float:
 
 
 def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None, higher: Mapping[str, bool] | None = None) -> Comparison:
-    """Runs as a table with only the settings that differ, and the finished ones grouped over their seeds.
+    """Compare runs in a table with only the settings that differ, and group finished runs over their seeds.
 
-    ``metrics`` default to the scores of their evaluations and the losses; ``higher`` says of which metrics beside the scores
-    more is better. Raises ``ValueError`` for a metric that no run has.
+    ``metrics`` default to the scores of evaluations and the losses; ``higher`` tells for metrics other than
+    scores whether higher is better. Raises ``ValueError`` for a metric that no run has.
     """
     import pandas as pd
 
@@ -249,7 +251,7 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None, higher: M
 
 
 def row_of(entry: Entry, scores: Mapping[str, Pooled], settings: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
-    """An entry's row of the table."""
+    """The row of an entry in the table."""
     run, config = entry.run, entry.settings
     row = {"run": run.name, "seed": config.get("seed"), "state": "diverged" if run.diverged else run.state, "step": run.step}
     row |= {name: groupable(config[name]) if name in config else math.nan for name in settings}
@@ -258,7 +260,7 @@ def row_of(entry: Entry, scores: Mapping[str, Pooled], settings: Sequence[str], 
 
 
 def averaged(entries: Sequence[Entry], group: Sequence[int]) -> tuple[list[int], list[str]]:
-    """Of runs that differ in their seeds alone those to average, finished at the same step, each seed once; and why no others."""
+    """Select the runs of a group to average: finished, same step, each seed once. Notes cover the others."""
     finished = [i for i in group if entries[i].run.state == "finished"]
     last = max((entries[i].run.step or 0 for i in finished), default=0)
     kept: dict[Hashable, int] = {}
@@ -278,18 +280,18 @@ def averaged(entries: Sequence[Entry], group: Sequence[int]) -> tuple[list[int],
 
 
 def one_judge(entries: Sequence[Entry], scores: Sequence[Mapping[str, Pooled]], metric: str, kept: Sequence[int]) -> Any:
-    """Who judged these in ``metric``; nothing where they were not judged alike."""
+    """The common judge of the ``kept`` entries in ``metric``, or None if they have different ones."""
     judges = {entries[i].judge(metric) for i in kept if metric in scores[i]}
     return None if len(judges) > 1 else next(iter(judges), ())
 
 
 def moments(metric: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation and number of values as columns."""
+    """The columns for the mean, standard deviation and number of values."""
     score = over(values) or Pooled(math.nan, None, 0)
     std = math.nan if score.std is None else score.std
     return {f"{metric} mean": score.mean, f"{metric} std": std, f"{metric} n": score.n}
 
 
 def groupable(value: Any) -> Any:
-    """A value that a table can group by. None is a setting, in words: a missing number is one that a run does not have."""
+    """A value for grouping tables; None becomes text, because missing means that a run lacks the setting."""
     return str(value) if isinstance(value, list | dict | None) else value

@@ -1,6 +1,6 @@
-"""Runs from run folders: what ``train``, ``evaluate`` and sweeps leave, without W&B.
+"""Reading runs from the run folders of ``train``, ``evaluate`` and sweeps, without W&B.
 
-A file that is damaged is left out with a warning that names it; the rest of its run, and the other runs, are read.
+A damaged file is skipped with a warning that names it; the rest of its run and the other runs are still read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lit_transdiff.tracking.metrics_file import devices_of_starts, json_content,
 if TYPE_CHECKING:
     import pandas as pd
 
-SIGNS = ("metrics.csv", "environment.json", FOLDER)  # a folder with config.yaml and one of these is a run's
+SIGNS = ("metrics.csv", "environment.json", FOLDER)  # beside config.yaml, one of these marks a run folder
 log = logging.getLogger(__name__)
 
 
@@ -32,9 +32,9 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def run_folders(root: Path, seen: set[Path] | None = None) -> Iterator[Path]:
-    """Run folders at and below ``root``, each once whatever links lead to it, in the order of paths, links last.
+    """Run folders at and below ``root`` in the order of paths, links last, each only once despite links.
 
-    Inside of a run none is looked for.
+    Run folders are not searched for further runs.
     """
     seen = set() if seen is None else seen
     if root.resolve() in seen:
@@ -45,18 +45,19 @@ def run_folders(root: Path, seen: set[Path] | None = None) -> Iterator[Path]:
         return
     below = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: (path.is_symlink(), path))
     for folder in below:
-        if not root.resolve().is_relative_to(folder.resolve()):  # a link upwards leads out of ``root``
+        if not root.resolve().is_relative_to(folder.resolve()):  # skip links to a parent folder
             yield from run_folders(folder, seen)
 
 
 def read_folder(folder: Path) -> Run:
-    """The run of a run folder; its metrics are read when they are asked for.
+    """Read the run of a run folder; its metrics are read on first use.
 
-    Raises ``ValueError`` when ``config.yaml`` is not that of a run, or a newer program wrote the folder.
+    Raises ``ValueError`` if ``config.yaml`` is not the configuration of a run, or a newer version wrote the
+    folder.
     """
     devices = devices_of_starts(folder)
     try:
-        config = read_file(folder / "config.yaml")  # plain settings, as the run's start has written them
+        config = read_file(folder / "config.yaml")  # plain settings, as written at the start of the run
         name, stage, _ = config["name"], config["stage"], config["training"]["max_steps"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.yaml'} is not the configuration of a run ({error!r}).") from error
@@ -82,15 +83,15 @@ def read_folder(folder: Path) -> Run:
 
 
 def warn_of_other_config(folder: Path) -> None:
-    """Warn when ``config.yaml`` is not what the run's last start has written."""
+    """Warn if ``config.yaml`` was changed after the run's last start."""
     starts = starts_of(folder) or [{}]
     file = folder / "config.yaml"
     if starts[-1].get("config_crc32") not in (None, crc32_of(file)):
-        log.warning("%s is not what the run has written: it is damaged, or was edited.", file)
+        log.warning("%s is damaged or was edited after the start of the run.", file)
 
 
 def state_of(folder: Path, config: dict[str, Any]) -> str:
-    """finished, when there is what the run is for; unfinished otherwise: a folder does not say whether a process runs."""
+    """finished if the run's result exists, else unfinished; a folder does not show running processes."""
     if config["stage"] == EVALUATE:
         return "finished" if any((folder / FOLDER).glob("*.json")) else "unfinished"
     export = json_content(folder / "export" / "export.json") or {}
@@ -99,9 +100,9 @@ def state_of(folder: Path, config: dict[str, Any]) -> str:
 
 
 def history_of_rows(rows: pd.DataFrame, devices: Sequence[int]) -> pd.DataFrame:
-    """Rows of ``metrics.csv`` as one row a step; ``devices`` are those of each start, whose seconds make the device-hours."""
+    """Rows of ``metrics.csv`` as one row per step, with device-hours from the ``devices`` of each start."""
     since, start = rows["seconds"].diff(), rows["start"]
-    since = since.where((since >= 0) & (start.diff() == 0), rows["seconds"])  # a clock begins at zero
+    since = since.where((since >= 0) & (start.diff() == 0), rows["seconds"])  # a start counts from 0
     ranks = start.map(lambda k: devices[min(int(k), len(devices) - 1)]).astype(float)
     rows = rows.assign(device_hours=(since * ranks).cumsum() / 3600).drop_duplicates(["step", "metric"], keep="last")
     axes = rows.groupby("step")[["images_seen", "device_hours"]].last()
@@ -110,14 +111,14 @@ def history_of_rows(rows: pd.DataFrame, devices: Sequence[int]) -> pd.DataFrame:
 
 
 def loose_results(root: Path) -> list[Run]:
-    """Results below ``root`` that lie in no run folder: for each a run of which no more is known than their manifests say."""
+    """Results below ``root`` outside of run folders, as runs known only from their manifests."""
     folders = (folder for folder in sorted(root.rglob(FOLDER)) if folder.is_dir() and not is_run_folder(folder.parent))
     found = [result for folder in folders for result in evaluations_in(folder)]
     return [run_of_results(group) for group in repeats(found)]
 
 
 def run_of_results(group: list[Evaluation]) -> Run:
-    """Repeats of an evaluation as the run that made them."""
+    """A run made from the repeats of an evaluation."""
     import pandas as pd
 
     manifest = group[0].manifest
@@ -141,13 +142,13 @@ def run_of_results(group: list[Evaluation]) -> Run:
 
 
 def evaluations_in(folder: Path) -> list[Evaluation]:
-    """The results in ``evaluations``."""
+    """The results in the folder ``evaluations``."""
     found = ((file, unless_damaged(read_json, file)) for file in sorted(folder.glob("*.json")))
     return [read_evaluation(file, content) for file, content in found if content is not None and is_result(file, content)]
 
 
 def is_result(file: Path, content: Any) -> bool:
-    """Whether a JSON file holds a result; when it holds something else, a warning says so."""
+    """Whether a JSON file is a result; any other content gives a warning."""
     try:
         numbers = [float(value(score)) for score in content["scores"].values()]
         result = len(numbers) > 0 and isinstance(content["manifest"]["run"], str) and has_sampler(content["manifest"])
@@ -159,7 +160,7 @@ def is_result(file: Path, content: Any) -> bool:
 
 
 def has_sampler(manifest: dict[str, Any]) -> bool:
-    """Whether the numbers of a sampler, where a manifest has one, are numbers."""
+    """Whether the manifest's sampler, if it has one, has valid numbers."""
     sampling = manifest.get("sampling") or {}
     several = [sampling.get(name) or [] for name in ("reference_steps", "reference_guidance", "guidance_interval")]
     numbers = [sampling.get(name, 1) for name in ("guidance_scale", "drift_scale", "noise_scale")]
@@ -168,13 +169,13 @@ def has_sampler(manifest: dict[str, Any]) -> bool:
 
 
 def read_evaluation(file: Path, content: dict[str, Any]) -> Evaluation:
-    """One result, with the picture beside its file."""
+    """Read one result with the picture beside its file."""
     picture = file.with_suffix(".png")
     return Evaluation(content["scores"], content["manifest"], opener(picture) if picture.is_file() else None, str(file))
 
 
 def pictures_of(folder: Path) -> Pictures:
-    """``step-...`` through training; grids by the name of their folder (``final``, ``references``), others by their own."""
+    """The pictures of a run by name: ``step-...`` from training, folders of grids (``final``), others."""
     samples = folder / "samples"
     steps = [file for file in sorted(samples.glob("*.png")) if not odd_name(file)]
     others = sorted(samples.glob("*/*.png"))
@@ -185,8 +186,8 @@ def pictures_of(folder: Path) -> Pictures:
 
 
 def odd_name(file: Path) -> bool:
-    """Whether a picture is named as if it were of a step, and is of none: a copy, such as ``step-00000006 (copy).png``."""
+    """Whether a name resembles that of a step but is none, such as ``step-00000006 (copy).png``."""
     odd = file.stem.startswith("step-") and not re.fullmatch(r"step-\d+", file.stem)
     if odd:
-        log.warning("%s names no step of training and is left out.", file)
+        log.warning("%s is not the name of a training step and is skipped.", file)
     return odd

@@ -1,4 +1,4 @@
-"""Figures of runs. Each function takes runs or tables and returns a labelled matplotlib figure; copy and change it."""
+"""Figures of runs. Each function takes runs or tables and returns a labelled matplotlib figure."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["bars", "curves", "parallel_coordinates", "pareto", "response", "side_by_side", "spread"]
 AXIS_LABELS = {"step": "optimizer steps", "images_seen": "images seen", "device_hours": "device-hours (GPU-hours on GPUs)"}
 GREY = "#9aa0a8"
-MARKERS = "o^sDvP"  # of evaluations by one judge
-Point = tuple[float, float, str]  # cost, quality, where the run is
-MAX_LEGEND, BESIDE = 20, 8  # names in a legend; more than ``BESIDE`` stand beside the axes
+MARKERS = "o^sDvP"  # one per judge
+Point = tuple[float, float, str]  # cost, quality, the run's ``where``
+MAX_LEGEND, BESIDE = 20, 8  # the most names in a legend; a legend of more than ``BESIDE`` is beside the axes
 
 
 def label_of(metric: str) -> str:
-    """A score's title and which way is better; other metrics by their name."""
+    """The title of a score with its better direction, or the name of another metric."""
     better = f" ({'higher' if higher_is_better(metric) else 'lower'} is better)" if metric_of(metric) else ""
     return title_of(metric) + better
 
 
 def legend(axes: Axes | Figure, handles: Sequence[Any], names: Sequence[str], **where: Any) -> None:
-    """A legend of names as they are, with underscores and dollar signs; of more than ``MAX_LEGEND`` it says how many are left."""
+    """A legend of literal names, even with dollar signs, and a count of those beyond ``MAX_LEGEND``."""
     from matplotlib.lines import Line2D
 
     more = len(names) - MAX_LEGEND
@@ -48,7 +48,7 @@ def legend(axes: Axes | Figure, handles: Sequence[Any], names: Sequence[str], **
 
 
 def curves(runs: Sequence[Run], metric: str, over: str = "images_seen", labels: Mapping[str, str] | None = None) -> Figure:
-    """One line a run: ``metric`` over step, images_seen or device_hours. ``labels``: names for the legend by ``run.where``."""
+    """One line per run: ``metric`` over step, images_seen or device_hours; ``labels`` by ``run.where``."""
     from matplotlib.figure import Figure
 
     require(over in AXES, "over", over, ", ".join(AXES))
@@ -70,7 +70,7 @@ def curves(runs: Sequence[Run], metric: str, over: str = "images_seen", labels: 
 
 
 def spread(compared: Comparison, metric: str) -> Figure:
-    """Mean and spread over seeds of each setting, every averaged run as a dot; settings within noise of the best are filled."""
+    """Mean and spread over seeds, with a dot per averaged run; groups within noise of the best are filled."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -98,12 +98,12 @@ def spread(compared: Comparison, metric: str) -> Figure:
 
 
 def short(name: str, between: str = ".") -> str:
-    """The last word of a dotted name."""
+    """The last part of a dotted name."""
     return name.split(between)[-1]
 
 
 def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float = 4.8) -> Figure:
-    """Pictures in a row or more, each under its name and ``width`` inches wide, so that the labels within can be read."""
+    """Pictures in rows of ``columns``, each under its name and ``width`` inches wide for legible labels."""
     from matplotlib.figure import Figure
 
     require(len(pictures) > 0, "pictures", len(pictures), "at least one")
@@ -122,12 +122,12 @@ def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: s
 
 
 def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: str) -> Figure:
-    """One line a run through its settings to its ``metric``; the better, the darker. Words and lists are spaced evenly."""
+    """One line per run through its settings to ``metric``, darker if better; text is spaced evenly."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     scored, left_out = judged_alike(runs, metric)
-    scored.sort(key=lambda pair: pair[1], reverse=not higher_is_better(metric))  # the best is drawn last
+    scored.sort(key=lambda pair: pair[1], reverse=not higher_is_better(metric))  # the best is plotted last
     places = [positions([entry.settings.get(name) for entry, _ in scored]) for name in settings]
     places.append(positions([value for _, value in scored]))
     figure = Figure(figsize=(1.9 * len(places) + 0.8, 3.8), layout="constrained")
@@ -149,7 +149,7 @@ def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: s
 
 
 def positions(values: Sequence[Any]) -> tuple[list[float], dict[str, float]]:
-    """Heights in [0, 1] of values and the marks of their axis: numbers by size (by logarithm over two decades), others evenly."""
+    """Positions in [0, 1] and ticks: numbers to scale (logarithmic over two decades), other values evenly."""
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     if numeric:
         low, high = min(values), max(values)
@@ -164,9 +164,10 @@ def positions(values: Sequence[Any]) -> tuple[list[float], dict[str, float]]:
 
 
 def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: str = "decoder_evaluations_per_image") -> Figure:
-    """Quality against the cost of an image; the legend names the runs that nothing beats in both, among those judged alike.
+    """Quality against the cost per image; the legend names the Pareto-optimal runs of each judge.
 
-    Evaluations that differ in their seed alone are one point, at their mean. ``cost`` is a number of the manifest.
+    Evaluations that differ only in their seed are one point at their mean. ``cost`` is a number in the
+    manifest.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, ScalarFormatter
@@ -178,7 +179,7 @@ def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: st
         if (score := pooled(group, name)) is not None and math.isfinite(score.mean):
             point = (group[0].manifest[cost], score.mean, run.where)
             by_judge.setdefault(judged_by(group[0].manifest), []).append(point)
-    require(len(by_judge) > 0, "runs", len(scored), f"runs with evaluations that say {quality} and {cost}")
+    require(len(by_judge) > 0, "runs", len(scored), f"runs with evaluations that have {quality} and {cost}")
     told, names = labels(runs), []
     figure = Figure(layout="constrained")
     axes = figure.subplots()
@@ -202,7 +203,7 @@ def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: st
 
 
 def front(points: Sequence[Point], higher: bool) -> list[Point]:
-    """Points (cost, quality, run) that none beats in both, by cost."""
+    """The Pareto front of points (cost, quality, run), sorted by cost."""
     sign = -1 if higher else 1
     found, best = [], math.inf
     for x, y, where in sorted(points, key=lambda point: (point[0], sign * point[1])):
@@ -213,9 +214,7 @@ def front(points: Sequence[Point], higher: bool) -> list[Point]:
 
 
 def judged_alike(runs: Sequence[Run], metric: str) -> tuple[list[tuple[Entry, float]], str]:
-    """Runs and other evaluations of them whose ``metric`` is a number, with it, of the judge that most share; and, in words, how
-    many that leaves out.
-    """
+    """The entries of the most common judge with their values of ``metric``, and a note on the others."""
     found: dict[tuple[Any, ...], list[tuple[Entry, float]]] = {}
     for entry in [entry for run in runs for entry in entries_of(run)]:
         score = entry.scores().get(metric)
@@ -228,7 +227,7 @@ def judged_alike(runs: Sequence[Run], metric: str) -> tuple[list[tuple[Entry, fl
 
 
 def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = None) -> Figure:
-    """``metric`` over one setting, a line for each value of the setting ``by``; repeats are joined by their mean."""
+    """``metric`` over one setting, with one line per value of the setting ``by``; repeats are averaged."""
     import pandas as pd
     from matplotlib.figure import Figure
 
@@ -255,7 +254,7 @@ def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = No
 
 
 def bars(values: Mapping[str, float], label: str, names: str = "") -> Figure:
-    """Named numbers as bars, with their values written on them; ``names`` says what the names are."""
+    """A bar chart of named numbers with their values; ``names`` is the label of the axis of names."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(3.2, 1.3 * len(values)), 3.2), layout="constrained")

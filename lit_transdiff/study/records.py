@@ -1,4 +1,4 @@
-"""A run as people read it afterwards: the same object for a run folder, an offline W&B log and a run at W&B."""
+"""The record of a run for analysis, the same for a run folder, an offline W&B log and a run at W&B."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 LOSSES = ("val/loss", "train/loss")
 AXES = ("step", "images_seen", "device_hours")  # the first columns of every history
-FIELDS = ("id", "name", "stage", "group", "tags", "state", "where")  # of a run, which filters may name
-SECTIONS = ("config", "summary")  # and what they may name a part of
-Pictures = dict[str, "Callable[[], Image.Image]"]  # name -> what opens it
+FIELDS = ("id", "name", "stage", "group", "tags", "state", "where")  # fields of a run for filters
+SECTIONS = ("config", "summary")  # sections whose entries filters may name
+Pictures = dict[str, "Callable[[], Image.Image]"]  # name -> function that opens the picture
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores, and everything that decided them; the scores are numbers, or mean and std. ``where`` is its file, if it has one."""
+    """Scores (numbers, or mean and std) and their manifest; ``where`` is the result file, if any."""
 
     scores: dict[str, Any]
     manifest: dict[str, Any]
@@ -34,13 +34,13 @@ class Evaluation:
     where: str = ""
 
     def value(self, name: str) -> float:
-        """A score as one number: its mean, if it has a spread."""
+        """A score as a single number: the number itself or the mean."""
         return value(self.scores[name])
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run. ``config`` is nested as it was given; ``where`` is its folder or address, which no other run has."""
+    """One run. ``config`` is nested as in the recipe; ``where`` is its unique folder or address."""
 
     id: str
     name: str
@@ -58,23 +58,23 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The last value of each metric, NaN where that is what was logged."""
+        """The last value of each metric, which may be NaN."""
         return self.read_summary()
 
     @property
     def step(self) -> int | None:
-        """The last step at which something was logged."""
+        """The last step with a logged value."""
         return self.read_step()
 
     @property
     def diverged(self) -> bool:
-        """Whether the last value of a loss is not a number."""
+        """Whether the last value of a loss is not finite."""
         return any(not math.isfinite(self.summary.get(name, 0)) for name in LOSSES)
 
     def history(self, keys: Sequence[str] | None = None) -> pd.DataFrame:
-        """One row a logged step: step, images_seen, device_hours, then the metrics; NaN where one was not logged.
+        """One row per logged step: step, images_seen, device_hours, then the metrics (NaN if not logged).
 
-        With ``keys``, those metrics only, in the rows that have one of them.
+        With ``keys``, only those metrics and the rows that have at least one of them.
         """
         table = self.read_history()
         if keys is None:
@@ -84,17 +84,17 @@ class Run:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """The newest evaluation with the run's own settings; where there is none, the newest."""
+        """The newest evaluation with the run's own settings, or else the newest one."""
         own = [evaluation for evaluation in self.evaluations if not self.differences(evaluation)]
         return max(own or self.evaluations, key=lambda evaluation: evaluation.manifest.get("date", ""), default=None)
 
     @property
     def repeats(self) -> list[Evaluation]:
-        """The evaluations that differ from ``evaluation`` in their seed alone, and itself."""
+        """``evaluation`` and the evaluations that differ from it only in their seed."""
         return next((group for group in repeats(self.evaluations) if self.evaluation in group), [])
 
     def differences(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Sampling, number of images and seed of an evaluation, by dotted name, where they are not the run's own."""
+        """The sampling settings, number of images and seed of an evaluation that are not the run's own."""
         own, manifest = self.settings, evaluation.manifest
         made = {f"evaluation.{name}": manifest[name] for name in ("num_images", "seed") if name in manifest}
         made |= flattened({"sampling": manifest.get("sampling") or {}})
@@ -102,21 +102,21 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration by dotted names."""
+        """The configuration, flattened to dotted names."""
         return flattened(self.config)
 
     def pictures(self) -> dict[str, Image.Image]:
-        """Pictures that are not of a training step, such as ``final`` and ``references``."""
+        """The pictures made after training, such as ``final`` and ``references``."""
         return opened_pictures({name: load for name, load in self.open_pictures().items() if not name.startswith("step-")})
 
     def samples(self) -> dict[int, Image.Image]:
-        """The sample grids through training, by step."""
+        """The sample grids made during training, by step."""
         found = opened_pictures({name: load for name, load in self.open_pictures().items() if name.startswith("step-")})
         return dict(sorted((int(name[5:]), picture) for name, picture in found.items()))
 
 
 def opened_pictures(pictures: Pictures) -> dict[str, Image.Image]:
-    """Pictures that can be read, by name; a warning says which cannot."""
+    """Open pictures by name; unreadable ones are skipped with a warning."""
     found = {}
     for name, load in pictures.items():
         try:
@@ -127,7 +127,7 @@ def opened_pictures(pictures: Pictures) -> dict[str, Image.Image]:
 
 
 def check_filters(filters: Mapping[str, Any]) -> None:
-    """Refuse a filter that is no field of a run and names no setting or metric."""
+    """Refuse a filter that names neither a field of a run nor a setting or metric."""
     for key in filters:
         section, _, rest = key.partition(".")
         if key not in FIELDS and not (section in SECTIONS and rest):
@@ -136,11 +136,11 @@ def check_filters(filters: Mapping[str, Any]) -> None:
 
 
 def fits(run: Run, filters: Mapping[str, Any]) -> bool:
-    """Whether a run has what ``filters`` ask for.
+    """Whether a run matches all ``filters``.
 
-    A key is one of ``FIELDS``, ``config.DOTTED.NAME`` or ``summary.NAME``; a value is what it must equal, a list of which it
-    must be one, or a function that must return true. For ``tags``, a run must have the tag, or one of the list; a function gets
-    all its tags.
+    A key is one of ``FIELDS``, ``config.DOTTED.NAME`` or ``summary.NAME``. A value is the required value, a
+    list of allowed values, or a predicate. For ``tags``, a run must have the tag or one of the list; a
+    predicate gets all its tags.
     """
     for key, wanted in filters.items():
         section, _, rest = key.partition(".")
@@ -157,6 +157,6 @@ def fits(run: Run, filters: Mapping[str, Any]) -> bool:
 
 
 def number(value: Any) -> Any:
-    """W&B writes numbers that are not finite as words."""
+    """Convert W&B's text for non-finite numbers back to a number."""
     words = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
     return words.get(value, value) if isinstance(value, str) else value

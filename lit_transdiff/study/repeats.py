@@ -1,18 +1,18 @@
-"""Evaluations that differ in their seed alone are repeats of one another: they are shown as one, with mean and spread."""
+"""Repeats: evaluations that differ only in their seed, combined to one with mean and spread."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev  # exact: equal values have no spread
+from statistics import mean, stdev  # exact: the spread of equal values is 0
 from typing import Any, Protocol, TypeVar
 
 from lit_transdiff.evaluation.scores import DECIDING, Score, measured_std, value
 
 
 class Result(Protocol):
-    """An evaluation, however it was read."""
+    """An evaluation of any source."""
 
     @property
     def scores(self) -> dict[str, Any]: ...
@@ -26,7 +26,7 @@ R = TypeVar("R", bound=Result)
 
 @dataclass(frozen=True)
 class Pooled:
-    """A score over repeats: mean, standard deviation (of a single one: over its parts, if it has several), number."""
+    """A score over repeats: mean, standard deviation (of a single repeat: over splits, if any), number."""
 
     mean: float
     std: float | None
@@ -37,7 +37,7 @@ class Pooled:
 
 
 def repeats(results: Sequence[R]) -> list[list[R]]:
-    """The results in groups that differ in their seeds alone, the newest of each group first."""
+    """Group the results that differ only in their seeds, the newest of each group first."""
     groups: dict[tuple[str, ...], list[R]] = {}
     for result in results:
         groups.setdefault(tuple(decided_by(result.manifest).values()), []).append(result)
@@ -45,14 +45,14 @@ def repeats(results: Sequence[R]) -> list[list[R]]:
 
 
 def decided_by(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What repeats share: all that decides a score but the seed, and which other scores were asked for."""
+    """The part of a manifest that repeats share: all conditions of a score except the seed."""
     model = manifest.get("weights_fingerprint") or manifest.get("checkpoint")
     shared = (name for name in DECIDING if name not in ("seed", "metrics", "weights_fingerprint"))
     return {"model": str(model), **{name: repr(manifest.get(name)) for name in shared}}
 
 
 def pooled(group: Sequence[Result], name: str) -> Pooled | None:
-    """A score over repeats, each seed once: the same seed again is the same images. Nothing, where none has it."""
+    """A score over repeats, each seed once (a seed always gives the same images); None if no one has it."""
     by_seed: dict[str, Score] = {}
     for result in group:
         if name in result.scores:
@@ -64,13 +64,13 @@ def pooled(group: Sequence[Result], name: str) -> Pooled | None:
 
 
 def over(values: Sequence[float]) -> Pooled | None:
-    """Values over seeds: no number where one of them is none, no spread of a single one; nothing, where there is none."""
+    """Pool values over seeds: NaN if any is not finite, no spread for a single value, None for no value."""
     if not values or not all(map(math.isfinite, values)):
         return Pooled(math.nan, None, len(values)) if values else None
     return Pooled(mean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
 def seeds(group: Sequence[Result]) -> str:
-    """The seeds of repeats, in words."""
+    """The seeds of repeats as text."""
     found = sorted({result.manifest.get("seed") for result in group}, key=lambda seed: (seed is None, seed))
     return ", ".join("?" if seed is None else str(seed) for seed in found)

@@ -1,6 +1,7 @@
-"""``lit-transdiff report``: one HTML file with everything about some runs, for people who would rather look.
+"""``lit-transdiff report``: a single HTML page about runs, with curves, samples, scores and differences.
 
-The page holds its data, its pictures and its script: it needs no server and no network, and can be sent as it is.
+The page contains its data, pictures and script, so that it works without a server or network and can be
+shared.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ from lit_transdiff.study.repeats import Pooled
 from lit_transdiff.study.scored import FULL, evaluation_in_words, higher_is_better, pooled_scores, title_of
 
 TEMPLATE = Path(__file__).with_name("report.html")
-PAGE_SIGNS = ('<meta name="generator" content="lit-transdiff">', ":root { --ink: #1c1e22;")  # the second of earlier versions
-MAX_POINTS = 500  # of a curve; longer ones are thinned evenly
-MAX_GRIDS = 12  # of a run, evenly over training
-WIDEST = 520  # width of a picture
+# The marks of our pages; the second one is from earlier versions.
+PAGE_SIGNS = ('<meta name="generator" content="lit-transdiff">', ":root { --ink: #1c1e22;")
+MAX_POINTS = 500  # per curve; longer curves are thinned evenly
+MAX_GRIDS = 12  # per run, evenly over training
+WIDEST = 520  # the largest width of a picture in pixels
 
 
 def write_report(runs: Sequence[Run], file: Path, title: str = "Runs") -> Path:
-    """Write the page of ``runs`` to ``file``."""
+    """Write the page about ``runs`` to ``file``."""
     require(len(runs) > 0, "runs", len(runs), "at least one")
     check_replaces(file, PAGE_SIGNS, "a report")
-    data = json.dumps(page_data(runs), allow_nan=False).replace("<", "\\u003c")  # no word of a run can end or open a script
+    # "<" is escaped so that no text of a run can open or close a script.
+    data = json.dumps(page_data(runs), allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text().replace("{{title}}", html.escape(title)).replace("{{data}}", data)
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, page.encode())
@@ -44,7 +47,7 @@ def write_report(runs: Sequence[Run], file: Path, title: str = "Runs") -> Path:
 
 
 def report_file(where: str) -> Path:
-    """Where the page of the runs at ``where`` goes: into a folder, beside a file, and for a project at W&B here, by its name."""
+    """The default file of the page: in a folder, beside a file, or here with the name of a W&B project."""
     path = Path(where)
     if path.is_dir():
         return path / "report.html"
@@ -52,7 +55,7 @@ def report_file(where: str) -> Path:
 
 
 def page_data(runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything that the page shows, in plain lists and dictionaries."""
+    """The data of the page as plain lists and dictionaries."""
     compared = compare(runs)
     verdicts = {key: compared.verdict_of_rows(key) for key in compared.metrics}
     return {
@@ -64,7 +67,7 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def run_data(run: Run, compared: Comparison, verdicts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """One run: its logged values, and the scores of the evaluation that speaks for it; then all evaluations."""
+    """The data of one run: logged values, the scores of its main evaluation, and all evaluations."""
     rows = [i for i, entry in enumerate(compared.entries) if entry.run is run]
     scored = next((i for i in rows if run.evaluation in compared.entries[i].repeats), rows[0])
     row = {key: scored if key in compared.scores[scored] else rows[0] for key in compared.metrics}
@@ -88,7 +91,7 @@ def run_data(run: Run, compared: Comparison, verdicts: Mapping[str, Sequence[str
 
 
 def thinned_curves(run: Run) -> dict[str, dict[str, list[Any]]]:
-    """For each metric the axes and values of the steps that have one."""
+    """The axes and values of each metric at its logged steps, thinned."""
     history, found = run.history(), {}
     for column in [column for column in history if column not in AXES]:
         rows = history[[*AXES, column]].dropna()
@@ -99,7 +102,7 @@ def thinned_curves(run: Run) -> dict[str, dict[str, list[Any]]]:
 
 
 def evaluation_data(compared: Comparison, verdicts: Mapping[str, Sequence[str]], i: int, shown: bool) -> dict[str, Any]:
-    """An evaluation with its repeats: scores, spread and verdicts, what tells it from others, manifest and picture."""
+    """The data of an evaluation with its repeats: scores, verdicts, description, manifest and picture."""
     scores, group = [], compared.entries[i].repeats
     for name, score in pooled_scores(group).items():
         key = f"{FULL}{name}"
@@ -117,12 +120,12 @@ def evaluation_data(compared: Comparison, verdicts: Mapping[str, Sequence[str]],
 
 
 def spread_in_words(score: Pooled) -> str:
-    """What follows a mean over repeats."""
+    """The text after a mean over repeats: spread and number."""
     return f"± {score.std:.2g} (n={score.n})" if score.std is not None else f"(n={score.n})"
 
 
 def evenly(items: list[Any]) -> list[Any]:
-    """At most MAX_GRIDS of the items, the first and the last among them."""
+    """At most MAX_GRIDS of the items, including the first and the last."""
     if len(items) <= MAX_GRIDS:
         return items
     return [items[round(i * (len(items) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
@@ -136,7 +139,7 @@ def embedded(picture: Image.Image) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """A value that JSON holds; numbers that are not finite become nothing."""
+    """Convert a value for JSON; non-finite numbers become null."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return value
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""One call for runs, wherever they are: ``runs("runs/fashion")``, ``runs("entity/project", {"group": "lr"})``."""
+"""Reading runs from anywhere: ``runs("runs/fashion")``, ``runs("entity/project", {"group": "lr"})``."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from lit_transdiff.study.folders import loose_results, read_folder, run_folders
 from lit_transdiff.study.records import Run, check_filters, fits, opened_pictures
 from lit_transdiff.study.wandb_logs import log_files, read_log, read_server
 
-KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run folder, in an archive
+KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run, in archives
 RESULTS, PICTURES = (f"{FOLDER}/*.json",), (f"{FOLDER}/*.png", "samples/*.png", "samples/*/*.png")
-SHRUNK, READABLE = 320, 0.45  # width of a picture in an archive; no smaller part of its own, at which its labels can be read
+# Width of a picture in an archive, but at least a fraction of its own at which labels are legible.
+SHRUNK, READABLE = 320, 0.45
 COLOURS = 32
 log = logging.getLogger(__name__)
 
 
 def runs(where: str | Path, filters: Mapping[str, Any] | None = None) -> list[Run]:
-    """All runs at ``where`` that fit ``filters`` (see ``records.fits``), in the order of their names.
+    """All runs at ``where`` that match ``filters`` (see ``records.fits``), sorted by name.
 
-    ``where`` is a folder of run folders, one run folder, an archive of them (``.zip``), a folder of offline W&B runs or one
-    ``.wandb`` file; or ``entity/project`` at W&B. Raises ``FileNotFoundError`` when it is neither.
+    ``where`` is a folder of run folders, a run folder, an archive of them (``.zip``), a folder of offline W&B
+    runs, a ``.wandb`` file, or ``entity/project`` at W&B. Raises ``FileNotFoundError`` for anything else.
     """
     check_filters(filters or {})
     path = local_path(where)
@@ -46,36 +47,38 @@ def runs(where: str | Path, filters: Mapping[str, Any] | None = None) -> list[Ru
 
 
 def of_group(found: Sequence[Run], *groups: str) -> list[Run]:
-    """The runs of these groups (experiments or sweeps); all of them, where none is."""
+    """The runs of these groups (experiments or sweeps), or all runs if no run belongs to them."""
     return [run for run in found if run.group in groups] or list(found)
 
 
 def read_local(path: Path) -> list[Run]:
-    """Run folders at and below a path; where there are none, W&B's logs."""
+    """Read the run folders at and below a path or, if there are none, W&B's logs."""
     folders = list(run_folders(path)) if path.is_dir() else []
     found = read_all(read_folder, folders) + (loose_results(path) if path.is_dir() else [])
     found = found or read_all(read_log, log_files(path))
     if not found:
-        raise FileNotFoundError(f"{path} holds no run (config.yaml with metrics.csv or {FOLDER}/, or run-*.wandb).")
+        signs = f"config.yaml with metrics.csv or {FOLDER}/, or run-*.wandb"
+        raise FileNotFoundError(f"{path} contains no run ({signs}).")
     return found
 
 
 def read_all(read: Callable[[Any], Run], places: Sequence[Any]) -> list[Run]:
-    """The runs at ``places``; a warning says which cannot be read."""
+    """Read the runs at ``places``; unreadable ones are skipped with a warning."""
     found = []
     for place in places:
         try:
             found.append(read(place))
         except ValueError as error:
-            log.warning("%s Left out.", error)
+            log.warning("%s Skipped.", error)
     return found
 
 
 @cache
 def unpacked(file: Path, changed: float) -> Path:
-    """An archive's content in a folder that lasts as long as this process, unpacked once a version.
+    """Unpack an archive, once per version, to a temporary folder that lasts as long as this process.
 
-    Raises ``ValueError`` naming the archive when it is none, is damaged or encrypted, or holds a name that leads elsewhere.
+    Raises ``ValueError`` that names the archive if it is not a zip file, damaged or encrypted, or if a name
+    in it leads out of the folder.
     """
     folder = folder_of_this_process("lit-transdiff-runs-")
     try:
@@ -87,14 +90,15 @@ def unpacked(file: Path, changed: float) -> Path:
     except NoSpaceError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
-        raise ValueError(f"{file} is not a whole zip archive of runs ({error}). Copy it again from where it came.") from error
+        text = f"{file} is not a complete zip archive of runs ({error}). Copy it again from its source."
+        raise ValueError(text) from error
     return folder
 
 
 def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path], bool] = lambda run: True) -> Path:
-    """Write what ``runs`` reads of the run folders below ``folder`` into one small ``.zip``: no weights, no checkpoints.
+    """Write the run folders below ``folder`` to a small ``.zip`` for ``runs``, without any weights.
 
-    Pictures are made smaller, and kept of the run folders for which ``pictures_of`` is true.
+    Pictures are reduced in size, and included only for run folders for which ``pictures_of`` is true.
     """
     folder, file = Path(folder), Path(file)
     require(file.suffix == ".zip", "file", str(file), "a name ending in .zip")
@@ -111,7 +115,7 @@ def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path
 
 
 def shrunk(picture: Image.Image) -> bytes:
-    """A picture as a small PNG."""
+    """Encode a picture as a small PNG."""
     buffer = io.BytesIO()
     narrowed(picture, max(SHRUNK, round(READABLE * picture.width))).quantize(COLOURS).save(buffer, format="png", optimize=True)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What a comparison has a row of, what it scored, and who judged it: values of different judges do not compare."""
+"""The entries of a comparison, their scores, and their judges: scores of different judges do not compare."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from lit_transdiff.evaluation.scores import EVALUATE, judged_by
 from lit_transdiff.study.records import Evaluation, Run
 from lit_transdiff.study.repeats import Pooled, decided_by, pooled, repeats, seeds
 
-FULL, ONLINE = "eval/", "online/"  # scores of ``evaluate``, and scores while training, of fewer images
+FULL, ONLINE = "eval/", "online/"  # scores of ``evaluate``, and scores during training with fewer images
 ONLINE_JUDGES = ("extractor", "reference", "online_images", "label_mode", "num_neighbours")  # settings of the evaluation
 
 
 def metric_of(key: str) -> str | None:
-    """The metric that ``eval/NAME`` or ``online/NAME`` is a score of; nothing for other keys."""
+    """The metric of a score ``eval/NAME`` or ``online/NAME``; None for other keys."""
     prefix = next((prefix for prefix in (FULL, ONLINE) if key.startswith(prefix)), None)
     name = key.removeprefix(prefix) if prefix else ""
     return name if name in METRICS else None
 
 
 def higher_is_better(key: str) -> bool:
-    """From the table of metrics for scores; everything else is a loss."""
+    """Whether higher is better: for scores according to the table of metrics, for all else (losses) False."""
     name = metric_of(key)
     return name is not None and METRICS[name].higher_is_better
 
 
 def title_of(key: str) -> str:
-    """The name of a score in a table; other metrics by their own."""
+    """The title of a score in a table, or the name of another metric."""
     name = metric_of(key)
     return key if name is None else METRICS[name].title + (", online" if key.startswith(ONLINE) else "")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A run with the evaluation of its ``own`` settings, or another evaluation of it; ``repeats``: that with other seeds too.
+    """A run with the evaluation of its ``own`` settings, or another evaluation of it, with its ``repeats``.
 
-    An evaluation with other settings than its run's is compared as a run that evaluates the same model with those.
+    An evaluation with other settings is compared as a run that evaluates the same model with those settings.
     """
 
     run: Run
@@ -48,36 +48,37 @@ class Entry:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Of the newest evaluation; empty, where there is none."""
+        """The manifest of the newest evaluation, or empty."""
         return self.repeats[0].manifest if self.repeats else {}
 
     @property
     def other(self) -> dict[str, Any]:
-        """Sampling and number of images, where they are not the run's own."""
+        """The sampling settings and number of images that differ from the run's own."""
         return {} if self.own else without_seed(self.run.differences(self.repeats[0]))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """By dotted name, as they were in effect."""
+        """The effective settings by dotted name."""
         return self.run.settings | self.other
 
     @property
     def stage(self) -> str:
-        """Of the run; an evaluation with other settings is a stage of its own."""
+        """The stage of the run; an evaluation with other settings counts as a stage of its own."""
         return self.run.stage if self.own else EVALUATE
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What an evaluation has beside its settings that repeats share; of a model whose seed is not known, also the model."""
+        """The properties beside settings that repeats share; without a known seed, also the model."""
         decided = decided_by(self.manifest) if self.repeats else {}
         if "seed" not in self.run.settings:
             return tuple(decided.items())
         return () if self.own else tuple((name, value) for name, value in decided.items() if name not in ("model", "run"))
 
     def scores(self) -> dict[str, Pooled]:
-        """``eval/NAME`` of the evaluation over its repeats; of the run itself also the last value of every logged metric.
+        """The scores ``eval/NAME`` over repeats; for the run itself also the last values of logged metrics.
 
-        Scores that a run has logged count where it has no results, which say what they are of.
+        Logged scores count only if the run has no result files, which are more precise about their
+        conditions.
         """
         logged = self.run.summary.items() if self.own else ()
         numbers = {key: Pooled(value, None, 1) for key, value in logged if isinstance(value, int | float)}
@@ -85,7 +86,7 @@ class Entry:
         return found | {f"{FULL}{name}": score for name, score in pooled_scores(self.repeats).items()}
 
     def judge(self, key: str) -> tuple[Any, ...]:
-        """What two must share for their values of ``key`` to compare: of a score its judge, of anything else the stage."""
+        """The key of comparable values: the judge of a score, or the stage for another metric."""
         if key.startswith(ONLINE):
             return tuple(str(self.run.settings.get(f"evaluation.{name}")) for name in ONLINE_JUDGES)
         if not key.startswith(FULL):
@@ -93,7 +94,7 @@ class Entry:
         return judged_by(self.manifest) if self.repeats else ("unknown",)
 
     def judge_in_words(self) -> str:
-        """Who judged, by which sampler, over how many seeds, and which of the settings are not the run's own."""
+        """Judge, sampler, number of seeds, and the settings that are not the run's own, as text."""
         words = ", ".join(word for word in (judge_in_words(self.manifest), sampler_in_words(self.manifest)) if word)
         if (count := len({repr(evaluation.manifest.get("seed")) for evaluation in self.repeats})) > 1:
             words += f", mean of {count} seeds"
@@ -102,7 +103,7 @@ class Entry:
 
 
 def entries_of(run: Run) -> list[Entry]:
-    """The run itself, with the evaluation of its own settings if it has one; then its other evaluations."""
+    """The run itself with the evaluation of its own settings, if any, then its other evaluations."""
     groups = repeats(run.evaluations)
     shown = run.evaluation
     own = run.repeats if shown is not None and not without_seed(run.differences(shown)) else []
@@ -110,33 +111,33 @@ def entries_of(run: Run) -> list[Entry]:
 
 
 def without_seed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an evaluation but its seed: it is repeated with others."""
+    """The settings of an evaluation without its seed, in which repeats differ."""
     return {name: value for name, value in settings.items() if name != "evaluation.seed"}
 
 
 def pooled_scores(repeats: Sequence[Evaluation]) -> dict[str, Pooled]:
-    """Every score of an evaluation over its repeats."""
+    """All scores of an evaluation over its repeats."""
     names = dict.fromkeys(name for evaluation in repeats for name in evaluation.scores)
     found = {name: pooled(repeats, name) for name in names}
     return {name: score for name, score in found.items() if score is not None}
 
 
 def default_metrics(there: Collection[str]) -> list[str]:
-    """The scores that are ``there``, in the order of their table, and the losses; online scores only where no other is."""
+    """The available scores in the order of their table, and the losses; online scores only without others."""
     scores = [f"{prefix}{name}" for prefix in (FULL, ONLINE) for name in METRICS if f"{prefix}{name}" in there]
     full = [key for key in scores if key.startswith(FULL)]
     return (full or scores) + [name for name in ("val/loss", "train/loss") if name in there]
 
 
 def judge_in_words(manifest: Mapping[str, Any]) -> str:
-    """Extractor, reference, number and choice of images."""
+    """Extractor, reference, number and selection of images, as text."""
     reference = Path(manifest["reference"]).stem if manifest.get("reference") else None
     images = f"{manifest['num_images']:,} images" if manifest.get("num_images") else None
     return ", ".join(str(word) for word in (manifest.get("extractor"), reference, images, manifest.get("label_mode")) if word)
 
 
 def sampler_in_words(manifest: Mapping[str, Any]) -> str:
-    """Solver, steps and guidance, where the manifest says them; interval and scales where they are not the plain ones."""
+    """Solver, steps and guidance of a manifest as text; interval and scales only if not the defaults."""
     sampling = manifest.get("sampling") or {}
     if not all(name in sampling for name in ("solver", "num_steps", "guidance_scale")):
         return ""
@@ -152,7 +153,7 @@ def sampler_in_words(manifest: Mapping[str, Any]) -> str:
 
 
 def evaluation_in_words(group: Sequence[Evaluation]) -> str:
-    """What tells an evaluation, or its repeats, from the others of its run: sampler, judge, weights and seeds."""
+    """Sampler, judge, weights and seeds, which distinguish an evaluation from others of its run."""
     manifest = group[0].manifest
     parts = {
         "": ", ".join(filter(None, (sampler_in_words(manifest), judge_in_words(manifest)))),

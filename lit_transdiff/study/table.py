@@ -1,4 +1,4 @@
-"""The command ``compare``: the comparison of results below a folder as Markdown, CSV, text, and a picture of their samples."""
+"""The command ``compare``: results below a folder as Markdown, CSV, text, and a picture of their samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Written:
-    """The table as aligned text, and the files written; without pictures of samples there is none of them."""
+    """The table as aligned text, and the written files; the picture only if there are sample grids."""
 
     text: str
     markdown: Path
@@ -42,10 +42,11 @@ class Written:
 
 
 def write_comparison(folder: str | Path, output: str | Path) -> Written:
-    """Write ``comparison.md``, ``.csv`` and ``.png`` of the results below ``folder`` into the folder ``output``.
+    """Write ``comparison.md``, ``.csv`` and ``.png`` of the results below ``folder`` to ``output``.
 
-    What differs in seeds alone is one line, with mean and spread; verdicts are those of ``compare``. The CSV has every result
-    file. Raises ``FileNotFoundError`` when there is no such file, and ``ValueError`` when none is a result.
+    Results that differ only in seeds are one line with mean and spread; verdicts are those of ``compare``.
+    The CSV has every result file. Raises ``FileNotFoundError`` if there is no such file, and ``ValueError``
+    if none is a result.
     """
     result_files(folder)
     compared, output = compare_results(folder), Path(output)
@@ -73,7 +74,7 @@ def write_comparison(folder: str | Path, output: str | Path) -> Written:
 
 
 def check_output(folder: Path) -> None:
-    """Refuse a folder with files of these names that are no comparison."""
+    """Refuse a folder whose files of these names are not comparisons."""
     contents(folder)
     check_replaces(folder / "comparison.md", ["| run |"], "a comparison")
     check_replaces(folder / "comparison.csv", ["run,stage,"], "a comparison")
@@ -82,7 +83,7 @@ def check_output(folder: Path) -> None:
 
 
 def compare_results(folder: str | Path) -> Comparison:
-    """The comparison of what is below ``folder``. Raises ``ValueError`` when nothing there has a result."""
+    """Compare the results below ``folder``. Raises ``ValueError`` if there is no result."""
     none = f"{folder}: none of the files in evaluations/ is a result of evaluate. Evaluate a trained run first."
     try:
         found = runs(folder)
@@ -95,7 +96,7 @@ def compare_results(folder: str | Path) -> Comparison:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A line of the table: results that differ in their seeds alone, with their scores over these and the verdicts on them."""
+    """A line of the table: results that differ only in their seeds, with pooled scores and verdicts."""
 
     entries: list[Entry]
     scores: dict[str, Pooled]
@@ -103,17 +104,17 @@ class TableRow:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Of the newest result of the first run."""
+        """The manifest of the newest result of the first run."""
         return self.entries[0].manifest
 
     @property
     def name(self) -> str:
-        """Of the first run, and how many more there are."""
+        """The name of the first run, and the number of others."""
         more = len(self.entries) - 1
-        return self.entries[0].run.name + (f" and {more} of other seeds" if more else "")
+        return self.entries[0].run.name + (f" and {more} with other seeds" if more else "")
 
     def shown(self, name: str, mark: str = "") -> str:
-        """A score with four digits, its number of seeds where there are several, and marks for the best and what is as good."""
+        """A score with four digits, the number of seeds if several, and marks for the best and its equals."""
         if (score := self.scores.get(name)) is None:
             return "-"
         count = max(len(self.entries), *(len(entry.repeats) for entry in self.entries))
@@ -123,7 +124,7 @@ class TableRow:
 
 
 def lines_of(compared: Comparison, names: Sequence[str]) -> list[TableRow]:
-    """A line for each group of the comparison, and for each result that it does not average."""
+    """One line per group of the comparison, and per result that is not averaged."""
     lines, verdicts = [], {name: compared.verdict_of_rows(name) for name in names}
     for k, (members, others) in enumerate(zip(compared.members, compared.others, strict=True)):
         together = all(compared.judges[name][k] is not None for name in names)
@@ -139,24 +140,24 @@ def lines_of(compared: Comparison, names: Sequence[str]) -> list[TableRow]:
 
 
 def over_runs(scores: Sequence[Pooled | None]) -> Pooled | None:
-    """Scores of runs of several seeds as one; that of one run as it is."""
+    """Pool the scores of several runs; the score of a single run is unchanged."""
     there = [score for score in scores if score is not None]
     return there[0] if len(there) == 1 else over([score.mean for score in there])
 
 
 def images_seen(line: TableRow) -> str:
-    """Of the training, where the model comes from a folder that says so."""
+    """The images seen in training, if the model's folder records them."""
     training = line.manifest.get("training")
     return f"{training['images_seen']:,}" if training else "-"
 
 
 def weights(line: TableRow) -> str:
-    """Which weights were scored; what the export says goes over the manifest, which once said ema of all of them."""
+    """The weights that were scored: from the export, because early manifests always said ema."""
     return str((line.manifest.get("training") or {}).get("weights", line.manifest.get("weights")))
 
 
 def checkpoint(line: TableRow) -> str:
-    """The folder of the weights that were scored, and the step that they are of."""
+    """The folder and training step of the weights that were scored."""
     step = (line.manifest.get("training") or {}).get("step")
     return Path(line.manifest.get("checkpoint") or "-").name + ("" if step is None else f", step {step:,}")
 
@@ -178,9 +179,10 @@ SPEED: dict[str, Cell] = {"images/s": lambda line: f"{line.manifest.get('images_
 
 
 def columns_of(lines: Sequence[TableRow]) -> tuple[dict[str, Cell], dict[str, str]]:
-    """The columns before the scores, of what differs between the lines; and what all lines share.
+    """The columns before the scores, for properties that differ between lines, and the shared properties.
 
-    Seeds are a column where the settings leave two lines alike or there are repeats; the result's name, where these do, too.
+    Seeds get a column if two lines have equal settings or there are repeats; the result's name gets one if
+    lines are still alike.
     """
     found: dict[str, Cell] = {}
     shared: dict[str, str] = {}
@@ -199,40 +201,36 @@ def columns_of(lines: Sequence[TableRow]) -> tuple[dict[str, Cell], dict[str, st
 
 
 def alike(lines: Sequence[TableRow], columns: dict[str, Cell]) -> bool:
-    """Whether two lines look the same in these columns."""
+    """Whether two lines are equal in these columns."""
     return len({tuple(cell(line) for cell in columns.values()) for line in lines}) < len(lines)
 
 
 def around(line: TableRow, columns: dict[str, Cell], scores: list[str]) -> list[str]:
-    """The cells of a line around its scores."""
+    """The cells of a line, with its scores in the middle."""
     return [cell(line) for cell in columns.values()] + scores + [cell(line) for cell in SPEED.values()]
 
 
 def footnotes(lines: Sequence[TableRow], shared: dict[str, str], compared: Comparison) -> str:
-    """What all lines share, and how to read the table."""
+    """The properties that all lines share, and notes on reading the table."""
     told = ", ".join(f"{name.split(',')[0]} {value}" for name, value in shared.items() if value not in ("-", "None", ""))
     notes = [f"All rows: {told}."] if told else []
-    notes.append("↑ higher is better, ↓ lower is better; the best of the rows that are judged alike is marked.")
+    notes.append("↑ higher is better, ↓ lower is better; the best row of each judge is marked.")
     verdicts = {verdict for line in lines for verdict in line.verdicts.values()}
     if "within noise" in verdicts:
-        notes.append("≈ differs from the best by no more than noise (95 %, from the spread over runs of other seeds).")
+        notes.append("≈ differs from the best by no more than noise (95 %, from the spread over seeds).")
     if any(len(line.entries) > 1 or len(line.entries[0].repeats) > 1 for line in lines):
-        notes.append("Results that differ in their seed alone are one row: mean ± standard deviation over n seeds.")
+        notes.append("Results that differ only in their seed are one row: mean ± standard deviation over n seeds.")
     if len({line.entries[0].judge(FULL) for line in lines}) > 1:
-        notes.append(
-            "Not all rows are judged alike (extractor, its weights, reference, number and choice of images): compare only those."
-        )
+        notes.append("Not all rows have the same judge (extractor, weights, reference, images): compare those that do.")
     for name in sorted({"classifier", "judge"} & {line.manifest.get("extractor") for line in lines}):
-        notes.append(
-            f"Scores by {name!r} are analogues on its features: they are no FID, IS or KID and compare only with each other."
-        )
+        notes.append(f"Scores by {name!r} are analogues on its features: they do not compare with FID, IS or KID.")
     notes += gaps_in_words([line.entries[0] for line in lines if len(line.entries) == 1], compared.metrics)
     notes += compared.shown_notes()
     return "\n".join(textwrap.fill(note, WIDTH, break_long_words=False, break_on_hyphens=False) for note in notes) + "\n"
 
 
 def csv_text(entries: Sequence[Entry], names: Sequence[str]) -> str:
-    """Plain numbers of every result: the settings, each score (and its std), speed, and the hashes of what judged."""
+    """All results as CSV: settings, scores (and their std), speed, and hashes of extractor and reference."""
     extra = ["decoder_evaluations_per_image", "extractor_fingerprint", "reference_hash", "weights_fingerprint", "seed", "date"]
     metrics = [str(metric_of(name)) for name in names]
     results = [(entry, result) for entry in entries for result in entry.repeats]
@@ -255,7 +253,7 @@ def csv_text(entries: Sequence[Entry], names: Sequence[str]) -> str:
 
 
 def beside_each_other(lines: Sequence[TableRow], names: Sequence[str]) -> Image.Image | None:
-    """The sample grids, each under its run's name and scores; a warning names those that are missing or cannot be read."""
+    """The sample grids, each under its run's name and scores; missing or unreadable ones give a warning."""
     newest = [line.entries[0].repeats[0] for line in lines]
     for result in newest:
         if result.open_picture is None:

@@ -1,4 +1,4 @@
-"""Tables as text: for a terminal, in blocks of columns that fit it, and as Markdown."""
+"""Tables as text: for a terminal, in blocks of columns that fit its width, and as Markdown."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-WIDTH = 120  # columns of a terminal
-LONGEST = 100  # characters of a cell in a terminal
+WIDTH = 120  # the width of a terminal in characters
+LONGEST = 100  # the most characters of a cell in a terminal
 GAP = "  "
 Cells = Sequence[Sequence[str]]
 
@@ -23,13 +23,13 @@ def markdown(head: Sequence[str], table: Cells) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text of a run's settings, which Markdown shows as it is: no HTML, no link, no code and no column of its own."""
+    """Escape text for Markdown, so that it creates no HTML, link, code or table column."""
     plain = html.escape(" ".join(text.split()), quote=False)
     return plain.replace("\\", "\\\\").replace("|", "\\|").replace("`", "\\`").replace("](", "]\\(")
 
 
 def aligned(head: Sequence[str], table: Cells) -> str:
-    """The same for a terminal, columns aligned. What is wider than WIDTH becomes several blocks, whose rows are numbered."""
+    """A table with aligned columns for a terminal; wider than WIDTH, it becomes blocks with numbered rows."""
     columns = [[shortened(cell) for cell in column] for column in zip(head, *table, strict=True)]
     if wide(columns) <= WIDTH:
         return block(columns)
@@ -43,25 +43,25 @@ def aligned(head: Sequence[str], table: Cells) -> str:
 
 
 def shortened(cell: str) -> str:
-    """A cell with its middle left out, where it is long: the end of a trial's name is what tells it from others."""
+    """Cut the middle out of a long cell, because names of trials differ at the end."""
     half = (LONGEST - 1) // 2
     return cell if len(cell) <= LONGEST else f"{cell[:half]}…{cell[-half:]}"
 
 
 def wide(columns: Cells) -> int:
-    """How many characters a block takes."""
+    """The width of a block in characters."""
     return sum(max(map(len, column)) for column in columns) + len(GAP) * (len(columns) - 1)
 
 
 def block(columns: Cells) -> str:
-    """Columns beside each other, a line below their heads."""
+    """Columns side by side, with a line below their heads."""
     padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
     head, *rows = (GAP.join(cells).rstrip() for cells in zip(*padded, strict=True))
     return "\n".join([head, GAP.join("-" * len(column[0]) for column in padded), *rows]) + "\n"
 
 
 def frame(table: pd.DataFrame) -> str:
-    """A data frame for a terminal: as pandas writes it where that fits, and in blocks otherwise."""
+    """Format a data frame for a terminal: by pandas if it fits, otherwise in blocks."""
     text = table.to_string(index=False, float_format=lambda value: f"{value:.4g}")
     if max(map(len, text.splitlines()), default=0) <= WIDTH:
         return text
@@ -70,7 +70,7 @@ def frame(table: pd.DataFrame) -> str:
 
 
 def in_cell(value: Any) -> str:
-    """A value of a data frame; a dash where there is none."""
+    """The text of a value in a data frame; a dash for a missing value."""
     if isinstance(value, float):
         return "-" if value != value else f"{value:.4g}"
     return str(value)

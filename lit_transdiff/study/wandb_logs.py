@@ -1,4 +1,4 @@
-"""Runs from W&B: the logs that offline runs leave (``run-*.wandb``), and the server through its public API."""
+"""Reading runs of W&B: logs of offline runs (``run-*.wandb``), and the server through its public API."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lit_transdiff.tracking.wandb_run import IMAGES_SEEN, NUM_DEVICES, STEP
 if TYPE_CHECKING:
     import pandas as pd
 
-ROW_DEVICES = "_devices"  # beside what a row of an offline log says: those of the start that wrote it
-HIDDEN = ("_wandb", "manifest", COPIED_FROM, NUM_DEVICES)  # keys of a run's configuration that are no settings
-LOGGED_PICTURES = {"eval/samples": "final", "samples/references": "references"}  # besides the grids through training
-AT_SERVER = {"group": "group", "state": "state", "name": "display_name", "stage": "jobType"}  # filters that W&B itself applies
+ROW_DEVICES = "_devices"  # key added to a row of an offline log: the devices of the start that wrote it
+HIDDEN = ("_wandb", "manifest", COPIED_FROM, NUM_DEVICES)  # not settings
+LOGGED_PICTURES = {"eval/samples": "final", "samples/references": "references"}  # made after training
+AT_SERVER = {"group": "group", "state": "state", "name": "display_name", "stage": "jobType"}  # applied there
 
 
 def log_files(root: Path) -> list[list[Path]]:
-    """The ``.wandb`` files at and below ``root``, those of one run (it may have been restarted) together, in order of time."""
+    """The ``.wandb`` files at and below ``root``, grouped by run (with restarts) in chronological order."""
     files = [root] if root.is_file() else sorted(root.rglob("run-*.wandb"), key=lambda f: f.parent.name.removeprefix("offline-"))
     by_run: dict[tuple[Path, str], list[Path]] = {}
     for file in files:
@@ -39,27 +39,27 @@ def log_files(root: Path) -> list[list[Path]]:
 
 
 def records(file: Path) -> Iterable[dict[str, Any]]:
-    """What a ``.wandb`` file holds, through W&B's own reader; raises ``ValueError`` for a file that it cannot read.
+    """The records in a ``.wandb`` file, from W&B's own reader. Raises ``ValueError`` for an unreadable file.
 
-    The reader ends at a record that differs from its checksum; a warning says so.
+    The reader stops at a record with a wrong checksum, which gives a warning.
     """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode != 0:
         raise ValueError(f"{file}: {done.stderr.decode().strip() or 'wandb cannot read it'}")
     if b"corrupt" in done.stderr:
-        warn_once(f"{file} is damaged: W&B's reader left a part of it out, so that the last values of the run may be missing.")
+        warn_once(f"{file} is damaged: W&B's reader skipped a part, and the last values may be missing.")
     return (json.loads(line) for line in done.stdout.splitlines())
 
 
 def last_step(start: Iterable[dict[str, Any]]) -> int:
-    """The last training step that a start of a run logged."""
+    """The last training step logged by a start of a run."""
     rows = (record["history"]["item"] for record in start if record["type"] == "history")
     return max((int(row[STEP]) for row in rows if STEP in row), default=-1)
 
 
 def with_media(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the log with its media (spread over ``KEY._type``, ``KEY.path``, ...) as one dictionary a key."""
+    """A row of the log with its media (``KEY._type``, ``KEY.path``, ...) as one dictionary per key."""
     for key in [key.removesuffix("._type") for key in row if key.endswith("._type")]:
         parts = {name: row[name] for name in row if name.startswith(f"{key}.")}
         row = {name: value for name, value in row.items() if name not in parts}
@@ -68,12 +68,13 @@ def with_media(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_log(files: list[Path]) -> Run:
-    """One run from its log files."""
+    """Read one run from its log files."""
     run: dict[str, Any] = {}
     config: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     state = "unfinished"
-    starts = sorted(([*records(file)] for file in files), key=last_step)  # the clock may have gone back between two of them
+    # By step, because the clock may have been set back between starts.
+    starts = sorted(([*records(file)] for file in files), key=last_step)
     for start in starts:
         state = "unfinished"
         for record in start:
@@ -111,7 +112,7 @@ def read_log(files: list[Path]) -> Run:
 
 
 def read_server(project: str, filters: Mapping[str, Any]) -> list[Run]:
-    """The runs of ``entity/project``; raises ``FileNotFoundError`` with what W&B says where it does not give them."""
+    """The runs of ``entity/project``. Raises ``FileNotFoundError`` with W&B's reason if it refuses."""
     import wandb
 
     plain = {AT_SERVER[key]: value for key, value in filters.items() if key in AT_SERVER and isinstance(value, str)}
@@ -119,13 +120,13 @@ def read_server(project: str, filters: Mapping[str, Any]) -> list[Run]:
         api = wandb.Api(timeout=math.ceil(answer_timeout()))  # not below: it may ask for the key
         return [read_server_run(found) for found in answers(lambda: api.runs(project, filters=plain), f"runs of {project}")]
     except (wandb.errors.Error, ValueError, OSError) as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         way_on = "Name a folder of runs, or try again later (WANDB_HTTP_TIMEOUT waits longer)."
-        raise FileNotFoundError(f"{project} is no folder here, and W&B gives no such project ({said}). {way_on}") from error
+        raise FileNotFoundError(f"{project} is neither a folder nor a project at W&B ({reason}). {way_on}") from error
 
 
 def read_server_run(found: Any) -> Run:
-    """One run of the public API; its history is fetched once, when it is asked for."""
+    """One run of the public API; its history is fetched once, on first use."""
     config = dict(found.config)
     summary = {key: number(value) for key, value in dict(found.summary).items() if not key.startswith("_")}
 
@@ -167,10 +168,10 @@ def read_server_run(found: Any) -> Run:
 
 
 def by_step(rows: list[dict[str, Any]], devices: int = 1) -> dict[int, dict[str, Any]]:
-    """W&B's rows by training step, in order; rows of one step are joined, the later over the earlier, and media are left out.
+    """W&B's rows by training step, in order and without media; rows of one step are merged.
 
-    Seconds of all starts together make the device-hours: the clock of a start that went on offline begins at zero. ``devices``
-    are those of rows that do not say their own.
+    Device-hours are summed over all starts, because a start that continues offline counts from zero.
+    ``devices`` is the default for rows without their own number.
     """
     joined: dict[int, dict[str, Any]] = {}
     seconds = clock = 0.0
@@ -186,14 +187,14 @@ def by_step(rows: list[dict[str, Any]], devices: int = 1) -> dict[int, dict[str,
 
 
 def history_of_steps(joined: Mapping[int, dict[str, Any]]) -> pd.DataFrame:
-    """Joined rows as a table, one row a training step."""
+    """Merged rows as a table with one row per training step."""
     import pandas as pd
 
     return pd.DataFrame(list(joined.values())) if joined else pd.DataFrame(columns=list(AXES), dtype=float)
 
 
 def last_of_steps(joined: Mapping[int, dict[str, Any]]) -> dict[str, float]:
-    """The last logged value of each metric, also where it is not a number."""
+    """The last logged value of each metric, which may be NaN."""
     found: dict[str, float] = {}
     for row in joined.values():
         found |= {name: float(value) for name, value in row.items() if name not in AXES}
@@ -201,17 +202,17 @@ def last_of_steps(joined: Mapping[int, dict[str, Any]]) -> dict[str, float]:
 
 
 def own_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration without what W&B and the evaluation put there, and without a sweep's repeats by dotted name."""
+    """A run's configuration without entries of W&B and evaluations, and a sweep's copies by dotted name."""
     return {key: value for key, value in config.items() if key not in HIDDEN and "." not in key}
 
 
 def devices_of(config: dict[str, Any]) -> int:
-    """Devices of all nodes; runs of other programs say nothing and count as one."""
+    """The number of devices on all nodes; 1 for runs of other programs, which do not record it."""
     return config.get(NUM_DEVICES) or 1
 
 
 def evaluations_of(config: dict[str, Any], summary: Mapping[str, Any]) -> list[Evaluation]:
-    """The evaluation that a run logged: its scores are in the summary, its manifest in the configuration."""
+    """The evaluation logged by a run: scores from the summary, the manifest from the configuration."""
     scores = {key[5:]: value for key, value in summary.items() if key.startswith("eval/") and isinstance(value, int | float)}
     plain = {name: value for name, value in scores.items() if not name.endswith("_std")}
     both = {
@@ -221,7 +222,7 @@ def evaluations_of(config: dict[str, Any], summary: Mapping[str, Any]) -> list[E
 
 
 def picture_paths(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Where the pictures of a run lie below its files: ``step-...`` through training, others once a run."""
+    """The paths of a run's pictures below its files: ``step-...`` from training, others once per run."""
     found: dict[str, str] = {}
     for row in rows:
         for key, name in {"samples": f"step-{row.get(STEP, 0):08d}", **LOGGED_PICTURES}.items():

@@ -108,9 +108,9 @@ def test_a_newer_folder_is_refused_and_stays_as_it_is(
         assert main(["export", str(folder)]) == 2
         assert capsys.readouterr().err.strip().endswith("or a newer one.")
     else:
-        with caplog.at_level(logging.WARNING), pytest.raises(FileNotFoundError, match="holds no run"):
+        with caplog.at_level(logging.WARNING), pytest.raises(FileNotFoundError, match="contains no run"):
             runs(folder)
-        assert f"{message}Use the one that wrote it, or a newer one. Left out." in caplog.text
+        assert f"{message}Use the one that wrote it, or a newer one. Skipped." in caplog.text
     assert content(folder) == before
 
 

@@ -275,7 +275,7 @@ def test_a_damaged_archive_of_runs_is_named(tmp_path: Path):
     sound = file.read_bytes()
     for content in (b"no archive", sound[:-30], sound.replace(b"name: one", b"name: two")):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"runs\.zip is not a whole zip archive"):
+        with pytest.raises(ValueError, match=r"runs\.zip is not a complete zip archive"):
             unpacked(file, 0.0)
 
 

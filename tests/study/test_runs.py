@@ -46,7 +46,7 @@ def test_a_folder_of_runs(tmp_path: Path) -> None:
     assert [r.name for r in runs(tmp_path, {"config.optimizer.lr": 0.1})] == ["b"]
     assert [r.name for r in runs(tmp_path, {"summary.val/loss": lambda v: v < 2.5, "group": ["g", "h"]})] == ["a"]
     assert runs(tmp_path, {"tags": "z"}) == []
-    with pytest.raises(FileNotFoundError, match="holds no run"):
+    with pytest.raises(FileNotFoundError, match="contains no run"):
         runs(make_empty(tmp_path))
     with pytest.raises(FileNotFoundError, match="no folder, and no project"):
         runs("./nowhere")
@@ -244,7 +244,7 @@ def test_a_folder_that_is_not_there_may_be_a_project(monkeypatch: pytest.MonkeyP
         raise wandb.errors.CommError("permission denied")
 
     monkeypatch.setattr(wandb, "Api", refuse)
-    with pytest.raises(FileNotFoundError, match=r"runz/fashion is no folder here, and W&B gives no such project \(permission"):
+    with pytest.raises(FileNotFoundError, match=r"runz/fashion is neither a folder nor a project at W&B \(permission"):
         runs("runz/fashion")
 
 
@@ -297,7 +297,7 @@ def test_an_offline_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
     file.write_bytes(content)
     assert "is damaged" not in caplog.text
     runs(tmp_path)
-    assert f"{file} is damaged: W&B's reader left a part of it out" in caplog.text
+    assert f"{file} is damaged: W&B's reader skipped a part" in caplog.text
 
 
 def test_device_hours_of_wandb_add_up_over_restarts_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

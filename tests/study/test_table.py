@@ -75,7 +75,7 @@ def test_the_table_marks_the_best_of_what_is_judged_alike(folder: Path, tmp_path
     assert lines["onestep"][column["inception"]] == "8.1 ± 0.2" and lines["mrar"][column["inception"]] == "-"
     assert "64,000" in lines["onestep"] and "euler 40 x 1.5" in lines["onestep"]
     assert "euler 40 x 1.5, scales 1 0.9" in lines["mrar"] and "classifier, real, 1,000 images, balanced" in lines["mrar"]
-    assert "Not all rows are judged alike" in made.text and "analogues" in made.text
+    assert "Not all rows have the same judge" in made.text and "analogues" in made.text
 
 
 def test_the_table_says_by_how_much_results_differ(tmp_path: Path) -> None:
