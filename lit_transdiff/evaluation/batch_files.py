@@ -1,6 +1,7 @@
-"""The drawn batches of an evaluation, as files in a folder that all ranks share: what a stopped evaluation continues from.
+"""Sampled batches of an evaluation as files in a shared folder, from which a stopped evaluation continues.
 
-A batch is a fixed range of image indices, so that its numbers depend neither on the number of ranks nor on where it was stopped.
+A batch is a fixed range of image indices, so that its numbers depend neither on the number of ranks nor on
+interruptions.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 FAILED, TOKEN, IMAGES = "failed", "token", "images"
-PAUSE = 0.2  # seconds between two looks at the folder
-SHARED_LIMIT = 20.0  # seconds that a file of one rank may take to be seen by the others
+PAUSE = 0.2  # seconds between two checks of the folder
+SHARED_LIMIT = 20.0  # seconds until a file of one rank must be visible to the others
 PART_LIMIT = 3600.0  # seconds without a new batch after which rank 0 gives up
-SCORES_LIMIT = 12 * 3600.0  # seconds that the other ranks wait for the remaining batches and the scores
+SCORES_LIMIT = 12 * 3600.0  # seconds for which the other ranks wait for the remaining batches and scores
 
 
 @dataclass(frozen=True)
 class BatchFiles:
-    """One ``.npz`` file a batch, written whole or not at all, and ``images/`` where the images go to a folder."""
+    """One ``.npz`` file per batch, written atomically, and ``images/`` if images are saved to a folder."""
 
     folder: Path
     num_images: int
     batch_size: int
-    published: Path | None  # where the folder of images goes in the end, if one is wanted: a batch is done with its PNGs only
+    published: Path | None  # the final folder of images, if any: then a batch is complete only with its PNGs
 
     def batches(self) -> list[range]:
         """The indices of every batch."""
@@ -52,7 +53,7 @@ class BatchFiles:
         return self.folder / f"{batch.start:08d}.npz"
 
     def done(self, batch: range) -> bool:
-        """The batch has been drawn and its file is whole."""
+        """Whether the batch has been sampled and its file is complete."""
         if not zipfile.is_zipfile(self.path(batch)):
             return False
         return self.published is None or any(png(f, batch[-1]).is_file() for f in (self.images, self.published))
@@ -69,12 +70,12 @@ class BatchFiles:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     def each(self, name: str) -> Iterator[np.ndarray]:
-        """The array ``name`` of every batch, in order of the images' indices."""
+        """The array ``name`` of every batch, in the order of image indices."""
         for batch in self.batches():
             yield read_arrays(self.path(batch), [name])[name]
 
     def publish_images(self) -> None:
-        """Move the images to their place, over earlier ones of the same settings, which have the same names."""
+        """Move the images to their final folder, replacing earlier ones of the same settings."""
         if self.published is not None and self.images.is_dir():
             self.published.mkdir(exist_ok=True)
             for image in self.images.iterdir():
@@ -85,20 +86,20 @@ class BatchFiles:
         remove_written(self.folder, ["*.npz*", TOKEN, FAILED, LOCK])
 
     def fail(self, why: str) -> None:
-        """Tell the waiting ranks that this one has failed; the first to fail is the one that is named."""
+        """Report the failure of this rank to the waiting ranks; only the first failure is reported."""
         if self.folder.is_dir() and not (self.folder / FAILED).exists():
             (self.folder / FAILED).write_text(why)
 
     def check(self) -> None:
-        """Raise ``RankFailed`` when a rank has failed."""
+        """Raise ``RankFailed`` if a rank has failed."""
         if (self.folder / FAILED).is_file():
             raise RankFailed((self.folder / FAILED).read_text())
 
 
 def open_batch_files(files: BatchFiles, fabric: Fabric | None) -> list[range]:
-    """Make the folder; the batches that are still to be drawn, the same on every rank.
+    """Create the folder and return the missing batches, the same on every rank.
 
-    Raises ``ValueError`` on every rank when they do not share the folder.
+    Raises ``ValueError`` on every rank if the ranks do not share the folder.
     """
     token, missing = "", []
     if fabric is None or fabric.is_global_zero:
@@ -118,7 +119,7 @@ def open_batch_files(files: BatchFiles, fabric: Fabric | None) -> list[range]:
 
 
 def wait_for_batches(files: BatchFiles) -> None:
-    """Return when every batch is there; the ranks are not equally fast, and this needs no collective that could time out."""
+    """Wait for all batches without a collective, which could time out because ranks differ in speed."""
     remaining, since = files.missing(), time.monotonic()
     while remaining:
         files.check()
@@ -126,13 +127,13 @@ def wait_for_batches(files: BatchFiles) -> None:
         if len(still) < len(remaining):
             remaining, since = still, time.monotonic()
         elif time.monotonic() - since > PART_LIMIT:
-            raise RankFailed(f"{len(still)} batches of images did not come within {PART_LIMIT:.0f} s; start the command again.")
+            raise RankFailed(f"{len(still)} batches are missing after {PART_LIMIT:.0f} s; start again.")
         else:
             time.sleep(PAUSE)
 
 
 def wait_for_scores(files: BatchFiles, result: Path) -> None:
-    """Return when rank 0 has written ``result`` and removed the files."""
+    """Wait until rank 0 has written ``result`` and removed the files."""
     failed = files.folder / FAILED
     ended = wait_until(lambda: failed.is_file() or not files.folder.is_dir(), SCORES_LIMIT)
     files.check()
@@ -141,7 +142,7 @@ def wait_for_scores(files: BatchFiles, result: Path) -> None:
 
 
 def wait_until(condition: Callable[[], bool], limit: float) -> bool:
-    """Look until ``condition`` holds, at most ``limit`` seconds; whether it does."""
+    """Poll until ``condition`` is true, for at most ``limit`` seconds; return whether it is."""
     start = time.monotonic()
     while not condition():
         if time.monotonic() - start > limit:

@@ -1,6 +1,6 @@
-"""What scores can be at best: those of real images, and of the same images after the autoencoder.
+"""The best attainable scores: those of real images, and of their reconstructions by the autoencoder.
 
-A distance depends on its number of images: these are as many as the evaluations draw, with as many of each class.
+Distances depend on the number of images, so the number and classes are those of the evaluations.
 Shapes: N images, B images of a batch, C channels, H W pixels, K classes.
 """
 
@@ -27,9 +27,10 @@ from lit_transdiff.models.autoencoder import load_autoencoder
 
 @torch.no_grad()
 def best_scores(run: RunConfig, source: str | Path, device: torch.device | str = "cpu") -> dict[str, dict[str, Score]]:
-    """The scores of ``evaluation.num_images`` images of the shards ``source``: ``real images`` and ``reconstructions``.
+    """Scores of ``evaluation.num_images`` images of ``source``, as real images and reconstructions.
 
-    Raises ``ValueError`` for images that are too few of a class, of other classes, or those that the reference was made of.
+    Raises ``ValueError`` for too few images of a class, for other classes, and for the images of the
+    reference.
     """
     metrics = [name for name in run.evaluation.metrics if "semantic features" not in METRICS[name].needs]
     settings, index = replace(run.evaluation, metrics=metrics), read_index(source)
@@ -55,7 +56,7 @@ def best_scores(run: RunConfig, source: str | Path, device: torch.device | str =
 
 
 def check_counts(number: int, counts: Tensor, index: ShardIndex) -> None:
-    """Refuse shards that have too few images of a class."""
+    """Refuse shards with too few images of a class."""
     for c, (needed, has) in enumerate(zip(counts.tolist(), index.class_counts.tolist(), strict=True)):
         require(needed <= has, "evaluation.num_images", number, f"fewer: {needed} would be of class {c}, which has {has} images")
 
@@ -63,7 +64,7 @@ def check_counts(number: int, counts: Tensor, index: ShardIndex) -> None:
 def reference_of(
     run: RunConfig, source: str | Path, settings: EvaluationConfig, extractor: FeatureExtractor, same_classes: bool
 ) -> Statistics | None:
-    """The reference, checked with what the metrics need, and not of ``source`` itself."""
+    """Load the reference with everything that the metrics need; refuse a reference of ``source`` itself."""
     reference = load_statistics(settings.reference) if settings.reference else None
     if reference is not None:
         check_extractor(reference, extractor)
@@ -86,7 +87,7 @@ def reference_of(
 
 
 def chosen(run: RunConfig, source: str | Path, counts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images [B, C, H, W] and their classes [B]: the first ``counts`` [K] of each class, in the order of the shards."""
+    """The first ``counts`` [K] images [B, C, H, W] of each class with their classes [B], in shard order."""
     left = counts.clone()
     for batch in batches_of(source, run.data, run.evaluation.batch_size):
         rank = torch.stack([(batch.labels[:i] == c).sum() for i, c in enumerate(batch.labels)])  # within its class, in the batch
@@ -99,7 +100,7 @@ def chosen(run: RunConfig, source: str | Path, counts: Tensor) -> Iterator[tuple
 
 
 def scored(batches: list[Features], labels: Tensor, same_classes: bool) -> Scored:
-    """All batches of an extractor together."""
+    """Concatenate all batches of an extractor."""
     features = torch.cat([batch.features for batch in batches])
     logits = torch.cat([batch.logits for batch in batches if batch.logits is not None]) if batches[0].logits is not None else None
     spatial = [batch.spatial for batch in batches if batch.spatial is not None]

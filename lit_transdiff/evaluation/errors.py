@@ -1,6 +1,6 @@
-"""How far scores move with the images that happen to be drawn: standard errors over those of one evaluation.
+"""Standard errors of scores over the sampled images of one evaluation.
 
-They say nothing of how a score moves with the seed of a training. Shapes: N images, D features.
+They do not include the variation between training seeds. Shapes: N images, D features.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from lit_transdiff.evaluation.moments import Gaussian, frechet, gaussian_of
 from lit_transdiff.evaluation.scores import Score, value
 from lit_transdiff.evaluation.statistics import Statistics
 
-GROUPS = 20  # of images, each of which is left out once
-MOST_FEATURES = 512  # with more, the distances without a group each take minutes
-OF_DRAWN, OF_REAL = ("precision", "class_accuracy"), ("recall",)  # shares of images
+GROUPS = 20  # groups of images for the jackknife
+MOST_FEATURES = 512  # with more features, each distance of the jackknife takes minutes
+OF_DRAWN, OF_REAL = ("precision", "class_accuracy"), ("recall",)  # fractions of sampled and of real images
 
 
 def standard_errors(
     scores: Mapping[str, Score], features: Tensor, labels: Tensor, reference: Statistics | None
 ) -> dict[str, float]:
-    """Of those ``scores`` of images with ``features`` [N, D] and ``labels`` [N] that are shares or the Frechet distance."""
+    """Standard errors of the fractions and the Frechet distance among ``scores`` of N images."""
     counts = dict.fromkeys(OF_DRAWN, len(features))
     if reference is not None and reference.has_features:
         counts |= dict.fromkeys(OF_REAL, reference.num_features)
@@ -34,13 +34,13 @@ def standard_errors(
 
 
 def error_of_share(share: float, count: int) -> float:
-    """Of a share of ``count`` independent images, with two more of each kind (Agresti and Coull 1998): above 0 at 0 and 1."""
+    """The Agresti-Coull (1998) error of a fraction of ``count`` images, which is above 0 even at 0 and 1."""
     p = (share * count + 2) / (count + 4)
     return math.sqrt(p * (1 - p) / (count + 4))
 
 
 def error_of_distance(features: Tensor, labels: Tensor, real: Gaussian) -> float:
-    """The jackknife over GROUPS groups of images, each with an equal part of every class."""
+    """The jackknife error over GROUPS groups of images, each with an equal part of every class."""
     group = torch.empty_like(labels)
     group[labels.argsort(stable=True)] = torch.arange(len(labels)) % GROUPS
     without = torch.tensor([frechet(gaussian_of([features[group != g]]), real) for g in range(GROUPS)], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Draw images from a trained model, score them, and write the scores with everything that decided them.
+"""Sample images from a trained model, score them, and write the scores with all their conditions.
 
 Shapes: N images, B images of a batch, R references, C channels, H W pixels.
 """
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 SHOWN_CLASSES, SHOWN_IMAGES = 10, 8  # rows and columns of the picture
-# What --save-images says -> the files that the images are written to.
+# Values of --save-images -> the kinds of files for the images.
 SAVE_IMAGES: dict[str, tuple[str, ...]] = {"npz": ("npz",), "folder": ("folder",), "both": ("npz", "folder")}
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where an evaluation goes: its result ``file``, and the images in each of the ways in which they are ``saved``."""
+    """The outputs of an evaluation: its result ``file``, and the images in each of the ``saved`` forms."""
 
     file: Path
     saved: tuple[str, ...]
 
     @property
     def places(self) -> dict[str, Path]:
-        """Where the images are saved."""
+        """The paths of the saved images."""
         all_places = {"npz": self.file.with_suffix(".npz"), "folder": self.file.with_name(f"{self.file.stem}-images")}
         return {kind: all_places[kind] for kind in self.saved}
 
@@ -56,11 +56,11 @@ class Output:
         return self.file.exists() and all(place.exists() for place in self.places.values())
 
     def result(self) -> dict[str, Any]:
-        """The scores, the manifest, and the name of the file."""
+        """The scores, the manifest, and the path of the file."""
         return {**read_json(self.file), "file": str(self.file)}
 
     def batch_files(self, job: Job) -> BatchFiles:
-        """Where the batches wait; those of other batches, or without something that is wanted now, lie elsewhere."""
+        """The files of the batches, in a folder for this batch size and these outputs."""
         settings = job.settings
         kept = "-spatial" * job.spatial + "".join(f"-{kind}" for kind in self.saved)
         folder = self.file.with_name(f"{self.file.stem}-parts-{settings.batch_size}{kept}")
@@ -79,17 +79,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score ``settings.num_images`` images and write ``output/evaluations/<run>-<hash>.json`` and its picture ``.png``.
 
-    The hash is of all settings that decide the scores: the same settings replace the file (with ``reuse`` what it says is
-    returned and nothing drawn), others make another. Of an MRAR row (R > 1) the last image is scored, or with
-    ``settings.keep`` "all" each: R times as many images for the same work, which are not independent. ``save_images`` (a name in
-    SAVE_IMAGES) also keeps the images, as ``<run>-<hash>.npz`` and in ``<run>-<hash>-images/``.
+    The hash covers all settings that affect the scores: the same settings replace the file (or, with
+    ``reuse``, return its content without sampling), other settings create another file. In an MRAR row (R >
+    1) the last image is scored or, with ``settings.keep`` "all", every image: R times as many images for the
+    same work, which are not independent. ``save_images`` (a name in SAVE_IMAGES) also saves the images, as
+    ``<run>-<hash>.npz`` and in ``<run>-<hash>-images/``.
 
-    Every rank of ``fabric`` calls this, with the generator on its device, and gets ``{"scores", "manifest", "file"}``. Finished
-    batches wait in a folder beside the result, which all ranks must share: the same call on any number of ranks continues an
-    evaluation that was stopped.
+    Every rank of ``fabric`` calls this, with the generator on its device, and gets ``{"scores", "manifest",
+    "file"}``. Completed batches are stored in a folder beside the result, which all ranks must share: the
+    same call on any number of ranks continues a stopped evaluation.
 
-    Raises ``ValueError`` before any image is drawn for a metric that lacks what it needs, a reference made with another
-    extractor, or a disk without room for an ``.npz`` of the images.
+    Raises ``ValueError`` before any sampling for a metric without its requirements, a reference made with
+    another extractor, or a disk without space for an ``.npz`` of the images.
     """
     start = time.time()
     if save_images is not None and save_images not in SAVE_IMAGES:
@@ -113,7 +114,7 @@ def evaluate(
 
 
 def draw_and_score(job: Job, output: Output, record: dict[str, Any], fabric: Fabric | None, start: float) -> None:
-    """Draw what is missing, each rank its share; rank 0 waits for all of it and writes the result, for which the others wait."""
+    """Sample the missing batches on all ranks; then rank 0 writes the result, for which the others wait."""
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     files = output.batch_files(job)
     missing = open_batch_files(files, fabric)
@@ -133,13 +134,13 @@ def draw_and_score(job: Job, output: Output, record: dict[str, Any], fabric: Fab
 
 
 def bytes_to_write(job: Job, missing: int) -> int:
-    """What an ``.npz`` of all images takes (three channels each), and until it is written those that are ``missing``."""
+    """The bytes of an ``.npz`` of all images (three channels), and of the ``missing`` images until then."""
     size = job.generator.run.model.latent_size * job.generator.autoencoder.downsampling
     return size**2 * (3 * job.settings.num_images + job.generator.run.data.image_channels * missing)
 
 
 def draw_missing(job: Job, files: BatchFiles, batches: Sequence[range], saved: Sequence[str], progress: bool) -> None:
-    """Draw ``batches`` and write each to ``files``: features, numbers, and of the images those that are shown or saved."""
+    """Sample ``batches`` and write each to ``files``: features, numbers, and the images to show or save."""
     shown = set(choose_shown(job.labels).flatten().tolist())
     with tqdm(total=sum(map(len, batches)), desc="images", disable=not progress) as bar:
         for batch in batches:
@@ -154,7 +155,7 @@ def draw_missing(job: Job, files: BatchFiles, batches: Sequence[range], saved: S
 
 
 def finish_evaluation(job: Job, files: BatchFiles, output: Output, record: dict[str, Any], start: float) -> None:
-    """Score all batches and write the result and the images; ``record`` gets what is known now. Rank 0 alone does this."""
+    """Score all batches, complete ``record`` and write the result and the images. Only rank 0 does this."""
     features = torch.from_numpy(np.concatenate(list(files.each("features"))))
     logits = torch.from_numpy(np.concatenate(list(files.each("logits")))) if job.extractor.gives_logits else None
     job = with_reference(job, output.file.parent)
@@ -162,9 +163,9 @@ def finish_evaluation(job: Job, files: BatchFiles, output: Output, record: dict[
     seconds, evaluations = np.stack(list(files.each("cost"))).sum(axis=0).tolist()
     record |= {
         "standard_errors": standard_errors(scores, features, job.labels, job.reference),
-        "images_per_second": job.settings.num_images / seconds,  # of one device
+        "images_per_second": job.settings.num_images / seconds,  # per device
         "decoder_evaluations_per_image": evaluations / job.settings.num_images,
-        "wall_seconds": time.time() - start,  # of this command
+        "wall_seconds": time.time() - start,  # of the whole command
     }
     shown = choose_shown(job.labels)
     picture = sample_picture(drawn_images(files, shown), job.labels[shown], job.generator.class_names, output.file.stem)
@@ -175,7 +176,7 @@ def finish_evaluation(job: Job, files: BatchFiles, output: Output, record: dict[
 
 
 def drawn_images(files: BatchFiles, shown: Tensor) -> Tensor:
-    """The drawn images of the indices ``shown``, any shape, in their order: [n, C, H, W] in [-1, 1]."""
+    """The sampled images of the indices ``shown``, flattened in order: [n, C, H, W] in [-1, 1]."""
     wanted: list[int] = shown.flatten().tolist()
     found: dict[int, np.ndarray] = {}
     for kept, pixels in zip(files.each("kept"), files.each("pixels"), strict=True):
@@ -184,7 +185,7 @@ def drawn_images(files: BatchFiles, shown: Tensor) -> Tensor:
 
 
 def choose_shown(labels: Tensor) -> Tensor:
-    """Indices [rows, columns] of the images in the picture: the first few of up to ten classes at equal distances."""
+    """Indices [rows, columns] of the images to show: the first few of up to ten equidistant classes."""
     present = labels.unique()
     classes = present[torch.linspace(0, len(present) - 1, min(SHOWN_CLASSES, len(present))).long()]
     found = [(labels == c).nonzero()[:SHOWN_IMAGES, 0] for c in classes]
@@ -193,6 +194,6 @@ def choose_shown(labels: Tensor) -> Tensor:
 
 
 def sample_picture(images: Tensor, labels: Tensor, class_names: Sequence[str], title: str) -> Image.Image:
-    """The grid of ``images`` [rows * columns, C, H, W] with ``labels`` [rows, columns], one class a row."""
+    """The grid of ``images`` [rows * columns, C, H, W] with ``labels`` [rows, columns], one class per row."""
     rows = [class_names[c] if class_names else str(c) for c in labels[:, 0].tolist()]
     return grid(images, labels.shape[1], row_labels=rows, title=title)

@@ -1,4 +1,4 @@
-"""The networks whose features and logits the scores are computed from.
+"""Feature extractors: the networks whose features and logits the scores are computed from.
 
 Shapes: B images, C channels, H W pixels, D features, K classes, S spatial features. Images are in [-1, 1].
 """
@@ -34,36 +34,35 @@ StateDict = dict[str, Tensor]
 
 
 class Features(NamedTuple):
-    """What an extractor says of a batch."""
+    """The outputs of an extractor for a batch."""
 
     features: Tensor  # [B, D] float32
     logits: Tensor | None = None  # [B, K] float32
-    spatial: Tensor | None = None  # [B, S] float32, when asked for
+    spatial: Tensor | None = None  # [B, S] float32, on request
 
 
 class FeatureExtractor(nn.Module, ABC):
-    """Images [B, C, H, W] -> features, logits and spatial features, without gradients and always in evaluation mode.
+    """Images [B, C, H, W] -> features, logits and spatial features, without gradients, in evaluation mode.
 
-    Images are first rounded to the 8 bits that a file would hold, so that generated images and the files that
-    a reference was made of are seen alike.
+    Images are first rounded to 8 bits, so that generated images are treated like the files of a reference.
     """
 
-    weights_file = ""  # what the file of weights is, and where it is to be had
-    num_spatial: int | None = None  # numbers in the spatial features; nothing without them
+    weights_file = ""  # a description of the weights file and its source
+    num_spatial: int | None = None  # size of the spatial features; None without them
     gives_logits = True
-    class_names: Sequence[str] = ()  # of the data set, by class, where they are known
+    class_names: Sequence[str] = ()  # the data set's class names, if known
 
     def __init__(self, name: str, network: nn.Module, fingerprint: str, num_features: int, num_classes: int | None) -> None:
         super().__init__()
         self.name = name
         self.network = network.requires_grad_(False).eval()
-        self.fingerprint = fingerprint  # of the weights file
+        self.fingerprint = fingerprint  # hash of the weights file
         self.num_features = num_features
-        self.num_classes = num_classes  # of the data set, when the logits name its classes; else nothing
+        self.num_classes = num_classes  # of the data set, if the logits are over its classes
 
     @abstractmethod
     def extract(self, pixels: Tensor, spatial: bool) -> Features:
-        """Features of ``pixels`` [B, C, H, W], uint8; with ``spatial`` also the spatial ones."""
+        """Features of ``pixels`` [B, C, H, W], uint8; with ``spatial`` also the spatial features."""
 
     @torch.no_grad()
     def forward(self, images: Tensor, spatial: bool = False) -> Features:
@@ -76,12 +75,12 @@ class FeatureExtractor(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are; an extractor without weights works on the CPU."""
+        """The device of the weights; the CPU for an extractor without weights."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
 
 class ClassifierFeatures(FeatureExtractor):
-    """The small classifier of small-image runs: its last hidden layer, and logits over the data set's own classes."""
+    """The small classifier of small-image runs: its last hidden layer, and logits over the data's classes."""
 
     kind: type[Classifier] = SmallClassifier
     weights_file = "a classifier of the data set's classes, which a run of the stage 'classifier' exports"
@@ -98,14 +97,14 @@ class ClassifierFeatures(FeatureExtractor):
 
 
 class JudgeFeatures(ClassifierFeatures):
-    """The same of the judge, a network of another architecture that trains, guides and aligns nothing."""
+    """The judge: a network of another architecture that is used only for scores, never in training."""
 
     kind = Judge
     weights_file = "a judge of the data set's classes, which a run of the stage 'judge' exports"
 
 
 def names_beside(weights: Path) -> list[str]:
-    """The names of the classes that a classifier was trained on, which its export says beside the weights; else nothing."""
+    """The class names in the export beside a classifier's weights; empty without an export."""
     file = weights.with_name("export.json")
     info = read_versioned(file) if file.is_file() else {}
     names = info.get("class_names") if isinstance(info, dict) else None
@@ -113,11 +112,12 @@ def names_beside(weights: Path) -> list[str]:
 
 
 class InceptionFeatures(FeatureExtractor):
-    """InceptionV3 as the ADM evaluator uses it: 2048 pooled features (pool_3), the 1008 logits without bias of the TensorFlow
-    graph, and as spatial features the first 7 channels of the 1x1 branch of mixed_6 (17 x 17, ordered height, width, channel).
+    """InceptionV3 as in the ADM evaluator.
 
-    Images are resized to 299 pixels as TensorFlow 1 does, without antialiasing. Its classes are not in the order
-    of ImageNet's folders, so they name no class of a data set.
+    The outputs are 2048 pooled features (pool_3), the 1008 logits without bias of the TensorFlow graph, and
+    as spatial features the first 7 channels of the 1x1 branch of mixed_6 (17 x 17, ordered height, width,
+    channel). Images are resized to 299 pixels as in TensorFlow 1, without antialiasing. The logits do not
+    correspond to the classes of a data set, because their order is not that of ImageNet's folders.
     """
 
     weights_file = f"InceptionV3 in the layout of torch-fidelity, published as {URL_INCEPTION_V3}"
@@ -127,7 +127,7 @@ class InceptionFeatures(FeatureExtractor):
         state = read_extractor_weights(
             path, self.weights_file, {"Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch1x1.conv.weight", "fc.weight"}
         )
-        copy = io.BytesIO()  # torch-fidelity reads a file, and would unpickle anything in it
+        copy = io.BytesIO()  # torch-fidelity would unpickle any content of a file
         torch.save(state, copy)
         copy.seek(0)
         try:
@@ -153,8 +153,9 @@ class InceptionFeatures(FeatureExtractor):
 class DinoFeatures(FeatureExtractor):
     """DINOv2: the class token after the last norm, for FD-DINOv2 (arXiv 2306.04675), which uses ViT-L/14.
 
-    Images are resized to 224 pixels (bicubic, antialiased) and normalised as for ImageNet. The size of the network is that of the
-    weights; the position embedding is resampled to 16 x 16 as in the released code, offset and all, not as timm does by default.
+    Images are resized to 224 pixels (bicubic, antialiased) and normalised as for ImageNet. The network size
+    follows from the weights. The position embedding is resampled to 16 x 16 with the offset of the released
+    code, unlike timm's default.
     """
 
     weights_file = (
@@ -184,9 +185,9 @@ class DinoFeatures(FeatureExtractor):
 
 
 def dino_network(state: StateDict, image_size: int) -> VisionTransformer:
-    """timm's vision transformer of the shapes in ``state``, with its weights. Raises ``RuntimeError`` for other keys.
+    """timm's vision transformer with the weights of ``state``. Raises ``RuntimeError`` for wrong keys.
 
-    All released sizes have heads of 64 numbers.
+    All released sizes have a head dimension of 64.
     """
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     network = VisionTransformer(
@@ -205,7 +206,7 @@ def dino_network(state: StateDict, image_size: int) -> VisionTransformer:
 
 
 def resampled(position: Tensor, size: int) -> Tensor:
-    """The position embedding [1, 1 + M M, D] on a grid of ``size``: bicubic, with the released code's scale (size + 0.1) / M."""
+    """Resample the position embedding [1, 1 + M M, D] bicubically, by the released scale (size + 0.1) / M."""
     old = math.isqrt(position.shape[1] - 1)
     if old == size:
         return position
@@ -215,12 +216,12 @@ def resampled(position: Tensor, size: int) -> Tensor:
 
 
 def colour(pixels: Tensor) -> Tensor:
-    """Grey images as three equal channels."""
+    """Repeat the channel of grey images three times."""
     return repeat(pixels, "b 1 h w -> b c h w", c=3) if pixels.shape[1] == 1 else pixels
 
 
 def read_extractor_weights(path: str | Path, expected: str, needed: set[str]) -> StateDict:
-    """The state dict of a .safetensors file, or of any other read with ``weights_only``; it must have the keys ``needed``."""
+    """Read a state dict (.safetensors, or others with ``weights_only``) and check its keys ``needed``."""
     check_file(Path(path))
     if zipfile.is_zipfile(path):
         check_zip(Path(path))
@@ -238,7 +239,7 @@ def read_extractor_weights(path: str | Path, expected: str, needed: set[str]) ->
 
 
 def published_hash(path: Path) -> str:
-    """The fingerprint of InceptionV3's file, which says in its published name with which digits its SHA-256 begins."""
+    """The fingerprint of InceptionV3's file, checked against the SHA-256 digits in its published name."""
     published, found = Path(URL_INCEPTION_V3), short_hash(path)
     begins = published.stem.rpartition("-")[2]
     if path.name == published.name and not found.startswith(begins):
@@ -247,8 +248,8 @@ def published_hash(path: Path) -> str:
 
 
 def wrong_file(path: str | Path, expected: str, why: object) -> ValueError:
-    """The one wording for a file of weights that is not the network's."""
-    unsafe = "Weights only load failed" in str(why)  # torch goes on with advice to run code from the file
+    """The error for a weights file that is not of the expected network."""
+    unsafe = "Weights only load failed" in str(why)  # the rest advises to run code from the file
     reason = "it holds more than tensors" if unsafe else " ".join(str(why).split())[:300]
     return ValueError(f"evaluation.extractor_weights: {path} is not the file of weights ({reason}); expected {expected}.")
 
@@ -262,22 +263,23 @@ EXTRACTORS: dict[str, type[ClassifierFeatures] | type[InceptionFeatures] | type[
 
 
 def check_extractor_weights(name: str, weights: str | Path | None) -> None:
-    """Raise ``ValueError`` for an extractor that is in no table, and for one without the path of its weights."""
+    """Raise ``ValueError`` for an unknown extractor, and for one without the path of its weights."""
     check_name(name)
     allowed = f"for extractor {name!r} the path of {EXTRACTORS[name].weights_file}"
     require(bool(weights), "evaluation.extractor_weights", weights, allowed)
 
 
 def check_name(name: str) -> None:
-    """Raise ``ValueError`` for an extractor that is in no table."""
+    """Raise ``ValueError`` for an unknown extractor."""
     if name not in EXTRACTORS:
         raise unknown("evaluation.extractor", name, EXTRACTORS)
 
 
 def load_extractor(name: str, weights: str | Path | None, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """The extractor ``name`` with the weights of a file, on ``device``; nothing is ever downloaded.
+    """Load the extractor ``name`` with the weights of a file to ``device``, without any download.
 
-    Raises ``ValueError`` for an unknown name, without a file or for a wrong one, ``FileNotFoundError`` when it does not exist.
+    Raises ``ValueError`` for an unknown name and a missing or wrong file argument, and ``FileNotFoundError``
+    if the file does not exist.
     """
     check_extractor_weights(name, weights)
     if not Path(str(weights)).is_file():

@@ -25,7 +25,7 @@ from lit_transdiff.sampling.pictures import save_png
 
 @contextmanager
 def open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-    """The bytes of ``arr_0`` and its shape [N, H, W, 3]. Raises ``ValueError`` for anything but such uint8 images."""
+    """Open the bytes of ``arr_0`` [N, H, W, 3]. Raises ``ValueError`` unless it has uint8 images."""
     with ExitStack() as opened:
         try:
             archive = opened.enter_context(zipfile.ZipFile(path))
@@ -37,7 +37,7 @@ def open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
             raise
         except KeyError as error:
             raise ValueError(f"{path}: {error}; allowed: images as arr_0.") from error
-        except Exception as error:  # each layer of such a file has its own for bytes that it does not expect
+        except Exception as error:  # each layer of the format has errors of its own for unexpected bytes
             raise damaged_images(path, error) from error
         ok = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and not fortran_order
         require(ok, f"{path}: arr_0", f"{dtype} of shape {shape}", "uint8 images of shape [N, H, W, 3]")
@@ -48,7 +48,7 @@ def open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
 
 
 def damaged_images(path: Path, error: Exception) -> Damaged:
-    return Damaged(f"{path} is damaged: {error}. Copy it again from where it came, or make it again.")
+    return Damaged(f"{path} is damaged: {error}. Copy it again from its source, or make it again.")
 
 
 def images_shape(path: str | Path) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ def images_shape(path: str | Path) -> tuple[int, ...]:
 
 
 def image_batches(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
-    """The images of ``arr_0`` as batches [B, 3, H, W] in [-1, 1]; only one batch is in memory, also of a compressed file."""
+    """The images of ``arr_0`` as batches [B, 3, H, W] in [-1, 1]; only one batch is in memory at a time."""
     with open_images(Path(path)) as (file, (count, *size)):
         for first in range(0, count, batch_size):
             images = min(batch_size, count - first)
@@ -72,9 +72,9 @@ def image_batches(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
 
 
 def write_npz(path: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> None:
-    """Write ``arr_0`` of uint8 ``batches`` [B, C, H, W], grey ones as three equal channels, and ``arr_1``, their ``labels`` [N].
+    """Write uint8 ``batches`` [B, C, H, W] as ``arr_0`` (grey ones repeated) and ``labels`` as ``arr_1``.
 
-    The file is written whole or not at all, batch by batch, uncompressed like that of ``numpy.savez``.
+    The file is written batch by batch, completely or not at all, and uncompressed as by ``numpy.savez``.
     """
     with whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
@@ -98,5 +98,5 @@ def write_pngs(folder: Path, pixels: Tensor, indices: Sequence[int]) -> None:
 
 
 def png(folder: Path, index: int) -> Path:
-    """Where the image of an index lies."""
+    """The path of the image with this index."""
     return folder / f"{index:05d}.png"

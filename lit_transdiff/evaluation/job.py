@@ -1,7 +1,8 @@
-"""One evaluation as it is done: what draws, what judges, and the scores of what was drawn.
+"""The work of one evaluation: generator, extractor and reference, sampling of batches, and scores.
 
-Shapes: N images, B images of a batch, R references, C channels, H W pixels, D features, K classes.
-Image i has its own seed and label, and batches are fixed ranges of images: the numbers do not depend on how many ranks draw them.
+Shapes: N images, B images of a batch, R references, C channels, H W pixels, D features, K classes. Image i
+has its own seed and label, and batches are fixed ranges of images, so that the numbers do not depend on the
+number of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lit_transdiff.sampling.generator import Generator, check_sampling
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation, loaded and checked: what draws, what judges, and what it is compared with."""
+    """One evaluation, loaded and checked: generator, extractor, reference and settings."""
 
     generator: Generator
     settings: EvaluationConfig
@@ -39,8 +40,8 @@ class Job:
     extractor: FeatureExtractor
     reference: Statistics | None
     labels: Tensor  # [N]
-    images_of_row: int  # that are scored
-    needs: set[str]  # of the metrics, as in metrics.NEEDS
+    images_of_row: int  # number of scored images per row
+    needs: set[str]  # requirements of the metrics, as in metrics.NEEDS
 
     @property
     def spatial(self) -> bool:
@@ -49,16 +50,16 @@ class Job:
 
 @dataclass(frozen=True)
 class DrawnBatch:
-    """What is known of drawn images."""
+    """Sampled images with their features and timing."""
 
     features: Features
-    pixels: Tensor  # [B, C, H, W] uint8, as a file holds them
-    seconds: float  # spent on drawing and decoding
-    evaluations: int  # images that went through what a solver evaluates
+    pixels: Tensor  # [B, C, H, W] uint8, as in files
+    seconds: float  # for sampling and decoding
+    evaluations: int  # number of images evaluated by the network in the solver
 
 
 def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig) -> Job:
-    """Load the extractor and the reference, and refuse whatever could not be scored after the images are drawn."""
+    """Load the extractor and the reference, and refuse settings under which scoring would fail later."""
     shape = generator.model.condition_shape
     require(shape is None, "a model of conditions of shape", shape, "a model of class labels, of which scores are drawn")
     check_sampling(sampling, generator.run.model)
@@ -101,9 +102,9 @@ def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: Samp
 
 
 def draw_batch(job: Job, batch: Sequence[int]) -> DrawnBatch:
-    """Draw the images of the indices ``batch`` and extract their features."""
+    """Sample the images of the indices ``batch`` and extract their features."""
     generator = job.generator
-    first = batch[:: job.images_of_row]  # of each row
+    first = batch[:: job.images_of_row]  # one per row
     with counted_rows(generator.network.evaluated) as rows:
         started = clock(generator.device)
         drawn = generator.images(job.labels[list(first)], image_seeds(job.settings, first), job.sampling)
@@ -113,7 +114,7 @@ def draw_batch(job: Job, batch: Sequence[int]) -> DrawnBatch:
 
 
 def with_reference(job: Job, folder: Path) -> Job:
-    """``job`` with everything that its metrics need of the reference's images (see ``completed``)."""
+    """``job`` with all statistics that its metrics need from the reference's images (see ``completed``)."""
     if job.reference is None:
         return job
     features = "reference features" in job.needs
@@ -122,7 +123,7 @@ def with_reference(job: Job, folder: Path) -> Job:
 
 
 def score(job: Job, features: Features, spatial: Iterable[Tensor]) -> dict[str, Score]:
-    """All scores of drawn images; ``spatial`` gives chunks [B, S] of their spatial features, and is read only where needed."""
+    """All scores of sampled images; ``spatial`` yields chunks [B, S] of spatial features, read if needed."""
     generator = job.generator
     scored = Scored(
         features.features.to(generator.device),
@@ -136,25 +137,25 @@ def score(job: Job, features: Features, spatial: Iterable[Tensor]) -> dict[str, 
 
 
 def choose_labels(settings: EvaluationConfig, num_classes: int) -> Tensor:
-    """The class [N] of every image: equally many of each in order of class, or drawn from ``settings.seed``."""
+    """The class [N] of every image: equal numbers in order of class, or random by ``settings.seed``."""
     if settings.label_mode == "balanced":
         return torch.arange(settings.num_images) * num_classes // settings.num_images
     return torch.from_numpy(np.random.default_rng(settings.seed).integers(num_classes, size=settings.num_images))
 
 
 def images_of_a_class(labels: Tensor, num_classes: int) -> list[int]:
-    """Fewest and most images that a class has."""
+    """The smallest and largest number of images of a class."""
     counts = labels.bincount(minlength=num_classes)
     return [int(counts.min()), int(counts.max())]
 
 
 def image_seeds(settings: EvaluationConfig, indices: Sequence[int]) -> list[int]:
-    """One seed an image; evaluations with different ``settings.seed`` share none below a million images."""
+    """One seed per image; different ``settings.seed`` have no common seeds below a million images."""
     return [settings.seed * 1_000_003 + i for i in indices]
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, after all work given to ``device`` is done."""
+    """The time in seconds, after all queued work of ``device`` is complete."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -162,7 +163,7 @@ def clock(device: torch.device) -> float:
 
 @contextmanager
 def counted_rows(module: torch.nn.Module) -> Iterator[list[int]]:
-    """A list that gets the batch size of every call of ``module`` while the context is open."""
+    """A list that records the batch size of every call of ``module`` within the context."""
     rows: list[int] = []
     handle = module.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     try:

@@ -1,4 +1,4 @@
-"""The scores. A metric is ``function(generated, reference, settings) -> float`` or mean and std; METRICS lists them.
+"""The metrics. Each is a function ``(generated, reference, settings) -> float`` (or mean and std) in METRICS.
 
 Shapes: N generated images, M reference images, D features, K classes, S context tokens. All sums are in float64.
 """
@@ -21,24 +21,24 @@ from lit_transdiff.evaluation.scores import Score
 from lit_transdiff.evaluation.statistics import Statistics, reference_tensor
 from lit_transdiff.models.tokens import token_similarity
 
-INCEPTION_PART = 5000  # images of a part of the inception score, as in the ADM evaluator
-DISTANCES = 1 << 26  # distances that are held at a time
+INCEPTION_PART = 5000  # images per split of the inception score, as in the ADM evaluator
+DISTANCES = 1 << 26  # the most distances in memory at a time
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known of the generated images, in the order of their indices."""
+    """The outputs of the extractor for the generated images, in the order of their indices."""
 
     features: Tensor  # [N, D]
-    labels: Tensor  # [N], the classes asked for
+    labels: Tensor  # [N], the requested classes
     logits: Tensor | None = None  # [N, K]
-    logits_name_classes: bool = False  # the logits are over the classes of ``labels``
+    logits_name_classes: bool = False  # whether the logits are over the classes of ``labels``
     semantic_features: Callable[[Tensor], Tensor] | None = None  # labels [B] -> the model's context tokens [B, S, D]
-    spatial: Gaussian | None = None  # of the spatial features
+    spatial: Gaussian | None = None  # statistics of the spatial features
 
 
 def frechet_distance(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
-    """The Frechet distance of the features: FID, with Inception's (arXiv 1706.08500), FD-DINOv2 with DINOv2's."""
+    """The Frechet distance of features: FID with Inception's (arXiv 1706.08500), FD-DINOv2 with DINOv2's."""
     return frechet(gaussian_of([generated.features]), reference.gaussian)
 
 
@@ -51,8 +51,9 @@ def spatial_frechet_distance(generated: Scored, reference: Statistics, settings:
 def inception_score(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> Score:
     """exp of the mean KL divergence of an image's class distribution from the mean one (arXiv 1606.03498).
 
-    Mean and std over parts of 5,000 images, shuffled first, as images come in order of class; fewer images are one part.
-    With the logits of the small classifier it is an analogue: comparable only with scores of the same classifier.
+    The result is the mean and std over splits of 5,000 images, shuffled because images are in class order;
+    fewer images are one split. With the logits of the small classifier it is an analogue that is comparable
+    only with scores of the same classifier.
     """
     assert generated.logits is not None
     order = torch.randperm(len(generated.logits), generator=torch.Generator().manual_seed(settings.seed))
@@ -66,9 +67,10 @@ def inception_score(generated: Scored, reference: Statistics | None, settings: E
 
 
 def kernel_distance(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> Score:
-    """Unbiased squared maximum mean discrepancy with a cubic kernel (arXiv 1801.01401): KID, when the features are Inception's.
+    """Unbiased squared MMD with a cubic kernel (arXiv 1801.01401); with Inception features, this is KID.
 
-    Over 100 random subsets of 1000 images, or of all there are; it may be slightly below 0.
+    The mean and std are over 100 random subsets of 1000 images, or of all if fewer; it may be slightly below
+    0.
     """
     real, fake = reference_tensor(reference), generated.features.double().cpu()
     size, order = min(1000, len(real), len(fake)), torch.Generator().manual_seed(settings.seed)
@@ -81,29 +83,29 @@ def kernel_distance(generated: Scored, reference: Statistics, settings: Evaluati
 
 
 def precision(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
-    """The share of generated images that lie in the manifold of the real ones (arXiv 1904.06991)."""
+    """The fraction of generated images in the manifold of the real ones (arXiv 1904.06991)."""
     real = reference_tensor(reference).to(generated.features.device)
     return covered(generated.features, real, settings.num_neighbours)
 
 
 def recall(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
-    """The share of real images that lie in the manifold of the generated ones (arXiv 1904.06991)."""
+    """The fraction of real images in the manifold of the generated ones (arXiv 1904.06991)."""
     real = reference_tensor(reference).to(generated.features.device)
     return covered(real, generated.features, settings.num_neighbours)
 
 
 def class_accuracy(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> float:
-    """The share of generated images that the extractor names as the class asked for."""
+    """The fraction of generated images that the extractor classifies as the requested class."""
     assert generated.logits is not None
     logits = generated.logits.cpu()
     return float(multiclass_accuracy(logits, generated.labels.cpu(), num_classes=logits.shape[1], average="micro"))
 
 
 def feature_diversity(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> float:
-    """Mean cosine similarity over all pairs of an image's semantic features, diagonal included (arXiv 2506.09482).
+    """Mean cosine similarity over all pairs of an image's semantic features (arXiv 2506.09482).
 
-    Lower is more diverse. Each class is computed once: its features depend on the class and, for R > 1, on references
-    drawn with one seed a class.
+    The pairs include the diagonal; lower is more diverse. Each class is computed once, because its features
+    depend only on the class and, for R > 1, on references sampled with one seed per class.
     """
     assert generated.semantic_features is not None
     labels, counts = generated.labels.unique(return_counts=True)
@@ -112,16 +114,17 @@ def feature_diversity(generated: Scored, reference: Statistics | None, settings:
 
 
 def covered(points: Tensor, manifold: Tensor, neighbours: int, chunk: int | None = None) -> float:
-    """The share of ``points`` [N, D] that lie in a ball around some row of ``manifold`` [M, D].
+    """The fraction of ``points`` [N, D] inside a ball around any row of ``manifold`` [M, D].
 
-    The ball around a row reaches to its ``neighbours``-th nearest other row. Distances are in float64, ``chunk`` rows at a time.
+    The radius of a row's ball is the distance to its ``neighbours``-th nearest other row. Distances are
+    computed in float64, ``chunk`` rows at a time.
     """
     require(
         len(manifold) > neighbours, "evaluation.num_neighbours", neighbours, f"fewer than the {len(manifold)} images of a set"
     )
     chunk = chunk or max(1, DISTANCES // len(manifold))
     manifold = manifold.double()
-    centre = manifold.mean(dim=0)  # distances stay, and lose fewer digits
+    centre = manifold.mean(dim=0)  # centring preserves distances and reduces cancellation
     manifold = manifold - centre
     radii = torch.cat([torch.cdist(rows, manifold).kthvalue(neighbours + 1).values for rows in manifold.split(chunk)])
     inside = [(torch.cdist(rows.double() - centre, manifold) <= radii).any(dim=1) for rows in points.split(chunk)]
@@ -130,7 +133,7 @@ def covered(points: Tensor, manifold: Tensor, neighbours: int, chunk: int | None
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of METRICS, called like its function: its name in a table, which way is better, what it cannot do without."""
+    """A row of METRICS, callable like its function: title, whether higher is better, and requirements."""
 
     function: Callable[..., Score]
     title: str
@@ -150,7 +153,7 @@ class Metric:
         return self.function(generated, reference, settings)
 
     def check(self, have: set[str]) -> None:
-        """Raise ``ValueError`` naming the setting that gives what is needed and not in ``have``."""
+        """Raise ``ValueError`` with the setting that provides a requirement missing in ``have``."""
         for need in self.needs:
             if need not in have:
                 raise ValueError(f"evaluation.metrics: {self.title} needs {NEEDS[need]}.")
@@ -171,9 +174,9 @@ METRICS: dict[str, Metric] = {
 
 NEEDS: dict[str, str] = {
     "reference": "the statistics of real images: set evaluation.reference to a statistics file (.npz)",
-    "reference features": "features of real images, which evaluation.reference does not hold: make it with max_features above 0, "
-    "or take a file with the images themselves (arr_0)",
-    "reference spatial": "spatial statistics of real images (mu_s, sigma_s), which evaluation.reference does not hold",
+    "reference features": "features of real images, missing in evaluation.reference: make it with "
+    "max_features above 0, or use a file with the images themselves (arr_0)",
+    "reference spatial": "spatial statistics of real images (mu_s, sigma_s), missing in evaluation.reference",
     "spatial features": "spatial features: set evaluation.extractor to 'inception'",
     "logits": "logits: set evaluation.extractor to a network that has them",
     "class logits": "logits over the model's own classes: set evaluation.extractor to 'classifier' or 'judge', trained on them",
@@ -182,7 +185,7 @@ NEEDS: dict[str, str] = {
 
 
 def there(reference: Statistics | None, *, logits: bool, class_logits: bool, semantic: bool, spatial: bool) -> set[str]:
-    """Which of NEEDS are met."""
+    """The NEEDS that are met."""
     have = {
         "reference": reference is not None,
         "reference features": reference is not None and reference.has_features,
@@ -196,12 +199,12 @@ def there(reference: Statistics | None, *, logits: bool, class_logits: bool, sem
 
 
 def needed_by(names: Sequence[str]) -> set[str]:
-    """Which of NEEDS the metrics have together."""
+    """The NEEDS of all these metrics."""
     return {need for name in names for need in METRICS[name].needs}
 
 
 def check_metrics(names: Sequence[str], have: set[str]) -> None:
-    """Raise ``ValueError`` for an unknown metric or one that lacks what it needs: before hours of sampling, not after."""
+    """Raise ``ValueError`` for an unknown metric or one with unmet requirements, before hours of sampling."""
     for name in names:
         if name not in METRICS:
             raise unknown("evaluation.metrics", name, METRICS)
@@ -209,10 +212,10 @@ def check_metrics(names: Sequence[str], have: set[str]) -> None:
 
 
 def check_evaluation(settings: EvaluationConfig, *, scores: bool, semantic: bool = True) -> None:
-    """Refuse an extractor or metric that is in no table and, for a run that ``scores``, settings that the metrics cannot do with.
+    """Refuse unknown extractors and metrics and, for a run that ``scores``, settings that do not fit them.
 
-    No file is looked at: the extractor and the reference may be made before they are needed. ``semantic``: whether the model has
-    semantic features.
+    Files are not checked, because the extractor and the reference may still be made before their use.
+    ``semantic`` tells whether the model has semantic features.
     """
     check_name(settings.extractor)
     lacking: set[str] = set()
@@ -226,5 +229,5 @@ def check_evaluation(settings: EvaluationConfig, *, scores: bool, semantic: bool
 
 
 def compute_scores(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> dict[str, Score]:
-    """All of ``settings.metrics``, by name."""
+    """Compute all of ``settings.metrics`` by name."""
     return {name: METRICS[name](generated, reference, settings) for name in settings.metrics}

@@ -1,4 +1,4 @@
-"""What is made once from a data set before training and scoring: cached latents and reference statistics."""
+"""Preparation of a data set for training and scoring: cached latents and reference statistics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lit_transdiff.evaluation.statistics import (
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
 from lit_transdiff.models.sizes import bytes_of_images, room_here
 
-PICTURE = ("image_size", "image_channels", "crop", "exif", "background")  # settings that decide what an image looks like
+PICTURE = ("image_size", "image_channels", "crop", "exif", "background")  # settings that affect pixels
 
 
 def cache(
@@ -43,10 +43,10 @@ def cache(
     flips: bool,
     batch_size: int = 64,
 ) -> ShardIndex:
-    """Write the autoencoder's moments of the image shards ``source`` as latent shards ``dest``, over all ranks of ``fabric``.
+    """Encode the image shards ``source`` on all ranks and write the moments as latent shards ``dest``.
 
-    A cache that was stopped is continued, on any number of ranks; a finished one is left as it is; one of another
-    autoencoder, other images, or another crop, size or number of flips is refused.
+    An interrupted cache is continued on any number of ranks, and a complete one is left unchanged. A cache
+    with a different autoencoder, images, crop, size or number of flips is refused.
     """
     at_once = min(batch_size, max((shard.samples for shard in read_index(source).shards), default=1))
     require(batch_size >= 1, "--batch-size", batch_size, "an integer of at least 1")
@@ -64,7 +64,7 @@ def cache(
 
 
 def write_all(work: LatentCache, network: Autoencoder, fabric: Fabric, batch_size: int) -> None:
-    """Write what is missing of a cache, each rank its share."""
+    """Write the missing part of a cache, distributed over the ranks."""
     if fabric.is_global_zero:
         work.begin()
     fabric.barrier()
@@ -85,9 +85,9 @@ def write_all(work: LatentCache, network: Autoencoder, fabric: Fabric, batch_siz
 def statistics(
     source: str | Path, dest: str | Path, *, data: DataConfig, extractor: FeatureExtractor, batch_size: int = 100
 ) -> Statistics:
-    """Reference statistics of all images of the shards ``source``, written to the file ``dest``.
+    """Compute reference statistics of all images of the shards ``source`` and write them to ``dest``.
 
-    ``source`` may also be an ``.npz`` file of images in the ADM evaluator's layout, which are taken as they are.
+    ``source`` may also be an ``.npz`` file of images in the ADM evaluator's layout, which are used unchanged.
     """
     check_statistics_file(dest)
     if Path(source).suffix != ".npz":
@@ -106,7 +106,7 @@ def batches_and_count(source: str | Path, data: DataConfig, batch_size: int) -> 
 
 
 def made_of(source: str | Path, data: DataConfig) -> dict[str, Any]:
-    """What decides the images that statistics are made of, besides the extractor."""
+    """The source and settings that identify the images behind statistics."""
     if Path(source).suffix == ".npz":
         return {"source_hash": short_hash(Path(source))}
     settings = {name: getattr(data, name) for name in PICTURE}
@@ -114,9 +114,9 @@ def made_of(source: str | Path, data: DataConfig) -> dict[str, Any]:
 
 
 def check_statistics(source: str | Path, dest: str | Path, *, data: DataConfig, extractor: FeatureExtractor) -> Statistics:
-    """The statistics of an existing file; raises ``ValueError`` when they are of other images or of another extractor.
+    """Load an existing statistics file. Raises ``ValueError`` if it is of other images or another extractor.
 
-    A file in a public layout does not say what it was made of, and is taken as it is.
+    A file in a public layout does not record its source and is accepted.
     """
     found = load_statistics(dest)
     check_extractor(found, extractor)
@@ -132,12 +132,12 @@ def check_statistics(source: str | Path, dest: str | Path, *, data: DataConfig, 
 
 
 def images_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterator[Tensor]:
-    """Every image of a folder of shards once, as batches [B, C, H, W] in [-1, 1]."""
+    """All images of a folder of shards once, as batches [B, C, H, W] in [-1, 1]."""
     return (batch.values[:, 0] for batch in batches_of(source, data, batch_size))
 
 
 def batches_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterator[Batch]:
-    """The same with the labels: ``values`` [B, 1, C, H, W]."""
+    """All images of a folder of shards once, with labels: ``values`` [B, 1, C, H, W]."""
     index = read_index(source)
     room_here("cpu").require(bytes_of_images(data, min(batch_size, len(index))), data__image_size=data.image_size)
     picture = {name: getattr(data, name) for name in PICTURE}

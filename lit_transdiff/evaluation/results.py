@@ -1,4 +1,4 @@
-"""Result files: ``evaluations/<run>-<hash>.json`` with scores and a manifest, and the picture of the same name."""
+"""Result files: ``evaluations/<run>-<hash>.json`` with scores and manifest, and a picture beside it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lit_transdiff.sampling.generator import Generator
 
 
-ADDED = ("part_guidance", "num_parts")  # settings of the sampler that came after the first results
+ADDED = ("part_guidance", "num_parts")  # sampler settings added after the first results
 
 
 def manifest(
@@ -36,20 +36,20 @@ def manifest(
     extractor: FeatureExtractor,
     reference: Statistics | None,
 ) -> dict[str, Any]:
-    """Everything that decided the scores, and where it comes from."""
+    """All conditions of the scores, and their origin."""
     run, device = generator.run, generator.device
     return {
         "run": run.name,
         "stage": run.stage,
         "num_references": run.model.num_references,
-        "scored_reference": "all" if settings.keep == "all" else run.model.num_references - 1,  # of the images of a row
+        "scored_reference": "all" if settings.keep == "all" else run.model.num_references - 1,  # in the row
         "checkpoint": generator.checkpoint,
         "weights": generator.weights,
         "weights_fingerprint": generator.fingerprint,
         **origin(generator.checkpoint),
         "num_images": settings.num_images,
         "seed": settings.seed,
-        "image_seeds": "seed * 1000003 + index",  # of a row: of its first scored image
+        "image_seeds": "seed * 1000003 + index",  # for a row, the seed of its first scored image
         "label_mode": settings.label_mode,
         "metrics": list(settings.metrics),
         "num_neighbours": settings.num_neighbours,
@@ -73,13 +73,13 @@ def manifest(
 
 
 def said(sampling: SamplingConfig) -> dict[str, Any]:
-    """A sampler; settings that earlier versions had not only where they are changed, so that results of both are of one name."""
+    """The sampler's settings; newer ones only if changed, so that names of earlier results remain valid."""
     plain = {field.name: field.default for field in dataclasses.fields(sampling) if field.name in ADDED}
     return {name: value for name, value in dataclasses.asdict(sampling).items() if name not in ADDED or value != plain[name]}
 
 
 def origin(checkpoint: str) -> dict[str, Any]:
-    """What the export says of its training, and the git commit of the run's last start; empty for a model in memory."""
+    """The export's training record and the git commit of the run's last start; empty for models in memory."""
     if not Path(checkpoint).exists():
         return {"training": None, "training_commit": None}
     folder = export_folder(checkpoint)
@@ -90,18 +90,18 @@ def origin(checkpoint: str) -> dict[str, Any]:
 
 
 def result_name(record: dict[str, Any]) -> str:
-    """Run name and 8 digits of the hash of the deciding settings."""
+    """The run's name and 8 digits of the hash of the settings that affect the scores."""
     deciding = json.dumps({key: record[key] for key in DECIDING}, sort_keys=True)
     return f"{record['run']}-{hashlib.sha256(deciding.encode()).hexdigest()[:8]}"
 
 
 def result_file(output: Path, record: dict[str, Any]) -> Path:
-    """Where the result of a manifest lies."""
+    """The path of the result of a manifest."""
     return Path(output) / FOLDER / f"{result_name(record)}.json"
 
 
 def write_result(file: Path, scores: dict[str, Score], record: dict[str, Any], picture: Image.Image) -> None:
-    """Write the picture, then the JSON ``file``, each whole or not at all."""
+    """Write the picture, then the JSON ``file``, each completely or not at all."""
     with whole(file.with_suffix(".png")) as partial:
         picture.save(partial, format="png")
     replace_file(file, sealed({"scores": scores, "manifest": record}))

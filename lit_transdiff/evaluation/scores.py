@@ -1,4 +1,4 @@
-"""What the results of evaluations are, for those who read them: their folder, their numbers, and which of them compare."""
+"""Reading results of evaluations: their folder, their numbers, and which of them are comparable."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FOLDER = "evaluations"  # of a run folder
+FOLDER = "evaluations"  # in a run folder
 EVALUATE = "evaluate"  # the stage of a run that scores a trained model
 JUDGED_BY = ("extractor", "extractor_fingerprint", "reference_hash", "num_images", "label_mode", "num_neighbours")
-# The part of a manifest that decides the scores; the rest (date, speed, paths) may differ between equal evaluations.
+# The part of a manifest that affects the scores; the rest (date, speed, paths) may differ between equal ones.
 DECIDING = [
     *("run", "weights_fingerprint", "scored_reference", "sampling", "precision", "num_images", "seed", "label_mode"),
     *("metrics", "num_neighbours", "inception_score_part", "extractor", "extractor_fingerprint", "reference_hash"),
@@ -21,30 +21,30 @@ Score = float | dict[str, float]  # a number, or mean and std
 
 
 def value(score: Score) -> float:
-    """A score as one number: its mean, if it has a spread."""
+    """A score as a single number: the number itself or the mean."""
     return score["mean"] if isinstance(score, Mapping) else score
 
 
 def measured_std(score: Score) -> float | None:
-    """The standard deviation over a score's parts; nothing, where it has one part, or equal ones: no spread was measured."""
+    """The standard deviation over a score's splits; None for a single split or equal values."""
     std = score.get("std", math.nan) if isinstance(score, Mapping) else math.nan
     return std if math.isfinite(std) and std > NO_SPREAD * abs(value(score)) else None
 
 
 def score_in_words(score: Score) -> str:
-    """A score in full, with its spread where one was measured."""
+    """A score as text with all digits, and its spread if it was measured."""
     std = measured_std(score)
     return f"{value(score)}" + ("" if std is None else f" ± {std:.2g}")
 
 
 def judged_by(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What two results must share for their scores to be comparable."""
+    """The conditions that two results must share for comparable scores."""
     return tuple(manifest.get(name) for name in JUDGED_BY)
 
 
 def result_files(folder: str | Path) -> list[Path]:
-    """Every result at or below ``folder``, in the order of paths. Raises ``FileNotFoundError`` when there is none."""
+    """All result files at or below ``folder``, sorted. Raises ``FileNotFoundError`` if there is none."""
     files = sorted(file for file in Path(folder).rglob("*.json") if file.parent.name == FOLDER)
     if not files:
-        raise FileNotFoundError(f"{folder} holds no result ({FOLDER}/*.json): evaluate a trained run first.")
+        raise FileNotFoundError(f"{folder} contains no result ({FOLDER}/*.json): run evaluate first.")
     return files

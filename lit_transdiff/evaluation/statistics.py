@@ -1,12 +1,12 @@
-"""Statistics of real images that generated ones are compared with, as ``.npz`` files.
+"""Statistics of real images as a reference for generated ones, in ``.npz`` files.
 
-Shapes: N images, D features, S spatial features. What a file may hold:
+Shapes: N images, D features, S spatial features. A file may contain:
 
 - ``mu`` [D], ``sigma`` [D, D]: the features' mean and covariance (the public layout);
 - ``mu_s`` [S], ``sigma_s`` [S, S]: those of Inception's spatial features (the ADM evaluator's layout);
-- ``arr_0`` [N, H, W, 3], uint8: images themselves (the ADM evaluator's layout). Their features serve where kept features are
-  wanted, and their statistics where the file has none; they are computed once and kept in a file beside it;
-- ours also ``num_images``, ``features`` [n, D] float32 of at most n kept images, and ``about``, a JSON text.
+- ``arr_0`` [N, H, W, 3], uint8: the images themselves (the ADM evaluator's layout). Their features and
+  statistics are computed once if the file lacks them, and stored in a file beside it;
+- in our files also ``num_images``, ``features`` [n, D] float32 of n sampled images, and ``about`` (JSON).
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from lit_transdiff.evaluation.images import image_batches, images_shape
 from lit_transdiff.evaluation.moments import Gaussian, Moments
 
 NAMES = ("mu", "sigma", "mu_s", "sigma_s", "num_images", "features", "about")
-SIGMA_TOLERANCE = 1e-6  # how far sigma in a file may be from symmetric, and its eigenvalues below 0, relative to its largest
+SIGMA_TOLERANCE = 1e-6  # tolerance for asymmetry and negative eigenvalues of sigma, relative to its largest
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Mean, covariance (over N - 1) and a sample of the features of real images."""
 
-    mu: np.ndarray  # [D] float64; [0] where the file has only images
+    mu: np.ndarray  # [D] float64; [0] if the file has only images
     sigma: np.ndarray  # [D, D] float64
-    num_images: int | None = None  # nothing in the public layout
+    num_images: int | None = None  # None in the public layout
     features: np.ndarray | None = None  # [n, D] float32, in the order read
     about: dict[str, Any] = field(default_factory=dict)  # extractor, fingerprint, source, settings
     path: str | None = None
-    hash: str | None = None  # of the file
-    spatial: Gaussian | None = None  # of the spatial features
-    images: int = 0  # as many images are in the file
+    hash: str | None = None  # hash of the file
+    spatial: Gaussian | None = None  # statistics of the spatial features
+    images: int = 0  # number of images in the file
 
     def __post_init__(self) -> None:
         check_gaussian(self.mu, self.sigma, ("mu", "sigma"))
@@ -67,22 +67,22 @@ class Statistics:
 
     @property
     def has_features(self) -> bool:
-        """Features are kept, or can be made of the file's images."""
+        """Whether features are stored, or can be computed from the file's images."""
         return self.num_features > 0
 
     @property
     def num_features(self) -> int:
-        """Rows of features that are kept, or can be made of the file's images."""
+        """The rows of features that are stored, or can be computed from the file's images."""
         return self.images if self.features is None else len(self.features)
 
     @property
     def has_spatial(self) -> bool:
-        """Spatial statistics are there, or can be made of the file's images."""
+        """Whether spatial statistics are stored, or can be computed from the file's images."""
         return self.spatial is not None or self.images > 0
 
 
 def check_gaussian(mu: np.ndarray, sigma: np.ndarray, names: tuple[str, str]) -> None:
-    """Refuse shapes that are no mean and covariance, and numbers that are not finite."""
+    """Refuse shapes that do not fit a mean and covariance, and non-finite numbers."""
     size = mu.size
     require(mu.ndim == 1, names[0], mu.shape, "[D]")
     require(sigma.shape == (size, size), names[1], sigma.shape, f"[D, D] with D = {size}")
@@ -91,7 +91,7 @@ def check_gaussian(mu: np.ndarray, sigma: np.ndarray, names: tuple[str, str]) ->
 
 
 def check_covariance(sigma: np.ndarray, name: str) -> None:
-    """Refuse finite numbers [D, D] that are no covariance: not symmetric, or with an eigenvalue below 0 by more than rounding."""
+    """Refuse a finite matrix [D, D] that is not symmetric or has eigenvalues well below 0."""
     largest = float(np.abs(sigma).max(initial=0))
     symmetric = np.allclose(sigma, sigma.T, rtol=10 * SIGMA_TOLERANCE, atol=SIGMA_TOLERANCE * largest)
     require(symmetric, name, "a matrix that is not symmetric", "a covariance")
@@ -102,12 +102,12 @@ def check_covariance(sigma: np.ndarray, name: str) -> None:
 
 
 def is_positive(sigma: np.ndarray, shift: float) -> bool:
-    """Whether ``sigma`` has a Cholesky factor with ``shift`` added to its diagonal; much faster than its eigenvalues."""
+    """Whether ``sigma`` plus ``shift`` on its diagonal has a Cholesky factor; faster than eigenvalues."""
     return int(torch.linalg.cholesky_ex(torch.from_numpy(sigma + shift * np.eye(len(sigma)))).info) == 0
 
 
 class Reservoir:
-    """A uniform sample of at most ``size`` rows of a stream; which rows is a function of ``seed`` and their number alone."""
+    """A uniform sample of at most ``size`` rows of a stream, determined by ``seed`` and their number."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seen = size, 0
@@ -118,7 +118,7 @@ class Reservoir:
         for row in rows:
             slot = self.seen if self.seen < self.size else int(self.random.integers(self.seen + 1))
             if slot < len(self.rows):
-                self.rows[slot] = (self.seen, row.copy())  # a copy: a view would keep its whole batch in memory
+                self.rows[slot] = (self.seen, row.copy())  # a view would keep its whole batch in memory
             elif slot < self.size:
                 self.rows.append((self.seen, row.copy()))
             self.seen += 1
@@ -138,7 +138,7 @@ def reference_statistics(
 ) -> Statistics:
     """Statistics of images [B, C, H, W] in [-1, 1], in float64; with Inception also the spatial ones.
 
-    The features of a uniform sample of ``max_features`` images are kept for the metrics that need them (0: none).
+    Features of a uniform sample of ``max_features`` images (0: none) are included for metrics that need them.
     """
     with_spatial = extractor.num_spatial is not None
     require(max_features != 1, "max_features", max_features, "0 or at least 2")
@@ -166,7 +166,7 @@ def reference_statistics(
 
 
 def check_statistics_file(path: str | Path) -> None:
-    """Refuse a statistics file that could not be written, or would replace something else than one of ours."""
+    """Refuse a path that is not writable, or that would replace a file other than our own statistics."""
     path = Path(path)
     require(path.suffix == ".npz", "statistics file", str(path), "a name that ends in .npz")
     if os.path.lexists(path):
@@ -175,7 +175,7 @@ def check_statistics_file(path: str | Path) -> None:
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
-    """Write an ``.npz`` file, whole or not at all; returns the statistics with their path and hash."""
+    """Write an ``.npz`` file completely or not at all; return the statistics with their path and hash."""
     path = Path(path)
     check_statistics_file(path)
     arrays = {"mu": statistics.mu, "sigma": statistics.sigma, "about": np.array(json.dumps(statistics.about, sort_keys=True))}
@@ -192,31 +192,32 @@ def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
 
 
 def load_statistics(path: str | Path) -> Statistics:
-    """Read a statistics file in our layout or a public one; images in it are counted, not read.
+    """Read a statistics file in our layout or a public one; images in it are counted but not read.
 
-    Raises ``FileNotFoundError`` without the file and ``ValueError`` naming it when it is not one, or its numbers are no
-    statistics. That sigma is a covariance is checked here: at 2048 features it takes about a second.
+    Raises ``FileNotFoundError`` if the file does not exist, and ``ValueError`` that names it if its content
+    is not valid. This includes the check that sigma is a covariance, which takes about a second at 2048
+    features.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"evaluation.reference: {path} does not exist.")
     try:
         arrays = read_arrays(path, NAMES)
-        check_zip(path)  # also what is not read here, and the names of what is
+        check_zip(path)  # includes the members that are not read here, and all names
         with zip_of_arrays(path) as file:
             names = set(file.files)
         both = all({mu, sigma} <= names or not {mu, sigma} & names for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")))
         complete = both and bool({"mu", "arr_0"} & names)
         require(complete, "arrays", sorted(names), "at least mu and sigma, or images as arr_0; mu_s with sigma_s")
         return statistics_of(arrays, path, images_shape(path)[0] if "arr_0" in names else 0)
-    except Damaged as error:  # it names the file
+    except Damaged as error:  # its message names the file
         raise ValueError(f"evaluation.reference: {error}") from error
     except ValueError as error:
         raise ValueError(f"evaluation.reference: {path}: {error}") from error
 
 
 def statistics_of(arrays: dict[str, np.ndarray], path: Path, images: int) -> Statistics:
-    """The statistics that the ``arrays`` of a file hold, checked."""
+    """The checked statistics in the ``arrays`` of a file."""
     for name in {*NAMES[:4], "features"} & arrays.keys():
         require(arrays[name].dtype.kind in "fiu", name, str(arrays[name].dtype), "real numbers")
     num_images = arrays.get("num_images")
@@ -243,10 +244,10 @@ def statistics_of(arrays: dict[str, np.ndarray], path: Path, images: int) -> Sta
 
 
 def completed(statistics: Statistics, extractor: FeatureExtractor, folder: Path, *, features: bool, spatial: bool) -> Statistics:
-    """``statistics`` with what is wanted and only its images can give: kept features, spatial or all statistics.
+    """``statistics`` completed from its images: stored features, spatial statistics or all statistics.
 
-    They are computed once and kept in a file beside the reference (in ``folder`` where that place cannot be written to), whose
-    name holds the hash of the reference and the fingerprint of the extractor's weights.
+    They are computed once and stored in a file beside the reference, or in ``folder`` if that place is not
+    writable. Its name contains the hash of the reference and the fingerprint of the extractor's weights.
     """
     lacking = (features and statistics.features is None) or (spatial and statistics.spatial is None) or not statistics.mu.size
     if not lacking:
@@ -272,9 +273,10 @@ def completed(statistics: Statistics, extractor: FeatureExtractor, folder: Path,
 
 
 def check_extractor(statistics: Statistics, extractor: FeatureExtractor) -> None:
-    """Refuse a reference made with another network than ``extractor``: their features are not comparable.
+    """Refuse a reference made with another network than ``extractor``, whose features are not comparable.
 
-    The public layout names no network; its statistics are taken to be Inception's, its images are anybody's.
+    The public layout does not name a network: statistics are assumed to be Inception's, images fit any
+    network.
     """
     made_with = statistics.about.get("extractor", "inception" if statistics.mu.size else extractor.name)
     where = f"evaluation.reference {statistics.path}"
@@ -292,7 +294,8 @@ def check_extractor(statistics: Statistics, extractor: FeatureExtractor) -> None
 
 
 def reference_tensor(statistics: Statistics) -> Tensor:
-    """The kept features [n, D] in float64."""
+    """The stored features [n, D] in float64."""
     if statistics.features is None:
-        raise ValueError(f"evaluation.reference: {statistics.path} holds no features; make it with max_features above 0.")
+        text = "has no features; make it with max_features above 0."
+        raise ValueError(f"evaluation.reference: {statistics.path} {text}")
     return torch.from_numpy(statistics.features).double()

@@ -1,4 +1,4 @@
-"""Pictures from a trained model: labelled grids and single images, semantic fusion, the row of successive images."""
+"""Pictures from a trained model: labelled grids, single images, semantic fusion and successive images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lit_transdiff.models.sizes import bytes_of_images, least_of_drawing, room_h
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid, save_picture, save_png
 
-IMAGES_SHOWN = 16  # images of a class in a grid
+IMAGES_SHOWN = 16  # the most images per class in a grid
 
 
 def draw_samples(
@@ -33,10 +33,10 @@ def draw_samples(
     references: bool = False,
     batch_size: int = 64,
 ) -> Path:
-    """Write ``output/class-XXXX/seed-XXXX.png``, one for each of ``per_class`` images of ``classes``, and ``output/grid.png``.
+    """Write ``per_class`` images of each class, ``output/class-XXXX/seed-XXXX.png``, and ``output/grid.png``.
 
-    The grid shows the first ``IMAGES_SHOWN`` of each class, with ``references`` the R successive images of each. The image of
-    a class and number depends on ``seed``, the class and the number alone.
+    The grid shows the first ``IMAGES_SHOWN`` images of each class, with ``references`` all R successive
+    images of each. An image depends only on ``seed``, its class and its number.
     """
     check_number(generator, per_class, len(classes))
     labels = [c for c in classes for _ in range(per_class)]
@@ -57,7 +57,7 @@ def draw_samples(
 
 
 def check_number(generator: Generator, per_class: int, num_classes: int) -> None:
-    """Refuse more images than fit into memory, in which they wait for the grid."""
+    """Refuse more images than fit into memory, where all are kept for the grid."""
     require(per_class >= 1, "--per-class", per_class, "at least 1")
     run = generator.run
     number = per_class * num_classes * run.model.num_references
@@ -65,7 +65,7 @@ def check_number(generator: Generator, per_class: int, num_classes: int) -> None
 
 
 def labelled(rows: Tensor, names: Sequence[str], references: bool) -> Image.Image:
-    """The first ``IMAGES_SHOWN`` of ``rows`` [K, N, R, C, H, W] of each class: the last of the R images, or all of them."""
+    """The grid of the first rows [K, N, R, C, H, W] of each class: the last of the R images, or all."""
     count = rows.shape[1]
     rows = rows[:, :IMAGES_SHOWN]
     first = f"the first {IMAGES_SHOWN} of {count:,} images of a class" if count > IMAGES_SHOWN else ""
@@ -89,7 +89,7 @@ def draw_fusion(
     seed: int = 0,
     class_names: Sequence[str] | None = None,
 ) -> Path:
-    """Write ``output/fusion.png``: ``count`` images of both classes and, between them, of their spliced features."""
+    """Write ``output/fusion.png``: ``count`` images of each class and, between them, of spliced features."""
     check_number(generator, count, 3)
     room_here(generator.device.type).require(least_of_drawing(generator.run, count), **{"--per-class": count})
     a, b = pair
@@ -110,12 +110,12 @@ def draw_fusion(
 def images_in_batches(
     generator: Generator, labels: Sequence[int], seeds: Sequence[int], sampling: SamplingConfig | None, batch_size: int
 ) -> Tensor:
-    """All images [N, R, C, H, W] of the labels' rows, on the CPU."""
+    """Sample the images [N, R, C, H, W] of all labels in batches, and collect them on the CPU."""
     starts = tqdm(range(0, len(labels), batch_size), desc="sampling", unit="batch", disable=len(labels) <= batch_size)
     parts = [generator.images(labels[i : i + batch_size], seeds[i : i + batch_size], sampling).cpu() for i in starts]
     return torch.cat(parts)
 
 
 def save_image(image: Tensor, path: Path) -> None:
-    """One image [C, H, W] in [-1, 1] as an 8-bit PNG, grey when C = 1."""
+    """Save an image [C, H, W] in [-1, 1] as an 8-bit PNG, grey if C = 1."""
     save_png(to_bytes(image), path)

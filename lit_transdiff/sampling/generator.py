@@ -1,4 +1,4 @@
-"""From labels to images: the loop over parts, one generator per image.
+"""From labels to images: the loop over parts, with one random generator per image.
 
 Shapes: B rows, R references of a row, S tokens of features, D width, c h w a latent, C H W an image.
 """
@@ -28,7 +28,7 @@ from lit_transdiff.models.state_dicts import check_layout
 
 
 def check_sampling(sampling: SamplingConfig, model: ModelSettings) -> None:
-    """Refuse a sampler that is in no table, or that draws no images of such a model."""
+    """Refuse an unknown sampler, or one that does not fit such a model."""
     kind = network_class(model)
     PROCESSES[kind.process].check_sampling(sampling)
     model.check_sampling(sampling)
@@ -47,10 +47,11 @@ def generate(
     contexts: Any = None,
     kept: Any = None,
 ) -> Tensor:
-    """Latents [B, R, c, h, w] of rows of ``labels`` [B], part by part, each given those before it.
+    """Sample latents [B, R, c, h, w] for rows of ``labels`` [B] part by part, each given the parts before it.
 
-    All numbers of a row come from its own seed, so it does not depend on the rest of the batch. ``contexts`` stands for what the
-    model makes of the labels (see ``Paradigm.fusion``), ``kept`` is what it makes once (``Paradigm.keep``).
+    All random numbers of a row come from its own seed, so that it does not depend on the rest of the batch.
+    ``contexts`` replace the model's encoding of the labels (see ``Paradigm.fusion``), and ``kept`` is its
+    cache (see ``Paradigm.keep``).
     """
     process = PROCESSES[model.process](FlowConfig(), model.prediction)
     draw = PerImageNormal(seeds, labels.device)
@@ -68,7 +69,7 @@ def generate(
 
 
 def sampler_of(problem: Problem, sampling: SamplingConfig) -> SamplingConfig:
-    """The sampler of a part: its guidance, and its number of steps."""
+    """The sampler of a part, with its guidance and number of steps."""
     grown = PART_GUIDANCE[sampling.part_guidance](sampling.guidance_scale, problem.progress)
     scale, steps = problem.scale, problem.num_steps
     return replace(sampling, guidance_scale=grown if scale is None else scale, num_steps=steps or sampling.num_steps)
@@ -76,11 +77,11 @@ def sampler_of(problem: Problem, sampling: SamplingConfig) -> SamplingConfig:
 
 @dataclass(eq=False)
 class Generator:
-    """A trained model ready to draw images: ``load_generator("runs/x").images(labels, seeds)``.
+    """A trained model for sampling images: ``load_generator("runs/x").images(labels, seeds)``.
 
-    It draws in the precision of its run's ``sampling``, with the weights as they are when it draws first: what it makes of
-    them once (rounded weights, the beginning of the null class) it keeps. For other weights, or changed ones, ``of`` makes
-    another generator; for another precision ``at`` does.
+    It samples in the precision of its run's ``sampling``, with the weights at its first use: values derived
+    from them (rounded weights, the prefix of the null class) are cached. For other or changed weights, ``of``
+    makes another generator; for another precision, ``at`` does.
     """
 
     model: Paradigm  # in float32
@@ -89,19 +90,19 @@ class Generator:
     class_names: Sequence[str]
     checkpoint: str = ""
     fingerprint: str = ""
-    weights: str = "in memory"  # which the model has: "last", or "ema" and the decay
-    compile: bool = False  # the blocks that a solver evaluates through torch.compile; where it does not work, a log says so
-    cuda_graphs: bool = False  # what a solver evaluates, as CUDA graphs
+    weights: str = "in memory"  # the kind of weights: "last", or "ema" and the decay
+    compile: bool = False  # torch.compile for the blocks that a solver evaluates; a failure is logged
+    cuda_graphs: bool = False  # CUDA graphs for the network that a solver evaluates
 
     def __post_init__(self) -> None:
         require(not self.cuda_graphs or self.device.type == "cuda", "CUDA graphs", str(self.device), "a GPU")
 
     def of(self, model: Paradigm) -> Generator:
-        """The same of another model, or of this one with changed weights."""
+        """A generator for another model, or for this one with changed weights."""
         return replace(self, model=model)
 
     def at(self, precision: Precision) -> Generator:
-        """The generator of these weights in a precision, ``fp32`` or ``bf16``: this one, if it is its own."""
+        """The generator of these weights in a precision, ``fp32`` or ``bf16``: itself, if it has this one."""
         if precision not in get_args(Precision):
             raise unknown("sampling.precision", precision, get_args(Precision))
         if precision == self.precision:
@@ -114,7 +115,7 @@ class Generator:
 
     @cached_property
     def network(self) -> Paradigm:
-        """What draws: ``model``, or its weights in modules that compute as asked for."""
+        """The network for sampling: ``model`` or its weights, in the requested precision and speed."""
         if self.precision == "fp32" and not (self.compile or self.cuda_graphs):
             return self.model
         network = twin(self.model)
@@ -129,7 +130,7 @@ class Generator:
 
     @cached_property
     def kept(self) -> Any:
-        """What the network makes once, as of the null class."""
+        """The values that the network computes once, such as those of the null class."""
         return self.network.keep()
 
     @property
@@ -137,9 +138,9 @@ class Generator:
         return next(self.model.parameters()).device
 
     def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
-        """``labels`` as a tensor on the model's device; raises ``ValueError`` for a class that the model does not have.
+        """``labels`` as a tensor on the model's device. Raises ``ValueError`` for an unknown class.
 
-        Of a model that is told something else these are its conditions [B, *condition_shape].
+        For a model with other conditions than classes, these are [B, *condition_shape].
         """
         tensor, shape = torch.as_tensor(labels, device=self.device), self.model.condition_shape
         if shape is not None:
@@ -158,7 +159,7 @@ class Generator:
         sampling: SamplingConfig | None = None,
         contexts: Any = None,
     ) -> Tensor:
-        """Images [B, R, C, H, W] in [-1, 1], the R successive images of each label's row; the last is the final one."""
+        """Sample images [B, R, C, H, W] in [-1, 1]: R successive images per label, the last one final."""
         sampling = sampling or self.run.sampling
         check_sampling(sampling, self.run.model)
         labels = self.check_labels(labels)
@@ -168,7 +169,7 @@ class Generator:
         return rearrange(images, "(b r) c h w -> b r c h w", b=len(labels))
 
     def latents(self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: Any = None) -> Tensor:
-        """``generate`` in this generator's precision; raises ``ValueError`` for a ``sampling`` in another."""
+        """``generate`` in this generator's precision. Raises ``ValueError`` for ``sampling`` in another."""
         asked = sampling.precision
         allowed = f"{self.precision!r}, in which this generator draws; generator.at({asked!r}) is the one for it"
         require(asked == self.precision, "sampling.precision", asked, allowed)
@@ -179,7 +180,8 @@ class Generator:
     def features(self, labels: Sequence[int] | Tensor, sampling: SamplingConfig | None = None) -> Tensor:
         """Semantic features [B, R L, D] of the labels' rows, before the position embedding.
 
-        For R > 1 they follow from the class and R - 1 references, which are drawn first, with one seed a class.
+        For R > 1 they depend on the class and R - 1 references, which are sampled first with one seed per
+        class.
         """
         labels = self.check_labels(labels)
         references = None
@@ -198,12 +200,12 @@ def load_generator(
     compile: bool = False,
     cuda_graphs: bool = False,
 ) -> Generator:
-    """The trained model of a run folder or export folder, with its autoencoder, on ``device``.
+    """Load the trained model of a run folder or export folder, with its autoencoder, to ``device``.
 
-    It draws in ``precision`` (``fp32`` or ``bf16``; without one, in that of its run's ``sampling``). ``autoencoder`` is its
-    folder, where it no longer lies where the run or the export has it; it must be the same. ``compile`` and ``cuda_graphs``
-    change its speed (see ``Generator``), and its numbers by rounding. Raises ``ValueError`` for files that are damaged or do
-    not belong together.
+    ``precision`` is ``fp32`` or ``bf16`` (default: that of the run's ``sampling``). ``autoencoder`` is the
+    new folder of the same autoencoder, if it has moved. ``compile`` and ``cuda_graphs`` increase the speed
+    (see ``Generator``) and change numbers by rounding only. Raises ``ValueError`` for files that are damaged
+    or do not belong together.
     """
     export = read_export(checkpoint)
     model = build_model(export.run.model).eval().requires_grad_(False)

@@ -1,6 +1,6 @@
-"""Labelled pictures of images: grids of samples, and several pictures beside each other.
+"""Labelled pictures: grids of samples, and several pictures side by side.
 
-Shapes: N images, C channels (1 or 3), H W pixels. Images are in [-1, 1]. Needs no library but Pillow.
+Shapes: N images, C channels (1 or 3), H W pixels. Images are in [-1, 1]. The only library is Pillow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lit_transdiff.config import require
 from lit_transdiff.data.pixels import to_bytes
 
 BACKGROUND, INK, FAINT = (255, 255, 255), (28, 30, 34), (110, 114, 122)
-SHOWN_PIXELS = 96  # width of an image in a grid, at least about
+SHOWN_PIXELS = 96  # the approximate smallest width of an image in a grid
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -35,7 +35,7 @@ def grid(
 
     By default images below SHOWN_PIXELS are enlarged towards that size.
 
-    There is one row label a row and one column label a column, or none. The picture grows until every label fits.
+    Labels are one per row and one per column, or absent. The picture grows until every label fits.
     """
     rows = math.ceil(len(images) / columns) if columns > 0 else 0
     scale = max(1, SHOWN_PIXELS // images.shape[-1]) if scale is None else scale
@@ -73,7 +73,7 @@ def grid(
 def check_grid(
     images: Tensor, rows: int, columns: int, scale: int, row_labels: Sequence[str] | None, column_labels: Sequence[str] | None
 ) -> None:
-    """Refuse what cannot be laid out."""
+    """Refuse images and labels that cannot be laid out."""
     shape = tuple(images.shape)
     require(len(shape) == 4 and shape[0] > 0 and shape[1] in (1, 3), "images", shape, "[N, C, H, W] with N above 0 and C 1 or 3")
     require(columns >= 1 and scale >= 1, "columns and scale", (columns, scale), "integers of at least 1")
@@ -82,9 +82,10 @@ def check_grid(
 
 
 def captioned(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3, max_width: int = 900) -> Image.Image:
-    """Pictures in rows of ``columns``, each under its caption (lines separated by newlines; the first is in large type).
+    """Pictures in rows of ``columns``, each under its caption, whose first line is in large type.
 
-    Pictures wider than ``max_width`` pixels are made smaller; captions are wrapped to the width of their column.
+    Pictures wider than ``max_width`` pixels are scaled down; captions are wrapped to the width of their
+    column.
     """
     count = len(pictures)
     require(count > 0 and count == len(captions), "captions", len(captions), f"one for each of {count} pictures, at least one")
@@ -112,14 +113,14 @@ def captioned(pictures: Sequence[Image.Image], captions: Sequence[str], columns:
 
 
 def narrowed(picture: Image.Image, max_width: int) -> Image.Image:
-    """``picture``, made smaller when it is wider than ``max_width``."""
+    """``picture``, scaled down if it is wider than ``max_width``."""
     if picture.width <= max_width:
         return picture
     return picture.resize((max_width, round(picture.height * max_width / picture.width)), Image.Resampling.LANCZOS)
 
 
 def caption_lines(caption: str, width: int) -> list[tuple[str, Font]]:
-    """A caption's lines, wrapped, each with its font."""
+    """The wrapped lines of a caption, each with its font."""
     head, *rest = caption.split("\n")
     small = font(20)
     return [(words, font(28)) for words in wrap(head, font(28), width)] + [
@@ -128,22 +129,22 @@ def caption_lines(caption: str, width: int) -> list[tuple[str, Font]]:
 
 
 def picture(tile: Tensor) -> Image.Image:
-    """One image [H, W, C] of uint8 as an RGB picture."""
+    """Convert an image [H, W, C] of uint8 to an RGB picture."""
     return as_image(tile).convert("RGB")
 
 
 def as_image(tile: Tensor) -> Image.Image:
-    """One image [H, W, C] of uint8 as a picture, grey when C = 1."""
+    """Convert an image [H, W, C] of uint8 to a picture, grey if C = 1."""
     return Image.fromarray((rearrange(tile, "h w 1 -> h w") if tile.shape[2] == 1 else tile).numpy())
 
 
 def save_png(pixels: Tensor, path: Path) -> None:
-    """One image [C, H, W] of uint8 as a PNG file, grey when C = 1."""
+    """Save an image [C, H, W] of uint8 as a PNG file, grey if C = 1."""
     save_picture(as_image(rearrange(pixels, "c h w -> h w c")), path)
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture; of one for which there is no room nothing is left."""
+    """Write a picture; a full disk leaves no partial file."""
     try:
         with naming_full(path):
             picture.save(path)
@@ -153,7 +154,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def font(size: int) -> Font:
-    """Pillow's own font at ``size`` pixels."""
+    """Pillow's built-in font at ``size`` pixels."""
     return ImageFont.load_default(size)
 
 
@@ -166,7 +167,7 @@ def line_height(face: Font) -> int:
 
 
 def wrap(text: str, face: Font, width: int) -> list[str]:
-    """``text`` in lines of at most ``width`` pixels; a longer word stays whole."""
+    """Wrap ``text`` to lines of at most ``width`` pixels; longer words are not split."""
     lines: list[str] = []
     for word in text.split():
         if lines and text_width(f"{lines[-1]} {word}", face) <= width:
@@ -177,17 +178,18 @@ def wrap(text: str, face: Font, width: int) -> list[str]:
 
 
 def opener(file: Path) -> Callable[[], Image.Image]:
-    """What reads a picture when it is wanted; it raises ``ValueError`` naming the file where that is no whole picture."""
+    """A function that reads a picture on demand; it raises ``ValueError`` that names a damaged file."""
 
     def load() -> Image.Image:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself refuses one of twice that size
+                # Pillow itself refuses only pictures of twice that size.
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(file) as picture:
                     return picture.convert("RGB")
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise ValueError(f"{file} is too large to be shown and is left out ({error}).") from error
+            raise ValueError(f"{file} is too large to be shown and is skipped ({error}).") from error
         except (OSError, SyntaxError) as error:
-            raise ValueError(f"{file} is not a whole picture ({error}).") from error
+            raise ValueError(f"{file} is not a complete picture ({error}).") from error
 
     return load

@@ -1,4 +1,4 @@
-"""Differences between results in words, each with the interval that the choice of images leaves."""
+"""Differences between results as text, with confidence intervals over the sampled images."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lit_transdiff.evaluation.scores import value
 from lit_transdiff.study.records import Evaluation
 from lit_transdiff.study.scored import FULL, Entry, title_of
 
-NORMAL = 1.96  # standard errors on both sides hold 95 %
-MOST_COMPARED = 5  # entries that are compared with the first
+NORMAL = 1.96  # standard errors on each side of a 95 % interval
+MOST_COMPARED = 5  # the most entries to compare with the first
 HOW = "These are 95 % intervals over the images that were drawn; they do not cover other seeds of training."
 
 
 def gaps_in_words(entries: Sequence[Entry], keys: Sequence[str]) -> list[str]:
-    """What each of a few entries differs in from the first, in the scores ``keys`` whose standard errors both know.
+    """The differences of a few entries from the first in those scores ``keys`` that have standard errors.
 
-    Of entries of several seeds the spread says more; they are left out.
+    Entries of several seeds are left out, because their spread is more informative.
     """
     single = [entry for entry in entries if len(entry.repeats) == 1]
     if not 1 < len(single) <= MOST_COMPARED:
@@ -31,7 +31,7 @@ def gaps_in_words(entries: Sequence[Entry], keys: Sequence[str]) -> list[str]:
 
 
 def gap_in_words(first: Entry, other: Entry, key: str) -> str | None:
-    """``recall +0.12 ± 0.03``, or above which size there is none; nothing without errors or a common judge."""
+    """``recall +0.12 ± 0.03``, or a bound on the difference; None without errors or a common judge."""
     name = key.removeprefix(FULL)
     errors = [standard_error(entry.repeats[0], name) for entry in (first, other)]
     if first.judge(key) != other.judge(key) or not all(map(math.isfinite, errors)):
@@ -44,7 +44,7 @@ def gap_in_words(first: Entry, other: Entry, key: str) -> str | None:
 
 
 def standard_error(result: Evaluation, name: str) -> float:
-    """Of a score; NaN where the result has none, as those of earlier versions."""
+    """The standard error of a score; NaN if the result has none, as in earlier versions."""
     errors = result.manifest.get("standard_errors")
     error = errors.get(name) if isinstance(errors, dict) and name in result.scores else None
     return float(error) if isinstance(error, int | float) else math.nan

@@ -55,7 +55,7 @@ def test_waiting_ranks_hear_of_a_failure_and_give_up_when_nothing_comes(tmp_path
     parts = make(tmp_path)
     monkeypatch.setattr(module, "PART_LIMIT", 0.1)
     monkeypatch.setattr(module, "SCORES_LIMIT", 0.1)
-    with pytest.raises(RuntimeError, match="3 batches of images did not come"):
+    with pytest.raises(RuntimeError, match="3 batches are missing"):
         wait_for_batches(parts)
     with pytest.raises(RuntimeError, match="rank 0 wrote no scores"):
         wait_for_scores(parts, tmp_path / "result.json")

@@ -112,7 +112,7 @@ def test_folders_without_results_are_refused_and_broken_files_left_out(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no result"):
+    with pytest.raises(FileNotFoundError, match="contains no result"):
         write_comparison(tmp_path / "empty", tmp_path / "out")
     assert names(folder) == ["mrar", "onestep", "other"]
     for bad in (
