@@ -296,6 +296,5 @@ def check_extractor(statistics: Statistics, extractor: FeatureExtractor) -> None
 def reference_tensor(statistics: Statistics) -> Tensor:
     """The stored features [n, D] in float64."""
     if statistics.features is None:
-        text = "has no features; make it with max_features above 0."
-        raise ValueError(f"evaluation.reference: {statistics.path} {text}")
+        raise ValueError(f"evaluation.reference: {statistics.path} has no features; make it with max_features > 0.")
     return torch.from_numpy(statistics.features).double()

@@ -30,7 +30,7 @@ def test_a_project_is_not_waited_for(kept: Stub, trouble: int, capsys: pytest.Ca
     start = time.monotonic()
     assert main(["report", "team/p"]) == 2 and time.monotonic() - start < 60
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lit-transdiff:")]
-    assert "team/p is no folder here, and W&B gives no such project" in line
+    assert "team/p is neither a folder nor a project at W&B" in line
 
 
 def test_what_the_client_waits_for_without_end_is_one_line(kept: Stub) -> None:
