@@ -112,7 +112,17 @@ def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
         ),
         ("sit", {"model": {"num_context_tokens": 4}}, r"model\.num_context_tokens"),
         ("sit", {"model": {"size": "huge"}}, r"model\.size: 'huge' is not known"),
-        ("sit", {"stage": "diffusion_head"}, r"model\.paradigm: got 'sit'; allowed: a family with a head of its own"),
+        ("sit", {"stage": "diffusion_head"}, r"model\.paradigm: got 'sit'; allowed: transdiff, mar in stage diffusion_head"),
+        (
+            "sit",
+            {"sampling": {"reference_steps": [3]}},
+            r"sampling\.reference_steps: got \[3\]; allowed: null with model\.paradigm sit",
+        ),
+        (
+            "acdit",
+            {"sampling": {"solver": "dpmpp_2m", "grid": "nonzero", "num_steps": 1000}},
+            r"got 1000; allowed: 2 to 999, the steps",
+        ),
         ("sit", {"stage": "mrar_finetune"}, r"model\.paradigm: got 'sit'; allowed: transdiff in stage mrar_finetune"),
         (
             "sit",

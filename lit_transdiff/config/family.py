@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lit_transdiff.config.checks import unknown
@@ -43,6 +43,11 @@ class ModelSettings:
     latent_size: int
     of_a_row: ClassVar[tuple[str, ...]] = ("latent_size",)  # settings that decide what a row of a batch takes
     num_references: int = 1  # images of a row; a field of families that draw several in succession
+
+    @classmethod
+    def has_references(cls) -> bool:
+        """Whether a row may hold several images: whether ``num_references`` is a field."""
+        return any(field.name == "num_references" for field in fields(cls))  # type: ignore[arg-type]
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
         """Refuse a sampler that draws no images of such a model."""

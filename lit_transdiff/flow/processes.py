@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lit_transdiff.config import unknown
 from lit_transdiff.flow.diffusion import CosineDiffusion, LinearDiffusion
 from lit_transdiff.flow.process import Process
 from lit_transdiff.flow.straight import Flow
@@ -11,3 +12,10 @@ PROCESSES: dict[str, type[Process]] = {
     "cosine_diffusion": CosineDiffusion,
     "linear_diffusion": LinearDiffusion,
 }
+
+
+def process_class(name: str) -> type[Process]:
+    """The process of that name. Raises ``ValueError`` for one that is not in the table."""
+    if name not in PROCESSES:
+        raise unknown("process", name, PROCESSES)
+    return PROCESSES[name]

@@ -79,6 +79,9 @@ def twin(model: Paradigm) -> Paradigm:
     with torch.device("meta"):  # the weights are there
         other = build_model(model.config).eval().requires_grad_(False)
     other.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():  # some are not in the state dict
+        path, _, key = name.rpartition(".")
+        setattr(other.get_submodule(path), key, buffer)
     return other
 
 

@@ -156,7 +156,12 @@ class Paradigm(nn.Module, ABC):
 
 def network_class(settings: ModelSettings) -> type[Paradigm]:
     """The class of a model of these settings."""
-    network = PARADIGMS[settings.paradigm].network
+    return network_of(settings.paradigm)
+
+
+def network_of(paradigm: str) -> type[Paradigm]:
+    """The class of the models of a family."""
+    network = PARADIGMS[paradigm].network
     if isinstance(network, str):
         module, _, name = network.partition(":")
         network = getattr(import_module(module), name)

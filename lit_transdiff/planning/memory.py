@@ -24,6 +24,7 @@ from lit_transdiff.models.flops import row_cost
 from lit_transdiff.models.paradigm import Paradigm, network_class
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.base import TransDiffStage
+from lit_transdiff.stages.optim import build_optimizer
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ModelCost:
 
     parameters: int
     trained: int
+    moments: int  # numbers that the optimizer keeps for these, averages aside
     parts: dict[str, int]  # per network
     # The largest block, or all parameters outside of blocks: the most that ZeRO-3 and FSDP gather at once.
     largest_unit: int
@@ -81,9 +83,22 @@ def model_cost(run: RunConfig) -> ModelCost:
     return ModelCost(
         parameters=total,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        moments=count_moments(run),
         parts={name: size for name, part in model.named_children() if (size := sum(p.numel() for p in part.parameters()))},
         largest_unit=max(*units, total - sum(units)),
     )
+
+
+def count_moments(run: RunConfig) -> int:
+    """Count what the optimizer keeps after a step on fake tensors: AdamW two numbers a parameter, Muon one for matrices."""
+    with FakeTensorMode():
+        optimizer = build_optimizer(fake_stage(run).model, run.optimizer)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        kept = [item for states in optimizer.state.values() for item in states.items()]
+    return sum(value.numel() for name, value in kept if name not in optimizer.decays and name != "step")
 
 
 def pass_cost(run: RunConfig, bf16: bool) -> PassCost:

@@ -59,7 +59,7 @@ def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelC
     return MemoryUse(
         weights=part(weights, kind.cuts_weights) + gathered + master,
         gradients=part(trained, kind.cuts_gradients) + reduced,
-        optimizer=0 if offloaded else part(2 * trained, kind.cuts_optimizer),
+        optimizer=0 if offloaded else part(model.moments * number, kind.cuts_optimizer),
         averages=0 if offloaded else part(averages, kind.cuts_optimizer),
         activations=cost.kept(rows),
         autoencoder=AUTOENCODER_BYTES + rows * image_bytes(run) if images else 0,
@@ -162,7 +162,7 @@ def refusals(run: RunConfig) -> list[str]:
 
 
 def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool) -> list[str]:
-    checkpoint = (model.parameters + model.trained * (2 + run.optimizer.num_averages)) * FLOAT_BYTES
+    checkpoint = (model.parameters + model.moments + model.trained * run.optimizer.num_averages) * FLOAT_BYTES
     return [
         f"run            {run.name}, stage {run.stage}, {described(run.model)}",
         f"parameters     {model.parameters:,} ({model.trained:,} trained): "

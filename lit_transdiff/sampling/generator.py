@@ -20,7 +20,7 @@ from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.config import FlowConfig, ModelSettings, RunConfig, SamplingConfig, require, unknown
 from lit_transdiff.config.sampling import Precision
 from lit_transdiff.flow.guidance import PART_GUIDANCE
-from lit_transdiff.flow.processes import PROCESSES
+from lit_transdiff.flow.processes import process_class
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
 from lit_transdiff.models.execution import compile_blocks, replay, round_linear, twin
 from lit_transdiff.models.paradigm import Paradigm, Problem, build_model, network_class
@@ -30,12 +30,15 @@ from lit_transdiff.models.state_dicts import check_layout
 def check_sampling(sampling: SamplingConfig, model: ModelSettings) -> None:
     """Refuse an unknown sampler, or one that does not fit such a model."""
     kind = network_class(model)
-    PROCESSES[kind.process].check_sampling(sampling)
+    process_class(kind.process).check_sampling(sampling)
     model.check_sampling(sampling)
     if sampling.part_guidance not in PART_GUIDANCE:
         raise unknown("sampling.part_guidance", sampling.part_guidance, PART_GUIDANCE)
     allowed = f"null with model.paradigm {model.paradigm}, whose parts are given"
     require(sampling.num_parts is None or kind.parts_are_free, "sampling.num_parts", sampling.num_parts, allowed)
+    for name in ("reference_guidance", "reference_steps"):
+        value, allowed = getattr(sampling, name), f"null with model.paradigm {model.paradigm}, which draws single images"
+        require(value is None or model.has_references(), f"sampling.{name}", value, allowed)
 
 
 @torch.no_grad()
@@ -53,7 +56,7 @@ def generate(
     ``contexts`` replace the model's encoding of the labels (see ``Paradigm.fusion``), and ``kept`` is its
     cache (see ``Paradigm.keep``).
     """
-    process = PROCESSES[model.process](FlowConfig(), model.prediction)
+    process = process_class(model.process)(FlowConfig(), model.prediction)
     draw = PerImageNormal(seeds, labels.device)
     decoding = model.decode(labels, sampling, draw, kept, contexts)
     noise: Tensor | None = None

@@ -18,7 +18,7 @@ from lit_transdiff.checkpoints.averages import EMA
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.data.datamodule import Batch
-from lit_transdiff.flow.processes import PROCESSES
+from lit_transdiff.flow.processes import process_class
 from lit_transdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, check_latents, load_autoencoder
 from lit_transdiff.models.execution import compile_blocks, recompute_blocks
 from lit_transdiff.models.paradigm import Paradigm, build_model, network_class
@@ -84,7 +84,7 @@ class TransDiffStage(Stage):
         self.keep(autoencoder)
         self.latents_are_checked = False
         self.model = build_model(run.model)
-        self.process = PROCESSES[self.model.process](run.flow, self.model.prediction)
+        self.process = process_class(self.model.process)(run.flow, self.model.prediction)
         stacks = self.model.block_lists()
         if run.training.compile:
             compile_blocks(block for blocks in stacks.values() for block in blocks)
@@ -100,7 +100,7 @@ class TransDiffStage(Stage):
         super().check(run)
         model, again = network_class(run.model), run.training.activation_checkpointing
         model.check(run.model)
-        PROCESSES[model.process].check(run.flow)
+        process_class(model.process).check(run.flow)
         frozen, allowed = run.training.frozen_dropout, f"false in stage {run.stage}, which freezes nothing"
         require(not frozen or cls.head_alone, "training.frozen_dropout", frozen, allowed)
         in_head = [name for name, stack in model.stacks.items() if stack.path.startswith(model.head_prefixes)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lit_transdiff.config import RunConfig, require
-from lit_transdiff.models.paradigm import network_class
+from lit_transdiff.config import PARADIGMS, RunConfig, require
+from lit_transdiff.models.paradigm import network_of
 from lit_transdiff.stages.base import TransDiffStage
 
 
@@ -17,8 +17,9 @@ class DiffusionHead(TransDiffStage):
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
-        allowed = "a family with a head of its own in stage diffusion_head"
-        require(bool(network_class(run.model).head_prefixes), "model.paradigm", run.model.paradigm, allowed)
+        families = [name for name in PARADIGMS if network_of(name).head_prefixes]
+        allowed = f"{', '.join(families)} in stage diffusion_head, which have a head of their own"
+        require(run.model.paradigm in families, "model.paradigm", run.model.paradigm, allowed)
         super().check(run)
         require(
             run.init_from is not None, "init_from", run.init_from, "a trained run in stage diffusion_head: its encoder is frozen"

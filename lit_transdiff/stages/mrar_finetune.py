@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from lit_transdiff.config import PARADIGMS, RunConfig, require
 from lit_transdiff.stages.base import TransDiffStage
 
@@ -14,11 +12,7 @@ class MRARFinetune(TransDiffStage):
     @classmethod
     def check(cls, run: RunConfig) -> None:
         super().check(run)
-        families = [
-            name
-            for name, family in PARADIGMS.items()
-            if "num_references" in {field.name for field in fields(family.settings)}  # type: ignore[arg-type]
-        ]
+        families = [name for name, family in PARADIGMS.items() if family.settings.has_references()]
         paradigm, number = run.model.paradigm, run.model.num_references
         allowed = f"{', '.join(families)} in stage mrar_finetune, whose rows have references"
         require(paradigm in families, "model.paradigm", paradigm, allowed)

@@ -8,7 +8,7 @@ from lit_transdiff.base.randomness import GlobalBatchNormal, PerImageNormal
 from lit_transdiff.config import FlowConfig, SamplingConfig
 from lit_transdiff.flow.guidance import PART_GUIDANCE
 from lit_transdiff.flow.parts import noise_of_parts, rows_of_parts, times_of_tokens
-from lit_transdiff.flow.processes import PROCESSES
+from lit_transdiff.flow.processes import PROCESSES, process_class
 from lit_transdiff.flow.straight import NEAREST, VELOCITIES, Flow
 from lit_transdiff.stages.objective import balanced
 
@@ -75,6 +75,20 @@ def test_a_solver_draws_with_every_kind_of_prediction(kind: str):
 def test_a_prediction_that_a_process_does_not_know_is_refused():
     with pytest.raises(ValueError, match="prediction of Flow: got 'score'; allowed: velocity or clean or noise"):
         PROCESSES["flow"](FlowConfig(), "score")
+    with pytest.raises(ValueError, match=r"process: 'flows' is not known\. Did you mean 'flow'"):
+        process_class("flows")
+
+
+@pytest.mark.parametrize("predicts", ["noise", "noise_and_variance"])
+def test_parts_of_several_tokens_have_the_losses_of_their_tokens(predicts: str):
+    """Variances lie behind the noise of each token, wherever the axis of its numbers is; here rows are [R, tokens, numbers]."""
+    process = PROCESSES["linear_diffusion"](FlowConfig(), predicts)
+    x, noise, output = torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.randn(3, 2, 4 if predicts == "noise" else 8)
+    t = torch.tensor([1, 500, 999])
+    x_t = process.noised(x, noise, t)
+    whole = process.losses(output, x, noise, t, x_t)
+    of_tokens = process.losses(*(z.flatten(0, 1) for z in (output, x, noise)), t.repeat_interleave(2), x_t.flatten(0, 1))
+    torch.testing.assert_close(whole, of_tokens.unflatten(0, (3, 2)).mean(1))
 
 
 def test_guidance_grows_with_the_parts_up_to_the_whole_scale():

@@ -16,6 +16,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "decoder recomputed": {"model": MIDDLE, "training": {"activation_checkpointing": "decoder"}},
     "every other": {"model": MIDDLE, "training": {"activation_checkpointing": "all", "activation_checkpointing_every": 2}},
     "bf16": {"model": MIDDLE, "training": {"precision": "bf16-mixed"}},
+    "Muon": {"model": MIDDLE, "optimizer": {"name": "muon"}},
     "MRAR": {"stage": "mrar_finetune", "model": {**MIDDLE, "num_references": 4}},
     "SiT": FAMILIES["sit"],
     "ACDiT": FAMILIES["acdit"] | {"model": {**FAMILIES["acdit"]["model"], "width": 64, "patch_size": 4}},

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from lit_transdiff.config import SamplingConfig
+from lit_transdiff.config.sit import SiTConfig
 from lit_transdiff.models import execution
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.execution import can_compile, compile_blocks, recompute_blocks
+from lit_transdiff.models.sit import SiT
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.sampling.generator import Generator, generate
 from lit_transdiff.training.build import check_run
@@ -33,6 +35,21 @@ def step(model: TransDiff) -> dict[str, torch.Tensor]:
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **gradients}
+
+
+class WithTable(SiT):
+    """A network with a table that is no weight and is not saved."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__(config)
+        self.blocks[0].register_buffer("table", torch.arange(3.0), persistent=False)
+
+
+def test_a_twin_shares_weights_and_tables():
+    model = WithTable(SiTConfig(size="test", latent_size=4))
+    other = execution.twin(model)
+    assert other.blocks[0].table is model.blocks[0].table and not any(p.is_meta for p in other.parameters())
+    assert other.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("every", [1, 2])
