@@ -167,6 +167,7 @@ def add_result_commands(command: AddCommand, with_overrides: Callable[[argparse.
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--references", action="store_true", help="show the row of successive images of an MRAR run")
     sub.add_argument("--fuse", choices=("halves", "random"), help="splice the semantic features of two classes")
+    sub.add_argument("--profile", action="store_true", help="also write a profile of the sampling to the output folder")
     sub.add_argument("--output", help="folder; default: samples/drawn in the run folder, or drawn-2, ...")
     with_overrides(sub)
 

@@ -39,6 +39,8 @@ PRIVATE = [
     ("torch", "_foreach_lerp_"),
     ("torch", "_subclasses"),
     ("torch:UntypedStorage", "_cdata"),
+    ("torch.cuda.memory", "_dump_snapshot"),
+    ("torch.cuda.memory", "_record_memory_history"),
 ]
 # Public by name, without a promise: what a program of a sweep is started with.
 PROMISELESS = [

@@ -57,6 +57,7 @@ FREE = (
     "training.validate_every",
     "training.checkpoint_every",
     "training.sample_every",
+    "training.profile_steps",
     "training.micro_batch_size",
     "training.precision",
     "training.compile",
@@ -66,7 +67,7 @@ FREE = (
 # Settings that are paths: what lies there may not change; the path may.
 PLACES = ("data.train", "data.evaluation", "data.index", "data.groups", "autoencoder.path", "init_from")
 # What a run writes into its folder before or without a checkpoint; "lock" and "wandb" are made before "config.yaml".
-WRITTEN_EARLY = ("environment.json", "metrics.csv", "samples", "best", "export", "evaluations")
+WRITTEN_EARLY = ("environment.json", "metrics.csv", "samples", "profile", "best", "export", "evaluations")
 # Settings that a stage does not read, by their beginnings; it may be continued with others, as the runs of a pipeline share them.
 UNREAD = {
     "autoencoder": ("autoencoder.", "model.", "flow."),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from lit_transdiff.base.endings import TrialsFailed
-from lit_transdiff.config import RunConfig, expanded
+from lit_transdiff.config import RunConfig
 from lit_transdiff.config.classes import choose_classes, full_names
-from lit_transdiff.config.loading import load_run, override, preset, read_yaml
+from lit_transdiff.config.loading import load_run, override, read_yaml
 from lit_transdiff.config.paths import (
     check_files,
     check_pack_source,
@@ -27,7 +29,6 @@ from lit_transdiff.config.paths import (
 from lit_transdiff.data.index_files import index_files
 from lit_transdiff.evaluation.scores import result_files, score_in_words
 
-AUTOENCODER = "autoencoder.path="  # override with the new folder of a trained run's autoencoder
 CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
 
 
@@ -189,23 +190,16 @@ def convert_command(args: argparse.Namespace) -> None:
     print(report)
 
 
-def moved_autoencoder(overrides: list[str]) -> tuple[str | None, list[str]]:
-    """Split overrides into the folder of a trained run's autoencoder, if given, and the others."""
-    given = [item.removeprefix(AUTOENCODER) for item in overrides if item.startswith(AUTOENCODER)]
-    return (expanded(given[-1], "autoencoder.path") if given else None), [i for i in overrides if not i.startswith(AUTOENCODER)]
-
-
 def sample_command(args: argparse.Namespace) -> None:
     export_folder(args.checkpoint)
+    from lit_transdiff.base.profile import Profile
+    from lit_transdiff.cli.trained import trained_generator
     from lit_transdiff.config.targets import fresh_folder
     from lit_transdiff.distributed import default_device
     from lit_transdiff.sampling.draw import draw_fusion, draw_samples
-    from lit_transdiff.sampling.generator import load_generator
 
-    autoencoder, others = moved_autoencoder(args.overrides)
-    speed = dict(compile=args.compile, cuda_graphs=args.cuda_graphs)
-    generator = load_generator(args.checkpoint, default_device(), autoencoder=autoencoder, **speed)
-    sampling = override(generator.run, preset(args.preset) + others, CHANGEABLE).sampling
+    generator, overrides = trained_generator(args, default_device())
+    sampling = override(generator.run, overrides, CHANGEABLE).sampling
     generator = generator.at(sampling.precision)
     common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
     classes = choose_classes(args.classes, full_names(generator.class_names, generator.run.model.num_classes))
@@ -213,22 +207,22 @@ def sample_command(args: argparse.Namespace) -> None:
         raise ValueError(f"--classes: got {args.classes!r}; allowed with --fuse: two classes, as in 0,7.")
     output = fresh_folder(Path(args.output or Path(args.checkpoint) / "samples" / "drawn"))
     if args.fuse:
-        print(draw_fusion(generator, (classes[0], classes[1]), args.per_class, output, kind=args.fuse, **common))
+        draw = partial(draw_fusion, generator, (classes[0], classes[1]), kind=args.fuse)
     else:
-        print(draw_samples(generator, classes, args.per_class, output, references=args.references, **common))
+        draw = partial(draw_samples, generator, classes, references=args.references)
+    with Profile(output / "profile") if args.profile else nullcontext():
+        print(draw(args.per_class, output, **common))
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
     export_folder(args.checkpoint)
     from lit_transdiff.cli.pipeline import score_checkpoint
+    from lit_transdiff.cli.trained import trained_generator
     from lit_transdiff.distributed import build_fabric
-    from lit_transdiff.sampling.generator import load_generator
 
     fabric = build_fabric()
-    autoencoder, others = moved_autoencoder(args.overrides)
-    speed = dict(compile=args.compile, cuda_graphs=args.cuda_graphs)
-    generator = load_generator(args.checkpoint, fabric.device, autoencoder=autoencoder, **speed)
-    settings = override(generator.run, preset(args.preset) + others, (*CHANGEABLE, "tracking"))
+    generator, overrides = trained_generator(args, fabric.device)
+    settings = override(generator.run, overrides, (*CHANGEABLE, "tracking"))
     output = Path(args.output) if args.output else None
     result = score_checkpoint(generator, settings, output, fabric, save_images=args.save_images)
     for name, score in result["scores"].items():

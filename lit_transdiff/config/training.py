@@ -8,6 +8,8 @@ from typing import Literal, Optional
 
 from lit_transdiff.config.checks import require
 
+MOST_PROFILED = 100  # steps; the operations of more would not fit into memory
+
 
 @dataclass(frozen=True)
 class FlowConfig:
@@ -101,6 +103,8 @@ class TrainingConfig:
     sample_every: int = 0  # steps between sample grids; 0: only at the end
     num_validation_samples: int = 512  # images of data.evaluation, the same every time; 0: no validation
     callbacks: list[str] = field(default_factory=list)  # names in training.callbacks.CALLBACKS
+    profile_steps: list[int] = field(default_factory=list)
+    # first and last step of which a profile is written to the run folder (profile/), as in [100, 110]; []: none
     compile: bool = False  # torch.compile of the blocks; where it does not work, the run says so and goes on without
     activation_checkpointing: str = "none"
     # "all", or which of the model's stacks of blocks (encoder, decoder) are computed again in the backward pass
@@ -113,6 +117,13 @@ class TrainingConfig:
         require(self.max_steps <= 10**9, "training.max_steps", self.max_steps, "at most 1,000,000,000")
         for name in ("validate_every", "sample_every", "num_validation_samples"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
+        steps = self.profile_steps
+        require(
+            not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1] < steps[0] + MOST_PROFILED),
+            "training.profile_steps",
+            steps,
+            f"[], or the first and last of 1 to {MOST_PROFILED} steps, as in [100, 110]",
+        )
         micro = self.micro_batch_size
         require(
             micro is None or (micro >= 1 and self.global_batch_size % micro == 0),

@@ -44,6 +44,7 @@ from lit_transdiff.training.checkpointing import Checkpoints, TryAgain, agreed_c
 from lit_transdiff.training.guard import GuardSteps, RollBack
 from lit_transdiff.training.online_evaluation import OnlineEvaluation
 from lit_transdiff.training.preemption import StopRequest, stop_request
+from lit_transdiff.training.profiling import ProfileSteps
 from lit_transdiff.training.rhythm import Rhythm, StepCallback, due_times
 from lit_transdiff.training.tracking import WATCHED, BestModel, Track, log_models
 
@@ -78,6 +79,8 @@ def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[S
         Progress(run.name, numbers),
         Checkpoints(run, start, layout_of(run)),
     ]
+    if run.training.profile_steps:
+        found.append(ProfileSteps(run.training.profile_steps, folder / "profile"))
     if tracker is not None:
         found.append(Track(tracker, run, parts.data))
     if autoencoder is not None and isinstance(stage, TransDiffStage):
