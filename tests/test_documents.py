@@ -34,7 +34,24 @@ RECIPES = [file for file in sorted((ROOT / "experiments").rglob("*.yaml")) if fi
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which names what has gone, too
 COMMANDS = [function.removesuffix("_command") for function in vars(commands) if function.endswith("_command")]
 OF_OTHERS = ("--max_restarts", "--nproc_per_node", "--array")  # options of torchrun and sbatch
-SUFFIXES = ("py", "md", "yaml", "csv", "json", "jsonl", "npz", "safetensors", "zip", "html", "sh", "png", "txt", "pth", "ckpt")
+SUFFIXES = (
+    "py",
+    "md",
+    "yaml",
+    "csv",
+    "json",
+    "jsonl",
+    "npz",
+    "safetensors",
+    "zip",
+    "html",
+    "pickle",
+    "sh",
+    "png",
+    "txt",
+    "pth",
+    "ckpt",
+)
 PLACEHOLDER = "experiments/fashion/ar_pretrain.yaml"  # stands for RUN.yaml
 TINY = {"/usr/share/datasets/fashion-mnist": "idx", "limit=4000": "limit=40", "limit=2000": "limit=20"}  # in the test of a block
 

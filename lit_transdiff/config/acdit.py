@@ -18,6 +18,16 @@ ACDIT_SIZES: dict[str, dict[str, int]] = {
     "xl": dict(width=1152, num_heads=18, num_blocks=28),
     "huge": dict(width=1280, num_heads=20, num_blocks=32),
 }
+COUNTS_OF_ACDIT = (
+    "width",
+    "num_heads",
+    "num_blocks",
+    "num_classes",
+    "latent_channels",
+    "latent_size",
+    "patch_size",
+    "parts_per_side",
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,7 @@ class ACDiTConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, ACDIT_SIZES)
-        counts = ("width", "num_heads", "num_blocks", "num_classes", "latent_channels", "latent_size", "patch_size")
-        for name in (*counts, "parts_per_side"):
+        for name in COUNTS_OF_ACDIT:
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
         require(self.mlp_ratio * self.width >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.width={self.width}")
         allowed = f"a number of which four times is a divisor of model.width={self.width}"
