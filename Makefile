@@ -3,6 +3,7 @@
 # make picture   make demo, then its picture to docs/demo.png and its table for the README
 # make test      set up, then the tests;  make test-all: also the slow ones
 # make test-numeric  the tests that compare numbers, as an older processor with two cores would run them
+# make test-lowest  the tests with the lowest versions that requirements.txt allows;  make test-newest: with the newest
 # make lint      ruff and mypy
 
 PYTHON ?= python3
@@ -16,7 +17,10 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 OTHER_CPU ?= ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2
 
-.PHONY: demo demo-fast picture test test-numeric test-slow test-all lint install clean
+# The dependencies of requirements.txt, each at its lowest version.
+LOWEST := sed -n 's/^\([A-Za-z0-9-]*\)>=\([0-9.]*\).*/\1==\2/p' requirements.txt
+
+.PHONY: demo demo-fast picture test test-numeric test-slow test-all test-lowest test-newest lint install clean
 
 install: $(READY)
 
@@ -51,10 +55,17 @@ test-slow: install
 test-all: install
 	$(PYTEST)
 
+# Each in an environment of its own, .venv-lowest or .venv-newest; the lowest versions need Python 3.10 to 3.12.
+test-lowest test-newest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	{ [ $* = newest ] || $(LOWEST); } > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --upgrade --editable ".[dev]" --constraint .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-lowest .venv-newest runs build *.egg-info

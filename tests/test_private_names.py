@@ -10,6 +10,7 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,14 @@ def test_libraries_with_private_names_are_bounded_on_both_sides(library: str) ->
     assert {">=", "<"} <= {bound.operator for bound in requirement.specifier}
     installed = Version(importlib.import_module(library).__version__).base_version
     assert requirement.specifier.contains(installed), f"{library} {installed} is not one of {requirement.specifier}"
+
+
+def test_every_dependency_has_a_lowest_version_that_can_be_installed() -> None:
+    """``make test-lowest`` pins what stands behind ``>=``; a line of another form would be installed at its newest."""
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    (lowest,) = re.findall(r"^LOWEST := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    pins = subprocess.run(lowest, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert [pin.partition("==")[0] for pin in pins] == [Requirement(line.split("#")[0].strip()).name for line in lines]
+    for pin, line in zip(pins, lines, strict=True):
+        assert Requirement(line.split("#")[0].strip()).specifier.contains(pin.partition("==")[2])
+    assert "!=2.6.2,!=2.6.3" in next(line for line in lines if line.startswith("lightning"))  # withdrawn as malicious
