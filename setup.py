@@ -33,7 +33,7 @@ setup(
     packages=find_packages(include=["lit_transdiff", "lit_transdiff.*"]),
     install_requires=REQUIREMENTS,
     extras_require={
-        "notebooks": ["jupyterlab"],
+        "notebooks": ["jupyterlab", "ipywidgets"],  # the second draws the progress bars of libraries
         "dev": [
             "pytest>=8",
             "pytest-xdist",

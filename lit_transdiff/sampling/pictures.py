@@ -114,9 +114,12 @@ def captioned(pictures: Sequence[Image.Image], captions: Sequence[str], columns:
 
 def narrowed(picture: Image.Image, max_width: int) -> Image.Image:
     """``picture``, scaled down if it is wider than ``max_width``."""
-    if picture.width <= max_width:
-        return picture
-    return picture.resize((max_width, round(picture.height * max_width / picture.width)), Image.Resampling.LANCZOS)
+    return scaled(picture, max_width) if picture.width > max_width else picture
+
+
+def scaled(picture: Image.Image, width: int) -> Image.Image:
+    """``picture``, made ``width`` pixels wide."""
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS)
 
 
 def caption_lines(caption: str, width: int) -> list[tuple[str, Font]]:

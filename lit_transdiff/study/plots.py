@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.scores import JUDGED_BY, judged_by
+from lit_transdiff.sampling.pictures import narrowed, scaled
 from lit_transdiff.study.compare import MAX_IN_LABEL, Comparison, distinct, label, labels
 from lit_transdiff.study.records import AXES, Run
 from lit_transdiff.study.repeats import pooled, repeats
@@ -23,6 +25,7 @@ AXIS_LABELS = {"step": "optimizer steps", "images_seen": "images seen", "device_
 GREY = "#9aa0a8"
 MARKERS = "o^sDvP"  # one per judge
 Point = tuple[float, float, str]  # cost, quality, the run's ``where``
+DPI, SHOWN_WIDTH, MIN_CELL, NAME, GAP = 100, 480, 160, 26, 10  # pixels of pictures side by side, their cells, names and gaps
 MAX_LEGEND, BESIDE = 20, 8  # the most names in a legend; a legend of more than ``BESIDE`` is beside the axes
 
 
@@ -91,7 +94,7 @@ def spread(compared: Comparison, metric: str) -> Figure:
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel=label_of(metric), ylim=(-0.6, len(names) - 0.3))
     axes.grid(axis="x", alpha=0.3)
     diamond = dict(marker="D", markersize=9)
-    looks = [dict(marker="o", color=GREY, markersize=4), diamond, diamond | dict(fillstyle="none")]
+    looks: list[dict[str, Any]] = [dict(marker="o", color=GREY, markersize=4), diamond, diamond | dict(fillstyle="none")]
     handles = [Line2D([], [], linestyle="none", **look) for look in looks]
     legend(figure, handles, ["a run", "mean, best or within noise of it", "mean of others"], loc="outside lower center", ncols=3)
     return figure
@@ -102,23 +105,37 @@ def short(name: str, between: str = ".") -> str:
     return name.split(between)[-1]
 
 
-def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float = 4.8) -> Figure:
-    """Pictures in rows of ``columns``, each under its name and ``width`` inches wide for legible labels."""
+def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float | None = None) -> Figure:
+    """Pictures in rows of ``columns``, each under its name.
+
+    Each is shown pixel by pixel or slightly smaller, so that its labels stay legible; ``width`` (inches) scales all of
+    them to one width.
+    """
     from matplotlib.figure import Figure
 
     require(len(pictures) > 0, "pictures", len(pictures), "at least one")
-    columns = min(columns, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    shapes = [picture.height / picture.width for picture in pictures.values()]
-    heights = [width * max(shapes[i * columns : (i + 1) * columns]) + 0.3 for i in range(rows)]
-    figure = Figure(figsize=(width * columns, sum(heights)), layout="constrained", dpi=100)
-    for axes in figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flat:
+    shown = [scaled(picture, round(width * DPI)) if width else readable(picture) for picture in pictures.values()]
+    columns = min(columns, len(shown))
+    across = max(MIN_CELL, *(picture.width for picture in shown)) + GAP
+    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
+    tops = [*itertools.accumulate((NAME + max(picture.height for picture in row) for row in rows), initial=NAME * bool(title))]
+    total_width, total_height = across * columns, tops[-1]
+    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI)
+    for i, (name, picture) in enumerate(zip(pictures, shown, strict=True)):
+        left, top = across * (i % columns) + (across - picture.width) // 2, tops[i // columns] + NAME
+        low = total_height - top - picture.height
+        place = (left / total_width, low / total_height, picture.width / total_width, picture.height / total_height)
+        axes = figure.add_axes(place, aspect="auto")
         axes.set_axis_off()
-    for axes, (name, picture) in zip(figure.axes, pictures.items(), strict=False):
-        axes.imshow(picture)
-        axes.set_title(name, fontsize=12)
+        axes.imshow(picture, interpolation="nearest", aspect="auto")
+        axes.set_title(name, fontsize=10)
     figure.suptitle(title)
     return figure
+
+
+def readable(picture: Image.Image) -> Image.Image:
+    """``picture``, at most ``SHOWN_WIDTH`` pixels wide, or twice that if it is a strip."""
+    return narrowed(picture, SHOWN_WIDTH * (2 if picture.width > 3 * picture.height else 1))
 
 
 def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: str) -> Figure:

@@ -81,10 +81,18 @@ def test_the_rest_is_labelled(found: list[Run]) -> None:
     labelled(plots.bars({"a": 1.0, "b": 2.0}, "numbers", "letters"))
     figure = plots.side_by_side({run.name: picture for run in found for picture in run.samples().values()}, columns=2)
     assert [axes.get_title() for axes in figure.axes][:2] == [found[0].name, found[1].name]
-    figure = plots.side_by_side({"wide": Image.new("RGB", (40, 4)), "high": Image.new("RGB", (4, 8))}, columns=1)
+
+
+def test_pictures_side_by_side_keep_their_pixels() -> None:
+    """What is written in them can be read as before; wide ones are made smaller."""
+    given = {"wide": Image.new("RGB", (400, 40)), "high": Image.new("RGB", (40, 80)), "wider": Image.new("RGB", (960, 400))}
+    figure = plots.side_by_side(given, columns=2, title="some")
     labelled(figure)
-    wide, high = (axes.get_position().height for axes in figure.axes)
-    assert high > 3 * wide  # each row is as high as its pictures
+    extents = [axes.get_window_extent() for axes in figure.axes]
+    assert [(round(e.width), round(e.height)) for e in extents] == [(400, 40), (40, 80), (480, 200)]
+    assert extents[0].x1 < extents[1].x0 and extents[2].y1 < min(extents[0].y0, extents[1].y0)  # none lies on another
+    figure = plots.side_by_side(given, width=2.0)
+    assert {round(axes.get_window_extent().width) for axes in figure.axes} == {200}
 
 
 def texts(figure) -> list[str]:
