@@ -25,7 +25,7 @@ AXIS_LABELS = {"step": "optimizer steps", "images_seen": "images seen", "device_
 GREY = "#9aa0a8"
 MARKERS = "o^sDvP"  # one per judge
 Point = tuple[float, float, str]  # cost, quality, the run's ``where``
-DPI, SHOWN_WIDTH, MIN_CELL, NAME, GAP = 100, 480, 160, 26, 10  # pixels of pictures side by side, their cells, names and gaps
+DPI, SHOWN_WIDTH, MIN_CELL, HEADING, SPACE = 100, 480, 160, 26, 10  # pixels of pictures side by side
 MAX_LEGEND, BESIDE = 20, 8  # the most names in a legend; a legend of more than ``BESIDE`` is beside the axes
 
 
@@ -116,13 +116,15 @@ def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: s
     require(len(pictures) > 0, "pictures", len(pictures), "at least one")
     shown = [scaled(picture, round(width * DPI)) if width else readable(picture) for picture in pictures.values()]
     columns = min(columns, len(shown))
-    across = max(MIN_CELL, *(picture.width for picture in shown)) + GAP
+    across = max(MIN_CELL, *(picture.width for picture in shown)) + SPACE
     rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
-    tops = [*itertools.accumulate((NAME + max(picture.height for picture in row) for row in rows), initial=NAME * bool(title))]
+    tops = [
+        *itertools.accumulate((HEADING + max(picture.height for picture in row) for row in rows), initial=HEADING * bool(title))
+    ]
     total_width, total_height = across * columns, tops[-1]
     figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI)
     for i, (name, picture) in enumerate(zip(pictures, shown, strict=True)):
-        left, top = across * (i % columns) + (across - picture.width) // 2, tops[i // columns] + NAME
+        left, top = across * (i % columns) + (across - picture.width) // 2, tops[i // columns] + HEADING
         low = total_height - top - picture.height
         place = (left / total_width, low / total_height, picture.width / total_width, picture.height / total_height)
         axes = figure.add_axes(place, aspect="auto")
