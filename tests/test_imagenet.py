@@ -111,7 +111,7 @@ def start(imagenet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_a_recipe_dry_runs_with_the_published_number_of_parameters(path: Path, imagenet: Path, tmp_path: Path):
     run = load_run(path, overrides(imagenet, tmp_path))
-    text = outline(run, made=[run.init_from] if run.init_from else [])
+    text = outline(run, earlier_outputs=[run.init_from] if run.init_from else [])
     counts = json.loads((FIXTURES / "state_dict_shapes.json").read_text())["param_counts"]
     kind = "mrar" if run.model.num_references > 1 else "onestep"
     released = counts.get(f"{kind}_{run.model.size}_{run.data.image_size}")

@@ -1,4 +1,4 @@
-"""The stages of training, by the name that a run's ``stage:`` gives."""
+"""The training stages by name (the setting ``stage``)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGES: dict[str, type[TransDiffStage]] = {
     "mrar_finetune": MRARFinetune,
     "pretrain": Pretrain,
 }
-# What is trained once a data set, before the stages: its autoencoder, a classifier, and a judge to score with.
+# Trained once per data set, before the stages: an autoencoder, a classifier, and a judge for scoring.
 PREPARATORY: dict[str, type[PreparatoryStage]] = {
     "autoencoder": AutoencoderStage,
     "classifier": ClassifierStage,

@@ -7,9 +7,10 @@ from lit_transdiff.stages.base import TransDiffStage
 
 
 class ARPretrain(TransDiffStage):
-    """Everything is trained; one group of mask tokens and no references."""
+    """Train all weights, with one group of mask tokens and no references."""
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
         super().check(run)
-        require(run.model.num_references == 1, "model.num_references", run.model.num_references, "1 in stage ar_pretrain")
+        number = run.model.num_references
+        require(number == 1, "model.num_references", number, "1 in stage ar_pretrain")

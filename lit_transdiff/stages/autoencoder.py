@@ -16,25 +16,25 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.models.autoencoder import KLAutoencoder, kl_divergence, posterior
 from lit_transdiff.stages.preparatory import PreparatoryStage
 
-STORAGE = torch.float16  # of the exported weights: half the file, and reconstructions differ by far less than a grey level
+STORAGE = torch.float16  # of the exported weights: half the size, and the error is far below one grey level
 
 
 def edge_error(error: Tensor) -> Tensor:
-    """Mean square difference of neighbouring pixels of ``error`` [B, C, H, W], both directions added: a scalar.
+    """Mean squared difference of neighbouring pixels of ``error`` [B, C, H, W], summed over both directions: a scalar.
 
-    Beside the square error it weighs contours, which the eye sees first.
+    Added to the squared error, it emphasises contours, to which the eye is most sensitive.
     """
     return error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
 
 
 def psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images [B, C, H, W] in [-1, 1] (peak 2), mean over the batch: a scalar."""
+    """Peak signal-to-noise ratio in dB of images [B, C, H, W] in [-1, 1] (peak 2), averaged over the batch: a scalar."""
     error = (reconstructions - images).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()
 
 
 class AutoencoderStage(PreparatoryStage):
-    """Square error + edge error + ``kl_weight`` x KL (nats a latent value), on posterior samples."""
+    """Loss: squared error + edge error + ``kl_weight`` x KL (nats per latent value), on posterior samples."""
 
     uses_labels = False
 
@@ -44,7 +44,7 @@ class AutoencoderStage(PreparatoryStage):
         self.autoencoder = KLAutoencoder.new(run.autoencoder_training, run.data.image_channels, run.data.image_size)
 
     def losses(self, images: Tensor) -> dict[str, Tensor]:
-        """The loss of images [B, C, H, W] and its parts, scalars."""
+        """The loss of images [B, C, H, W] and its terms, all scalars."""
         moments = self.autoencoder.encode(images).float()  # [B, 2c, h, w]
         noise = torch.randn_like(moments.chunk(2, dim=1)[0])
         error = self.autoencoder.reconstruct(self.autoencoder.sample(moments, noise)).float() - images
@@ -67,8 +67,10 @@ class AutoencoderStage(PreparatoryStage):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
-        """Per-channel mean and std [c] of the posterior's samples (their noise counted exactly), over the first
-        ``num_statistics_images`` images of ``batches``, in float64."""
+        """Per-channel mean and std [c] of the latents, in float64, over ``num_statistics_images`` images of ``batches``.
+
+        The variance of the posterior's noise is added exactly, without sampling.
+        """
         count, first, second = 0, torch.zeros(()), torch.zeros(())
         limit = self.run.autoencoder_training.num_statistics_images
         for batch in batches:
@@ -80,14 +82,16 @@ class AutoencoderStage(PreparatoryStage):
             if count >= limit:
                 break
         if count == 0:
-            raise ValueError("export: batches: got none; allowed: batches of training images, to measure the latents' scale on.")
+            allowed = "batches of training images, to measure the latents' scale on"
+            raise ValueError(f"export: batches: got none; allowed: {allowed}.")
         mean = first / count
         return mean, (second / count - mean.square()).sqrt()
 
     def export(self, folder: Path, batches: Iterable[Any]) -> None:
         """Write the autoencoder to ``folder`` in diffusers' layout, normalised by its latents of ``batches``.
 
-        ``batches`` have training images as ``values`` [B, R, C, H, W]. Every rank may call it; the first one writes.
+        ``batches`` have training images as ``values`` [B, R, C, H, W]. All ranks may call this; the first one
+        writes.
         """
         self.eval()
         self.autoencoder.set_normalisation(*self.measure(batches))

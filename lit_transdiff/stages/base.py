@@ -1,6 +1,6 @@
-"""What the stages that train a generator share: the objective, the optimizer, the average of the weights, the export.
+"""The base class of the stages that train a generator: objective, optimizer, averaged weights and export.
 
-Shapes: B images (rows) of the batch, R references of a row, M noise draws, K parts, C h w a latent.
+Shapes: B images (rows) of a batch, R references per row, M noise draws, K parts, latents of C h w.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.stages.objective import losses_of
 from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor
 
-PREFIX = "model."  # of the model's names in the stage
+PREFIX = "model."  # of the model's parameter names in the stage
 
 
 def log_now(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-    """Give ``metrics`` to all loggers at the number of optimizer steps done (Lightning's own logging repeats old values)."""
+    """Log ``metrics`` to all loggers at the current optimizer step (Lightning's own logging repeats old values)."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
 class Stage(pl.LightningModule):
-    """What every stage is to Lightning: settings as ``hparams``, from which ``load_from_checkpoint`` makes it, and its losses.
+    """The base class of all stages: settings as ``hparams``, for ``load_from_checkpoint``, and the logging of the loss.
 
-    ``run`` is a run or, as a checkpoint gives them, its plain settings.
+    ``run`` is a ``RunConfig`` or, from a checkpoint, its plain settings.
     """
 
-    logs_itself = True  # not when the trainer has a callback that does so more finely
+    logs_itself = True  # False when a callback of the trainer logs instead
 
     def __init__(self, run: RunConfig | Mapping[str, Any]) -> None:
         super().__init__()
@@ -52,30 +52,31 @@ class Stage(pl.LightningModule):
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
-        """Refuse settings that cannot work, before anything expensive starts."""
+        """Refuse invalid settings before anything expensive starts."""
         check_optimizer(run.optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning is told which argument the settings are."""
+        """Tell Lightning to which argument the settings belong."""
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_NAME] = "run"
 
     def on_train_epoch_end(self) -> None:
-        if self.logs_itself:  # the last step, whatever the rhythm of the trainer's loggers
+        if self.logs_itself:  # the last step, whatever the logging interval
             self.log("train/loss", self.trainer.callback_metrics["train/loss"])
 
     def log_loss(self, loss: Tensor, batch_size: int) -> None:
-        """``train/loss`` of a pass, unless a callback logs it."""
+        """Log ``train/loss`` of a pass, unless a callback does so."""
         if self.logs_itself:
             self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=batch_size)
 
 
 class TransDiffStage(Stage):
-    """One stage of training. A subclass says what it trains (``head_alone``, ``prepare``) and what it needs (``check``).
+    """The base class of the stages that train a generator; subclasses define ``prepare``, ``head_alone`` and ``check``.
 
-    Images are encoded by the run's frozen ``autoencoder``, which is no part of the stage: it is neither trained nor saved.
+    Images are encoded by the run's frozen ``autoencoder``, which is not a submodule: it is neither trained
+    nor saved.
     """
 
-    head_alone: ClassVar[bool] = False  # there is no backward pass through what makes the memory of an image
+    head_alone: ClassVar[bool] = False  # True: no gradient reaches the networks that compute an image's memory
     autoencoder: Autoencoder | None
 
     def __init__(self, run: RunConfig | Mapping[str, Any], autoencoder: Autoencoder | None = None) -> None:
@@ -96,7 +97,7 @@ class TransDiffStage(Stage):
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
-        """Refuse settings that cannot work, before anything expensive starts."""
+        """Refuse invalid settings before anything expensive starts."""
         super().check(run)
         model, again = network_class(run.model), run.training.activation_checkpointing
         model.check(run.model)
@@ -109,16 +110,16 @@ class TransDiffStage(Stage):
         require(again in names, "training.activation_checkpointing", again, allowed)
 
     def prepare(self) -> None:
-        """Freeze what the stage does not train."""
+        """Freeze the weights that the stage does not train."""
 
-    # --- images and latents ---------------------------------------------------------------------------------------------------
+    # --- images and latents --------------------------------------------------------------------------------
 
     def keep(self, autoencoder: Autoencoder | None) -> None:
-        """Beside the modules, where neither checkpoints nor strategies see it."""
+        """Store the autoencoder outside the submodules, hidden from checkpoints and strategies."""
         vars(self)["autoencoder"] = autoencoder
 
     def setup(self, stage: str) -> None:
-        """The run's autoencoder, where none was given."""
+        """Load the run's autoencoder unless one was given."""
         if self.autoencoder is None:
             settings = self.run.autoencoder
             self.keep(load_autoencoder(settings.kind, settings.path, self.run.data.image_channels))
@@ -130,13 +131,13 @@ class TransDiffStage(Stage):
         self.place_autoencoder()
 
     def place_autoencoder(self) -> None:
-        """To the device on which training has put the model."""
+        """Move the autoencoder to the model's device."""
         assert self.autoencoder is not None
         self.autoencoder.to(self.device)
 
     @torch.no_grad()
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Images [B, R, C, H, W] become moments [B, R, 2c, h, w]; cached moments stay as they are. The first batch is checked."""
+        """Encode images [B, R, C, H, W] to moments [B, R, 2c, h, w]; cached moments pass. The first batch is checked."""
         assert self.autoencoder is not None
         values, data = batch.values, self.run.data
         if tuple(values.shape[2:]) == (data.image_channels, data.image_size, data.image_size):
@@ -148,38 +149,40 @@ class TransDiffStage(Stage):
         return replace(batch, values=values)
 
     def check_moments(self, moments: Tensor) -> None:
-        """Refuse values that give no latents of this run, and an autoencoder whose normalisation does not fit them."""
+        """Refuse values that are not latents of this run, and an autoencoder whose normalisation does not fit."""
         model, data = self.run.model, self.run.data
         latents = (model.latent_channels, model.latent_size, model.latent_size)
         posterior = (latents[0] if isinstance(self.autoencoder, IdentityAutoencoder) else 2 * latents[0], *latents[1:])
         images = (data.image_channels, data.image_size, data.image_size)
-        allowed = f"[B, R, C, H, W] with R = {model.num_references} and C, H, W = {images} (images) or {posterior} (moments)"
+        sizes = f"{images} (images) or {posterior} (moments)"
+        allowed = f"[B, R, C, H, W] with R = {model.num_references} and C, H, W = {sizes}"
         fits = moments.ndim == 5 and tuple(moments.shape[1:]) == (model.num_references, *posterior)
         require(fits, "values of a batch", tuple(moments.shape), allowed)
-        noise = torch.Generator(moments.device).manual_seed(self.run.seed)  # not training's
+        noise = torch.Generator(moments.device).manual_seed(self.run.seed)  # independent of training
         shape = (*moments.shape[:2], *latents)
         check_latents(self.latents(moments, torch.randn(shape, generator=noise, device=moments.device)))
 
     @torch.no_grad()
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Normalised latents [B, R, c, h, w], drawn from the posterior with ``noise``."""
+        """Normalised latents [B, R, c, h, w], sampled from the posterior with ``noise``."""
         assert self.autoencoder is not None
         with torch.autocast(moments.device.type, enabled=False):
             return self.autoencoder.sample(moments.float(), noise)
 
-    # --- training -------------------------------------------------------------------------------------------------------------
+    # --- training ------------------------------------------------------------------------------------------
 
     def objective(self, batch: Batch, normal: Normal) -> tuple[Tensor, Tensor]:
-        """The loss of every part of every draw and its share of noise, both [K M B] (see ``losses_of``)."""
+        """The loss of each part and draw, and its noise level, both [K M B] (see ``losses_of``)."""
         flow, model = self.run.flow, self.run.model
-        x = self.latents(batch.values, normal(model.num_references, model.latent_channels, model.latent_size, model.latent_size))
+        size = model.latent_size
+        x = self.latents(batch.values, normal(model.num_references, model.latent_channels, size, size))
         drop = torch.special.ndtr(normal()) < flow.label_drop_prob
         conditions = batch.labels if batch.conditions is None else batch.conditions
         return losses_of(self.model, self.process, conditions, drop, x, normal, flow.num_noise_draws)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         step, size = self.global_step, self.run.training.global_batch_size
-        # Dropout is the one thing that reads the global generator: seeded here, it too is a function of the step.
+        # Only dropout reads the global generator; this seed makes it a function of the step as well.
         micro_step = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(mix(self.run.seed, "dropout", step, micro_step, self.global_rank))
         normal = GlobalBatchNormal(mix(self.run.seed, "training", step), size, batch.positions % size)
@@ -192,7 +195,7 @@ class TransDiffStage(Stage):
         self._validation = torch.zeros(2, dtype=torch.float64)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss of the averaged weights; noise and times of a sample are the same at every validation."""
+        """Add the loss of the averaged weights, with the same noise and times at every validation."""
         seeds = [mix(self.run.seed, "validation", position) for position in batch.positions.tolist()]
         rows, _ = self.objective(batch, PerImageNormal(seeds, self.device))
         self._validation += torch.tensor([rows.double().sum().item(), rows.numel()], dtype=torch.float64)
@@ -207,12 +210,12 @@ class TransDiffStage(Stage):
             log_now(self.trainer, {"val/loss": loss})
 
     def swap_average(self) -> None:
-        """Exchange the weights and their averages; nothing happens before an optimizer exists."""
+        """Exchange the weights and their averages. Without an optimizer this has no effect."""
         if self.trainer.optimizers:
             averages_of(self.trainer).swap_averages()
 
     def averaged_model(self) -> Paradigm:
-        """A plain whole copy of the model with the averaged weights, in evaluation mode. All ranks call it together."""
+        """An unsharded copy of the model with averaged weights, in eval mode. All ranks must call this."""
         state = averages_of(self.trainer).averaged_state()
         with self.device:
             model = build_model(self.run.model).eval().requires_grad_(False)
@@ -220,7 +223,7 @@ class TransDiffStage(Stage):
         return model
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """``Trainer.validate`` of a checkpoint judges its averages, as validation in training does."""
+        """Load the averages for ``Trainer.validate``, which then agrees with validation in training."""
         if self._trainer is None or not self.trainer.validating or not checkpoint.get("optimizer_states"):
             return
         names, states = {p: name for name, p in self.named_parameters()}, checkpoint["optimizer_states"][0]["state"]
@@ -231,7 +234,7 @@ class TransDiffStage(Stage):
                 checkpoint["state_dict"][name] = state[EMA]
 
     def configure_model(self) -> None:
-        """Let the strategy cut the model; without a trainer it stays whole."""
+        """Let the strategy shard the model, if there is a trainer."""
         if self._trainer is not None:
             averages_of(self.trainer).shard(self.model)
 

@@ -1,4 +1,4 @@
-"""Preparation: train a small classifier, or the judge that scores small-image runs, on the user's own shards."""
+"""Preparation: train a small classifier, or the judge for scoring small images, on the user's own shards."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class ClassifierStage(PreparatoryStage):
         self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), sync_dist=True, logger=self.logs_itself)
 
     def export(self, folder: Path, batches: Iterable[Any]) -> None:
-        """Write the network's weights to ``folder``; every rank may call it, the first one writes. No batch is read."""
+        """Write the network's weights to ``folder`` on the first rank. No batch is read."""
         if self.global_rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_classifier(self.classifier.eval(), folder / f"{self.network.kind}.safetensors")
 
 
 class JudgeStage(ClassifierStage):
-    """The same for the network that only scores."""
+    """The same for the judge, a network used only for scoring."""
 
     network = Judge

@@ -1,4 +1,4 @@
-"""Stage 2: the head alone, on what the frozen rest of the model makes (new resolution, new latents, longer training)."""
+"""Stage 2: train the decoder alone on the frozen encoder (new resolution, new latents, longer training)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lit_transdiff.stages.base import TransDiffStage
 
 
 class DiffusionHead(TransDiffStage):
-    """All weights but the head's do not move; the dropout among them is off unless asked for.
+    """Train only the head; all other weights are frozen and, by default, their dropout is off.
 
-    The label is still dropped, so that the head keeps learning the unconditional prediction.
+    Labels are still dropped, so that the head keeps learning the unconditional prediction.
     """
 
     head_alone = True
@@ -21,9 +21,8 @@ class DiffusionHead(TransDiffStage):
         allowed = f"{', '.join(families)} in stage diffusion_head, which have a head of their own"
         require(run.model.paradigm in families, "model.paradigm", run.model.paradigm, allowed)
         super().check(run)
-        require(
-            run.init_from is not None, "init_from", run.init_from, "a trained run in stage diffusion_head: its encoder is frozen"
-        )
+        allowed = "a trained run in stage diffusion_head: its encoder is frozen"
+        require(run.init_from is not None, "init_from", run.init_from, allowed)
 
     def prepare(self) -> None:
         for name, parameter in self.model.named_parameters():

@@ -1,4 +1,4 @@
-"""What the tensors of a stage are held in, under our strategies and Lightning's: from it follow averages and checkpoints."""
+"""The storage of a stage's tensors under our strategies and Lightning's, for averages and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lit_transdiff.models.paradigm import Paradigm
 
 
 def shard_piece(name: str, p: DTensor, rank: int, world: int) -> Piece:
-    """Which elements of a parameter cut by rows this rank holds; the first ranks have ceil(rows / world) rows each."""
+    """This rank's elements of a row-sharded parameter; the first ranks have ceil(rows / world) rows."""
     rows, row = p.shape[0], p.numel() // p.shape[0]
     each = -(-rows // world)
     return Piece(name, min(rank * each, rows) * row, 0, p.to_local().numel())
 
 
 class Holders(Averages):
-    """Parameters that are whole or cut by rows; a strategy that holds tensors in its own way says which, and may ``refresh``."""
+    """Tensor storage of whole and row-sharded parameters; strategies with other storage override ``holders``."""
 
     lightning_module: pl.LightningModule | None
     optimizers: list[Optimizer]
@@ -34,7 +34,7 @@ class Holders(Averages):
     world_size: int
 
     def holders(self) -> Iterator[Holder]:
-        """Whole parameters, the same on every rank, each rank answering for its share; of those cut by rows this rank's part."""
+        """The stored tensors: of whole parameters each rank owns its share, of sharded ones its rows."""
         for i, (name, p) in enumerate(self.stage.named_parameters()):
             if isinstance(p, DTensor):
                 yield Holder(p, (shard_piece(name, p, self.global_rank, self.world_size),))
@@ -42,10 +42,10 @@ class Holders(Averages):
                 yield Holder(p, (Piece(name, 0, 0, p.numel()),), owned=i % self.world_size == self.global_rank)
 
     def refresh(self) -> None:
-        """Nothing, where the model computes with the holders themselves."""
+        """Update the model from the holders; no action where they are the model's own tensors."""
 
     def shard(self, model: Paradigm) -> None:
-        """Cut a model that has just been made; only FSDP does it here."""
+        """Shard a new model; only FSDP does so here."""
 
     @property
     def stage(self) -> pl.LightningModule:
@@ -57,17 +57,17 @@ class Holders(Averages):
         return cast(Optimizer, getattr(self.optimizers[0], "optimizer", self.optimizers[0]))
 
     def gradient_norm(self) -> Tensor | None:
-        """Norm of all gradients together, before clipping and the step."""
+        """The norm of all gradients together, before clipping and the step."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.stage.parameters() if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def gradient_norm_of_step(self) -> Tensor | None:
-        """The same after the step, where only then it is known."""
+        """The same for strategies that know it only after the step."""
         return None
 
 
 class StockHolders(Holders):
-    """The same for Lightning's own strategies."""
+    """The storage of Lightning's own strategies."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self.strategy: Any = trainer.strategy
@@ -83,14 +83,15 @@ class StockHolders(Holders):
 
 
 def averages_of(trainer: pl.Trainer) -> Holders:
-    """The averages of a trainer's stage, as its tensors are held. Raises ``ValueError`` for a strategy that hides its tensors."""
+    """The averages of a trainer's stage. Raises ``ValueError`` if its strategy hides the tensors."""
     strategy = trainer.strategy
     if isinstance(strategy, Holders):
         return strategy
     known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
     if not known or isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
-            f"Trainer(strategy): got {type(strategy).__name__}, which hides the averages of the weights; allowed: one device, "
-            "'ddp', ModelParallelStrategy, or lit_transdiff.train with distributed.strategy zero1, zero2, zero3 or fsdp."
+            f"Trainer(strategy): got {type(strategy).__name__}, which hides the averages of the weights; allowed: "
+            "one device, 'ddp', ModelParallelStrategy, or lit_transdiff.train with distributed.strategy zero1, "
+            "zero2, zero3 or fsdp."
         )
     return StockHolders(trainer)

@@ -7,7 +7,7 @@ from lit_transdiff.stages.base import TransDiffStage
 
 
 class MRARFinetune(TransDiffStage):
-    """Everything is trained; each next image of a class attends to the earlier ones, and the loss is the mean over all R."""
+    """Train all weights; each image attends to the earlier ones of its row, and the loss is the mean over R."""
 
     @classmethod
     def check(cls, run: RunConfig) -> None:

@@ -1,10 +1,11 @@
-"""Muon: the updates of matrices are made orthogonal; AdamW moves everything else.
+"""Muon: orthogonalised updates for matrices; AdamW for all other parameters.
 
-After Keller Jordan (2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, then five Newton-Schulz steps.
+After Keller Jordan (2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, then five
+Newton-Schulz iterations.
 
-torch.optim.Muon (torch >= 2.9) does the same to whole matrices, and to nothing else. A run has one optimizer, which moves vectors
-too, and holds matrices as its strategy cuts them, so that averages and checkpoints see one like any other. So these few lines
-serve every version of torch; the tests hold them against torch's own.
+torch.optim.Muon (torch >= 2.9) accepts whole matrices only. A run needs one optimizer that also updates
+vectors and works on sharded matrices, so that averages and checkpoints treat it like any other. The tests
+compare this implementation with torch's.
 
 Shapes: M rows, N columns of a matrix.
 """
@@ -27,11 +28,11 @@ ITERATIONS = 5
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Roughly U V^T of a matrix U S V^T [M, N]: its singular values come to between 0.7 and 1.2. In bfloat16 on GPUs."""
+    """About U V^T of a matrix U S V^T [M, N]: singular values become 0.7 to 1.2. In bfloat16 on GPUs."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
-    x = x.T if tall else x  # the product below is then the smaller one
+    x = x.T if tall else x  # makes the product below smaller
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(ITERATIONS):
         square = x @ x.T
@@ -40,13 +41,13 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def direction(matrix: Tensor) -> Tensor:
-    """The update of a matrix [M, N] at learning rate 1: the outputs of a layer change as much, whatever its shape."""
+    """The update of a matrix [M, N] at learning rate 1, scaled to change outputs equally for all shapes."""
     rows, columns = matrix.shape
     return orthogonal(matrix) * max(1, rows / columns) ** 0.5
 
 
 def direction_of_rows(momentum: DTensor) -> Tensor:
-    """This rank's rows of the update of a matrix that FSDP has cut; the first ranks have ceil(M / ranks) rows each."""
+    """This rank's rows of the update of a matrix sharded by FSDP (ceil(M / ranks) rows per rank)."""
     rows = momentum.shape[0]
     each = -(-rows // momentum.device_mesh.size())
     start = min(momentum.device_mesh.get_local_rank() * each, rows)
@@ -54,9 +55,9 @@ def direction_of_rows(momentum: DTensor) -> Tensor:
 
 
 def direction_of_part(momentum: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """This rank's part of the updates of matrices that ZeRO 1 has laid behind each other and cut into equal parts.
+    """This rank's part of the updates of matrices that ZeRO 1 has concatenated and split equally.
 
-    Only matrices that lie in this part, wholly or not, are computed here.
+    Only matrices that overlap this part are computed here.
     """
     length = momentum.numel()
     first = get_rank() * length
@@ -74,9 +75,10 @@ def direction_of_part(momentum: Tensor, shapes: Sequence[tuple[int, int]]) -> Te
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the groups that give the ``shapes`` of their matrices, AdamW for the others; see ``AdamW`` for the settings.
+    """Muon for parameter groups with ``shapes`` of matrices, AdamW for the others; settings as in ``AdamW``.
 
-    What stands for such a group is its matrices, their rows on this rank (FSDP), or one part of all of them, flat (ZeRO 1).
+    The tensors of such a group are matrices, their rows on this rank (FSDP), or one flat part of all (ZeRO
+    1).
     """
 
     @torch.no_grad()
@@ -94,7 +96,7 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def move(self, group: dict[str, Any]) -> None:
-        """One update of a group of matrices."""
+        """Update a group of matrices once."""
         for p in [p for p in group["params"] if p.grad is not None]:
             state = self.state[p]
             if not state:
@@ -110,4 +112,4 @@ class Muon(torch.optim.AdamW):
 
 
 class AveragedMuon(Averaging, Muon):
-    """Muon that keeps averages."""
+    """Muon with averaged weights."""

@@ -1,6 +1,6 @@
-"""The loss of a batch for every family of models: parts of images at times of their process, and what the network says of them.
+"""The loss of a batch for every family of models: parts of images at times of their process, and the predictions.
 
-Shapes: B images (rows), R references of a row, M noise draws, K parts, N tokens of all parts, C H W a latent.
+Shapes: B images (rows), R references per row, M noise draws, K parts, N tokens of all parts, C H W a latent.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from lit_transdiff.models.paradigm import Paradigm
 def losses_of(
     model: Paradigm, process: Process, conditions: Tensor, drop: Tensor, x: Tensor, normal: Normal, draws: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss of every part and its share of noise, both [K M B]; the mean is that of the batch.
+    """The loss of every part and its noise level, both [K M B]; the mean is the loss of the batch.
 
-    Of images ``x`` [B, R, C, H, W] with labels [B] or other ``conditions``, of which the null class takes the place where
-    ``drop`` [B]. The memory of an image is made once; all its ``draws`` of noise and time pass the network together.
+    Images ``x`` [B, R, C, H, W] have labels [B] or other ``conditions``, replaced by the null class where
+    ``drop`` [B]. The memory of an image is computed once; all its ``draws`` of noise and time pass the
+    network together.
     """
     sizes = model.part_sizes
     t = rearrange(process.times(normal(len(sizes), draws)), "b k m -> (m b) k")
@@ -32,7 +33,7 @@ def losses_of(
     x_t = process.noised(tokens.flatten(0, 1), noise.flatten(0, 1), each.flatten()).view_as(noise)
     output = model.predict(x_t, t, memory)
     pieces = zip(*(rows_of_parts(z, sizes) for z in (output, tokens, noise, x_t, each)), strict=True)
-    losses = torch.cat([process.losses(said, x, e, at.reshape(len(at), -1)[:, 0], x_t) for said, x, e, x_t, at in pieces])
+    losses = torch.cat([process.losses(o, x, e, at.reshape(len(at), -1)[:, 0], x_t) for o, x, e, x_t, at in pieces])
     weights = model.weights(memory)
     if weights is not None:
         losses = losses * balanced(weights, draws * len(x), len(sizes))
@@ -40,7 +41,7 @@ def losses_of(
 
 
 def balanced(weights: Tensor, rows: int, parts: int) -> Tensor:
-    """Weights [K], [B, K] or [(M B), K] as those of losses [K M B], with mean 1."""
+    """Expand weights [K], [B, K] or [(M B), K] to those of losses, [K M B], with mean 1."""
     shares = weights.float() if weights.ndim == 2 else weights.float()[None]
     whole = rearrange(shares.repeat(rows // len(shares), 1), "b k -> (k b)", k=parts)
     return whole / whole.mean()

@@ -1,4 +1,4 @@
-"""Optimizers that keep averages of the weights, with two groups of parameters, and the schedules of the learning rate."""
+"""Optimizers with averaged weights, their parameter groups, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lit_transdiff.stages.muon import AveragedMuon
 
 
 class AveragedAdamW(Averaging, torch.optim.AdamW):
-    """AdamW (arXiv 1711.05101) that keeps averages."""
+    """AdamW (arXiv 1711.05101) with averaged weights."""
 
 
 class Group(dict[str, Any]):
-    """``params`` with their ``weight_decay``, for an optimizer; ``matrices`` are those of them that are weights in the blocks."""
+    """A parameter group: ``params``, ``weight_decay``, and ``matrices``, those of ``params`` in the blocks."""
 
     def __init__(self, params: list[nn.Parameter], weight_decay: float, blocks: set[nn.Parameter]) -> None:
         super().__init__(params=params, weight_decay=weight_decay)
@@ -31,7 +31,7 @@ Groups = list[Group]
 
 
 def parameter_groups(model: Paradigm, weight_decay: float) -> Groups:
-    """Two groups of the trainable parameters: no decay for vectors, biases and what the family exempts; then the rest."""
+    """The trainable parameters in two groups: without weight decay (vectors, biases, exempt ones) and with."""
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -45,7 +45,7 @@ def adamw(groups: Groups, config: OptimizerConfig, decays: Mapping[str, Decay]) 
 
 
 def muon(groups: Groups, config: OptimizerConfig, decays: Mapping[str, Decay]) -> Averaging:
-    """Each group becomes two: its matrices, with their own learning rate, and the rest."""
+    """Muon: each group is split into its matrices, with their own learning rate, and the rest."""
     parts: list[dict[str, Any]] = []
     for group in groups:
         shapes, rest = [tuple(p.shape) for p in group.matrices], set(group["params"]).difference(group.matrices)
@@ -55,10 +55,11 @@ def muon(groups: Groups, config: OptimizerConfig, decays: Mapping[str, Decay]) -
 
 
 def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
-    return dict(lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)  # one kernel a step
+    return dict(lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)  # one kernel per step
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig, Mapping[str, Decay]], Averaging]] = {"adamw": adamw, "muon": muon}
+OptimizerFn = Callable[[Groups, OptimizerConfig, Mapping[str, Decay]], Averaging]
+OPTIMIZERS: dict[str, OptimizerFn] = {"adamw": adamw, "muon": muon}
 
 
 def build_optimizer(model: Paradigm, config: OptimizerConfig) -> Averaging:
@@ -84,10 +85,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine"
 
 
 def lr_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of step ``step`` (from 0) relative to ``config.lr``: linear warm-up, then the schedule down to min_lr.
+    """The learning rate of step ``step`` (from 0) relative to ``config.lr``: linear warm-up, then the schedule.
 
-    By default step 0 already moves: the warm-up is (step + 1) / warmup_steps. With ``warmup_offset`` 0 its rate is 0. Offsets
-    between are the reference's, whose clock runs on within the passes of a step, in the schedule as in the warm-up.
+    By default step 0 already has an effect: the warm-up is (step + 1) / warmup_steps. With ``warmup_offset``
+    0 its rate is 0. Fractional offsets match the reference, whose clock also advances within the passes of a
+    step.
     """
     if step < config.warmup_steps:
         return (step + config.warmup_offset) / config.warmup_steps
@@ -98,11 +100,10 @@ def lr_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Refuse an optimizer or a schedule that is in no table."""
+    """Refuse unknown optimizers and schedules."""
     if config.name not in OPTIMIZERS:
         raise unknown("optimizer.name", config.name, OPTIMIZERS)
     if config.schedule not in SCHEDULES:
         raise unknown("optimizer.schedule", config.schedule, SCHEDULES)
-    require(
-        config.muon_lr is None or config.name != "adamw", "optimizer.muon_lr", config.muon_lr, "null with optimizer.name=adamw"
-    )
+    allowed = "null with optimizer.name=adamw"
+    require(config.muon_lr is None or config.name != "adamw", "optimizer.muon_lr", config.muon_lr, allowed)

@@ -1,4 +1,4 @@
-"""What is trained once a data set, before the stages: the base of an autoencoder's training and a classifier's."""
+"""The base class of preparatory stages, trained once per data set: autoencoder and classifiers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lit_transdiff.stages.optim import lr_factor
 
 
 class PreparatoryStage(Stage, ABC):
-    """What such stages share: AdamW over all parameters, and its schedule. The last weights are exported."""
+    """A preparatory stage: AdamW over all parameters with a schedule. The last weights are exported."""
 
-    uses_labels = True  # so that held-out classes must be those that are trained on
+    uses_labels = True  # True: held-out classes must be those of training
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
@@ -32,22 +32,25 @@ class PreparatoryStage(Stage, ABC):
 
     @abstractmethod
     def export(self, folder: Path, batches: Iterable[Any]) -> None:
-        """Write what was trained to ``folder``, which exists on the first rank, the only one that writes.
+        """Write the trained network to ``folder``, which exists on the first rank; only that rank writes.
 
-        ``batches`` of the training data, in their order from the start, have ``values`` [B, R, C, H, W] and are read on demand.
+        ``batches`` of training data, read on demand from the start of their order, have ``values`` [B, R, C,
+        H, W].
         """
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Posterior noise and dropout are functions of the step and the rank, so that a resumed run goes on exactly."""
+        """Seed posterior noise and dropout by step and rank, so that a resumed run continues exactly."""
         micro_step = batch_index % self.trainer.accumulate_grad_batches
         torch.manual_seed(mix(self.run.seed, self.run.stage, self.global_step, micro_step, self.global_rank))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
-        self.log_loss(outputs["loss"] * self.trainer.accumulate_grad_batches, len(batch.labels))  # Lightning has divided it
+        loss = outputs["loss"] * self.trainer.accumulate_grad_batches  # Lightning has divided it
+        self.log_loss(loss, len(batch.labels))
 
     def on_validation_end(self) -> None:
         if not self.logs_itself:
-            log_now(self.trainer, {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")})
+            values = self.trainer.callback_metrics
+            log_now(self.trainer, {name: float(v) for name, v in values.items() if name.startswith("val/")})
 
     def configure_optimizers(self) -> Any:
         config, steps = self.run.optimizer, self.run.training.max_steps

@@ -1,4 +1,4 @@
-"""Training from scratch of a model of any family."""
+"""Train a model of any family from scratch."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from lit_transdiff.stages.base import TransDiffStage
 
 
 class Pretrain(TransDiffStage):
-    """Everything is trained."""
+    """Train all weights."""

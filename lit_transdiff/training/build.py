@@ -1,4 +1,4 @@
-"""What a run is made of: built and checked before anything is trained, and described for people."""
+"""The parts of a run: built and checked before training, and described for the user."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lit_transdiff.training.checkpointing import layout
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of, built and checked, before training."""
+    """The parts of a run, built and checked before training."""
 
     run: RunConfig
     stage: pl.LightningModule
@@ -45,17 +45,17 @@ class Parts:
 
 def check_run(
     run: RunConfig,
-    made: Collection[str] = (),
+    earlier_outputs: Collection[str] = (),
     *,
     own_stage: pl.LightningModule | None = None,
     own_data: bool = False,
     outline: bool = False,
 ) -> None:
-    """Refuse names that are in no table, settings that do not fit together or the run folder, and sizes that cannot work.
+    """Refuse unknown names, settings that do not fit together or to the run folder, and sizes that cannot work.
 
-    With ``outline`` the run is not started here. ``made`` are files and folders that do not exist yet but will, when the run
-    starts (the steps of a pipeline before it).
-    ``own_stage`` stands for the stage of the run's name, whose needs are then not asked; ``own_data`` may validate by itself.
+    ``earlier_outputs`` are files and folders that earlier steps of a pipeline will write. With ``outline``
+    the run is not started here. ``own_stage`` replaces the stage that the run names, whose requirements are
+    then not checked; ``own_data`` may have validation data of its own.
     """
     if run.stage not in STAGES and run.stage not in PREPARATORY:
         raise unknown("stage", run.stage, [*STAGES, *PREPARATORY])
@@ -72,7 +72,7 @@ def check_run(
     scores = run.stage in STAGES and run.evaluation.every > 0
     check_evaluation(run.evaluation, scores=scores, semantic=network_class(run.model).has_features)
     check_folder(run)
-    if run.init_from is not None and run.init_from not in made:
+    if run.init_from is not None and run.init_from not in earlier_outputs:
         export_folder(run.init_from)
     check_distributed(run)
     if own_stage is None:
@@ -80,10 +80,10 @@ def check_run(
 
 
 def build(run: RunConfig, *, data: pl.LightningDataModule | None = None, stage: pl.LightningModule | None = None) -> Parts:
-    """The stage, its data and its autoencoder; every mismatch between them is reported here.
+    """The stage, data and autoencoder of a run; any mismatch between them is reported here.
 
-    Any of Lightning's trainers fits the stage to the data. ``data`` (any module that yields ``Batch``) and ``stage`` stand for
-    those that the run's settings name.
+    Any Lightning Trainer can fit the stage to the data. ``data`` (any data module that yields ``Batch``) and
+    ``stage`` replace those that the run's settings name.
     """
     check_run(run, own_stage=stage, own_data=data is not None)
     if stage is None and run.stage in PREPARATORY:
@@ -96,7 +96,7 @@ def build(run: RunConfig, *, data: pl.LightningDataModule | None = None, stage: 
     data = data or build_data(run, autoencoder)
     stage = stage or STAGES[run.stage](run)
     stage.keep(autoencoder)
-    names = getattr(data, "class_names", None)  # own data may have none
+    names = getattr(data, "class_names", None)  # optional in a user's data module
     return Parts(run, stage, data, autoencoder, initialise_from(run, stage, names))
 
 
@@ -105,14 +105,15 @@ def build_autoencoder(run: RunConfig) -> Autoencoder:
     autoencoder = load_autoencoder(run.autoencoder.kind, run.autoencoder.path, run.data.image_channels)
     channels, size = autoencoder.latent_channels, run.data.image_size // autoencoder.downsampling
     model = run.model
-    require(model.latent_channels == channels, "model.latent_channels", model.latent_channels, f"the autoencoder's {channels}")
+    allowed = f"the autoencoder's {channels}"
+    require(model.latent_channels == channels, "model.latent_channels", model.latent_channels, allowed)
     allowed = f"{size}, which is data.image_size / {autoencoder.downsampling}"
     require(model.latent_size == size, "model.latent_size", model.latent_size, allowed)
     return autoencoder
 
 
 def build_data(run: RunConfig, autoencoder: Autoencoder | None = None) -> DataModule:
-    """The run's data, opened and checked against its index; of latents also against the ``autoencoder``."""
+    """The run's data, checked against its index; latents are also checked against the ``autoencoder``."""
     preparatory = PREPARATORY.get(run.stage)
     data = DataModule(
         run.data,
@@ -131,10 +132,10 @@ def build_data(run: RunConfig, autoencoder: Autoencoder | None = None) -> DataMo
 
 
 def initialise_from(run: RunConfig, stage: TransDiffStage, class_names: Sequence[str] | None, load: bool = True) -> str:
-    """Load the (averaged) weights of ``init_from``; the report says what was copied, adapted, dropped and newly made.
+    """Load the (averaged) weights of ``init_from``; report which are copied, adapted, dropped and new.
 
-    ``class_names`` are those of the run's data, where they are there already. With ``load`` false only the report is made; the
-    model may then be on the meta device.
+    ``class_names`` are those of the run's data, or None if not yet known. With ``load`` false only the report
+    is made; the model may then be on the meta device.
     """
     if run.init_from is None:
         return ""
@@ -145,31 +146,33 @@ def initialise_from(run: RunConfig, stage: TransDiffStage, class_names: Sequence
     how = run.init_classes if class_names is not None or run.init_classes == "same" else "new"
     try:
         classes = embedding_rows(how, full_names(class_names or [], run.model.num_classes), old)
-        found, report = match(stage.model, export.state, run.init_positions, run.init_shapes, classes)
+        weights, report = match(stage.model, export.state, run.init_positions, run.init_shapes, classes)
     except ValueError as error:
         raise ValueError(f"init_from: {export.folder}: {error}") from error
     if load:
-        stage.model.load_state_dict(found)
+        stage.model.load_state_dict(weights)
     return f"initialised from {export.folder}: {report}"
 
 
-def outline(run: RunConfig, made: Collection[str] = ()) -> str:
-    """What a run would do, checked as far as possible without the things in ``made`` that earlier steps will make."""
-    check_run(run, made, outline=True)
-    trained_now = run.stage in PREPARATORY or run.autoencoder.path in made
+def outline(run: RunConfig, earlier_outputs: Collection[str] = ()) -> str:
+    """Describe a run, checked as far as possible without the ``earlier_outputs`` that do not exist yet."""
+    check_run(run, earlier_outputs, outline=True)
+    trained_now = run.stage in PREPARATORY or run.autoencoder.path in earlier_outputs
     autoencoder = None if trained_now else build_autoencoder(run)
-    index = None if run.data.train in made else build_data(run, autoencoder).index_of("data.train")
-    with torch.device("meta"):  # shapes are enough, and a large model takes neither time nor memory
+    index = None if run.data.train in earlier_outputs else build_data(run, autoencoder).index_of("data.train")
+    with torch.device("meta"):  # shapes suffice; a large model takes neither time nor memory
         if run.stage in PREPARATORY:
             return describe(run, PREPARATORY[run.stage](run), index)
         stage = STAGES[run.stage](run)
     names = None if index is None else index.class_names
-    report = f"initialised from {run.init_from}" if run.init_from in made else initialise_from(run, stage, names, load=False)
+    if run.init_from in earlier_outputs:
+        return describe(run, stage, index, f"initialised from {run.init_from}")
+    report = initialise_from(run, stage, names, load=False)
     return describe(run, stage, index, report)
 
 
 def describe_parts(parts: Parts) -> str:
-    """The same as ``describe``, of what is there."""
+    """``describe`` the parts of a run."""
     data, own = parts.data, type(parts.data).__name__
     index = data.index_of("data.train") if isinstance(data, DataModule) else None
     return describe(parts.run, parts.stage, index, parts.report, instead=own)
@@ -182,7 +185,7 @@ def describe(
     report: str = "",
     instead: str = "made before this run starts",
 ) -> str:
-    """Parameter counts and planned steps, for people; ``instead`` of an index is said where there is none."""
+    """A text of parameter counts and planned steps; ``instead`` describes data without an index."""
     training = run.training
     total, trained = count(stage.parameters()), count(p for p in stage.parameters() if p.requires_grad)
     lines = [
@@ -204,13 +207,13 @@ def describe(
         f"steps       {training.max_steps:,} of {training.global_batch_size} rows{epochs}, {rows * references:,} images seen",
         f"batch       {world_size(run)} device(s) x {micro_batch_size(run)} x {accumulation(run)} pass(es)",
         f"strategy    {strategy_name(run)}, precision {precision_of(run)}"
-        + (", weights in bfloat16" if run.training.precision == "bf16-true" else ""),
+        + (", weights in bfloat16" if training.precision == "bf16-true" else ""),
     ]
     return "\n".join([*lines, *([report] if report else [])])
 
 
 def parts_of(model: Paradigm) -> list[tuple[str, nn.Module]]:
-    """The networks of a model that have weights, by name."""
+    """The named submodules of a model that have weights."""
     return [(name, part) for name, part in model.named_children() if any(True for _ in part.parameters())]
 
 
@@ -219,7 +222,7 @@ def count(parameters: Iterable[Tensor]) -> int:
 
 
 def export_info(parts: Parts) -> dict[str, Any]:
-    """What an export says of itself, beside the step."""
+    """The entries of ``export.json`` that do not depend on the step."""
     return {
         "name": parts.run.name,
         "stage": parts.run.stage,
@@ -229,5 +232,5 @@ def export_info(parts: Parts) -> dict[str, Any]:
 
 
 def layout_of(run: RunConfig) -> dict[str, Any]:
-    """The layout of the run over devices, for its checkpoints."""
+    """The layout of a run over devices, for its checkpoints."""
     return layout(strategy_name(run), world_size(run), micro_batch_size(run), precision_of(run))

@@ -1,4 +1,4 @@
-"""What watches a run: finite loss, loss by time, throughput, sample grids."""
+"""Callbacks of a run: non-finite losses, numbers, provenance, progress and sample grids."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.training.rhythm import StepCallback
 from lit_transdiff.training.window import TIME_BINS, Window
 
-# Callbacks that a recipe brings in by name (training.callbacks); an entry makes one for a run.
+# Callbacks that a recipe can name (training.callbacks); an entry creates one for a run.
 CALLBACKS: dict[str, Callable[[RunConfig], pl.Callback]] = {
-    "device_stats": lambda run: DeviceStatsMonitor(),  # memory and load of the device at every logged step
+    "device_stats": lambda run: DeviceStatsMonitor(),  # memory and load of the device
 }
 
 
 class NonFiniteLoss(FloatingPointError):
-    """Training met a loss that is not a number."""
+    """A training loss was NaN or infinite."""
 
 
 class StopOnNonFinite(StepCallback):
-    """Ends training at a non-finite loss, naming the step and the samples of its batch; the last checkpoint stays.
+    """End training at a non-finite loss and name the step and its samples; the last checkpoint remains.
 
-    Losses stay on the device and are looked at together when numbers are logged and before each checkpoint, so that a step waits
-    for nothing. All ranks stop when one has met one.
+    Losses stay on the device and are checked when numbers are logged and before each checkpoint, so that no
+    step waits for them. All ranks stop together.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,11 +90,11 @@ class StopOnNonFinite(StepCallback):
 
 
 class LogTraining(StepCallback):
-    """Loss and loss by time bin (means over all ranks), learning rate, gradient norm, throughput, time spent waiting for data.
+    """Log loss and loss by time bin (means over all ranks), learning rate, gradient norm, throughput and data wait.
 
-    Sums stay on the device; everything is fetched and reduced when it is logged. Checkpoints hold them, so that a run
-    that was stopped between two such steps logs what it would have. ``dtype`` is what is computed in: MFU is a share of the
-    device's best, which is logged with it.
+    Sums stay on the device and are reduced when they are logged. Checkpoints contain them, so that a resumed
+    run logs the same values as an uninterrupted one. MFU relates to the device's peak in ``dtype``, which is
+    logged as well.
     """
 
     def __init__(self, run: RunConfig, dtype: torch.dtype) -> None:
@@ -102,16 +102,16 @@ class LogTraining(StepCallback):
         self.dtype = dtype
         self.images_per_step = run.images_per_step
         self.last: dict[str, float] = {}
-        self.earlier: dict[str, Any] | None = None  # the window of the checkpoint that training goes on from
+        self.earlier: dict[str, Any] | None = None  # the window in the checkpoint that training resumes from
 
     def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["window"] = self.window.state(trainer)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.earlier = checkpoint.get("window")  # none in a checkpoint of an earlier version
+        self.earlier = checkpoint.get("window")  # None in checkpoints of earlier versions
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pl_module.logs_itself = False  # type: ignore[assignment]  # of our stages; others log what they like
+        pl_module.logs_itself = False  # type: ignore[assignment]  # only our stages read this
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pl_module.logs_itself = True  # type: ignore[assignment]
@@ -119,7 +119,8 @@ class LogTraining(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         if isinstance(stage, TransDiffStage):
             self.peak = peak_flops(stage.device, self.dtype)
-            rank_zero_info(f"throughput/mfu is a share of {self.peak.flops / 1e12:.4g} TFLOP/s a device: {self.peak.source}")
+            peak = f"{self.peak.flops / 1e12:.4g} TFLOP/s a device: {self.peak.source}"
+            rank_zero_info(f"throughput/mfu is a share of {peak}")
         self.reset(stage)
         if self.earlier is not None:
             self.window.go_on(self.earlier, trainer)
@@ -160,19 +161,20 @@ class LogTraining(StepCallback):
             "train/images_seen": float(trainer.global_step * self.images_per_step),
             "throughput/images_per_second": images / elapsed,
             "throughput/data_wait_fraction": self.window.waited / elapsed,
-            "throughput/peak_memory_gb": peak_memory(trainer.lightning_module.device) / GB,  # of the first rank
+            "throughput/peak_memory_gb": peak_memory(trainer.lightning_module.device) / GB,  # on the first rank
         }
         if isinstance(trainer.lightning_module, TransDiffStage):
             result |= self.rates(trainer.lightning_module, trainer.world_size, images / elapsed)
-            apart, size = trainer.strategy.reduce(averages_of(trainer).average_distance(), reduce_op="mean").tolist()
-            result["train/ema_distance"] = (apart / size) ** 0.5 if size else 0.0  # no average before the first step
+            squares = averages_of(trainer).average_distance()
+            apart, size = trainer.strategy.reduce(squares, reduce_op="mean").tolist()
+            result["train/ema_distance"] = (apart / size) ** 0.5 if size else 0.0  # before the first step there is no average
         norm = self.norm if self.norm is not None else averages_of(trainer).gradient_norm_of_step()
         if norm is not None:
             result["train/gradient_norm"] = norm.item()
         return result | {f"train/loss_t{b / TIME_BINS:.1f}": by_time[b] for b in by_time}
 
     def rates(self, stage: TransDiffStage, devices: int, images_per_second: float) -> dict[str, float]:
-        """Tokens a second through the blocks, and the share of the devices' best that the model's operations are."""
+        """Tokens per second through the blocks, and model FLOPs utilisation (MFU)."""
         rows = images_per_second / self.run.model.num_references
         cost = row_cost(self.run.model, self.run.flow.num_noise_draws, stage.head_alone)
         return {
@@ -184,13 +186,13 @@ class LogTraining(StepCallback):
 
 
 class SaveOrigin(pl.Callback):
-    """Every checkpoint says what made it: the resolved configuration, its ``inputs``, commit, versions, what an export says."""
+    """Store provenance in every checkpoint: configuration, ``inputs``, commit, versions and ``export.json`` entries."""
 
     def __init__(self, run: RunConfig, info: dict[str, Any]) -> None:
         self.run = run
         self.info = info
         self.environment = environment()
-        self.inputs = rank_zero_only(inputs)(run) or {}  # read once from a file system that all ranks share
+        self.inputs = rank_zero_only(inputs)(run) or {}  # read by one rank only
 
     def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = to_dict(self.run)
@@ -200,12 +202,12 @@ class SaveOrigin(pl.Callback):
 
 
 class Progress(StepCallback):
-    """One bar a run: optimizer steps, time left, and the loss when it is logged."""
+    """A progress bar over optimizer steps with the time left and the last logged loss."""
 
     def __init__(self, name: str, numbers: LogTraining) -> None:
         self.name = name
         self.numbers = numbers
-        self.bar = tqdm(disable=True)  # the real one is made when the number of steps is known
+        self.bar = tqdm(disable=True)  # replaced when the number of steps is known
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}
@@ -227,7 +229,7 @@ class Progress(StepCallback):
 
 
 class SampleLog(Protocol):
-    """What else wants the images drawn during training, beside the run folder."""
+    """A further receiver of the images sampled during training, beside the run folder."""
 
     def log_picture(self, key: str, picture: Image.Image, step: int) -> None: ...
 
@@ -235,10 +237,10 @@ class SampleLog(Protocol):
 
 
 class SampleGrids(StepCallback):
-    """A labelled grid of images from the averaged weights, with the same seeds throughout training: ``samples/step-*.png``.
+    """Save a labelled grid of images from the averaged weights, always with the same seeds: ``samples/step-*.png``.
 
-    ``tracker`` gets the same grids and, at the last step, a table of the single images. The similarity of the semantic features
-    (``feature_diversity``, arXiv 2506.09482) of the classes shown is logged with each grid.
+    ``tracker`` receives the same grids and, at the last step, a table of single images. The similarity of the
+    semantic features (``feature_diversity``, arXiv 2506.09482) of these classes is logged with each grid.
     """
 
     def __init__(
@@ -265,10 +267,10 @@ class SampleGrids(StepCallback):
     def draw(self, trainer: pl.Trainer, stage: pl.LightningModule, step: int) -> None:
         assert isinstance(stage, TransDiffStage)
         if stage.model.condition_shape is not None:
-            return  # a grid is of classes
+            return  # grids show classes
         classes = range(len(self.class_names))
         labels = torch.tensor([c for c in classes for _ in range(self.per_class)])
-        model = stage.averaged_model()  # all ranks give their part
+        model = stage.averaged_model()  # all ranks take part
         if not trainer.is_global_zero:
             return
         generator = Generator(model, self.autoencoder.to(stage.device), stage.run, self.class_names)
@@ -284,9 +286,10 @@ class SampleGrids(StepCallback):
         if self.tracker is not None:
             self.tracker.log_picture("samples", picture, step)
             if step == trainer.max_steps:
-                self.tracker.log_table("samples_table", ["class", "name", "seed", "image"], self.rows(labels, images), step)
+                columns = ["class", "name", "seed", "image"]
+                self.tracker.log_table("samples_table", columns, self.rows(labels, images), step)
 
     def rows(self, labels: Tensor, images: Tensor) -> list[list[Any]]:
-        """One row an image: class, its name, seed, picture."""
+        """One table row per image: class, class name, seed, picture."""
         tiles = rearrange(to_bytes(images.cpu()), "n c h w -> n h w c")
         return [[c, self.class_names[c], seed, as_picture(tiles[seed])] for seed, c in enumerate(labels.tolist())]

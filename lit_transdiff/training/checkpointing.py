@@ -1,4 +1,4 @@
-"""When checkpoints are written, by whom, and what happens when one cannot be."""
+"""Saving checkpoints: when, by which rank, and the handling of failures."""
 
 from __future__ import annotations
 
@@ -37,65 +37,66 @@ log = logging.getLogger(__name__)
 
 
 class TryAgain(Exception):
-    """This attempt cannot go on, but the next one from the last checkpoint can."""
+    """This attempt must end, but another one can continue from the last checkpoint."""
 
 
 def agreed_checkpoint(run: RunConfig, patience: float = 120.0) -> Checkpoint | None:
-    """The newest checkpoint that is complete and holds what was written; a damaged one is put aside, with a warning.
+    """The newest complete and undamaged checkpoint; damaged ones are put aside with a warning.
 
-    Each rank reads its share of the files. Where ranks do not talk to each other yet, ``Checkpoints.setup`` compares.
+    Each rank reads its share of the files. Without a process group, ``Checkpoints.setup`` compares the ranks'
+    results.
     """
-    while (found := newest_checkpoint(run, patience)) is not None:
-        damaged = damaged_file(found, world_size(run))
-        if damaged is None:
+    while (checkpoint := newest_checkpoint(run, patience)) is not None:
+        file = damaged_file(checkpoint, world_size(run))
+        if file is None:
             break
-        log.warning("%s is damaged: it is not what was written. The checkpoint before it is used.", found.folder / damaged)
+        path = checkpoint.folder / file
+        log.warning("%s is damaged: it is not what was written. The checkpoint before it is used.", path)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            put_aside(found)
-    return found
+            put_aside(checkpoint)
+    return checkpoint
 
 
 def damaged_file(checkpoint: Checkpoint, world: int) -> str | None:
-    """A file of a checkpoint that is not what was written. Each rank reads its share; all are told, where they talk already."""
+    """The name of a damaged file of a checkpoint, or None. Each rank reads its share, and the result is shared."""
     name: str | None = None
     try:
         name = checkpoint.damaged_file(getattr(rank_zero_only, "rank", 0), world)
     except FileNotFoundError as error:  # another rank has just put it aside
         name = Path(error.filename).name
-    found: list[Any] = [name]
+    names: list[Any] = [name]
     if torch.distributed.is_initialized():
-        found *= torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, name)
-    return next((name for name in found if name is not None), None)
+        names *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(names, name)
+    return next((name for name in names if name is not None), None)
 
 
 def newest_checkpoint(run: RunConfig, patience: float) -> Checkpoint | None:
-    """The newest complete checkpoint; where ranks already talk to each other, the one that the first rank sees.
+    """The newest complete checkpoint; with a process group, the one that the first rank sees.
 
-    A shared file system may show a new folder later on other nodes: they wait for it.
+    Other nodes wait for it, because a shared file system may show a new folder there later.
     """
-    found = last_checkpoint(run)
+    checkpoint = last_checkpoint(run)
     if not torch.distributed.is_initialized():
-        return found
-    choice = [found.step if found else None]
+        return checkpoint
+    choice = [checkpoint.step if checkpoint else None]
     torch.distributed.broadcast_object_list(choice, src=0)
     deadline = time.monotonic() + patience
-    while (found.step if found else None) != choice[0]:
+    while (checkpoint.step if checkpoint else None) != choice[0]:
         if time.monotonic() > deadline:
-            raise CheckpointError(
-                errno.ESTALE, f"{run.folder}: the first rank sees the checkpoint of step {choice[0]}, not {found}."
-            )
+            text = f"{run.folder}: the first rank sees the checkpoint of step {choice[0]}, not {checkpoint}."
+            raise CheckpointError(errno.ESTALE, text)
         time.sleep(0.5)
-        found = last_checkpoint(run)
-    return found
+        checkpoint = last_checkpoint(run)
+    return checkpoint
 
 
 class Checkpoints(StepCallback):
-    """Saves between two steps, after the validation that belongs to the first, so that a resumed run repeats nothing.
+    """Save between two steps, after the validation of the first, so that a resumed run repeats nothing.
 
-    Tensors are copied to CPU memory; with ``checkpoint.asynchronous`` a thread then writes the files while training goes on, and
-    a failure is noticed by all ranks together at the next save or at the end. ``start`` is the step of the
-    checkpoint that this rank is about to load; ``layout`` is that of the run over devices.
+    Tensors are copied to CPU memory; with ``checkpoint.asynchronous`` a thread then writes the files while
+    training continues, and all ranks report a failure together at the next save or at the end. ``start`` is
+    the step of the checkpoint that this rank is about to load; ``layout`` is that of the run over devices.
     """
 
     def __init__(self, run: RunConfig, start: int, layout: dict[str, Any]) -> None:
@@ -106,10 +107,10 @@ class Checkpoints(StepCallback):
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
         self.saved_step = 0
-        self.metrics: dict[str, float] = {}  # the last ones of the start before
+        self.metrics: dict[str, float] = {}  # from the checkpoint
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse to start from different checkpoints: the next attempt agrees on one."""
+        """End the attempt if ranks saw different checkpoints; the next attempt agrees on one."""
         steps: list[Any] = [self.start] * trainer.world_size
         if torch.distributed.is_initialized():
             torch.distributed.all_gather_object(steps, self.start)
@@ -125,7 +126,7 @@ class Checkpoints(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.saved_step = trainer.global_step
         for name, value in self.metrics.items():
-            trainer.callback_metrics.setdefault(name, torch.tensor(value))  # scores that were due may just have been made
+            trainer.callback_metrics.setdefault(name, torch.tensor(value))  # newer scores may exist already
         if self.run.data.evaluation is None or self.run.training.num_validation_samples == 0:
             self.check_best(trainer)
         if trainer.is_global_zero and self.folder.exists():
@@ -136,13 +137,13 @@ class Checkpoints(StepCallback):
         self.check_best(trainer)
 
     def check_best(self, trainer: pl.Trainer) -> None:
-        """Refuse, at the first validation or where there is none, to choose the best checkpoint by what is not logged."""
-        wanted = self.run.checkpoint.keep_best
-        if wanted is not None and wanted not in (known := self.known_metrics(trainer)):
-            raise unknown("checkpoint.keep_best", wanted, known)
+        """Refuse, at the first validation or where there is none, a ``keep_best`` metric that is never logged."""
+        metric = self.run.checkpoint.keep_best
+        if metric is not None and metric not in (known := self.known_metrics(trainer)):
+            raise unknown("checkpoint.keep_best", metric, known)
 
     def known_metrics(self, trainer: pl.Trainer) -> list[str]:
-        """The metrics that a checkpoint's marker may hold, also those that are logged less often than a validation."""
+        """The metrics that checkpoints may record, including those logged less often than validation."""
         run = self.run
         later = [f"online/{name}" for name in run.evaluation.metrics] if run.evaluation.every else []
         later += ["val/feature_diversity"] if run.training.sample_every else []
@@ -161,18 +162,18 @@ class Checkpoints(StepCallback):
         self.wait()
 
     def last(self) -> Path | None:
-        """The newest complete checkpoint, with the one that is being written."""
+        """The newest complete checkpoint, after the current write."""
         self.wait()
         return max((c.folder for c in complete_checkpoints(self.folder)), default=None)
 
     def wait(self) -> None:
-        """Until the thread has written."""
+        """Wait until the thread has written."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
     def settle(self, trainer: pl.Trainer) -> None:
-        """Wait for the last save and agree on whether it worked. Raises on all ranks when one failed and the run is to stop."""
+        """Wait for the last save. If it failed on any rank, all ranks warn or raise, by ``on_error``."""
         self.wait()
         error, self.error = self.error, None
         if trainer.strategy.reduce_boolean_decision(error is None):
@@ -184,7 +185,7 @@ class Checkpoints(StepCallback):
         log.warning("step %d: no checkpoint could be written, training goes on: %s", self.saved_step, message)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Save this step; all ranks call it together."""
+        """Save this step. All ranks must call this."""
         self.settle(trainer)
         strategy = cast(Sharding, trainer.strategy)
         step = self.saved_step = trainer.global_step
@@ -204,7 +205,7 @@ class Checkpoints(StepCallback):
             self.settle(trainer)
 
     def manifest(self, trainer: pl.Trainer, step: int) -> dict[str, Any]:
-        """What the marker says."""
+        """The content of the checkpoint's manifest."""
         images, milestone = step * self.run.images_per_step, self.run.checkpoint.keep_every_images
         before = (step - self.run.training.checkpoint_every) * self.run.images_per_step
         return {
@@ -217,7 +218,7 @@ class Checkpoints(StepCallback):
         }
 
     def write(self, partial: Path, rank: int, world: int, tensors: Any, training: Any, manifest: Any) -> None:
-        """The part that may run beside the training: no collectives, ranks meet through their files."""
+        """Write the files, possibly in a thread: without collectives, ranks meet through their files."""
         try:
             write_rank_file(partial, rank, tensors)
             if rank == 0:
@@ -230,17 +231,17 @@ class Checkpoints(StepCallback):
 
 
 def numbers_of(trainer: pl.Trainer) -> dict[str, float]:
-    """The last values of the metrics that say how good the weights are."""
+    """The last values of the metrics that judge the weights."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if judges(name)}
 
 
 def judges(metric: str) -> bool:
-    """Whether a metric says how good the weights of a step are."""
+    """Whether a metric judges the weights of a step."""
     return not metric.startswith(("train/", "throughput/"))
 
 
 def layout(strategy: str, world: int, micro_batch: int, precision: str) -> dict[str, Any]:
-    """The layout of a run over devices, as far as its last digits depend on it."""
+    """The layout of a run over devices, as far as rounding depends on it."""
     return {
         "strategy": strategy,
         "world": world,
@@ -251,7 +252,7 @@ def layout(strategy: str, world: int, micro_batch: int, precision: str) -> dict[
 
 
 def what_changes(checkpoint: Checkpoint, now: dict[str, Any]) -> str:
-    """What continuing on another strategy, world or precision changes; nothing when it is exact."""
+    """Describe the effect of continuing with another layout; "" if training continues exactly."""
     changed = [f"{k} {checkpoint.manifest[k]} -> {v}" for k, v in now.items() if checkpoint.manifest[k] != v]
     if not changed:
         return ""

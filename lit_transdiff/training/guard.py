@@ -1,4 +1,4 @@
-"""Steps whose loss is not finite or a spike: named, and skipped or undone, up to a limit."""
+"""Steps with a non-finite or spiking loss are reported and skipped or undone, up to a limit."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.rhythm import StepCallback
 
 log = logging.getLogger(__name__)
-HISTORY, ENOUGH = 50, 20  # losses that a median is taken of, and how many there must be
+HISTORY, ENOUGH = 50, 20  # number of losses for the median, and the minimum
 
 
 class RollBack(Exception):
-    """Training goes back to the last checkpoint; the bad step is left out when it comes again."""
+    """Training returns to the last checkpoint and will skip the bad step."""
 
 
 class GuardSteps(StepCallback):
-    """Looks at each step's loss before the optimizer moves; all ranks decide alike.
+    """Check each step's loss before the optimizer's update; all ranks decide alike, at one reduction per step.
 
-    ``skip``: weights, moments and averages stay as they are and the next batch follows. ``roll_back``: training goes back to the
-    last checkpoint, and the steps listed in ``bad_steps.json`` of the run folder are skipped. Looking costs a reduction a step.
+    ``skip``: weights, moments and averages are unchanged and the next batch follows. ``roll_back``: training
+    returns to the last checkpoint and skips the steps listed in ``bad_steps.json`` of the run folder.
     """
 
     def __init__(self, safety: SafetyConfig, folder: Path) -> None:
@@ -76,14 +76,14 @@ class GuardSteps(StepCallback):
         self.loss, self.batches = None, []
 
     def react(self, trainer: pl.Trainer, stage: pl.LightningModule, step: int, own: float, mean: str) -> None:
-        """Say what happened, then stop, skip or go back."""
+        """Report the bad step, then stop, skip or roll back."""
         self.num_bad += 1
         samples = torch.cat([samples.flatten() for samples in self.batches])
         shown = sample_names(trainer.datamodule, samples)  # type: ignore[attr-defined]
         bad = max(self.num_bad, len(self.left_out) + 1)
         message = (
-            f"bad step {step} ({bad} so far): the loss on rank {trainer.global_rank} is {own:.4g} (mean over ranks {mean}). "
-            f"Samples of that batch: {shown}."
+            f"bad step {step} ({bad} so far): the loss on rank {trainer.global_rank} is {own:.4g} "
+            f"(mean over ranks {mean}). Samples of that batch: {shown}."
         )
         if self.safety.on_bad_step == "stop" or bad > self.safety.max_bad_steps:
             raise NonFiniteLoss(f"{message} Training has stopped (safety.on_bad_step, safety.max_bad_steps).")
@@ -99,17 +99,17 @@ class GuardSteps(StepCallback):
         self.optimizer(stage).skip_step = True
 
     def optimizer(self, stage: pl.LightningModule) -> Averaging:
-        """Ours, out of what a strategy wraps it in."""
+        """The run's optimizer without the strategy's wrapper."""
         wrapped = stage.optimizers(use_pl_optimizer=False)
         optimizer = getattr(wrapped, "optimizer", wrapped)
         if not isinstance(optimizer, Averaging):
-            found = type(optimizer).__name__
-            raise ValueError(f"safety.on_bad_step, safety.spike_factor: got the optimizer {found}; allowed: one of OPTIMIZERS.")
+            text = f"got the optimizer {type(optimizer).__name__}; allowed: one of OPTIMIZERS."
+            raise ValueError(f"safety.on_bad_step, safety.spike_factor: {text}")
         return optimizer
 
 
 def steps_in(file: Path) -> set[int]:
-    """The steps that a run leaves out, also as earlier versions wrote them. Raises ``ValueError`` for a damaged file."""
+    """The steps that a run skips; also reads the format of earlier versions. ``ValueError`` if damaged."""
     content = read_json(file) if file.exists() else []
     steps = content.get("steps") if isinstance(content, dict) else content
     if not isinstance(steps, list) or not all(isinstance(step, int) for step in steps):

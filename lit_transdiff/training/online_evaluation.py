@@ -1,6 +1,6 @@
-"""Scores while a run trains: the averaged weights draw a few images, on a schedule, and training does not notice.
+"""Scores during training: the averaged weights sample a few images at intervals, without any effect on training.
 
-Shapes: N images, B images of a batch, K batches of a rank, W ranks, D numbers a row.
+Shapes: N images, B images of a batch, K batches per rank, W ranks, D numbers per row.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from lit_transdiff.training.rhythm import StepCallback
 
 
 class OnlineEvaluation(StepCallback):
-    """Logs ``online/<metric>`` every ``evaluation.every`` steps and at the last one, over ``evaluation.online_images`` images.
+    """Log ``online/<metric>`` every ``evaluation.every`` steps and at the last one, over ``online_images`` images.
 
-    They are drawn as the run's ``sampling`` says, the same labels and seeds each time, and scored as ``evaluate`` would. The
-    batches are shared out among the ranks; every rank then has all features and scores them, so that none waits for another.
-    The global random generators, the weights and their averages are afterwards what they were, to the bit.
+    Images are sampled by the run's ``sampling`` settings with the same labels and seeds each time, and scored
+    as by ``evaluate``. Batches are divided among the ranks; every rank then has all features and computes the
+    scores. The global random generators, the weights and their averages are restored bit for bit.
 
-    Before each batch all ranks look whether the run was asked to stop: the scores are then left for the next start of the run,
-    which makes them before its first step. Those of the last step are finished first, as a trained run is not trained again.
+    Before each batch all ranks check whether the run was asked to stop. If so, the scores are postponed to
+    the next start of the run, before its first step. Those of the last step are completed, because no next
+    start follows.
 
-    Raises ``ValueError`` for settings that cannot be scored when it is made, before training.
+    Raises ``ValueError`` at construction for settings that cannot be scored.
     """
 
     def __init__(self, generator: Generator, run: RunConfig) -> None:
         self.folder = run.folder / FOLDER
         settings = dataclasses.replace(run.evaluation, num_images=run.evaluation.online_images)
         self.job = prepare_job(generator, settings, run.sampling)
-        self.postponed = False  # the scores of the last step, to the next start
+        self.postponed = False  # scores of the last step were left to the next start
 
     def state_dict(self) -> dict[str, bool]:
         return {"due": self.postponed}
@@ -64,10 +65,10 @@ class OnlineEvaluation(StepCallback):
                 self.log_scores(trainer, stage)
 
     def log_scores(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        """Score the averaged weights, unless the job is to stop."""
+        """Score the averaged weights, unless the run was asked to stop."""
         assert isinstance(stage, TransDiffStage)
         with isolate_rng():
-            model = stage.averaged_model()  # a copy: under some strategies a rank holds a part of the weights only
+            model = stage.averaged_model()  # a copy, because a rank may have only a part of the weights
             scores = self.scores(trainer, dataclasses.replace(self.job, generator=self.job.generator.of(model)))
         self.postponed = scores is None
         if scores is not None:
@@ -75,13 +76,13 @@ class OnlineEvaluation(StepCallback):
 
     @torch.no_grad()
     def scores(self, trainer: pl.Trainer, job: Job) -> dict[str, float] | None:
-        """The scores of ``job`` by name (of one with a spread its mean), or nothing when the job is to stop."""
+        """The scores of ``job`` by name (their means), or None if the run was asked to stop."""
         world, images = trainer.world_size, range(job.settings.num_images)
         batches = [images[first : first + job.settings.batch_size] for first in images[:: job.settings.batch_size]]
-        # A rank for which there is no batch draws the first one again; what it finds lies behind the last image.
+        # A rank without a batch repeats the first one; its results are cut off behind the last image.
         mine = batches[trainer.global_rank :: world] or batches[:1]
         drawn = []
-        for turn in range(math.ceil(len(batches) / world)):  # on all ranks the same number
+        for turn in range(math.ceil(len(batches) / world)):  # the same number on all ranks
             if trainer.global_step < trainer.max_steps and self.rhythm.asked_to_stop(trainer):
                 return None
             drawn += [draw_batch(job, batch).features for batch in mine[turn : turn + 1]]
@@ -93,11 +94,11 @@ class OnlineEvaluation(StepCallback):
         features, logits, spatial = map(all_ranks, map(list, zip(*drawn, strict=True)))
         assert features is not None
         scores = score(job, Features(features, logits), [] if spatial is None else [spatial])
-        return {name: value(found) for name, found in scores.items()}
+        return {name: value(score) for name, score in scores.items()}
 
 
 def gathered(rows: list[Tensor], batch_size: int, num_batches: int, trainer: pl.Trainer) -> Tensor:
-    """The batches [B, D] of all ranks in order of the images: batch k of rank w is batch k W + w; padding lies at the end."""
+    """The batches [B, D] of all ranks in image order: batch k of rank w is batch k W + w; padding comes last."""
     world = trainer.world_size
     full = torch.stack([F.pad(part, (0, 0, 0, batch_size - len(part))) for part in rows])
     full = F.pad(full, (0, 0, 0, 0, 0, math.ceil(num_batches / world) - len(full)))

@@ -1,6 +1,6 @@
-"""Being asked to stop: a scheduler's signal, a closed terminal or Ctrl-C -> save at the end of the step, and exit.
+"""Stopping on request: after a scheduler's signal, a closed terminal or Ctrl-C, the run saves at the end of the step.
 
-The exit code says whether a scheduler is to start the job again.
+The exit code tells the scheduler whether to start the job again.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from lit_transdiff.base.endings import STOP_SIGNALS, Preempted, code_of, ending_when_asked
 
-PATIENCE = 30.0  # seconds in which a step is to end after the request
+PATIENCE = 30.0  # seconds that a step may take after the request
 
 
 class StopRequest:
-    """Whether this process was asked to stop. The handler does no more: saving inside one deadlocks several ranks."""
+    """Whether this process was asked to stop. The handler only notes it: saving in a handler deadlocks ranks."""
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self.since = math.inf  # time.monotonic() of it
+        self.since = math.inf  # the time.monotonic() of the request
         self.heard: list[int] = []
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -39,18 +39,18 @@ class StopRequest:
 
     @property
     def code(self) -> int:
-        """The exit code that this process was asked for, 0 when it was not asked."""
+        """The exit code for the signal received, 0 if none was."""
         return 0 if self.received is None else code_of(signal.Signals[self.received])
 
     def listen(self) -> None:
-        """Take the signals again: Lightning takes them too."""
+        """Install the handlers again, because Lightning installs its own."""
         for number in self.heard:
             signal.signal(number, self.handle)
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Listens inside, and gives the signals back; one that came too late for a step goes to who has listened before."""
+    """Listen in the block, then restore the handlers and pass on a signal that no step has handled."""
     request = StopRequest()
     with ending_when_asked(request.handle):
         request.heard = [number for number in STOP_SIGNALS if signal.getsignal(number) == request.handle]
@@ -60,12 +60,12 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 class StopOnRequest(pl.Callback):
-    """Whether any rank was asked to stop; all ranks then save between two steps and ``leave`` together."""
+    """If any rank was asked to stop, all ranks save between two steps and ``leave`` together."""
 
     def __init__(self, request: StopRequest) -> None:
         self.request = request
         self.latest: Arriving | None = None
-        self.agreed = False  # all ranks know already
+        self.agreed = False  # all ranks know of the request
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.request.listen()
@@ -73,35 +73,35 @@ class StopOnRequest(pl.Callback):
             self.request.received, self.request.since = "SIGTERM", time.monotonic()
 
     def asked(self, trainer: pl.Trainer) -> bool:
-        """Whether the run ends before the next step. All ranks ask once in every step."""
+        """Whether the run ends before the next step. All ranks must call this once per step."""
         return self.agreed or self.any_rank(trainer)
 
     def leave(self, trainer: pl.Trainer, stage: pl.LightningModule) -> NoReturn:
-        """End the run, whose last step is saved. Raises ``Preempted`` on all ranks."""
+        """End the run after its last step was saved: raise ``Preempted`` on all ranks."""
         code = int(trainer.strategy.reduce(torch.tensor(self.request.code, device=stage.device), reduce_op="max"))
         where, step = self.request.received or "another rank was asked", trainer.global_step
-        kept = f"the checkpoint of step {step} is complete" if step > 0 else "no step was taken yet"
-        raise Preempted(f"asked to stop ({where}): {kept}; the same command goes on from there.", code)
+        state = f"the checkpoint of step {step} is complete" if step > 0 else "no step was taken yet"
+        raise Preempted(f"asked to stop ({where}): {state}; the same command goes on from there.", code)
 
     def is_impatient(self, trainer: pl.Trainer) -> bool:
-        """Whether a step of many passes does not end in time; several ranks wait for each other, and see it to its end."""
+        """Whether a step of many passes takes too long; several ranks always complete it together."""
         return trainer.world_size == 1 and time.monotonic() >= self.request.since + PATIENCE
 
     def break_off(self, trainer: pl.Trainer) -> NoReturn:
-        """End the run in the middle of a step. Raises ``Preempted``."""
+        """End the run in the middle of a step: raise ``Preempted``."""
         lost = f"step {trainer.global_step + 1} did not end in {PATIENCE:.0f} s and is broken off"
         text = f"asked to stop ({self.request.received}): {lost}; the same command goes on from the checkpoint before it."
         raise Preempted(text, self.request.code)
 
     def now(self, trainer: pl.Trainer) -> bool:
-        """Whether any rank was asked. All ranks wait for each other here, and stop before the next step if one was."""
+        """Whether any rank was asked to stop, known at once: all ranks wait for each other here."""
         self.agreed = self.agreed or not trainer.strategy.reduce_boolean_decision(self.request.received is None)
         return self.agreed
 
     def any_rank(self, trainer: pl.Trainer) -> bool:
-        """Whether any rank was asked, as all ranks know one step later: one number, summed over them in every step.
+        """Whether any rank was asked to stop, known one step later: one number is summed over ranks in every step.
 
-        The sum of the step before is looked at, so that the host waits for no step that the devices are still at.
+        Only the previous step's sum is read, so that the host does not wait for the devices.
         """
         asked = self.request.received is not None
         if trainer.world_size == 1:
@@ -123,7 +123,7 @@ class Arriving:
             self.arrived.record()
 
     def value(self) -> float:
-        """Waits until it is there."""
+        """Wait until the number has arrived."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.number.item()

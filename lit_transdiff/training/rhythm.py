@@ -1,8 +1,9 @@
-"""The rhythm of a run: when a step is over, what is due then and in which order, and when the watchdog rests.
+"""The rhythm of a run: when a step is over, which events are due then, in which order, and when the watchdog pauses.
 
-Lightning calls callbacks at every pass, and a step may take several. A ``StepCallback`` says what it does with a pass, after a
-step and between two steps; the rhythm calls those of a run in the order that it was given. Where they stand among the Trainer's
-callbacks means nothing: there the rhythm makes itself the first and the watchdog the last, around the user's own.
+Lightning calls callbacks at every pass, and a step may take several. A ``StepCallback`` has hooks for a pass,
+after a step and between two steps; the rhythm calls those of a run in the given order. Their position among
+the Trainer's callbacks has no meaning: there the rhythm is first and the watchdog last, around the user's own
+callbacks.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ Event = Literal["numbers", "checkpoint", "validation", "samples", "scores"]
 
 @dataclass(frozen=True)
 class Times:
-    """Due every so many steps (0: never so), and at the last step."""
+    """The steps of an event: every ``every`` steps (0: none), and optionally the last one."""
 
     every: int
     at_end: bool
 
     def due(self, step: int, max_steps: int) -> bool:
-        """Whether with this step; with 0 none was taken yet."""
+        """Whether the event is due after ``step`` steps."""
         return step > 0 and ((self.every > 0 and step % self.every == 0) or (self.at_end and step >= max_steps))
 
 
 def due_times(run: RunConfig) -> dict[Event, Times]:
-    """What comes when in a run. Lightning itself validates."""
+    """The steps of each event of a run. Lightning itself runs validation."""
     training = run.training
     return {
         "numbers": Times(training.log_every, at_end=False),
@@ -47,30 +48,30 @@ def due_times(run: RunConfig) -> dict[Event, Times]:
 
 
 class StepCallback(pl.Callback):
-    """A callback that moves with the steps of a run; the ``rhythm`` that it is given to makes itself known to it."""
+    """A callback with hooks for passes and steps, called by the ``rhythm`` of the run."""
 
     rhythm: Rhythm
 
     def before_pass(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch) -> None:
-        """The batch of a pass has come."""
+        """Called when the batch of a pass has arrived."""
 
     def between_steps(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        """Before the first pass of a step, behind the validation that belongs to the step before; and after the last step."""
+        """Called between two steps, after the validation of the first; and after the last step."""
 
     def finish(self, trainer: pl.Trainer) -> None:
-        """Training ends here: what is under way is brought to its end."""
+        """Called when training ends: complete any work in progress."""
 
     def after_pass(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch) -> None:
-        """A pass is over."""
+        """Called after a pass."""
 
     def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        """A step is over: ``trainer.global_step`` counts it."""
+        """Called after a step, which ``trainer.global_step`` includes."""
 
 
 class Rhythm(pl.Callback):
-    """Calls the callbacks of a run in ``order``, stops the run when asked, and lets the watchdog rest in what may take long.
+    """Call the callbacks of a run in ``order``, stop the run when asked, and pause the watchdog during long work.
 
-    The watchdog also rests while the user's own callbacks work between two passes.
+    The watchdog also pauses while the user's own callbacks work between two passes.
     """
 
     def __init__(self, run: RunConfig, order: Sequence[StepCallback], request: StopRequest | None = None) -> None:
@@ -79,24 +80,24 @@ class Rhythm(pl.Callback):
         self.order = list(order)
         self.stop = StopOnRequest(request or StopRequest())
         self.watchdog = Watchdog(run.safety.stall_seconds)
-        self.step = 0  # (from 1) to which the passes belong
-        self.is_over = True  # that step
-        self.leaving = False  # training ends with it: it is the last one, or the run was asked to stop
+        self.step = 0  # number of the current step, from 1
+        self.is_over = True  # whether the current step is complete
+        self.leaving = False  # training ends after it: the last step, or a request to stop
         for callback in self.order:
             callback.rhythm = self
 
     @property
     def callbacks(self) -> list[pl.Callback]:
-        """What a Trainer is given, in any order."""
+        """The callbacks for a Trainer, in any order."""
         return [self, self.stop, *self.order, self.watchdog]
 
     def due(self, event: Event) -> bool:
-        """Whether something comes with this step."""
+        """Whether an event is due with this step."""
         return self.times[event].due(self.step, self.max_steps)
 
     @property
     def saves(self) -> bool:
-        """Whether this step is kept, when it is over."""
+        """Whether a checkpoint is saved after this step."""
         return self.leaving or self.due("checkpoint")
 
     def asked_to_stop(self, trainer: pl.Trainer) -> bool:
@@ -105,7 +106,7 @@ class Rhythm(pl.Callback):
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """What happens inside may take as long as it takes."""
+        """Pause the watchdog during the block."""
         busy_with = self.watchdog.busy_with
         self.watchdog.rest()
         yield
@@ -131,7 +132,7 @@ class Rhythm(pl.Callback):
         elif self.stop.is_impatient(trainer):
             self.finish(trainer)
             self.stop.break_off(trainer)
-        self.watchdog.rest()  # until all callbacks are done
+        self.watchdog.rest()  # until all callbacks are complete
 
     def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
         self.watchdog.watch("finishing", i)

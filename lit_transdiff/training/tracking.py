@@ -1,4 +1,4 @@
-"""What a training run tells W&B besides its numbers: the data it reads, its best model so far, and a loss that is not finite."""
+"""W&B records of a training run besides its numbers: its data, its best model, and alerts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lit_transdiff.training.guard import GuardSteps, RollBack
 from lit_transdiff.training.rhythm import StepCallback
 
 WATCHED = "val/loss"
-# Writes the averaged weights to a folder, with what more the export is to say; every rank calls it.
+# Write the averaged weights to a folder, with further entries for export.json; all ranks call it.
 WriteExport = Callable[[pl.Trainer, Path, Mapping[str, Any]], None]
 
 
 class BestModel(StepCallback):
-    """Keeps the averaged weights of the lowest validation loss in the folder ``best``, one export, replaced when it improves.
+    """Export the averaged weights with the lowest validation loss to the folder ``best``, replacing earlier ones.
 
-    The last validation is left out: what it judges is the run's export.
+    The last validation is excluded, because it judges the run's own export.
     """
 
     def __init__(self, folder: Path, export: WriteExport) -> None:
@@ -38,7 +38,7 @@ class BestModel(StepCallback):
         value = trainer.callback_metrics.get(WATCHED)
         if value is None or not math.isfinite(value) or trainer.global_step >= trainer.max_steps:
             return
-        best = best_loss(self.folder)  # the same on all ranks, which share the folder and end together below
+        best = best_loss(self.folder)  # equal on all ranks, which share the folder and synchronise below
         with self.rhythm.resting():
             trainer.strategy.barrier()
             if best is None or float(value) < best:
@@ -47,19 +47,19 @@ class BestModel(StepCallback):
 
 
 def best_loss(folder: Path) -> float | None:
-    """The validation loss of the best model kept so far, also by an earlier start of the run."""
+    """The validation loss of the best model so far, over all starts of the run."""
     file = folder / "export.json"
     return read_number(file, WATCHED) if file.is_file() else None
 
 
 class Track(StepCallback):
-    """The run's lineage and its alerts."""
+    """Record the run's lineage and send alerts."""
 
     def __init__(self, tracker: WandbRun, run: RunConfig, data: pl.LightningDataModule) -> None:
         self.tracker = tracker  # not ``log``: Lightning overwrites that name in callbacks
         self.run = run
         self.data = data
-        self.num_bad = 0  # steps left out, of which the people have been told
+        self.num_bad = 0  # skipped steps already reported
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
@@ -74,9 +74,9 @@ class Track(StepCallback):
     def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         if left_out(trainer) > self.num_bad:
             self.num_bad = left_out(trainer)
-            told = f"Step {trainer.global_step}; {self.num_bad} bad steps so far. The run's log names the samples."
+            text = f"Step {trainer.global_step}; {self.num_bad} bad steps so far. The run's log names the samples."
             with self.rhythm.resting():
-                self.tracker.alert(f"{self.run.name}: a bad step was left out", told, bad=True)
+                self.tracker.alert(f"{self.run.name}: a bad step was left out", text, bad=True)
 
     @rank_zero_only
     def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
@@ -87,15 +87,16 @@ class Track(StepCallback):
 
 
 def left_out(trainer: pl.Trainer) -> int:
-    """Steps that the run has left out for their loss so far."""
-    return next((callback.num_bad for callback in trainer.callbacks if isinstance(callback, GuardSteps)), 0)  # type: ignore[attr-defined]
+    """The number of steps skipped so far for their loss."""
+    guards = (c for c in trainer.callbacks if isinstance(c, GuardSteps))  # type: ignore[attr-defined]
+    return next((guard.num_bad for guard in guards), 0)
 
 
 @rank_zero_only
 def log_models(tracker: WandbRun, run: RunConfig, last_loss: float | None) -> None:
-    """The models that a finished run leaves, as versions of one artifact: ``best``, then ``latest``; one if they are the same.
+    """Log the models of a finished run as versions of one artifact: ``best``, then ``latest``; one if they are equal.
 
-    ``last_loss``: the validation loss of the last step.
+    ``last_loss`` is the validation loss of the last step.
     """
     upload, id_, best = run.tracking.upload_models, run_id(run.folder), best_loss(run.folder / "best")
     earlier = best is not None and last_loss is not None and best < last_loss

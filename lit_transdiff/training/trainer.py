@@ -51,7 +51,7 @@ from lit_transdiff.training.tracking import WATCHED, BestModel, Track, log_model
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run leaves: its folder, its last step, and the last value of each metric."""
+    """The result of a training run: its folder, its last step, and the last value of each metric."""
 
     folder: Path
     step: int
@@ -61,7 +61,7 @@ class TrainResult:
 def build_callbacks(
     parts: Parts, start: int, request: StopRequest, tracker: WandbRun | None, own: Sequence[Callback] = ()
 ) -> list[Callback]:
-    """What watches a run and saves it, and the user's ``own``, in any order: that of a step is ``step_callbacks``'s."""
+    """All callbacks of a run with the user's ``own``, in any order; ``step_callbacks`` have an order of their own."""
     run = parts.run
     rhythm = Rhythm(run, step_callbacks(parts, start, tracker), request)
     named = [CALLBACKS[name](run) for name in run.training.callbacks]
@@ -69,11 +69,11 @@ def build_callbacks(
 
 
 def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[StepCallback]:
-    """What a run does at its steps, in this order: a step's scores are logged before its numbers, its samples after them."""
+    """The callbacks of a run's steps, in order: online scores come before the step's numbers, samples after."""
     run, stage, autoencoder = parts.run, parts.stage, parts.autoencoder
     numbers, folder = LogTraining(run, compute_dtype(run)), run.folder
     guarded = isinstance(stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
-    found: list[StepCallback] = [
+    callbacks: list[StepCallback] = [
         GuardSteps(run.safety, folder) if guarded else StopOnNonFinite(folder / "checkpoints"),
         numbers,
         Progress(run.name, numbers),
@@ -82,19 +82,19 @@ def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[S
     if run.training.profile_steps:
         found.append(ProfileSteps(run.training.profile_steps, folder / "profile"))
     if tracker is not None:
-        found.append(Track(tracker, run, parts.data))
+        callbacks.append(Track(tracker, run, parts.data))
     if autoencoder is not None and isinstance(stage, TransDiffStage):
         names = class_names(parts.data, run.model.num_classes)
         if run.evaluation.every:
-            found.insert(0, OnlineEvaluation(Generator(stage.model, autoencoder, run, names), run))
+            callbacks.insert(0, OnlineEvaluation(Generator(stage.model, autoencoder, run, names), run))
         go_on = run.checkpoint.on_error == "continue"
-        found.append(SampleGrids(autoencoder, names, folder / "samples", tracker, despite_full_disk=go_on))
-        found.append(BestModel(folder / "best", partial(export_model, parts)))
-    return found
+        callbacks.append(SampleGrids(autoencoder, names, folder / "samples", tracker, despite_full_disk=go_on))
+        callbacks.append(BestModel(folder / "best", partial(export_model, parts)))
+    return callbacks
 
 
 def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
-    """Lightning's Trainer for a run. The whole run is one epoch of max_steps; the data order has its own."""
+    """Lightning's Trainer for a run. The whole run is one epoch; the data order has its own epochs."""
     run, training = parts.run, parts.run.training
     validates = run.data.evaluation is not None or not isinstance(parts.data, DataModule)
     also_saves = any(isinstance(callback, CheckpointCallback) for callback in callbacks)
@@ -113,7 +113,7 @@ def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]
         callbacks=callbacks,
         logger=loggers,
         use_distributed_sampler=False,
-        enable_checkpointing=also_saves,  # the run's own are written by Checkpoints
+        enable_checkpointing=also_saves,  # Checkpoints writes those of the run
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=run.folder,
@@ -131,8 +131,8 @@ def train(
 ) -> TrainResult:
     """Train a run to its end, continuing from its last checkpoint if there is one, and export the averaged weights.
 
-    A run that has already finished is left as it is. ``callbacks`` and ``loggers`` of Lightning are added to the run's; ``data``
-    (any data module that yields ``Batch``) and ``stage`` stand for those that its settings name.
+    A finished run is left unchanged. ``callbacks`` and ``loggers`` of Lightning are added to the run's;
+    ``data`` (any data module that yields ``Batch``) and ``stage`` replace those that its settings name.
     """
     say = rank_zero_only(say)
     if trained_steps(run) >= run.training.max_steps:
@@ -172,7 +172,7 @@ def fit(
     say: Callable[[str], None],
     callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
-    """Train from a checkpoint, or from the beginning, to the end, or to where a callback ends it."""
+    """Train from a checkpoint or the beginning, to the last step or until a callback ends training."""
     run = parts.run
     start = checkpoint.step if checkpoint else 0
     if checkpoint is not None:
@@ -197,27 +197,28 @@ def fit(
 
 
 def write_model(parts: Parts) -> None:
-    """Export the last checkpoint; a preparatory stage may look at training batches from the start for it."""
+    """Export the last checkpoint; a preparatory stage may read training batches for it."""
     run, stage = parts.run, parts.stage
     checkpoint = last_checkpoint(run)
     if checkpoint is None:  # none could be written, and training went on
-        raise CheckpointError(f"{run.folder}: no checkpoint could be written, of which the model would be made. Make room first.")
+        text = "no checkpoint could be written, of which the model would be made. Make room first."
+        raise CheckpointError(f"{run.folder}: {text}")
     checkpoint = checkpoint.index()
     if isinstance(stage, TransDiffStage):
         return export_checkpoint(checkpoint, run.folder / "export", own=True)
-    info = {**export_info(parts), "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": "last"}
+    info = {**export_info(parts), "step": checkpoint.step, "weights": "last"}
+    info["images_seen"] = checkpoint.manifest["images_seen"]
     if not isinstance(stage, PreparatoryStage):  # the user's own
         weights = checkpoint.weights(None)
-        return write_export(
-            run.folder / "export", run, info, lambda made: save_tensors(weights, made / "model.safetensors"), own=True
-        )
+        write = lambda folder: save_tensors(weights, folder / "model.safetensors")  # noqa: E731
+        return write_export(run.folder / "export", run, info, write, own=True)
     stage.load_state_dict(checkpoint.weights(None))
     batches = (build_data(run) if isinstance(parts.data, DataModule) else parts.data).train_dataloader()
     write_export(run.folder / "export", run, info, lambda folder: stage.export(folder, batches), own=True)
 
 
 def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[str, Any]) -> None:
-    """Write the averaged weights as they are now to ``folder``, with ``more`` in what the export says. All ranks call this."""
+    """Export the current averaged weights to ``folder``, with ``more`` entries in export.json. All ranks call this."""
     run, stage, step = parts.run, parts.stage, trainer.global_step
     assert isinstance(stage, TransDiffStage)
     state = {name: value.cpu().contiguous() for name, value in stage.averaged_model().state_dict().items()}
@@ -225,11 +226,11 @@ def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[
         weights = f"ema {run.optimizer.ema_decay}"
         info = {**export_info(parts), "step": step, "images_seen": step * run.images_per_step, "weights": weights, **more}
         with unless_full(folder, run.checkpoint.on_error == "continue"):
-            write_export(folder, run, info, lambda made: save_tensors(state, made / "model.safetensors"), own=True)
+            write_export(folder, run, info, lambda path: save_tensors(state, path / "model.safetensors"), own=True)
 
 
 def wait_for_export(run: RunConfig, step: int) -> None:
-    """Return when the first rank has written the trained model."""
+    """Wait until the first rank has written the trained model."""
     deadline = time.monotonic() + 60 * run.distributed.timeout_minutes
     while trained_steps(run) < step:
         if time.monotonic() > deadline:

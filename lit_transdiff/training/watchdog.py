@@ -1,4 +1,4 @@
-"""A process that makes no step for too long says where it is, and ends: a stuck worker or a lost rank holds no job forever."""
+"""The watchdog ends a process that makes no progress and reports its state, so that a stuck worker or rank holds no job."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ WAITING = "waiting for data"
 
 
 class Watchdog(pl.Callback):
-    """Ends the process with ``EXIT_STALLED`` when a step, or the wait for its data, takes longer than ``seconds``.
+    """End the process with ``EXIT_STALLED`` when a step, or the wait for its data, takes longer than ``seconds``.
 
-    The rhythm of the run lets it rest in what may take as long as it takes. With 0 ``seconds`` it watches nothing.
+    The rhythm of the run pauses it during work of any length. With ``seconds`` 0 it is off.
     """
 
     def __init__(self, seconds: float, poll: float = 1.0) -> None:
         self.seconds = seconds
         self.poll = min(poll, seconds / 4)
-        self.busy_with: tuple[str, int] | None = None  # (what, micro-step); nothing between two steps
+        self.busy_with: tuple[str, int] | None = None  # (activity, micro-step); None between two steps
         self.last = ("starting", 0)
         self.since = time.monotonic()
         self.stop = threading.Event()
@@ -63,13 +63,13 @@ class Watchdog(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
         self.stop.set()
-        # torch's loader says so, or the pipe breaks through which the worker was handing over a batch.
+        # Either torch's loader reports it, or the pipe breaks on which the worker was sending a batch.
         broken = isinstance(exception, ConnectionError | EOFError) and self.last[0] == WAITING
         if broken or "DataLoader worker" in str(exception):
             print(self.describe(trainer, "lost a data worker", *self.last), file=sys.stderr, flush=True)
 
     def look(self, trainer: pl.Trainer) -> None:
-        """The thread: every ``poll`` seconds."""
+        """The thread's function: check every ``poll`` seconds."""
         while not self.stop.wait(self.poll):
             busy = self.busy_with
             if busy is not None and time.monotonic() - self.since > self.seconds:
@@ -77,7 +77,7 @@ class Watchdog(pl.Callback):
                     problem = f"stalled for {self.seconds:.0f} s (safety.stall_seconds)"
                     print(self.describe(trainer, problem, *busy), file=sys.stderr, flush=True)
                     faulthandler.dump_traceback(all_threads=True)
-                finally:  # whatever the message meets
+                finally:  # even if the message fails
                     os._exit(EXIT_STALLED)
 
     def describe(self, trainer: pl.Trainer, problem: str, what: str, micro_step: int) -> str:
