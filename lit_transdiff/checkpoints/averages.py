@@ -1,13 +1,13 @@
-"""Averages of the weights along training, from the decay to the export: named, kept, swapped in, gathered and combined.
+"""Averages of the weights along training: their decay, update, swap, gathering, export and combination.
 
-The optimizer keeps them as further states, in float32: whatever shards, saves and restores its states does the same to them.
-A *holder* is a tensor that this rank updates: a whole parameter, a shard of one, or a flat partition of many. Its *pieces* say
-which elements of which parameter it holds. The states of the optimizer, the averages among them, have the holder's shape, so the
-same few lines serve every strategy.
+The optimizer keeps them as further float32 states, so whatever shards, saves and restores its states does so for them.
+A *holder* is a tensor that this rank updates: a whole parameter, a shard of one, or a flat partition of many. Its
+*pieces* say which elements of which parameters it stores. Optimizer states, including the averages, have the holder's
+shape, so that the same code serves every strategy.
 
-A power-function average of width s (arXiv 2312.02696, section 3 and appendix C) weighs the weights after update i with a power of
-i, such that the standard deviation of this profile is s times the length of training. Snapshots of two such averages give, as a
-linear combination, the average of any other width.
+A power-function average of width s (arXiv 2312.02696, section 3 and appendix C) weights the parameters after update i
+by a power of i such that the standard deviation of this profile is s times the length of training. A linear
+combination of snapshots of two such averages gives the average of any other width.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from lit_transdiff.config import OptimizerConfig
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-Decay = Callable[[int], float]  # of an average, at the update 1, 2, ...
-EMA = "ema"  # the optimizer state of the average that stands for the trained model; the others' names begin with it
+Decay = Callable[[int], float]  # update number 1, 2, ... -> decay of an average
+EMA = "ema"  # optimizer state of the average used as the trained model; a prefix of the others' names
 POWER = f"{EMA}_power_"
 
 
 def constant_state(decay: float) -> str:
-    """Name of the optimizer state that holds a further average of constant ``decay``."""
+    """The optimizer state of a further average with constant ``decay``."""
     return f"{EMA}_{decay!r}"
 
 
 def power_state(width: float) -> str:
-    """Name of the optimizer state that holds the power-function average of ``width``."""
+    """The optimizer state of the power-function average of ``width``."""
     return f"{POWER}{width!r}"
 
 
 def width_of(state: str) -> float | None:
     """The width in the name of a power-function average; ``None`` for other names."""
-    found = re.fullmatch(rf"{POWER}(0?\.\d+)", state)
-    return float(found[1]) if found else None
+    match = re.fullmatch(rf"{POWER}(0?\.\d+)", state)
+    return float(match[1]) if match else None
 
 
 # --- decay ----------------------------------------------------------------------------------------------------------------------
 
 
 def average_decays(config: OptimizerConfig) -> dict[str, Decay]:
-    """Name of each average of the weights -> its decay; the first one is validated, sampled and exported."""
+    """The name and decay of each average; the first one is validated, sampled and exported."""
     constant = {EMA: config.ema_decay} | {constant_state(decay): decay for decay in config.more_ema_decays}
     decays: dict[str, Decay] = {name: partial(constant_decay, decay=decay) for name, decay in constant.items()}
     return decays | {power_state(width): partial(power_decay, width=width) for width in config.power_widths}
@@ -67,13 +67,13 @@ def constant_decay(update: int, decay: float) -> float:
 
 
 def power_of(width: float) -> float:
-    """The exponent gamma of a relative ``width``, 0 < width < 12^-0.5: the root above 0 of appendix C.2."""
+    """The exponent gamma of a relative ``width``, 0 < width < 12^-0.5: the positive root in appendix C.2."""
     roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
     return float(roots.real.max())
 
 
 def power_decay(update: int, width: float) -> float:
-    """What the average keeps of itself at ``update`` = 1, 2, ...: (1 - 1 / update)^(gamma + 1) (eq. 4 there); 0 at the first."""
+    """The decay at ``update`` = 1, 2, ...: (1 - 1 / update)^(gamma + 1) (eq. 4), 0 at the first."""
     return (1 - 1 / update) ** (power_of(width) + 1)
 
 
@@ -81,21 +81,21 @@ def power_decay(update: int, width: float) -> float:
 
 
 class Averaging(torch.optim.Optimizer):
-    """Before an optimizer among a class's bases: it keeps averages of the parameters, which start from the first ones.
+    """Mixin that precedes an optimizer among the base classes and keeps averages, starting from the first parameters.
 
-    After every step ``average <- decay average + (1 - decay) parameter``, for each of ``decays``: name of the state -> decay. A
-    strategy that shards the optimizer's tensors shards these with them.
-    ``skip_step`` makes ``step`` change nothing, whatever the gradients. ``num_updates`` of the first group counts the others.
+    After every step ``average <- decay average + (1 - decay) parameter`` for each of ``decays`` (state name -> decay).
+    A strategy that shards the optimizer's tensors also shards the averages. With ``skip_step`` a ``step`` changes
+    nothing, whatever the gradients. ``num_updates`` of the first group counts the other steps.
     """
 
     def __init__(self, params: Iterable[Any], *, decays: Mapping[str, Decay], **settings: Any) -> None:
         super().__init__(params, **settings)
-        self._step_supports_amp_scaling = False  # of float16: gradients are unscaled before they are clipped, not in the step
+        self._step_supports_amp_scaling = False  # float16 gradients are unscaled before clipping
         self.decays = dict(decays)
         self.skip_step = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the states; torch gives them the precision of their parameters, the averages keep their own."""
+        """Restore the states; averages stay float32, where torch would use the parameters' precision."""
         super().load_state_dict(state_dict)
         saved = [state_dict["state"].get(number, {}) for group in state_dict["param_groups"] for number in group["params"]]
         for p, states in zip(self._trained(), saved, strict=True):
@@ -126,7 +126,7 @@ class Averaging(torch.optim.Optimizer):
 
 
 def loss_of(closure: Callable[[], float] | None) -> float | None:
-    """What the closure of an optimizer's step gives: it runs forward and backward."""
+    """Run the closure of an optimizer step (forward and backward) and return its loss."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -138,7 +138,7 @@ def loss_of(closure: Callable[[], float] | None) -> float | None:
 
 @dataclass(frozen=True)
 class Piece:
-    """``length`` elements: from ``start`` of a flattened parameter, at ``offset`` of the flattened holder."""
+    """``length`` elements from ``start`` of a flattened parameter, at ``offset`` of the flattened holder."""
 
     name: str
     start: int
@@ -148,7 +148,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Holder:
-    """A tensor that this rank updates, and what it holds. ``owned`` is false where another rank holds the same and writes it."""
+    """A tensor that this rank updates, and its pieces. ``owned`` is false if another rank saves them."""
 
     tensor: Tensor
     pieces: tuple[Piece, ...]
@@ -162,12 +162,12 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def parameter_shapes(stage: pl.LightningModule) -> dict[str, list[int]]:
-    """Parameter -> shape of the whole, also where it is cut (ZeRO-3 keeps the shape aside)."""
+    """Parameter name -> unsharded shape (ZeRO-3 stores it separately)."""
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in stage.named_parameters()}
 
 
 class Averages(ABC):
-    """The averages of a stage in training: everything follows from ``holders``, which the strategy knows."""
+    """The averages of a stage in training, derived from the ``holders`` of its strategy."""
 
     world_size: int
 
@@ -178,26 +178,26 @@ class Averages(ABC):
     @property
     @abstractmethod
     def optimizer(self) -> Optimizer:
-        """The optimizer itself, without what wraps it."""
+        """The optimizer without wrappers."""
 
     @abstractmethod
     def holders(self) -> Iterator[Holder]:
-        """What this rank updates, and what it holds of parameters that are not trained."""
+        """The tensors that this rank updates, and its tensors of frozen parameters."""
 
     @abstractmethod
     def refresh(self) -> None:
-        """Bring what the model computes with up to date, after holders have changed."""
+        """Update the model's own tensors after holders have changed."""
 
     @property
     def set_aside(self) -> dict[Tensor, Tensor]:
-        """Weights that wait, beside their stage, while the model holds averages that are more precise than they are."""
+        """Weights stored outside the model while it contains averages of higher precision."""
         return vars(self.stage).setdefault("weights_set_aside", {})
 
     @torch.no_grad()
     def swap_averages(self) -> None:
-        """Exchange weights and averages in place; a second call exchanges them back. Nothing happens before the first step.
+        """Exchange weights and averages in place; a second call reverses it. Before the first step this has no effect.
 
-        Weights that are less precise than their average are set aside instead: in their place it would be rounded.
+        Weights of lower precision than their average are set aside, because the average would be rounded in their place.
         """
         for holder in self.holders():
             average = self.optimizer.state.get(holder.tensor, {}).get(EMA)
@@ -214,7 +214,7 @@ class Averages(ABC):
 
     @torch.no_grad()
     def average_distance(self) -> Tensor:
-        """[2]: squared distance between weights and averages, and squared norm of the weights, of what this rank owns."""
+        """[2]: squared distance of weights and averages, and squared norm of the weights, of this rank."""
         sums = torch.zeros(2, device=self.stage.device)
         for holder in self.holders():
             average, weights = self.optimizer.state.get(holder.tensor, {}).get(EMA), flat(holder.tensor).float()
@@ -224,7 +224,7 @@ class Averages(ABC):
 
     @torch.no_grad()
     def averaged_state(self) -> dict[str, Tensor]:
-        """State dict of the stage with averages for weights, whole and float32 on every rank. All ranks call it together."""
+        """The stage's state dict with averages as weights, unsharded float32. All ranks must call this."""
         state = {name: value.detach().clone() for name, value in self.buffers().items()}
         shapes = parameter_shapes(self.stage)
         for name, shape in shapes.items():
@@ -249,20 +249,20 @@ class Averages(ABC):
 
 
 def overlap(update_a: float, width_a: float, update_b: float, width_b: float) -> float:
-    """Inner product of the profiles of two averages, each taken at an update (appendix C.3)."""
+    """The inner product of the profiles of two averages at given updates (appendix C.3)."""
     a, b = power_of(width_a), power_of(width_b)
     exponent = b if update_a < update_b else -a
     return (a + 1) * (b + 1) * (update_a / update_b) ** exponent / ((a + b + 1) * max(update_a, update_b))
 
 
 def combination(snapshots: Sequence[tuple[int, float]], update: int, width: float) -> tuple[np.ndarray, float]:
-    """Factors of ``snapshots`` (their update and width) whose sum is closest to the average of ``width`` at ``update``.
+    """Coefficients of ``snapshots`` (update, width) whose sum is closest to the average of ``width`` at ``update``.
 
-    Also the distance of the two profiles relative to that of the average: 0 where it is one of the snapshots.
+    Also returns the distance of the profiles relative to the norm of the target: 0 for one of the snapshots.
     """
     products = np.array([[overlap(*one, *other) for other in snapshots] for one in snapshots])
-    wanted = np.array([overlap(*one, update, width) for one in snapshots])
-    factors = np.linalg.lstsq(products, wanted, rcond=1e-12)[0]
+    target = np.array([overlap(*one, update, width) for one in snapshots])
+    factors = np.linalg.lstsq(products, target, rcond=1e-12)[0]
     norm = overlap(update, width, update, width)
-    left = norm - 2 * factors @ wanted + factors @ products @ factors
+    left = norm - 2 * factors @ target + factors @ products @ factors
     return factors, math.sqrt(max(0.0, left) / norm)

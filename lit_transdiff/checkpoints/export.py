@@ -1,7 +1,7 @@
-"""The plain form of a trained model: ``model.safetensors`` (averaged weights), ``config.yaml`` and ``export.json``, which holds
-the CRC-32 of the others.
+"""The plain form of a trained model: ``model.safetensors`` (averaged weights), ``config.yaml`` and ``export.json``.
 
-Every command that uses a trained model reads this form; a run folder stands for the ``export`` folder in it.
+``export.json`` contains the CRC-32 of the other files. All commands that use a trained model read this form; a run
+folder stands for its ``export`` folder.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from lit_transdiff.config.loading import load_run, run_from, save_yaml, setting,
 from lit_transdiff.config.paths import checkpoints_folder, export_folder
 from lit_transdiff.config.targets import below, beside, contents, files_in, put_files, refuse_foreign, save_tensors
 
-INFO = "export.json"  # says what lies in the folder, and that it is an export
-# What an export of an earlier version may consist of, which does not say it.
+INFO = "export.json"  # describes the folder and marks it as an export
+# The possible files of an export of an earlier version, which does not list them.
 FILES = (
     *("config.yaml", INFO, "model.safetensors", "left_over.safetensors"),
     *("config.json", "diffusion_pytorch_model.safetensors", "classifier.safetensors"),
 )
-# Settings that are paths to what a trained model is used with; where they lead from the export is written beside them.
+# Path settings that a trained model needs; an export also stores them relative to its folder.
 EXPORT_PLACES = ("autoencoder.path", "evaluation.extractor_weights", "evaluation.reference", "data.train", "data.evaluation")
-FARTHEST = 0.1  # of a combination of averages from the one asked for, by their profiles
+FARTHEST = 0.1  # maximal relative distance of a combination of averages from the requested profile
 
 
 @dataclass(frozen=True)
 class Export:
-    """A trained model as it lies on disk: its run, its weights and where they come from (step, images seen, versions)."""
+    """A trained model on disk: its run, its weights and their origin (step, images seen, versions)."""
 
     folder: Path
     run: RunConfig
@@ -60,21 +60,21 @@ def read_export(path: str | Path) -> Export:
     folder = export_folder(path)
     info = read_info(folder / INFO)
     check_file(folder / "config.yaml")
-    run = found_again(load_run(folder / "config.yaml"), folder, info)
+    run = with_valid_paths(load_run(folder / "config.yaml"), folder, info)
     return Export(folder, run, read_weights(folder / "model.safetensors"), info)
 
 
 def paths_from(folder: Path, run: RunConfig) -> dict[str, str]:
-    """The paths of ``EXPORT_PLACES`` that the run has, as they are reached from ``folder``."""
+    """The paths of ``EXPORT_PLACES`` in the run's settings, relative to ``folder``."""
     settings = to_dict(run)
-    given = {name: setting(settings, name) for name in EXPORT_PLACES}
-    return {name: os.path.relpath(path, folder) for name, path in given.items() if path and "://" not in path}
+    paths = {name: setting(settings, name) for name in EXPORT_PLACES}
+    return {name: os.path.relpath(path, folder) for name, path in paths.items() if path and "://" not in path}
 
 
-def found_again(run: RunConfig, folder: Path, info: Mapping[str, Any]) -> RunConfig:
-    """The run of the export in ``folder``; paths that lead nowhere any more are followed from the export, moved with them.
+def with_valid_paths(run: RunConfig, folder: Path, info: Mapping[str, Any]) -> RunConfig:
+    """The run of the export in ``folder``; paths that no longer exist are resolved relative to the export.
 
-    An export of an earlier version does not say its paths from there; it lies in its run's folder.
+    An export of an earlier version has no relative paths; it lies in its run's folder.
     """
     settings, known = to_dict(run), info.get("paths")
     for name, path in (known if isinstance(known, dict) else paths_from(run.folder / "export", run)).items():
@@ -86,7 +86,7 @@ def found_again(run: RunConfig, folder: Path, info: Mapping[str, Any]) -> RunCon
 
 
 def read_info(file: Path) -> dict[str, Any]:
-    """What ``export.json`` says of a trained model."""
+    """Read ``export.json``."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist.")
     info = read_versioned(file)
@@ -98,7 +98,7 @@ def read_info(file: Path) -> dict[str, Any]:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ``ValueError`` naming it when it is damaged."""
+    """The tensors of a safetensors file. Raises ``ValueError`` with its name if it is damaged."""
     check_file(file)
     try:
         return load_file(file)
@@ -107,21 +107,20 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def export_run(run_folder: Path, step: int | None, average: str, output: str | None) -> Path:
-    """Export a checkpoint of a run folder (the last one, if ``step`` is nothing) and return the folder."""
-    found = {checkpoint.step: checkpoint for checkpoint in complete_checkpoints(checkpoints_folder(run_folder))}
-    if not found:
+    """Export a checkpoint of a run folder (by default the last one) and return the new folder."""
+    checkpoints = {checkpoint.step: checkpoint for checkpoint in complete_checkpoints(checkpoints_folder(run_folder))}
+    if not checkpoints:
         raise FileNotFoundError(f"{run_folder} holds no complete checkpoint.")
-    chosen = max(found) if step is None else step
-    require(chosen in found, "--step", chosen, f"one of {sorted(found)}")
+    chosen = max(checkpoints) if step is None else step
+    require(chosen in checkpoints, "--step", chosen, f"one of {sorted(checkpoints)}")
     folder = Path(output) if output else run_folder / f"export-{chosen:08d}"
     check_export_folder(folder, run_folder)
     combines = width_of(average) is not None
-    used = [checkpoint for step, checkpoint in sorted(found.items()) if step == chosen or (combines and step < chosen)]
+    used = [c for step, c in sorted(checkpoints.items()) if step == chosen or (combines and step < chosen)]
     for checkpoint in used:
-        if (damaged := checkpoint.damaged_file()) is not None:
-            raise ValueError(
-                f"{checkpoint.folder / damaged} is damaged: it is not what was written. Complete steps: {sorted(found)}."
-            )
+        if (file := checkpoint.damaged_file()) is not None:
+            damage = f"{checkpoint.folder / file} is damaged: it is not what was written."
+            raise ValueError(f"{damage} Complete steps: {sorted(checkpoints)}.")
     *earlier, last = [checkpoint.index() for checkpoint in used]
     export_checkpoint(last, folder, average, earlier)
     return folder
@@ -130,53 +129,52 @@ def export_run(run_folder: Path, step: int | None, average: str, output: str | N
 def export_checkpoint(
     checkpoint: Checkpoint, folder: Path, average: str = EMA, earlier: Sequence[Checkpoint] = (), *, own: bool = False
 ) -> None:
-    """Write the plain form of a checkpoint of one of the three stages, whatever strategy and number of ranks wrote it.
+    """Export a checkpoint of a generator's stage, whatever strategy and number of ranks wrote it.
 
-    ``average`` is one that the checkpoint holds, ``last`` for the weights themselves, or a power-function average of any width
-    that follows from those that it and ``earlier`` checkpoints of the run hold. ``own`` is that of ``write_export``.
+    ``average`` is one of the checkpoint's averages, ``last`` for the weights themselves, or a power-function average of
+    any width, computed from the averages of this and the ``earlier`` checkpoints. ``own``: see ``write_export``.
     """
     training = checkpoint.training()
     run, info = run_from(training["run"]), training["info"]
     width = width_of(average)
     if average in (*checkpoint.averages, "last"):
         weights = checkpoint.weights(None if average == "last" else average)
-        said = (
-            "last" if average == "last" else f"ema {run.optimizer.ema_decay if average == EMA else average.removeprefix('ema_')}"
-        )
+        decay = run.optimizer.ema_decay if average == EMA else average.removeprefix("ema_")
+        origin = "last" if average == "last" else f"ema {decay}"
     elif width is not None:
         weights, distance = combined([*earlier, checkpoint], width)
-        said = f"power-function average of width {width} (profile within {distance:.1%})"
+        origin = f"power-function average of width {width} (profile within {distance:.1%})"
     else:
         raise unknown("average", average, [*checkpoint.averages, "last"])
     state = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
-    info = {**info, "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": said}
+    info = {**info, "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": origin}
     write_export(folder, run, info, lambda partial: save_tensors(state, partial / "model.safetensors"), own=own)
 
 
 def combined(checkpoints: Sequence[Checkpoint], width: float) -> tuple[dict[str, Tensor], float]:
-    """Weights and buffers with the power-function average of ``width`` at the last of ``checkpoints``, from all that they hold.
+    """Weights and buffers with the power-function average of ``width`` at the last of ``checkpoints``.
 
-    Also the distance of its profile from the one asked for. Raises ``ValueError`` when that is more than ``FARTHEST``.
+    Also returns the relative distance of its profile. Raises ``ValueError`` if that is more than ``FARTHEST``.
     """
-    held = [(checkpoint, state) for checkpoint in checkpoints for state in checkpoint.averages if width_of(state) is not None]
-    require(len(held) > 0, "--average", f"{POWER}{width}", "a run with optimizer.power_widths, as in [0.05, 0.1]")
+    stored = [(checkpoint, state) for checkpoint in checkpoints for state in checkpoint.averages if width_of(state)]
+    require(len(stored) > 0, "--average", f"{POWER}{width}", "a run with optimizer.power_widths, as in [0.05, 0.1]")
     updates = {checkpoint.step: checkpoint.training()["param_groups"][0]["num_updates"] for checkpoint in checkpoints}
-    snapshots = [(updates[checkpoint.step], width_of(state) or 0.0) for checkpoint, state in held]
+    snapshots = [(updates[checkpoint.step], width_of(state) or 0.0) for checkpoint, state in stored]
     factors, distance = combination(snapshots, updates[checkpoints[-1].step], width)
     widths = sorted({width for _, width in snapshots})
-    found = f"{width}, which the averages of {len(checkpoints)} checkpoints give within {distance:.0%} only"
-    require(distance <= FARTHEST, "--average: width", found, f"widths near {widths}; more checkpoints kept reach farther")
+    got = f"{width}, which the averages of {len(checkpoints)} checkpoints give within {distance:.0%} only"
+    require(distance <= FARTHEST, "--average: width", got, f"widths near {widths}; more checkpoints kept reach farther")
     weights = checkpoints[-1].weights(None)
-    for name in {name for name, state in checkpoints[-1].slices if state == held[-1][1]}:
+    for name in {name for name, state in checkpoints[-1].slices if state == stored[-1][1]}:
         total = torch.zeros(checkpoints[-1].shapes[name], dtype=torch.float64)
-        for (checkpoint, state), factor in zip(held, factors.tolist(), strict=True):
+        for (checkpoint, state), factor in zip(stored, factors.tolist(), strict=True):
             total.add_(checkpoint.tensor(name, state), alpha=factor)
         weights[name] = total.float()
     return weights, distance
 
 
 def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, each with memory of its own, as safetensors demands."""
+    """The same tensors without shared memory, as safetensors requires."""
     result: dict[str, Tensor] = {}
     places: set[int] = set()
     for key, value in state.items():
@@ -190,29 +188,29 @@ def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write_export(
     folder: Path, run: RunConfig, info: Mapping[str, Any], write_weights: Callable[[Path], None], *, own: bool = False
 ) -> None:
-    """Write a trained model beside ``folder``, then put it there, over the files of an earlier export; other files stay.
+    """Write a trained model beside ``folder``, then move it there in place of an earlier export; other files stay.
 
-    ``own`` is for a folder that this program made by its place, in a run folder. Any other that holds something and no export is
-    refused with ``ValueError``, and so is a file.
+    ``own`` is true for a folder that belongs to this program by its position in a run folder. Any other that contains
+    files but no export is refused with ``ValueError``, and so is a file.
     """
-    folder = folder.resolve()  # a link means what it leads to
+    folder = folder.resolve()  # a link stands for its target
     earlier = earlier_files(folder, own)
-    with naming_full(folder), beside(folder) as made:
-        write_weights(made)
-        save_yaml(run, made / "config.yaml")
-        names = sorted({*files_in(made), INFO})
-        about = versioned(info) | {"paths": paths_from(folder, run), "files": names, "crc32": crc32_of_files(made)}
-        replace_file(made / INFO, sealed(about))
+    with naming_full(folder), beside(folder) as new:
+        write_weights(new)
+        save_yaml(run, new / "config.yaml")
+        names = sorted({*files_in(new), INFO})
+        about = versioned(info) | {"paths": paths_from(folder, run), "files": names, "crc32": crc32_of_files(new)}
+        replace_file(new / INFO, sealed(about))
         unfinished = {"unfinished": "a new export was being put here: export again", "files": sorted({*earlier, *names})}
-        put_files(made, folder, earlier, INFO, lambda: replace_file(folder / INFO, sealed(unfinished)))
+        put_files(new, folder, earlier, INFO, lambda: replace_file(folder / INFO, sealed(unfinished)))
 
 
 def earlier_files(folder: Path, own: bool = False) -> Collection[str]:
-    """The files of the export in a folder; none where nothing lies in it. Raises ``ValueError`` where something else does."""
+    """The files of the export in a folder, if any. Raises ``ValueError`` if it contains other things."""
     there = contents(folder)
     try:
         info = read_versioned(folder / INFO) if INFO in there else {}
-    except Damaged:  # as a power cut leaves it
+    except Damaged:  # by a power failure
         info = {}
     if not isinstance(info, dict) or not any(keys <= info.keys() for keys in ({"autoencoder", "class_names"}, {"unfinished"})):
         if there and not own:
@@ -224,7 +222,7 @@ def earlier_files(folder: Path, own: bool = False) -> Collection[str]:
 
 
 def check_export_folder(folder: Path, run_folder: Path) -> None:
-    """Refuse, before anything is read, a folder that ``export`` would not replace: also what a run keeps for itself."""
+    """Refuse early a folder that ``export`` would not replace, including those of a run itself."""
     place = folder.resolve()
     earlier_files(place)
     theirs = place.name in ("export", "best") and place.exists() and (place.parent / "config.yaml").is_file()

@@ -1,10 +1,10 @@
-"""Checkpoints on disk: one form for every strategy and number of ranks.
+"""Checkpoints on disk, in one format for every strategy and number of ranks.
 
-``checkpoints/step-00000500/`` holds ``rank-00000.safetensors`` ... (slices of parameters and of their optimizer states, named
-``parameter::state::first element`` in the flattened parameter), ``training.pt`` (where training stands) and, written last,
-``COMPLETE.json``, with the size and the CRC-32 of each file, and its own. A folder is made under another name and renamed when
-it is whole, so one that was broken off is never found.
-Because each slice says which elements of which parameter it holds, any strategy and any number of ranks reads it.
+``checkpoints/step-00000500/`` contains ``rank-00000.safetensors`` ... (slices of parameters and their optimizer states,
+named ``parameter::state::first element`` in the flattened parameter), ``training.pt`` (the state of training) and,
+written last, ``COMPLETE.json`` with the size and CRC-32 of each file, and its own. A folder is written under another
+name and renamed when complete, so an unfinished one is never used.
+Because each slice names its elements of its parameter, any strategy and any number of ranks can read it.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from lit_transdiff.config.targets import below, remove_written, save_tensors
 
 MARKER = "COMPLETE.json"
 TRAINING = "training.pt"
-WEIGHT = "weight"  # the "state" that is the parameter itself, float32
+WEIGHT = "weight"  # the "state" of the parameter itself, float32
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
-MAX_OPEN = 256  # files of a checkpoint at a time
-CHECKSUM = ".crc32"  # of a rank's file, until the marker holds it
-# All that this program writes into the folder of a checkpoint: what else lies in it is not removed.
+MAX_OPEN = 256  # number of files of a checkpoint open at a time
+CHECKSUM = ".crc32"  # suffix for a rank file's checksum until the marker contains it
+# All files of this program in a checkpoint folder; other files are not removed.
 WRITTEN = ("rank-*.safetensors*", f"rank-*{CHECKSUM}", "rank-*.failed", f"{TRAINING}*", f"{MARKER}*")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Where some elements of a parameter's state lie on disk."""
+    """The location on disk of some elements of a parameter's state."""
 
     start: int
     length: int
@@ -56,7 +56,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder and what its marker says."""
+    """A complete checkpoint: its folder and its manifest."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -73,7 +73,7 @@ class Checkpoint:
         return dict(self.manifest["shapes"])
 
     def index(self) -> Checkpoint:
-        """The same checkpoint with a list of its slices; reads the head of each file."""
+        """The same checkpoint with its list of slices, from the header of each file."""
         slices: dict[tuple[str, str], list[Slice]] = defaultdict(list)
         for file in sorted(self.folder.glob("rank-*.safetensors")):
             content = self.content(file)
@@ -84,7 +84,7 @@ class Checkpoint:
         return Checkpoint(self.folder, self.manifest, dict(slices), self.contents)
 
     def content(self, file: Path) -> Any:
-        """A rank's file, which stays open: to open it is to read its whole head."""
+        """A rank's file, kept open, because opening it reads the whole header."""
         if file not in self.contents:
             if len(self.contents) >= MAX_OPEN:
                 self.contents.clear()
@@ -92,11 +92,11 @@ class Checkpoint:
         return self.contents[file]
 
     def states(self, name: str) -> list[str]:
-        """The states that are kept of a parameter."""
+        """The saved states of a parameter."""
         return [state for parameter, state in self.slices if parameter == name]
 
     def read(self, name: str, state: str, start: int = 0, length: int | None = None) -> Tensor:
-        """Elements ``start`` .. ``start + length`` of a flattened state [length]; raises ``ValueError`` if some are missing."""
+        """Elements ``start`` .. ``start + length`` of a flattened state [length]; ``ValueError`` if some are missing."""
         length = math.prod(self.shapes[name]) - start if length is None else length
         pieces = [
             (piece, max(start, piece.start), min(start + length, piece.start + piece.length))
@@ -113,7 +113,7 @@ class Checkpoint:
         return out
 
     def scalar(self, name: str, state: str) -> Tensor:
-        """A state that is one number, as the step of AdamW."""
+        """A scalar state, such as AdamW's step."""
         piece = self.slices[name, state][0]
         return self.content(piece.file).get_tensor(piece.key).reshape(())
 
@@ -122,28 +122,28 @@ class Checkpoint:
         return self.read(name, state).view(self.shapes[name])
 
     def weights(self, average: str | None) -> dict[str, Tensor]:
-        """All parameters and buffers; those with an ``average`` of that name are replaced by it."""
+        """All parameters and buffers; parameters with an ``average`` of that name are replaced by it."""
         averaged = {name for name, state in self.slices if state == average}
         tensors = {name: self.tensor(name, str(average) if name in averaged else WEIGHT) for name in self.shapes}
         return tensors | self.training()["buffers"]
 
     def training(self) -> dict[str, Any]:
-        """Where training stood: loops, schedules, callbacks, the run and what made it."""
+        """The state of training: loops, schedules, callbacks, the run and its provenance."""
         loaded = torch.load(self.folder / TRAINING, map_location="cpu", weights_only=True)
         assert isinstance(loaded, dict)
         return loaded
 
     def damaged_file(self, part: int = 0, parts: int = 1) -> str | None:
-        """The first file whose content is not what was written, among every ``parts``-th one from ``part`` on.
+        """The first damaged file, among every ``parts``-th one from ``part`` on, or None.
 
-        Checkpoints of earlier versions hold no checksums; of them nothing is said.
+        Checkpoints of earlier versions have no checksums and are not checked.
         """
         checksums = sorted(self.manifest.get("crc32", {}).items())
         return next((name for name, crc32 in checksums[part::parts] if crc32_of(self.folder / name) != crc32), None)
 
     @property
     def averages(self) -> list[str]:
-        """The states that are averages of the weights; of a checkpoint with its slices."""
+        """The states that are averages of the weights; needs ``index``."""
         return sorted({state for _, state in self.slices if state.startswith(EMA)})
 
 
@@ -152,8 +152,8 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
-    """The whole checkpoints of a folder, oldest first. One whose files have other sizes than were written is left out."""
-    found = []
+    """The complete checkpoints of a folder, oldest first. Those with files of the wrong size are omitted."""
+    checkpoint_list = []
     for marker in sorted(checkpoints.glob(f"step-*/{MARKER}")):
         folder = marker.parent
         if not folder.name[5:].isdigit():
@@ -165,12 +165,12 @@ def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
             continue
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"] if (folder / name).exists()}
         if sizes == manifest["files"]:
-            found.append(Checkpoint(folder, manifest))
-    return found
+            checkpoint_list.append(Checkpoint(folder, manifest))
+    return checkpoint_list
 
 
 def read_manifest(marker: Path) -> dict[str, Any]:
-    """What a marker says. Raises ``Damaged`` naming it when it is damaged, or is of another folder."""
+    """Read a marker. Raises ``Damaged`` if it is damaged or belongs to another folder."""
     manifest = read_versioned(marker)
     if not isinstance(manifest, dict) or not {"step", "shapes", "files"} <= manifest.keys():
         raise Damaged(f"{marker} is damaged: it lacks what the marker of a checkpoint says.")
@@ -186,12 +186,12 @@ def read_manifest(marker: Path) -> dict[str, Any]:
 
 @cache
 def warn_once(text: str) -> None:
-    """Warn of what is found at every look."""
+    """Log a recurring warning once."""
     log.warning(text)
 
 
 def put_aside(checkpoint: Checkpoint) -> None:
-    """Take a damaged checkpoint out of the list of complete ones, unless another process has done so."""
+    """Rename a damaged checkpoint, unless another process has done so."""
     aside = checkpoint.folder.with_name(checkpoint.folder.name + DAMAGED)
     if checkpoint.folder.exists():
         remove_written(aside, WRITTEN)
@@ -199,11 +199,12 @@ def put_aside(checkpoint: Checkpoint) -> None:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint with its slices; raises ``FileNotFoundError`` when ``path`` is none or is not complete."""
-    for found in complete_checkpoints(path.parent):
-        if found.folder == path:
-            return found.index()
-    raise FileNotFoundError(f"{path} is not a complete checkpoint. Complete ones: {complete_checkpoints(path.parent) or 'none'}.")
+    """A checkpoint with its slices; raises ``FileNotFoundError`` unless ``path`` is a complete checkpoint."""
+    complete = complete_checkpoints(path.parent)
+    for checkpoint in complete:
+        if checkpoint.folder == path:
+            return checkpoint.index()
+    raise FileNotFoundError(f"{path} is not a complete checkpoint. Complete ones: {complete or 'none'}.")
 
 
 def slice_key(name: str, state: str, start: int) -> str:
@@ -211,7 +212,7 @@ def slice_key(name: str, state: str, start: int) -> str:
 
 
 def write_rank_file(partial: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write a rank's slices, whole or not at all. Raises ``CheckpointError`` with the reason, and leaves no file then."""
+    """Write a rank's slices completely, or raise ``CheckpointError`` with the reason and leave no file."""
     file = partial / f"rank-{rank:05d}.safetensors"
     try:
         require_space(partial, sum(t.numel() * t.element_size() for t in tensors.values()))
@@ -224,7 +225,7 @@ def write_rank_file(partial: Path, rank: int, tensors: Mapping[str, Tensor]) -> 
 
 
 def save_pickled(content: Any, path: Path) -> None:
-    """``torch.save`` to a file of Python's, which says why it could not write; torch's own does not."""
+    """``torch.save`` through a Python file, whose errors give a reason; torch's own do not."""
     with open(path, "wb") as file:
         torch.save(content, file)
 
@@ -232,7 +233,7 @@ def save_pickled(content: Any, path: Path) -> None:
 def finish_checkpoint(
     partial: Path, world: int, training: Mapping[str, Any], manifest: Mapping[str, Any], timeout: float
 ) -> Checkpoint:
-    """On the first rank: wait until all ranks have written, write the rest and the marker, and give the folder its name."""
+    """On the first rank: wait for all ranks, write the rest and the marker, and rename the folder."""
     deadline = time.monotonic() + timeout
     while len(list(partial.glob("rank-*.safetensors"))) < world:
         failed = sorted(path.stem for path in partial.glob("rank-*.failed"))
@@ -251,7 +252,7 @@ def finish_checkpoint(
         whole_manifest = versioned(manifest) | {"files": sizes, "crc32": crc32}
         replace_file(partial / MARKER, sealed(whole_manifest))
         folder = partial.with_name(partial.name.removesuffix(PARTIAL))
-        remove_written(folder, WRITTEN)  # one that is not complete
+        remove_written(folder, WRITTEN)  # an incomplete one
         os.replace(partial, folder)
         to_disk(folder.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -259,24 +260,25 @@ def finish_checkpoint(
     return Checkpoint(folder, whole_manifest)
 
 
-def kept(found: Iterable[Checkpoint], policy: CheckpointConfig) -> set[Path]:
-    """The folders of the checkpoints that the policy keeps."""
-    found = sorted(found, key=lambda checkpoint: checkpoint.step)
-    keep = {c.folder for c in found[-policy.keep_last :]} | {c.folder for c in found if c.manifest.get("milestone")}
-    scored = [c for c in found if math.isfinite(c.manifest.get("metrics", {}).get(policy.keep_best, math.nan))]
+def retained(checkpoints: Iterable[Checkpoint], policy: CheckpointConfig) -> set[Path]:
+    """The folders of the checkpoints to keep under a policy."""
+    ordered = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+    folders = {c.folder for c in ordered[-policy.keep_last :]}
+    folders |= {c.folder for c in ordered if c.manifest.get("milestone")}
+    scored = [c for c in ordered if math.isfinite(c.manifest.get("metrics", {}).get(policy.keep_best, math.nan))]
     if scored:
         sign = 1 if policy.best_is == "lowest" else -1
-        keep.add(min(scored, key=lambda c: sign * c.manifest["metrics"][policy.keep_best]).folder)
-    return keep
+        folders.add(min(scored, key=lambda c: sign * c.manifest["metrics"][policy.keep_best]).folder)
+    return folders
 
 
 def prune(checkpoints: Path, policy: CheckpointConfig) -> None:
-    """Remove what the policy does not keep, and what was broken off."""
-    found = complete_checkpoints(checkpoints)
-    keep = kept(found, policy)
-    for folder in [c.folder for c in found if c.folder not in keep]:
+    """Remove the checkpoints that the policy does not keep, and unfinished removals."""
+    complete = complete_checkpoints(checkpoints)
+    folders = retained(complete, policy)
+    for folder in [c.folder for c in complete if c.folder not in folders]:
         hidden = folder.with_name(folder.name + ".removed")
-        if not hidden.exists():  # else it holds what others put there
+        if not hidden.exists():  # otherwise it contains files of others
             folder = folder.rename(hidden)
         remove_written(folder, WRITTEN)
     for rest in checkpoints.glob("step-*.removed"):

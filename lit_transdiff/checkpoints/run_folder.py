@@ -1,8 +1,8 @@
-"""The folder of a run: what it holds, and whether a run may write to it.
+"""The folder of a run: its content, and the conditions for a run to write to it.
 
-``config.yaml`` (resolved), ``environment.json`` (commit, versions, machine; one entry a start), ``metrics.csv``,
-``checkpoints/``, ``samples/``, ``export/`` (the trained model, written when the run has finished), ``evaluations/``, ``wandb/``,
-``lock`` (held by the process that trains).
+``config.yaml`` (resolved), ``environment.json`` (commit, versions, machine; one entry per start), ``metrics.csv``,
+``checkpoints/``, ``samples/``, ``export/`` (the trained model, written at the end), ``evaluations/``, ``wandb/``,
+``lock`` (of the process that trains).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import load_run, run_from, save_yaml, setting, to_dict
 from lit_transdiff.config.targets import contents, refuse_foreign
 
-GIT_TIMEOUT = 10.0  # seconds; a disk that hangs is no reason that a run does
+GIT_TIMEOUT = 10.0  # seconds; a hanging disk must not stop a run
 PACKAGES = (
     "lit-transdiff",
     "torch",
@@ -45,9 +45,9 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-# Settings that may change between two starts of one run: they do not decide its numbers so far (max_steps does, where the
-# learning rate follows it; num_workers does for a stream, which refuses another one itself). The folder is what it is, by
-# whatever path it is reached.
+# Settings that may change between two starts of a run, because its numbers so far do not depend on them (they do on
+# max_steps if the learning rate does, and on num_workers for a stream, which refuses another value itself). The folder
+# may be reached by any path.
 FREE = (
     "name",
     "output_dir",
@@ -64,35 +64,35 @@ FREE = (
     "training.activation_checkpointing",
     "training.activation_checkpointing_every",
 )
-# Settings that are paths: what lies there may not change; the path may.
+# Path settings: the path may change, its content may not.
 PLACES = ("data.train", "data.evaluation", "data.index", "data.groups", "autoencoder.path", "init_from")
-# What a run writes into its folder before or without a checkpoint; "lock" and "wandb" are made before "config.yaml".
+# Output of a run before or without a checkpoint; "lock" and "wandb" precede "config.yaml".
 WRITTEN_EARLY = ("environment.json", "metrics.csv", "samples", "profile", "best", "export", "evaluations")
-# Settings that a stage does not read, by their beginnings; it may be continued with others, as the runs of a pipeline share them.
+# Settings that a stage does not read, by prefix; they may change, because the runs of a pipeline share them.
 UNREAD = {
     "autoencoder": ("autoencoder.", "model.", "flow."),
     "classifier": ("autoencoder.", "autoencoder_training.", "model.", "flow."),
     "judge": ("autoencoder.", "autoencoder_training.", "model.", "flow."),
 }
-READ = ("model.num_classes", "model.num_references")  # by every stage: of the data, and of the images seen
+READ = ("model.num_classes", "model.num_references")  # by every stage, for the data and the number of images seen
 log = logging.getLogger(__name__)
 FREE_GROUPS = ("sampling", "evaluation", "tracking", "distributed", "checkpoint", "safety")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted names of the settings that differ between two nested configurations, with both values."""
-    found: dict[str, tuple[Any, Any]] = {}
+    """The settings that differ between two nested configurations: dotted name -> both values."""
+    changes: dict[str, tuple[Any, Any]] = {}
     for key in old:
         name = f"{prefix}{key}"
         if isinstance(old[key], dict):
-            found |= differences(old[key], new[key], name + ".")
+            changes |= differences(old[key], new[key], name + ".")
         elif old[key] != new[key]:
-            found[name] = (old[key], new[key])
-    return found
+            changes[name] = (old[key], new[key])
+    return changes
 
 
 def content_checksum(place: str | None) -> str | None:
-    """A checksum of what a path leads to: the index of shards, the weights of a model, or a file; nothing where none is here."""
+    """A checksum of the shard index, model weights or file at a path, or None if there is none."""
     if place is None or "://" in place or place.startswith("pipe:"):
         return None
     path = Path(place)
@@ -107,14 +107,14 @@ def content_checksum(place: str | None) -> str | None:
 
 
 def inputs(run: RunConfig) -> dict[str, str]:
-    """Checksums of what the run's paths lead to, by the settings' names, for its checkpoints."""
+    """Checksums of the content at the run's paths, by setting, for its checkpoints."""
     settings = to_dict(run)
     places = {name: setting(settings, name) for name in PLACES}
     return {name: content for name, place in places.items() if (content := content_checksum(place)) is not None}
 
 
 def same_place(old: str | None, new: str | None, content: str | None) -> bool:
-    """Whether two paths lead to the same: in other words, or to the same ``content`` (without it, what ``old`` leads to now)."""
+    """Whether two paths have the same target, or the same ``content`` (by default that of ``old`` now)."""
     if old is None or new is None or "://" in old + new:
         return old == new
     now = content_checksum(new)
@@ -122,7 +122,7 @@ def same_place(old: str | None, new: str | None, content: str | None) -> bool:
 
 
 def changed(there: RunConfig, run: RunConfig, contents: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
-    """The settings of ``run`` that are not those of ``there`` and decide its numbers; ``contents``: its ``inputs`` then."""
+    """The settings of ``run`` that affect its numbers and differ from ``there``, with earlier ``inputs``."""
     free = [name for name in FREE if name != "training.max_steps" or run.optimizer.schedule == "constant"]
     return {
         name: (old, new)
@@ -134,47 +134,47 @@ def changed(there: RunConfig, run: RunConfig, contents: Mapping[str, str]) -> di
     }
 
 
-def refuse(what: Path, found: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raise ``ValueError`` when there are settings that have changed."""
-    if found:
-        listed = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in found.items())
-        raise ValueError(f"{what} holds a run with other settings ({listed}). Give this one another name=...")
+def refuse(place: Path, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise ``ValueError`` if any settings have changed."""
+    if changes:
+        listed = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changes.items())
+        raise ValueError(f"{place} holds a run with other settings ({listed}). Give this one another name=...")
 
 
 def check_folder(run: RunConfig) -> None:
-    """Refuse a folder that holds a run with other settings: nothing is overwritten, and no run continues as another."""
-    starts(run.folder)  # which are not of a newer version
+    """Refuse a folder of a run with other settings, so that nothing is overwritten or mixed."""
+    starts(run.folder)  # refuses a newer version
     file = run.folder / "config.yaml"
     if not file.exists() or not file.read_bytes().strip(b"\0\n "):
         there = [name for name in contents(run.folder) if name in WRITTEN_EARLY]
         if there and not (run.folder / "checkpoints").is_dir():
             refuse_foreign(run.folder, there, "a run")
-        return  # lost: check_checkpoint knows
+        return  # lost; check_checkpoint compares instead
     checkpoint = last_checkpoint(run)
-    found = changed(load_run(file), run, {})
-    if found.keys() & PLACES and checkpoint is not None:
-        found = changed(load_run(file), run, checkpoint.training().get("inputs", {}))
-    refuse(run.folder, found)
+    changes = changed(load_run(file), run, {})
+    if changes.keys() & PLACES and checkpoint is not None:
+        changes = changed(load_run(file), run, checkpoint.training().get("inputs", {}))
+    refuse(run.folder, changes)
 
 
 def check_checkpoint(run: RunConfig, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint of a run with other settings, or of one whose paths led to something else."""
+    """Refuse a checkpoint of a run with other settings, or with other content at its paths."""
     training = checkpoint.training()
     contents = training.get("inputs")
     if contents is None:
         log.warning("%s is of an earlier version: whether its data are still the same is not known.", checkpoint.folder)
         contents = {}
-    found = changed(run_from(training["run"]), run, contents)
+    changes = changed(run_from(training["run"]), run, contents)
     now = inputs(run)
-    for name in PLACES[:-1]:  # a model that a run starts from may be trained further
+    for name in PLACES[:-1]:  # the initial model of a run may be trained further
         old, new = contents.get(name), now.get(name)
         if old is not None and new is not None and old != new:
-            found[name] = (f"content {old}", f"content {new}")
-    refuse(checkpoint.folder, found)
+            changes[name] = (f"content {old}", f"content {new}")
+    refuse(checkpoint.folder, changes)
 
 
 def trained_steps(run: RunConfig) -> int:
-    """The steps of the trained model in the folder, 0 where there is none."""
+    """The steps of the trained model in the folder, 0 if there is none."""
     info = run.folder / "export" / "export.json"
     try:
         return int(read_number(info, "step")) if info.exists() else 0
@@ -184,14 +184,15 @@ def trained_steps(run: RunConfig) -> int:
 
 
 def last_checkpoint(run: RunConfig) -> Checkpoint | None:
-    """The newest complete checkpoint of the run, or nothing."""
-    return max(complete_checkpoints(run.folder / "checkpoints"), key=lambda found: found.step, default=None)
+    """The newest complete checkpoint of the run, or None."""
+    checkpoints = complete_checkpoints(run.folder / "checkpoints")
+    return max(checkpoints, key=lambda checkpoint: checkpoint.step, default=None)
 
 
 def open_folder(run: RunConfig, num_processes: int | None = None) -> None:
     """Make the folder and write the resolved configuration and the environment of this start.
 
-    ``num_processes`` is that of all nodes; without it, what the launcher says in ``WORLD_SIZE``.
+    ``num_processes`` counts all nodes; by default it is ``WORLD_SIZE``.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     save_yaml(run, run.folder / "config.yaml")
@@ -202,7 +203,7 @@ def open_folder(run: RunConfig, num_processes: int | None = None) -> None:
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    """What each start of the run in a folder noted of its environment; nothing, with a warning, where that is damaged."""
+    """The environment of each start of the run in a folder; if damaged, [] with a warning."""
     file = folder / "environment.json"
     try:
         return read_starts(file) if file.exists() else []
@@ -228,7 +229,7 @@ def environment() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of this package and of those that its numbers depend on."""
+    """The versions of this package and of its numerical dependencies."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -239,7 +240,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, with ``-dirty`` when it has changes; nothing outside a checkout."""
+    """The commit of this package's checkout, ``-dirty`` if it has changes, or None outside a checkout."""
     root = Path(__file__).parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:

@@ -1,7 +1,7 @@
-"""Which form run folders, exports and checkpoints have on disk: each says it in a JSON file of its own.
+"""The format version of run folders, exports and checkpoints, stored in a JSON file of each.
 
-That is ``environment.json`` (in each start), ``export.json`` and ``COMPLETE.json``. Files that say none were written before there
-were versions; they are read as those of version 1.
+These are ``environment.json`` (in each start), ``export.json`` and ``COMPLETE.json``. Files without a version are older
+and are read as version 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from lit_transdiff.base.files import Damaged, read_json
 
-VERSION = 1  # one more whenever a program that knows the present form would misread what is written
+VERSION = 1  # increase when the present program would misread the new format
 KEY = "format_version"
 
 
@@ -21,7 +21,7 @@ def versioned(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_versioned(file: Path) -> dict[str, Any]:
-    """What a JSON file says. Raises ``ValueError`` for a newer version, ``Damaged`` for what is not what was written."""
+    """Read a JSON file. Raises ``ValueError`` for a newer version, ``Damaged`` for other content."""
     content = read_json(file)
     check_form(file, content, isinstance(content, dict))
     check_version(file, content)
@@ -29,7 +29,7 @@ def read_versioned(file: Path) -> dict[str, Any]:
 
 
 def read_starts(file: Path) -> list[dict[str, Any]]:
-    """What ``environment.json`` says of each start of a run. Raises as ``read_versioned``."""
+    """Read the entries of ``environment.json``, one per start. Raises as ``read_versioned``."""
     content = read_json(file)
     check_form(file, content, isinstance(content, list) and all(isinstance(start, dict) for start in content))
     for start in content:
@@ -38,11 +38,11 @@ def read_starts(file: Path) -> list[dict[str, Any]]:
 
 
 def read_number(file: Path, name: str) -> float:
-    """The number that a JSON file gives by a name. Raises as ``read_versioned``."""
-    found = read_versioned(file).get(name)
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise Damaged(f"{file} is damaged: {name} is {found!r}, no number.")
-    return found
+    """Read a number by name from a JSON file. Raises as ``read_versioned``."""
+    number = read_versioned(file).get(name)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise Damaged(f"{file} is damaged: {name} is {number!r}, no number.")
+    return number
 
 
 def check_form(file: Path, content: Any, fits: bool) -> None:

@@ -1,4 +1,4 @@
-"""How a run is spread over devices: strategies by name."""
+"""Strategies of distributed training, by name."""
 
 from lit_transdiff.distributed.strategies import STRATEGIES, StrategyKind, check_distributed, strategy_name, trainer_settings
 from lit_transdiff.distributed.world import (

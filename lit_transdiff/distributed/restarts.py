@@ -1,4 +1,4 @@
-"""How ranks that torchrun has started, perhaps not for the first time, find each other."""
+"""The process group of ranks that torchrun has started or restarted."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ MEETING_POLL = 0.1  # seconds
 
 
 def join(backend: str, timeout: timedelta) -> None:
-    """Make the process group in a part of torchrun's store that belongs to the ranks of this attempt alone.
+    """Make the process group in a part of torchrun's store that only the ranks of this attempt use.
 
-    The store outlives the ranks, and PyTorch gives every attempt the same place in it: ranks would read the addresses that those
-    of the attempt before have left there, and wait for them. Nothing is done where torchrun shares no store.
+    The store outlives the ranks, and PyTorch uses the same part for every attempt: ranks would read the addresses of the
+    previous attempt and wait for them. Without a store of torchrun there is nothing to do.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -41,18 +41,17 @@ def join(backend: str, timeout: timedelta) -> None:
 
 
 def close_connections() -> None:
-    """Close the connections before Python takes the libraries apart."""
+    """Close the connections before Python unloads the libraries."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def agree(store: Store, rank: int, world: int, timeout: timedelta) -> str:
-    """A name that the ``world`` ranks living now have in common and no earlier ones had. Raises ``RankFailed``,
-    or the store's ``RuntimeError``, after ``timeout``.
+    """A name shared by the ``world`` ranks of this attempt and by no earlier ones.
 
-    torchrun's count of restarts is no such name: each node counts its own. So the first rank writes a new name, every other one
-    answers to it with a word of its own, and believes it when the first rank has repeated this word: who wrote an older name
-    cannot have heard it.
+    Raises ``RankFailed``, or the store's ``RuntimeError``, after ``timeout``. torchrun's count of restarts cannot serve,
+    because each node counts its own. Instead the first rank writes a new name, every other rank answers it with a word of
+    its own, and accepts the name when the first rank has repeated this word: the author of an older name cannot know it.
     """
     word, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank == 0:

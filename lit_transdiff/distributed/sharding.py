@@ -1,6 +1,6 @@
-"""The checkpoints of every strategy here, which follow from what its tensors hold; any strategy goes on from any other's.
+"""The checkpoints of all strategies here, derived from their tensor storage; any strategy can resume any other's.
 
-Lightning's own ``ModelCheckpoint`` works beside them where every rank holds whole tensors.
+Lightning's own ``ModelCheckpoint`` works as well if every rank has unsharded tensors.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from lit_transdiff.stages.holders import Holders
 
 
 class Sharding(Holders):
-    """Mixin of the strategies: what ``Holders`` says of tensors, and checkpoints of them."""
+    """Mixin of the strategies: tensor storage (``Holders``) and checkpoints."""
 
-    is_whole: ClassVar[bool] = False  # every rank holds whole tensors
+    is_whole: ClassVar[bool] = False  # whether every rank has unsharded tensors
     restore_checkpoint_after_setup = True
     lightning_restore_optimizer = False  # true once a file of Lightning's own is loaded
-    without_tensors = False  # Lightning's checkpoint is asked for the rest
+    without_tensors = False  # true while Lightning's checkpoint is made without tensors
 
     @torch.no_grad()
     def slices(self) -> dict[str, Tensor]:
-        """Copies in CPU memory of everything that this rank writes."""
-        found = {}
+        """CPU copies of all tensors that this rank saves."""
+        copies = {}
         for holder in self.holders():
             states = self.optimizer.state.get(holder.tensor, {})
             for state, value in {WEIGHT: holder.tensor, **states}.items():
                 for piece in holder.pieces if holder.owned else ():
-                    scalar = not torch.is_tensor(value) or value.shape != holder.tensor.shape
-                    part = (
-                        torch.as_tensor(value).reshape(1) if scalar else flat(value)[piece.offset : piece.offset + piece.length]
-                    )
-                    found[slice_key(piece.name, state, piece.start)] = part.float().cpu().clone()
-        return found
+                    if not torch.is_tensor(value) or value.shape != holder.tensor.shape:
+                        part = torch.as_tensor(value).reshape(1)
+                    else:
+                        part = flat(value)[piece.offset : piece.offset + piece.length]
+                    copies[slice_key(piece.name, state, piece.start)] = part.float().cpu().clone()
+        return copies
 
     @torch.no_grad()
     def load_slices(self, checkpoint: Checkpoint) -> None:
@@ -58,7 +58,7 @@ class Sharding(Holders):
         self.refresh()
 
     def state_of(self, tensor: Tensor, state: str) -> Tensor:
-        """A state of the optimizer, made if it is not there yet."""
+        """A state of the optimizer, created if missing."""
         states = self.optimizer.state[tensor]
         if state not in states:
             dtype = torch.float32 if state.startswith(EMA) else tensor.dtype
@@ -67,9 +67,9 @@ class Sharding(Holders):
         return cast(Tensor, states[state])
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restore model and optimizer; what is returned restores Lightning's loops, schedules and callbacks.
+        """Restore model and optimizer; the returned state restores Lightning's loops, schedules and callbacks.
 
-        A file of Lightning's ``ModelCheckpoint`` is returned as it is, for Lightning to restore from.
+        A file of Lightning's ``ModelCheckpoint`` is returned as it is, and Lightning restores from it.
         """
         if Path(checkpoint_path).is_file() and self.is_whole:
             self.lightning_restore_optimizer = True
@@ -87,24 +87,25 @@ class Sharding(Holders):
         return training
 
     def training_state(self) -> dict[str, Any]:
-        """Where training stands, without weights and optimizer states."""
+        """The state of training without weights and optimizer states."""
         with self.tensors_left_out():
             state = dict(self.stage.trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
-        for name in ("state_dict", "optimizer_states", "hparams_name", "hyper_parameters"):  # ours are kept beside
+        for name in ("state_dict", "optimizer_states", "hparams_name", "hyper_parameters"):  # ours are stored separately
             state.pop(name, None)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        return {**state, "param_groups": groups, "buffers": {k: v.detach().cpu().clone() for k, v in self.buffers().items()}}
+        buffers = {name: value.detach().cpu().clone() for name, value in self.buffers().items()}
+        return {**state, "param_groups": groups, "buffers": buffers}
 
     @contextmanager
     def tensors_left_out(self) -> Iterator[None]:
-        """Lightning's checkpoint holds no tensors in this block; those of our own are written as slices."""
+        """Within the block, Lightning's checkpoint has no tensors; our own checkpoints store them as slices."""
         self.without_tensors = True
         try:
             yield
         finally:
             self.without_tensors = False
 
-    # What Lightning's own checkpoints ask for.
+    # Called for Lightning's own checkpoints.
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {} if self.without_tensors else self.whole_tensors().lightning_module_state_dict()
 
@@ -112,7 +113,7 @@ class Sharding(Holders):
         return {} if self.without_tensors else self.whole_tensors().optimizer_state(optimizer)
 
     def whole_tensors(self) -> Any:
-        """Lightning's strategy under this one. Raises ``ValueError`` where no rank holds whole tensors."""
+        """Lightning's base strategy. Raises ``ValueError`` if tensors are sharded."""
         if not self.is_whole:
             raise ValueError(
                 f"ModelCheckpoint, Trainer.save_checkpoint: strategy {type(self).__name__} holds tensors in parts, which they "
@@ -130,7 +131,7 @@ class Sharding(Holders):
 
 
 def check_shapes(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
-    """Refuse a checkpoint of another model."""
+    """Refuse a checkpoint of a model with other shapes."""
     saved = checkpoint.shapes
     for name in saved.keys() | shapes.keys():
         if saved.get(name) != shapes.get(name):
@@ -138,9 +139,9 @@ def check_shapes(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
 
 
 def place_loops(loop: dict[str, Any], micro_steps: int) -> None:
-    """Set Lightning's counters to the state at the end of micro-step ``micro_steps``, in the one epoch that a run is.
+    """Set Lightning's counters to the end of micro-step ``micro_steps`` of the single epoch of a run.
 
-    They are saved with the accumulation of then; this run may have another one.
+    The checkpoint's counters depend on its accumulation, which may differ from that of this run.
     """
     epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
     batch = {"ready": micro_steps, "started": micro_steps, "processed": micro_steps, "completed": micro_steps - 1}

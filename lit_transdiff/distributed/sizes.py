@@ -1,4 +1,4 @@
-"""Sizes of a run that cannot work: refused in one line, by arithmetic, before anything of that size is made."""
+"""Refusal of impossible sizes of a run, by arithmetic, before memory is allocated."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lit_transdiff.models.sizes import (
 from lit_transdiff.stages import PREPARATORY, STAGES
 
 LARGEST_GPU = max(device.memory for device in DEVICES.values())
-NODE, CLUSTER = 8, 1024  # GPUs that may share weights, or a batch, where a run is only outlined
+NODE, CLUSTER = 8, 1024  # GPUs assumed to share weights, or a batch, when a run is only outlined
 
 
 def check_sizes(run: RunConfig, outline: bool = False) -> None:
-    """Refuse what does not fit into memory, or is more processes than this machine can run.
+    """Refuse sizes that do not fit into memory, and more processes than this machine can run.
 
-    With ``outline`` nothing is trained here: a run that leaves its devices open may be meant for the largest machines there are.
+    With ``outline`` the run is not started here: without configured devices it may be meant for the largest machines.
     """
     devices, most = accelerator_and_devices(run), most_processes()
     require(run.data.num_workers <= most, "data.num_workers", run.data.num_workers, f"at most {most} on this machine")
@@ -44,7 +44,7 @@ def check_sizes(run: RunConfig, outline: bool = False) -> None:
 
 
 def check_weights(run: RunConfig, room: Room) -> None:
-    """The weights, their gradients and averages, of which a device has its part."""
+    """Check the weights, gradients and averages of a device."""
     model, training = run.model, run.autoencoder_training
     if run.stage in STAGES:
         copies = 1 + (not STAGES[run.stage].head_alone) * (1 + run.optimizer.num_averages)
@@ -58,7 +58,7 @@ def check_weights(run: RunConfig, room: Room) -> None:
 
 
 def check_batch(run: RunConfig, rows: int, room: Room) -> None:
-    """The images of a pass, and what they leave in the model until the backward pass."""
+    """Check the images of a pass and their activations."""
     training = run.training
     batch = {f"training__{name}": getattr(training, name) for name in ("global_batch_size", "micro_batch_size")}
     if run.stage in PREPARATORY:
@@ -70,7 +70,7 @@ def check_batch(run: RunConfig, rows: int, room: Room) -> None:
 
 
 def check_drawing(run: RunConfig, room: Room) -> None:
-    """The images that are drawn together for a score."""
+    """Check the images that are sampled together for a score."""
     settings = run.evaluation
     rows = min(settings.batch_size, settings.num_images)
     room.require(least_of_drawing(run, rows), evaluation__batch_size=settings.batch_size, data__image_size=run.data.image_size)

@@ -1,6 +1,6 @@
-"""How a run is spread over devices: each strategy with its traits in one table, and the choice by name.
+"""The strategies of distributed training: a table with the properties of each, and the choice by name.
 
-Strategies on one device, with whole copies (DDP), and with shards (FSDP2) are here; ZeRO is in ``zero``.
+Strategies for one device, whole copies (DDP) and shards (FSDP2) are defined here; ZeRO is in ``zero``.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ class DDP(Sharding, DDPStrategy):
 
 
 class FSDP(Sharding, ModelParallelStrategy):
-    """FSDP2: parameters, gradients, optimizer and averages are cut by rows; each block is gathered when it is needed."""
+    """FSDP2: parameters, gradients, optimizer states and averages are sharded by rows."""
 
     def shard(self, model: Paradigm) -> None:
         shard_blocks(model, self.device_mesh["data_parallel"])
 
 
-BUCKETS = 2 * 200_000_000 * 4.0  # bytes of DeepSpeed's two buffers for gradients on their way
+BUCKETS = 2 * 200_000_000 * 4.0  # bytes of DeepSpeed's two gradient buffers
 
 
 @dataclass(frozen=True)
 class StrategyKind:
-    """A strategy: how it is built, what it sends, which parts one of n GPUs holds 1 / n of, and what it takes.
+    """A strategy: its constructor, communication volume, sharded parts and supported settings.
 
-    ``sent``: bytes that a GPU sends in a step, of the bytes of a ring over the weights, those of a ring over the gradients, and
-    the number of passes.
+    ``traffic``: bytes that a GPU sends per step, from the bytes of a ring over the weights, those of a ring over the
+    gradients, and the number of passes.
     """
 
     build: Callable[[RunConfig], Strategy]
-    sent: Callable[[float, float, int], float]
-    alone: bool = False  # for one device; the others are for several
+    traffic: Callable[[float, float, int], float]
+    alone: bool = False  # only for one device
     cuts_weights: bool = False
     cuts_gradients: bool = False
-    cuts_optimizer: bool = False  # its moments, and the averages of the weights
-    has_master: bool = False  # a second float32 copy of the weights, cut, that the optimizer updates
-    keeps_reduced: bool = False  # its reduced part of the gradients beside the whole ones
+    cuts_optimizer: bool = False  # moments and weight averages
+    has_master: bool = False  # a second, sharded float32 copy of the weights for the optimizer
+    keeps_reduced: bool = False  # the reduced shard of the gradients in addition to the whole ones
     buffers: float = 0.0  # bytes
-    own_autocast: bool = False  # Lightning is told float32
-    takes_muon: bool = False  # which finds whole matrices in what it holds
-    offloads: tuple[str, ...] = ("none",)  # where it can keep the optimizer's state (distributed.offload)
+    own_autocast: bool = False  # Lightning's own precision is float32
+    takes_muon: bool = False  # Muon can find whole matrices in its storage
+    offloads: tuple[str, ...] = ("none",)  # supported values of distributed.offload
     offloads_parameters: bool = False
 
     @property
@@ -104,9 +104,9 @@ def build_zero(stage: int, run: RunConfig) -> Strategy:
 DeepSpeed = partial(StrategyKind, cuts_optimizer=True, has_master=True, buffers=BUCKETS, own_autocast=True)
 STRATEGIES: dict[str, StrategyKind] = {
     "single": StrategyKind(build_single, lambda weights, gradients, passes: 0.0, alone=True, takes_muon=True),
-    # Gradients are reduced and gathered once a step.
+    # Gradients are reduced once per step.
     "ddp": StrategyKind(build_ddp, lambda weights, gradients, passes: 2 * gradients, takes_muon=True),
-    # Gradients go to their owners once a step, then the updated weights to all.
+    # Gradients are reduced to their owners once per step, then the updated weights are gathered.
     "zero1": DeepSpeed(
         partial(build_zero, 1),
         lambda weights, gradients, passes: gradients + weights,
@@ -121,7 +121,7 @@ STRATEGIES: dict[str, StrategyKind] = {
         cuts_gradients=True,
         offloads=("none", "cpu"),
     ),
-    # Weights are gathered for both directions of every pass.
+    # Weights are gathered for the forward and backward computation of every pass.
     "zero3": DeepSpeed(
         partial(build_zero, 3),
         lambda weights, gradients, passes: passes * (2 * weights + gradients),
@@ -139,11 +139,11 @@ STRATEGIES: dict[str, StrategyKind] = {
         takes_muon=True,
     ),
 }
-EVERYWHERE = ("auto", "fp32", "bf16-mixed")  # precisions that every strategy has
+EVERYWHERE = ("auto", "fp32", "bf16-mixed")  # precisions that every strategy supports
 
 
 def whole_strategies() -> list[str]:
-    """Those that keep whole parameters on every device: they take every stage and every precision."""
+    """The strategies with whole parameters on every device; they support all stages and precisions."""
     return [name for name, kind in STRATEGIES.items() if kind.whole]
 
 
@@ -173,7 +173,7 @@ def strategy_name(run: RunConfig) -> str:
 
 
 def check_distributed(run: RunConfig) -> None:
-    """Refuse a strategy, batch or offload that is not possible here."""
+    """Refuse strategies, batches and offloading that are impossible here."""
     strategy_name(run)
     micro_batch_size(run)
     if run.distributed.offload == "nvme":
@@ -183,13 +183,13 @@ def check_distributed(run: RunConfig) -> None:
 
 
 def trainer_settings(run: RunConfig) -> dict[str, Any]:
-    """The part of the Trainer's arguments that depends on devices."""
+    """The device-dependent arguments of the Trainer."""
     accelerator, devices = accelerator_and_devices(run)
     kind = STRATEGIES[strategy_name(run)]
     join("nccl" if accelerator == "gpu" else "gloo", timeout_of(run))
     plain_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return dict(
-        plugins=[SLURMEnvironment(auto_requeue=False)] if plain_slurm else None,  # see preemption
+        plugins=[SLURMEnvironment(auto_requeue=False)] if plain_slurm else None,  # requeueing: see preemption
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes(run),

@@ -1,4 +1,4 @@
-"""The devices of a run: how many, how its batch is divided among them, and what they compute in."""
+"""The devices of a run: number, division of the batch, and precision."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 def accelerator_and_devices(run: RunConfig) -> tuple[str, int]:
-    """Accelerator ("gpu" or "cpu") and devices a node.
+    """Accelerator ("gpu" or "cpu") and devices per node.
 
-    What the run does not say: as many as torchrun or srun started, else one.
+    The default number is that of the processes which torchrun or srun started, else one.
     """
     config = run.distributed
     gpus = torch.cuda.device_count()
@@ -31,12 +31,12 @@ def accelerator_and_devices(run: RunConfig) -> tuple[str, int]:
 
 
 def num_nodes(run: RunConfig) -> int:
-    """Nodes of the job: what torchrun or srun started, or what the run says."""
+    """The number of nodes, from torchrun or srun, or from the run's settings."""
     return launched()[1] or run.distributed.num_nodes
 
 
 def launched() -> tuple[int, int]:
-    """Processes a node and nodes, as torchrun or srun started them; one process and 0 nodes where neither did."""
+    """Processes per node and nodes started by torchrun or srun; (1, 0) without either."""
     if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return local, int(os.environ["WORLD_SIZE"]) // local
@@ -51,7 +51,7 @@ def world_size(run: RunConfig) -> int:
 
 
 def build_fabric() -> Fabric:
-    """The ranks that torchrun started, or this process alone; on GPUs where there are any."""
+    """A Fabric of the ranks that torchrun started, or of this process, on GPUs if there are any."""
     gpus = torch.cuda.device_count()
     join("nccl" if gpus else "gloo", timedelta(minutes=DistributedConfig().timeout_minutes))
     devices, nodes = launched()
@@ -63,7 +63,7 @@ def build_fabric() -> Fabric:
 
 
 def micro_batch_size(run: RunConfig) -> int:
-    """Images a device and forward pass; the number of accumulated passes follows from it."""
+    """Rows per device and forward pass; it determines the number of accumulated passes."""
     size, world = run.training.global_batch_size, world_size(run)
     require(size % world == 0, "training.global_batch_size", size, f"a multiple of the {world} devices")
     micro = run.training.micro_batch_size or size // world
@@ -77,32 +77,32 @@ def micro_batch_size(run: RunConfig) -> int:
 
 
 def accumulation(run: RunConfig) -> int:
-    """Forward passes a device and optimizer step."""
+    """Forward passes per device and optimizer step."""
     return run.training.global_batch_size // (micro_batch_size(run) * world_size(run))
 
 
 def timeout_of(run: RunConfig) -> timedelta:
-    """How long a collective may take."""
+    """The time limit of a collective."""
     return timedelta(minutes=run.distributed.timeout_minutes)
 
 
 def precision_of(run: RunConfig) -> str:
-    """Lightning's name of the precision: what is computed in; the weights of bf16-true are the stage's business."""
+    """Lightning's name of the precision of computation; the stage converts the weights of bf16-true."""
     accelerator, _ = accelerator_and_devices(run)
-    wanted = run.training.precision
-    if wanted == "auto":
-        wanted = "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "fp32"
-    if wanted == "fp16-mixed" and accelerator == "cpu":
+    precision = run.training.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16-mixed" and accelerator == "cpu":
         log.warning("training.precision: CPUs have no fp16-mixed; bf16-mixed is used")
-        wanted = "bf16-mixed"
-    return {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "fp16-mixed": "16-mixed", "bf16-true": "bf16-mixed"}[wanted]
+        precision = "bf16-mixed"
+    return {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "fp16-mixed": "16-mixed", "bf16-true": "bf16-mixed"}[precision]
 
 
 def compute_dtype(run: RunConfig) -> torch.dtype:
-    """What matrix products are computed in."""
+    """The dtype of matrix products."""
     return {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision_of(run)]
 
 
 def default_device() -> torch.device:
-    """The first GPU, or the CPU where there is none."""
+    """The first GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

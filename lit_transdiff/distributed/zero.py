@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO 1, 2 and 3 through Lightning, on GPUs and, for tests, on CPUs over gloo.
 
-Weights stay float32 and bfloat16 is autocast, as under the other strategies, so the numbers are the same.
+Weights are float32 and bfloat16 is autocast, as under the other strategies, so that the numbers are the same.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ CPU_BUCKET = 1_000_000  # elements; DeepSpeed's default allocates gigabytes at o
 def check_nvme(config: DistributedConfig, on_cpu: bool) -> None:
     """Raise ``ValueError`` unless DeepSpeed can read and write files asynchronously in ``nvme_path``."""
     folder = Path(config.nvme_path or "").absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    allowed = there.is_dir() and os.access(there, os.W_OK)
-    require(allowed, "distributed.nvme_path", config.nvme_path, f"a folder that can be written, which {there} is not")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    allowed = f"a folder that can be written, which {existing} is not"
+    require(writable, "distributed.nvme_path", config.nvme_path, allowed)
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.accelerator import get_accelerator
 
-    needed = "'none' or 'cpu', as DeepSpeed's async_io cannot be built (it needs a C++ compiler and libaio-dev; see ds_report)"
+    allowed = "'none' or 'cpu', as DeepSpeed's async_io cannot be built (it needs a C++ compiler and libaio-dev; see ds_report)"
     builder = get_accelerator().get_op_builder("AsyncIOBuilder")()
-    require(builder.is_compatible(verbose=False), "distributed.offload", config.offload, needed)
+    require(builder.is_compatible(verbose=False), "distributed.offload", config.offload, allowed)
 
 
 class ZeRO(Sharding, DeepSpeedStrategy):
@@ -67,13 +68,13 @@ class ZeRO(Sharding, DeepSpeedStrategy):
         self.zero_stage = stage
         self.config["zero_force_ds_cpu_optimizer"] = False  # ours keeps the averages
         if on_cpu:
-            # Every parameter is cut, however small, so that tests on small models test it.
+            # Shard even the smallest parameters, so that tests on small models cover sharding.
             self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         if bf16:
-            # Gradients are summed in float32, as DDP does: no module sends them in bfloat16.
+            # Reduce gradients in float32, as DDP does.
             self.config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
-    # --- tensors --------------------------------------------------------------------------------------------------------------
+    # --- tensors -------------------------------------------------------------------------------------------
 
     def holders(self) -> Iterator[Holder]:
         names = {p: name for name, p in self.stage.named_parameters()}
@@ -83,7 +84,7 @@ class ZeRO(Sharding, DeepSpeedStrategy):
         yield from self.whole_partitions(names) if self.zero_stage == 3 else self.flat_partitions(names)
 
     def frozen_holder(self, i: int, p: torch.nn.Parameter, name: str) -> Holder:
-        """A parameter that is not trained: whole below stage 3, a slice in it."""
+        """A frozen parameter: whole below stage 3, a slice in stage 3."""
         if self.zero_stage < 3:
             return Holder(p, (Piece(name, 0, 0, p.numel()),), owned=i % self.world_size == self.global_rank)
         return Holder(p.ds_tensor, (self.slice_of(p, name, 0),))  # type: ignore[attr-defined]
@@ -94,13 +95,13 @@ class ZeRO(Sharding, DeepSpeedStrategy):
         for tensor, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):  # type: ignore[attr-defined]
             pieces = []
             for p in group:
-                if p._hp_mapping is not None:  # this rank holds a part of it
+                if p._hp_mapping is not None:  # this rank has a part of it
                     here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
                     pieces.append(Piece(names[p], here.start, there.start, here.numel))
             yield Holder(tensor, tuple(pieces))
 
     def whole_partitions(self, names: dict[torch.nn.Parameter, str]) -> Iterator[Holder]:
-        """Stage 3: each parameter is cut into equal slices; those of a sub-group lie behind each other. NVMe is read in turn."""
+        """Stage 3: equal slices of each parameter, concatenated by sub-group (read in turn from NVMe)."""
         zero: Any = self.optimizers[0]
         for i, group in enumerate(zero.fp16_groups):
             on_disk = zero._swappable_optimizer_subgroup(i)
@@ -113,24 +114,24 @@ class ZeRO(Sharding, DeepSpeedStrategy):
                 zero._optimizer_states_and_gradient_swap_out(i)
 
     def slice_of(self, p: Any, name: str, offset: int) -> Piece:
-        """This rank's slice; the last ones may be padded or empty."""
+        """This rank's slice; the last ranks' slices may be padded or empty."""
         start = min(self.global_rank * p.ds_tensor.numel(), p.ds_numel)
         return Piece(name, start, offset, min(p.ds_tensor.numel(), p.ds_numel - start))
 
     def refresh(self) -> None:
-        """The model computes with copies of the float32 partitions; bring them up to date on all ranks."""
+        """Update the model's copies of the float32 partitions on all ranks."""
         zero: Any = self.optimizers[0]
         if self.zero_stage < 3:
             zero.update_lp_params()
             return
-        zero._partition_all_parameters()  # copies that are gathered now would be used again
+        zero._partition_all_parameters()  # otherwise gathered copies would be reused
         for i in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(i)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def gradient_norm(self) -> torch.Tensor | None:
-        """DeepSpeed knows it after the step."""
+        """None, because DeepSpeed knows it only after the step."""
         return None
 
     def gradient_norm_of_step(self) -> torch.Tensor | None:
@@ -138,7 +139,7 @@ class ZeRO(Sharding, DeepSpeedStrategy):
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm, dtype=torch.float32)
 
-    # --- gradient accumulation: Lightning's boundary, scaled once (both libraries divide by the number of passes) -------------
+    # --- gradient accumulation: Lightning's boundary, scaled once (both libraries divide by the number of passes)
 
     @property
     def handles_gradient_accumulation(self) -> bool:
@@ -146,7 +147,7 @@ class ZeRO(Sharding, DeepSpeedStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """The boundary set in ``backward`` does it."""
+        """Not needed: ``backward`` sets the boundary."""
         yield
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -154,21 +155,21 @@ class ZeRO(Sharding, DeepSpeedStrategy):
         self.deepspeed_engine.set_gradient_accumulation_boundary(last)
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-    # --- CPUs -----------------------------------------------------------------------------------------------------------------
+    # --- CPUs ----------------------------------------------------------------------------------------------
 
     @property
     def on_cpu(self) -> bool:
         return isinstance(self.accelerator, CPUAccelerator)
 
     def setup_environment(self) -> None:
-        """Lightning refuses CPUs here; DeepSpeed does not."""
+        """As in Lightning, whose check would refuse CPUs."""
         if not self.on_cpu:
             return super().setup_environment()
         os.environ["DS_ACCELERATOR"] = "cpu"
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
-        """Without the check of GPU numbers."""
+        """As in Lightning, without the check of GPU numbers."""
         if not self.on_cpu:
             return super().setup_distributed()
         reset_seed()
@@ -177,7 +178,7 @@ class ZeRO(Sharding, DeepSpeedStrategy):
 
     def _init_deepspeed_distributed(self) -> None:
         if self.on_cpu:
-            # An operation for inference that is compiled for a minute; the name is shadowed inside the package.
+            # Avoids compiling an inference operation for a minute; the package shadows the module's name.
             communication: Any = importlib.import_module("deepspeed.comm.torch")
             communication.build_shm_op = lambda: None
         super()._init_deepspeed_distributed()
@@ -190,7 +191,7 @@ class ZeRO(Sharding, DeepSpeedStrategy):
 
     @contextmanager
     def numbered_root(self) -> Iterator[None]:
-        """The engine compares the number of the root device, which a CPU has not."""
+        """Give the root CPU device a number within the block, which the engine requires."""
         self._numbered = self.on_cpu
         try:
             yield

@@ -76,7 +76,7 @@ def communication(strategy: str, gpus: int, accumulation: int, model: ModelCost)
     """The bytes that one GPU sends per step with ring collectives."""
     ring = (gpus - 1) / gpus
     weights, gradients = model.parameters * FLOAT_BYTES * ring, model.trained * FLOAT_BYTES * ring
-    return STRATEGIES[strategy].sent(weights, gradients, accumulation)
+    return STRATEGIES[strategy].traffic(weights, gradients, accumulation)
 
 
 def micro_batches(run: RunConfig, gpus: int) -> list[int]:

@@ -20,8 +20,8 @@ from lit_transdiff.checkpoints.format import (
     Checkpoint,
     complete_checkpoints,
     finish_checkpoint,
-    kept,
     open_checkpoint,
+    retained,
     slice_key,
     write_rank_file,
 )
@@ -157,14 +157,14 @@ def test_the_policy_keeps_last_best_and_milestones():
         "worst": CheckpointConfig(keep_best="val/loss", best_is="highest"),
     }
     for name, policy in policies.items():
-        assert {str(path) for path in kept(found, policy)} == names[name] | {"1"}, name
+        assert {str(path) for path in retained(found, policy)} == names[name] | {"1"}, name
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_not_finite_is_never_the_best(bad: float):
     for best_is, best in (("lowest", "2"), ("highest", "3")):
         found = manifests((1, bad, False), (2, 0.1, False), (3, 0.3, False), (4, bad, False))
-        assert {str(path) for path in kept(found, CheckpointConfig(keep_best="val/loss", best_is=best_is))} == {best, "4"}
+        assert {str(path) for path in retained(found, CheckpointConfig(keep_best="val/loss", best_is=best_is))} == {best, "4"}
 
 
 @pytest.mark.parametrize("metric", ["val/los", "train/loss"])
