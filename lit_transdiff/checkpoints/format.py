@@ -153,7 +153,7 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
     """The complete checkpoints of a folder, oldest first. Those with files of the wrong size are omitted."""
-    checkpoint_list = []
+    complete = []
     for marker in sorted(checkpoints.glob(f"step-*/{MARKER}")):
         folder = marker.parent
         if not folder.name[5:].isdigit():
@@ -165,8 +165,8 @@ def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
             continue
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"] if (folder / name).exists()}
         if sizes == manifest["files"]:
-            checkpoint_list.append(Checkpoint(folder, manifest))
-    return checkpoint_list
+            complete.append(Checkpoint(folder, manifest))
+    return complete
 
 
 def read_manifest(marker: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lit_transdiff.config.paths import (
     checkpoints_folder,
     export_folder,
     local_path,
-    names_given,
+    parse_names,
 )
 from lit_transdiff.data.index_files import index_files
 from lit_transdiff.evaluation.scores import result_files, score_in_words
@@ -42,7 +42,7 @@ def pack_command(args: argparse.Namespace) -> None:
             args.source,
             args.dest,
             split=args.split,
-            class_names=names_given(args.class_names),
+            class_names=parse_names(args.class_names),
             limit=args.limit,
             seed=args.seed,
             encoding=Encoding(args.image_size, args.pad_to, args.exif, args.background),
@@ -55,7 +55,7 @@ def pack_command(args: argparse.Namespace) -> None:
 def index_command(args: argparse.Namespace) -> None:
     from lit_transdiff.data.verify import index_again
 
-    found = index_again(args.folder, names_given(args.class_names), args.workers, args.label)
+    found = index_again(args.folder, parse_names(args.class_names), args.workers, args.label)
     print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
     from lit_transdiff.data.findings import notes_on_classes
 

@@ -1,7 +1,7 @@
-"""Every setting of the platform, as frozen dataclasses that are checked once, when they are made.
+"""All settings of the platform, as frozen dataclasses that are validated when they are made.
 
-A run is one YAML file (see ``loading``). This room imports no torch, so that a bad setting is reported before anything
-slow is loaded.
+A run is one YAML file (see ``loading``). This package imports no torch, so that an invalid setting is reported before any
+slow import.
 """
 
 from lit_transdiff.config.checks import (

@@ -1,4 +1,4 @@
-"""How a setting is refused."""
+"""Checks of settings and the wording of their errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def unknown(what: str, value: object, allowed: Iterable[str]) -> ValueError:
-    """The one wording for a name that is not in a table: field, value, what is allowed, nearest match."""
+    """The error for a name that is not in a table: field, value, nearest match, allowed names."""
     names = sorted(allowed)
     close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -22,7 +22,7 @@ def unknown(what: str, value: object, allowed: Iterable[str]) -> ValueError:
 
 
 def require(condition: bool, what: str, value: object, allowed: str) -> None:
-    """Raise ``ValueError`` naming the field, the value received and what is allowed, unless ``condition`` holds."""
+    """Raise ``ValueError`` with the field, its value and what is allowed, unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{what}: got {value!r}; allowed: {allowed}{'' if allowed.endswith('?') else '.'}")
 
@@ -31,32 +31,32 @@ FOLDER_NAME = "the name of one folder, without '/', '\\' and '$', in which '~' o
 
 
 def is_folder_name(name: Any) -> bool:
-    """Whether a word names one folder, which lies where it is made, also where a shell reads it."""
+    """Whether a string is the name of a single folder, also for a shell."""
     return isinstance(name, str) and name not in ("", ".", "..") and name.isprintable() and not re.search(r"^[~\s]|[/\\$]", name)
 
 
 def expanded(path: str, what: str) -> str:
-    """A path with ``~`` and ``$NAME`` replaced, as a shell does. Raises ``ValueError`` for those that stand for nothing here.
+    """A path with ``~`` and ``$NAME`` expanded. Raises ``ValueError`` for undefined variables and unknown users.
 
-    What exists under a name with ``$`` is taken as it is named, and so is what a shell of its own will read (``pipe:``).
+    An existing path with a ``$`` in its name stays unchanged, and so does a ``pipe:`` command, which has its own shell.
     """
     if path.startswith("pipe:") or ("$" in path and os.path.lexists(path)):
         return path
-    found = os.path.expanduser(os.path.expandvars(path))
-    unset = re.search(r"\$(\w+|\{\w+\})", found)
+    result = os.path.expanduser(os.path.expandvars(path))
+    unset = re.search(r"\$(\w+|\{\w+\})", result)
     require(unset is None, what, path, f"variables that are set; {unset[0] if unset else ''} is not")
-    lost = found.startswith("~") and not os.path.lexists(found)
+    lost = result.startswith("~") and not os.path.lexists(result)
     require(not lost, what, path, "the folder of a user that exists; where a name begins with ~, write ./~...")
-    return found
+    return result
 
 
-MADE = ("output_dir", "cache.dest", "evaluation.reference", "distributed.nvme_path")  # settings of what is written
+MADE = ("output_dir", "cache.dest", "evaluation.reference", "distributed.nvme_path")  # settings of output paths
 SHARED = ("data", "experiments")  # folders of the checkout that an installed package has below SHARE
 SHARE = ("share", "lit-transdiff")
 
 
 def shipped(path: str) -> str:
-    """A path to something that comes with this program, wherever it is started; a path that exists is what it says."""
+    """The path of a file shipped with this program, from any working directory; existing paths are unchanged."""
     if not os.path.lexists(path) and path.split("/")[0] in SHARED:
         for root in (Path(__file__).parents[2], Path(sys.prefix, *SHARE)):
             if (root / path).exists():
@@ -65,7 +65,7 @@ def shipped(path: str) -> str:
 
 
 def expand(config: Any, *names: str) -> None:
-    """Replace ``~`` and ``$NAME`` in paths of a configuration that is being made, by their dotted names."""
+    """Expand the paths of a configuration in its ``__post_init__``, given their dotted names."""
     for name in names:
         field = name.rpartition(".")[2]
         value = getattr(config, field)
@@ -75,7 +75,7 @@ def expand(config: Any, *names: str) -> None:
 
 
 def check_finite(config: Any, prefix: str = "") -> None:
-    """Refuse numbers of a configuration, and of its sections, that are NaN or infinite."""
+    """Refuse NaN and infinite numbers in a configuration and its sections."""
     for field in fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         if is_dataclass(value):
@@ -86,15 +86,14 @@ def check_finite(config: Any, prefix: str = "") -> None:
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-    """Whether the names of classes are whole numbers in ASCII digits, all of them."""
+    """Whether all class names are non-negative integers in ASCII digits."""
     return all(name.isascii() and name.isdecimal() for name in names)
 
 
 def require_classes(what: str, found: Sequence[str], expected: Sequence[str], whose: str) -> None:
-    """Raise ``ValueError`` unless the classes ``found``, by number, are those ``expected``, which are ``whose``.
+    """Raise ``ValueError`` unless the class names ``found`` are those ``expected``, which belong to ``whose``.
 
-    Where one side has mere numbers for names, and the other has words, or there are no names at all, only the number of classes
-    can be compared.
+    If one side has numbers for names and the other words, or one has no names, only the number of classes is compared.
     """
     if list(found) == list(expected) or not found or not expected:
         return

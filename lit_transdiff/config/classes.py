@@ -1,4 +1,4 @@
-"""Classes by name: which ones a text chooses, and which class of one model is which of another."""
+"""Class names: choosing classes by text, and matching the classes of two models."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lit_transdiff.config import require
 
-FEW = 12  # names that a message lists
-ClassRows = list[int | None]  # for each class of a model that of another model, or none
+FEW = 12  # number of names that a message lists
+ClassRows = list[int | None]  # for each class of a model the corresponding class of another model, or None
 
 
 def full_names(names: Sequence[str], count: int) -> list[str]:
-    """A name for each of ``count`` classes; one without a name is called by its number."""
+    """A name for each of ``count`` classes, by default its number."""
     return [names[c] if c < len(names) else str(c) for c in range(count)]
 
 
 def choose_classes(text: str | None, names: Sequence[str], what: str = "--classes") -> list[int]:
-    """The classes that a text names, as in ``sneaker,ankle boot``, ``0,7`` or ``0-3``, each once; without one, the first ten.
+    """The classes named by a text such as ``sneaker,ankle boot``, ``0,7`` or ``0-3``, each once; by default the first ten.
 
-    A name may hold commas. Raises ``ValueError`` for what is no class, with ``what`` is to be changed and what is allowed.
+    A name may contain commas. Raises ``ValueError`` for unknown classes; ``what`` names the option for the message.
     """
     if text is None:
         return list(range(min(10, len(names))))
@@ -43,24 +43,24 @@ def classes_of(word: str, names: Sequence[str], what: str) -> list[int]:
 
 
 def class_of(word: str, names: Sequence[str], what: str) -> int:
-    """The class that a name (in any case, where that is one only) or a number stands for; ``#3`` is always a number."""
+    """The class of a name (case-insensitive if unique) or a number; ``#3`` is always a number."""
     number = int(word.removeprefix("#")) if re.fullmatch("#?[0-9]{1,9}", word) else len(names)
-    found = set() if word.startswith("#") and number < len(names) else set(found_by_name(word, names))
-    found |= {number} & set(range(len(names)))
-    require(len(found) > 0, what, word, allowed(names, word))
-    ways = " or ".join(f"#{c} (class {names[c]})" for c in sorted(found))
-    require(len(found) == 1, what, word, f"{ways}; the word stands for each")
-    return found.pop()
+    matches = set() if word.startswith("#") and number < len(names) else set(found_by_name(word, names))
+    matches |= {number} & set(range(len(names)))
+    require(len(matches) > 0, what, word, allowed(names, word))
+    ways = " or ".join(f"#{c} (class {names[c]})" for c in sorted(matches))
+    require(len(matches) == 1, what, word, f"{ways}; the word stands for each")
+    return matches.pop()
 
 
 def found_by_name(word: str, names: Sequence[str]) -> list[int]:
-    """The classes of a name: those that are called exactly so, else those that are so in another case."""
+    """The classes with exactly this name or, if there are none, those that differ only in case."""
     exact = [c for c, name in enumerate(names) if name == word.strip()]
     return exact or [c for c, name in enumerate(names) if name.casefold() == word.strip().casefold()]
 
 
 def allowed(names: Sequence[str], word: str) -> str:
-    """What may stand for a class, with the nearest name."""
+    """A text of the allowed classes, with the nearest match."""
     listed = ", ".join(names[:FEW]) + (", ..." if len(names) > FEW else "")
     folded = {name.casefold(): name for name in names}
     close = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.5)
@@ -69,9 +69,9 @@ def allowed(names: Sequence[str], word: str) -> str:
 
 
 def embedding_rows(how: str | Mapping[str, str | None], names: Sequence[str], old: Sequence[str]) -> ClassRows:
-    """For each class of ``names`` the class of ``old`` whose embedding it begins with, or none, as ``init_classes`` says.
+    """For each class of ``names`` the class of ``old`` that provides its embedding, or None, by ``init_classes``.
 
-    Raises ``ValueError`` where the classes are not the ``same``, and for a name in a map that is no class.
+    Raises ``ValueError`` if the classes are not the ``same``, and for an unknown class in a map.
     """
     if isinstance(how, str):
         ways: dict[str, Callable[[], ClassRows]] = {
@@ -89,7 +89,7 @@ def embedding_rows(how: str | Mapping[str, str | None], names: Sequence[str], ol
 
 
 def same(names: Sequence[str], old: Sequence[str]) -> ClassRows:
-    """Every class as it was. Raises ``ValueError`` for other classes, with the settings that take those."""
+    """Identical classes. Raises ``ValueError`` for other classes, with the settings that allow them."""
     unnamed = any(all(name == str(c) for c, name in enumerate(known)) for known in (names, old))
     fits = len(names) == len(old) and (unnamed or list(names) == list(old))
     differ = next((c for c, (one, other) in enumerate(zip(names, old, strict=False)) if one != other), min(len(names), len(old)))

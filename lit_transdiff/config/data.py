@@ -1,4 +1,4 @@
-"""What is read, and the autoencoder between pixels and latents."""
+"""Settings of the data and the autoencoder."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ BACKGROUNDS = "white, black, grey, or a colour as '#rrggbb'"
 
 
 def is_colour(text: str) -> bool:
-    """Whether a setting names a colour, as ``BACKGROUNDS`` says."""
+    """Whether a setting is a colour (see ``BACKGROUNDS``)."""
     return text in ("white", "black", "grey") or re.fullmatch("#[0-9a-fA-F]{6}", text) is not None
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how samples are ordered and augmented."""
+    """Training and validation data, their order and augmentation."""
 
     train: str = ""  # folder of shards with an index.json, or a webdataset URL (``pipe:``, ``http(s)://``, braces expand)
     evaluation: Optional[str] = None  # folder of held-out shards, for validation
-    index: Optional[str] = None  # index.json of ``train`` where ``train`` is a URL
+    index: Optional[str] = None  # index.json of ``train`` if ``train`` is a URL
     image_size: int = 256  # pixels; images are cropped to a square and resized to it
-    image_channels: int = 3  # images are converted to it
+    image_channels: int = 3  # 1 (grey) or 3 (RGB); images are converted
     crop: Literal["none", "center", "random", "random-square"] = "center"
-    # center and random: ADM's crops; random-square: TransDiff's, of training on images; none: images that already are
-    # squares of image_size
-    exif: Literal["turn", "ignore"] = "turn"  # images are turned upright by their EXIF orientation, or not, as in ADM
-    background: str = "white"  # what shows under transparent pixels: white, black, grey, or a colour as "#rrggbb"
-    horizontal_flip: bool = True  # flip half of the images (the other half of a cache made with both flips)
+    # center and random: ADM's crops; random-square: TransDiff's crop of training images; none: images are already squares
+    # of image_size
+    exif: Literal["turn", "ignore"] = "turn"  # turn: rotate images by their EXIF orientation; ignore: as in ADM
+    background: str = "white"  # colour behind transparent pixels: white, black, grey, or "#rrggbb"
+    horizontal_flip: bool = True  # flip half of the images at random (from a cache: one made with --flips)
     groups: Optional[str] = None  # the groups of an MRAR run: JSON lines, each a list of sample keys or {"cate", "files"}
-    shuffle_block: int = 64  # shards whose samples are shuffled together: bounds how many files are open at a time
+    shuffle_block: int = 64  # number of shards whose samples are shuffled together, which bounds the number of open files
     on_bad_sample: Literal["refuse", "skip"] = "refuse"
-    # a sample that cannot be read, or is damaged, stops the run, or is replaced by the next one of its class, with a warning
-    num_workers: int = 0  # processes per device that read data; 0: the training process itself
+    # refuse: an unreadable or damaged sample stops the run; skip: the next one of its class replaces it, with a warning
+    num_workers: int = 0  # data loading processes per device; 0: the training process itself
 
     def __post_init__(self) -> None:
         expand(self, "data.train", "data.evaluation", "data.index", "data.groups")
@@ -47,16 +47,16 @@ class DataConfig:
 
     @property
     def crops_at_random(self) -> bool:
-        """Whether training sees another crop of an image each time; evaluation then takes the centre crop."""
+        """Whether training uses random crops; evaluation then uses the centre crop."""
         return self.crop in ("random", "random-square")
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Pixels <-> normalised latents. The scale lives in the autoencoder's own folder, not here."""
+    """The autoencoder between pixels and normalised latents. Its folder contains the normalisation."""
 
     kind: str = "kl"  # a name in models.autoencoder.AUTOENCODERS
-    path: Optional[str] = None  # its folder, where it has one: kl in diffusers' layout (config.json + safetensors)
+    path: Optional[str] = None  # folder of its weights; for kl in diffusers' layout (config.json + safetensors)
 
     def __post_init__(self) -> None:
         expand(self, "autoencoder.path")
@@ -64,15 +64,15 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class AutoencoderTraining:
-    """The small KL autoencoder that the preparatory stage trains on the user's own shards."""
+    """The small KL autoencoder trained by the stage autoencoder."""
 
     block_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
-    # of the levels, each of which but the last halves the size
+    # channels of each level; every level but the last halves the size
     layers_per_block: int = 1  # residual blocks per level
-    norm_groups: int = 8  # of group normalisation
-    latent_channels: int = 8  # of the latent that is trained
-    kl_weight: float = 1e-4  # of the divergence of the posterior from N(0, 1), beside the reconstruction
-    num_statistics_images: int = 10_000  # images over which the latents' per-channel mean and std are measured at the end
+    norm_groups: int = 8  # number of groups of group normalisation
+    latent_channels: int = 8  # number of channels of the latents
+    kl_weight: float = 1e-4  # weight of the KL divergence of the posterior from N(0, 1), relative to the reconstruction error
+    num_statistics_images: int = 10_000  # number of images for the per-channel mean and std of the latents, measured at the end
 
     def __post_init__(self) -> None:
         channels = self.block_channels

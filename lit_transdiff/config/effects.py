@@ -1,10 +1,10 @@
-"""Settings that are read only beside certain values of others: one that was changed and that nothing reads is refused.
+"""Settings that have an effect only with certain values of others: a changed setting without effect is refused.
 
-This is checked when a run is about to be trained, not when a trained one is read, so that overrides of how it is sampled and
-scored stay free. Left out are settings whose reader is often changed alone, in one command or one trial of a sweep (scales of a
-solver, the interval of a guidance of 1, the floor of a constant rate, the mean of a uniform density, scores while training that
-are off, tracking without W&B), or differs between the runs of a pipeline, which share their overrides (settings of single
-stages, of several references, of the autoencoder's training).
+This is checked when a run is to be trained, not when a trained one is read, so that overrides of sampling and evaluation
+remain possible. Exempt are settings whose counterpart is often changed alone, in one command or one trial of a sweep
+(scales of a solver, the interval of a guidance scale of 1, the floor of a constant learning rate, the mean of a uniform
+density, scores during training that are off, tracking without W&B), or that differ between the runs of a pipeline, which
+share their overrides (settings of single stages, of several references, of the autoencoder's training).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Effect:
-    """A setting by its dotted name, whether a run reads it, and why not where it does not."""
+    """A setting by its dotted name, whether it has an effect in a run, and the reason if not."""
 
     field: str
     is_read: Callable[[RunConfig], bool]
@@ -40,7 +40,7 @@ EFFECTS = (
 
 
 def check_effects(run: RunConfig) -> None:
-    """Raise ``ValueError`` for a setting of EFFECTS that differs from its default and that the run does not read."""
+    """Raise ``ValueError`` for a setting of EFFECTS that differs from its default and has no effect in the run."""
     for effect in EFFECTS:
         section, name = effect.field.split(".")
         value, default = getattr(getattr(run, section), name), default_of(getattr(run, section), name)
@@ -48,7 +48,7 @@ def check_effects(run: RunConfig) -> None:
 
 
 def default_of(section: Any, name: str) -> Any:
-    """The default of a setting that is one value."""
+    """The default of a setting."""
     default = next(field.default for field in fields(section) if field.name == name)
     assert default is not MISSING, f"{name}: its default is made by a function"
     return default

@@ -1,4 +1,4 @@
-"""How images are scored."""
+"""Settings of evaluations."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Literal, Optional
 
 from lit_transdiff.config.checks import expand, require
 
-MOST = 10_000_000  # images of an evaluation: their features have to fit into memory
+MOST = 10_000_000  # images of an evaluation, whose features must fit into memory
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Which images are generated for a score, and what they are compared with."""
+    """The generated images, the metrics and the reference of an evaluation."""
 
-    num_images: int = 50_000  # generated per evaluation
+    num_images: int = 50_000  # number of generated images per evaluation
     batch_size: int = 64  # images generated together per device; the images do not depend on it
-    seed: int = 0  # of the generated images
-    label_mode: Literal["balanced", "random"] = "balanced"  # balanced: every class equally often; random: drawn with the seed
+    seed: int = 0  # seed of the generated images
+    label_mode: Literal["balanced", "random"] = "balanced"  # balanced: every class equally often; random: random by the seed
     extractor: str = "inception"  # a name in evaluation.features.EXTRACTORS
-    extractor_weights: Optional[str] = None  # its weights file, where it has one
+    extractor_weights: Optional[str] = None  # file of its weights
     reference: Optional[str] = None  # statistics file (.npz) of the real images
     metrics: list[str] = field(
         default_factory=lambda: [
@@ -28,9 +28,9 @@ class EvaluationConfig:
         ]
     )  # names in evaluation.metrics.METRICS
     keep: Literal["last", "all"] = "last"  # which images of an MRAR row are scored: the final one, or all R of them
-    num_neighbours: int = 3  # k, of precision and recall
-    every: int = 0  # steps between evaluations of the averaged weights while training; 0: none
-    online_images: int = 2000  # images of an evaluation while training
+    num_neighbours: int = 3  # k of precision and recall
+    every: int = 0  # steps between evaluations of the averaged weights during training; 0: none
+    online_images: int = 2000  # number of images per evaluation during training
 
     def __post_init__(self) -> None:
         expand(self, "evaluation.extractor_weights", "evaluation.reference")

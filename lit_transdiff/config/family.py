@@ -1,4 +1,4 @@
-"""What the settings of every family of models have, and how a family enters the table of paradigms."""
+"""The base of the model settings of all families, and the entries of the table of paradigms."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from lit_transdiff.config.sampling import SamplingConfig
 
 
-OF_A_TOKEN = 6  # times the width: what a block keeps of a token (its input, queries, keys, values, two norms) and more
+OF_A_TOKEN = 6  # times the width: activations of a block per token (input, queries, keys, values, two norms)
 
 
 class OfSize(int):
-    """Stands for the number in the row of a model's size, until the settings are made; an int, as the number is."""
+    """Placeholder for the number given by a model's size; an int, like the number."""
 
 
 OF_SIZE = OfSize()
 
 
 def take_size(model: Any, sizes: Mapping[str, Mapping[str, int]]) -> None:
-    """Give settings that are being made the numbers of their ``size``, for fields that were not given."""
+    """Fill the fields that were not given with the numbers of the model's ``size``."""
     if model.size not in sizes:
         raise unknown("model.size", model.size, sizes)
     for name, number in sizes[model.size].items():
@@ -34,15 +34,15 @@ def take_size(model: Any, sizes: Mapping[str, Mapping[str, int]]) -> None:
 class ModelSettings:
     """The base of a family's settings: a frozen dataclass with these fields, their defaults and its own fields.
 
-    ``paradigm`` comes first, and its default is the name under which the family stands in ``PARADIGMS``.
+    ``paradigm`` comes first; its default is the family's name in ``PARADIGMS``.
     """
 
     paradigm: str
     num_classes: int  # labels are 0 to num_classes - 1
     latent_channels: int
     latent_size: int
-    of_a_row: ClassVar[tuple[str, ...]] = ("latent_size",)  # settings that decide what a row of a batch takes
-    num_references: int = 1  # images of a row; a field of families that draw several in succession
+    of_a_row: ClassVar[tuple[str, ...]] = ("latent_size",)  # settings that determine the memory of a row
+    num_references: int = 1  # images per row; a field of families with several
 
     @classmethod
     def has_references(cls) -> bool:
@@ -50,20 +50,20 @@ class ModelSettings:
         return any(field.name == "num_references" for field in fields(cls))  # type: ignore[arg-type]
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
-        """Refuse a sampler that draws no images of such a model."""
+        """Refuse sampling settings that do not suit the model."""
 
-    # What a model takes at the very least, by arithmetic: sizes that cannot work are refused before anything of them is made.
+    # Lower bounds of memory, by arithmetic, so that impossible sizes are refused before anything is allocated.
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
-        """Names of settings -> fewer parameters than they certainly make."""
+        """Names of settings -> a lower bound of the number of their parameters."""
         return {}
 
     def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
-        """Fewer numbers than a row certainly leaves until the backward pass; ``recomputed`` are stacks of blocks."""
+        """A lower bound of a row's activations for the backward pass; ``recomputed`` are stacks of blocks."""
         return 0
 
     def least_drawn(self) -> int:
-        """Fewer numbers than drawing a row certainly holds."""
+        """A lower bound of a row's activations in sampling."""
         return 0
 
 
@@ -72,4 +72,4 @@ class Family:
     """An entry of ``PARADIGMS``: the settings of a family of models, and its network."""
 
     settings: type[ModelSettings]
-    network: Any  # a ``Paradigm`` of models.paradigm, or "module:name" of one that is imported when it is needed
+    network: Any  # a ``Paradigm`` of models.paradigm, or its "module:name" for a lazy import

@@ -1,4 +1,4 @@
-"""The user's own modules: each adds its entries to the tables (``METRICS["mine"] = ...``) when it is imported."""
+"""The user's own modules: when imported, each adds entries to the tables (``METRICS["mine"] = ...``)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lit_transdiff.config.checks import require
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules by their dotted names, from Python's path or, where that has none, from the working directory.
+    """Import modules by their dotted names, from Python's path or else from the working directory.
 
-    Raises ``ValueError`` naming the module that does not exist or fails, and where it fails.
+    Raises ``ValueError`` for a module that does not exist or fails, with the failing line.
     """
     described = "a list of modules by their dotted names, as in [my_lab.ideas]"
     for name in [names] if isinstance(names, str) else names:
@@ -29,7 +29,7 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def cause(name: str, error: Exception) -> str:
-    """Why a module cannot be imported, in one line: it is not there, or it fails in one of its lines."""
+    """The reason in one line why a module cannot be imported: it is missing, or one of its lines fails."""
     if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
         return f"there is no module {error.name!r} on Python's path or in {os.getcwd()}. Install the package that has it."
     frame = traceback.extract_tb(error.__traceback__)[-1]

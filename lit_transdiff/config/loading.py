@@ -1,7 +1,7 @@
 """YAML files and overrides -> checked configurations, and back.
 
-``load_run`` merges defaults <- size preset <- base <- file <- ``dotted.key=value`` overrides and refuses anything it does not
-know, with the field's path, the value, and the nearest match.
+``load_run`` merges defaults <- size preset <- base <- file <- ``dotted.key=value`` overrides and refuses unknown keys with
+the field's path, the value and the nearest match.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lit_transdiff.config.paradigms import settings_class
 from lit_transdiff.config.typed import typed
 from lit_transdiff.config.yaml_text import read, read_file
 
-ENVIRONMENT = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")  # settings have small letters
-SCHEMAS = (RunConfig, *NESTED.values())  # of which lit-transdiff settings knows every field
+ENVIRONMENT = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")  # settings are lower-case
+SCHEMAS = (RunConfig, *NESTED.values())  # explained by lit-transdiff settings
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = (), imports: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML (with its ``base:`` chain), apply ``dotted.key=value`` overrides, and check the whole.
+    """Read a run's YAML (with its ``base:`` chain), apply ``dotted.key=value`` overrides, and validate the result.
 
-    The modules of its ``imports``, to which those given here are added, are imported first.
+    The modules of its ``imports`` and of the argument are imported first.
 
     Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything that is not a valid setting.
     """
@@ -45,15 +45,15 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), imports: Sequence[
 
 
 def merge(*settings: Any) -> DictConfig:
-    """Nested settings, the later over the earlier; what is no section replaces what stood there."""
+    """Merge nested settings, later ones over earlier ones; values other than sections are replaced."""
     merged: dict[str, Any] = {}
-    for given in settings:
-        merged = laid_over(merged, OmegaConf.to_container(given) if OmegaConf.is_config(given) else given)
+    for each in settings:
+        merged = laid_over(merged, OmegaConf.to_container(each) if OmegaConf.is_config(each) else each)
     return OmegaConf.create(merged)
 
 
 def laid_over(below: Any, above: Any) -> Any:
-    """``above``, with what sections of the same name below have besides."""
+    """``above`` merged over ``below``."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     return below | {key: laid_over(below.get(key), value) for key, value in above.items()}
@@ -86,7 +86,7 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
 
 @contextmanager
 def refusing(source: str = "") -> Iterator[None]:
-    """What OmegaConf refuses (a ``${key}`` that stands for nothing), as one line that names the setting."""
+    """Turn errors of OmegaConf, such as an undefined ``${key}``, into one line that names the setting."""
     try:
         yield
     except (OmegaConfBaseException, RecursionError) as error:
@@ -99,7 +99,7 @@ def refusing(source: str = "") -> Iterator[None]:
 def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> DictConfig:
     """The settings of a YAML file merged over those of its ``base:`` (a path relative to the file).
 
-    ``above`` are the files whose base it is. Raises ``ValueError`` for a file that is its own base.
+    ``above`` are the files with this base. Raises ``ValueError`` for a cycle.
     """
     path = Path(path)
     chain, asked = [*above, path], f"{above[-1]}: base" if above else "the YAML of a run"
@@ -108,8 +108,9 @@ def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> DictConfig:
     require(not path.is_dir(), asked, str(path), "a file, not a folder")
     if not path.is_file():
         nearby = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        said = f"{asked}: " if above else ""
-        raise FileNotFoundError(f"{said}{path} does not exist." + (f" In that folder: {', '.join(nearby)}." if nearby else ""))
+        prefix = f"{asked}: " if above else ""
+        hint = f" In that folder: {', '.join(nearby)}." if nearby else ""
+        raise FileNotFoundError(f"{prefix}{path} does not exist.{hint}")
     given = read_file(path, spelled=True)
     if not isinstance(given, dict):
         raise ValueError(f"{path}: expected settings (key: value), got {'nothing' if given is None else repr(given)[:80]}.")
@@ -123,7 +124,7 @@ def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> DictConfig:
 
 
 def of_environment(settings: Any) -> Any:
-    """Nested settings with ``${NAME}`` of the environment written as omegaconf does, to which ``${name}`` is another setting."""
+    """Rewrite ``${NAME}`` of the environment for OmegaConf, where ``${name}`` is another setting."""
     if isinstance(settings, DictConfig):
         return OmegaConf.create(of_environment(OmegaConf.to_container(settings, resolve=False)))
     if isinstance(settings, dict):
@@ -134,7 +135,7 @@ def of_environment(settings: Any) -> Any:
 
 
 def parse_overrides(overrides: Sequence[str]) -> DictConfig:
-    """``["model.width=192", ...]`` as nested settings; the word None (which W&B sweeps send) means nothing."""
+    """``["model.width=192", ...]`` as nested settings; the word None (sent by W&B sweeps) becomes None."""
     settings = OmegaConf.create({})
     for item in overrides:
         key, sign, text = item.partition("=")
@@ -149,7 +150,7 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def without_none(value: Any) -> Any:
-    """Nested settings with the word None, which Python writes for nothing, as nothing."""
+    """Nested settings with the word None replaced by None."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -158,7 +159,7 @@ def without_none(value: Any) -> Any:
 
 
 def check_keys(given: Any, schema: type, prefix: str, source: str, nested: Mapping[str, type] = MappingProxyType({})) -> None:
-    """Refuse a key that the dataclass does not have, naming the nearest one that it has; also in its ``nested`` sections."""
+    """Refuse unknown keys, with the nearest match, also in the ``nested`` sections."""
     if not isinstance(given, DictConfig | dict):
         raise ValueError(f"{source}: {prefix.rstrip('.')}: got {given!r}; expected settings (key: value).")
     fields = {f.name: f for f in dataclasses.fields(schema)}
@@ -200,9 +201,9 @@ def setting(settings: Mapping[str, Any], name: str) -> Any:
 
 
 def resolved(settings: DictConfig, names: Sequence[str]) -> dict[str, Any]:
-    """The settings of these ``names``, each ``${key}`` in them replaced by what stands at ``key``.
+    """The settings with these ``names``, with each ``${key}`` replaced by its value.
 
-    Raises ``ValueError`` for a ``${key}`` that stands for nothing.
+    Raises ``ValueError`` for an undefined ``${key}``.
     """
     with refusing():
         result = OmegaConf.to_container(OmegaConf.masked_copy(of_environment(settings), list(names)), resolve=True)
@@ -211,14 +212,14 @@ def resolved(settings: DictConfig, names: Sequence[str]) -> dict[str, Any]:
 
 
 def preset(name: str | None) -> list[str]:
-    """The settings of a sampler's name as overrides; none without a name."""
+    """The settings of a sampling preset as overrides; [] without a name."""
     return [] if name is None else [f"sampling.{key}={value}" for key, value in PRESETS[name].items()]
 
 
 def override(run: RunConfig, overrides: Sequence[str], sections: Sequence[str]) -> RunConfig:
-    """``run`` with ``dotted.key=value`` overrides of some of its sections only."""
-    given = parse_overrides(overrides)
-    for key in given:
+    """``run`` with ``dotted.key=value`` overrides, allowed only in some ``sections``."""
+    changes = parse_overrides(overrides)
+    for key in changes:
         allowed = ", ".join(f"{name}.*" for name in sections)
         require(str(key) in sections, "override", str(key), f"{allowed} for a trained model")
-    return run_from(merge(OmegaConf.create(to_dict(run)), given), source="overrides")
+    return run_from(merge(OmegaConf.create(to_dict(run)), changes), source="overrides")

@@ -1,4 +1,4 @@
-"""The size and shape of MAR."""
+"""Model settings of MAR."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ class MARConfig(ModelSettings):
     """MAR: random sets of tokens by a masked transformer, each token by a small diffusion network (arXiv 2406.11838)."""
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size", "num_class_tokens")
-    paradigm: str = "mar"  # a name in config.paradigms.PARADIGMS: the family of the model, which has settings of its own
-    size: str = "base"  # a name in config.mar.MAR_SIZES, which gives those of the next six fields that are not given
-    width: int = OF_SIZE  # D, of the transformer
-    num_heads: int = OF_SIZE  # of attention
-    encoder_blocks: int = OF_SIZE  # over the known tokens
-    decoder_blocks: int = OF_SIZE  # over all tokens
-    head_width: int = OF_SIZE  # of the network that denoises a token
-    head_blocks: int = OF_SIZE  # of that network
-    decoder_width: Optional[int] = None  # of the decoder's blocks; null: width
+    paradigm: str = "mar"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    size: str = "base"  # a name in config.mar.MAR_SIZES, which sets the defaults of the next six fields
+    width: int = OF_SIZE  # width D of the transformer
+    num_heads: int = OF_SIZE  # number of attention heads
+    encoder_blocks: int = OF_SIZE  # number of blocks over the known tokens
+    decoder_blocks: int = OF_SIZE  # number of blocks over all tokens
+    head_width: int = OF_SIZE  # width of the network that denoises a token
+    head_blocks: int = OF_SIZE  # number of blocks of that network
+    decoder_width: Optional[int] = None  # width of the decoder; null: width
     mlp_ratio: float = 4.0  # hidden width of an MLP / width
     num_classes: int = 1000  # labels are 0 to num_classes - 1
-    num_class_tokens: int = 64  # copies of the class embedding in front of the sequence
-    latent_channels: int = 16  # of the autoencoder's latents
+    num_class_tokens: int = 64  # number of copies of the class embedding at the start of the sequence
+    latent_channels: int = 16  # channels of the autoencoder's latents
     latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # side of the square of latent pixels that is one token
-    mask_rate_min: float = 0.7  # share of unknown tokens in training: normal with mean 1, truncated to [mask_rate_min, 1]
-    mask_rate_std: float = 0.25  # deviation of that normal distribution
-    num_parts: int = 64  # iterations in which an image is drawn, or as many as it has tokens; sampling.num_parts comes first
-    attention_dropout: float = 0.1  # of attention weights; 0 allows fused attention on CPUs
-    projection_dropout: float = 0.1  # after attention and within MLPs
+    patch_size: int = 1  # side length in latent pixels of a token's square
+    mask_rate_min: float = 0.7  # fraction of unknown tokens in training: normal with mean 1, truncated to [mask_rate_min, 1]
+    mask_rate_std: float = 0.25  # standard deviation of that normal distribution
+    num_parts: int = 64  # iterations per image, at most its number of tokens; sampling.num_parts takes precedence
+    attention_dropout: float = 0.1  # dropout of attention weights; 0 allows fused attention on CPUs
+    projection_dropout: float = 0.1  # dropout after attention and within MLPs
 
     def __post_init__(self) -> None:
         take_size(self, MAR_SIZES)
@@ -81,7 +81,7 @@ class MARConfig(ModelSettings):
         return self.latent_channels * self.patch_size**2
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
-        """The matrices that all blocks have, and the tables of classes and positions."""
+        """The matrices of all blocks, and the tables of classes and positions."""
         blocks = sum(
             number * (4 * width**2 + 2 * width * int(self.mlp_ratio * width))
             for number, width in ((self.encoder_blocks, self.width), (self.decoder_blocks, self.width_of_decoder))
@@ -94,10 +94,12 @@ class MARConfig(ModelSettings):
         }
 
     def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
-        """The tokens in the decoder and in the head, of which a block keeps its input or much more."""
-        kept = {name: 1 if name in recomputed else OF_A_TOKEN for name in ("decoder", "head")}
-        decoder = self.decoder_blocks * (self.num_class_tokens + self.num_tokens) * self.width_of_decoder * kept["decoder"]
-        return (0 if head_alone else decoder) + self.head_blocks * draws * self.num_tokens * self.head_width * kept["head"]
+        """The tokens in decoder and head, of which each block stores at least its input."""
+        stored = {name: 1 if name in recomputed else OF_A_TOKEN for name in ("decoder", "head")}
+        tokens = self.num_class_tokens + self.num_tokens
+        decoder = self.decoder_blocks * tokens * self.width_of_decoder * stored["decoder"]
+        head = self.head_blocks * draws * self.num_tokens * self.head_width * stored["head"]
+        return (0 if head_alone else decoder) + head
 
     def least_drawn(self) -> int:
         """The tokens in the decoder, before and after a norm."""

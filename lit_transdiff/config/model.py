@@ -1,4 +1,4 @@
-"""The size and shape of a model."""
+"""Model settings of TransDiff."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ class ModelConfig(ModelSettings):
     """One TransDiff for every number of references: R = 1 is one-step AR, R > 1 is MRAR."""
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "num_context_tokens")
-    paradigm: str = "transdiff"  # a name in config.paradigms.PARADIGMS: the family of the model, which has settings of its own
-    size: str = "base"  # a name in config.model.SIZES, which gives those of the next four fields that are not given
-    width: int = OF_SIZE  # D, of encoder and decoder
-    num_heads: int = OF_SIZE  # of attention
-    encoder_blocks: int = OF_SIZE  # of the autoregressive transformer
-    decoder_blocks: int = OF_SIZE  # of the diffusion decoder
+    paradigm: str = "transdiff"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    size: str = "base"  # a name in config.model.SIZES, which sets the defaults of the next four fields
+    width: int = OF_SIZE  # width D of encoder and decoder
+    num_heads: int = OF_SIZE  # number of attention heads
+    encoder_blocks: int = OF_SIZE  # number of blocks of the autoregressive transformer
+    decoder_blocks: int = OF_SIZE  # number of blocks of the diffusion decoder
     encoder: str = "ar_transformer"  # a name in models.encoder.ENCODERS
     decoder: str = "cross_attention"  # a name in models.decoder.DECODERS
-    condition: str = "class"  # a name in models.conditions.CONDITIONS: what an image is drawn of
+    condition: str = "class"  # a name in models.conditions.CONDITIONS: the condition of an image
     mlp_ratio: float = 4.0  # hidden width of an MLP / width
     num_classes: int = 1000  # labels are 0 to num_classes - 1
-    num_class_tokens: int = 64  # copies of the class embedding in front of the encoder's sequence
-    latent_channels: int = 16  # of the autoencoder's latents
+    num_class_tokens: int = 64  # number of copies of the class embedding at the start of the encoder's sequence
+    latent_channels: int = 16  # channels of the autoencoder's latents
     latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # side of the square of latent pixels that is one decoder token
-    num_context_tokens: int = 256  # R x L: the semantic features of all references together
+    patch_size: int = 1  # side length in latent pixels of a decoder token's square
+    num_context_tokens: int = 256  # R x L: number of semantic features of all references together
     num_references: int = 1  # R: 1 is one-step AR, more is MRAR
-    attention_dropout: float = 0.1  # of attention weights; 0 allows fused attention on CPUs
-    projection_dropout: float = 0.1  # after attention and within MLPs
+    attention_dropout: float = 0.1  # dropout of attention weights; 0 allows fused attention on CPUs
+    projection_dropout: float = 0.1  # dropout after attention and within MLPs
 
     def __post_init__(self) -> None:
         take_size(self, SIZES)
@@ -94,7 +94,7 @@ class ModelConfig(ModelSettings):
 
     @property
     def reference_patch_size(self) -> int:
-        """Latent pixels (a side) in one encoder token of a reference image (2 in the paper); meaningful for R > 1."""
+        """Side length in latent pixels of an encoder token of a reference (2 in the paper); only for R > 1."""
         return self.latent_size // math.isqrt(self.tokens_per_reference)
 
     @property
@@ -102,7 +102,7 @@ class ModelConfig(ModelSettings):
         return (self.latent_size // self.patch_size) ** 2
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
-        """The matrices that all blocks have, and the tables of classes and positions."""
+        """The matrices of all blocks, and the tables of classes and positions."""
         hidden = int(self.mlp_ratio * self.width)
         blocks = (self.encoder_blocks + self.decoder_blocks) * (4 * self.width**2 + 2 * self.width * hidden)
         tokens = self.num_class_tokens + self.num_context_tokens + self.num_decoder_tokens
@@ -113,10 +113,10 @@ class ModelConfig(ModelSettings):
         }
 
     def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
-        """The tokens in the blocks, of which a block keeps its input or much more."""
-        kept = {name: 1 if name in recomputed else OF_A_TOKEN for name in ("encoder", "decoder")}
-        encoder = self.encoder_blocks * (self.num_class_tokens + self.num_context_tokens) * kept["encoder"]
-        decoder = self.decoder_blocks * self.num_references * draws * self.num_decoder_tokens * kept["decoder"]
+        """The tokens in the blocks, each of which stores at least its input."""
+        stored = {name: 1 if name in recomputed else OF_A_TOKEN for name in ("encoder", "decoder")}
+        encoder = self.encoder_blocks * (self.num_class_tokens + self.num_context_tokens) * stored["encoder"]
+        decoder = self.decoder_blocks * self.num_references * draws * self.num_decoder_tokens * stored["decoder"]
         return self.width * ((0 if head_alone else encoder) + decoder)
 
     def least_drawn(self) -> int:

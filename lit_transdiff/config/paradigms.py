@@ -1,4 +1,4 @@
-"""The families of models, by the name that ``model.paradigm`` gives."""
+"""The table of model families (``model.paradigm``)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PARADIGMS: dict[str, Family] = {
 
 
 def settings_class(model: Mapping[str, Any]) -> type[ModelSettings]:
-    """What the section ``model`` of some settings is made of. Raises ``ValueError`` for a paradigm that is not in the table."""
-    name = model.get("paradigm", ModelConfig.paradigm)  # files of earlier versions say none
+    """The settings class for a section ``model``. Raises ``ValueError`` for an unknown paradigm."""
+    name = model.get("paradigm", ModelConfig.paradigm)  # absent in files of earlier versions
     if not isinstance(name, str) or name not in PARADIGMS:
         raise unknown("model.paradigm", name, PARADIGMS)
     return PARADIGMS[name].settings

@@ -1,4 +1,4 @@
-"""What a command is pointed at, looked for before the large libraries are loaded: a wrong path is answered at once."""
+"""Checks of a command's paths before large libraries are imported, so that errors appear at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATHS = (  # arguments and options in which ~ and $NAME are replaced
 
 
 def expand_paths(args: argparse.Namespace) -> None:
-    """Replace ``~`` and ``$NAME`` where the shell has not, as after ``--output=``; find what comes with the program."""
+    """Expand paths that the shell has not expanded, as after ``--output=``, and find shipped files."""
     for name, value in vars(args).items():
         if name in PATHS and isinstance(value, str):
             path = expanded(value, name.replace("_", "-"))
@@ -23,43 +23,43 @@ def expand_paths(args: argparse.Namespace) -> None:
 
 
 def check_files(files: Mapping[str, Path]) -> None:
-    """Refuse files that do not exist, all at once; the keys are their names in the message."""
+    """Refuse missing files, listing all of them; the keys are their names in the message."""
     missing = [f"{name}: {path}" for name, path in files.items() if not path.is_file()]
     require(not missing, "files", "; ".join(missing), "files that exist")
 
 
-def names_given(given: str | None) -> list[str] | Path | None:
-    """Names between commas, or the file that holds them; what looks like a path is one."""
-    if given is None:
+def parse_names(text: str | None) -> list[str] | Path | None:
+    """Comma-separated names, or the path of a file with names, if it looks like a path."""
+    if text is None:
         return None
-    is_path = "," not in given and ("/" in given or given.endswith(".txt"))
-    path = Path(expanded(given, "--class-names") if is_path else given)
+    is_path = "," not in text and ("/" in text or text.endswith(".txt"))
+    path = Path(expanded(text, "--class-names") if is_path else text)
     if is_path:
         check_files({"--class-names": path})
-    return path if path.is_file() else given.split(",")
+    return path if path.is_file() else text.split(",")
 
 
 def check_pack_source(source: Path) -> None:
-    """Refuse what is to be packed and does not exist."""
+    """Refuse a missing source of ``pack``."""
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; allowed: an image folder, a folder of IDX files, a list file.")
 
 
 def check_source(source: Path) -> None:
-    """Refuse what is to be converted and does not exist."""
+    """Refuse a missing source of ``convert``."""
     require(source.exists(), "source", str(source), "a file or folder that exists")
 
 
 def check_pipe(source: str, permitted: bool) -> None:
-    """Refuse data that a command prints, unless the user permits it: recipes are passed on, and none may run commands."""
+    """Refuse ``pipe:`` data unless permitted, because a recipe from others must not run commands."""
     allowed = "a folder or a URL of http(s)://; this runs a command, which --allow-pipe on the command line alone permits"
     require(permitted or not source.startswith("pipe:"), "data.train", source, allowed)
 
 
 def export_folder(path: str | Path) -> Path:
-    """The export folder that ``path`` (a run folder or an export folder) stands for.
+    """The export folder of ``path``, a run folder or an export folder.
 
-    Raises ``FileNotFoundError`` naming the trained runs nearby when there is none.
+    Raises ``FileNotFoundError`` with the trained runs nearby if there is none.
     """
     path = Path(path)
     for candidate in (path, path / "export"):
@@ -72,7 +72,7 @@ def export_folder(path: str | Path) -> Path:
 
 
 def checkpoints_folder(run_folder: str | Path) -> Path:
-    """Where a run's checkpoints lie. Raises ``FileNotFoundError`` when there are none."""
+    """The folder of a run's checkpoints. Raises ``FileNotFoundError`` if there is none."""
     folder = Path(run_folder) / "checkpoints"
     if not folder.is_dir():
         raise FileNotFoundError(f"{run_folder} holds no complete checkpoint.")
@@ -80,7 +80,7 @@ def checkpoints_folder(run_folder: str | Path) -> Path:
 
 
 def local_path(where: str | Path) -> Path | None:
-    """The path that ``where`` names; nothing for ``entity/project`` at W&B. Raises ``FileNotFoundError`` when it is neither."""
+    """The path ``where``, or None for ``entity/project`` at W&B. Raises ``FileNotFoundError`` for neither."""
     path = Path(where).expanduser()
     if path.exists():
         return path

@@ -1,6 +1,6 @@
-"""Every setting of a run: its name, what it may be, its default and its meaning, read from ``config`` and its source.
+"""Every setting of a run: name, values, default and meaning, read from the source of ``config``.
 
-The meaning is the comment beside a field, and the range is what the checks of its class allow, so that neither is written
+The meaning is the comment beside a field, and the range is taken from the checks of its class, so that neither is written
 twice. ``lit-transdiff settings --markdown`` prints ``docs/settings.md``.
 """
 
@@ -25,33 +25,34 @@ from lit_transdiff.config import NESTED, PARADIGMS, PRESETS, SIZES, ModelConfig,
 from lit_transdiff.config.typed import quoted, type_in_words
 
 PACKAGE = Path(__file__).parents[1]
-TERMINAL = 100  # columns of the text
+TERMINAL = 100  # columns of the text in a terminal
 TABLE = re.compile(r"\b([a-z_.]+)\.([A-Z_]+)\b")  # how a comment names the table of an open set, as in flow.solvers.SOLVERS
 SETTINGS_HEAD = """\
 # All settings
 
-A YAML file, and `key=value` after a command, set any of these by its dotted name; what is not set has its default. Lists are
-written as in `optimizer.betas=[0.9,0.99]`, no value as `null`. `lit-transdiff settings` prints this in a terminal, for a section
-or a setting as in `lit-transdiff settings sampling` or `lit-transdiff settings optimizer.lr`. Checks that span several settings
-are not listed: a run that breaks one is refused before it starts, with the field, its value and what is allowed.
+A YAML file, and `key=value` after a command, set any of these by its dotted name; other settings keep their defaults. Lists
+are written as in `optimizer.betas=[0.9,0.99]`, a missing value as `null`. `lit-transdiff settings` prints this in a terminal,
+for a section or a setting as in `lit-transdiff settings sampling` or `lit-transdiff settings optimizer.lr`. Checks that span
+several settings are not listed: a run that violates one is refused before it starts, with the field, its value and what is
+allowed.
 
 This page is made from the source: `lit-transdiff settings --markdown > docs/settings.md`."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting by its dotted name, with the default of a run and what it means."""
+    """One setting: dotted name, type, values, default and meaning."""
 
     name: str
     hint: Any  # its type
-    names: list[str]  # those of its table, where it is a name in one
-    ranges: list[str]  # what its checks allow, in words
+    names: list[str]  # names of its table, if any
+    ranges: list[str]  # ranges allowed by its checks, as text
     default_value: Any
     meaning: str
 
     @property
     def values(self) -> str:
-        """What it may be, in words."""
+        """The allowed values, as text."""
         return ", ".join([values_of(self.hint, self.names, self.default_value), *self.ranges])
 
     @property
@@ -68,13 +69,13 @@ def all_settings() -> dict[str, list[Setting]]:
 
 
 def family_settings() -> dict[str, list[Setting]]:
-    """``model.paradigm`` -> the settings that ``model`` has with it, for all but the default."""
+    """``model.paradigm`` -> the settings of section ``model``, for all families but the default."""
     others = {name: family.settings for name, family in PARADIGMS.items() if family.settings is not ModelConfig}
     return {name: list(settings_of_class(cls, cls(), "model.")) for name, cls in others.items()}
 
 
 def settings_of_class(cls: type, defaults: Any, prefix: str) -> Iterator[Setting]:
-    """The fields of one class, and of those it is derived from, but its sections; the defaults are those of an instance."""
+    """The fields of a class and its bases, without sections; defaults are those of an instance."""
     hints, ranges = typing.get_type_hints(cls), Ranges({})
     meanings: dict[str, str] = {}
     for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
@@ -91,7 +92,7 @@ def settings_of_class(cls: type, defaults: Any, prefix: str) -> Iterator[Setting
 
 
 def values_of(hint: Any, names: Sequence[str], default: Any) -> str:
-    """What a field may be: the names of its table, to which a default such as ``auto`` is added, or its type in words."""
+    """The values of a field: the names of its table (plus a default such as ``auto``), or its type."""
     if not names:
         return type_in_words(hint)
     if hint is str:
@@ -100,7 +101,7 @@ def values_of(hint: Any, names: Sequence[str], default: Any) -> str:
 
 
 def comments(cls: type, tree: ast.ClassDef) -> dict[str, str]:
-    """Field -> the comments beside it and in the lines below, up to the next statement of the class."""
+    """Field -> the comments beside and below it, up to the next statement of the class."""
     tokens = tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline)
     lines = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     starts = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) for node in tree.body]
@@ -112,9 +113,9 @@ def comments(cls: type, tree: ast.ClassDef) -> dict[str, str]:
 
 
 class Ranges(ast.NodeVisitor):
-    """Walks through the checks of a class; ``found``: dotted name -> what ``require`` allows, where it says so in plain words.
+    """Visits the checks of a class; ``found``: dotted name -> ranges that ``require`` allows, if they are constant text.
 
-    ``known`` are the names that its module defines; those that the checks assign or loop over are added.
+    ``known`` are the names defined in its module; names that the checks assign or loop over are added.
     """
 
     def __init__(self, known: dict[str, Any]) -> None:
@@ -137,7 +138,7 @@ class Ranges(ast.NodeVisitor):
                 self.found.setdefault(name, {})[re.sub("^(an )?integers? of ", "", allowed)] = None
 
     def value(self, node: ast.expr) -> Any:
-        """What an expression of constants and known names is; ``None`` for others."""
+        """The value of an expression of constants and known names; None for others."""
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.Name):
@@ -151,12 +152,12 @@ class Ranges(ast.NodeVisitor):
 
 
 def names_of(meaning: str) -> list[str]:
-    """The names in the tables that a comment points to; those that are not loaded are read from their source, in no time."""
+    """The names in the tables that a comment mentions."""
     return [name for module, table in TABLE.findall(meaning) for name in table_keys(module, table)]
 
 
 def table_keys(module: str, table: str) -> list[str]:
-    """The keys of a dictionary of this package, with those that imported modules have added; else those in its source."""
+    """The keys of a table of this package, as imported (with added entries) or else from its source."""
     loaded = sys.modules.get(f"lit_transdiff.{module}")
     if loaded is not None:
         return list(getattr(loaded, table))
@@ -170,7 +171,7 @@ def table_keys(module: str, table: str) -> list[str]:
 
 
 def as_yaml(value: Any) -> str:
-    """A default as it stands in a YAML file."""
+    """A default as in a YAML file."""
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
@@ -206,14 +207,14 @@ def family_tables() -> list[str]:
 
 
 def sizes_table(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """What the sizes of a family stand for."""
+    """A table of the sizes of a family."""
     columns = list(next(iter(sizes.values())))
     rows = [(f"`{name}`", *map(str, size.values())) for name, size in sizes.items()]
-    return ["Sizes (a field that is given goes over its size's):", markdown_table(("`model.size`", *columns), rows)]
+    return ["Sizes (fields that are given take precedence):", markdown_table(("`model.size`", *columns), rows)]
 
 
 def extra_tables(section: str) -> list[str]:
-    """The tables of names that stand for several settings."""
+    """The tables of sizes and presets."""
     if section == "model":
         return sizes_table(SIZES)
     if section == "sampling":
@@ -230,7 +231,7 @@ def first_paragraph(cls: type) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """Text of the source as Markdown in a table."""
+    """Source text as Markdown in a table."""
     return text.replace("``", "`").replace("|", "\\|")
 
 
@@ -241,9 +242,9 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def settings_as_text(word: str | None = None) -> str:
-    """The settings for a terminal: all, those of a section or of a ``model.paradigm``, or one by its whole name or its last word.
+    """The settings for a terminal: all, those of a section or a ``model.paradigm``, or one by its full or last name.
 
-    Raises ``ValueError`` for a name that there is not.
+    Raises ``ValueError`` for an unknown name.
     """
     everything, families = [setting for settings in all_settings().values() for setting in settings], family_settings()
     here = {setting.name for setting in everything}

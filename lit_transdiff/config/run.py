@@ -1,4 +1,4 @@
-"""One run: all sections together, and the checks that span them."""
+"""The settings of a run: all sections, and the checks that span them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lit_transdiff.config.training import FlowConfig, OptimizerConfig, TrainingC
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: everything that decides its numbers."""
+    """All settings of one run."""
 
-    name: str = "run"  # of the run and of its folder
+    name: str = "run"  # name of the run and of its folder
     stage: str = "ar_pretrain"  # a name in stages.STAGES or stages.PREPARATORY
     output_dir: str = "runs"  # the run folder is output_dir/name
     imports: list[str] = field(default_factory=list)  # modules of your own that add entries to the tables, as in [my_lab.ideas]
-    seed: int = 0  # of weights, data order, noise and dropout
-    init_from: Optional[str] = None  # run folder or export folder whose (EMA) weights this run starts from
+    seed: int = 0  # seed of weights, data order, noise and dropout
+    init_from: Optional[str] = None  # run or export folder whose (EMA) weights initialise this run
     init_positions: Literal["new", "interpolate"] = "new"
-    # where the latent's size differs from that of init_from: position tables are made anew, or interpolated
+    # if the latent size differs from that of init_from: new position tables, or interpolated ones
     init_classes: Union[Literal["same", "by_name", "by_number", "new"], dict[str, Optional[str]]] = "same"
-    # which class embeddings of init_from are kept: all of the same classes, those of equal names, those of equal numbers, none,
-    # or, as in {sneaker: shoe, 3: 5}, for a class of this run that of init_from; the null class is always kept
+    # class embeddings copied from init_from: of identical classes, by equal names, by equal numbers, none, or by a map such as
+    # {sneaker: shoe, 3: 5} from a class of this run to one of init_from; the null class is always copied
     init_shapes: Literal["same", "new"] = "same"
-    # new: where another patch size, latent channels or numbers of tokens do not fit init_from, these tensors are made anew
+    # new: tensors that do not fit init_from (another patch size, latent channels or numbers of tokens) are made anew
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(kind="identity"))
     autoencoder_training: AutoencoderTraining = field(default_factory=AutoencoderTraining)
@@ -83,11 +83,11 @@ class RunConfig:
 
     @property
     def images_per_step(self) -> int:
-        """Images of an optimizer step: a row of the batch holds ``num_references`` of them."""
+        """Images per optimizer step: a row of the batch has ``num_references`` of them."""
         return self.training.global_batch_size * self.model.num_references
 
 
-# Sections of a run's settings and what they are made of; ``model`` of another paradigm has the settings of that.
+# Section -> its class; ``model`` has the settings class of its paradigm.
 NESTED: dict[str, type] = {
     "data": DataConfig,
     "autoencoder": AutoencoderConfig,

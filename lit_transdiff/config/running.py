@@ -1,4 +1,4 @@
-"""Where a run is tracked, on what it is spread, and what happens when something goes wrong."""
+"""Settings of tracking, devices, checkpoints and failures."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from lit_transdiff.config.checks import expand, require
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Weights & Biases. Online, offline or disabled is decided by W&B's own environment variables."""
+    """Weights & Biases. Its own environment variables decide between online, offline and disabled."""
 
-    wandb: bool = True  # false: only the files of the run folder
-    project: str = "lit-transdiff"  # of W&B
-    group: Optional[str] = None  # of W&B: runs that belong together; a trial's is its sweep
-    tags: list[str] = field(default_factory=list)  # of W&B, to find the run by
-    upload_models: bool = True  # weights as artifacts; false: artifacts only refer to the files
+    wandb: bool = True  # log to W&B; false: only to the files of the run folder
+    project: str = "lit-transdiff"  # project in W&B
+    group: Optional[str] = None  # group of runs in W&B; that of a trial is its sweep
+    tags: list[str] = field(default_factory=list)  # tags of the run in W&B
+    upload_models: bool = True  # upload weights as artifacts; false: artifacts only refer to the files
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """On what the run is spread."""
+    """Devices and strategy of distributed training."""
 
     strategy: str = "auto"  # a name in distributed.strategies.STRATEGIES, or auto: single on one device, ddp on several
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU where there is one
-    devices: Optional[int] = None  # per node; null: what torchrun or srun started, else one
-    num_nodes: int = 1  # of the job; torchrun and srun go over it
-    offload: Literal["none", "cpu", "nvme"] = "none"  # where ZeRO keeps the optimizer's state
-    offload_parameters: bool = False  # zero3: where offload says, the parameters too
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu if there is one
+    devices: Optional[int] = None  # devices per node; null: as many as torchrun or srun started, else one
+    num_nodes: int = 1  # nodes of the job; torchrun and srun take precedence
+    offload: Literal["none", "cpu", "nvme"] = "none"  # place of the optimizer's state under ZeRO
+    offload_parameters: bool = False  # zero3: also offload the parameters
     nvme_path: Optional[str] = None  # folder on a local disk, for offload: nvme
-    timeout_minutes: float = 30.0  # a collective that takes longer ends the job
+    timeout_minutes: float = 30.0  # time limit of a collective, after which the job ends
 
     def __post_init__(self) -> None:
         expand(self, "distributed.nvme_path")
@@ -54,14 +54,16 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Which checkpoints stay, and how they are written. The rhythm is ``training.checkpoint_every``."""
+    """Retention and writing of checkpoints. Their interval is ``training.checkpoint_every``."""
 
-    keep_last: int = 1  # checkpoints kept beside those below
-    keep_every_images: int = 0  # also keep the first one after every so many images; 0: none
-    keep_best: Optional[str] = None  # also keep the best one by this metric, as in val/loss
-    best_is: Literal["lowest", "highest"] = "lowest"  # which value of keep_best is best
-    asynchronous: bool = True  # write files beside the training; a copy in CPU memory is made first
-    on_error: Literal["stop", "continue"] = "stop"  # when one cannot be written (a full disk); the earlier ones stay
+    keep_last: int = 1  # number of latest checkpoints to keep
+    keep_every_images: int = 0  # also keep the first checkpoint after each multiple of this number of images; 0: none
+    keep_best: Optional[str] = None  # also keep the best checkpoint by this metric, such as val/loss
+    best_is: Literal["lowest", "highest"] = "lowest"  # which value of the metric keep_best is best
+    asynchronous: bool = True  # write files in the background, from a copy in CPU memory
+    on_error: Literal["stop", "continue"] = (
+        "stop"  # reaction to a checkpoint that cannot be written (full disk); earlier ones remain
+    )
 
     def __post_init__(self) -> None:
         require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1")
@@ -70,12 +72,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class SafetyConfig:
-    """What is done about steps that go wrong, lost time and signals."""
+    """Reactions to bad steps and stalls."""
 
-    on_bad_step: Literal["stop", "skip", "roll_back"] = "stop"  # a loss that is not finite, or a spike
-    spike_factor: float = 0.0  # a loss above this many medians of the last 50 steps is a spike; 0: spikes are not looked for
-    max_bad_steps: int = 10  # after so many, training stops whatever on_bad_step says
-    stall_seconds: float = 600.0  # without a step for so long (a stuck worker, a lost rank) the process ends; 0: never
+    on_bad_step: Literal["stop", "skip", "roll_back"] = "stop"  # reaction to a non-finite or spiking loss
+    spike_factor: float = 0.0  # a loss above this multiple of the median of the last 50 steps is a spike; 0: off
+    max_bad_steps: int = 10  # number of bad steps after which training stops in any case
+    stall_seconds: float = 600.0  # seconds without a step (stuck worker, lost rank) after which the process ends; 0: never
 
     def __post_init__(self) -> None:
         require(self.spike_factor == 0 or self.spike_factor > 1, "safety.spike_factor", self.spike_factor, "0 (off) or above 1")

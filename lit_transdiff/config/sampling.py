@@ -1,4 +1,4 @@
-"""How images are drawn."""
+"""Settings of sampling."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lit_transdiff.config.checks import require
 
 Precision = Literal["fp32", "bf16"]
 
-# Settings of the sampler that go by one name (``--preset``): over those of a run, under single overrides.
+# Named sampler settings (``--preset``), between those of a run and single overrides.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(solver="euler_maruyama", grid="paper", num_steps=100, guidance_interval=[0.0, 1.0], reference_steps=None),
-    # An eighth of the decoder evaluations. The scales were chosen on the bundled images; docs/performance.md has the distances.
+    # An eighth of the decoder evaluations. The scales were chosen on the bundled images; see docs/performance.md.
     "fast": dict(
         solver="euler_maruyama",
         grid="paper",
@@ -24,28 +24,28 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 
-MOST_STEPS = 100_000  # of a solver, a hundred times what any of them needs
+MOST_STEPS = 100_000  # upper limit of solver steps
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How an image is drawn from a trained model."""
+    """Sampling from a trained model."""
 
-    solver: str = "euler_maruyama"  # a name in flow.solvers.SOLVERS, or for discrete steps in flow.diffusion.CHAIN_SOLVERS
+    solver: str = "euler_maruyama"  # a name in flow.solvers.SOLVERS, or for discrete diffusion in flow.diffusion.CHAIN_SOLVERS
     grid: str = "paper"  # a name in flow.solvers.GRIDS
     num_steps: int = 100  # solver steps per image
-    shift: float = 1.0  # of the grid, by the formula of flow.shift
+    shift: float = 1.0  # shift of the grid, by the formula of flow.shift
     drift_scale: float = 1.0  # the paper's scale_0
-    noise_scale: float = 1.0  # the paper's scale_1; of discrete steps the temperature
+    noise_scale: float = 1.0  # the paper's scale_1; for discrete diffusion the temperature
     guidance_scale: float = 1.0  # v = u + scale (c - u) of classifier-free guidance; 1: none
-    guidance: str = "constant"  # a name in flow.guidance.GUIDANCE: how the scale depends on t
-    part_guidance: str = "constant"  # a name in flow.guidance.PART_GUIDANCE: how the scale depends on the parts before
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # t (1 = noise) between which guidance acts
-    reference_guidance: Optional[list[float]] = None  # one guidance_scale per reference instead
-    reference_steps: Optional[list[int]] = None  # one num_steps per reference instead
-    reuse_noise: bool = True  # MRAR: one initial noise for all references of an image, as in the paper
-    num_parts: Optional[int] = None  # parts in which an image is drawn, of families that draw in any number; null: the family's
-    precision: Precision = "fp32"  # of the passes through the model; the solver's state is float32
+    guidance: str = "constant"  # a name in flow.guidance.GUIDANCE: dependence of the scale on t
+    part_guidance: str = "constant"  # a name in flow.guidance.PART_GUIDANCE: dependence of the scale on the preceding parts
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # interval of t (1 = noise) with guidance
+    reference_guidance: Optional[list[float]] = None  # guidance_scale of each reference instead
+    reference_steps: Optional[list[int]] = None  # num_steps of each reference instead
+    reuse_noise: bool = True  # MRAR: the same initial noise for all references of a row, as in the paper
+    num_parts: Optional[int] = None  # number of parts of an image, for families with a free number; null: the family's default
+    precision: Precision = "fp32"  # precision of the model in sampling; the solver's state is float32
 
     def __post_init__(self) -> None:
         steps = [self.num_steps, *(self.reference_steps or [])]

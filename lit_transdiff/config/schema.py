@@ -1,7 +1,7 @@
-"""The JSON schema of a recipe, by which an editor completes, explains and checks its settings while they are typed.
+"""The JSON schema of a recipe, with which an editor completes, explains and checks settings.
 
-It is made of what ``config.reference`` reads from the source: types, names, ranges, defaults and meanings. An editor sees one
-file, so what spans several settings, or comes from a ``base:``, is checked by ``lit-transdiff train --dry-run``.
+It is generated from the types, names, ranges, defaults and meanings of ``config.reference``. An editor sees one file, so
+checks that span several settings or a ``base:`` are left to ``lit-transdiff train --dry-run``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Literal, Union
 from lit_transdiff.config import NESTED, RunConfig
 from lit_transdiff.config.reference import Setting, all_settings, family_settings, first_paragraph
 
-DRAFT = "http://json-schema.org/draft-07/schema#"  # the draft that editors of YAML know
+DRAFT = "http://json-schema.org/draft-07/schema#"  # the draft supported by YAML editors
 TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", types.NoneType: "null"}
-REFERENCE = {"type": "string", "pattern": r"\$\{"}  # ${another.setting}, in the place of any value
+REFERENCE = {"type": "string", "pattern": r"\$\{"}  # ${another.setting}, allowed for any value
 BOUND = r"(-?[\d,]+(?:\.\d+)?)"
-RANGES = {  # words of a range -> the bounds that they name, in order
+RANGES = {  # text of a range -> its bounds, in order
     rf"at least {BOUND}": ("minimum",),
     rf"at most {BOUND}": ("maximum",),
     rf"above {BOUND}": ("exclusiveMinimum",),
@@ -48,24 +48,24 @@ def schema_as_json() -> str:
 
 
 def mapping(settings: list[Setting]) -> dict[str, Any]:
-    """A section: these settings and no others."""
+    """The schema of a section."""
     return {"type": "object", "properties": properties_of(settings), "additionalProperties": False}
 
 
 def properties_of(settings: list[Setting]) -> dict[str, Any]:
-    """Last word of a name -> the schema of its setting."""
+    """Last part of a name -> the schema of the setting."""
     return {setting.name.rsplit(".", 1)[-1]: property_of(setting) for setting in settings}
 
 
 def property_of(setting: Setting) -> dict[str, Any]:
-    """One setting, which may also be written as ``${another.setting}``."""
+    """The schema of a setting, which also allows ``${another.setting}``."""
     value = value_of(setting.hint, setting.names) | bounds(setting)
     about = {"description": f"{setting.meaning} ({setting.values.replace('`', '')})", "default": setting.default_value}
     return about | {"anyOf": [*value.pop("anyOf", [value]), REFERENCE]}
 
 
 def value_of(hint: Any, names: list[str]) -> dict[str, Any]:
-    """What a type allows. The names of a table are completed, not required: ``imports:`` may add to it."""
+    """The schema of a type. Names of a table are suggested, not required, because ``imports:`` may add some."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return {"enum": list(parts)}
@@ -82,12 +82,12 @@ def value_of(hint: Any, names: list[str]) -> dict[str, Any]:
 
 
 def bounds(setting: Setting) -> dict[str, float]:
-    """The bounds of a number, where its range is told in words that name them."""
+    """The bounds of a number, parsed from the text of its range."""
     if setting.hint not in (int, float):
         return {}
-    found: dict[str, float] = {}
+    limits: dict[str, float] = {}
     for words in setting.ranges:
         for pattern, names in RANGES.items():
             if match := re.fullmatch(pattern, re.sub(r" \(.*?\)", "", words)):
-                found |= {name: json.loads(number.replace(",", "")) for name, number in zip(names, match.groups(), strict=True)}
-    return found
+                limits |= {name: json.loads(number.replace(",", "")) for name, number in zip(names, match.groups(), strict=True)}
+    return limits

@@ -1,4 +1,4 @@
-"""The size and shape of SiT and DiT."""
+"""Model settings of SiT and DiT."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class SiTConfig(ModelSettings):
     """SiT: one transformer over all patches of a noisy latent, and no autoregression (arXiv 2401.08740)."""
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
-    paradigm: str = "sit"  # a name in config.paradigms.PARADIGMS: the family of the model, which has settings of its own
-    size: str = "base"  # a name in config.sit.SIT_SIZES, which gives those of the next three fields that are not given
-    width: int = OF_SIZE  # D, a multiple of 4
-    num_heads: int = OF_SIZE  # of attention
-    num_blocks: int = OF_SIZE  # of the transformer
+    paradigm: str = "sit"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    size: str = "base"  # a name in config.sit.SIT_SIZES, which sets the defaults of the next three fields
+    width: int = OF_SIZE  # width D of the transformer
+    num_heads: int = OF_SIZE  # number of attention heads
+    num_blocks: int = OF_SIZE  # number of blocks of the transformer
     mlp_ratio: float = 4.0  # hidden width of an MLP / width
     num_classes: int = 1000  # labels are 0 to num_classes - 1
-    latent_channels: int = 16  # of the autoencoder's latents
+    latent_channels: int = 16  # channels of the autoencoder's latents
     latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # side of the square of latent pixels that is one token
-    guided_channels: Optional[int] = None  # so many first channels alone are guided, 3 in the released samplers; null: all
-    learn_sigma: bool = False  # twice the outputs, of which SiT reads the first half, as in the released files
+    patch_size: int = 1  # side length in latent pixels of a token's square
+    guided_channels: Optional[int] = None  # number of first channels with guidance, 3 in the released samplers; null: all
+    learn_sigma: bool = False  # twice the output channels, of which SiT uses the first half, as in the released files
 
     def __post_init__(self) -> None:
         take_size(self, SIT_SIZES)
@@ -55,7 +55,7 @@ class SiTConfig(ModelSettings):
         return (self.latent_size // self.patch_size) ** 2
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
-        """The matrices that all blocks have, and the tables of classes and positions."""
+        """The matrices of all blocks, and the tables of classes and positions."""
         block = 10 * self.width**2 + 2 * self.width * int(self.mlp_ratio * self.width)
         tables = self.width * (self.num_classes + self.num_tokens)
         return {
@@ -64,7 +64,7 @@ class SiTConfig(ModelSettings):
         }
 
     def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
-        """The tokens in the blocks, of which a block keeps its input or much more."""
+        """The tokens in the blocks, each of which stores at least its input."""
         return self.num_blocks * draws * self.num_tokens * self.width * (1 if "blocks" in recomputed else OF_A_TOKEN)
 
     def least_drawn(self) -> int:

@@ -1,4 +1,4 @@
-"""What may be written where, and what may be removed: nothing outside of a folder, and nothing that others wrote."""
+"""Safe writing and removal: nothing outside of a folder, and no files of other programs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from lit_transdiff.base.files import json_of, partial_name, remove, to_disk
 from lit_transdiff.config import require
 
-HEAD = 4096  # bytes of a file by which it is known
-SHOWN = 3  # entries of a folder that a message names
+HEAD = 4096  # bytes at the start of a file that identify it
+SHOWN = 3  # number of entries of a folder in a message
 
 
 def below(root: Path, name: Any, what: str) -> Path:
-    """``root / name``, of a name that a file, an archive or a server gives. ``what`` says where it stands, for the error.
+    """``root / name`` for a name from a file, an archive or a server; ``what`` is its origin, for the error.
 
-    Raises ``ValueError`` for a name that is absolute or leads out of ``root``, also through a link to another folder. The last
-    part may be a link to a file: reading follows it, and writing (``files.whole``) puts a file in its place.
+    Raises ``ValueError`` for a name that is absolute or leads out of ``root``, also through a link to another folder. The
+    last part may be a link to a file: reading follows it, and writing (``files.whole``) replaces it.
     """
     require(isinstance(name, str) and "\0" not in name, what, name, "the name of a file")
     path = root / name
@@ -30,13 +30,13 @@ def below(root: Path, name: Any, what: str) -> Path:
 
 
 def contents(folder: Path) -> list[str]:
-    """What lies in a folder, by name; nothing where there is none. Raises ``ValueError`` for a file."""
+    """The names of a folder's entries; [] if it does not exist. Raises ``ValueError`` for a file."""
     require(folder.is_dir() or not os.path.lexists(folder), "output", str(folder), "a folder, or a name that does not exist yet")
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def refuse_foreign(folder: Path, names: Collection[str], what: str) -> None:
-    """Raise ``ValueError``: a folder holds ``names``, which do not belong to ``what`` is to be written there."""
+    """Raise ``ValueError``: the folder contains ``names`` that do not belong to ``what``."""
     some = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     raise ValueError(
         f"{folder} holds {some}, which {what} did not write. Nothing is overwritten: choose another name, or an empty folder."
@@ -44,7 +44,7 @@ def refuse_foreign(folder: Path, names: Collection[str], what: str) -> None:
 
 
 def check_replaces(file: Path, signs: Iterable[str], what: str) -> None:
-    """Refuse to replace a file unless its beginning has one of the ``signs`` of ``what`` this program writes there."""
+    """Refuse to replace a file whose beginning has none of the ``signs`` of this program's ``what``."""
     if os.path.lexists(file):
         beginning = file.open("rb").read(HEAD).decode(errors="replace") if file.is_file() else ""
         ours = any(sign in beginning for sign in signs)
@@ -52,7 +52,7 @@ def check_replaces(file: Path, signs: Iterable[str], what: str) -> None:
 
 
 def check_replaces_json(file: Path, key: str, value: str) -> None:
-    """Refuse to replace a JSON file that does not hold ``value`` at ``key``; a damaged one that says it, or nothing, is ours."""
+    """Refuse to replace a JSON file unless it has ``value`` at ``key``, or is empty or our damaged one."""
     text = file.read_bytes() if file.exists() else b""
     try:
         content = json_of(text)
@@ -64,7 +64,7 @@ def check_replaces_json(file: Path, key: str, value: str) -> None:
 
 
 def fresh_folder(path: Path) -> Path:
-    """Make the folder ``path``, or where something lies in it ``path-2``, ``path-3``, ..., and give the one that was made."""
+    """Make and return the folder ``path`` or, if it is not empty, ``path-2``, ``path-3``, ..."""
     number, folder = 1, path
     while contents(folder):
         number += 1
@@ -74,9 +74,9 @@ def fresh_folder(path: Path) -> Path:
 
 
 def remove_written(folder: Path, patterns: Iterable[str]) -> None:
-    """Remove the files of a folder that match ``patterns``, then the folder, unless something else lies in it.
+    """Remove the files of a folder that match ``patterns``, then the folder if it is empty.
 
-    Of a link, the link alone: what it leads to belongs to others.
+    Of a link only the link is removed, because its target belongs to others.
     """
     if folder.is_symlink():
         return folder.unlink()
@@ -90,9 +90,9 @@ def remove_written(folder: Path, patterns: Iterable[str]) -> None:
 
 @contextmanager
 def beside(folder: Path) -> Iterator[Path]:
-    """A folder on the disk of ``folder``, in which its new files are made; what is left in it at the end is removed."""
+    """A temporary folder on the disk of ``folder`` for its new files; removed at the end."""
     partial = partial_name(folder / folder.name if folder.is_dir() else folder)
-    remove(partial)  # left behind by an earlier process of the same number
+    remove(partial)  # left by an earlier process with the same id
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -100,17 +100,18 @@ def beside(folder: Path) -> Iterator[Path]:
         remove(partial)
 
 
-def put_files(made: Path, folder: Path, earlier: Collection[str], last: str, begin: Callable[[], None]) -> None:
-    """Put the files that were ``made`` into ``folder``, over the ``earlier`` ones; what else lies there stays.
+def put_files(source: Path, folder: Path, earlier: Collection[str], last: str, begin: Callable[[], None]) -> None:
+    """Move the files of ``source`` into ``folder``, replacing the ``earlier`` ones; other files stay.
 
-    Each is on disk before it has its name, and the file ``last`` comes last. A new folder appears whole. In one that is there,
-    ``begin`` is called before the first file is replaced. Raises ``ValueError`` when a file of another origin is in the way.
+    Each file is flushed to disk before it is renamed, and the file ``last`` comes last. A new folder appears at once. In
+    an existing one, ``begin`` is called before the first file is replaced. Raises ``ValueError`` if a foreign file is in
+    the way.
     """
-    names = files_in(made)
+    names = files_in(source)
     for name in names:
-        to_disk(made / name)
+        to_disk(source / name)
     if not contents(folder):
-        os.replace(made, folder)
+        os.replace(source, folder)
         return to_disk(folder.parent)
     taken = [name for name in names if name not in earlier and os.path.lexists(folder / name)]
     if taken:
@@ -118,14 +119,14 @@ def put_files(made: Path, folder: Path, earlier: Collection[str], last: str, beg
     begin()
     for name in sorted(names, key=lambda name: name == last):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(made / name, folder / name)
+        os.replace(source / name, folder / name)
     for name in set(earlier) - set(names):
         (folder / name).unlink(missing_ok=True)
     to_disk(folder)
 
 
 def files_in(folder: Path) -> list[str]:
-    """The files in a folder and below it, by their paths in it."""
+    """The relative paths of all files in a folder and below it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
@@ -138,7 +139,7 @@ def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file the mode that new files get there: safetensors makes its own for their owner alone."""
+    """Give a file the mode of new files, because safetensors makes files that only the owner can read."""
     new = path.with_name(f"{path.name}.mode-{os.getpid()}")
     new.touch()
     path.chmod(new.stat().st_mode & 0o777)

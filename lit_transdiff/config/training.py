@@ -1,4 +1,4 @@
-"""The objective, the optimizer, and the length and rhythm of a run."""
+"""Settings of the objective, the optimizer, and the length and intervals of a run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ MOST_PROFILED = 100  # steps; the operations of more would not fit into memory
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """The training objective: how t is drawn, how many draws per image, how often the label is dropped."""
+    """The training objective, the sampling of t, and the label dropout."""
 
-    objective: str = "velocity"  # a name in flow.loss.OBJECTIVES: the error that is minimised
+    objective: str = "velocity"  # a name in flow.loss.OBJECTIVES: the error to be minimised
     loss_terms: dict[str, float] = field(default_factory=dict)
-    # names in flow.loss.LOSS_TERMS with their weights, which are added to the objective, as in {direction: 0.1}
+    # names in flow.loss.LOSS_TERMS with the weights of the terms added to the objective, as in {direction: 0.1}
     density: str = "logit_normal"  # a name in flow.loss.DENSITIES
-    density_mean: float = 0.0  # of the normal under the logit; logit_normal only
-    density_std: float = 1.0  # of the same normal
+    density_mean: float = 0.0  # mean of the normal distribution under the logit; only for logit_normal
+    density_std: float = 1.0  # standard deviation of the same distribution
     shift: float = 1.0  # t -> shift t / (1 + (shift - 1) t); above 1 moves mass towards noise
-    discretize: Optional[int] = None  # n: t -> floor(t n) / n, as the reference does with n = 1000; null: continuous times
-    num_noise_draws: int = 4  # pairs of noise and time per image and step, which share its context
-    label_drop_prob: float = 0.1  # how often the null class takes the place of the label, for guidance
+    discretize: Optional[int] = None  # n: t -> floor(t n) / n, as in the reference with n = 1000; null: continuous times
+    num_noise_draws: int = 4  # number of noise and time samples per image and step, which share its context
+    label_drop_prob: float = 0.1  # probability of replacing the label by the null class, for guidance
 
     def __post_init__(self) -> None:
         require(self.density_std > 0, "flow.density_std", self.density_std, "above 0")
@@ -36,25 +36,25 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer with the paper's two groups of parameters, warm-up, clipping and the average of the weights."""
+    """The optimizer with the paper's two parameter groups, warm-up, clipping and weight averages."""
 
     name: str = "adamw"  # a name in stages.optim.OPTIMIZERS
     lr: float = 8e-4  # learning rate after the warm-up
-    muon_lr: Optional[float] = None  # that of the matrices of the blocks, with name=muon; null: 10 times lr
+    muon_lr: Optional[float] = None  # learning rate of the blocks' matrices with name=muon; null: 10 times lr
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay rates of the first and second moments of AdamW
     eps: float = 1e-8  # added to the root of AdamW's second moment
-    weight_decay: float = 0.02  # of the encoder's matrices; biases, norms and the decoder have none
-    warmup_steps: int = 0  # steps of the linear warm-up
-    warmup_offset: float = 1.0  # step s warms up to (s + offset) / warmup_steps; the reference: 1 - 1 / accumulated passes
+    weight_decay: float = 0.02  # weight decay of the encoder's matrices; biases, norms and the decoder have none
+    warmup_steps: int = 0  # number of steps of the linear warm-up
+    warmup_offset: float = 1.0  # the factor of step s is (s + offset) / warmup_steps; in the reference 1 - 1 / accumulated passes
     schedule: str = "constant"  # a name in stages.optim.SCHEDULES
-    min_lr: float = 0.0  # where cosine ends, and to which wsd falls by 63 of 64 parts
-    gradient_clip: float = 3.0  # largest norm of all gradients together; 0: no clipping
+    min_lr: float = 0.0  # final learning rate of cosine; wsd covers 63/64 of the way to it
+    gradient_clip: float = 3.0  # maximal norm of all gradients together; 0: no clipping
     gradient_scale: float = 1.0
-    # factor of the mean loss before clipping; the number of accumulated passes gives the reference's sum over them
-    ema_decay: float = 0.9999  # of the average of the weights that is validated, sampled and exported
+    # factor of the mean loss before clipping; the number of accumulated passes reproduces the reference's sum over passes
+    ema_decay: float = 0.9999  # decay of the average of the weights that is validated, sampled and exported
     more_ema_decays: list[float] = field(default_factory=list)  # decays of further averages, for ``export --average ema_DECAY``
     power_widths: list[float] = field(default_factory=list)
-    # widths of power-function averages (EDM2: 0.05, 0.1), for ``export --average ema_power_WIDTH``
+    # widths of further power-function averages (EDM2: 0.05, 0.1), for ``export --average ema_power_WIDTH``
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "gradient_scale"):
@@ -82,33 +82,33 @@ class OptimizerConfig:
 
     @property
     def num_averages(self) -> int:
-        """Averages of the weights that are kept."""
+        """The number of weight averages."""
         return 1 + len(self.more_ema_decays) + len(self.power_widths)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Length, batch and rhythm of a run. The clock is optimizer steps and images seen, never epochs."""
+    """Length, batch and intervals of a run, in optimizer steps and images seen, never epochs."""
 
-    max_steps: int = 1000  # optimizer steps of the run
+    max_steps: int = 1000  # number of optimizer steps of the run
     global_batch_size: int = 256  # rows (groups of num_references images) per step, over all devices and accumulated passes
     micro_batch_size: Optional[int] = None  # rows per device and pass; null: global_batch_size / devices, without accumulation
     precision: Literal["auto", "fp32", "bf16-mixed", "fp16-mixed", "bf16-true"] = "auto"
-    # auto: bf16-mixed on GPUs that have it, else fp32. Weights and their average are float32 in all but bf16-true, where the
-    # weights and the optimizer are bfloat16 as in the reference's fine-tuning: small updates are then lost to rounding.
-    frozen_dropout: bool = False  # in a stage that freezes the encoder (diffusion_head): dropout in it, as in the reference
+    # auto: bf16-mixed on GPUs that support it, else fp32. Weights and their averages are float32 in all modes but bf16-true,
+    # where weights and optimizer are bfloat16 as in the reference's fine-tuning: small updates are then lost to rounding.
+    frozen_dropout: bool = False  # in stage diffusion_head: dropout in the frozen encoder, as in the reference
     log_every: int = 10  # steps between logged values
     validate_every: int = 0  # steps; 0: only at the end
     checkpoint_every: int = 500  # steps between checkpoints
     sample_every: int = 0  # steps between sample grids; 0: only at the end
-    num_validation_samples: int = 512  # images of data.evaluation, the same every time; 0: no validation
+    num_validation_samples: int = 512  # number of images of data.evaluation, the same every time; 0: no validation
     callbacks: list[str] = field(default_factory=list)  # names in training.callbacks.CALLBACKS
     profile_steps: list[int] = field(default_factory=list)
     # first and last step of which a profile is written to the run folder (profile/), as in [100, 110]; []: none
-    compile: bool = False  # torch.compile of the blocks; where it does not work, the run says so and goes on without
+    compile: bool = False  # torch.compile of the blocks; if it fails, the run continues without it, with a warning
     activation_checkpointing: str = "none"
-    # "all", or which of the model's stacks of blocks (encoder, decoder) are computed again in the backward pass
-    activation_checkpointing_every: int = 1  # every n-th of those blocks
+    # "all", or one of the model's stacks of blocks (encoder, decoder), recomputed in the backward pass
+    activation_checkpointing_every: int = 1  # recompute every n-th of those blocks
 
     def __post_init__(self) -> None:
         positive = ("max_steps", "global_batch_size", "log_every", "checkpoint_every", "activation_checkpointing_every")
@@ -139,5 +139,5 @@ class TrainingConfig:
         )
 
     def recomputed(self, stacks: Iterable[str]) -> list[str]:
-        """Those of a model's stacks of blocks that are computed again."""
+        """The recomputed ones of a model's stacks of blocks."""
         return [name for name in stacks if self.activation_checkpointing in ("all", name)]

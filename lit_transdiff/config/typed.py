@@ -1,4 +1,4 @@
-"""Values as they are written -> values of the type of their field, or a refusal that says what is allowed."""
+"""Conversion of values in files and overrides to the types of their fields."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lit_transdiff.config.checks import require
 from lit_transdiff.config.yaml_text import BOOLEANS, number_of
 
 WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
-LARGEST = 2**63 - 1  # integer that every library takes
-MAX_SHOWN = 80  # characters of a refused value
+LARGEST = 2**63 - 1  # largest integer that all libraries support
+MAX_SHOWN = 80  # characters of a refused value in a message
 
 
 def quoted(names: Iterable[object]) -> str:
@@ -25,7 +25,7 @@ def quoted(names: Iterable[object]) -> str:
 
 
 def type_in_words(hint: Any) -> str:
-    """A type as words, as in ``integer or null``; the members of a ``Literal`` by name."""
+    """A type as text, as in ``integer or null``; the members of a ``Literal`` by name."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return quoted(parts)
@@ -39,14 +39,14 @@ def type_in_words(hint: Any) -> str:
 
 
 def typed(value: Any, hint: Any, name: str) -> Any:
-    """``value`` of the field ``name`` as what its type ``hint`` says.
+    """Convert ``value`` of the field ``name`` to its type ``hint``.
 
-    Text is read as the type asks for: 010 is ten for an integer and stays 010 for text. Raises ``ValueError`` where the value is
-    none of the type.
+    Text is read according to the type: 010 is ten for an integer and stays 010 for text. Raises ``ValueError`` for a value
+    of another type.
     """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(value):
-        return value  # a section that is made
+        return value  # a finished section
     if dataclasses.is_dataclass(hint):
         return section(value, typing.cast(type, hint), name)
     if origin in (Union, types.UnionType):
@@ -59,25 +59,25 @@ def typed(value: Any, hint: Any, name: str) -> Any:
 
 
 def typed_or_refused(value: Any, kind: Any, name: str, hint: Any) -> Any:
-    """``value`` as a ``kind``; the refusal speaks of the whole ``hint``."""
+    """``value`` as a ``kind``; the error mentions the whole ``hint``."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is list and isinstance(value, list):
         return [typed(item, parts[0], f"{name}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {str(key): typed(item, parts[1], f"{name}.{key}") for key, item in value.items()}
-    found = None
+    result = None
     if origin is Literal:
-        found = next((part for part in parts if part == as_text(value)), None)
+        result = next((part for part in parts if part == as_text(value)), None)
     elif kind in READERS:
-        found = READERS[kind](value)
-    if found is None:
+        result = READERS[kind](value)
+    if result is None:
         shown = value if len(str(value)) <= MAX_SHOWN else f"{str(value)[:MAX_SHOWN]}..."
         require(False, name, shown, type_in_words(hint).replace("`", "") + hint_of(value, kind))
-    return found
+    return result
 
 
 def hint_of(value: Any, kind: Any) -> str:
-    """What helps beyond the type."""
+    """A hint for the error message."""
     if kind is str and value is None:
         return " (in quotes where it says null)"
     if kind in (int, float) and isinstance(value, str):
@@ -88,32 +88,32 @@ def hint_of(value: Any, kind: Any) -> str:
 
 
 def section(value: Any, schema: type, name: str) -> Any:
-    """A dataclass from its settings by name; what is not given has its default."""
+    """Make a dataclass from its settings by name; others have their defaults."""
     if not isinstance(value, dict):
         raise ValueError(f"{name}: got {value!r}; expected settings (key: value).")
     hints, prefix = typing.get_type_hints(schema), f"{name}." if name else ""
     fields = {field.name: field for field in dataclasses.fields(schema)}
-    given = {key: typed(item, hints[key], prefix + key) for key, item in value.items()}
+    values = {key: typed(item, hints[key], prefix + key) for key, item in value.items()}
     for key, field in fields.items():
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        require(key in given or not needed, prefix + key, None, type_in_words(hints[key]))
-    return schema(**given)
+        require(key in values or not needed, prefix + key, None, type_in_words(hints[key]))
+    return schema(**values)
 
 
 def as_text(value: Any) -> str | None:
-    """Text as it was written; of a value whose spelling is its own, that."""
+    """The text of a value, as it was written."""
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if isinstance(value, str | int | float | Path) else None
 
 
 def as_boolean(value: Any) -> bool | None:
-    """true or false."""
+    """A boolean, or None for other values."""
     return value if isinstance(value, bool) else BOOLEANS.get(value) if isinstance(value, str) else None
 
 
 def as_float(value: Any) -> float | None:
-    """A number, be it infinite or none (which other checks refuse)."""
+    """A number, which may be infinite or NaN (other checks refuse those), or None for other values."""
     number = number_of(value) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, int | float) or (isinstance(number, int) and abs(number) > LARGEST):
         return None
@@ -121,7 +121,7 @@ def as_float(value: Any) -> float | None:
 
 
 def as_integer(value: Any) -> int | None:
-    """A whole number, also as 1e3 or 10.0, that fits into 64 bits."""
+    """An integer that fits into 64 bits, also written as 1e3 or 10.0, or None for other values."""
     number = number_of(value) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or abs(number) > LARGEST:
         return None

@@ -1,8 +1,7 @@
-"""YAML that means what it looks like: the one reader of files and command-line values.
+"""The YAML reader of files and command-line values, by the core schema of YAML 1.2.
 
-PyYAML follows YAML 1.1, where 010 is 8, 1:00 is 60, ``on`` is true, 1e-4 is a word, a date is an object, and the later of two
-equal keys silently wins. Here, as in the core schema of YAML 1.2, numbers are decimal, true and false are the only booleans, and
-all else is text.
+PyYAML follows YAML 1.1, where 010 is 8, 1:00 is 60, ``on`` is true, 1e-4 is a string, a date is an object, and of two equal
+keys the later silently wins. Here numbers are decimal, true and false are the only booleans, and all else is text.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ NOT_FINITE = r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 NUMBER = re.compile(f"(?:{FLOAT}|{NOT_FINITE})$")
 BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 NULLS = ("", "~", "null", "Null", "NULL")
-MAX_DIGITS = 400  # of a number; longer ones are text
+MAX_DIGITS = 400  # of a number; longer digit strings are text
 MAX_BYTES = 10_000_000  # of a file
-MAX_NODES, MAX_DEPTH = 200_000, 60  # of a document, each use of an anchor counted
+MAX_NODES, MAX_DEPTH = 200_000, 60  # of a document, counting each use of an anchor
 TAG = "tag:yaml.org,2002:"
 
 
 def number_of(text: str) -> int | float | None:
-    """The number that a text writes in decimal digits (10, 010, +1_000, .5, 1e-4, .inf); none for other texts."""
+    """The decimal number in a text (10, 010, +1_000, .5, 1e-4, .inf), or None for other texts."""
     if len(text) > MAX_DIGITS or not NUMBER.fullmatch(text):
         return None
     if re.fullmatch(INTEGER, text):
@@ -55,15 +54,15 @@ class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mis
         return node.value if number is None or (self.spelled and str(number) != node.value) else number
 
     def construct_boolean(self, node: yaml.ScalarNode) -> Any:
-        kept = self.spelled and node.value not in ("true", "false")
-        return node.value if kept else BOOLEANS[node.value]
+        as_written = self.spelled and node.value not in ("true", "false")
+        return node.value if as_written else BOOLEANS[node.value]
 
     def construct_null(self, node: yaml.ScalarNode) -> None:
         return None
 
 
 class Spelled(Loader):
-    """The same for what goes to typed fields: what its value would spell otherwise stays text (010, 1.10, True)."""
+    """A loader for typed fields: values with another canonical spelling stay text (010, 1.10, True)."""
 
     spelled = True
 
@@ -85,14 +84,14 @@ Loader.add_constructor(None, Loader.construct_undefined)
 
 
 class Tree:
-    """Refuses equal keys, keys that are no words, and anchors that contain themselves or grow beyond all bounds."""
+    """Refuses duplicate keys, non-scalar keys, and anchors that are recursive or too large."""
 
     def __init__(self) -> None:
         self.sizes: dict[yaml.Node, int] = {}
         self.open: set[yaml.Node] = set()
 
     def examine(self, node: yaml.Node) -> int:
-        """The nodes of a tree, each use of an anchor counted. Keys become text."""
+        """The number of nodes of a tree, counting each use of an anchor. Keys become text."""
         if isinstance(node, yaml.ScalarNode):
             return 1
         if node not in self.sizes:
@@ -110,7 +109,7 @@ class Tree:
 
 
 def keyed(node: yaml.MappingNode) -> list[yaml.Node]:
-    """The values of a mapping whose keys are words, each there once."""
+    """The values of a mapping with unique scalar keys."""
     seen = set()
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
@@ -129,7 +128,7 @@ def refusal(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
 
 
 def read(text: str, source: str, *, spelled: bool = False) -> Any:
-    """The value of a YAML text; ``spelled`` as in ``Spelled``. Raises ``ValueError`` that names the ``source`` and the line."""
+    """The value of a YAML text; ``spelled`` as in ``Spelled``. Raises ``ValueError`` with the ``source`` and the line."""
     try:
         return yaml.load(text, Spelled if spelled else Loader)
     except yaml.MarkedYAMLError as error:
@@ -141,12 +140,12 @@ def read(text: str, source: str, *, spelled: bool = False) -> Any:
 
 
 def read_file(path: Path, *, spelled: bool = False) -> Any:
-    """The value of a YAML file. Raises ``ValueError`` that names the file, the line and what is allowed."""
+    """The value of a YAML file. Raises ``ValueError`` with the file, the line and what is allowed."""
     return read(text_of(path), str(path), spelled=spelled)
 
 
 def text_of(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 with its mark. Raises ``ValueError`` that names the line of a wrong byte."""
+    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark. Raises ``ValueError`` with the line of a wrong byte."""
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path}: got {size:,} bytes; allowed: settings as text, at most {MAX_BYTES:,}.")
     content = path.read_bytes()
@@ -161,7 +160,7 @@ def text_of(path: Path) -> str:
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes text in quotes wherever this reader, or one of YAML 1.1, would take it for something else."""
+    """Quotes text that this reader, or one of YAML 1.1, would otherwise not read as text."""
 
 
 def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:

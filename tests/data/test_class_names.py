@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lit_transdiff.config.paths import names_given
+from lit_transdiff.config.paths import parse_names
 from lit_transdiff.data.findings import notes_on_names
 from lit_transdiff.data.pack import pack
 from lit_transdiff.data.verify import index_again
@@ -93,13 +93,13 @@ def test_names_are_a_list_or_a_file_wherever_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "names.txt").write_text("a\nb\n")
-    assert names_given(None) is None
-    assert names_given("cat,dog") == ["cat", "dog"] and names_given("cat") == ["cat"]
+    assert parse_names(None) is None
+    assert parse_names("cat,dog") == ["cat", "dog"] and parse_names("cat") == ["cat"]
     for given in ("~/names.txt", "$HOME/names.txt", f"{tmp_path}/names.txt"):
-        assert names_given(given) == tmp_path / "names.txt"
+        assert parse_names(given) == tmp_path / "names.txt"
     for missing in ("nmes.txt", "~/nmes.txt", "lists/names"):  # not the one class of that name
         with pytest.raises(ValueError, match="files: got '--class-names: "):
-            names_given(missing)
+            parse_names(missing)
 
 
 def test_an_index_takes_names_from_a_file(shards, tmp_path):
