@@ -1,6 +1,6 @@
-"""Checksums of samples: of each image, and of each part of latents (the image's, its mirror image's), 32 bits of XXH3.
+"""Checksums of samples, 32 bits of XXH3: of each image, or of each part of latents (image, mirror image).
 
-Latents are read at gigabytes a second, which XXH3 alone keeps up with. Of damaged samples, one in four billion goes unnoticed.
+Latents are read at gigabytes per second, which only XXH3 keeps up with. It misses one damaged sample in four billion.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ def checksum_of(content: bytes | memoryview) -> int:
 
 
 def checksums_of(content: bytes, parts: int) -> list[int]:
-    """The checksums of the equal ``parts`` of a sample."""
+    """The checksums of the ``parts`` of equal size of a sample."""
     size, view = len(content) // parts, memoryview(content)
     return [checksum_of(view[part * size : (part + 1) * size]) for part in range(parts)]
 
 
 def checksums_in(path: Path, places: Iterable[tuple[int, int]], parts: int) -> np.ndarray:
-    """[n, parts] uint32 of the samples that lie at ``places`` (offset, size) of a shard."""
+    """The checksums [n, parts] uint32 of the samples at ``places`` (offset, size) of a shard."""
     with path.open("rb") as file:
-        found = [checksums_of(os.pread(file.fileno(), size, offset), parts) for offset, size in places]
-    return np.array(found, np.uint32).reshape(-1, parts)
+        sums = [checksums_of(os.pread(file.fileno(), size, offset), parts) for offset, size in places]
+    return np.array(sums, np.uint32).reshape(-1, parts)

@@ -1,4 +1,4 @@
-"""The door of the data room: a LightningDataModule that resumes at the exact sample."""
+"""The LightningDataModule of the shards, which resumes at the exact sample."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lit_transdiff.data.references import check_class_sizes, num_groups, read_gr
 from lit_transdiff.data.stream import StreamDataset, is_url
 
 __all__ = ["Batch", "DataModule"]
-MOST_EPOCHS, SMALL_BATCH = 10, 4096  # a batch holds each row so often at most, but where it is small
+MOST_EPOCHS, SMALL_BATCH = 10, 4096  # a batch larger than the second has each row at most 10 times
 log = logging.getLogger(__name__)
 
 
 class DataModule(pl.LightningDataModule):
-    """Training batches in the order of the plan, and evaluation batches that hold each sample once.
+    """Training batches in the order of the plan, and evaluation batches with each sample once.
 
-    The whole run is one Lightning epoch of ``max_steps`` x accumulation batches. Where reading starts is computed from
-    ``trainer.global_step`` alone, so a resumed run reads exactly what the uninterrupted one would have. Without a trainer the
-    module acts as rank 0 of 1 at step 0.
+    The whole run is one Lightning epoch of ``max_steps`` x accumulation batches. The start is computed from
+    ``trainer.global_step`` alone, so that a resumed run reads the same samples as an uninterrupted one. Without a trainer
+    the module acts as rank 0 of 1 at step 0.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class DataModule(pl.LightningDataModule):
         autoencoder_fingerprint: Optional[str] = None,
         uses_labels: bool = True,
     ) -> None:
-        """Batch sizes are in rows (groups, when R > 1); ``num_validation_samples`` in images: nothing for all, 0 for none.
+        """Batch sizes are in rows (groups for R > 1), ``num_validation_samples`` in images (None: all; 0: no validation).
 
-        Without ``uses_labels`` it does not matter which classes the held-out images are of.
+        Without ``uses_labels`` the held-out images may be of other classes.
         """
         super().__init__()
         self.data, self.num_references, self.num_classes = data, num_references, num_classes
@@ -61,7 +61,7 @@ class DataModule(pl.LightningDataModule):
         self.plan: Optional[TrainPlan] = None
 
     def setup(self, stage: Optional[str] = None) -> None:
-        """Read and check the indexes. Raises before training for whatever would fail in it."""
+        """Read and check the indexes. Raises for anything that would fail during training."""
         data = self.data
         if self.train_index is None and data.train:
             remote = is_url(data.train)
@@ -72,23 +72,23 @@ class DataModule(pl.LightningDataModule):
             require("://" not in data.evaluation, "data.evaluation", data.evaluation, "a local folder of shards")
             self.evaluation_index = self.checked(read_index(data.evaluation), "data.evaluation")
         if self.train_index is not None and self.evaluation_index is not None:
-            found, expected = self.evaluation_index.kind, self.train_index.kind
-            require(found == expected, "data.evaluation", found, f"{expected}, as in data.train")
+            kind, expected = self.evaluation_index.kind, self.train_index.kind
+            require(kind == expected, "data.evaluation", kind, f"{expected}, as in data.train")
         self.check_sizes()
 
     def check_sizes(self) -> None:
-        """Every class to train on has R images, there is one to validate on that has, and a batch is not many epochs."""
+        """Check that training classes have R images, validation has such a class, and a batch is not many epochs."""
         if self.train_index is not None and self.data.groups is None:
             check_class_sizes(self.train_index, self.num_references)
             rows = num_groups(self.train_index.class_counts, self.num_references)
-            most, given = max(SMALL_BATCH, MOST_EPOCHS * rows), self.global_batch_size
+            most, size = max(SMALL_BATCH, MOST_EPOCHS * rows), self.global_batch_size
             allowed = f"at most {most:,} with the {rows:,} rows of {self.num_references} in {self.data.train}"
-            require(given <= most, "training.global_batch_size", given, allowed)
+            require(size <= most, "training.global_batch_size", size, allowed)
         if self.evaluation_index is not None and self.num_validation_samples != 0:
             without_small_classes(self.evaluation_index, self.num_references)
 
     def check_source(self, remote: bool) -> None:
-        """The settings that go with a URL, or with a folder, in ``data.train``."""
+        """Check the settings that belong to a URL, or to a folder, in ``data.train``."""
         data = self.data
         if remote:
             require(data.index is not None, "data.index", None, "the index.json of data.train, which is a URL")
@@ -98,7 +98,7 @@ class DataModule(pl.LightningDataModule):
             require(data.index is None, "data.index", data.index, "nothing when data.train is a folder, which has its own")
 
     def checked(self, index: ShardIndex, field: str) -> ShardIndex:
-        """An index that fits the model, the autoencoder and the training data."""
+        """The index, checked against the model, the autoencoder and the training data."""
         if field == "data.evaluation" and self.train_index is not None and self.uses_labels:
             require_classes(f"{field}: {index.folder}", index.class_names, self.train_index.class_names, "data.train")
         require(
@@ -120,7 +120,7 @@ class DataModule(pl.LightningDataModule):
         return index
 
     def index_of(self, field: str) -> ShardIndex:
-        """The index of ``data.train`` or ``data.evaluation``, read if need be."""
+        """The index of ``data.train`` or ``data.evaluation``, read on demand."""
         self.setup()
         index = self.train_index if field == "data.train" else self.evaluation_index
         if index is None:
@@ -132,7 +132,7 @@ class DataModule(pl.LightningDataModule):
         return self.index_of("data.train" if self.data.train else "data.evaluation").class_names
 
     def layout(self) -> BatchLayout:
-        """How this run's global batches are cut for the trainer's ranks."""
+        """The division of global batches among the trainer's ranks."""
         size, (rank, world) = self.global_batch_size, self.rank_and_world()
         require(size % world == 0, "training.global_batch_size", size, f"a multiple of the {world} devices")
         passes = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
@@ -170,14 +170,14 @@ class DataModule(pl.LightningDataModule):
         )
 
     def check_trainer(self, layout: BatchLayout) -> None:
-        """The trainer counts as this module does."""
+        """Check that the trainer's steps agree with this module."""
         if self.trainer is not None:
-            found, steps = self.trainer.accumulate_grad_batches, self.trainer.max_steps
-            require(found == layout.accumulation, "Trainer(accumulate_grad_batches)", found, f"{layout.accumulation}")
+            passes, steps = self.trainer.accumulate_grad_batches, self.trainer.max_steps
+            require(passes == layout.accumulation, "Trainer(accumulate_grad_batches)", passes, f"{layout.accumulation}")
             require(steps <= self.max_steps, "Trainer(max_steps)", steps, f"at most {self.max_steps}, for which data is planned")
 
     def num_steps(self) -> int:
-        """The optimizer steps of the epoch that the run is: fewer where the trainer stops earlier."""
+        """The optimizer steps of the run; fewer if the trainer stops earlier."""
         planned = -1 if self.trainer is None else self.trainer.max_steps
         return self.max_steps if planned < 0 else min(planned, self.max_steps)
 
@@ -210,11 +210,11 @@ class DataModule(pl.LightningDataModule):
         )
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """From pinned memory the copy runs beside the computation."""
+        """Copy from pinned memory without waiting."""
         return batch.to(device, non_blocking=True)
 
     def planned_keys(self, micro_step: int) -> list[str]:
-        """``shard/key`` of the samples that this rank reads in a micro-step, for messages; nothing for a stream."""
+        """``shard/key`` of the samples of this rank in a micro-step, for messages; [] for a stream."""
         if self.plan is None:
             return []
         layout = self.layout()
@@ -228,7 +228,7 @@ class DataModule(pl.LightningDataModule):
 
 
 class RowsInOrder(SequentialSampler, DistributedSampler):
-    """Rows in a given order, cut for this rank: a sampler of both kinds that Lightning leaves in their place."""
+    """Rows of this rank in a fixed order, as a sampler that Lightning does not replace."""
 
     def __init__(self, batches: Sequence[Rows]) -> None:
         self.batches = batches
@@ -241,13 +241,13 @@ class RowsInOrder(SequentialSampler, DistributedSampler):
 
 
 class PlanSampler(RowsInOrder):
-    """The rows of each micro-batch of this rank, from where training stands to the end of the run."""
+    """The rows of each micro-batch of this rank, from the current step to the end of the run."""
 
     def __init__(self, plan: TrainPlan, layout: BatchLayout, total: int, start: Callable[[], int]) -> None:
         self.plan, self.layout, self.total, self.start = plan, layout, total, start
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run, also when resuming: Lightning counts those before the start as fetched."""
+        """The micro-batches of the whole run: on resuming, Lightning counts the earlier ones as fetched."""
         return self.total
 
     def __iter__(self) -> Iterator[Rows]:  # type: ignore[override]
@@ -257,7 +257,7 @@ class PlanSampler(RowsInOrder):
 
 
 class TrainLoader(DataLoader):
-    """A DataLoader whose position is the trainer's; its state only says what a resumed run may not change."""
+    """A DataLoader positioned by the trainer; its state only contains what a resumed run must not change."""
 
     def __init__(self, dataset: Any, start: Callable[[], int], identity: dict[str, int], **options: Any) -> None:
         super().__init__(dataset, **options)
@@ -265,7 +265,7 @@ class TrainLoader(DataLoader):
 
     def __iter__(self) -> Any:
         if isinstance(self.dataset, StreamDataset):
-            self.dataset.first_micro_step = self.start()  # workers are sent a copy of the dataset when iteration begins
+            self.dataset.first_micro_step = self.start()  # workers receive a copy of the dataset when iteration begins
         return super().__iter__()
 
     def state_dict(self) -> dict[str, int]:

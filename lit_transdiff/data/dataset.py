@@ -1,7 +1,7 @@
-"""Planned rows -> batches: reads, decodes and augments the samples of local shards.
+"""From planned rows to batches: reading, decoding and augmenting the samples of local shards.
 
 Shapes: B rows, R references, C channels; images [B, R, C, H, W] float32 in [-1, 1], latents (moments) [B, R, 2c, h, w]
-float16, as they are stored: half as much to move, and the stages compute in float32.
+float16 as stored, which halves the traffic; the stages compute in float32.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Batch:
-    """What a stage is given, by any data module.
+    """The batch that any data module gives to a stage.
 
-    ``positions`` decide the noise, times and dropped labels of a row: in one global batch no two are alike modulo its size.
+    ``positions`` determine a row's noise, times and label dropout; in a global batch they differ modulo its size.
     """
 
     values: Tensor  # [B, R, C, H, W] float32 images in [-1, 1], or float16 autoencoder moments [B, R, 2c, h, w]
     labels: Tensor  # [B] int64
-    samples: Tensor  # [B, R] int64, index of each sample in the shard index
+    samples: Tensor  # [B, R] int64, number of each sample in the shard index
     positions: Tensor  # [B] int64, position of the row in the run's endless stream (evaluation: index of the first sample)
-    conditions: Tensor | None = None  # [B, ...], of which images are drawn in the place of labels: vectors, or tokens
+    conditions: Tensor | None = None  # [B, ...], conditions in place of labels: vectors or tokens
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -46,23 +46,23 @@ class Batch:
         return self.each(Tensor.pin_memory)
 
     def each(self, act: Callable[[Tensor], Tensor]) -> Batch:
-        """A batch of what ``act`` makes of its tensors."""
+        """The batch with ``act`` applied to its tensors."""
         fields: dict[str, Any] = {name: tensor if tensor is None else act(tensor) for name, tensor in vars(self).items()}
         return Batch(**fields)
 
 
 def as_is(batch: Batch) -> Batch:
-    """The collate function of loaders whose dataset gives whole batches; here, so that workers need not import Lightning."""
+    """The collate function for datasets of whole batches; here so that workers need not import Lightning."""
     return batch
 
 
 def end_with_trainer(worker: int) -> None:
-    """A worker whose trainer was killed ends too; its own parent, the server process, lives on with it."""
+    """End a worker whose trainer was killed, because its own parent is the server process."""
     exit_with_parent()
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:
-    """Of every DataLoader here: batches come whole from the dataset, workers from a clean server process."""
+    """The options of every DataLoader here: whole batches, and workers from a clean server process."""
     return {
         "batch_size": None,
         "collate_fn": as_is,
@@ -74,7 +74,7 @@ def loader_options(num_workers: int) -> dict[str, Any]:
 
 
 class SampleDecoder:
-    """Bytes of a sample -> values [C, H, W], augmented by (seed, epoch, sample) when training."""
+    """Decode a sample to values [C, H, W], in training with augmentation by (seed, epoch, sample)."""
 
     def __init__(self, index: ShardIndex, data: DataConfig, seed: int, training: bool) -> None:
         if training and index.latents is not None:
@@ -89,7 +89,7 @@ class SampleDecoder:
         self.index, self.data, self.seed, self.training = index, data, seed, training
 
     def __call__(self, content: bytes, sample: int, epoch: int) -> Tensor:
-        """Raises ``ValueError`` naming shard and key for content that cannot be decoded."""
+        """Decode ``content``; raises ``ValueError`` with shard and key if that fails."""
         rng = generator(self.seed, epoch, sample) if self.training else None
         flip = rng is not None and self.data.horizontal_flip and bool(rng.integers(2))
         try:
@@ -97,7 +97,7 @@ class SampleDecoder:
                 return decode_latents(content, self.index.latents, flip)
             crop = "center" if self.data.crops_at_random and not self.training else self.data.crop
             image = open_image(content, self.data.exif, self.data.background).image
-            image = image.convert("L" if self.data.image_channels == 1 else "RGB")  # before it is resized
+            image = image.convert("L" if self.data.image_channels == 1 else "RGB")  # before resizing
             image = crop_to_square(image, self.data.image_size, crop, None if rng is None else drawing_from(rng))
         except ValueError as error:
             raise ValueError(f"{self.index.name_of(sample)}: {error}") from error
@@ -106,7 +106,7 @@ class SampleDecoder:
 
 
 class PlannedDataset(Dataset):
-    """``dataset[rows]`` is the ``Batch`` of those rows."""
+    """A dataset with ``dataset[rows]`` as the ``Batch`` of those rows."""
 
     def __init__(self, index: ShardIndex, data: DataConfig, seed: int = 0, training: bool = False) -> None:
         self.reader = ShardReader(index, max_open=2 * data.shuffle_block)
@@ -125,7 +125,7 @@ class PlannedDataset(Dataset):
         )
 
     def read_one_by_one(self, rows: Rows) -> tuple[np.ndarray, Tensor]:
-        """The samples [B, R] that were read and their values [B R, ...]."""
+        """The samples [B, R] and their values [B R, ...]."""
         samples = rows.samples.copy()
         values = []
         for row, epoch in enumerate(rows.epochs):
@@ -135,7 +135,7 @@ class PlannedDataset(Dataset):
         return samples, torch.stack(values)
 
     def read_latents(self, rows: Rows) -> tuple[np.ndarray, Tensor]:
-        """The same for latents: all of them straight from the files into the batch, shard by shard."""
+        """The same for latents, read directly into the batch, shard by shard."""
         info = self.index.latents
         assert info is not None
         samples = rows.samples.reshape(-1)
@@ -148,11 +148,11 @@ class PlannedDataset(Dataset):
         try:
             self.reader.read_parts(samples, first, content)
         except ValueError:
-            return self.read_one_by_one(rows)  # which says what is wrong, or takes others instead
+            return self.read_one_by_one(rows)  # reports the error or substitutes samples
         return rows.samples, torch.from_numpy(content.view(np.float16)).view(-1, *info.shape)
 
     def load(self, sample: int, epoch: int, group: np.ndarray) -> tuple[int, Tensor]:
-        """The sample and its values; with ``on_bad_sample: skip`` the next readable one of its class that is not in ``group``."""
+        """The sample and its values; with ``on_bad_sample: skip`` a readable substitute outside ``group``."""
         try:
             return sample, self.decode(self.reader.read(sample), sample, epoch)
         except ValueError as error:
@@ -173,7 +173,7 @@ class PlannedDataset(Dataset):
         raise ValueError(f"{self.index.name_of(sample)}: cannot be read, nor can any other sample of its class be used instead.")
 
     def same_class_after(self, sample: int) -> list[int]:
-        """The other samples of the class in index order, beginning after ``sample``."""
+        """The other samples of the class in index order, starting after ``sample``."""
         others = np.flatnonzero(self.index.label == self.index.label[sample])
         place = int(np.searchsorted(others, sample))
         return np.concatenate([others[place + 1 :], others[:place]]).tolist()

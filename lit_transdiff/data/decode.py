@@ -1,6 +1,6 @@
-"""Bytes of a sample -> tensor.
+"""Decoding the bytes of a sample to a tensor.
 
-Shapes: images [C, H, W] float32 in [-1, 1]; latents (moments) [2c, h, w] float16, as they are stored.
+Shapes: images [C, H, W] float32 in [-1, 1]; latents (moments) [2c, h, w] float16 as stored.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor
 from lit_transdiff.data.index import LatentInfo
 from lit_transdiff.data.pixels import from_bytes
 
-MAX_IMAGE_PIXELS = 64_000_000  # an image above this many pixels is refused before it is decoded
+MAX_IMAGE_PIXELS = 64_000_000  # larger images are refused before decoding
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-ORIENTED, TRANSPARENT, ANIMATED = "oriented", "transparent", "animated"  # what may be odd about a file
-DEPTH = re.compile(r"^(?:L|RGB);(2|4|16)B?$")  # bits a channel of a PNG that has no palette, where they are not 8 or 1
-TURNS = {  # by the number of an EXIF orientation; 1 is upright
+ORIENTED, TRANSPARENT, ANIMATED = "oriented", "transparent", "animated"  # oddities of a file
+DEPTH = re.compile(r"^(?:L|RGB);(2|4|16)B?$")  # bits per channel of a PNG without palette, unless 8 or 1
+TURNS = {  # EXIF orientation -> transpose; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,13 +38,13 @@ TURNS = {  # by the number of an EXIF orientation; 1 is upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MIN_RANDOM_CROP = 0.8  # of the short side
-warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # it tells of damaged EXIF, without saying of which image
-RandomInteger = Callable[[int, int], int]  # a random integer from the first to the second, both included
+MIN_RANDOM_CROP = 0.8  # relative to the short side
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # warnings of damaged EXIF do not name the image
+RandomInteger = Callable[[int, int], int]  # a random integer from the first to the second, inclusive
 
 
 class Opened(NamedTuple):
-    """A decoded image, and what was done to show it as a viewer does."""
+    """A decoded image and its oddities."""
 
     image: Image.Image  # grey (L) or RGB
     format: str  # a key of FORMATS
@@ -52,10 +52,10 @@ class Opened(NamedTuple):
 
 
 def open_image(data: bytes | Path, exif: Literal["turn", "ignore"] = "turn", background: str = "white") -> Opened:
-    """A wholly decoded image as grey or RGB: upright, on ``background`` where it is transparent, of an animation the first frame.
+    """Decode an image to grey or RGB: upright, with ``background`` under transparent pixels, the first frame of animations.
 
-    With ``exif="ignore"`` its orientation is not looked at, as in ADM. Raises ``ValueError`` for anything that is not a sound,
-    moderate image file of 8 bits a channel. An EXIF block that cannot be read is as good as none.
+    ``exif="ignore"`` ignores the orientation, as ADM does. Raises ``ValueError`` for anything but an intact image file of
+    moderate size with 8 bits per channel. Unreadable EXIF data are ignored.
     """
     try:
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=tuple(f for f in FORMATS if f != "MPO"))
@@ -66,11 +66,11 @@ def open_image(data: bytes | Path, exif: Literal["turn", "ignore"] = "turn", bac
         if image.mode[0] in "IF":
             raise ValueError(f"mode {image.mode} (more than 8 bits in the one channel); allowed: 8 bits; convert it beforehand")
         turn = turn_of(image)
-        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # whose others are previews, or the other eye's
+        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # further MPO frames are previews or stereo views
         shown, transparent = opaque(image, stored, background)
         if turn is not None and exif == "turn":
             shown = shown.transpose(turn)
-    except UnidentifiedImageError:  # whose message is the address of the bytes
+    except UnidentifiedImageError:  # its message is a memory address
         raise ValueError(f"not a readable image: the content is of none of the formats {', '.join(FORMATS)}") from None
     except READ_ERRORS as error:
         raise ValueError(f"not a readable image: {error}") from error
@@ -79,18 +79,18 @@ def open_image(data: bytes | Path, exif: Literal["turn", "ignore"] = "turn", bac
 
 
 def turn_of(image: Image.Image) -> Optional[Image.Transpose]:
-    """What makes a decoded image upright by its EXIF orientation; nothing where it is, or where its EXIF cannot be read."""
+    """The transpose that makes an image upright by its EXIF orientation; None if upright or unreadable."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow raises whatever damaged bytes lead it to, and the pixels are sound
+    except Exception:  # Pillow raises arbitrary errors for damaged EXIF; the pixels are intact
         return None
     return TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def opaque(image: Image.Image, stored: str, background: str) -> tuple[Image.Image, bool]:
-    """A decoded image as grey or RGB, and whether some of it was transparent: there ``background``, an opaque colour, shows.
+    """A decoded image as grey or RGB, with ``background`` under transparent pixels, and whether there were any.
 
-    ``stored`` is how the pixels lie in the file. A PNG names its transparent colour in that depth, where Pillow takes 8 bits.
+    ``stored`` is the pixel format in the file: a PNG gives its transparent colour in that depth, while Pillow assumes 8 bits.
     """
     if not image.has_transparency_data:
         return image if image.mode in ("L", "RGB") else image.convert("RGB"), False
@@ -115,11 +115,11 @@ def crop_to_square(
     crop: Literal["none", "center", "random", "random-square"],
     draw: Optional[RandomInteger] = None,
 ) -> Image.Image:
-    """A ``size`` x ``size`` image: box-halved while twice too large, resized bicubically, then cut out (the crop of ADM).
+    """A ``size`` x ``size`` image: box-halved while twice too large, resized bicubically, then cropped (ADM's crop).
 
-    ``center`` cuts in the middle; ``random`` resizes the short side to between 1 and 1/0.8 of ``size`` and cuts at a random
-    place; ``random-square`` cuts the largest square out at a random place and resizes it (the crop of TransDiff's own
-    training on images); ``none`` only resizes and raises ``ValueError`` for an image that is not square.
+    ``center`` crops the middle; ``random`` resizes the short side to between 1 and 1/0.8 of ``size`` and crops at a random
+    place; ``random-square`` crops the largest square at a random place and resizes it (TransDiff's crop for training on
+    images); ``none`` only resizes and raises ``ValueError`` for an image that is not square.
     """
     width, height = image.size
     if crop == "none" and width != height:
@@ -146,13 +146,13 @@ def crop_to_square(
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """[C, H, W] float32 in [-1, 1] of a grey or RGB image."""
+    """Convert a grey or RGB image to [C, H, W] float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
     return rearrange(from_bytes(pixels), "h w c -> c h w")
 
 
 def decode_latents(data: bytes, info: LatentInfo, flip: bool) -> Tensor:
-    """[2c, h, w] float16 moments of the image, or of its mirror image when ``flip`` (the cache must hold it)."""
+    """The moments [2c, h, w] float16 of the image, or with ``flip`` of its mirror image (if cached)."""
     if len(data) != info.sample_bytes:
         raise ValueError(f"{len(data)} bytes of latents; allowed: {info.sample_bytes}")
     half = data[len(data) // 2 :] if flip else data[: info.sample_bytes // info.flips]

@@ -1,4 +1,4 @@
-"""One image as it is stored in a shard: the file as it is, or cropped or padded and encoded again."""
+"""Encoding of images for shards: the original file, or cropped or padded and encoded again."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from PIL import Image
 from lit_transdiff.config import BACKGROUNDS, is_colour, require
 from lit_transdiff.data.decode import FORMATS, crop_to_square, open_image
 
-LARGEST_SIDE = 16384  # pixels a side
+LARGEST_SIDE = 16384  # pixels per side
 JPEG_QUALITY = 95  # of images that are encoded again
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What becomes of the images: nothing, or ``image_size`` pixels (centre crop, resize), or zeros around to ``pad_to``.
+    """The treatment of images: none, ``image_size`` pixels (centre crop, resize), or zero padding to ``pad_to``.
 
-    ``exif`` and ``background`` are those of ``open_image``, for images that are encoded again; readers of files have their own.
+    ``exif`` and ``background`` are those of ``open_image``, for images that are encoded again.
     """
 
     image_size: Optional[int] = None
@@ -35,23 +35,25 @@ class Encoding:
             require(size is None or 1 <= size <= LARGEST_SIDE, field, size, f"1 to {LARGEST_SIDE} pixels")
         require(is_colour(self.background), "background", self.background, BACKGROUNDS)
         for name, default in (("exif", "turn"), ("background", "white")):
-            kept = f"{default!r} without image_size or pad_to: files are kept as they are, and data.{name} says how they are read"
-            require(not self.keeps_files or getattr(self, name) == default, name, getattr(self, name), kept)
+            allowed = (
+                f"{default!r} without image_size or pad_to: files are kept as they are, and data.{name} says how they are read"
+            )
+            require(not self.keeps_files or getattr(self, name) == default, name, getattr(self, name), allowed)
 
     @property
     def keeps_files(self) -> bool:
-        """Whether files are taken over byte by byte."""
+        """Whether files are copied unchanged."""
         return self.image_size is None and self.pad_to is None
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What decides the bytes of an image."""
+        """The settings that affect the bytes of an image."""
         sizes = {"image_size": self.image_size, "pad_to": self.pad_to}
         return sizes if self.keeps_files else {**sizes, "exif": self.exif, "background": self.background}
 
 
 class Encoded(NamedTuple):
-    """The content of a file in a shard, and what is odd about the file that it was made of."""
+    """The content of a file in a shard, and the oddities of its source."""
 
     extension: str
     content: bytes
@@ -59,9 +61,9 @@ class Encoded(NamedTuple):
 
 
 def encode_sample(origin: Path | np.ndarray, encoding: Encoding) -> Encoded:
-    """One image as it is stored; it is decoded in any case. Raises ``ValueError`` when it cannot be.
+    """An image as stored in a shard; it is decoded in any case. Raises ``ValueError`` if that fails.
 
-    An ``OSError`` is the disk's, not the image's: it stops everything, rather than that an image is left out for it.
+    An ``OSError`` concerns the disk, not the image: it stops everything instead of skipping the image.
     """
     if not isinstance(origin, Path):
         return Encoded("png", encode_image(Image.fromarray(origin), "png", encoding))
@@ -74,7 +76,7 @@ def encode_sample(origin: Path | np.ndarray, encoding: Encoding) -> Encoded:
 
 
 def encode_image(image: Image.Image, extension: str, encoding: Encoding) -> bytes:
-    """A grey or RGB image, cropped or padded, as the content of a file without metadata."""
+    """Encode a grey or RGB image, cropped or padded, without metadata."""
     if encoding.image_size is not None:
         image = crop_to_square(image, encoding.image_size, "center")
     if encoding.pad_to is not None:
@@ -89,7 +91,7 @@ def encode_image(image: Image.Image, extension: str, encoding: Encoding) -> byte
 
 
 def pad(image: Image.Image, size: int) -> Image.Image:
-    """``image`` in the middle of ``size`` x ``size`` zeros."""
+    """``image`` centred in ``size`` x ``size`` zeros."""
     if max(image.size) > size:
         raise ValueError(f"pad_to: got {size} for an image of {image.width} x {image.height}; allowed: at least its size")
     padded = Image.new(image.mode, (size, size))

@@ -1,4 +1,4 @@
-"""What packing finds out about the images, and tells: those that it could not read, and those that are not what they seem."""
+"""Findings of packing for the user: unreadable images, and images and classes with pitfalls."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from lit_transdiff.data.sources import listed_kinds
 SKIPPED_FILE = "skipped.txt"
 FINDINGS_FILE = "findings.json"
 DIGITS = re.compile("[0-9]+")
-NAMES_PRINTED = 5  # names of a kind that are printed
-Skipped = list[tuple[str, str]]  # of images that could not be read: what it is called, and why
+NAMES_PRINTED = 5  # names printed per kind
+Skipped = list[tuple[str, str]]  # unreadable images: name, reason
 
 
 def digest_of(content: bytes) -> str:
-    """64 bits of a hash of an image as it is stored: the same for the same picture, encoded alike."""
+    """A 64-bit hash of a stored image: equal for equal pictures with equal encoding."""
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 @dataclass
 class Findings:
-    """What was found out about some images, as JSON can hold it."""
+    """Findings about some images, serialisable as JSON."""
 
     skipped: Skipped = field(default_factory=list)
-    oddities: dict[str, int] = field(default_factory=dict)  # how many images are oriented, transparent, animated
-    digests: list[str] = field(default_factory=list)  # of the packed images, in their order in the shard
+    oddities: dict[str, int] = field(default_factory=dict)  # numbers of oriented, transparent and animated images
+    digests: list[str] = field(default_factory=list)  # of the packed images, in shard order
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Findings:
-        """The findings of a record; earlier versions kept less."""
+        """The findings in a record; those of earlier versions are incomplete."""
         skipped = [(origin, reason) for origin, reason in stored.get("skipped", [])]
         return cls(skipped, stored.get("oddities", {}), stored.get("digests", []))
 
     def add(self, oddities: Iterable[str], content: bytes) -> None:
-        """Note an image that could be read."""
+        """Record a readable image."""
         self.oddities = dict(Counter(self.oddities) + Counter(oddities))
         self.digests.append(digest_of(content))
 
 
 def joined(parts: Sequence[Findings]) -> Findings:
-    """The findings of all shards, in the order of the shards."""
+    """The findings of all shards, in shard order."""
     return Findings(
         [image for part in parts for image in part.skipped],
         dict(sum((Counter(part.oddities) for part in parts), Counter[str]())),
@@ -61,7 +61,7 @@ def joined(parts: Sequence[Findings]) -> Findings:
 
 
 def in_two_classes(index: ShardIndex, digests: Sequence[str], origins: Mapping[str, str]) -> list[list[str]]:
-    """What the images are called that are byte for byte the same and have different labels; ``origins`` by key."""
+    """The names of byte-identical images with different labels; ``origins`` by key."""
     if len(digests) != len(index):  # some shards were packed by an earlier version
         return []
     alike = defaultdict[str, list[int]](list)
@@ -75,11 +75,11 @@ def in_two_classes(index: ShardIndex, digests: Sequence[str], origins: Mapping[s
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was packed, the ``(name, reason)`` of each image that could not be read, and what a user should know of the rest."""
+    """The result of packing: the index, ``(name, reason)`` of unreadable images, and notes for the user."""
 
     index: ShardIndex
     skipped: Skipped
-    passed_over: Counter[str]  # what was no image by its name, by kind
+    passed_over: Counter[str]  # other files by kind
     notes: list[str] = field(default_factory=list)  # sentences
 
     def __str__(self) -> str:
@@ -91,38 +91,38 @@ class PackReport:
         return "\n".join([text, *(f"note: {note}" for note in self.notes)])
 
 
-def write_findings(folder: Path, found: Findings, twice: Sequence[Sequence[str]]) -> None:
-    """Keep what was found beside the shards: the unreadable images for people, the rest for the next report."""
-    if found.skipped:
-        lines = (f"{origin}\t{reason}\n" for origin, reason in found.skipped)
+def write_findings(folder: Path, findings: Findings, twice: Sequence[Sequence[str]]) -> None:
+    """Save findings beside the shards: unreadable images as text, the rest for the next report."""
+    if findings.skipped:
+        lines = (f"{origin}\t{reason}\n" for origin, reason in findings.skipped)
         replace_file(folder / SKIPPED_FILE, "".join(lines).encode())
-    if found.oddities or twice:
-        content = {"oddities": found.oddities, "in two classes": twice}
+    if findings.oddities or twice:
+        content = {"oddities": findings.oddities, "in two classes": twice}
         replace_file(folder / FINDINGS_FILE, sealed(content))
 
 
-def read_report(index: ShardIndex, encoding: Encoding, passed_over: Counter[str], found: Sequence[str] = ()) -> PackReport:
-    """The report on shards that are packed; ``found`` are the classes as the source calls them."""
+def read_report(index: ShardIndex, encoding: Encoding, passed_over: Counter[str], source_names: Sequence[str] = ()) -> PackReport:
+    """The report on packed shards; ``source_names`` are the class names in the source."""
     path = index.folder / SKIPPED_FILE
     lines = path.read_text().splitlines() if path.exists() else []
     skipped = [(origin, reason) for origin, _, reason in (line.partition("\t") for line in lines)]
     path = index.folder / FINDINGS_FILE
-    kept = read_json(path) if path.exists() else {}
+    findings = read_json(path) if path.exists() else {}
     notes = [
-        *notes_on_images(kept.get("oddities", {}), encoding),
-        *notes_on_doubles(kept.get("in two classes", [])),
+        *notes_on_images(findings.get("oddities", {}), encoding),
+        *notes_on_doubles(findings.get("in two classes", [])),
         *notes_on_classes(index),
-        *notes_on_names(found),
+        *notes_on_names(source_names),
     ]
     return PackReport(index, skipped, passed_over, notes)
 
 
 def notes_on_images(oddities: Mapping[str, int], encoding: Encoding) -> Iterator[str]:
-    """What becomes of images that are not stored as a viewer shows them."""
-    kept = encoding.keeps_files
-    turned = "they are turned when they are read (data.exif)" if kept else "they are turned"
+    """Notes on images that are not stored as a viewer shows them."""
+    unchanged = encoding.keeps_files
+    turned = "they are turned when they are read (data.exif)" if unchanged else "they are turned"
     turned = turned if encoding.exif == "turn" else "which --exif ignore leaves as it is"
-    under = "data.background shows there when they are read" if kept else f"{encoding.background} shows there"
+    under = "data.background shows there when they are read" if unchanged else f"{encoding.background} shows there"
     for kind, what in (
         (ORIENTED, f"images lie on their side or are mirrored, and say so by an EXIF orientation: {turned}"),
         (TRANSPARENT, f"images are transparent in places: {under}"),
@@ -133,7 +133,7 @@ def notes_on_images(oddities: Mapping[str, int], encoding: Encoding) -> Iterator
 
 
 def notes_on_doubles(twice: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Images with two labels."""
+    """Notes on images with two labels."""
     if twice:
         some = "; ".join(" = ".join(names) for names in twice[:NAMES_PRINTED])
         more = f"; all in {FINDINGS_FILE}" if len(twice) > NAMES_PRINTED else ""
@@ -141,13 +141,13 @@ def notes_on_doubles(twice: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def notes_on_classes(index: ShardIndex) -> Iterator[str]:
-    """Classes without images."""
+    """Notes on classes without images."""
     if empty := [f"{c} ({index.class_names[c]!r})" for c in np.flatnonzero(index.class_counts == 0)]:
         yield f"{len(empty)} classes have no images: {first_few(empty)}"
 
 
 def notes_on_names(names: Sequence[str]) -> Iterator[str]:
-    """Names of classes, in order of the class, whose order or spelling may not be what they seem."""
+    """Notes on class names (in class order) whose order or spelling may be unexpected."""
     if are_numbers([name.removeprefix("-") for name in names]):
         if moved := [f"class {c} is {name!r}" for c, name in enumerate(names) if int(name) != c]:
             yield f"classes are numbered from 0 without gaps, so that their numbers are not their names: {first_few(moved)}"
@@ -162,7 +162,7 @@ def notes_on_names(names: Sequence[str]) -> Iterator[str]:
 
 
 def pairs_by_number(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Of names that differ only in numbers, as class_2 and class_10: each as they come, beside the one that is due by number."""
+    """Pairs of names in text order and in number order, for names such as class_2 and class_10."""
     families = defaultdict[str, list[str]](list)
     for name in names:
         families[DIGITS.sub("0", name)].append(name)

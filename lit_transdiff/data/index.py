@@ -1,8 +1,9 @@
-"""The index of a folder of shards: ``index.json`` for people, ``index.npz`` for random access.
+"""The index of a folder of shards: ``index.json`` (readable) and ``index.npz`` for random access.
 
-The sidecar holds one row a sample, in shard order: ``offset`` (int64, bytes), ``size`` (int32, bytes), ``label``
-(int32), ``key`` (fixed-width bytes) and ``checksum`` (uint32 for each part, see ``checksums``; earlier versions wrote none). With
-it any sample is one ``pread`` away, and any order can be planned. It also holds ``header``, the CRC-32 of ``index.json``.
+The sidecar ``index.npz`` has one row per sample, in shard order: ``offset`` (int64, bytes), ``size`` (int32, bytes),
+``label`` (int32), ``key`` (fixed-width bytes) and ``checksum`` (uint32 per part, see ``checksums``; absent in earlier
+versions). With it any sample is one ``pread`` away, and any order can be planned. Its ``header`` is the CRC-32 of
+``index.json``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ COLUMN_TYPES = {"offset": np.int64, "size": np.int32, "label": np.int32}
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: how many samples and classes it holds, its size in bytes and its checksum."""
+    """One tar file: its number of samples and classes, size in bytes and checksum."""
 
     name: str
     samples: int
@@ -45,7 +46,7 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class ShardRows:
-    """One shard and its rows of the index: an array of each of ``COLUMN_TYPES``, ``key`` and ``checksum``."""
+    """One shard and its rows of the index: arrays of ``COLUMN_TYPES``, ``key`` and ``checksum``."""
 
     shard: Shard
     columns: dict[str, np.ndarray]
@@ -53,12 +54,12 @@ class ShardRows:
 
 @dataclass(frozen=True)
 class LatentInfo:
-    """How cached latents are stored: ``flips`` arrays of ``shape`` (moments: twice the latent channels, h, w) a sample."""
+    """The format of cached latents: per sample ``flips`` arrays of ``shape`` (2 x latent channels, h, w)."""
 
     shape: tuple[int, int, int]
     flips: int  # 1: the image; 2: the image, then its mirror image
-    fingerprint: str  # of the autoencoder that made them
-    image_size: int  # pixels, of the images that were encoded
+    fingerprint: str  # of the autoencoder
+    image_size: int  # pixels of the encoded images
     dtype: Literal["float16"] = "float16"
 
     @property
@@ -68,7 +69,7 @@ class LatentInfo:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """What a folder of shards holds. Arrays have one row a sample, in shard order."""
+    """The content of a folder of shards. Arrays have one row per sample, in shard order."""
 
     folder: Path
     class_names: tuple[str, ...]
@@ -77,7 +78,7 @@ class ShardIndex:
     size: np.ndarray  # [N] int32
     label: np.ndarray  # [N] int32
     key: np.ndarray  # [N] bytes
-    seed: Optional[int] = None  # of the shuffle when the shards were packed
+    seed: Optional[int] = None  # of the shuffle in packing
     latents: Optional[LatentInfo] = None
     checksum: Optional[np.ndarray] = None  # [N, parts] uint32
 
@@ -104,7 +105,7 @@ class ShardIndex:
 
     @property
     def identity(self) -> str:
-        """A hash of the shards' checksums and class names: the same for the same data."""
+        """A hash of the shards' checksums and class names, equal for equal data."""
         lines = [*(f"{shard.name} {shard.sha256}" for shard in self.shards), *self.class_names]
         return sha256_of_lines(lines)[:16]
 
@@ -135,7 +136,7 @@ class ShardIndex:
         replace_file(self.folder / "index.json", header)
 
     def save_sidecar(self, header: bytes) -> None:
-        """Write ``index.npz``, which belongs to an ``index.json`` of these bytes."""
+        """Write the ``index.npz`` that belongs to an ``index.json`` with the content ``header``."""
         buffer, columns = io.BytesIO(), {name: getattr(self, name) for name in (*COLUMN_TYPES, "key")}
         if self.checksum is not None:
             columns["checksum"] = self.checksum
@@ -144,10 +145,10 @@ class ShardIndex:
 
 
 def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
-    """The index of a folder (or of an ``index.json``), checked against its sidecar and against the sizes of the shards.
+    """The index of a folder (or of an ``index.json``), checked against its sidecar and the sizes of the shards.
 
-    ``check_files=False`` for shards that are not here. Raises ``FileNotFoundError`` for a missing folder, index or
-    shard and ``ValueError`` for anything that does not fit; ``verify`` also compares the checksums.
+    ``check_files=False`` is for remote shards. Raises ``FileNotFoundError`` for a missing folder, index or shard, and
+    ``ValueError`` for inconsistencies; ``verify`` also compares the checksums.
     """
     header_path, sidecar_path = index_files(path)
     folder = header_path.parent
@@ -169,7 +170,7 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
 
 
 def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarray]) -> ShardIndex:
-    """The index from the parsed ``index.json`` and the arrays of its sidecar."""
+    """The index from the content of ``index.json`` and the arrays of its sidecar."""
     latents = header["latents"]
     if latents is not None:
         latents = LatentInfo(**{**latents, "shape": tuple(latents["shape"])})
@@ -196,7 +197,7 @@ def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarr
 
 
 def check_columns(index: ShardIndex) -> None:
-    """Every sample has its row, which lies within its shard."""
+    """Check that every sample has a row and lies within its shard."""
     for name in (*COLUMN_TYPES, "key"):
         column = getattr(index, name)
         fits = column.shape == (len(index),) and column.dtype.kind in ("S" if name == "key" else "iu")
@@ -211,7 +212,7 @@ def check_columns(index: ShardIndex) -> None:
 
 
 def check_shard_sizes(index: ShardIndex) -> None:
-    """Every shard is there and as long as the index says."""
+    """Check that every shard exists and has the size in the index."""
     for shard in index.shards:
         path = index.folder / shard.name
         if not path.is_file():
@@ -233,9 +234,9 @@ def index_shards(
 ) -> ShardIndex:
     """Scan the tars of a folder (in name order, in ``workers`` processes) and ``save`` their index.
 
-    Without ``class_names`` the classes are called by their numbers, 0 to the largest label, and there must be one of class 0
-    where there is one of class 1; ``label`` is the member with the label (see ``Labels.of``). Raises ``ValueError`` naming shard
-    and key for whatever ``scan_shard`` refuses, and for a key that two shards share.
+    Without ``class_names`` the names are the numbers 0 to the largest label, and class 0 must not be empty if class 1 is
+    used; ``label`` is the member with the label (see ``Labels.of``). Raises ``ValueError`` with shard and key for anything
+    that ``scan_shard`` refuses, and for a key that occurs in two shards.
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*.tar"))
@@ -245,7 +246,7 @@ def index_shards(
         check_free(folder)
     tasks = ((path, latents, Labels.of(label, class_names or ())) for path in paths)
     rows = tqdm(in_processes(shard_rows, tasks, workers), desc="indexing", unit="shard", total=len(paths), disable=not progress)
-    index = join_rows(folder, sorted(rows, key=lambda found: found.shard.name), class_names, seed, latents)
+    index = join_rows(folder, sorted(rows, key=lambda shard_row: shard_row.shard.name), class_names, seed, latents)
     if class_names is None:
         require_class_0(str(folder), index.label.tolist())
     if save:
@@ -254,7 +255,7 @@ def index_shards(
 
 
 def shard_rows(path: Path, latents: Optional[LatentInfo], labels: Labels = CLS) -> ShardRows:
-    """Scan one shard: its checksum and where its samples lie. ``latents`` says what they are expected to be."""
+    """Scan one shard for its checksum and the positions of its samples; ``latents`` is the expected format."""
     scanned, parts = scan_shard(path, labels), latents.flips if latents else 1
     for sample in scanned:
         check_sample(path.name, sample, latents)
@@ -272,15 +273,15 @@ def join_rows(
     seed: Optional[int],
     latents: Optional[LatentInfo],
 ) -> ShardIndex:
-    """The index of shards that were scanned one by one, in their order; a shard without samples is left out."""
-    rows = [found for found in rows if found.shard.samples]
+    """The index of scanned shards, in their order; shards without samples are omitted."""
+    rows = [each for each in rows if each.shard.samples]
     require(len(rows) > 0, str(folder), "shards without a sample", "at least one sample")
-    names = set.intersection(*(set(found.columns) for found in rows))  # records of earlier versions hold no checksums
-    columns = {name: np.concatenate([found.columns[name] for found in rows]) for name in names}
+    names = set.intersection(*(set(each.columns) for each in rows))  # records of earlier versions have no checksums
+    columns = {name: np.concatenate([each.columns[name] for each in rows]) for name in names}
     highest = int(columns["label"].max())
     classes = tuple(str(c) for c in range(highest + 1)) if class_names is None else tuple(class_names)
     require(highest < len(classes), f"{folder}: label", highest, f"0 to {len(classes) - 1} (class names)")
-    index = ShardIndex(folder, classes, tuple(found.shard for found in rows), seed=seed, latents=latents, **columns)
+    index = ShardIndex(folder, classes, tuple(each.shard for each in rows), seed=seed, latents=latents, **columns)
     by_key = np.argsort(index.key, kind="stable")
     for place in np.flatnonzero(index.key[by_key[1:]] == index.key[by_key[:-1]]):
         one, other = (index.shards[index.shard_of(sample)].name for sample in by_key[place : place + 2])
@@ -289,7 +290,7 @@ def join_rows(
 
 
 def check_sample(shard: str, sample: ScannedSample, latents: Optional[LatentInfo]) -> None:
-    """A sample is of the kind that is indexed and not empty, and a latent has the bytes that its shape says."""
+    """Check that a sample is of the indexed kind and not empty, and a latent of the right size."""
     kind = "images" if latents is None else "latents"
     if sample.kind != kind:
         raise ValueError(f"{shard}: sample {sample.key!r} holds {sample.kind}; indexed are {kind}.")

@@ -1,4 +1,4 @@
-"""The two files of an index, ``index.json`` and ``index.npz``: where they are, and whether what is there may be replaced."""
+"""The two files of an index, ``index.json`` and ``index.npz``: their paths, and whether they may be replaced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FORMAT = "lit_transdiff shards"
 
 
 def index_files(path: str | Path) -> tuple[Path, Path]:
-    """The two files of the index of a folder (or of an ``index.json``). Raises ``FileNotFoundError`` when they are not there."""
+    """The two files of the index of a folder (or of an ``index.json``). Raises ``FileNotFoundError`` if they are missing."""
     path = Path(path)
     folder = path.parent if path.name == "index.json" else path
     header_path, sidecar_path = folder / "index.json", folder / "index.npz"
@@ -29,8 +29,8 @@ def index_files(path: str | Path) -> tuple[Path, Path]:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse to write an index over files of other programs that have the names of its two."""
+    """Refuse to overwrite files of other programs with the names of the index files."""
     header, sidecar = folder / "index.json", folder / "index.npz"
     check_replaces_json(header, "format", FORMAT)
-    if not header.exists():  # else the two belong together
+    if not header.exists():  # otherwise the two belong together
         check_replaces(sidecar, ["header.npy", "offset.npy"], "an index")

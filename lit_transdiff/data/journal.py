@@ -1,7 +1,7 @@
-"""What makes packing and caching resumable: a plan that is written before the first shard, and a record of each shard.
+"""Resumable packing and caching: a plan written before the first shard, and a record of each shard.
 
-The plan (``packing.json``, ``caching.json``) says everything that decides the bytes of the shards and stays beside them;
-the records, in the folder ``finished``, hold the shards' rows of the index and go when the index is written.
+The plan (``packing.json``, ``caching.json``) contains everything that affects the bytes of the shards and stays beside
+them; the records, in the folder ``finished``, contain the shards' rows of the index and are removed at the end.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from lit_transdiff.data.findings import Findings
 from lit_transdiff.data.index import Shard, ShardRows
 
 RECORDS = "finished"
-NEWER = ("exif", "background")  # settings that earlier versions did not have: they took images as they are stored
+NEWER = ("exif", "background")  # settings introduced later: earlier versions took images as stored
 NOTHING = Findings()
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard and what was found out about its images."""
+    """A finished shard and the findings about its images."""
 
     rows: ShardRows
     findings: Findings
 
 
 class ShardJournal:
-    """The plan and the records of the shards that are made in ``folder``."""
+    """The plan and the records of the shards in ``folder``."""
 
     def __init__(self, folder: Path, plan_file: str) -> None:
         self.folder, self.plan_file = folder, plan_file
 
     def check(self, plan: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` unless the folder is new, or was begun with this plan; the error names what differs."""
+        """Raise ``ValueError`` unless the folder is new or has this plan; the error lists the differences."""
         path = self.folder / self.plan_file
         if not path.exists():
             present = [name for name in contents(self.folder) if not name.startswith((".", f"{self.plan_file}."))]
-            present = [] if present == [RECORDS] and contents(self.folder / RECORDS) == [LOCK] else present  # begun just now
+            present = [] if present == [RECORDS] and contents(self.folder / RECORDS) == [LOCK] else present  # just created
             if present:
                 raise ValueError(
                     f"{self.folder} already holds {present[0]} ({len(present)} files and folders) but no {self.plan_file}, which "
@@ -71,9 +71,9 @@ class ShardJournal:
 
     @contextmanager
     def alone(self, plan: Mapping[str, Any], writes: bool = True) -> Iterator[bool]:
-        """No other process writes here in the block; whether there is something left to write, which another may have done.
+        """Lock the folder in the block; yields whether there is work left, which another process may have done.
 
-        Of several ranks one ``writes`` the plan, and holds the lock for the others; it lies beside the records.
+        Of several ranks one ``writes`` the plan and holds the lock for the others; it lies beside the records.
         """
         with FolderLock(self.folder / RECORDS, f"writes to {self.folder}") as lock:
             waited = writes and lock.take()
@@ -85,7 +85,7 @@ class ShardJournal:
             yield left
 
     def begin(self, plan: Mapping[str, Any]) -> None:
-        """Write the plan, unless it is there, and remove what a killed process left unfinished."""
+        """Write the plan, if missing, and remove unfinished files of a killed process."""
         (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
         for partial in [*self.folder.glob("*.tar.partial-[0-9]*"), *self.folder.glob("*.npz.partial-[0-9]*")]:
             partial.unlink()
@@ -93,7 +93,7 @@ class ShardJournal:
             replace_file(self.folder / self.plan_file, (json.dumps(plan, indent=1) + "\n").encode())
 
     def add(self, rows: ShardRows, findings: Findings = NOTHING) -> None:
-        """Note that a shard is finished; to be called when it has its name."""
+        """Record a finished shard; to be called after it has its final name."""
         buffer = io.BytesIO()
         about = json.dumps({"shard": asdict(rows.shard), **asdict(findings)})
         columns: dict[str, Any] = {**rows.columns, "about": np.array(about)}
@@ -101,9 +101,9 @@ class ShardJournal:
         replace_file(self.record_path(rows.shard.name), buffer.getvalue())
 
     def finished(self, name: str) -> Optional[ShardRecord]:
-        """The record of a shard that is there as it was recorded; a shard without samples has no file.
+        """The record of an intact finished shard, or None; a shard without samples has no file.
 
-        Of a record that cannot be read the shard is made again, to the same bytes.
+        A shard whose record cannot be read is made again, with the same bytes.
         """
         record = self.record_path(name)
         if not record.exists():
@@ -122,7 +122,7 @@ class ShardJournal:
         return ShardRecord(ShardRows(shard, columns), Findings.of(about))
 
     def all_finished(self, names: Sequence[str]) -> list[ShardRecord]:
-        """The records of these shards; raises ``ValueError`` naming those that are missing."""
+        """The records of these shards; raises ``ValueError`` for missing ones."""
         records = {name: record for name in names if (record := self.finished(name)) is not None}
         missing = [name for name in names if name not in records]
         if missing:
@@ -131,7 +131,7 @@ class ShardJournal:
         return list(records.values())
 
     def close(self) -> None:
-        """Remove the records, when the index has been written."""
+        """Remove the records, after the index was written."""
         remove_written(self.folder / RECORDS, ["*.npz", "*.npz.partial-*", LOCK])
 
     def record_path(self, name: str) -> Path:

@@ -1,7 +1,7 @@
-"""Autoencoder moments of a folder of image shards, as shards: one latent shard for each image shard.
+"""Caching the autoencoder's moments of image shards: one latent shard per image shard.
 
 Shapes: images [B, C, H, W] in [-1, 1]; moments [B, 2c, h, w] (mean and log-variance, not yet sampled or scaled), stored
-as raw float16, one ``.bin`` a sample: the moments of the image and, with flips, those of its mirror image after them.
+as raw float16, one ``.bin`` per sample: the moments of the image, then with flips those of its mirror image.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from lit_transdiff.data.processes import ahead
 from lit_transdiff.data.shards import ShardWriter, tar_bytes
 
 CACHING_PLAN = "caching.json"
-BATCHES_AHEAD = 2  # that are encoded before they are written
-EncodeFn = Callable[[Tensor], Tensor]  # images on the device -> moments on it
+BATCHES_AHEAD = 2  # encoded ahead of writing
+EncodeFn = Callable[[Tensor], Tensor]  # images -> moments, on the device
 
 
 def latent_info(encode_fn: EncodeFn, data: DataConfig, *, fingerprint: str, flips: bool, device: torch.device) -> LatentInfo:
-    """What the latents will be, found out with one black image."""
+    """The format of the latents, determined with one black image."""
     image = torch.full((1, data.image_channels, data.image_size, data.image_size), -1.0, device=device)
     moments = encode(encode_fn, image)
     _, channels, height, width = moments.shape
@@ -43,22 +43,22 @@ def latent_info(encode_fn: EncodeFn, data: DataConfig, *, fingerprint: str, flip
 
 
 class LatentCache:
-    """The latents of ``source``, to be made in ``dest``, and how far that is. Every rank has one, with the same arguments.
+    """The latents of ``source`` in ``dest`` and their state. Every rank has one, with the same arguments.
 
-    One rank calls ``begin``, then each ``write``, then one ``finish``; all wait for each other in between.
+    One rank calls ``begin``, then each ``write``, then one ``finish``, with barriers in between.
     """
 
     def __init__(self, source: str | Path, dest: str | Path, info: LatentInfo, data: DataConfig) -> None:
-        """Raises ``ValueError`` for a ``dest`` that was begun with other latents or holds something else."""
+        """Raises ``ValueError`` for a ``dest`` with other latents or other content."""
         self.source, self.dest, self.info = read_index(source), Path(dest), info
         require(self.source.kind == "images", f"{source}: kind", self.source.kind, "images")
         require(not data.crops_at_random, "data.crop", data.crop, "'center' or 'none': a cache holds one crop of each image")
-        self.data = replace(data, on_bad_sample="refuse")  # a substitute would be stored under another's key
+        self.data = replace(data, on_bad_sample="refuse")  # a substitute would be stored under a wrong key
         self.journal = ShardJournal(self.dest, CACHING_PLAN)
         self.journal.check(self.plan())
 
     def plan(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the shards."""
+        """All settings that affect the bytes of the shards."""
         return {
             "source": self.source.identity,
             "autoencoder": self.info.fingerprint,
@@ -77,11 +77,11 @@ class LatentCache:
         return (self.dest / "index.json").exists()
 
     def alone(self, writes: bool) -> AbstractContextManager[bool]:
-        """No other command makes this cache in the block; whether something is left. The rank that begins it ``writes``."""
+        """Lock the cache in the block; yields whether there is work left. One rank ``writes`` the plan."""
         return self.journal.alone(self.plan(), writes)
 
     def begin(self, say: Callable[[str], None] = tqdm.write) -> None:
-        """Say what will be written, check that there is room for it, and write the plan."""
+        """Announce what will be written, check the disk space, and write the plan."""
         shards, sample = self.source.shards, np.array([self.info.sample_bytes])
         sizes = {shard.name: tar_bytes(sample.repeat(shard.samples)) for shard in shards}
         left = [name for name in sizes if self.journal.finished(name) is None]
@@ -103,10 +103,10 @@ class LatentCache:
         world: int = 1,
         progress: bool = True,
     ) -> None:
-        """Write the shards ``rank``, ``rank + world``, ... that are not there yet.
+        """Write the missing ones of the shards ``rank``, ``rank + world``, ...
 
         Images are read as in evaluation, by ``data.num_workers`` processes; a thread encodes them while this one writes.
-        Raises ``ValueError`` naming the sample for moments that float16 cannot hold.
+        Raises ``ValueError`` with the sample for moments out of float16's range.
         """
         shards = self.source.shards
         mine = range(rank, len(shards), world)
@@ -124,7 +124,7 @@ class LatentCache:
                 self.journal.add(shard_rows(self.dest / shards[shard].name, self.info))
 
     def batches(self, shards: list[int], batch_size: int) -> Iterator[Batch]:
-        """The images of the shards in order; no batch holds those of two shards."""
+        """The images of the shards in order; no batch spans two shards."""
         parts = [part for shard in shards for part in shard_batches(self.source, shard, batch_size)]
         rows = [Rows(part, np.zeros_like(part), part[:, None]) for part in parts]
         return iter(DataLoader(PlannedDataset(self.source, self.data), sampler=rows, **loader_options(self.data.num_workers)))
@@ -138,7 +138,7 @@ class LatentCache:
             yield samples, self.encode_batch(samples, batch.values[:, 0].to(device, non_blocking=True), encode_fn)
 
     def encode_batch(self, samples: np.ndarray, images: Tensor, encode_fn: EncodeFn) -> np.ndarray:
-        """[B, F, 2c, h, w] float16 moments of images [B, C, H, W], F = 2 with flips."""
+        """The moments [B, F, 2c, h, w] float16 of images [B, C, H, W]; F = 2 with flips."""
         views = [images, images.flip(-1)][: self.info.flips]
         moments = torch.stack([encode(encode_fn, view) for view in views], dim=1)
         expected = (len(images), self.info.flips, *self.info.shape)
@@ -151,7 +151,7 @@ class LatentCache:
         return stored.cpu().numpy()
 
     def finish(self) -> ShardIndex:
-        """Index the latent shards and check that they hold the samples of the source, in its order."""
+        """Index the latent shards and check that they have the samples of the source in its order."""
         source, records = self.source, self.journal.all_finished([shard.name for shard in self.source.shards])
         index = join_rows(self.dest, [record.rows for record in records], source.class_names, source.seed, self.info)
         if not (np.array_equal(index.key, source.key) and np.array_equal(index.label, source.label)):
@@ -163,12 +163,12 @@ class LatentCache:
 
 @torch.no_grad()
 def encode(encode_fn: EncodeFn, images: Tensor) -> Tensor:
-    """Moments in float32, whatever autocast is on."""
+    """Encode to float32 moments, without autocast."""
     with torch.autocast(images.device.type, enabled=False):
         return encode_fn(images).float()
 
 
 def shard_batches(index: ShardIndex, shard: int, batch_size: int) -> list[np.ndarray]:
-    """The samples of a shard in order, cut into batches."""
+    """The samples of a shard in order, in batches."""
     samples = np.arange(index.starts[shard], index.starts[shard + 1])
     return np.split(samples, range(batch_size, len(samples), batch_size))

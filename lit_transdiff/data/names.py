@@ -1,7 +1,7 @@
-"""What a data module may say of its classes and samples, for people.
+"""Names of classes and samples from any data module, for messages.
 
-``DataModule`` says all of it. Any other module of Lightning that yields ``Batch`` will do: where it has no ``class_names``,
-``keys`` or ``planned_keys``, or fails in them, the names are missing in messages and pictures, and nothing else.
+``DataModule`` provides all of them. For any other Lightning module that yields ``Batch`` without ``class_names``, ``keys``
+or ``planned_keys``, or with failing ones, only the names in messages and pictures are missing.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-NAMES_SHOWN = 16  # names in a message
+NAMES_SHOWN = 16  # number of names in a message
 
 
 def class_names(data: Any, num_classes: int) -> list[str]:
-    """The names of the classes, or their numbers."""
+    """The names of the classes, by default their numbers."""
     return list(getattr(data, "class_names", None) or map(str, range(num_classes)))
 
 
@@ -30,10 +30,10 @@ def planned_names(data: Any, micro_step: int) -> str:
 
 
 def names_in_words(names: Callable[[], Sequence[str]]) -> str:
-    """The first names, or ``unknown``: a message about something else must not fail for them."""
+    """The first names, or ``unknown``: a message about something else must not fail here."""
     try:
-        found = list(names())
+        known = list(names())
     except Exception:
         return "unknown"
-    more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
-    return (", ".join(map(str, found[:NAMES_SHOWN])) or "unknown") + more
+    more = f" and {len(known) - NAMES_SHOWN} more" if len(known) > NAMES_SHOWN else ""
+    return (", ".join(map(str, known[:NAMES_SHOWN])) or "unknown") + more

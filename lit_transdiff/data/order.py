@@ -1,9 +1,9 @@
-"""Who reads which sample when: a pure function of (seed, epoch), cut by position.
+"""The order of samples: a pure function of (seed, epoch), divided among ranks by position.
 
-The items of an epoch (samples, or groups of R) follow those of the epoch before, without end: position p is item
-``p % n`` of epoch ``p // n``. Every item is used exactly once an epoch and none is dropped (the last group of a class may
-share images with another); a batch may straddle two epochs. Global batch k is positions [k G, (k + 1) G), whatever the
-number of ranks, workers and accumulated micro-batches.
+The items of an epoch (samples, or groups of R) follow those of the previous epoch without end: position p is item ``p % n``
+of epoch ``p // n``. Every item is used exactly once per epoch (the last group of a class may share images with another); a
+batch may span two epochs. Global batch k has the positions [k G, (k + 1) G), for any number of ranks, workers and
+micro-batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PHILOX_WEYL = np.array([[0x9E3779B97F4A7C15], [0xBB67AE8584CAA73B]], np.uint64)
 
 
 class Rows(NamedTuple):
-    """Rows of a batch that are still to be read."""
+    """The rows of a batch before reading."""
 
     positions: np.ndarray  # [B] int64
     epochs: np.ndarray  # [B] int64
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is cut: ``accumulation`` x ``world`` x ``micro_batch`` rows."""
+    """The division of a global batch: ``accumulation`` x ``world`` x ``micro_batch`` rows."""
 
     global_batch: int
     micro_batch: int
@@ -57,22 +57,22 @@ class BatchLayout:
         return self.global_batch // (self.world * self.micro_batch)
 
     def start(self, micro_step: int) -> int:
-        """The first position that this rank reads in its ``micro_step``-th forward pass of the run."""
+        """The first position of this rank in forward pass ``micro_step`` of the run."""
         step, part = divmod(micro_step, self.accumulation)
         return step * self.global_batch + (part * self.world + self.rank) * self.micro_batch
 
 
 def generator(seed: int, epoch: int, sample: int = -1) -> np.random.Generator:
-    """Random numbers of an epoch (its order), or of one sample in it (its augmentation); all independent of each other."""
+    """The random generator of an epoch's order, or of one sample's augmentation; all are independent."""
     key, counter = np.array([seed & MASK, epoch], np.uint64), np.array([0, 0, 0, sample + 1], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def coin_flips(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """[n] bool: ``generator(seed, epoch, sample).integers(2)`` of many samples at once.
+    """[n] bool: ``generator(seed, epoch, sample).integers(2)`` for many samples at once.
 
-    It is the top bit of the generator's first 32 bits: of Philox 4x64 with 10 rounds (Salmon et al., 2011), whose counter
-    is one higher before it draws.
+    This is the top bit of the generator's first 32 bits: of Philox 4x64 with 10 rounds (Salmon et al., 2011), whose counter
+    is incremented before the first output.
     """
     even, odd, keys = np.zeros((3, 2, len(samples)), np.uint64)  # the counter's words 0 and 2, then 1 and 3
     even[0], odd[1] = 1, samples + 1
@@ -94,9 +94,9 @@ def wide_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def epoch_order(starts: np.ndarray, seed: int, epoch: int, block: int) -> np.ndarray:
-    """[N] int64: the samples in the order of an epoch: shards permuted, then samples inside blocks of ``block`` shards.
+    """The samples [N] int64 in the order of an epoch: permuted shards, then shuffled blocks of shards.
 
-    ``starts`` [shards + 1]: the first sample of each shard, then N. At most ``block`` shards are read at a time.
+    ``starts`` [shards + 1]: the first sample of each shard, then N. At most ``block`` shards are open at a time.
     """
     rng = generator(seed, epoch)
     shards = rng.permutation(len(starts) - 1)
@@ -108,7 +108,7 @@ def epoch_order(starts: np.ndarray, seed: int, epoch: int, block: int) -> np.nda
 
 
 class TrainPlan:
-    """The endless stream of training items. ``groups`` [n, R] fixes the groups; else they are made anew each epoch."""
+    """The endless stream of training items. ``groups`` [n, R] fixes the groups; otherwise each epoch has new ones."""
 
     def __init__(
         self, index: ShardIndex, seed: int, *, num_references: int = 1, block: int = 64, groups: Optional[np.ndarray] = None
@@ -128,7 +128,7 @@ class TrainPlan:
         self.epoch_items: Callable[[int], np.ndarray] = lru_cache(maxsize=2)(self.make_epoch)
 
     def make_epoch(self, epoch: int) -> np.ndarray:
-        """[n, R] int64: the items of an epoch in order."""
+        """The items [n, R] int64 of an epoch in order."""
         if self.groups is not None:
             return generator(self.seed, epoch).permutation(self.groups)
         order = epoch_order(self.index.starts, self.seed, epoch, self.block)
@@ -145,11 +145,11 @@ class TrainPlan:
 def evaluation_batches(
     index: ShardIndex, *, num_references: int, batch_size: int, rank: int, world: int, seed: int, num_samples: Optional[int]
 ) -> list[Rows]:
-    """The batches that a rank evaluates: each item on exactly one rank, none padded, equally many batches on every rank.
+    """The evaluation batches of a rank: each item on exactly one rank, no padding, equally many batches on every rank.
 
-    All samples in index order, or with ``num_samples`` the first ones of a permutation that depends on ``seed`` only.
-    Position is the index of the (first) sample. Classes with fewer than R samples are left out, with a warning. Only when
-    ``batch_size`` is 1 may a batch be one larger than asked for.
+    All samples in index order or, with ``num_samples``, the first ones of a permutation that depends only on ``seed``.
+    The position is the number of the (first) sample. Classes with fewer than R samples are omitted with a warning. Only
+    for ``batch_size`` 1 may a batch have one row more than requested.
     """
     large = without_small_classes(index, num_references)
     small = [index.class_names[c] for c in np.flatnonzero(~large & (index.class_counts > 0))]
@@ -163,7 +163,7 @@ def evaluation_batches(
     if num_samples is not None:
         items = items[: max(1, num_samples // num_references)]
     require(len(items) >= world, "data.evaluation", f"{len(items)} items", f"at least one for each of {world} ranks")
-    most = math.ceil(len(items) / world)  # of any rank
+    most = math.ceil(len(items) / world)  # maximum over ranks
     batches = min(math.ceil(most / batch_size), len(items) // world)
     mine = items[rank::world]
     return [Rows(part[:, 0], np.zeros(len(part), np.int64), part) for part in np.array_split(mine, batches)]

@@ -1,7 +1,7 @@
-"""Images of any supported source -> shuffled webdataset shards with their index.
+"""Packing images of any supported source into shuffled webdataset shards with an index.
 
-Shard k holds the k-th piece of the shuffled order, so shards are independent: several processes write them, and a pack
-that was killed is continued by the same command.
+Shard k is the k-th piece of the shuffled order, so shards are independent: several processes write them, and the same
+command continues a killed one.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from lit_transdiff.data.sources import ClassNames, ImageSource, folder_source, l
 
 PACKING_PLAN = "packing.json"
 AS_THEY_ARE = Encoding()
-ESTIMATED_FROM = 64  # images that are encoded to estimate the size of all
+ESTIMATED_FROM = 64  # number of images encoded for an estimate of the size
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How many shards: by the samples or the bytes of each, or by their number. One of them, or 1000 samples each."""
+    """The number of shards: given by samples or bytes per shard, or directly. Default: 1000 samples each."""
 
     samples_per_shard: Optional[int] = None
     shards: Optional[int] = None
     shard_size: Optional[int] = None  # bytes
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        require(len(given) <= 1, " and ".join(given), tuple(given.values()), "one of them")
-        for name, value in given.items():
+        options = {name: value for name, value in vars(self).items() if value is not None}
+        require(len(options) <= 1, " and ".join(options), tuple(options.values()), "one of them")
+        for name, value in options.items():
             require(value >= 1, name, value, "an integer of at least 1")
 
     def __call__(self, order: np.ndarray, total_bytes: int) -> list[np.ndarray]:
-        """``order`` in pieces, one a shard; as even as can be, except that ``samples_per_shard`` leaves a smaller last one."""
+        """Split ``order`` into shards of nearly equal size; with ``samples_per_shard`` the last one is smaller."""
         if self.shards is None and self.shard_size is None:
             each = self.samples_per_shard or 1000
             return np.split(order, range(each, len(order), each))
@@ -58,16 +58,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that a process needs to write one shard."""
+    """The input of a process that writes one shard."""
 
     path: Path
-    images: list[tuple[str, int, str, Path | np.ndarray]]  # key, label, what to call it, file or pixels
+    images: list[tuple[str, int, str, Path | np.ndarray]]  # key, label, name, file or pixels
     encoding: Encoding
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What goes into which shard, and the journal of the shards that are there."""
+    """The contents of the shards, and the journal of the finished ones."""
 
     images: ImageSource
     pieces: Sequence[np.ndarray]  # the samples of each shard
@@ -82,7 +82,7 @@ class Packing:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the shards."""
+        """All settings that affect the bytes of the shards."""
         return {
             "files": self.images.identity,
             "seed": self.seed,
@@ -96,11 +96,11 @@ class Packing:
         }
 
     def missing(self) -> list[int]:
-        """The numbers of the shards that are still to be written."""
+        """The numbers of the shards that are not yet written."""
         return [number for number, name in enumerate(self.names) if self.journal.finished(name) is None]
 
     def task(self, number: int) -> ShardTask:
-        """What a process needs to write a shard."""
+        """The task of writing a shard."""
         images = self.images
         chosen = [
             (images.keys[i], int(images.labels[i]), images.origins[i], images.read(i)) for i in self.pieces[number].tolist()
@@ -124,11 +124,11 @@ def pack(
 ) -> PackReport:
     """Pack an image folder (``class/image.*``), IDX files (``split``: "train" or "t10k") or a list file into ``dest``.
 
-    Samples are shuffled once with ``seed``; ``limit`` draws that many, evenly over the classes. Files are stored as they
-    are, unless ``encoding`` says otherwise. Shards are called ``name-000000.tar`` (``name``: that of ``dest``); ``workers``
-    processes write them. Every image is decoded; those that cannot be are skipped, reported, and listed in ``skipped.txt``;
-    files and folders that are no images by their names are counted in the report. The same arguments give the same bytes, and
-    go on where a pack was killed. Raises ``ValueError`` for a ``dest`` that holds other shards, or too little disk.
+    Samples are shuffled once with ``seed``; ``limit`` selects that many, evenly over the classes. Files are stored unchanged
+    unless ``encoding`` says otherwise. Shards are called ``name-000000.tar`` (by default with the name of ``dest``) and are
+    written by ``workers`` processes. Every image is decoded; unreadable ones are skipped, reported, and listed in
+    ``skipped.txt``; other files and folders are counted in the report. The same arguments give the same bytes and continue
+    a killed pack. Raises ``ValueError`` for a ``dest`` with other shards or without enough disk space.
     """
     dest = Path(dest)
     images = open_source(source, split, class_names)
@@ -145,27 +145,27 @@ def pack(
                 packing.journal.begin(packing.plan)
                 write_missing(packing, workers, progress)
                 return finish_packing(packing, str(source))
-    return read_report(read_index(dest), encoding, images.passed_over, images.found)
+    return read_report(read_index(dest), encoding, images.passed_over, images.source_names)
 
 
 def open_source(source: str | Path, split: Optional[str] = None, class_names: ClassNames = None) -> ImageSource:
-    """Find out what ``source`` is: a list file, a folder of IDX files (``split``: "train" or "t10k"), or class folders."""
+    """Open ``source``: a list file, a folder of IDX files (``split``: "train" or "t10k"), or class folders."""
     source = Path(source)
     check_pack_source(source)
     if source.is_file():
-        found = list_source(source, class_names)
+        images = list_source(source, class_names)
     elif any(source.glob("*-idx3-ubyte*")):
         return idx_source(source, split, class_names)
     else:
-        found = folder_source(source, class_names)
+        images = folder_source(source, class_names)
     require(split is None, "split", split, "nothing: only IDX files have splits")
-    return found
+    return images
 
 
 def announce(packing: Packing, shards: Sequence[int], progress: bool) -> None:
-    """Say how many bytes the ``shards`` will have, before any is written.
+    """Announce the size of the ``shards`` before any is written.
 
-    Raises ``ValueError`` when the disk has no room for the missing ones.
+    Raises ``ValueError`` if the disk has too little space for the missing ones.
     """
     images, dest, missing = packing.images, packing.journal.folder, packing.missing()
     left, there = sum(shards[number] for number in missing), len(shards) - len(missing)
@@ -181,7 +181,7 @@ def announce(packing: Packing, shards: Sequence[int], progress: bool) -> None:
 
 
 def write_missing(packing: Packing, workers: int, progress: bool) -> None:
-    """Write the shards that are not there yet, in ``workers`` processes."""
+    """Write the missing shards in ``workers`` processes."""
     missing = packing.missing()
     tasks = ((packing.journal, packing.task(number)) for number in missing)
     with tqdm(total=packing.num_images, desc="packing", unit="image", disable=not progress) as bar:
@@ -191,7 +191,7 @@ def write_missing(packing: Packing, workers: int, progress: bool) -> None:
 
 
 def estimated_sizes(images: ImageSource, order: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """[N] the bytes of each image in a shard: those of its file, or the mean of some that are encoded."""
+    """The size in bytes [N] of each image in a shard: that of its file, or a mean estimate."""
     if encoding.keeps_files and isinstance(images.read(0), Path):
         return images.sizes
     sizes = []
@@ -204,7 +204,7 @@ def estimated_sizes(images: ImageSource, order: np.ndarray, encoding: Encoding) 
 
 
 def pack_shard(journal: ShardJournal, task: ShardTask) -> int:
-    """Write one shard and its record; gives the number of images that are done with."""
+    """Write one shard and its record; return the number of images processed."""
     findings = Findings()
     with ShardWriter(task.path) as writer:
         for key, label, sample in encoded_images(task, findings):
@@ -217,7 +217,7 @@ def pack_shard(journal: ShardJournal, task: ShardTask) -> int:
 
 
 def encoded_images(task: ShardTask, findings: Findings) -> Iterator[tuple[str, int, Encoded]]:
-    """(key, label, content) of the images that can be read; ``findings`` says which cannot, and what is odd about the others."""
+    """(key, label, content) of the readable images; others and oddities are added to ``findings``."""
     for key, label, origin, image in task.images:
         try:
             sample = encode_sample(image, task.encoding)
@@ -229,24 +229,24 @@ def encoded_images(task: ShardTask, findings: Findings) -> Iterator[tuple[str, i
 
 
 def finish_packing(packing: Packing, source: str) -> PackReport:
-    """Index the shards and keep what was found out about the images."""
+    """Index the shards and save the findings about the images."""
     journal, images = packing.journal, packing.images
     records = journal.all_finished(packing.names)
-    found = joined([record.findings for record in records])
-    found.skipped[:0] = images.broken
+    findings = joined([record.findings for record in records])
+    findings.skipped[:0] = images.broken
     readable_images = sum(record.rows.shard.samples for record in records)
-    require(readable_images > 0, source, f"{len(found.skipped)} unreadable images", "at least one readable image")
+    require(readable_images > 0, source, f"{len(findings.skipped)} unreadable images", "at least one readable image")
     index = join_rows(journal.folder, [record.rows for record in records], images.class_names, packing.seed, None)
     write_findings(
-        journal.folder, found, in_two_classes(index, found.digests, dict(zip(images.keys, images.origins, strict=True)))
+        journal.folder, findings, in_two_classes(index, findings.digests, dict(zip(images.keys, images.origins, strict=True)))
     )
     index.save()
     journal.close()
-    return read_report(index, packing.encoding, images.passed_over, images.found)
+    return read_report(index, packing.encoding, images.passed_over, images.source_names)
 
 
 def choose_samples(images: ImageSource, limit: Optional[int], seed: int) -> np.ndarray:
-    """[n] the samples to pack, in shuffled order; with ``limit``, equally many of each class (the first ones one more)."""
+    """The samples [n] to pack, in shuffled order; with ``limit`` balanced over the classes."""
     order = np.random.default_rng(seed).permutation(len(images.labels))
     if limit is None:
         return order
@@ -257,5 +257,5 @@ def choose_samples(images: ImageSource, limit: Optional[int], seed: int) -> np.n
     for c in np.flatnonzero(counts < quota):
         raise ValueError(f"limit: got {limit}, which is {quota[c]} a class; class {images.class_names[c]!r} has {counts[c]}.")
     labels = images.labels[order]
-    kept = [order[labels == c][: quota[c]] for c in range(num_classes)]
-    return order[np.isin(order, np.concatenate(kept))]
+    chosen = [order[labels == c][: quota[c]] for c in range(num_classes)]
+    return order[np.isin(order, np.concatenate(chosen))]

@@ -1,4 +1,4 @@
-"""Images in [-1, 1] <-> the uint8 pixels of a file."""
+"""Conversion between images in [-1, 1] and the uint8 pixels of a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_transdiff.config import require
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1], any shape, as the uint8 a file would hold: round(clip((x + 1) / 2 * 255, 0, 255)).
+    """Convert images in [-1, 1], of any shape, to uint8: round(clip((x + 1) / 2 * 255, 0, 255)).
 
     Raises ``ValueError`` for values that are not finite.
     """
@@ -21,5 +21,5 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def from_bytes(pixels: Tensor) -> Tensor:
-    """uint8 pixels, any shape, as the float32 images in [-1, 1] that ``to_bytes`` makes them of."""
+    """Convert uint8 pixels, of any shape, to float32 images in [-1, 1]; the inverse of ``to_bytes``."""
     return pixels.float() / 127.5 - 1

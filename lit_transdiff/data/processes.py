@@ -1,4 +1,4 @@
-"""Work that is done beside this thread: a function over many tasks in several processes, an iterator in a thread."""
+"""Parallel work: a function over many tasks in several processes, an iterator in a thread."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from lit_transdiff.base.endings import STOP_SIGNALS
 from lit_transdiff.config import require
 
 T = TypeVar("T")
-# The slow imports of this room, once for all processes, and what makes them deaf to signals.
+# Slow imports, once for all processes, and a module that makes them ignore signals.
 PRELOAD = ["lit_transdiff.data.server", "lit_transdiff.data.stream", "lit_transdiff.data.pack"]
 
 
 def clean_context() -> Any:
-    """How processes are started here: by a clean server process, because a fork of this one may hang."""
+    """The context for new processes: a clean server process, because a fork of this one may hang."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
 
 
 def most_processes() -> int:
-    """More of them than this make any machine of so many cores slower."""
+    """The maximal useful number of processes on this machine."""
     return max(64, 4 * (os.cpu_count() or 1))
 
 
 def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
-    """``function(*task)`` of every task, in the order in which they end; with 0 workers here, one after the other.
+    """``function(*task)`` of every task, in order of completion; with 0 workers in this process, one after the other.
 
-    ``tasks`` may be an iterator: few of them wait at a time. An exception in a task is raised here. The processes end when
-    this one is killed, and when it is asked to stop: what a task was at is broken off.
+    ``tasks`` may be an iterator, of which few wait at a time. An exception in a task is raised here. The processes end when
+    this one is killed or asked to stop, which interrupts their tasks.
     """
     most = most_processes()
     require(0 <= workers <= most, "workers", workers, f"0 (this process alone) to {most} on this machine")
@@ -45,8 +45,8 @@ def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], w
         yield from (function(*task) for task in tasks)
         return
     context = clean_context()
-    needed, held = context.Pipe(duplex=False)  # the processes end when the end that is held here is closed
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent, initargs=(needed,)) as pool:
+    pipe, own_end = context.Pipe(duplex=False)  # the processes end when this process closes its own end
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent, initargs=(pipe,)) as pool:
         waiting: set[Future[T]] = set()
         try:
             for task in tasks:
@@ -60,7 +60,7 @@ def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], w
         except Exception:
             raise
         except BaseException:  # asked to stop
-            held.close()
+            own_end.close()
             raise
         finally:
             for future in waiting:
@@ -68,7 +68,7 @@ def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], w
 
 
 def ahead(items: Iterator[T], number: int) -> Iterator[T]:
-    """The items, of which a thread makes up to ``number`` beforehand."""
+    """Iterate over ``items``, of which a thread prepares up to ``number`` in advance."""
     end = object()
     with ThreadPoolExecutor(1) as thread:
         waiting = deque(thread.submit(next, items, end) for _ in range(number))
@@ -77,11 +77,11 @@ def ahead(items: Iterator[T], number: int) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def exit_with_parent(needed: Connection | None = None) -> None:
-    """End this process when the one that started it dies, says so, or closes its end of ``needed``.
+def exit_with_parent(pipe: Connection | None = None) -> None:
+    """End this process when its parent dies, asks for it, or closes its end of ``pipe``.
 
-    It would wait for tasks for ever. Other signals are that one's: a terminal, a launcher or a scheduler sends them to all
-    processes, and what this one makes may still be wanted before the end.
+    Otherwise it would wait for tasks forever. Signals are ignored, because terminals, launchers and schedulers send them to
+    all processes, while the parent may still want the current result.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -91,7 +91,7 @@ def exit_with_parent(needed: Connection | None = None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel, *([needed] if needed else [])])
+        multiprocessing.connection.wait([parent.sentinel, *([pipe] if pipe else [])])
         os._exit(1)
 
     def obey() -> None:

@@ -1,4 +1,4 @@
-"""Groups of R different images of one class: what a multi-reference run trains on. R = 1 passes through."""
+"""Groups of R different images of one class, for multi-reference training. R = 1 passes through."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.sources import key_of, text_lines
 
 log = logging.getLogger(__name__)
-LINES_AT_A_TIME = 10_000  # of a file of groups
+LINES_AT_A_TIME = 10_000  # lines of a file of groups
 
 
 def num_groups(class_counts: np.ndarray, num_references: int) -> int:
-    """How many groups an epoch has: for each class as many as it takes to use all of its images."""
+    """The number of groups per epoch: for each class the minimum that uses all of its images."""
     return int((-(-class_counts // num_references)).sum())
 
 
 def group_references(labels: np.ndarray, order: np.ndarray, num_references: int, fill_up: bool = True) -> tuple[np.ndarray, int]:
-    """Groups [n, R] int64 of different samples of one class, and how many samples are left over.
+    """Groups [n, R] int64 of different samples of one class, and the number of unused samples.
 
-    ``labels`` [N] of all samples, ``order`` [M] the samples in the order of an epoch. Along ``order`` each R samples of a
-    class form a group, and groups follow each other by their last member; so neighbours in ``order`` (that lie in the
-    same shards) stay together. With ``fill_up`` no sample is left over: the last group of a class is its last R samples,
-    some of which are then in two groups, and n is the sum over classes of ceil(count / R). Without it no sample is used
-    twice. Every class that is there must have at least R samples.
+    ``labels`` [N] of all samples, ``order`` [M] the samples in the order of an epoch. Each R successive samples of a class
+    in ``order`` form a group, and groups are ordered by their last member; so neighbours in ``order`` (which lie in the same
+    shards) stay together. With ``fill_up`` every sample is used: the last group of a class is its last R samples, some of
+    which are then in two groups, and n is the sum over classes of ceil(count / R). Without it no sample is used twice. Every
+    class must have at least R samples.
     """
     order = order.astype(np.int64)
     if num_references == 1:
         return order[:, None], 0
-    found = labels[order]
-    counts = np.bincount(found)
+    classes = labels[order]
+    counts = np.bincount(classes)
     if len(counts) <= 2**16:
-        found = found.astype(np.uint16)  # which numpy sorts in linear time
-    by_class = np.argsort(found, kind="stable")  # places in order, class by class
+        classes = classes.astype(np.uint16)  # which numpy sorts in linear time
+    by_class = np.argsort(classes, kind="stable")  # places in order, class by class
     groups_of = (counts + num_references - 1) // num_references if fill_up else counts // num_references
     of_class = np.repeat(np.arange(len(counts)), groups_of)  # n
     number = np.arange(len(of_class)) - np.repeat(np.cumsum(groups_of) - groups_of, groups_of)  # of the group in its class
@@ -51,7 +51,7 @@ def group_references(labels: np.ndarray, order: np.ndarray, num_references: int,
 
 
 def check_class_sizes(index: ShardIndex, num_references: int) -> None:
-    """Every class that has samples has at least R of them; else the class would silently never be trained on."""
+    """Refuse classes with fewer than R samples, which would silently never be used."""
     for c in np.flatnonzero((index.class_counts > 0) & (index.class_counts < num_references)):
         raise ValueError(
             f"model.num_references: got {num_references}, but class {index.class_names[c]!r} of {index.folder} has only "
@@ -60,7 +60,7 @@ def check_class_sizes(index: ShardIndex, num_references: int) -> None:
 
 
 def without_small_classes(index: ShardIndex, num_references: int) -> np.ndarray:
-    """[num_classes] bool: the classes with R images or more, which can be validated on. Raises ``ValueError`` without any."""
+    """[num_classes] bool: the classes with at least R images. Raises ``ValueError`` if there are none."""
     large = index.class_counts >= num_references
     most = int(index.class_counts.max())
     if not large.any():
@@ -77,32 +77,31 @@ class GroupLine(NamedTuple):
 
     number: int
     keys: list[bytes]  # R
-    folder: Optional[str]  # the class folder, where the line names files
+    folder: Optional[str]  # the class folder, if the line names files
 
 
 def read_groups(path: str | Path, index: ShardIndex, num_references: int) -> np.ndarray:
     """Groups [n, R] int64 from JSON lines.
 
-    A line is a list of R sample keys of one class, or ``{"cate": class folder, "files": [file names]}`` as in the index
-    file that goes with the released TransDiff: the first R files count, under the keys that ``pack`` gives them.
-    Raises ``ValueError`` naming the line for an unknown key, another number of keys, an image that is there twice in a
-    group, two classes, and a file name that could be that of several images.
+    A line is a list of R sample keys of one class, or ``{"cate": class folder, "files": [file names]}`` as in the index file
+    of the released TransDiff: the first R files are used, under the keys given by ``pack``. Raises ``ValueError`` with the
+    line for an unknown key, another number of keys, a repeated image in a group, two classes, and an ambiguous file name.
     """
     by_key = np.argsort(index.key, kind="stable")
     ordered_keys = index.key[by_key]
 
     def find(keys: np.ndarray) -> np.ndarray:
-        """The sample of each key; some other one where there is none."""
+        """The sample of each key; an arbitrary one for unknown keys."""
         return by_key[np.minimum(np.searchsorted(ordered_keys, keys), len(ordered_keys) - 1)].astype(np.int64)
 
     groups = [np.empty((0, num_references), np.int64)]
     lines = group_lines(path, num_references)
     while chunk := list(islice(lines, LINES_AT_A_TIME)):
-        wanted = np.array([line.keys for line in chunk], np.bytes_)  # n R
-        found, doubles = find(wanted), np.char.add(wanted, b"-2")
-        check_groups(path, chunk, wanted, found, index)
-        check_named_files(path, chunk, wanted, found, index.key[find(doubles)] == doubles, index)
-        groups.append(found)
+        keys = np.array([line.keys for line in chunk], np.bytes_)  # n R
+        samples, doubles = find(keys), np.char.add(keys, b"-2")
+        check_groups(path, chunk, keys, samples, index)
+        check_named_files(path, chunk, keys, samples, index.key[find(doubles)] == doubles, index)
+        groups.append(samples)
     joined = np.concatenate(groups)
     require(len(joined) > 0, str(path), "no groups", "at least one line")
     log.info("%s: %d groups of %d; %d of %d images are in them", path, *joined.shape, len(np.unique(joined)), len(index))
@@ -110,7 +109,7 @@ def read_groups(path: str | Path, index: ShardIndex, num_references: int) -> np.
 
 
 def group_lines(path: str | Path, num_references: int) -> Iterator[GroupLine]:
-    """Each line that is not empty, with its R keys."""
+    """The non-empty lines with their R keys."""
     for number, text in enumerate(text_lines(path), 1):
         if not text.strip():
             continue
@@ -125,7 +124,7 @@ def group_lines(path: str | Path, num_references: int) -> Iterator[GroupLine]:
 
 
 def group_keys(value: Any, where: str, num_references: int) -> tuple[list[str], Optional[str]]:
-    """The keys that a line asks for, and the class folder if it names one."""
+    """The keys of a line, and its class folder if any."""
     files: Any = value.get("files") if isinstance(value, dict) else value
     require(
         isinstance(files, list) and all(isinstance(f, str) for f in files), where, value, "a list of sample keys or file names"
@@ -137,15 +136,15 @@ def group_keys(value: Any, where: str, num_references: int) -> tuple[list[str], 
     return [key_of(folder, file) for file in files[:num_references]], folder
 
 
-def check_groups(path: str | Path, lines: Sequence[GroupLine], wanted: np.ndarray, found: np.ndarray, index: ShardIndex) -> None:
-    """The samples [n, R] that were found have the keys [n, R] that were wanted, and are different images of one class."""
-    for row, column in zip(*np.nonzero(index.key[found] != wanted), strict=True):
-        key = wanted[row, column].decode(errors="replace")
+def check_groups(path: str | Path, lines: Sequence[GroupLine], keys: np.ndarray, samples: np.ndarray, index: ShardIndex) -> None:
+    """Check that ``samples`` [n, R] have the ``keys`` [n, R] of the lines, and are different images of one class."""
+    for row, column in zip(*np.nonzero(index.key[samples] != keys), strict=True):
+        key = keys[row, column].decode(errors="replace")
         require(False, f"{path}: line {lines[row].number}: key", key, f"keys of {index.folder}")
-    ordered = np.sort(found, axis=1)
+    ordered = np.sort(samples, axis=1)
     for row in np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)).tolist():
-        require(False, f"{path}: line {lines[row].number}", [key.decode() for key in wanted[row]], "different images")
-    labels = index.label[found]
+        require(False, f"{path}: line {lines[row].number}", [key.decode() for key in keys[row]], "different images")
+    labels = index.label[samples]
     for row in np.flatnonzero((labels != labels[:, :1]).any(axis=1)).tolist():
         classes = sorted({index.class_names[label] for label in labels[row]})
         require(False, f"{path}: line {lines[row].number}: classes", classes, "one class")
@@ -154,25 +153,24 @@ def check_groups(path: str | Path, lines: Sequence[GroupLine], wanted: np.ndarra
 def check_named_files(
     path: str | Path,
     lines: Sequence[GroupLine],
-    wanted: np.ndarray,
-    found: np.ndarray,
+    keys: np.ndarray,
+    samples: np.ndarray,
     doubled: np.ndarray,
     index: ShardIndex,
 ) -> None:
-    """Where lines name files, each stands for one image, and it is of the class of that name if there is one.
+    """Check, for lines with file names, that each name is unique and of the class of the line's folder, if it exists.
 
-    ``pack`` gives files of one stem keys that end in -2, -3, ...; ``doubled`` [n, R] says which keys have such a second one.
+    ``pack`` gives files with equal stems keys that end in -2, -3, ...; ``doubled`` [n, R] marks keys with such a second one.
     """
-    numbers = {
-        name: c for c, name in enumerate(index.class_names) if not name.isdecimal()
-    }  # those may be mere numbers of classes
-    for line, keys, samples, double in zip(lines, wanted, found, doubled, strict=True):
+    # Class names may be mere numbers, which are not compared with folders.
+    numbers = {name: c for c, name in enumerate(index.class_names) if not name.isdecimal()}
+    for line, line_keys, line_samples, double in zip(lines, keys, samples, doubled, strict=True):
         if line.folder is None:
             continue
-        for key in keys[double]:
+        for key in line_keys[double]:
             where = f"{path}: line {line.number}: file with the key"
             allowed = f"a key of one image ({index.folder} also has {key.decode()}-2); write such a line as a list of keys"
             require(False, where, key.decode(), allowed)
-        label = int(index.label[samples[0]])
+        label = int(index.label[line_samples[0]])
         right = numbers.get(line.folder, label) == label
         require(right, f"{path}: line {line.number}: cate", line.folder, f"{index.class_names[label]}, the class of its files")

@@ -1,8 +1,8 @@
-"""Reads the headers of a webdataset tar: which samples it holds, where their bytes are, and whether it is whole.
+"""Scanning a webdataset tar: its samples, the positions of their bytes, and its integrity.
 
 A sample is the members that share a key (the file name up to its dot): one image (or one ``.bin`` of latents) and one
-``.cls`` with the class number as text (or another, see ``Labels``). Members of other kinds are passed over; pickles are
-refused, because webdataset would run them.
+``.cls`` with the class number as text (or another label, see ``Labels``). Other members are ignored; pickles are refused,
+because webdataset would execute them.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ LABEL_MEMBER = "cls"
 LABEL = re.compile(r"0*[0-9]{1,6}")  # ASCII digits
 LABELS = "a class number, 0 to 999999"
 PICKLE_MEMBERS = ("pickle", "pkl", "pyd", "pth", "pt")
-MAX_CLASS_DIGITS, MAX_LABEL, MAX_JSON = 32, 256, 1 << 20  # bytes of a class number, and of a member with a label
+MAX_CLASS_DIGITS, MAX_LABEL, MAX_JSON = 32, 256, 1 << 20  # bytes of a class number, a label, a JSON member
 END_OF_TAR = 1024  # bytes: two blocks of zeros
 
 
 class Place(NamedTuple):
-    """Where the content of a member lies in its tar."""
+    """The position of a member's content in its tar."""
 
     offset: int
     size: int
 
 
 class ScannedSample(NamedTuple):
-    """Where the image (or latent) of a sample lies in its shard: bytes ``offset`` to ``offset + size``."""
+    """The position of a sample's image (or latent) in its shard: bytes ``offset`` to ``offset + size``."""
 
     key: str
     offset: int
@@ -46,9 +46,9 @@ class ScannedSample(NamedTuple):
 
 @dataclass(frozen=True)
 class Labels:
-    """Where the label of a sample is: in its member ``.cls`` or ``.txt``, or in a ``field`` of its ``.json``.
+    """The place of labels: the member ``.cls`` or ``.txt``, or a ``field`` of ``.json``.
 
-    It is the number of a class, or one of ``names``, which are in order of the class.
+    A label is the number of a class, or one of ``names``, which are in class order.
     """
 
     member: str = LABEL_MEMBER
@@ -57,14 +57,14 @@ class Labels:
 
     @classmethod
     def of(cls, text: str, names: Sequence[str] = ()) -> Labels:
-        """What ``cls``, ``txt`` or ``json:FIELD`` says."""
+        """Parse ``cls``, ``txt`` or ``json:FIELD``."""
         member, _, field = text.lstrip(".").partition(":")
         fits = member in (LABEL_MEMBER, "txt", "json") and (member == "json") == bool(field)
         require(fits, "--label", text, f"{LABEL_MEMBER}, txt, or json:FIELD, as in json:label")
         return cls(member, field, tuple(names))
 
     def number(self, content: bytes) -> int:
-        """The class that a member says. Raises ``ValueError`` with what it says instead."""
+        """The class number in a member's content. Raises ``ValueError`` for other content."""
         value: Any = content.decode("utf-8", errors="replace").strip()
         if self.field:
             try:
@@ -76,7 +76,7 @@ class Labels:
                 raise ValueError(f".json: got {fields}; allowed: with the field {self.field!r}")
             value = value[self.field]
         if not isinstance(value, bool) and len(str(value)) <= MAX_CLASS_DIGITS and LABEL.fullmatch(str(value)):
-            return int(value)  # digits are the number of a class, also where it has another number for a name
+            return int(value)  # digits are the number of a class, even if a class has another number as its name
         if value not in self.names:
             raise ValueError(f"label {str(value)[:40]!r}; allowed: {LABELS}, or one of the names that --class-names gives")
         return self.names.index(value)
@@ -86,31 +86,31 @@ CLS = Labels()
 
 
 def scan_shard(path: Path, labels: Labels = CLS) -> list[ScannedSample]:
-    """The samples of a shard in the order of their images; the label of one may lie anywhere in the file.
+    """The samples of a shard in the order of their images; labels may be anywhere in the file.
 
-    Raises ``ValueError`` naming shard and key for a damaged or truncated tar, data after the last member, a duplicate
-    key, a missing or repeated image or label, a label that is not a number, a dot in a key, and a pickle member.
+    Raises ``ValueError`` with shard and key for a damaged or truncated tar, data after the last member, a duplicate key, a
+    missing or repeated image or label, a label that is not a number, a dot in a key, and a pickle member.
     """
-    found: dict[str, dict[str, Place]] = {}  # by key and extension
+    members_by_key: dict[str, dict[str, Place]] = {}  # by key and extension
     before = None
     with path.open("rb") as file:
         for info in members_of(file, path):
             key, extension = split_name(info.name, path, labels.member)
             if extension is None:
                 continue
-            members = found.setdefault(key, {})
+            members = members_by_key.setdefault(key, {})
             if extension in members and key != before:
                 raise ValueError(f"{path.name}: key {key!r} is there twice; keys must differ.")
             if extension in members:
                 raise ValueError(f"{path.name}: sample {key!r} has two members .{extension}.")
             members[extension] = Place(info.offset_data, info.size)
             before = key
-        samples = [sample_from(file, path, key, members, labels) for key, members in found.items()]
+        samples = [sample_from(file, path, key, members, labels) for key, members in members_by_key.items()]
     return sorted(samples, key=lambda sample: sample.offset)
 
 
 def members_of(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
-    """The regular members; ``tarfile`` alone takes a damaged header for the end, so the rest is checked to be zeros."""
+    """The regular members. ``tarfile`` takes a damaged header for the end, so the rest must be zeros."""
     size = path.stat().st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -119,7 +119,7 @@ def members_of(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
                     raise ValueError(f"{path.name}: truncated: member {info.name!r} ends after the file does.")
                 if info.isreg():
                     yield info
-                tar.members = []  # type: ignore[attr-defined]  # else memory grows with the shard
+                tar.members = []  # type: ignore[attr-defined]  # otherwise memory grows with the shard
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(f"{path.name}: not a whole, uncompressed tar: {error}.") from error
@@ -132,7 +132,7 @@ def members_of(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def split_name(name: str, path: Path, label: str) -> tuple[str, Optional[str]]:
-    """``folder/key.ext`` -> (``folder/key``, ``ext`` in lower case); ``None`` for a member that is no part of a sample."""
+    """``folder/key.ext`` -> (``folder/key``, ``ext`` in lower case); ``None`` for a member outside of samples."""
     folder, _, base = name.rpartition("/")
     stem, *extensions = base.split(".")
     last = extensions[-1].lower() if extensions else ""
@@ -149,15 +149,15 @@ def split_name(name: str, path: Path, label: str) -> tuple[str, Optional[str]]:
 
 
 def sample_from(file: BinaryIO, path: Path, key: str, members: dict[str, Place], labels: Labels) -> ScannedSample:
-    """The row of one sample from its members (by extension)."""
+    """A sample from its members (by extension)."""
     where = f"{path.name}: sample {key!r}"
     if labels.member not in members:
         other = "" if labels.member != LABEL_MEMBER else " (index --label txt, or json:FIELD, takes it from another member)"
         raise ValueError(f"{where} has no label (.{labels.member}); it has .{', .'.join(members)}{other}.")
     payloads = [extension for extension in members if extension != labels.member]
     if len(payloads) != 1:
-        found = f"has {len(payloads)} images (.{', .'.join(payloads)})" if payloads else "has no image"
-        raise ValueError(f"{where} {found}; allowed: one of .{', .'.join((*IMAGE_MEMBERS, LATENT_MEMBER))}.")
+        problem = f"has {len(payloads)} images (.{', .'.join(payloads)})" if payloads else "has no image"
+        raise ValueError(f"{where} {problem}; allowed: one of .{', .'.join((*IMAGE_MEMBERS, LATENT_MEMBER))}.")
     label = members[labels.member]
     most = MAX_JSON if labels.field else MAX_LABEL
     require(label.size <= most, f"{where}: bytes of .{labels.member}", label.size, f"at most {most}")
@@ -172,6 +172,6 @@ def sample_from(file: BinaryIO, path: Path, key: str, members: dict[str, Place],
 
 
 def require_class_0(where: str, labels: Sequence[int]) -> None:
-    """Refuse labels that begin with 1, where nothing says how many classes there are: class 0 would be one without images."""
+    """Refuse labels from 1 on without class names, because class 0 would be empty."""
     allowed = "class numbers from 0 on: subtract 1, or give --class-names a name for each number from 0 on, if class 0 is missing"
     require(min(labels) != 1, f"{where}: labels", f"{min(labels)} to {max(labels)}", allowed)

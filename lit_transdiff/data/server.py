@@ -1,4 +1,4 @@
-"""Imported first by the server of data processes alone: signals that go to all processes of a job are the trainer's to hear.
+"""Imported first by the server of data processes: it ignores signals that are sent to all processes of a job.
 
 The server ends with the process that started it, whose pipe it reads.
 """

@@ -1,4 +1,4 @@
-"""Shards in and out: deterministic webdataset tars, and reading one sample of one by its offset."""
+"""Shards: writing deterministic webdataset tars, and reading single samples by offset."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lit_transdiff.base.files import partial_name
 from lit_transdiff.data.checksums import checksum_of, checksums_of
 from lit_transdiff.data.index import ShardIndex
 
-TAR_BLOCK, TAR_RECORD = 512, 10240  # bytes that a member, and a whole tar, are filled up to
+TAR_BLOCK, TAR_RECORD = 512, 10240  # bytes to which members, and whole tars, are padded
 
 
 def tar_bytes(sizes: np.ndarray) -> int:
-    """The size of a shard that ``ShardWriter`` writes of samples of these sizes: a header each, the label, the end."""
+    """The size of a shard written by ``ShardWriter`` for samples of these sizes."""
     blocks = int((-(-sizes.astype(np.int64) // TAR_BLOCK) + 3).sum()) + 2
     return -(-blocks * TAR_BLOCK // TAR_RECORD) * TAR_RECORD
 
 
 class ShardWriter:
-    """Writes one shard under a temporary name and renames it when it is whole. The same samples give the same bytes.
+    """Writes one shard under a temporary name and renames it when complete. The same samples give the same bytes.
 
-    The temporary name is this process's own, so that one which was left behind cannot spoil what another writes.
+    The temporary name is unique to this process, so that leftovers of others cannot interfere.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,18 +38,18 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self.file = self.partial.open("wb")
-        self.tar = wds.TarWriter(self.file, encoder=False, mtime=0)  # mtime: else the bytes change with the clock
+        self.tar = wds.TarWriter(self.file, encoder=False, mtime=0)  # a fixed mtime gives equal bytes
         return self
 
     def write(self, key: str, label: int, extension: str, data: bytes) -> None:
-        """Append one sample; ``extension`` (``png``, ``jpg``, ``bin``, ...) says what ``data`` is."""
+        """Append one sample; ``extension`` (``png``, ``jpg``, ``bin``, ...) is the type of ``data``."""
         self.tar.write({"__key__": key, extension: data, "cls": str(label).encode()})
 
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
         try:
-            with suppress(OSError) if error else nullcontext():  # on a full disk closing fails like the write before it
+            with suppress(OSError) if error else nullcontext():  # on a full disk closing fails as well
                 self.tar.close()
             with suppress(OSError) if error else nullcontext():
                 self.file.close()
@@ -62,9 +62,9 @@ class ShardWriter:
 class ShardReader:
     """Reads the bytes of any sample of an index; keeps at most ``max_open`` files open.
 
-    ``pread`` has no file position, so a reader may be shared by threads and inherited by forked workers; pickled, it
-    opens its files anew. What is read is compared with its checksum: images each time, which costs little beside decoding them,
-    latents the first time.
+    ``pread`` has no file position, so that threads and forked workers may share a reader; after pickling it opens its files
+    again. Content is compared with its checksum: images at every read, which is cheap relative to decoding, latents at the
+    first.
     """
 
     def __init__(self, index: ShardIndex, max_open: int = 128) -> None:
@@ -73,8 +73,8 @@ class ShardReader:
         self.descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in self.__dict__.items() if name != "unread"}
-        return {**kept, "descriptors": OrderedDict()}
+        state = {name: value for name, value in self.__dict__.items() if name != "unread"}
+        return {**state, "descriptors": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()
@@ -84,7 +84,7 @@ class ShardReader:
             os.close(self.descriptors.popitem()[1])
 
     def descriptor(self, shard: int) -> int:
-        """The open file of a shard; the one that was unused for longest makes room."""
+        """The open file of a shard; the least recently used one is closed."""
         if shard not in self.descriptors:
             if len(self.descriptors) >= self.max_open:
                 os.close(self.descriptors.popitem(last=False)[1])
@@ -94,12 +94,12 @@ class ShardReader:
 
     @cached_property
     def unread(self) -> np.ndarray:
-        """[N, parts] bool: the parts of latents with checksums that this process has not compared yet."""
+        """[N, parts] bool: the parts of latents whose checksums this process has not compared yet."""
         parts = self.index.latents.flips if self.index.latents else 1
         return np.full((len(self.index), parts), self.index.checksum is not None)
 
     def read(self, sample: int) -> bytes:
-        """The image file, or the raw latents, of a sample. Raises ``ValueError`` naming it for damage or a short read."""
+        """The image file or raw latents of a sample. Raises ``ValueError`` for damage or a short read."""
         size = int(self.index.size[sample])
         data = os.pread(self.descriptor(self.index.shard_of(sample)), size, int(self.index.offset[sample]))
         if len(data) != size:
@@ -108,7 +108,7 @@ class ShardReader:
         return data
 
     def read_parts(self, samples: np.ndarray, first: np.ndarray, out: np.ndarray) -> None:
-        """Read straight into ``out`` [n, bytes] uint8, shard by shard: of each sample as many bytes, from byte ``first`` on.
+        """Read into ``out`` [n, bytes] uint8, shard by shard: equally many bytes of each sample, from byte ``first`` on.
 
         Raises ``ValueError`` as ``read`` does.
         """
@@ -119,22 +119,22 @@ class ShardReader:
         new = self.unread[samples, parts]
         shards = np.searchsorted(self.index.starts, samples, side="right") - 1
         columns = (order * length, shards, self.index.offset[samples] + first, new)
-        descriptor, opened = -1, -1
+        descriptor, current = -1, -1
         checksums = []
         for i, (begin, shard, offset, is_new) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-            if shard != opened:
-                descriptor, opened = self.descriptor(shard), shard
+            if shard != current:
+                descriptor, current = self.descriptor(shard), shard
             content = view[begin : begin + length]
-            found = os.preadv(descriptor, [content], offset)
-            if found != length:
-                raise ValueError(f"{self.index.name_of(samples[i])}: {found} of {length} bytes read: the shard is truncated.")
+            count = os.preadv(descriptor, [content], offset)
+            if count != length:
+                raise ValueError(f"{self.index.name_of(samples[i])}: {count} of {length} bytes read: the shard is truncated.")
             if is_new:
-                checksums.append(checksum_of(content))  # while a cache of the processor still holds it
+                checksums.append(checksum_of(content))  # while it is in the processor's cache
         if checksums:
             self.compare(samples[new], parts[new], checksums)
 
     def compare(self, samples: np.ndarray, parts: np.ndarray, checksums: list[int]) -> None:
-        """Remember that these parts have the checksums of the index. Raises ``ValueError`` naming the first that has not."""
+        """Compare and mark parts by their checksums. Raises ``ValueError`` for the first that differs."""
         assert self.index.checksum is not None
         wrong = np.flatnonzero(self.index.checksum[samples, parts] != np.array(checksums, np.uint32))
         if len(wrong):
@@ -143,13 +143,13 @@ class ShardReader:
 
 
 def check_content(index: ShardIndex, sample: int, content: bytes) -> None:
-    """Raise ``ValueError`` when the bytes of a sample are not those that were indexed; an older index does not know."""
+    """Raise ``ValueError`` if a sample differs from its checksum (absent in older indexes)."""
     if index.checksum is not None and checksums_of(content, index.checksum.shape[1]) != index.checksum[sample].tolist():
         raise damaged(index, sample)
 
 
 def damaged(index: ShardIndex, sample: int) -> ValueError:
-    """The one wording for a sample that is not what was indexed."""
+    """The error for a sample that differs from its checksum."""
     return ValueError(
         f"{index.name_of(sample)}: the sample at byte {index.offset[sample]} of the shard is damaged: its checksum differs from "
         f"that in the index. Copy the shard again, or make the shards again; what else is damaged says: lit-transdiff verify "

@@ -1,4 +1,4 @@
-"""Where images come from before they are shards: an image folder or a list file (see ``idx`` for IDX files)."""
+"""Sources of images for packing: an image folder or a list file (IDX files: see ``idx``)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lit_transdiff.base.files import sha256_of_lines
 from lit_transdiff.config import are_numbers, require
 from lit_transdiff.data.scan import IMAGE_MEMBERS, LABEL, LABELS, require_class_0
 
-MAX_KEY_BYTES = 80  # a plain tar header holds 100 with the extension
-UNFIT = re.compile(r"[./\s]")  # for a key: webdataset cuts names at the dot
+MAX_KEY_BYTES = 80  # a plain tar header has 100 with the extension
+UNFIT = re.compile(r"[./\s]")  # in a key: webdataset splits names at the dot
 CLASS_NAME = re.compile(r"(?![+-]?\d+(\.\d*)?$).+")  # as a label: not -1, 1.0, or digits of another script
 HEADER_HINT = "; remove this line, if it is a header"
-LISTING_THREADS = 16  # a network disk answers many questions at once
-ClassNames = Optional[Union[Sequence[str], Path]]  # in label order, or a file of them
+LISTING_THREADS = 16  # network disks answer many requests at once
+ClassNames = Optional[Union[Sequence[str], Path]]  # names in label order, or a file of names
 
 
 @dataclass(frozen=True)
@@ -31,29 +31,29 @@ class ImageSource:
     """Labelled images, not yet read: ``read(i)`` gives the path of a file, or the pixels [H, W] uint8 of an IDX row."""
 
     labels: np.ndarray  # [N] int64
-    keys: list[str]  # one a sample, all different, no dots
-    origins: list[str]  # what to call a sample in messages
+    keys: list[str]  # one per sample, unique, without dots
+    origins: list[str]  # names of samples in messages
     sizes: np.ndarray  # [N] int64, bytes
     class_names: tuple[str, ...]
-    found: tuple[str, ...]  # the classes as the source calls them
+    source_names: tuple[str, ...]  # the class names in the source
     read: Callable[[int], Path | np.ndarray]
-    broken: list[tuple[str, str]] = field(default_factory=list)  # images that cannot be read: what they are called, and why
-    passed_over: Counter[str] = field(default_factory=Counter)  # what lies among the images and is none, by kind
+    broken: list[tuple[str, str]] = field(default_factory=list)  # unreadable images: name, reason
+    passed_over: Counter[str] = field(default_factory=Counter)  # other files among the images, by kind
 
     @property
     def identity(self) -> str:
-        """A hash of the names, labels and sizes of all samples, whatever folder they lie in."""
+        """A hash of the names, labels and sizes of all samples, independent of the folder."""
         names = (origin.rpartition("/")[2] for origin in self.origins)
         rows = zip(self.keys, names, self.labels.tolist(), self.sizes.tolist(), strict=True)
         return sha256_of_lines(f"{key} {name} {label} {size}" for key, name, label, size in rows)[:16]
 
 
 def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
-    """``folder/class/image.jpg``: classes are the sorted folder names, as in ImageNet; as numbers where all of them are."""
+    """``folder/class/image.jpg``: classes are the folder names, sorted as text or, if all are numbers, as numbers."""
     with os.scandir(folder) as entries:
         entries_found = [(entry.name, entry.is_dir(), source_kind(entry)) for entry in entries]
-    found = [entry for entry in entries_found if not entry[0].startswith(".")]
-    classes = sorted(name for name, is_folder, _ in found if is_folder)
+    visible = [entry for entry in entries_found if not entry[0].startswith(".")]
+    classes = sorted(name for name, is_folder, _ in visible if is_folder)
     if are_numbers(classes):
         classes.sort(key=int)
     require(len(classes) > 0, str(folder), "a folder without class folders", "folder/class/image.jpg, or IDX files")
@@ -68,7 +68,7 @@ def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
     keys = [key_of(name, image) for name, of in zip(classes, listed, strict=True) for image, _ in of.images]
     sizes = [size for of in listed for _, size in of.images]
     labels = np.repeat(np.arange(len(classes)), [len(of.images) for of in listed])
-    passed_over = Counter(kind for _, is_folder, kind in found if not is_folder)
+    passed_over = Counter(kind for _, is_folder, kind in visible if not is_folder)
     passed_over["hidden folders"] = sum(is_folder for name, is_folder, _ in entries_found if name.startswith("."))
     for of in listed:
         passed_over.update(of.passed_over)
@@ -77,15 +77,15 @@ def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
 
 
 class Listing(NamedTuple):
-    """What lies in a class folder."""
+    """The content of a class folder."""
 
     images: list[tuple[str, int]]  # file name, bytes; by name
-    broken: list[tuple[str, str]]  # path of an image that cannot be read, such as a link to nothing, and why
+    broken: list[tuple[str, str]]  # unreadable images, such as dangling links: path, reason
     passed_over: Counter[str]  # kinds of everything else
 
 
 def images_in(directory: str) -> Listing:
-    """The images in a folder, told by their extension."""
+    """The images in a folder, identified by their extension."""
     images, broken, passed_over = [], [], Counter[str]()
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -101,15 +101,15 @@ def images_in(directory: str) -> Listing:
 
 
 def refuse_empty(directory: str, listing: Listing) -> None:
-    """Raise ``ValueError`` for class folders without any image, of which this is the first."""
+    """Raise ``ValueError`` for class folders without any images; ``directory`` is the first."""
     passed_over = listing.passed_over
-    found = f"no images, but {listed_kinds(passed_over)}" if passed_over else "no images"
+    content = f"no images, but {listed_kinds(passed_over)}" if passed_over else "no images"
     deeper = f"; or pack {directory} itself, if its folders are the classes" if passed_over["folders"] else ""
-    require(False, directory, found, f"files ending in .{', .'.join(IMAGE_MEMBERS)}{deeper}")
+    require(False, directory, content, f"files ending in .{', .'.join(IMAGE_MEMBERS)}{deeper}")
 
 
 def readable_name(name: str) -> str:
-    """The name of a file for people, which need not be UTF-8 on a disk."""
+    """The printable name of a file, which need not be UTF-8 on disk."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
@@ -119,12 +119,12 @@ def source_kind(entry: os.DirEntry[str]) -> str:
 
 
 def listed_kinds(kinds: Counter[str]) -> str:
-    """Kinds and their numbers, for messages."""
+    """Kinds and their counts, for messages."""
     return ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
 
 
 def key_of(class_folder: str, file_name: str) -> str:
-    """The key of an image before doubles are told apart: its stem, which begins with the name of its class folder."""
+    """The key of an image before ``distinct_keys``: its stem, prefixed by its class folder."""
     stem = file_name.rpartition(".")[0]
     return plain_key(stem if stem.startswith(class_folder) else f"{class_folder}_{stem}")
 
@@ -134,9 +134,9 @@ def plain_key(stem: str) -> str:
 
 
 def list_source(path: Path, class_names: ClassNames) -> ImageSource:
-    """Lines ``path<tab>label`` or ``path,label``; relative to the list file; labels are numbers, or names (then sorted).
+    """Lines ``path<tab>label`` or ``path,label``, relative to the list file; labels are numbers, or names (then sorted).
 
-    Raises ``ValueError`` naming the line for a missing file, an empty label, and a number among names or the reverse.
+    Raises ``ValueError`` with the line for a missing file, an empty label, and mixed numbers and names.
     """
     lines = list(text_lines(path))
     delimiter = "\t" if any("\t" in line for line in lines) else ","
@@ -144,20 +144,20 @@ def list_source(path: Path, class_names: ClassNames) -> ImageSource:
     for where, row in rows:
         require(len(row) == 2, where, delimiter.join(row), "path and label, with a tab or a comma between")
     require(len(rows) > 0, str(path), "an empty list", "lines of path and label")
-    found, labels = number_labels([(where, row[1].strip()) for where, row in rows])
-    if class_names is None and are_numbers(found):
+    classes, labels = number_labels([(where, row[1].strip()) for where, row in rows])
+    if class_names is None and are_numbers(classes):
         require_class_0(str(path), labels)
-    names = checked_names(class_names, found)
+    names = checked_names(class_names, classes)
     origins = [str(path.parent / row[0].strip()) for _, row in rows]
     for (where, _), origin in zip(rows, origins, strict=True):
         header = HEADER_HINT * (where == rows[0][0])
         require(os.path.isfile(origin), where, origin, f"a file that exists{header}")
     sizes = [os.path.getsize(origin) for origin in origins]
-    return file_source(origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names, found)
+    return file_source(origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names, classes)
 
 
 def text_lines(path: str | Path) -> Iterator[str]:
-    """The lines of a UTF-8 file without their ends. Raises ``ValueError`` naming the line that is not UTF-8."""
+    """The lines of a UTF-8 file without line ends. Raises ``ValueError`` for a line that is not UTF-8."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -166,11 +166,11 @@ def text_lines(path: str | Path) -> Iterator[str]:
                 raise ValueError(f"{path}: line {number}: not UTF-8: {error.reason} at byte {error.start}.") from error
 
 
-def number_labels(given: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]]:
-    """The classes of (where, label) and the class number of each: the label itself, or its place among the sorted names."""
-    numeric = any(LABEL.fullmatch(label) for _, label in given)
+def number_labels(rows: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]]:
+    """The classes of (where, label) rows and the class number of each: the label, or its rank among the sorted names."""
+    numeric = any(LABEL.fullmatch(label) for _, label in rows)
     allowed = f"{LABELS}, as on other lines" if numeric else f"{LABELS}, or the name of a class"
-    for place, (where, label) in enumerate(given):
+    for place, (where, label) in enumerate(rows):
         require(
             (LABEL if numeric else CLASS_NAME).fullmatch(label) is not None,
             f"{where}: label",
@@ -178,61 +178,65 @@ def number_labels(given: Sequence[tuple[str, str]]) -> tuple[list[str], list[int
             allowed + HEADER_HINT * (place == 0),
         )
     if numeric:
-        labels = [int(label) for _, label in given]
+        labels = [int(label) for _, label in rows]
         return [str(c) for c in range(max(labels) + 1)], labels
-    found = sorted({label for _, label in given})
-    number_of = {name: c for c, name in enumerate(found)}
-    return found, [number_of[label] for _, label in given]
+    classes = sorted({label for _, label in rows})
+    number_of = {name: c for c, name in enumerate(classes)}
+    return classes, [number_of[label] for _, label in rows]
 
 
 def file_source(
-    origins: list[str], sizes: list[int], labels: np.ndarray, keys: list[str], class_names: tuple[str, ...], found: list[str]
+    origins: list[str],
+    sizes: list[int],
+    labels: np.ndarray,
+    keys: list[str],
+    class_names: tuple[str, ...],
+    source_names: list[str],
 ) -> ImageSource:
-    """Images that are files of their own."""
+    """A source of image files."""
     return ImageSource(
         labels=labels.astype(np.int64),
         keys=distinct_keys(keys),
         origins=origins,
         sizes=np.array(sizes, np.int64),
         class_names=class_names,
-        found=tuple(found),
+        source_names=tuple(source_names),
         read=lambda i: Path(origins[i]),
     )
 
 
-def checked_names(given: ClassNames, found: list[str]) -> tuple[str, ...]:
-    """The names to use for the classes that were found, in label order."""
-    if isinstance(given, Path):
-        given = names_from(given, found)
-    names = tuple(found if given is None else given)
-    require(len(names) == len(found), "class_names", len(names), f"{len(found)} names, one for each class")
+def checked_names(class_names: ClassNames, source_names: list[str]) -> tuple[str, ...]:
+    """The class names in label order: ``class_names``, by default those of the source."""
+    if isinstance(class_names, Path):
+        class_names = names_from(class_names, source_names)
+    names = tuple(source_names if class_names is None else class_names)
+    require(len(names) == len(source_names), "class_names", len(names), f"{len(source_names)} names, one for each class")
     require(len(set(names)) == len(names), "class_names", names, "names that differ")
     return names
 
 
-def names_from(path: Path, found: list[str]) -> list[str]:
-    """The names in a file: one a line in label order, or ``class name`` lines when all classes begin a line.
+def names_from(path: Path, source_names: list[str]) -> list[str]:
+    """The names in a file: one per line in label order, or ``class name`` lines if all classes begin a line.
 
-    Of the latter kind is ImageNet's list of synsets, where two birds and machines share a name: such names get their
-    class in brackets.
+    ImageNet's list of synsets is of the latter kind. Ambiguous names, such as its two cranes, get their class in brackets.
     """
     lines = [line.strip() for line in text_lines(path) if line.strip()]
     parts = [line.split(maxsplit=1) for line in lines]
     named = {part[0]: part[1] for part in parts if len(part) == 2}
-    if not all(name in named for name in found):
+    if not all(name in named for name in source_names):
         return lines
-    count = Counter(named[name] for name in found)
-    return [named[name] if count[named[name]] == 1 else f"{named[name]} ({name})" for name in found]
+    count = Counter(named[name] for name in source_names)
+    return [named[name] if count[named[name]] == 1 else f"{named[name]} ({name})" for name in source_names]
 
 
 def distinct_keys(keys: list[str]) -> list[str]:
-    """Keys that are taken get ``-2``, ``-3``, ..., those too long for a tar a number."""
-    found: dict[str, None] = {}  # an ordered set
-    for i, wanted in enumerate(keys):
-        base = key = wanted if len(wanted.encode()) <= MAX_KEY_BYTES else f"{i:08d}"
+    """Make keys unique by suffixes ``-2``, ``-3``, ...; keys that are too long for a tar become numbers."""
+    unique: dict[str, None] = {}  # an ordered set
+    for i, stem in enumerate(keys):
+        base = key = stem if len(stem.encode()) <= MAX_KEY_BYTES else f"{i:08d}"
         copies = 1
-        while key in found:
+        while key in unique:
             copies += 1
             key = f"{base}-{copies}"
-        found[key] = None
-    return list(found)
+        unique[key] = None
+    return list(unique)

@@ -1,9 +1,9 @@
-"""Remote shards, read as a stream: exact order and resume for the same number of ranks and workers.
+"""Remote shards, read as a stream: exact order and resuming for the same number of ranks and workers.
 
-Each reader (worker of a rank) has an endless stream of its own: of every epoch's permutation of the shards it takes each
-n-th one, n being all readers together, and shuffles in a buffer that is emptied at the end of the epoch. Samples then wait,
-as bytes, until R of their class are there. So the stream is a pure function of (seed, epoch, reader), and the place in it follows
-from the micro-step. Resuming reads the current epoch's shards again up to that place, without decoding.
+Each reader (worker of a rank) has its own endless stream: of every epoch's permutation of the shards it takes each n-th
+one, for n readers in total, and shuffles them in a buffer that is emptied at the end of the epoch. Samples then wait, as
+bytes, until there are R of their class. The stream is thus a pure function of (seed, epoch, reader), and the position in it
+follows from the micro-step. Resuming reads the current epoch's shards again up to that position, without decoding.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from lit_transdiff.data.scan import IMAGE_MEMBERS, LATENT_MEMBER, PICKLE_MEMBERS
 from lit_transdiff.data.shards import check_content
 
 log = logging.getLogger(__name__)
-SHUFFLE_BUFFER = 1000  # samples that a reader holds to shuffle
+SHUFFLE_BUFFER = 1000  # samples in a reader's shuffle buffer
 
 
 class StreamedSample(NamedTuple):
-    """A sample of the index with its bytes, or with the reason why there are none."""
+    """A sample of the index with its bytes, or with the reason for their absence."""
 
     sample: int
     content: Optional[bytes]
@@ -48,17 +48,17 @@ class StreamedSample(NamedTuple):
 
 
 def is_url(source: str) -> bool:
-    """Whether ``data.train`` is a webdataset URL and not a folder."""
+    """Whether ``data.train`` is a webdataset URL instead of a folder."""
     return source.startswith(("pipe:", "http://", "https://")) or "{" in source
 
 
 class StreamDataset(IterableDataset):
-    """Whole batches of this rank, from ``first_micro_step`` on; ``index`` says what each shard holds."""
+    """Whole batches of this rank, from ``first_micro_step`` on; ``index`` describes the shards."""
 
     def __init__(
         self, index: ShardIndex, data: DataConfig, seed: int, layout: BatchLayout, total: int, num_references: int = 1
     ) -> None:
-        """Raises ``ValueError`` for URLs other than those of the index's shards, and for what ``share`` would refuse later."""
+        """Raises ``ValueError`` for URLs that differ from the index's shards, and if ``share`` would fail later."""
         self.urls: list[str] = expand_urls(data.train)
         names = [shard.name for shard in index.shards]
         require(
@@ -67,7 +67,7 @@ class StreamDataset(IterableDataset):
             len(self.urls),
             f"{len(names)}, the shards in {index.folder}/index.json",
         )
-        schemes = ("", "http", "https", *(["pipe"] if data.train.startswith("pipe:") else []))  # not put together of braces
+        schemes = ("", "http", "https", *(["pipe"] if data.train.startswith("pipe:") else []))  # not from brace expansion
         for url, name in zip(self.urls, names, strict=True):
             require(urlsplit(url).scheme in schemes, "data.train", url, "http://, https://, a path, or pipe:COMMAND")
             require(name in url, "data.train", url, f"the URL of {name}, which comes here in index.json")
@@ -84,15 +84,15 @@ class StreamDataset(IterableDataset):
             self.check_shares(readers, math.ceil(total / max(1, data.num_workers)) * layout.micro_batch)
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run, also when resuming."""
+        """The micro-batches of the whole run, also on resuming."""
         return self.total
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         place, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        first = self.first_micro_step + place  # workers take turns; the one with place 0 has the first
+        first = self.first_micro_step + place  # workers alternate, starting with place 0
         reader = self.layout.rank * workers + first % workers
-        done = first // workers * self.layout.micro_batch  # samples that this reader gave before
+        done = first // workers * self.layout.micro_batch  # rows that this reader has already given
         rows = self.decoded(self.stream(reader, self.layout.world * workers, done))
         for micro_step in range(first, self.total, workers):
             yield self.batch(micro_step, list(islice(rows, self.layout.micro_batch)))
@@ -108,9 +108,9 @@ class StreamDataset(IterableDataset):
         )
 
     def share(self, epoch: int, reader: int, readers: int) -> tuple[list[int], np.ndarray]:
-        """The shards that a reader has in an epoch, and how many samples of each class it takes from them.
+        """The shards of a reader in an epoch, and the number of samples that it takes of each class.
 
-        Fewer than R of a class make no group: they are left out in this epoch. Raises ``ValueError`` where nothing is left.
+        Classes with fewer than R samples are skipped in this epoch. Raises ``ValueError`` if nothing remains.
         """
         shards = generator(self.seed, epoch).permutation(len(self.urls))[reader::readers].tolist()
         starts = self.index.starts
@@ -125,23 +125,23 @@ class StreamDataset(IterableDataset):
         return shards, counts
 
     def check_shares(self, readers: int, rows: int) -> None:
-        """Raise now what ``share`` would before each reader has given ``rows`` rows, and warn of what it leaves out."""
-        taken = held = 0
+        """Raise errors that ``share`` would raise within ``rows`` rows per reader; warn of skipped samples."""
+        taken = total = 0
         for reader in range(readers):
-            given = epoch = 0
-            while given < rows:
+            done = epoch = 0
+            while done < rows:
                 shards, counts = self.share(epoch, reader, readers)
-                given += num_groups(counts, self.num_references)
-                taken, held = taken + int(counts.sum()), held + sum(self.index.shards[shard].samples for shard in shards)
+                done += num_groups(counts, self.num_references)
+                taken, total = taken + int(counts.sum()), total + sum(self.index.shards[shard].samples for shard in shards)
                 epoch += 1
-        if taken < held:
+        if taken < total:
             log.warning(
                 "data.train: %.2g%% of the images are left out of an epoch, as one of %d readers has fewer than %d of a class",
-                *(100 * (1 - taken / held), readers, self.num_references),
+                *(100 * (1 - taken / total), readers, self.num_references),
             )
 
     def stream(self, reader: int, readers: int, done: int) -> Iterator[tuple[int, list[StreamedSample]]]:
-        """(epoch, row of R samples) without end, after the first ``done``. Bad samples count: an epoch is as long as indexed."""
+        """Endless (epoch, row of R samples) after the first ``done``; bad samples count as indexed."""
         epoch = 0
         while True:
             shards, counts = self.share(epoch, reader, readers)
@@ -156,11 +156,11 @@ class StreamDataset(IterableDataset):
             epoch += 1
 
     def grouped(self, samples: Iterator[StreamedSample], counts: np.ndarray) -> Iterator[list[StreamedSample]]:
-        """Rows of R samples of one class, in the order in which they become whole; ``counts`` are the samples to take of each.
+        """Rows of R samples of one class, in order of completion; ``counts`` are the samples to take of each class.
 
-        What is left of a class at the end is filled up with samples of its row before.
+        The last row of a class is completed with samples of its previous row.
         """
-        waiting, kept = defaultdict[int, list[StreamedSample]](list), {}
+        waiting, fillers = defaultdict[int, list[StreamedSample]](list), {}
         for sample in samples:
             c = int(self.index.label[sample.sample])
             if not counts[c]:
@@ -168,38 +168,38 @@ class StreamDataset(IterableDataset):
             waiting[c].append(sample)
             if len(waiting[c]) == self.num_references:
                 row = waiting.pop(c)
-                kept[c] = row[: -counts[c] % self.num_references]
+                fillers[c] = row[: -counts[c] % self.num_references]
                 yield row
         for c, row in waiting.items():
-            yield row + kept[c]
+            yield row + fillers[c]
 
     def read_shards(self, shards: Iterator[int]) -> Iterator[StreamedSample]:
-        """Exactly the indexed samples of each shard; those that are not found carry the reason."""
+        """Exactly the indexed samples of each shard; missing ones carry the reason."""
         for shard in shards:
             first, end = (int(start) for start in self.index.starts[shard : shard + 2])
-            name, found, reason = self.index.shards[shard].name, first, ""
+            name, sample, reason = self.index.shards[shard].name, first, ""
             samples = tarfile_samples(iter([{"url": self.urls[shard]}]))
-            while found < end:
+            while sample < end:
                 try:
                     raw: dict[str, Any] = next(samples, {})
                 except (tarfile.TarError, OSError, EOFError, ValueError) as error:
                     raw, reason = {}, f" ({error})"
                 content = payload(raw, name)
-                if raw and content is None:  # members that lie apart from their image
+                if raw and content is None:  # members separated from their image
                     continue
-                if content is None or raw["__key__"] != self.index.key_of(found) or len(content) != self.index.size[found]:
+                if content is None or raw["__key__"] != self.index.key_of(sample) or len(content) != self.index.size[sample]:
                     break
-                yield self.checked(found, content)
-                found += 1
-            if found < end:
-                count = f"only {found - first} of {end - first} samples are as in the index"
+                yield self.checked(sample, content)
+                sample += 1
+            if sample < end:
+                count = f"only {sample - first} of {end - first} samples are as in the index"
                 problem = f"{name}: {count}{reason}: truncated, damaged or replaced"
                 if not self.skip:
                     raise ValueError(problem)
-                yield from (StreamedSample(sample, None, problem) for sample in range(found, end))
+                yield from (StreamedSample(missing, None, problem) for missing in range(sample, end))
 
     def checked(self, sample: int, content: bytes) -> StreamedSample:
-        """A sample with its bytes; a damaged one with the reason why it has none, or ``ValueError``."""
+        """A sample with its bytes; for a damaged one the reason instead, or ``ValueError``."""
         try:
             check_content(self.index, sample, content)
         except ValueError as error:
@@ -209,13 +209,13 @@ class StreamDataset(IterableDataset):
         return StreamedSample(sample, content)
 
     def decoded(self, rows: Iterator[tuple[int, list[StreamedSample]]]) -> Iterator[tuple[list[int], Tensor]]:
-        """(samples, values [R, ...]). With ``on_bad_sample: skip`` the next readable row also takes the place of a bad one."""
+        """(samples, values [R, ...]). With ``on_bad_sample: skip`` the next readable row replaces a bad one."""
         bad, skipped = 0, 0
         for epoch, row in rows:
             try:
                 values = torch.stack([self.values(sample, epoch) for sample in row])
             except ValueError as error:
-                if not self.skip or bad > len(self.index):  # in the latter case nothing can be read
+                if not self.skip or bad > len(self.index):  # in the latter case nothing is readable
                     raise
                 bad, skipped = bad + 1, skipped + 1
                 log.warning("bad sample %s; the next row is used instead (%d skipped by this process)", error, skipped)
@@ -225,7 +225,7 @@ class StreamDataset(IterableDataset):
             bad = 0
 
     def values(self, streamed: StreamedSample, epoch: int) -> Tensor:
-        """The values of a sample; raises ``ValueError`` naming it when there are none."""
+        """The values of a sample; raises ``ValueError`` if it is unreadable."""
         sample, content, problem = streamed
         if content is None:
             raise ValueError(f"{self.index.name_of(sample)}: got {problem}; allowed: a sample that can be read.")

@@ -1,4 +1,4 @@
-"""Are shards still what was indexed? ``verify`` looks, and ``index_again`` makes no index of damaged ones."""
+"""Verification of shards against their index, and re-indexing of intact ones."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import LABEL_MEMBER
 from lit_transdiff.data.sources import ClassNames, text_lines
 
-LISTED_SAMPLES = 10  # samples in a message
+LISTED_SAMPLES = 10  # number of samples in a message
 log = logging.getLogger(__name__)
 
 
 def verify(folder: str | Path, workers: int = 0) -> ShardIndex:
-    """Compare the SHA-256 of every shard with the index; raises ``ValueError`` naming shards and samples that differ."""
+    """Compare the SHA-256 of every shard with the index; raises ``ValueError`` with the shards and samples that differ."""
     index = read_index(folder)
     sums = set(in_processes(named_sum, ((index.folder / shard.name,) for shard in index.shards), workers))
     differing = [number for number, shard in enumerate(index.shards) if (shard.name, shard.sha256) not in sums]
@@ -29,8 +29,8 @@ def verify(folder: str | Path, workers: int = 0) -> ShardIndex:
         names = ", ".join(index.shards[number].name for number in differing)
         samples = [sample for number in differing for sample in damaged_samples(index, number)]
         raise ValueError(
-            f"{folder}: {len(differing)} of {len(index.shards)} shards differ from their SHA-256: {names}.{told(index, samples)} "
-            "Copy them again, or make the shards again."
+            f"{folder}: {len(differing)} of {len(index.shards)} shards differ from their SHA-256: {names}."
+            f"{listed_samples(index, samples)} Copy them again, or make the shards again."
         )
     return index
 
@@ -40,17 +40,17 @@ def named_sum(path: Path) -> tuple[str, str]:
 
 
 def damaged_samples(index: ShardIndex, number: int) -> list[int]:
-    """The samples of a shard that differ from their checksums, as far as the index holds some."""
+    """The samples of a shard that differ from their checksums, if the index has some."""
     if index.checksum is None:
         return []
     mine = slice(index.starts[number], index.starts[number + 1])
     places = zip(index.offset[mine].tolist(), index.size[mine].tolist(), strict=True)
-    found = checksums_in(index.folder / index.shards[number].name, places, index.checksum.shape[1])
-    return (np.flatnonzero((found != index.checksum[mine]).any(axis=1)) + mine.start).tolist()
+    sums = checksums_in(index.folder / index.shards[number].name, places, index.checksum.shape[1])
+    return (np.flatnonzero((sums != index.checksum[mine]).any(axis=1)) + mine.start).tolist()
 
 
-def told(index: ShardIndex, samples: Sequence[int]) -> str:
-    """Damaged samples in a message."""
+def listed_samples(index: ShardIndex, samples: Sequence[int]) -> str:
+    """Damaged samples as part of a message."""
     if index.checksum is None:
         return ""
     listed = ", ".join(f"{index.name_of(sample)} (byte {index.offset[sample]})" for sample in samples[:LISTED_SAMPLES])
