@@ -80,7 +80,7 @@ def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[S
         Checkpoints(run, start, layout_of(run)),
     ]
     if run.training.profile_steps:
-        found.append(ProfileSteps(run.training.profile_steps, folder / "profile"))
+        callbacks.append(ProfileSteps(run.training.profile_steps, folder / "profile"))
     if tracker is not None:
         callbacks.append(Track(tracker, run, parts.data))
     if autoencoder is not None and isinstance(stage, TransDiffStage):
