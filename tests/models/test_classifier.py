@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             load_classifier(tmp_path / "odd.safetensors")
 
 
-@pytest.mark.parametrize(("network", "least"), [(SmallClassifier, 0.90), (Judge, 0.84)])
+@pytest.mark.parametrize(("network", "least"), [(SmallClassifier, 0.90), (Judge, 0.86)])
 def test_the_shipped_weights_know_the_bundled_images_and_their_reconstructions(network: type[Classifier], least: float) -> None:
     classifier = load_classifier(FASHION / f"{network.kind}.safetensors", network)
     autoencoder = load_autoencoder("kl", FASHION / "autoencoder", image_channels=1)
