@@ -61,7 +61,7 @@ class DrawnBatch:
 def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig) -> Job:
     """Load the extractor and the reference, and refuse settings under which scoring would fail later."""
     shape = generator.model.condition_shape
-    require(shape is None, "a model of conditions of shape", shape, "a model of class labels, of which scores are drawn")
+    require(shape is None, "a model with conditions of shape", shape, "class labels, which scores need")
     check_sampling(sampling, generator.run.model)
     generator = generator.at(sampling.precision)
     at_once = min(settings.batch_size, settings.num_images)

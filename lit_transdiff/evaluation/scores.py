@@ -16,7 +16,7 @@ DECIDING = [
     *("metrics", "num_neighbours", "inception_score_part", "extractor", "extractor_fingerprint", "reference_hash"),
 ]
 
-NO_SPREAD = 1e-9  # of a value: a spread below it is none
+NO_SPREAD = 1e-9  # relative to the value; a smaller spread counts as none
 Score = float | dict[str, float]  # a number, or mean and std
 
 

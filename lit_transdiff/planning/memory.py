@@ -53,7 +53,7 @@ class ModelCost:
 
     parameters: int
     trained: int
-    moments: int  # numbers that the optimizer keeps for these, averages aside
+    moments: int  # size of the optimizer's state without averages
     parts: dict[str, int]  # per network
     # The largest block, or all parameters outside of blocks: the most that ZeRO-3 and FSDP gather at once.
     largest_unit: int
@@ -90,7 +90,7 @@ def model_cost(run: RunConfig) -> ModelCost:
 
 
 def count_moments(run: RunConfig) -> int:
-    """Count what the optimizer keeps after a step on fake tensors: AdamW two numbers a parameter, Muon one for matrices."""
+    """Count the optimizer's state on fake tensors: for AdamW two numbers per parameter, for Muon one."""
     with FakeTensorMode():
         optimizer = build_optimizer(fake_stage(run).model, run.optimizer)
         for group in optimizer.param_groups:

@@ -36,8 +36,9 @@ def check_sampling(sampling: SamplingConfig, model: ModelSettings) -> None:
         raise unknown("sampling.part_guidance", sampling.part_guidance, PART_GUIDANCE)
     allowed = f"null with model.paradigm {model.paradigm}, whose parts are given"
     require(sampling.num_parts is None or kind.parts_are_free, "sampling.num_parts", sampling.num_parts, allowed)
+    allowed = f"null with model.paradigm {model.paradigm}, which has no references"
     for name in ("reference_guidance", "reference_steps"):
-        value, allowed = getattr(sampling, name), f"null with model.paradigm {model.paradigm}, which draws single images"
+        value = getattr(sampling, name)
         require(value is None or model.has_references(), f"sampling.{name}", value, allowed)
 
 
@@ -174,7 +175,7 @@ class Generator:
     def latents(self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: Any = None) -> Tensor:
         """``generate`` in this generator's precision. Raises ``ValueError`` for ``sampling`` in another."""
         asked = sampling.precision
-        allowed = f"{self.precision!r}, in which this generator draws; generator.at({asked!r}) is the one for it"
+        allowed = f"{self.precision!r}, the precision of this generator; use generator.at({asked!r})"
         require(asked == self.precision, "sampling.precision", asked, allowed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=asked == "bf16", cache_enabled=False):
             return generate(self.network, labels, sampling, seeds, contexts, self.kept)

@@ -11,7 +11,7 @@ from lit_transdiff.study.scored import FULL, Entry, title_of
 
 NORMAL = 1.96  # standard errors on each side of a 95 % interval
 MOST_COMPARED = 5  # the most entries to compare with the first
-HOW = "These are 95 % intervals over the images that were drawn; they do not cover other seeds of training."
+HOW = "These are 95 % intervals over the sampled images; they do not cover other training seeds."
 
 
 def gaps_in_words(entries: Sequence[Entry], keys: Sequence[str]) -> list[str]:

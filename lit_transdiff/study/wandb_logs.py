@@ -117,7 +117,7 @@ def read_server(project: str, filters: Mapping[str, Any]) -> list[Run]:
 
     plain = {AT_SERVER[key]: value for key, value in filters.items() if key in AT_SERVER and isinstance(value, str)}
     try:
-        api = wandb.Api(timeout=math.ceil(answer_timeout()))  # not below: it may ask for the key
+        api = wandb.Api(timeout=math.ceil(answer_timeout()))  # here, as it may ask for a key
         return [read_server_run(found) for found in answers(lambda: api.runs(project, filters=plain), f"runs of {project}")]
     except (wandb.errors.Error, ValueError, OSError) as error:
         reason = " ".join(str(error).split())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import wandb
 
 FINISH_TIMEOUT = 300.0  # seconds for the end of a run with the upload of a model; see WANDB_FINISH_TIMEOUT
-ANSWER_TIMEOUT = 60.0  # seconds for a question about runs; see WANDB_HTTP_TIMEOUT
+ANSWER_TIMEOUT = 60.0  # seconds for a request about runs; see WANDB_HTTP_TIMEOUT
 MARGIN = 20.0  # further seconds, in which the client writes its log to disk (it does so every 15 s)
 Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def writing_below(place: Path) -> Iterator[None]:
 
 
 def wait_of(variable: str, otherwise: float) -> float:
-    """Seconds that one of W&B's variables says."""
+    """The number of seconds in one of W&B's environment variables."""
     said = os.environ.get(variable) or str(otherwise)
     try:
         seconds = float(said)
@@ -89,15 +89,15 @@ def finished_within(seconds: float, opened: wandb.Run, exit_code: int) -> bool:
 
 
 def answer_timeout() -> float:
-    """Seconds that a question about runs may wait for the server."""
+    """The most seconds that a request about runs waits for the server."""
     return wait_of("WANDB_HTTP_TIMEOUT", ANSWER_TIMEOUT)
 
 
 def answers(question: Callable[[], Iterable[Answer]], what: str) -> Iterator[Answer]:
-    """What the server answers to a question of the public API, in parts; ``what`` it is about is for the message.
+    """The parts of the server's answer to a request of the public API; ``what`` describes it in messages.
 
-    Raises ``ConnectionError`` when the client gives an error, or the server is silent for ``answer_timeout`` seconds: for rows
-    and files the client alone would wait without end.
+    Raises ``ConnectionError`` if the client raises an error, or the server is silent for ``answer_timeout``
+    seconds. For rows and files, the client itself would wait indefinitely.
     """
     seconds = answer_timeout()
     parts: SimpleQueue[tuple[list[Answer], Exception | None]] = SimpleQueue()
@@ -107,7 +107,7 @@ def answers(question: Callable[[], Iterable[Answer]], what: str) -> Iterator[Ans
             for part in question():
                 parts.put(([part], None))
             parts.put(([], None))
-        except Exception as error:  # of any kind: the client has an error of its own for each of its parts
+        except Exception as error:  # the parts of the client raise errors of different types
             parts.put(([], error))
 
     threading.Thread(target=ask, name="wandb question", daemon=True).start()
@@ -117,7 +117,7 @@ def answers(question: Callable[[], Iterable[Answer]], what: str) -> Iterator[Ans
         except Empty:
             error = TimeoutError(f"no answer in {seconds:g} s")
         if error is not None:
-            end_service()  # which would go on asking, and wait for the server when this process ends
+            end_service()  # otherwise it repeats the request and delays the end of this process
             said = " ".join(str(error).split())
             way_on = "Try again later (WANDB_HTTP_TIMEOUT waits longer), or name a folder of runs."
             raise ConnectionError(f"W&B does not give {what} ({said}). {way_on}") from error

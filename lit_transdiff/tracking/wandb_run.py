@@ -135,8 +135,8 @@ def known_id(folder: Path, file: Path) -> str:
         origin = {"run": known, "folder": str(Path(record.get("folder", "")).parent) if record else None}
         known = secrets.token_hex(4)
         log.warning(
-            "%s is a copy of %s, which is the W&B run %s: this one goes on as run %s. If nothing else writes to the first (the "
-            "folder was moved here from another disk), write its id into %s and remove %s beside it.",
+            "%s is a copy of %s, which is the W&B run %s: this one continues as run %s. If no other folder writes "
+            "to the first (after a move from another disk), write its id into %s and remove %s beside it.",
             *(folder, origin["folder"] or "another folder", origin["run"], known, file, RECORD),
         )
         replace_file(file, known.encode())
