@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 from einops import rearrange
-from lightning.pytorch.callbacks import DeviceStatsMonitor
+from lightning.pytorch.callbacks import DeviceStatsMonitor, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_transdiff.base.files import unless_full
 from lit_transdiff.base.hardware import GB, peak_flops, peak_memory
@@ -101,7 +101,6 @@ class LogTraining(StepCallback):
         self.run = run
         self.dtype = dtype
         self.images_per_step = run.images_per_step
-        self.last: dict[str, float] = {}
         self.earlier: dict[str, Any] | None = None  # the window in the checkpoint that training resumes from
 
     def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -146,8 +145,7 @@ class LogTraining(StepCallback):
 
     def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         if self.rhythm.due("numbers"):
-            self.last = self.metrics(trainer)
-            log_now(trainer, self.last)
+            log_now(trainer, self.metrics(trainer))
             self.reset(stage)
         self.batch_end = time.perf_counter()
 
@@ -201,31 +199,35 @@ class SaveOrigin(pl.Callback):
         checkpoint["info"] = self.info
 
 
-class Progress(StepCallback):
-    """A progress bar over optimizer steps with the time left and the last logged loss."""
+class Progress(TQDMProgressBar):
+    """Lightning's progress bar over the optimizer steps of a run, with the last logged loss; in a log every ten seconds."""
 
-    def __init__(self, name: str, numbers: LogTraining) -> None:
+    def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
-        self.numbers = numbers
-        self.bar = tqdm(disable=True)  # replaced when the number of steps is known
+        self.train_progress_bar = Tqdm(disable=True)  # replaced when training starts
 
-    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}
-        done, hidden = trainer.global_step, not trainer.is_global_zero
-        self.bar = tqdm(
-            desc=self.name, total=trainer.max_steps, initial=done, unit="step", disable=hidden, dynamic_ncols=True, **quiet
-        )
+    def init_train_tqdm(self) -> Tqdm:
+        rare = {} if sys.stderr.isatty() else {"mininterval": 10.0}
+        total, done = self.trainer.max_steps, self.trainer.global_step
+        return Tqdm(desc=self.name, total=total, initial=done, unit="step", disable=self.is_disabled, dynamic_ncols=True, **rare)
 
-    def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        if self.numbers.last:
-            self.bar.set_postfix_str(f"loss {self.numbers.last['train/loss']:.4f}", refresh=False)
-        self.bar.update(trainer.global_step - self.bar.n)
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
 
-    def on_train_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
-        self.bar.close()
+    def get_metrics(self, trainer: pl.Trainer, stage: pl.LightningModule) -> dict[str, Any]:
+        loss = trainer.callback_metrics.get("train/loss")
+        return {} if loss is None else {"loss": f"{loss:.4f}"}
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The run is one epoch, whose length the bar knows."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, *_: Any) -> None:
+        self.train_progress_bar.set_postfix(self.get_metrics(trainer, stage), refresh=False)
+        self.train_progress_bar.update(trainer.global_step - self.train_progress_bar.n)
 
     def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
-        self.bar.close()
+        self.train_progress_bar.close()
 
 
 class SampleLog(Protocol):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -65,18 +65,17 @@ def build_callbacks(
     run = parts.run
     rhythm = Rhythm(run, step_callbacks(parts, start, tracker), request)
     named = [CALLBACKS[name](run) for name in run.training.callbacks]
-    return [*rhythm.callbacks, SaveOrigin(run, export_info(parts)), *own, *named]
+    bar = [] if any(isinstance(callback, ProgressBar) for callback in own) else [Progress(run.name)]
+    return [*rhythm.callbacks, *bar, SaveOrigin(run, export_info(parts)), *own, *named]
 
 
 def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[StepCallback]:
     """The callbacks of a run's steps, in order: online scores come before the step's numbers, samples after."""
-    run, stage, autoencoder = parts.run, parts.stage, parts.autoencoder
-    numbers, folder = LogTraining(run, compute_dtype(run)), run.folder
+    run, stage, autoencoder, folder = parts.run, parts.stage, parts.autoencoder, parts.run.folder
     guarded = isinstance(stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
     callbacks: list[StepCallback] = [
         GuardSteps(run.safety, folder) if guarded else StopOnNonFinite(folder / "checkpoints"),
-        numbers,
-        Progress(run.name, numbers),
+        LogTraining(run, compute_dtype(run)),
         Checkpoints(run, start, layout_of(run)),
     ]
     if run.training.profile_steps:
@@ -115,7 +114,6 @@ def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]
         use_distributed_sampler=False,
         enable_checkpointing=also_saves,  # Checkpoints writes those of the run
         enable_model_summary=False,
-        enable_progress_bar=False,
         default_root_dir=run.folder,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -133,6 +134,15 @@ def test_own_data_callback_and_logger(tmp_path: Path) -> None:
     assert again.steps == STEPS
     one, other = (load_file(folder / "export/model.safetensors") for folder in (whole.folder, part.folder))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_bar_is_one_line_of_the_log_or_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(own_run(tmp_path / "ours"), silent, data=Stripes())
+    shown = [text for text in re.split(r"[\r\n]+", capsys.readouterr().err) if "step/s" in text or "s/step" in text]
+    assert len(shown) <= 6 and re.search(rf"100%.* {STEPS}/{STEPS} .*loss=\d\.\d{{4}}", shown[-1])  # begin, validations, end
+    train(own_run(tmp_path / "own"), silent, callbacks=[TQDMProgressBar()], data=Stripes())
+    both = capsys.readouterr()
+    assert "Epoch 0: 100%" in both.out and "/step" not in both.err and "step/s" not in both.err
 
 
 def test_short_epochs_of_own_data(tmp_path: Path) -> None:
