@@ -1,4 +1,4 @@
-"""ACDiT: squares of an image one after the other, each by diffusion, given the clean ones before it (arXiv 2412.07720).
+"""ACDiT: autoregression over squares of an image, each sampled by diffusion given the clean earlier ones (arXiv 2412.07720).
 
 The names of the weights are those of the released files. Shapes: B images, C rows of clean tokens, R of noised ones, N tokens of
 a row, K parts of a row, n tokens of a part, c numbers of a token, D width, h heads, d numbers of a head.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class SkipCausalAttention(nn.Module):
-    """A clean token sees the clean parts up to its own; a noised one the clean parts before its own, and its own noised part."""
+    """Clean tokens attend to clean parts up to their own; noised ones to earlier clean parts and their own."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class SkipCausalAttention(nn.Module):
     def forward(self, x: Tensor, clean: int, parts: int, angles: Tensor, past: KeysValues | None) -> Tensor:
         """``x`` [(C + R), N, D], the first ``clean`` = C rows clean, all of as many ``parts`` -> the same.
 
-        ``past`` holds keys and values of the clean parts before those of ``x``, and afterwards those of its clean rows as well.
+        ``past`` contains keys and values of the clean parts before ``x``; those of its clean rows are appended.
         """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         q, k = (turned(z, angles).to(v.dtype) for z in (self.q_norm(q), self.k_norm(k)))
@@ -63,7 +63,7 @@ class SkipCausalAttention(nn.Module):
 
 
 def with_own(kept: Tensor | None, own: Tensor, number: int) -> Tensor:
-    """The first ``number`` of the clean ones [C, h, S, d], and those of a noised part [R, h, n, d] whose rows are images of C."""
+    """Concatenate the first ``number`` clean keys or values [C, h, S, d] and those of a noised part [R, h, n, d]."""
     if kept is None or not number:
         return own
     return torch.cat([kept[:, :, :number].repeat(len(own) // len(kept), 1, 1, 1), own], dim=2)
@@ -76,7 +76,7 @@ def turned(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def angles_of(grid: int, numbers: int, device: torch.device) -> Tensor:
-    """Of a square grid of tokens, [grid, grid, d]: those of the row, twice, then those of the column, twice."""
+    """The angles of a square grid of tokens, [grid, grid, d]: of the row, twice, then of the column, twice."""
     base = (int(8 * grid / math.pi) // 100 + 1) * 100
     line = torch.arange(grid, device=device)[:, None] * base ** -torch.linspace(0, 1, numbers // 4, device=device)
     rows, columns = line[:, None].expand(-1, grid, -1), line.expand(grid, -1, -1)
@@ -84,7 +84,7 @@ def angles_of(grid: int, numbers: int, device: torch.device) -> Tensor:
 
 
 class ACDiTBlock(nn.Module):
-    """Self-attention and MLP; noised tokens are modulated and gated, clean ones pass the same weights as they are."""
+    """Self-attention and MLP; noised tokens are modulated and gated, clean ones are not, with the same weights."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -112,18 +112,18 @@ class ACDiTBlock(nn.Module):
 
 @dataclass(eq=False)
 class Known:
-    """What noised tokens are drawn of."""
+    """The memory of noised tokens."""
 
-    labels: Tensor  # [B], of which the rows are a multiple; ``num_classes`` is no class
+    labels: Tensor  # [B], ``num_classes`` is the null class
     clean: Tensor  # [B, N, c]: the image, of which a noised part sees the parts before; of no rows where ``past`` has them
-    first: int = 0  # place of the first noised token in the image
-    past: Sequence[KeysValues | None] = ()  # of the clean parts before, for each block
+    first: int = 0  # position of the first noised token in the image
+    past: Sequence[KeysValues | None] = ()  # of the earlier clean parts, for each block
 
 
 class ACDiT(Paradigm):
-    """In training all parts are noised, each with a time of its own, and pass the network together with the clean image.
+    """In training all parts are noised, each with its own time, and pass the network together with the clean image.
 
-    Clean tokens see neither class nor time: in sampling keys and values of what is drawn serve both halves of the guidance.
+    Clean tokens see neither class nor time, so that in sampling their keys and values serve both passes of the guidance.
     """
 
     process = "linear_diffusion"
@@ -141,7 +141,9 @@ class ACDiT(Paradigm):
         self.part_sizes, self.token = (config.tokens_of_part,) * config.parts_per_side**2, (features,)
         self.x_embedder = nn.Linear(features, width, bias=False)
         self.t_embedder = TimeMLP(width)
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, width)})  # the last: no class
+        self.y_embedder = nn.ModuleDict(
+            {"embedding_table": nn.Embedding(config.num_classes + 1, width)}
+        )  # the last: the null class
         self.blocks = nn.ModuleList(ACDiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks))
         self.final_layer = AdaptiveOutput(width, features, RMSNorm(width))
         self.apply(initialise).apply(initialise_adaptive)
@@ -168,7 +170,7 @@ class ACDiT(Paradigm):
         return h
 
     def split(self, x: Tensor, patch_size: int) -> Tensor:
-        """[..., c, H, W] -> [..., N, c p p], square by square, row by row, and so within a square."""
+        """[..., c, H, W] -> [..., N, c p p], ordered by squares, row by row, and likewise within a square."""
         side, p = self.config.parts_per_side, patch_size
         return rearrange(x, "... c (i h p) (j w q) -> ... (i j h w) (c p q)", i=side, j=side, p=p, q=p)
 
@@ -199,7 +201,7 @@ class ACDiT(Paradigm):
         return rearrange(torch.cat(drawn, dim=1), pixels, i=side, j=side, h=config.grid // side, p=p, q=p)
 
     def problem(self, labels: Tensor, both: Tensor, first: int, past: list[KeysValues], progress: float) -> Problem:
-        """That of the part whose first token is ``first``."""
+        """The problem of the part whose first token is ``first``."""
         shape = (self.part_sizes[0], *self.token)
         none = torch.zeros(0, *shape, device=labels.device)
         alone, guided = (Known(rows, none, first, past) for rows in (labels, both))

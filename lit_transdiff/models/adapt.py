@@ -1,8 +1,8 @@
-"""Start one model from another of a different shape, with a report of every tensor.
+"""Initialising a model from another one of a different shape, with a report of every tensor.
 
-One-step -> MRAR, other classes, and another latent, patch or number of tokens change a few tensors only; everything else is
-copied. Nothing is loaded loosely: each tensor of the new model is copied, adapted by a named rule, or newly made, and the result
-loads strictly.
+Converting one-step to MRAR, or changing classes, latent size, patch size or numbers of tokens, affects few tensors; all
+others are copied. Each tensor of the new model is copied, adapted by a named rule, or newly initialised, and the result is
+loaded strictly.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 
 
 Rule = Callable[[Tensor, Tensor, "ModelSettings"], "Tensor | None"]
-Rules = Mapping[str, tuple[Rule, str]]  # tensor name -> rule, description; it returns nothing when the shapes do not allow it
+Rules = Mapping[str, tuple[Rule, str]]  # tensor name -> rule, description; a rule returns None for unsuitable shapes
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What a family does where a model starts from one of another shape, by the names of its tensors."""
+    """The rules of a family for initialising a model from one of another shape, by tensor name."""
 
-    classes: str = ""  # the table of class embeddings, a row a class
+    classes: str = ""  # the table of class embeddings, one row per class
     rules: Rules = field(default_factory=dict)  # always
-    sized: Rules = field(default_factory=dict)  # of another size of the latent: where positions are interpolated, else made anew
-    shaped: Sequence[str] = ()  # depend on patch, channels and numbers of tokens: made anew where init_shapes says so
-    optional: tuple[str, ...] = ()  # beginnings of names that one of the two may have and the other not
+    sized: Rules = field(default_factory=dict)  # for another latent size with interpolated positions, otherwise made anew
+    shaped: Sequence[str] = ()  # depend on patch, channels and numbers of tokens; made anew with init_shapes=new
+    optional: tuple[str, ...] = ()  # prefixes of names that only one of the two models may have
 
 
 @dataclass
 class AdaptReport:
-    """What happened to each tensor: names by kind."""
+    """The treatment of each tensor: names by kind."""
 
     mapped: list[str] = field(default_factory=list)
     adapted: dict[str, str] = field(default_factory=dict)
@@ -54,12 +54,12 @@ class AdaptReport:
 
 
 def broadcast_mask_tokens(old: Tensor, new: Tensor, config: ModelSettings) -> Tensor | None:
-    """One-step AR has one mask token for all positions; MRAR has one for each position of a group."""
+    """One-step AR has one mask token for all positions; MRAR has one per position of a group."""
     return old.expand_as(new).clone() if old.shape[1] == 1 and old.shape[2] == new.shape[2] else None
 
 
 def resize_positions(old: Tensor, new: Tensor, config: ModelSettings) -> Tensor | None:
-    """The table [1, n n, D] of a square grid, bicubically for another grid."""
+    """Interpolate the table [1, n n, D] of a square grid bicubically to another grid."""
     before, after = math.isqrt(old.shape[1]), math.isqrt(new.shape[1])
     if (before**2, after**2, old.shape[2]) != (old.shape[1], new.shape[1], new.shape[2]):
         return None
@@ -69,7 +69,7 @@ def resize_positions(old: Tensor, new: Tensor, config: ModelSettings) -> Tensor 
 
 
 def spread_patch(old: Tensor, new: Tensor, config: ModelSettings) -> Tensor | None:
-    """The projection of p x p patches [D, c p p] for patches of k p x k p: of their k x k means."""
+    """Convert the projection [D, c p p] of p x p patches to k p x k p patches, applied to k x k means."""
     before, after = (math.isqrt(weight.shape[1] // config.latent_channels) for weight in (old, new))
     if after % before or old.shape[0] != new.shape[0] or old.shape[1] != config.latent_channels * before**2:
         return None
@@ -84,12 +84,12 @@ def match(
     shapes: str = "same",
     classes: Sequence[int | None] | None = None,
 ) -> tuple[dict[str, Tensor], AdaptReport]:
-    """What ``model`` takes of ``state``, with a report; it may be on the meta device.
+    """The tensors for ``model`` from ``state``, with a report; the model may be on the meta device.
 
-    With ``positions`` "interpolate" tables of another latent size are resized, not made anew. With ``shapes`` "new" the tensors
-    that depend on them are made anew where they do not fit (see ``Adaptation``). ``classes`` gives for each class of the model
-    that of ``state`` whose embedding it takes, or none; without it they are the same. Raises ``ValueError`` with every tensor
-    that fits neither as it is nor by a rule.
+    With ``positions`` "interpolate", tables of another latent size are resized instead of made anew. With ``shapes`` "new",
+    tensors that do not fit are made anew if they depend on these settings (see ``Adaptation``). ``classes`` gives for each
+    class of the model the class of ``state`` with its embedding, or None; by default they are identical. Raises
+    ``ValueError`` with every tensor that fits neither unchanged nor by a rule.
     """
     report, result, misfits = AdaptReport(), {}, []
     own, kind = model.state_dict(), model.adaptation
@@ -125,27 +125,27 @@ def match(
 
 
 def with_null(classes: Sequence[int | None], old: Tensor, new: Tensor) -> list[int | None]:
-    """The rows of a table ``old`` for those of ``new``; behind the classes there may be one of the null class, which is kept."""
+    """The rows of a table ``old`` for those of ``new``; a last row of the null class is kept."""
     return [*classes, *range(len(old) - len(new) + len(classes), len(old))]
 
 
 def chosen_rows(name: str, old: Tensor, new: Tensor, classes: Sequence[int | None], report: AdaptReport) -> Tensor:
-    """The embeddings [classes, D] of ``new``, with those of ``old`` for the classes that have one there."""
+    """The embeddings [classes, D] of ``new``, replaced by those of ``old`` for corresponding classes."""
     if old.shape[1:] != new.shape[1:]:
         raise ValueError(f"the checkpoint is of another shape: {name}: {list(new.shape)} here, {list(old.shape)} in it.")
-    kept = {c: row for c, row in enumerate(classes) if row is not None}
+    sources = {c: row for c, row in enumerate(classes) if row is not None}
     change = f"{list(old.shape)} -> {list(new.shape)}"
-    if kept:
-        report.adapted[name] = f"{len(kept)} classes keep their embeddings, {len(new) - len(kept)} have new ones, {change}"
+    if sources:
+        report.adapted[name] = f"{len(sources)} classes keep their embeddings, {len(new) - len(sources)} have new ones, {change}"
     else:
         report.new.append(f"{name}, of all classes, {change}")
     result = new.clone()
-    if kept and not new.is_meta:  # on it are only shapes
-        result[list(kept)] = old[list(kept.values())].to(new)
+    if sources and not new.is_meta:  # meta tensors have only shapes
+        result[list(sources)] = old[list(sources.values())].to(new)
     return result
 
 
 def way_on(misfits: Sequence[str], shaped_names: Sequence[str]) -> str:
-    """The setting that takes such a checkpoint, where there is one."""
+    """A hint at the setting that allows such a checkpoint, if any."""
     shaped = all(misfit.split(": ")[0] in shaped_names and "missing" not in misfit for misfit in misfits)
     return " With init_shapes=new these are made anew, and all else is kept." if shaped else ""

@@ -1,4 +1,4 @@
-"""Layers that a condition steers by modulation (adaLN-Zero, arXiv 2212.09748), as SiT, DiT and MAR's head have them.
+"""Layers modulated by a condition (adaLN-Zero, arXiv 2212.09748), used by SiT, DiT and MAR's head.
 
 The names of their weights are those of the released files. Shapes: B rows, N tokens, D width.
 """
@@ -12,7 +12,7 @@ from lit_transdiff.models.layers import TIME_FEATURES, layer_norm, modulate
 
 
 class TimeMLP(nn.Module):
-    """Sinusoidal features of a number, as it is, and a two-layer network of them."""
+    """A two-layer network on sinusoidal features of an unscaled number."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class TimeMLP(nn.Module):
 
 
 class Modulation(nn.Sequential):
-    """Shifts, scales and gates of a condition, which start at zero: ``parts`` of them."""
+    """``parts`` shifts, scales and gates from a condition, initialised to zero."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
@@ -36,7 +36,7 @@ class Modulation(nn.Sequential):
 
 
 class AdaptiveOutput(nn.Module):
-    """Normalisation (without weights, unless a ``norm`` is given), modulated, and the projection, which starts at zero."""
+    """Modulated normalisation (by default without weights) and a projection initialised to zero."""
 
     def __init__(self, width: int, out_features: int, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class AdaptiveOutput(nn.Module):
 
 
 def initialise_adaptive(module: nn.Module) -> None:
-    """Over ``initialise``: N(0, 0.02) weights of the time's network; modulations and the last projection are zero."""
+    """After ``initialise``: N(0, 0.02) weights of the time network; zero modulations and last projection."""
     if isinstance(module, TimeMLP):
         for i in (0, 2):
             nn.init.normal_(module.mlp[i].weight, std=0.02)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from lit_transdiff.config.targets import follow_umask
 from lit_transdiff.models.execution import compile_blocks
 from lit_transdiff.models.ldm import check_ldm, from_diffusers, read_architecture, to_diffusers
 
-LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior, as in latent diffusion
+LOGVAR_RANGE = (-30.0, 20.0)  # clamp of the posterior's log variance, as in latent diffusion
 CONFIG_FILE = "config.json"
 LDM_NORM_GROUPS = 32  # of every normalisation in the autoencoders of latent diffusion
 
@@ -43,7 +43,7 @@ def kl_divergence(moments: Tensor) -> Tensor:
 
 
 def check_latents(latents: Tensor) -> None:
-    """Raise ``ValueError`` when latents are not near mean 0 and std 1: they were normalised with a wrong scale."""
+    """Raise ``ValueError`` unless latents have a mean near 0 and a std near 1, i.e. the right scale."""
     std, mean = torch.std_mean(latents.float())
     require(0.3 <= std.item() <= 3, "latents (wrong scale): std", round(std.item(), 4), "0.3 to 3 after normalisation")
     require(abs(mean.item()) <= 1, "latents (wrong scale): mean", round(mean.item(), 4), "-1 to 1 after normalisation")
@@ -58,18 +58,19 @@ def load_autoencoder(kind: str, path: Optional[str | Path], image_channels: int)
 
 
 def autoencoder_kind(kind: str, path: Optional[str | Path]) -> AutoencoderKind:
-    """The row of AUTOENCODERS, checked against the path that is given with it."""
+    """The entry of AUTOENCODERS, checked against the given path."""
     if kind not in AUTOENCODERS:
         raise unknown("autoencoder.kind", kind, AUTOENCODERS)
-    found, allowed = AUTOENCODERS[kind], "a folder" if AUTOENCODERS[kind].has_folder else "nothing"
-    require(found.has_folder == (path is not None), "autoencoder.path", path, f"{allowed} when autoencoder.kind is {kind!r}")
-    return found
+    entry = AUTOENCODERS[kind]
+    allowed = f"{'a folder' if entry.has_folder else 'nothing'} when autoencoder.kind is {kind!r}"
+    require(entry.has_folder == (path is not None), "autoencoder.path", path, allowed)
+    return entry
 
 
 class Autoencoder(nn.Module, ABC):
-    """What the rest of the platform knows of an autoencoder; a kind of it writes ``encode`` and ``reconstruct``.
+    """The interface of an autoencoder; subclasses define ``encode`` and ``reconstruct``.
 
-    ``latents_mean`` and ``latents_std`` [c, 1, 1] take the posterior's samples to normalised latents and back.
+    ``latents_mean`` and ``latents_std`` [c, 1, 1] convert the posterior's samples to normalised latents and back.
     """
 
     latents_mean: Tensor
@@ -88,10 +89,10 @@ class Autoencoder(nn.Module, ABC):
         """Images [..., C, H, W] in [-1, 1] -> moments [..., 2c, h, w] (the identity: [..., C, H, W])."""
 
     def sample(self, moments: Tensor, noise: Optional[Tensor] = None) -> Tensor:
-        """Moments -> normalised latents [..., c, h, w]: the mean, or a draw with the standard normal ``noise`` of that shape."""
+        """Moments -> normalised latents [..., c, h, w]: the mean, or a sample with standard normal ``noise`` of that shape."""
         mean, logvar = posterior(moments.float())
-        drawn = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
-        return (drawn - self.latents_mean) / self.latents_std
+        latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return (latents - self.latents_mean) / self.latents_std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [..., c, h, w] -> images [..., C, H, W], clamped to [-1, 1]."""
@@ -102,10 +103,10 @@ class Autoencoder(nn.Module, ABC):
         """``decode`` without the clamp, for the loss that trains an autoencoder."""
 
     def compile_parts(self) -> None:
-        """Run the networks, where there are any, through ``torch.compile``."""
+        """Run the networks, if any, through ``torch.compile``."""
 
     def freeze(self) -> Autoencoder:
-        """Evaluation mode and no gradients, from now on: ``train()`` of a module that holds it changes nothing."""
+        """Set eval mode without gradients; a later ``train()`` of a parent module has no effect."""
         self.frozen = True
         return self.requires_grad_(False).eval()
 
@@ -114,7 +115,7 @@ class Autoencoder(nn.Module, ABC):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the names and bytes of the weights and of the normalisation."""
+        """The SHA-256 of the names and bytes of the weights and the normalisation."""
         digest = hashlib.sha256(type(self).__name__.encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())
@@ -139,7 +140,7 @@ class IdentityAutoencoder(Autoencoder):
 
 
 class KLAutoencoder(Autoencoder):
-    """diffusers' AutoencoderKL (imported where it is made: that takes seconds) and the normalisation of its latents."""
+    """diffusers' AutoencoderKL (imported lazily, because that takes seconds) with normalised latents."""
 
     def __init__(self, model: Any, latents_mean: Tensor, latents_std: Tensor) -> None:
         super().__init__(latents_mean, latents_std, downsampling=2 ** (len(model.config.block_out_channels) - 1))
@@ -147,7 +148,7 @@ class KLAutoencoder(Autoencoder):
 
     @classmethod
     def new(cls, training: AutoencoderTraining, image_channels: int, image_size: int) -> KLAutoencoder:
-        """An untrained autoencoder (torch's global generator draws its weights); the latents are not normalised yet."""
+        """A new autoencoder with weights from torch's global generator; its latents are not yet normalised."""
         from diffusers import AutoencoderKL
 
         levels = len(training.block_channels)
@@ -172,8 +173,8 @@ class KLAutoencoder(Autoencoder):
     def load(cls, path: str | Path, image_channels: int) -> KLAutoencoder:
         """Read a folder in diffusers' layout (config.json + safetensors, any float type) as float32.
 
-        Raises ``FileNotFoundError`` without the folder, ``ValueError`` naming file and field when weights are missing or
-        unexpected, the image channels differ, or the normalisation is malformed.
+        Raises ``FileNotFoundError`` for a missing folder, and ``ValueError`` with file and field for missing or unexpected
+        weights, other image channels, or a malformed normalisation.
         """
         from diffusers import AutoencoderKL
 
@@ -198,7 +199,7 @@ class KLAutoencoder(Autoencoder):
 
     @classmethod
     def from_ldm(cls, state: Mapping[str, Tensor], scaling_factor: float) -> tuple[KLAutoencoder, list[str]]:
-        """An autoencoder from a state dict of latent diffusion, and the keys that only its training needed.
+        """An autoencoder from a state dict of latent diffusion, and the keys used only in its training.
 
         Normalised latents are the posterior's samples times ``scaling_factor``. Raises ``ValueError`` listing every key that is
         missing, unexpected or of another shape.
@@ -217,7 +218,7 @@ class KLAutoencoder(Autoencoder):
         return cls(model, torch.zeros(channels), torch.full((channels,), 1 / scaling_factor)), sorted(mapped.left_over)
 
     def to_ldm(self) -> dict[str, Tensor]:
-        """The weights in the layout of latent diffusion (which holds no normalisation)."""
+        """The weights in the layout of latent diffusion (which has no normalisation)."""
         return from_diffusers(self.model.state_dict())
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -233,12 +234,12 @@ class KLAutoencoder(Autoencoder):
             follow_umask(file)
 
     def set_normalisation(self, mean: Tensor, std: Tensor) -> None:
-        """Take the per-channel mean and std [c] of the posterior's samples as the normalisation."""
+        """Set the normalisation to the per-channel mean and std [c] of the posterior's samples."""
         self.latents_mean.copy_(mean.reshape(-1, 1, 1))
         self.latents_std.copy_(std.reshape(-1, 1, 1))
 
     def freeze(self) -> Autoencoder:
-        self.model.to(memory_format=torch.channels_last)  # convolutions are faster so
+        self.model.to(memory_format=torch.channels_last)  # faster for convolutions
         return super().freeze()
 
     def compile_parts(self) -> None:
@@ -256,7 +257,7 @@ class KLAutoencoder(Autoencoder):
 def read_normalisation(config: dict[str, Any], source: str) -> tuple[Tensor, Tensor]:
     """Mean and std [c] from diffusers' configuration: ``latents_mean`` / ``latents_std``, else shift and scaling factor.
 
-    Raises ``ValueError`` naming ``source`` and the field when a value is missing, not finite, or of a wrong length.
+    Raises ``ValueError`` with ``source`` and the field for missing, non-finite or wrongly sized values.
     """
     channels = config.get("latent_channels")
     if not isinstance(channels, int):
@@ -280,10 +281,10 @@ def is_finite(value: object) -> bool:
 
 @dataclass(frozen=True)
 class AutoencoderKind:
-    """How an autoencoder is made from ``autoencoder.path`` and the images' channels, and whether it has such a folder."""
+    """A kind of autoencoder: its constructor from ``autoencoder.path`` and image channels."""
 
     load: Callable[[str | Path, int], Autoencoder]
-    has_folder: bool = True  # of weights; without, ``load`` gets an empty path
+    has_folder: bool = True  # whether it has a folder of weights; otherwise ``load`` gets an empty path
 
 
 AUTOENCODERS: dict[str, AutoencoderKind] = {

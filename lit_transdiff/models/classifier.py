@@ -1,6 +1,6 @@
-"""Two small classifiers of another architecture each, whose features and classes score the runs of small images.
+"""Two small classifiers of different architectures for scoring runs on small images.
 
-What trains, guides or aligns a model never scores it: ``SmallClassifier`` may train, ``Judge`` only scores.
+A network that trains, guides or aligns a model never scores it: ``Judge`` is used only for scoring.
 
 Shapes: B batch, C image channels, H W pixels. Images are in [-1, 1].
 """
@@ -28,9 +28,9 @@ WIDTHS = (24, 48, 96)  # channels of the levels of convolutions; each ends with 
 
 
 class Classifier(nn.Module, ABC):
-    """Images -> features -> one logit a class."""
+    """Images -> features -> one logit per class."""
 
-    kind: ClassVar[str]  # the metadata key of the weights file that holds num_classes, image_size, image_channels
+    kind: ClassVar[str]  # the metadata key of the weights file with num_classes, image_size, image_channels
     num_features: ClassVar[int]
     dropout: nn.Module
     head: nn.Linear
@@ -46,7 +46,7 @@ class Classifier(nn.Module, ABC):
         """Images [B, C, H, W] -> features [B, F]."""
 
     def features(self, images: Tensor) -> Tensor:
-        """The same for images of the size that it was made for."""
+        """The features of images, whose size is checked."""
         expected = (self.image_channels, self.image_size, self.image_size)
         require(tuple(images.shape[1:]) == expected, "images", tuple(images.shape), f"[B, C, H, W] with (C, H, W) = {expected}")
         return self.embed(images)
@@ -62,7 +62,7 @@ def conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class SmallClassifier(Classifier):
-    """Convolutions at three sizes, the spatial mean, 64 features."""
+    """Convolutions at three resolutions, spatial mean, 64 features."""
 
     kind = "classifier"
     num_features = FEATURES
@@ -80,12 +80,12 @@ class SmallClassifier(Classifier):
         self.head = nn.Linear(FEATURES, num_classes)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Features are not negative."""
+        """Non-negative features [B, 64]."""
         return torch.relu(self.neck(self.trunk(images).mean(dim=(2, 3))))
 
 
 class Judge(Classifier):
-    """A vision transformer on tokens of 8 x 8 pixels, which convolutions make (arXiv 2106.14881); the mean of its last ones."""
+    """A vision transformer on tokens of 8 x 8 pixels from convolutions (arXiv 2106.14881), mean-pooled."""
 
     kind = "judge"
     num_features = WIDTHS[-1]
@@ -128,7 +128,7 @@ def save_classifier(classifier: Classifier, path: str | Path) -> None:
 def load_classifier(path: str | Path, network: type[Classifier] = SmallClassifier) -> Classifier:
     """The ``network`` of a file, in evaluation mode and without gradients.
 
-    Raises ``FileNotFoundError`` without the file and ``ValueError`` naming it when it is damaged or another network's.
+    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for a damaged or another network's file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"classifier weights: {path} does not exist.")

@@ -1,4 +1,4 @@
-"""What an image is drawn of: how the condition of a row, a class label today, becomes vectors of the encoder.
+"""Conditions: conversion of a row's class label (or another condition) to vectors for the encoder.
 
 Shapes: B rows, D width, K class tokens.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def class_label(config: ModelConfig) -> nn.Module:
-    """Labels [B] -> [B, D], a row of a table each."""
+    """An embedding table: labels [B] -> [B, D]."""
     return nn.Embedding(config.num_classes, config.width)
 
 

@@ -33,7 +33,7 @@ KeysValuesPair = tuple[Tensor, Tensor]  # [B, h, S, d] each
 
 @dataclass(frozen=True)
 class Memory:
-    """What the decoder keeps of its contexts, made once for all draws and solver steps.
+    """Keys and values of the decoder's contexts, computed once for all draws and solver steps.
 
     For every block the keys and values of each context; the rows of the decoder fall into as many equal shares, in order, and
     those of a share attend to one context. A context of one row serves for all rows of its share.
@@ -42,7 +42,7 @@ class Memory:
     blocks: tuple[tuple[KeysValuesPair, ...], ...]
 
     def join(self, later: Memory) -> Memory:
-        """The memory of this context's tokens and, after them, a ``later`` one's; a single row serves for all of the other."""
+        """The memory of this context's tokens and, after them, a ``later`` one's; a single row is broadcast."""
         return Memory(
             tuple(
                 tuple((append(k, k_new), append(v, v_new)) for (k, v), (k_new, v_new) in zip(old, new, strict=True))
@@ -51,12 +51,12 @@ class Memory:
         )
 
     def beside(self, other: Memory) -> Memory:
-        """The memory for the rows of this and, after them, as many rows of the ``other``."""
+        """The memory for the rows of this one followed by as many rows of the ``other``."""
         return Memory(tuple(mine + its for mine, its in zip(self.blocks, other.blocks, strict=True)))
 
 
 def append(old: Tensor, new: Tensor) -> Tensor:
-    """``old`` and ``new`` [B or 1, h, S, d], one after the other."""
+    """Concatenate ``old`` and ``new`` [B or 1, h, S, d]."""
     rows = max(len(old), len(new))
     return torch.cat([old.expand(rows, -1, -1, -1), new.expand(rows, -1, -1, -1)], dim=2)
 
@@ -84,7 +84,7 @@ class DecoderBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated normalisation and the projection to velocities, which starts at zero."""
+    """Modulated normalisation and the projection to velocities, initialised to zero."""
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class DiffusionDecoder(nn.Module):
 
     @classmethod
     def of(cls, config: ModelConfig) -> DiffusionDecoder:
-        """The decoder of a model."""
+        """The decoder for a model's settings."""
         return cls(
             width=config.width,
             num_heads=config.num_heads,
@@ -144,7 +144,7 @@ class DiffusionDecoder(nn.Module):
         )
 
     def memory_layers(self) -> list[nn.Module]:
-        """The layers that ``memory`` reads, all at once."""
+        """The layers used by ``memory``."""
         attentions: list[CrossAttention] = [block.cross_attention for block in self.blocks]  # type: ignore[misc]
         return [self.context_projection, *(layer for a in attentions for layer in (a.key, a.value))]
 
@@ -170,5 +170,5 @@ class DiffusionDecoder(nn.Module):
         return unpatchify(self.final(x, embedding), self.patch_size, x_t.shape[-2])
 
 
-# An entry makes a subclass of ``DiffusionDecoder``, or a module that can be called as it is.
+# An entry creates a subclass of ``DiffusionDecoder``, or a module with the same interface.
 DECODERS: dict[str, Callable[[ModelConfig], DiffusionDecoder]] = {"cross_attention": DiffusionDecoder.of}

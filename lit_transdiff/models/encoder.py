@@ -83,7 +83,7 @@ class ARTransformer(nn.Module):
 
     @classmethod
     def of(cls, config: ModelConfig) -> ARTransformer:
-        """The encoder of a model."""
+        """The encoder for a model's settings."""
         return cls(
             CONDITIONS[config.condition](config),
             width=config.width,
@@ -100,7 +100,7 @@ class ARTransformer(nn.Module):
         )
 
     def class_vectors(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Embeddings [B, D] of ``labels`` [B], or of another of ``CONDITIONS``; where ``drop`` [B] is true, the null class."""
+        """Embeddings [B, D] of ``labels`` [B] or other ``CONDITIONS``; the null class where ``drop`` [B]."""
         vectors = self.class_embedding(labels)
         if drop is None:
             return vectors  # type: ignore[no-any-return]
@@ -116,12 +116,12 @@ class ARTransformer(nn.Module):
         return self._transform(self._first(classes, references))[:, self.num_class_tokens :]
 
     def begin(self, classes: Tensor) -> tuple[Tensor, list[KeysValues]]:
-        """Features of the first group, [B, L, D], and what ``extend`` needs of each block to make those of the next."""
+        """Features of the first group, [B, L, D], and the keys and values that ``extend`` needs."""
         past = [KeysValues() for _ in self.blocks]
         return self._transform(self._first(classes, None), past)[:, self.num_class_tokens :], past
 
     def extend(self, past: list[KeysValues], reference: Tensor) -> Tensor:
-        """Features [B, L, D] of the group after those of ``past``, which is extended: it sees ``reference`` [B, C, H, W]."""
+        """Features [B, L, D] of the next group after ``past`` (which is extended), given its ``reference``."""
         return self._transform(self._project(reference[:, None]), past)
 
     def forward(self, classes: Tensor, references: Tensor | None = None) -> Tensor:
@@ -130,7 +130,7 @@ class ARTransformer(nn.Module):
         return features + self.context_position[:, : features.shape[1]]
 
     def _first(self, classes: Tensor, references: Tensor | None) -> Tensor:
-        """Input tokens from the beginning: the class tokens, the mask tokens, one group a reference; [B, K + (n + 1) L, D]."""
+        """Input tokens: class tokens, mask tokens, one group per reference; [B, K + (n + 1) L, D]."""
         class_tokens = classes if classes.ndim == 3 else repeat(classes, "b d -> b k d", k=self.num_class_tokens)
         groups = [class_tokens, self.mask_tokens.expand(len(classes), self.tokens_per_reference, -1)]
         if references is not None and references.shape[1] > 0:
@@ -138,14 +138,14 @@ class ARTransformer(nn.Module):
         return torch.cat(groups, dim=1)
 
     def _project(self, references: Tensor) -> Tensor:
-        """Input tokens [B, n L, D] of references [B, n, C, H, W]."""
+        """Project references [B, n, C, H, W] to input tokens [B, n L, D]."""
         if self.reference_projection is None or references.shape[1] >= self.num_references:
             raise ValueError(f"references: got {references.shape[1]}; allowed: at most {self.num_references - 1}.")
         tokens = rearrange(patchify(references, self.reference_patch_size), "b r l c -> b (r l) c")
         return self.reference_projection(tokens.to(self.reference_projection.weight.dtype))
 
     def _transform(self, tokens: Tensor, past: list[KeysValues] | None = None) -> Tensor:
-        """The blocks over input ``tokens`` [B, N, D], which follow those of ``past``; whole groups only."""
+        """Apply the blocks to input ``tokens`` [B, N, D] (whole groups), which follow those of ``past``."""
         done = 0 if past is None or past[0].keys is None else past[0].keys.shape[2]
         n = tokens.shape[1]
         x = self.input_norm(tokens + self.position[:, done : done + n])
@@ -160,5 +160,5 @@ class ARTransformer(nn.Module):
         return self.norm(x)
 
 
-# An entry makes a subclass of ``ARTransformer``, or a module that can be called as it is.
+# An entry creates a subclass of ``ARTransformer``, or a module with the same interface.
 ENCODERS: dict[str, Callable[[ModelConfig], ARTransformer]] = {"ar_transformer": ARTransformer.of}

@@ -1,7 +1,7 @@
-"""How the parts of a model are run: compiled, computed again in the backward pass, cut, in bfloat16, as CUDA graphs.
+"""Execution of a model: compilation, recomputation, sharding, bfloat16 weights and CUDA graphs.
 
-Each replaces the ``forward`` of single modules or the weights of linear layers. The names of the weights stay, and so do hooks,
-such as those by which strategies gather weights.
+Each replaces the ``forward`` of single modules or the weights of linear layers. The names of the weights are unchanged, and
+so are hooks, such as those by which strategies gather weights.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ log = logging.getLogger(__name__)
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Run each block through ``torch.compile``; blocks of one class share one compilation, so that starting stays short.
+    """Run each block through ``torch.compile``; blocks of one class share one compilation, so that starting remains fast.
 
-    Where nothing can be compiled (no C++ compiler on a CPU, no Triton on a GPU) they run eagerly, and the log says so.
+    If compilation is impossible (no C++ compiler on a CPU, no Triton on a GPU), they run eagerly with a warning.
     """
     for block in blocks:
         block.forward = compiled(block.forward)  # type: ignore[method-assign]
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``function`` of a tensor and more, compiled where its device can."""
+    """``function`` of a tensor and more, compiled if its device supports that."""
     fast = torch.compile(function)
 
     @wraps(function)
@@ -47,10 +47,10 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @lru_cache
 def can_compile(device_type: str) -> bool:
-    """Whether torch.compile works on a kind of device: a small function is compiled once. If not, the log says why."""
+    """Whether torch.compile works on a type of device, tested on a small function; if not, log why."""
     try:
         torch.compile(torch.nn.functional.gelu)(torch.ones(8, device=device_type))
-    except Exception as error:  # of the compiler, of its search for tools, of what they print: they share no class
+    except Exception as error:  # compilers and their tools have no common error class
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         log.warning("torch.compile does not work here, the blocks run eagerly: %s", reason)
         return False
@@ -58,14 +58,14 @@ def can_compile(device_type: str) -> bool:
 
 
 def recompute_blocks(blocks: Iterable[nn.Module], every: int = 1) -> None:
-    """Keep only the input of every ``every``-th block; the backward pass computes it again, with the same dropout."""
+    """Store only the input of every ``every``-th block; the backward pass recomputes it, with equal dropout."""
     for i, block in enumerate(blocks):
         if i % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def shard_blocks(model: Paradigm, mesh: DeviceMesh) -> None:
-    """Cut the weights by rows over the devices of ``mesh`` (FSDP2), unit by unit and the rest, unless they are cut already."""
+    """Shard the weights by rows over the devices of ``mesh`` (FSDP2), unit by unit, unless already sharded."""
     if any(isinstance(p, DTensor) for p in model.parameters()):
         return
     for unit in [*model.units(), model]:
@@ -75,33 +75,33 @@ def shard_blocks(model: Paradigm, mesh: DeviceMesh) -> None:
 
 
 def twin(model: Paradigm) -> Paradigm:
-    """Modules of their own around the weights of ``model``, for evaluation: how they run may be changed, and ``model`` stays."""
-    with torch.device("meta"):  # the weights are there
+    """New modules with the weights of ``model``, whose execution can be changed without affecting it."""
+    with torch.device("meta"):  # the weights already exist
         other = build_model(model.config).eval().requires_grad_(False)
     other.load_state_dict(model.state_dict(), assign=True)
-    for name, buffer in model.named_buffers():  # some are not in the state dict
+    for name, buffer in model.named_buffers():  # some are missing in the state dict
         path, _, key = name.rpartition(".")
         setattr(other.get_submodule(path), key, buffer)
     return other
 
 
 def round_linear(model: nn.Module) -> None:
-    """Keep the weights of linear layers in bfloat16: what autocast computes with, without casting them at each call."""
+    """Convert the weights of linear layers to bfloat16, as autocast would at each call."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.to(torch.bfloat16)
 
 
 def replay(model: Paradigm) -> None:
-    """Run what a solver evaluates as CUDA graphs where no gradients are wanted."""
+    """Run the solver's network as CUDA graphs if no gradients are needed."""
     model.evaluated.forward = Replayed(model.evaluated.forward)
 
 
 class Replayed:
-    """A network's ``forward`` (see ``Paradigm.evaluated``) as CUDA graphs, which leave the host almost nothing to do at a step.
+    """A network's ``forward`` (see ``Paradigm.evaluated``) as CUDA graphs, which nearly eliminate the host's work per step.
 
-    A graph is captured for each memory and shape at its first call and replayed at the others; graphs of two memories are kept
-    (guided and unguided steps). On CPUs, or where gradients are wanted, the network runs as before.
+    A graph is captured at the first call for each memory and shape and then replayed; graphs of two memories are kept
+    (guided and unguided steps). On CPUs, or if gradients are needed, the network runs as before.
     """
 
     KEPT = 2
@@ -122,13 +122,13 @@ class Replayed:
 
 
 class Graph:
-    """One captured call; it keeps ``memory``, so that its number stays its own."""
+    """A captured call; it keeps ``memory`` alive, so that its id remains unique."""
 
     def __init__(self, forward: Callable[[Tensor, Tensor, Any], Tensor], x_t: Tensor, t: Tensor, memory: Any) -> None:
         self.x_t, self.t, self.memory = x_t.clone(), t.clone(), memory
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries set themselves up at the first calls, which cannot be captured
+        with torch.cuda.stream(aside):  # libraries initialise at the first calls, which cannot be captured
             for _ in range(2):
                 forward(self.x_t, self.t, memory)
         torch.cuda.current_stream().wait_stream(aside)

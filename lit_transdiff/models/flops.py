@@ -2,7 +2,7 @@
 
 A multiply-add counts as two, and the backward pass as twice the forward one, as is usual for a model-FLOPs utilisation.
 
-Shapes: R references of a row, M noise draws, K parts, N tokens of all parts.
+Shapes: R references per row, M noise draws, K parts, N tokens of all parts.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowCost:
-    """What a row of a batch costs in training: operations of both passes, and tokens that pass through blocks."""
+    """The cost of a row in training: FLOPs of both passes, and tokens through the blocks."""
 
     flops: float
     tokens: int
-    stacks: Mapping[str, float]  # operations of a forward pass through the blocks of each stack
+    stacks: Mapping[str, float]  # FLOPs of a forward pass through the blocks of each stack
 
 
 class Zeros:
@@ -43,7 +43,7 @@ class Zeros:
 
 
 class Span:
-    """Operations within the calls of some modules."""
+    """FLOPs within the calls of some modules."""
 
     def __init__(self, counter: FlopCounterMode, modules: Iterable[nn.Module]) -> None:
         self.counter, self.flops, self.start = counter, 0.0, 0.0
@@ -62,9 +62,9 @@ COUNTED: dict[tuple[str, int, bool], RowCost] = {}
 
 
 def row_cost(config: ModelSettings, draws: int, head_alone: bool = False) -> RowCost:
-    """Count a row with ``draws`` draws of noise; with ``head_alone`` there is no backward pass through the rest of the model.
+    """Count a row with ``draws`` noise draws; with ``head_alone`` only the head has a backward pass.
 
-    Models with one and with two blocks in each stack are run; everything is linear in their numbers.
+    Models with one and with two blocks per stack are run; costs are linear in these numbers.
     """
     key = (repr(config), draws, head_alone)
     if key not in COUNTED:
@@ -79,7 +79,7 @@ def row_cost(config: ModelSettings, draws: int, head_alone: bool = False) -> Row
 
 
 def count_row(config: ModelSettings, blocks: Mapping[str, int], draws: int, head_alone: bool) -> RowCost:
-    """The same of a model with so many blocks in its stacks."""
+    """The cost for given numbers of blocks per stack."""
     tokens, kind = 0, network_class(config)
 
     def count_tokens(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -108,7 +108,7 @@ def run_once(model: Paradigm, draws: int) -> None:
 
 
 def outside_head(model: Paradigm) -> Iterator[nn.Module]:
-    """The largest modules that hold nothing of the head."""
+    """The largest modules outside the head."""
 
     def below(module: nn.Module, prefix: str) -> Iterator[nn.Module]:
         for name, child in module.named_children():

@@ -1,4 +1,4 @@
-"""Semantic fusion: the context of an image from the features of two classes, spliced (arXiv 2506.09482, section 4.4).
+"""Semantic fusion: the context of an image spliced from the features of two classes (arXiv 2506.09482, section 4.4).
 
 Shapes: B images, S context tokens.
 """
@@ -22,11 +22,11 @@ def fused(second: Tensor, pattern: Tensor) -> ContextFn:
 
 @dataclass
 class FusedContexts:
-    """Two streams of context tokens, and from which of them each token comes."""
+    """Two streams of context tokens, and a pattern that selects one for each token."""
 
     first: ContextStream
     second: ContextStream
-    pattern: Tensor  # [S] boolean, true: from the second
+    pattern: Tensor  # [S] boolean; true: from the second
     done: int = 0  # tokens
 
     def advance(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layers that encoder and decoder share.
+"""Layers shared by encoder and decoder.
 
 Shapes: B batch, N query tokens, S context tokens, D width, h heads, d head dimension (D = h d), V views (decoder rows
 that belong to one image: its references times its noise draws).
@@ -25,7 +25,7 @@ def layer_norm(width: int, affine: bool = True) -> nn.LayerNorm:
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the precision of its weights, as autocast does it for other norms."""
+    """RMS normalisation in the precision of its weights, as autocast does for other norms."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=NORM_EPS)
@@ -35,7 +35,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class MLP(nn.Module):
-    """Linear, GELU (exact, or with ``tanh`` its approximation), dropout, linear, dropout."""
+    """Linear, GELU (exact, or its ``tanh`` approximation), dropout, linear, dropout."""
 
     def __init__(self, width: int, ratio: float, dropout: float, tanh: bool = False) -> None:
         super().__init__()
@@ -51,13 +51,13 @@ class MLP(nn.Module):
 
 @dataclass
 class KeysValues:
-    """Keys and values [B, h, S, d] of the tokens that an attention has seen, for those that come after them."""
+    """Cached keys and values [B, h, S, d] of earlier tokens."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append those of new tokens; gives all."""
+        """Append those of new tokens and return all."""
         if self.keys is not None and self.values is not None:
             keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
         self.keys, self.values = keys, values
@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of decoder tokens over the context, with keys and values that can be made once and used often."""
+    """Attention of decoder tokens over the context, with keys and values that can be computed once and reused."""
 
     def __init__(self, width: int, num_heads: int, attention_dropout: float, projection_dropout: float) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Autoencoder checkpoints in the layout of latent diffusion (``kl16.ckpt``, arXiv 2112.10752) <-> diffusers' ``AutoencoderKL``.
+"""Conversion of latent-diffusion autoencoders (``kl16.ckpt``, arXiv 2112.10752) to and from diffusers' ``AutoencoderKL``.
 
-The two describe the same network under other names; an attention's 1 x 1 convolutions are linear layers in diffusers
-([C, C, 1, 1] <-> [C, C]), and the levels of the decoder are counted from the other end.
+Both describe the same network with different names; an attention's 1 x 1 convolutions are linear layers in diffusers
+([C, C, 1, 1] <-> [C, C]), and the levels of the decoder are numbered in reverse.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lit_transdiff.models.state_dicts import Mapped, check_layout
 
-TRAINING_ONLY = "loss."  # the discriminator that some checkpoints carry
-# (latent diffusion, diffusers): how a key begins. {side}: encoder or decoder; {up}: a level of the decoder, reversed.
+TRAINING_ONLY = "loss."  # the discriminator in some checkpoints
+# (latent diffusion, diffusers): key prefixes. {side}: encoder or decoder; {up}: a level of the decoder, reversed.
 BEGINNINGS: tuple[tuple[str, str], ...] = (
     ("quant_conv.", "quant_conv."),
     ("post_quant_conv.", "post_quant_conv."),
@@ -31,7 +31,7 @@ BEGINNINGS: tuple[tuple[str, str], ...] = (
     ("decoder.up.{up}.block.{i}.", "decoder.up_blocks.{up}.resnets.{i}."),
     ("decoder.up.{up}.upsample.conv.", "decoder.up_blocks.{up}.upsamplers.0.conv."),
 )
-# How the parts of an attention, or of a residual block, are called.
+# The names of the parts of attentions and residual blocks.
 ATTENTION = (("norm.", "group_norm."), ("q.", "to_q."), ("k.", "to_k."), ("v.", "to_v."), ("proj_out.", "to_out.0."))
 RESIDUAL = (("nin_shortcut.", "conv_shortcut."),)
 
@@ -47,9 +47,9 @@ def num_levels(state: Mapping[str, Any]) -> int:
 
 
 def read_architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of diffusers' ``AutoencoderKL`` that the shapes of a latent-diffusion state dict tell.
+    """The arguments of diffusers' ``AutoencoderKL`` inferred from the shapes of a latent-diffusion state dict.
 
-    Raises ``ValueError`` listing what is missing or of another number of dimensions of the keys that they are read from.
+    Raises ``ValueError`` listing required keys that are missing or have another number of dimensions.
     """
     levels = range(num_levels(state))
     outputs = [f"encoder.down.{level}.block.0.conv2.weight" for level in levels]
@@ -76,7 +76,7 @@ def read_architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def num_blocks(state: Mapping[str, Any], level: int) -> int:
-    """Residual blocks of a level of the encoder, counted up to the first that is not there at all."""
+    """The number of residual blocks of an encoder level, up to the first missing one."""
     there = {int(match[1]) for key in state if (match := re.match(rf"encoder\.down\.{level}\.block\.(\d+)\.", key))}
     return next(i for i in range(len(there) + 1) if i not in there)
 
@@ -90,15 +90,15 @@ def rename(key: str, levels: int, back: bool = False) -> str:
         match = re.fullmatch(pattern + "(?P<part>.+)", key)
         if match is None:
             continue
-        found = match.groupdict()
-        if "up" in found:
-            found["up"] = levels - 1 - int(found["up"])
-        part = found.pop("part")
+        groups = match.groupdict()
+        if "up" in groups:
+            groups["up"] = levels - 1 - int(groups["up"])
+        part = groups.pop("part")
         for names in ATTENTION if "attn" in beginning[0] else RESIDUAL:
             if part.startswith(names[theirs]):
                 part = names[ours] + part[len(names[theirs]) :]
                 break
-        return beginning[ours].format(**found) + part
+        return beginning[ours].format(**groups) + part
     raise KeyError(f"{key!r} has no name in the other layout.")
 
 
@@ -109,7 +109,7 @@ def check_ldm(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> Mapped:
-    """diffusers' state dict of a latent-diffusion one; what only its training needed is left over.
+    """diffusers' state dict of a latent-diffusion one; keys used only in training are left over.
 
     Raises ``KeyError`` for a key that diffusers does not have.
     """

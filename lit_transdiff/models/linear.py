@@ -1,4 +1,4 @@
-"""The faster of the two float32 matrix products that torch holds for CPUs, in the linear layers of a model.
+"""The faster of torch's two float32 matrix products for CPUs, in the linear layers of a model.
 
 torch multiplies float32 matrices on CPUs by MKL, which does its best on its maker's processors only; oneDNN, also within torch,
 is then 1.1 to 1.2 times as fast, and applies a GELU on the way (benchmarks/README.md). Both are float32 throughout and differ by
@@ -26,10 +26,10 @@ WORTHWHILE = 8e6  # multiply-adds of a product from which oneDNN's longer call p
 
 
 def use_faster_product(model: nn.Module) -> None:
-    """Let the linear layers of a model take oneDNN's product on CPUs for which it is the faster; elsewhere nothing changes."""
+    """Use oneDNN's product in the linear layers of a model on CPUs where it is faster."""
     if not HAS_ONEDNN or not mkl_lags():
         return
-    for module in list(model.modules()):  # a layer comes after what holds it
+    for module in list(model.modules()):  # parents precede their layers
         if isinstance(module, MLP) and isinstance(module.gelu, nn.GELU) and module.gelu.approximate == "none":
             module.fc1.forward, module.gelu = partial(product_of, module.fc1, gelu=True), nn.Identity()  # type: ignore[method-assign]
         elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module):
@@ -48,7 +48,7 @@ def product_of(layer: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
 
 
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product is a large one of float32 matrices on a CPU."""
+    """Whether a product is large, in float32 and on a CPU."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -64,7 +64,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: s
 
 
 def product_flops(x: Sequence[int], weight: Sequence[int], *args: Any, **settings: Any) -> int:
-    """Operations of ``product``, for torch's counter."""
+    """The FLOPs of ``product``, for torch's counter."""
     return 2 * prod(x) * weight[0]
 
 

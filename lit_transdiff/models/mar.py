@@ -59,7 +59,7 @@ class HeadBlock(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Noise and variance values of single tokens, which do not see each other."""
+    """Predicts noise and variance values of single tokens independently."""
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
@@ -80,9 +80,9 @@ class TokenHead(nn.Module):
 
 
 class MAR(Paradigm):
-    """Encoder of the known tokens, decoder of all, and the head, which denoises each unknown token by itself.
+    """An encoder of the known tokens, a decoder of all, and a head that denoises each unknown token independently.
 
-    In training every token is a part with a time of its own, and the unknown ones count. In sampling a part is a set of tokens.
+    In training every token is a part with its own time, and only unknown ones count. In sampling a part is a set of tokens.
     """
 
     process = "cosine_diffusion"
@@ -111,7 +111,7 @@ class MAR(Paradigm):
         width, decoder_width = config.width, config.width_of_decoder
         positions = config.num_class_tokens + config.num_tokens
         self.class_emb = nn.Embedding(config.num_classes, width)
-        self.fake_latent = learned(1, width)  # of no class
+        self.fake_latent = learned(1, width)  # the null class
         self.z_proj = nn.Linear(config.token_features, width)
         self.encoder_pos_embed_learned = learned(1, positions, width)
         self.z_proj_ln = layer_norm(width)
@@ -129,16 +129,16 @@ class MAR(Paradigm):
     # --- the transformer ------------------------------------------------------------------------------------------------------
 
     def class_vectors(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Embeddings [B, D] of ``labels`` [B]; rows where ``drop`` [B] is true become those of no class."""
+        """Embeddings [B, D] of ``labels`` [B]; the null class where ``drop`` [B]."""
         vectors = self.class_emb(labels)
         return vectors if drop is None else torch.where(drop[:, None], self.fake_latent.to(vectors.dtype), vectors)
 
     def encode_known(self, classes: Tensor, tokens: Tensor, known: Tensor) -> Tensor:
-        """Features [B, T + K, D] of class vectors [B, D] and of those of ``tokens`` [B, L, C] that are at ``known`` [B, K]."""
+        """Features [B, T + K, D] of class vectors [B, D] and of the ``tokens`` [B, L, C] at ``known`` [B, K]."""
         buffer = repeat(classes, "b d -> b t d", t=self.config.num_class_tokens)
-        given = self.z_proj(rows_at(tokens, known).to(self.z_proj.weight.dtype))
+        embedded = self.z_proj(rows_at(tokens, known).to(self.z_proj.weight.dtype))
         positions = self.encoder_pos_embed_learned.expand(len(known), -1, -1)
-        x = self.z_proj_ln(torch.cat([buffer, given], dim=1) + rows_at(positions, self.with_buffer(known)))
+        x = self.z_proj_ln(torch.cat([buffer, embedded], dim=1) + rows_at(positions, self.with_buffer(known)))
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
@@ -153,11 +153,11 @@ class MAR(Paradigm):
         return self.decoder_norm(x)[:, self.config.num_class_tokens :] + self.diffusion_pos_embed_learned
 
     def context(self, classes: Tensor, tokens: Tensor, known: Tensor) -> Tensor:
-        """Context [B, L, D] of every token, given those of ``tokens`` [B, L, C] that are at ``known`` [B, K]."""
+        """Context [B, L, D] of every token, given the ``tokens`` [B, L, C] at ``known`` [B, K]."""
         return self.decode_all(self.encode_known(classes, tokens, known), known)
 
     def with_buffer(self, known: Tensor) -> Tensor:
-        """Places [B, T + K] in the sequence of the buffer and of the tokens at ``known`` [B, K]."""
+        """The positions [B, T + K] of the buffer and of the tokens at ``known`` [B, K] in the sequence."""
         buffer = torch.arange(self.config.num_class_tokens, device=known.device).expand(len(known), -1)
         return torch.cat([buffer, known + self.config.num_class_tokens], dim=1)
 
@@ -171,7 +171,7 @@ class MAR(Paradigm):
         return patchify(x[:, 0], self.config.patch_size)
 
     def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> tuple[Tensor, Tensor]:
-        """Conditions [B, L, W] of all tokens, given those that a random order leaves known, and which are unknown [B, L]."""
+        """Conditions [B, L, W] of all tokens given a random set of known ones, and the unknown mask [B, L]."""
         order = normal(self.config.num_tokens).argsort(dim=1)
         known = known_tokens(order, number_unknown(self.config, normal.shared()))
         context = self.context(self.class_vectors(labels, drop), self.parts(x), known)
@@ -188,11 +188,11 @@ class MAR(Paradigm):
     def decode(
         self, labels: Tensor, sampling: SamplingConfig, normal: Normal, kept: Any = None, contexts: Any = None
     ) -> Generator[Problem, Tensor, Tensor]:
-        """The tokens in a random order of each image, fewer at once in the beginning than in the end."""
+        """Sample the tokens of each image in random order, in parts of increasing size."""
         config, number, left = self.config, len(labels), self.config.num_tokens
         order, tokens = normal(left).argsort(dim=1), torch.zeros(number, left, *self.token, device=labels.device)
         classes, times = self.class_vectors(labels), 1
-        if sampling.guidance_scale > 1:  # all images again, of no class
+        if sampling.guidance_scale > 1:  # all images again with the null class
             classes, times = torch.cat([classes, self.fake_latent.expand_as(classes)]), 2
         order = order.repeat(times, 1)
         for after in unknown_tokens(left, sampling.num_parts or min(config.num_parts, left)):
@@ -205,14 +205,14 @@ class MAR(Paradigm):
         return unpatchify(tokens, config.patch_size, config.latent_size)[:, None]
 
     def problem(self, condition: Tensor, num_images: int, progress: float) -> Problem:
-        """That of n tokens of each image, [B, c, n]; the second half of a ``condition`` [2 B, n, W] is of no class."""
+        """The problem of n tokens per image, [B, c, n]; the second half of ``condition`` is the null class's."""
         number, features = condition.shape[1], self.config.token_features
         of_images, of_all = condition[:num_images].flatten(0, 1), condition.flatten(0, 1)
 
         def predict(x_t: Tensor, t: float, condition: Tensor = of_images) -> Tensor:
             rows = rearrange(x_t, "b c n -> (b n) c")
-            said = self.evaluated(rows, torch.full((1,), t, device=x_t.device), condition)
-            return rearrange(said, "(b n) c -> b c n", n=number).to(x_t.dtype)
+            output = self.evaluated(rows, torch.full((1,), t, device=x_t.device), condition)
+            return rearrange(output, "(b n) c -> b c n", n=number).to(x_t.dtype)
 
         def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
             c, u = predict(torch.cat([x_t, x_t]), t, of_all).chunk(2)
@@ -232,12 +232,12 @@ def across(places: Tensor, table: Tensor) -> Tensor:
 
 
 def known_tokens(order: Tensor, num_unknown: int) -> Tensor:
-    """Places [B, L - n], ascending, of the tokens that are known when the first ``num_unknown`` of ``order`` [B, L] are not."""
+    """The ascending positions [B, L - n] of the known tokens; the first n of ``order`` [B, L] are unknown."""
     return order[:, num_unknown:].sort(dim=1).values
 
 
 def unknown_tokens(num_tokens: int, num_parts: int) -> list[int]:
-    """How many of L tokens are unknown after each of N iterations: L cos(pi/2 i/N), fewer each time, none in the end."""
+    """The numbers of unknown tokens after each of N iterations: L cos(pi/2 i/N), strictly falling to 0."""
     left, counts = num_tokens, []
     for i in range(1, num_parts):
         left = max(1, min(left - 1, int(num_tokens * math.cos(math.pi / 2 * (i / num_parts)))))
@@ -246,7 +246,7 @@ def unknown_tokens(num_tokens: int, num_parts: int) -> list[int]:
 
 
 def number_unknown(config: MARConfig, normal: float) -> int:
-    """Unknown tokens in training, by a standard normal number that becomes one of a truncated normal distribution, rounded up."""
+    """The number of unknown tokens in training, from a standard normal number via a truncated normal."""
     standard = NormalDist()
     least, share = standard.cdf((config.mask_rate_min - 1) / config.mask_rate_std), standard.cdf(normal)
     rate = 1 + config.mask_rate_std * standard.inv_cdf(least + share * (0.5 - least))

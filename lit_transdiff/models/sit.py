@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SiTBlock(nn.Module):
-    """Self-attention and MLP, both modulated and gated by the condition."""
+    """Self-attention and MLP, modulated and gated by the condition."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ def position_table(width: int, side: int) -> Tensor:
 
 
 def position_of(old: Tensor, new: Tensor, config: ModelSettings) -> Tensor:
-    """The fixed table of a model, whatever that of another is."""
+    """The fixed table of the new model."""
     return new
 
 
 class SiT(Paradigm):
-    """An image is one part, its velocity what is predicted. In the released files data are at t = 1, and noise at 0."""
+    """SiT predicts the velocity of the image as one part. In released files t = 1 is data and t = 0 noise."""
 
     stacks: ClassVar = {"blocks": Stack("blocks", "num_blocks")}
     adaptation = Adaptation(
@@ -74,7 +74,9 @@ class SiT(Paradigm):
         out_features = config.latent_channels * p**2 * (2 if config.learn_sigma else 1)
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.latent_channels, width, p, stride=p)})
         self.t_embedder = TimeMLP(width)
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, width)})  # the last: no class
+        self.y_embedder = nn.ModuleDict(
+            {"embedding_table": nn.Embedding(config.num_classes + 1, width)}
+        )  # the last: the null class
         self.pos_embed = nn.Parameter(position_table(width, config.latent_size // p)[None], requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks))
         self.final_layer = AdaptiveOutput(width, out_features)
@@ -84,9 +86,9 @@ class SiT(Paradigm):
         nn.init.zeros_(patches.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """What the released network says, [B, C or 2C, H, W], of ``x`` [B, C, H, W], ``labels`` [B] and its own ``t`` [B] or [1].
+        """The released network's output [B, C or 2C, H, W] for ``x`` [B, C, H, W], its own ``t`` and ``labels`` [B].
 
-        The label ``num_classes`` is that of no class. ``x`` may be more precise than the weights.
+        The label ``num_classes`` is the null class. ``x`` may be more precise than the weights.
         """
         patches = self.x_embedder["proj"](x.to(self.pos_embed.dtype))
         h = rearrange(patches, "b d h w -> b (h w) d") + self.pos_embed
@@ -128,7 +130,7 @@ class SiT(Paradigm):
 
     @property
     def num_guided(self) -> int:
-        """Channels that are guided, from the first on."""
+        """The number of first channels with guidance."""
         return self.config.guided_channels or self.config.latent_channels
 
 

@@ -1,4 +1,4 @@
-"""State dicts under other names, and whether their names and shapes are those that are expected."""
+"""Renamed state dicts, and checks of their names and shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mapped:
-    """A state dict under other names, and what has no place in it."""
+    """A renamed state dict, and the keys that have no counterpart."""
 
     state: dict[str, Tensor]
     left_over: dict[str, Tensor]

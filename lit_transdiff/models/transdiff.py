@@ -64,7 +64,7 @@ class TransDiff(Paradigm):
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
-        """Refuse an encoder, a decoder or a condition that is in no table."""
+        """Refuse unknown encoders, decoders and conditions."""
         for field, table in (("encoder", ENCODERS), ("decoder", DECODERS), ("condition", CONDITIONS)):
             if getattr(config, field) not in table:
                 raise unknown(f"model.{field}", getattr(config, field), table)
@@ -72,14 +72,14 @@ class TransDiff(Paradigm):
     # --- the two networks -------------------------------------------------------------------------------------------------
 
     def encode(self, labels: Tensor, references: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
-        """Context [B, (n + 1) L, D] of ``labels`` [B] and the first n < R latents [B, n, C, H, W] of each image's row.
+        """Context [B, (n + 1) L, D] of ``labels`` [B] and the first n < R latents [B, n, C, H, W] of each row.
 
         Where ``drop`` [B] is true the label is replaced by the null class: the unconditional context.
         """
         return self.encoder(self.encoder.class_vectors(labels, drop), references)
 
     def memory(self, context: Tensor, every_reference: bool = False) -> Memory:
-        """What the decoder keeps of ``context`` [B, n L, D].
+        """The decoder's keys and values of ``context`` [B, n L, D].
 
         By default all rows see the whole context (sampling the next image). With ``every_reference``, rows of reference
         r = 0 .. n-1 see its prefix of (r + 1) L tokens (training all images of a row at once).
@@ -97,7 +97,7 @@ class TransDiff(Paradigm):
         return x
 
     def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> Memory:
-        """Image r sees the class and the clean images before it: the context of a row is made once."""
+        """The memory of each row: image r attends to the class and the clean images before it."""
         return self.memory(self.encode(labels, x[:, :-1], drop), every_reference=True)
 
     def predict(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
@@ -132,7 +132,7 @@ class TransDiff(Paradigm):
         return images
 
     def at_one_time(self, memory: Memory) -> Predict:
-        """The velocity at a time that all rows share, in the precision of the state."""
+        """The velocity at a time shared by all rows, in the precision of the state."""
 
         def predict(x_t: Tensor, t: float) -> Tensor:
             return self.velocity(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), memory).to(x_t.dtype)
@@ -163,6 +163,6 @@ class TransDiff(Paradigm):
         return self.decoder
 
     def units(self) -> Iterator[nn.Module | list[nn.Module]]:
-        """All keys and values of the decoder are made together; then block by block."""
+        """All layers for the decoder's keys and values together; then block by block."""
         yield self.decoder.memory_layers()
         yield from super().units()
