@@ -163,7 +163,8 @@ def text_lines(path: str | Path) -> Iterator[str]:
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: line {number}: not UTF-8: {error.reason} at byte {error.start}.") from error
+                allowed = "allowed: text in UTF-8. Unpack an archive first, and name its folder."
+                raise ValueError(f"{path}: line {number}: not UTF-8: {error.reason} at byte {error.start}; {allowed}") from error
 
 
 def number_labels(rows: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]]:

@@ -44,6 +44,8 @@ def judged_by(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def result_files(folder: str | Path) -> list[Path]:
     """All result files at or below ``folder``, sorted. Raises ``FileNotFoundError`` if there is none."""
+    if not Path(folder).exists():
+        raise FileNotFoundError(f"{folder} does not exist. Name a folder of runs.")
     files = sorted(file for file in Path(folder).rglob("*.json") if file.parent.name == FOLDER)
     if not files:
         raise FileNotFoundError(f"{folder} contains no result ({FOLDER}/*.json): run evaluate first.")

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 PARALLEL, COMPILED = "module.", "_orig_mod"  # added to names by DistributedDataParallel and torch.compile
 LISTED_NAMES = 10  # the most names in a message
 KNOWN = {"model", "model_ema", "optimizer", "scaler", "epoch", "args"}  # entries of the training code
+SAVE_TENSORS = "Where it was made, save its tensors alone: torch.save({'model': model.state_dict()}, FILE)"
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ def why(error: Exception) -> str:
     refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
     unread = re.search(r"WeightsUnpickler error: (.+)", str(error))
     if refused:
-        return f"it asks for {refused[1]}"
+        return f"it asks for {refused[1]}. {SAVE_TENSORS}"
     if unread is None and "Weights only load failed" in str(error):  # the rest is advice to load it unsafely
-        return "it holds more than tensors and plain values"
+        return f"it holds more than tensors and plain values. {SAVE_TENSORS}"
     return (unread[1] if unread else str(error)).strip().split("\n")[0] or "it is empty"
 
 

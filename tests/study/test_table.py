@@ -114,6 +114,8 @@ def test_folders_without_results_are_refused_and_broken_files_left_out(
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="contains no result"):
         write_comparison(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist\. Name a folder of runs"):
+        write_comparison(tmp_path / "nowhere", tmp_path / "out")
     assert names(folder) == ["mrar", "onestep", "other"]
     for bad in (
         "{}",
