@@ -45,7 +45,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
 
 @pytest.fixture
 def fresh_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test adds to the tables, and the modules that it imports from its folder, are forgotten after it."""
+    """Remove a test's additions to the tables, and the modules that it imported from its folder, after it."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     tables = [getattr(lit_transdiff, name) for name in lit_transdiff.TABLES]
     before = [{**table} for table in tables]
@@ -60,7 +60,7 @@ def fresh_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """What the test makes is float64, whose roundings are far below the tolerance of ``assert_close`` (1e-7)."""
+    """Make float64 the default dtype, whose rounding is far below the tolerance of ``assert_close`` (1e-7)."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

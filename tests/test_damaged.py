@@ -1,4 +1,4 @@
-"""Files of a run that a lost machine has left empty, cut or zeroed: they are noticed, named, and the run goes on."""
+"""Files of a run that a lost machine left empty, truncated or zeroed are detected and named, and the run continues."""
 
 import csv
 import os
@@ -103,7 +103,7 @@ def test_a_lost_wandb_id_is_that_of_the_local_files(tmp_path: Path) -> None:
 
 
 def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a power cut leaves the name with nothing behind it."""
+    """Otherwise a power failure leaves a name without content."""
     events: list[str] = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("fsync"), fsync(descriptor)))

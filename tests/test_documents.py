@@ -1,4 +1,4 @@
-"""What the documents show: Python runs, commands parse, and the settings, options, files and headings they name are there."""
+"""The documents: Python runs, commands parse, and the settings, options, files and headings that they name exist."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_the_yaml_of_a_document_is_that_of_its_file() -> None:
 
 
 def code_words(path: Path) -> list[str]:
-    """What stands in backquotes in a line, outside of blocks."""
+    """The text in backquotes in a line, outside of code blocks."""
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     return [re.sub(r"\s+", " ", word).replace("\\|", "|") for word in re.findall(r"`([^`]+)`", text)]
 
@@ -214,7 +214,7 @@ def test_settings_and_code_in_the_text_are_there(path: Path) -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """What a link may name after ``#``: the headings as GitHub writes them."""
+    """The valid targets of links after ``#``: headings in GitHub's form."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""The front door: public names, and what answers before the large libraries are loaded."""
+"""The entry points: public names, and fast answers before the large libraries are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every block of docs/extending.md runs, and what it adds is used in a run."""
+"""Every block of docs/extending.md runs, and its entries are used in a run."""
 
 import math
 import re
@@ -80,7 +80,7 @@ def test_a_family_a_decoder_and_an_encoder_of_the_page_train_and_draw(tmp_path: 
 
 
 def test_a_cached_vector_takes_the_place_of_the_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The vectors lie beside the latents; the loss depends on them, and images are drawn of them."""
+    """The vectors are stored beside the latents; the loss and sampled images depend on them."""
     exec(dict(BLOCKS)["Conditions"], {})
     run = small_run(tmp_path, model={"condition": "vectors"})
     vectors = torch.randn(12_000, 3, generator=torch.Generator().manual_seed(0))

@@ -82,7 +82,7 @@ def test_swept(trained: Path, name: str):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
-    """Whatever stands beside it in the batch, up to rounding; orders and noise are its own."""
+    """Independent of the other images of the batch up to rounding, because orders and noise follow from its seed."""
     generator = load_generator(trained / name)
     together = generator.images([3, 7, 3], seeds=[1, 2, 5])
     torch.testing.assert_close(generator.images([7], seeds=[2]), together[1:2], rtol=0, atol=1e-4)

@@ -163,7 +163,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Call
 
 
 def forget() -> None:
-    """As in another process."""
+    """Clear caches, as in another process."""
     for remembered in (crc32_once, damage_once, warn_once):
         remembered.cache_clear()
 

@@ -202,7 +202,7 @@ def test_training_goes_on_from_released_weights(recipe: str, imagenet: Path, tmp
 
 
 def released_files(folder: Path, recipe: RunConfig) -> None:
-    """What a lab has, with random weights: checkpoint, autoencoder, InceptionV3, reference statistics."""
+    """The files of a user, with random weights: checkpoint, autoencoder, InceptionV3, reference statistics."""
     state = {key: 0.05 * torch.randn(shape) for key, shape in released_shapes(recipe.model).items()}
     torch.save(
         {"model": state, "model_ema": state, "epoch": 39, "args": argparse.Namespace(mrar=True)}, folder / "checkpoint-last.pth"

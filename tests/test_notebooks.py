@@ -1,4 +1,4 @@
-"""The notebooks run, and what they show is what they would show now."""
+"""The notebooks run, and their stored outputs are current."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_KILOBYTES = 1300
 
 
 def execute(path: Path, folder: Path) -> Any:
-    """A notebook executed in ``folder``, which stands beside the repository's own."""
+    """Execute a notebook in ``folder``, a sibling of the repository's notebook folder."""
     book = nbformat.read(path, as_version=4)
     return NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
 

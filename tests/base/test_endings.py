@@ -20,7 +20,7 @@ from tests.helpers.small import ROOT, small_run
 
 
 def asked(number: signal.Signals) -> None:
-    """What takes long, and is signalled in it; libraries in between catch what they can."""
+    """A long task that is interrupted by a signal; libraries in between catch any exception that they can."""
     try:
         os.kill(os.getpid(), number)
         time.sleep(5)
@@ -65,7 +65,7 @@ def test_ctrl_c_ends_any_command_in_one_line(
 
 
 def test_a_signal_in_a_finalizer_is_not_lost() -> None:
-    """Python drops what is raised there."""
+    """Python drops exceptions that are raised in a finalizer."""
 
     class Slow:
         def __del__(self) -> None:
@@ -144,7 +144,7 @@ def test_a_folder_below_a_file_and_a_name_that_is_none_are_refused(tmp_path: Pat
 
 
 def test_messages_about_which_a_user_can_do_nothing_are_silent() -> None:
-    """In a process of its own, as the filters are; what says anything else is still heard."""
+    """In a separate process, like the filters; all other messages are still shown."""
     program = """
 import logging, warnings
 from lit_transdiff.__main__ import quiet_libraries

@@ -53,7 +53,7 @@ def test_too_little_room_is_a_bad_setting_and_an_error_of_the_disk(tmp_path: Pat
 
 @contextmanager
 def full_at_1000_bytes() -> Iterator[None]:
-    """No file of this process may become longer, that of the tests' own report neither: around no more than what is to fail."""
+    """Limit the size of all files of this process, even of the tests' own report, so use it only around the failing call."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
@@ -63,7 +63,7 @@ def full_at_1000_bytes() -> Iterator[None]:
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_whoever_writes(tmp_path: Path) -> None:
-    """Safetensors says so in words only."""
+    """Safetensors gives the errno only in its message."""
     (tmp_path / "model.safetensors").write_bytes(b"before")
     said = r"File too large \(.* free\): '.*/model.safetensors'"
     with full_at_1000_bytes(), pytest.raises(OSError, match=said) as told, whole(tmp_path / "model.safetensors") as partial:
@@ -72,7 +72,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_whoever_writes(tmp_path: Pa
 
 
 def test_a_writer_that_does_not_say_why_is_asked_for_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ``torch.save``."""
+    """Like ``torch.save``."""
     for free, kind in ((500, OSError), (1 << 30, RuntimeError)):
         monkeypatch.setattr(files, "free_bytes", lambda folder, free=free: free)
         with pytest.raises(kind, match="500 bytes free" if kind is OSError else "unexpected pos"), whole(tmp_path / "a"):

@@ -1,4 +1,4 @@
-"""What devices can do: the right row of the table, and measured numbers that nothing in training exceeds."""
+"""Peak rates of devices: the right row of the table, and measured numbers that training never exceeds."""
 
 import csv
 import time

@@ -1,4 +1,4 @@
-"""What was moved together is found again, and a stage refuses no setting that it does not read."""
+"""Folders that were moved together are found again, and a stage accepts settings that it does not read."""
 
 from __future__ import annotations
 

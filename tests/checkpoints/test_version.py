@@ -1,4 +1,4 @@
-"""Folders of earlier versions of this program are read; those of newer ones are refused, and stay as they are."""
+"""Folders of earlier versions of this program are read; those of newer ones are refused and left unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lit-transdiff init``: what it writes works as it stands, and it writes over nothing."""
+"""``lit-transdiff init``: the package works without changes, and no file is overwritten."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.helpers.small import ROOT
 
 
 def start(folder: Path, *command: str) -> str:
-    """What a command in a folder prints; it must end with 0."""
+    """The output of a command in a folder; its exit code must be 0."""
     done = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

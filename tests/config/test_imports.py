@@ -1,4 +1,4 @@
-"""Modules of the user's own: they add to the tables before a name is looked up, and say where they fail."""
+"""The user's own modules: they add to the tables before a name is looked up, and errors in them are located."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Settings: what is read is what was meant, and what cannot be meant is refused with its name."""
+"""Settings are read as intended, and impossible ones are refused by name."""
 
 import dataclasses
 from pathlib import Path

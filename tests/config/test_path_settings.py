@@ -1,4 +1,4 @@
-"""``~`` and variables in paths are replaced or refused, and what comes with the program is found from any folder."""
+"""``~`` and variables in paths are replaced or refused, and files of the package are found from any folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON schema of recipes: current, true of every recipe that is shipped, and strict with what a run would refuse."""
+"""The JSON schema of recipes: current, valid for every shipped recipe, and strict for settings that a run refuses."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ def test_files_are_put_whole_into_a_new_folder(tmp_path: Path):
 
 
 def test_what_a_link_leads_to_stays(tmp_path: Path) -> None:
-    """A checkpoint of another run that a run was begun from, say."""
+    """For example a checkpoint of another run from which a run was started."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "COMPLETE.json").write_text("{}")
     (tmp_path / "theirs" / "training.pt").write_text("x")

@@ -97,7 +97,7 @@ def test_missing_latent_shards_are_named(shards, tmp_path):
 
 
 class Died(RuntimeError):
-    """Stands for whatever ends a process."""
+    """An exception in place of anything that ends a process."""
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

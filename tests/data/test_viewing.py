@@ -1,4 +1,4 @@
-"""An image is read as every viewer shows it: upright, and with nothing of what is hidden under its transparent pixels."""
+"""Images are read as viewers show them: upright, and without the colours hidden under transparent pixels."""
 
 import io
 import json
@@ -32,7 +32,7 @@ FORMATS = {"JPEG": {"quality": 100, "subsampling": 0}, "PNG": {}, "WEBP": {"loss
 
 
 def upright() -> np.ndarray:
-    """A picture [24, 16, 3] that no turn leaves as it is."""
+    """A picture [24, 16, 3] that changes with every rotation."""
     y, x = np.mgrid[:24, :16]
     return np.stack([10 * y, 15 * x, 255 - 10 * y], -1).astype(np.uint8)
 
@@ -210,7 +210,7 @@ def test_images_may_be_taken_as_they_are_stored(photos, tmp_path):
 
 
 def test_shards_of_an_earlier_version_stay(photos, tmp_path, caplog):
-    """Their plan does not say what became of orientation and transparency."""
+    """Their plan does not record the treatment of orientation and transparency."""
     pack(photos, tmp_path / "x", encoding=Encoding(image_size=16), progress=False)
     plan = json.loads((tmp_path / "x/packing.json").read_text())
     (tmp_path / "x/packing.json").write_text(json.dumps({k: v for k, v in plan.items() if k not in ("exif", "background")}))

@@ -1,4 +1,4 @@
-"""What happens to a job: signals, lost ranks, a stuck one, a full disk."""
+"""Interruptions of a job: signals, lost ranks, a stuck rank, a full disk."""
 
 import os
 import re
@@ -34,7 +34,7 @@ from tests.helpers.small import ROOT, small_run
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_asks_for_a_requeue(tmp_path: Path, number: signal.Signals):
-    """As Ctrl-C or SLURM's ``--signal`` does: the process gets the signal, saves off its rhythm, and says how it ends."""
+    """Like Ctrl-C or SLURM's ``--signal``: the process gets the signal, saves out of schedule, and sets its exit code."""
     run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
     process = background([sys.executable, *TRAIN, file], tmp_path / "log")
     until(steps_logged(run), process)
@@ -68,7 +68,7 @@ def test_one_signalled_rank_of_two_stops_both(tmp_path: Path):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_of_a_run_leaves_no_trace(tmp_path: Path, number: signal.Signals, processes: int):
-    """As of a terminal, or of torchrun: data workers hear it, too, in the middle of a window of the metrics."""
+    """As from a terminal or torchrun: data workers get it too, in the middle of a metrics window."""
     runs = {}
     for name in ("whole", "run"):
         rhythm = {"max_steps": 60, "checkpoint_every": 1000, "log_every": 7, "validate_every": 0, "sample_every": 0}

@@ -31,7 +31,7 @@ from tests.helpers.small import ROOT
 
 
 def two_nodes(folder: Path, file: str) -> list[subprocess.Popen]:
-    """The same line on both; the first that is there is the host."""
+    """The same command on both nodes; the first one to start is the host."""
     line = ["bash", str(ROOT / "experiments/launch/torchrun.sh"), file]
     environment = {"NODES": "2", "GPUS": "1", "HOST": f"127.0.0.1:{free_port()}", "JOB": "test"}
     return [background(line, folder / f"node-{node}.log", **environment) for node in range(2)]
@@ -61,7 +61,7 @@ def test_two_nodes_train_as_one(tmp_path: Path, one_node: RunConfig):
 
 @pytest.mark.slow
 def test_a_rank_lost_on_one_node_restarts_both(tmp_path: Path, one_node: RunConfig):
-    """Each node counts restarts by itself; the ranks meet all the same, go on from the checkpoint and end in the same bits."""
+    """Each node counts its own restarts; the ranks still meet, continue from the checkpoint and end bit for bit equal."""
     run, file = run_in(tmp_path, "two")
     agents = two_nodes(tmp_path, file)
     logs = [tmp_path / f"node-{node}.log" for node in range(2)]

@@ -1,4 +1,4 @@
-"""The shipped scripts of schedulers, with stand-ins for what only a cluster has: a job is stopped, started again, and ends."""
+"""The shipped scheduler scripts, with stand-ins for the commands of a cluster: a job is stopped, restarted and finished."""
 
 import json
 import os

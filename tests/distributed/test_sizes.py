@@ -1,4 +1,4 @@
-"""Sizes that cannot work are refused in one line, and nothing of that size is made; what can work is not."""
+"""Impossible sizes are refused in one line before anything of that size is made; possible ones are accepted."""
 
 import os
 import signal
@@ -61,7 +61,7 @@ def test_a_size_that_cannot_work_is_refused_before_anything_is_made(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_refused_is_far_above_what_is_counted(tmp_path: Path, kind: str) -> None:
-    """The bounds are below the planner's numbers, but not so far that they mean nothing."""
+    """The bounds are below the planner's numbers, but close enough to be useful."""
     run = kind_run(tmp_path, kind)
     counted = pass_cost(run, bf16=run.training.precision != "fp32").row_bytes
     assert counted / 30 < least_of_row(run, STAGES[run.stage].head_alone) < counted / 2

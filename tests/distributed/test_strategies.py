@@ -180,7 +180,7 @@ TAKERS = [name for name in SEVERAL if STRATEGIES[name].takes_muon]
 
 @pytest.fixture(scope="module")
 def muon(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs with Muon, named as those above. Each strategy goes on from the one before it, too."""
+    """Runs with Muon, named as those above. Each strategy also continues from the previous one."""
     root = tmp_path_factory.mktemp("muon")
     fit_all(root, 1, [(settings(root, "plain", "single", **MUON), None)])
     plan: list[tuple[RunConfig, int | None]] = []

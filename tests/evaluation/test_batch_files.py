@@ -1,4 +1,4 @@
-"""The folder of drawn batches: what counts as drawn, who is told when a rank fails, and that all ranks must share it."""
+"""The folder of sampled batches: completeness of a batch, reports of failed ranks, and sharing by all ranks."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_waiting_ranks_hear_of_a_failure_and_give_up_when_nothing_comes(tmp_path
 
 
 class SecondRank:
-    """What Fabric is to rank 1 of 2, when rank 0 has written its token somewhere else."""
+    """Fabric as rank 1 of 2 sees it, if rank 0 has written its token to another place."""
 
     is_global_zero, world_size = False, 2
 

@@ -1,4 +1,4 @@
-"""Standard errors of scores: by other draws of the same distribution, and by arithmetic."""
+"""Standard errors of scores against repeated samples of the same distribution, and against arithmetic."""
 
 from __future__ import annotations
 

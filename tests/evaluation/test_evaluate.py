@@ -1,4 +1,4 @@
-"""Evaluation: the same scores for any batch size and number of ranks, and a file that says how they came about."""
+"""Evaluation: the same scores for any batch size and number of ranks, and a file with all their conditions."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_saved_images_are_part_of_what_is_reused(files: Path, tmp_path: Path, mo
 
 
 def test_images_without_room_are_not_drawn(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """22 images of 16 x 16: three channels in the file, one (they are grey) of each that is still to be drawn."""
+    """22 images of 16 x 16: three channels in the file, and one (grey) for each image that is still missing."""
     generator, settings = tiny_generator(), tiny_settings(files, metrics=["class_accuracy"])
     needed = 22 * 16 * 16 * (3 + 1)
     monkeypatch.setattr("lit_transdiff.base.files.free_bytes", lambda folder: needed - 1)
@@ -254,7 +254,7 @@ def test_what_cannot_be_scored_is_refused_before_any_image_is_drawn(
 
 
 def test_a_classifier_of_other_classes_does_not_judge(files: Path, tmp_path: Path) -> None:
-    """Which classes it knows stands beside its weights, in its export; of weights alone only the number is known."""
+    """Its class names are in the export beside its weights; without an export only their number is known."""
     (tmp_path / "judge.safetensors").write_bytes((files / "judge.safetensors").read_bytes())
     settings = tiny_settings(files, extractor_weights=str(tmp_path / "judge.safetensors"))
     prepare_job(tiny_generator(), settings, SAMPLING)

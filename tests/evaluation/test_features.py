@@ -1,4 +1,4 @@
-"""Extractors: what they refuse, and that they see images as files hold them."""
+"""Extractors: refused files, and images rounded as in files."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def tiny_dino(width: int = 128, patch: int = 14, grid: int = 5) -> VisionTransfo
 @pytest.mark.numeric
 @pytest.mark.parametrize("layout", ["released", "timm"])
 def test_dinov2_is_timms_network_on_resized_and_normalised_images(tmp_path: Path, layout: str) -> None:
-    """A tiny one on its own grid of 16 x 16, where the position embedding stays as it is."""
+    """A tiny one on its own grid of 16 x 16, where the position embedding is unchanged."""
     network = tiny_dino(grid=16)
     file = tmp_path / ("weights.pth" if layout == "released" else "weights.safetensors")
     if layout == "released":

@@ -1,4 +1,4 @@
-"""What is made once from a data set: latents of one autoencoder are not taken for those of another."""
+"""Preparation of a data set: latents of one autoencoder are not mistaken for those of another."""
 
 import dataclasses
 import json

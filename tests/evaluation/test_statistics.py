@@ -75,7 +75,7 @@ def colour_images(count: int, size: int = 12) -> np.ndarray:
 
 
 def test_a_file_with_everything_serves_each_score_its_part(tmp_path: Path, inception: FeatureExtractor) -> None:
-    """mu, sigma and mu_s, sigma_s are taken as they are, kept features are made of the images, once."""
+    """mu, sigma and mu_s, sigma_s are used directly, and features are computed from the images once."""
     random, pixels = np.random.default_rng(1), colour_images(9)
     given = {"mu": random.standard_normal(2048), "mu_s": random.standard_normal(2023)}
     np.savez(tmp_path / "adm.npz", arr_0=pixels, sigma=np.eye(2048), sigma_s=2 * np.eye(2023), **given)
@@ -95,7 +95,7 @@ def test_a_file_with_everything_serves_each_score_its_part(tmp_path: Path, incep
 
 
 def test_images_alone_are_a_reference(tmp_path: Path, inception: FeatureExtractor) -> None:
-    """What is computed of ``arr_0`` is what reference_statistics makes of the same images."""
+    """The statistics of ``arr_0`` equal those of reference_statistics for the same images."""
     pixels = colour_images(7)
     np.savez_compressed(tmp_path / "images.npz", arr_0=pixels, arr_1=np.arange(7))
     found = load_statistics(tmp_path / "images.npz")

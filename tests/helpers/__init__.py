@@ -1,1 +1,1 @@
-"""What tests share; each module is named by what it makes. A test module imports from here, never from another test module."""
+"""Shared code of tests; each module is named after its product. Test modules import from here, never from each other."""

@@ -77,7 +77,7 @@ def without_checksums(*files: Path) -> None:
 
 
 def twice(act: Callable[[], object]) -> list[object]:
-    """What a function gives that two threads call at once; an error is raised here."""
+    """The results of a function that two threads call at once; an error is raised here."""
     together = threading.Barrier(2)
 
     def one(_: int) -> object:

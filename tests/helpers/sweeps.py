@@ -1,4 +1,4 @@
-"""What a sweep of a tiny run is made of."""
+"""The parts of a sweep over a tiny run."""
 
 from __future__ import annotations
 

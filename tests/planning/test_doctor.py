@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong between nodes, and finds nothing on a sound machine."""
+"""The doctor finds problems between nodes, and none on a healthy machine."""
 
 from pathlib import Path
 from typing import Any

@@ -60,7 +60,7 @@ def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str):
 
 @pytest.mark.parametrize("kind", ["one-step", "MRAR"])
 def test_operations_are_those_of_a_real_pass(tmp_path: Path, kind: str):
-    """Also those of a stage that trains the head alone: there is no backward pass through the encoder."""
+    """Also for a stage that trains only the head, without a backward pass through the encoder."""
     run = kind_run(tmp_path, kind)
     stage = STAGES[run.stage](run, IdentityAutoencoder(run.model.latent_channels))
     # Not every release of torch counts the fused attention of CPUs.
@@ -79,7 +79,7 @@ def test_operations_are_those_of_a_real_pass(tmp_path: Path, kind: str):
 
 
 def test_shares_of_the_strategies(tmp_path: Path):
-    """On many GPUs what is cut goes to nothing, and what is not stays; a strategy that cuts more holds less and sends more."""
+    """On many GPUs, sharded memory vanishes and the rest stays; more sharding means less memory and more traffic."""
     run = kind_run(tmp_path, "one-step")
     model, cost = model_cost(run), pass_cost(run, False)
     memory = {name: memory_of(run, name, 1000, 1, model, cost, images=False) for name in STRATEGIES}

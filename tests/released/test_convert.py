@@ -1,4 +1,4 @@
-"""Released files <-> ours: what is mapped, what is refused, and that it comes back bit for bit."""
+"""Conversion of released files: mapped tensors, refused files, and a bit-for-bit round trip."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class TestTransDiff:
         assert list(back) == ["model"] and equal(back["model"], state)
 
     def test_our_own_model_gets_the_released_layout(self, tmp_path: Path, autoencoder: Path):
-        """What has no part in our one-step model is made of zeros, and said."""
+        """Tensors without a counterpart in our one-step model are filled with zeros, and reported."""
         convert(
             write_checkpoint(tmp_path / "released", ModelConfig(**SMALL)), tmp_path / "ours", autoencoder=autoencoder, num_heads=2
         )

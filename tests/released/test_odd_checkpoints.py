@@ -139,7 +139,7 @@ VAE = plain_autoencoder.make(channels=(32, 32, 32))
     ],
 )
 def test_an_autoencoder_that_does_not_fit_is_told_by_its_own_names(changes: dict[str, Any], message: str, tmp_path: Path):
-    """``None`` takes away all keys that begin so; only what is wrong is listed."""
+    """``None`` removes all keys with this prefix; only wrong keys are listed."""
     gone = tuple(key for key, value in changes.items() if value is None)
     state = {key: value for key, value in VAE.items() if not key.startswith(gone)} if gone else VAE | changes
     torch.save({"model": state}, tmp_path / "kl.ckpt")

@@ -1,4 +1,4 @@
-"""Where the images of a grid lie, and that labels fit."""
+"""The positions of images in a grid, and the fit of labels."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def blobs(labels: Tensor, seed: int) -> Tensor:
 
 
 class Blobs(pl.LightningDataModule):
-    """As many of each class, every step others."""
+    """Balanced classes, with different images at every step."""
 
     def batch(self, step: int) -> Batch:
         positions = torch.arange(step * ROWS, (step + 1) * ROWS)

@@ -249,7 +249,7 @@ def test_a_folder_that_is_not_there_may_be_a_project(monkeypatch: pytest.MonkeyP
 
 
 def cpu_seconds() -> float:
-    """Of this process and of the children that it has waited for: other load on the machine does not count."""
+    """CPU seconds of this process and its finished children, independent of other load on the machine."""
     return sum(os.times()[:4])
 
 

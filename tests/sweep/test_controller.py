@@ -182,7 +182,7 @@ def test_failed_trials_are_tried_again_and_finished_ones_are_left(tmp_path: Path
 
 
 def test_an_attempt_that_a_signal_ends_is_none_of_the_failed_ones(tmp_path: Path) -> None:
-    """A trial that failed once and was then interrupted goes on as one that was running, however few its attempts may be."""
+    """A trial that failed once and was then interrupted continues like a running one, whatever the limit of attempts."""
     file, place = write_sweep(tmp_path, parameters={"x": {"values": [1, 7]}, "pace": {"value": 0.0}}), tmp_path / "out"
     run_sweep(load_sweep(file), place, say=quiet)
     trial = journal(place, "end")[-1]["id"]
@@ -195,7 +195,7 @@ def test_an_attempt_that_a_signal_ends_is_none_of_the_failed_ones(tmp_path: Path
 
 
 def test_hyperband_does_not_judge_an_attempt_by_what_the_one_before_left(tmp_path: Path) -> None:
-    """A trial that diverged, failed and now begins anew: until it writes, its file ends with NaN."""
+    """A trial that diverged, failed and now starts again: until it writes, its file ends with NaN."""
     file = write_sweep(
         tmp_path, parameters={"x": {"values": [5, 2]}}, early_terminate={"type": "hyperband", "min_iter": 1, "eta": 3}
     )
@@ -275,7 +275,7 @@ def test_another_sweep_does_not_go_into_the_same_folder(tmp_path: Path) -> None:
 
 
 def start_sweep(file: Path, place: Path) -> subprocess.Popen[bytes]:
-    """A sweep as a process of its own, whose second trial has started."""
+    """A sweep in a separate process, whose second trial has started."""
     command = [sys.executable, "-m", "lit_transdiff", "sweep", str(file), "--output", str(place)]
     started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=ignore_nothing)
     while not (place / "trials.jsonl").exists() or len(journal(place, "process")) < 2:
@@ -329,7 +329,7 @@ def test_a_signal_in_the_middle_of_a_start_leaves_no_trial_behind(tmp_path: Path
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
-    """As of a closed terminal under nohup."""
+    """As for a closed terminal under nohup."""
     file = write_sweep(tmp_path, parameters={"x": {"values": [1, 2]}, "pace": {"value": 0.0}})
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -365,7 +365,7 @@ def test_a_killed_sweep_goes_on_with_the_same_trials(tmp_path: Path) -> None:
 
 
 def test_an_event_that_a_kill_cut_short_does_no_harm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What follows it stands on a line of its own, and an event whose trial is not known is left out."""
+    """The next event starts on a new line, and an event of an unknown trial is skipped."""
     file, place = write_sweep(tmp_path, parameters={"x": {"values": [1, 2]}, "pace": {"value": 0.0}}), tmp_path / "out"
     run_sweep(load_sweep(file), place, say=quiet)
     lines = (place / "trials.jsonl").read_text().splitlines(keepends=True)

@@ -112,7 +112,7 @@ LR = {"optimizer.lr": {"min": 1e-5, "max": 10.0, "distribution": "log_uniform_va
 
 
 def diverging(trial: Trial, how: str) -> None:
-    """Fill in what a training that is best at 3e-3 leaves, and one that diverges above 1e-2, in several ways."""
+    """Fill in the results of a training that is best at 3e-3 and diverges above 1e-2, in several ways."""
     lr = trial.settings["optimizer.lr"]
     loss = abs(math.log10(lr / 3e-3))
     ends: dict[str, tuple[str, list[float]]] = {

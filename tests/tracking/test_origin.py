@@ -1,4 +1,4 @@
-"""A copy of a run folder is a W&B run of its own; a folder that was renamed or moved keeps its run."""
+"""A copy of a run folder becomes a separate W&B run; a renamed or moved folder keeps its run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def begun(folder: Path) -> str:
 
 
 def copied(folder: Path, to: Path) -> Path:
-    """As ``cp -a`` does."""
+    """Copy like ``cp -a``."""
     return Path(shutil.copytree(folder, to, symlinks=True))
 
 

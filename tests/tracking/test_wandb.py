@@ -1,4 +1,4 @@
-"""Runs in W&B, with the real client and a server of our own: what arrives, what stays on disk, and what a dying server costs."""
+"""Runs in W&B, with the real client and our own server: uploaded data, local data, and the effect of an outage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores during training: the right ones, and training goes on as if nothing had been drawn."""
+"""Scores during training are right, and training continues as without them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_last_scores_are_those_of_the_exported_model(tmp_path: Path, referen
 
 
 def test_the_global_generators_are_left_as_they_were(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even when drawing uses them: here it draws from all three."""
+    """Even if sampling uses them; here it uses all three."""
     states: list[tuple[Any, ...]] = []
     plain_draw, plain_end = online.draw_batch, online.OnlineEvaluation.after_step
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_scored_is_refused_before_training(
 def test_a_signal_ends_the_scoring_between_two_batches_and_the_next_start_makes_the_scores(
     tmp_path: Path, reference: Path, batch: int, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three batches an evaluation: the signal comes while one is drawn, and no other is drawn after it."""
+    """An evaluation has three batches: the signal comes during one, and no other is sampled after it."""
     plain = run_of(tmp_path / "plain", reference, every=2)
     train(plain, silent)
     run = run_of(tmp_path, reference, every=2, training={"checkpoint_every": 1000})

@@ -21,7 +21,7 @@ HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_validation_start", "o
 
 
 class Recorder(StepCallback):
-    """Writes down what is called, and for which step."""
+    """Records each call with its step."""
 
     def __init__(self, name: str, told: list[str]) -> None:
         self.name, self.told = name, told

@@ -24,7 +24,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 class PowerCut(BaseException):
-    """What nothing tidies up after."""
+    """An end of the process without any cleanup."""
 
 
 def quiet(text: str) -> None:

@@ -109,7 +109,7 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def change_tree(draw: random.Random, tree: Any) -> str:
-    """Change nested settings in one place; what was done, in words."""
+    """Change nested settings in one place; return a description of the change."""
     found = places(tree)
     if not found:
         return "nothing to change"
@@ -297,7 +297,7 @@ def change_tensors(draw: random.Random, file: Path) -> str:
 
 
 def change_members(draw: random.Random, file: Path) -> str:
-    """Write a tar or zip anew with one member that is odd."""
+    """Rewrite a tar or zip with one odd member."""
     return (zip_anew if file.suffix in (".zip", ".npz", ".pth", ".ckpt") else tar_anew)(draw, file)
 
 
@@ -341,7 +341,7 @@ def odd_member(draw: random.Random, names: list[str]) -> tuple[str, bytes]:
 
 
 def bomb() -> bytes:
-    """A PNG file of a few bytes that says that it is 60,000 pixels wide and high."""
+    """A PNG file of a few bytes whose header gives 60,000 pixels in width and height."""
     import struct
     import zlib
 

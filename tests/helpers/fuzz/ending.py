@@ -61,7 +61,7 @@ def little_memory() -> Iterator[None]:
 
 
 def told_by(words: list[str], patience: float = PATIENCE) -> tuple[object, str]:
-    """The status of a command and what it wrote to standard error; a traceback where it ended in one."""
+    """The exit code of a command and its standard error, or its traceback."""
     said = io.StringIO()
     quiet = contextlib.redirect_stdout(io.StringIO())
     with contextlib.redirect_stderr(said), quiet, little_memory(), asked_to_stop(words[0], patience):

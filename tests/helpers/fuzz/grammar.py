@@ -1,4 +1,4 @@
-"""What is drawn: a thing that is broken, and the command that a user would give it to."""
+"""The grammar of attempts: a broken file, and the command that a user would run on it."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class Stub:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the client needs to use this server."""
+        """The environment variables that point the client to this server."""
         return {
             "WANDB_BASE_URL": f"http://127.0.0.1:{self.port}",
             "WANDB_API_KEY": "local" + "0" * 40,

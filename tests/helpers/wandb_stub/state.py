@@ -1,4 +1,4 @@
-"""What the stub remembers, and how it looks in an answer."""
+"""The state of the stub, and its form in an answer."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class State:
 
 
 def history_keys(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """What W&B says of the keys of a history."""
+    """W&B's description of the keys of a history."""
     keys: dict[str, Any] = {}
     for row in history:
         for key, value in row.items():

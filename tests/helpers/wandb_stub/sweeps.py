@@ -1,4 +1,4 @@
-"""What W&B's server does for a sweep: gives agents runs, and tells them to stop some."""
+"""The part of W&B's server for sweeps: it assigns runs to agents and stops some of them."""
 
 from __future__ import annotations
 
