@@ -1,6 +1,6 @@
 """Training steps and sampling against a plain eager implementation of the paper's formulation (``plain.py``).
 
-    python benchmarks/model_speed.py --size base                                       # on a CPU: batch 1; some minutes
+    python benchmarks/model_speed.py --size base                             # on a CPU: batch 1; some minutes
     python benchmarks/model_speed.py --size large --batch 64 --precision bf16 --compile    # on a GPU
 
 Both compute the same images and the same loss from the same weights and numbers (checked first), in the same precision (bf16:

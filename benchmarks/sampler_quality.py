@@ -1,6 +1,6 @@
 """Frechet distance against decoder evaluations: what each setting of the sampler costs and gives, on a trained model.
 
-    lit-transdiff run experiments/fashion/pipeline.yaml                     # or any run with reference statistics
+    lit-transdiff run experiments/fashion/pipeline.yaml           # or any run with reference statistics
     python benchmarks/sampler_quality.py runs/fashion/ar_pretrain --figure docs/sampler_quality.png
 
 Each setting draws ``--images`` images with ``--seeds`` seeds; the table gives means and the spread over the seeds. A decoder

@@ -35,8 +35,8 @@ class ACDiTConfig(ModelSettings):
     """ACDiT: squares of a latent one after the other, each by diffusion given the clean ones before it (arXiv 2412.07720)."""
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
-    paradigm: str = "acdit"  # a name in config.paradigms.PARADIGMS: the family of the model, which has settings of its own
-    size: str = "base"  # a name in config.acdit.ACDIT_SIZES, which gives those of the next three fields that are not given
+    paradigm: str = "acdit"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    size: str = "base"  # a name in config.acdit.ACDIT_SIZES, which sets the defaults of the next three fields
     width: int = OF_SIZE  # D, four times model.num_heads or a multiple of that
     num_heads: int = OF_SIZE  # of attention
     num_blocks: int = OF_SIZE  # of the transformer

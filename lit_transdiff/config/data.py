@@ -20,7 +20,7 @@ def is_colour(text: str) -> bool:
 class DataConfig:
     """Training and validation data, their order and augmentation."""
 
-    train: str = ""  # folder of shards with an index.json, or a webdataset URL (``pipe:``, ``http(s)://``, braces expand)
+    train: str = ""  # folder of shards with index.json, or a webdataset URL (``pipe:``, ``http(s)://``, braces)
     evaluation: Optional[str] = None  # folder of held-out shards, for validation
     index: Optional[str] = None  # index.json of ``train`` if ``train`` is a URL
     image_size: int = 256  # pixels; images are cropped to a square and resized to it
@@ -71,7 +71,7 @@ class AutoencoderTraining:
     layers_per_block: int = 1  # residual blocks per level
     norm_groups: int = 8  # number of groups of group normalisation
     latent_channels: int = 8  # number of channels of the latents
-    kl_weight: float = 1e-4  # weight of the KL divergence of the posterior from N(0, 1), relative to the reconstruction error
+    kl_weight: float = 1e-4  # weight of the posterior's KL divergence from N(0, 1), besides the reconstruction
     num_statistics_images: int = 10_000  # number of images for the per-channel mean and std of the latents, measured at the end
 
     def __post_init__(self) -> None:

@@ -31,7 +31,8 @@ MOST_STEPS = 100_000  # upper limit of solver steps
 class SamplingConfig:
     """Sampling from a trained model."""
 
-    solver: str = "euler_maruyama"  # a name in flow.solvers.SOLVERS, or for discrete diffusion in flow.diffusion.CHAIN_SOLVERS
+    solver: str = "euler_maruyama"
+    # a name in flow.solvers.SOLVERS, or for discrete diffusion in flow.diffusion.CHAIN_SOLVERS
     grid: str = "paper"  # a name in flow.solvers.GRIDS
     num_steps: int = 100  # solver steps per image
     shift: float = 1.0  # shift of the grid, by the formula of flow.shift

@@ -45,7 +45,8 @@ class OptimizerConfig:
     eps: float = 1e-8  # added to the root of AdamW's second moment
     weight_decay: float = 0.02  # weight decay of the encoder's matrices; biases, norms and the decoder have none
     warmup_steps: int = 0  # number of steps of the linear warm-up
-    warmup_offset: float = 1.0  # the factor of step s is (s + offset) / warmup_steps; in the reference 1 - 1 / accumulated passes
+    warmup_offset: float = 1.0
+    # the factor of step s is (s + offset) / warmup_steps; in the reference the offset is 1 - 1 / accumulated passes
     schedule: str = "constant"  # a name in stages.optim.SCHEDULES
     min_lr: float = 0.0  # final learning rate of cosine; wsd covers 63/64 of the way to it
     gradient_clip: float = 3.0  # maximal norm of all gradients together; 0: no clipping

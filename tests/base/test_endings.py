@@ -149,7 +149,7 @@ def test_messages_about_which_a_user_can_do_nothing_are_silent() -> None:
 import logging, warnings
 from lit_transdiff.__main__ import quiet_libraries
 quiet_libraries()
-logging.getLogger("DeepSpeed").warning("**** You are using ZeRO with an untested optimizer, proceed with caution *****")
+logging.getLogger("DeepSpeed").warning("**** You are using ZeRO with an untested optimizer ****")
 logging.getLogger("DeepSpeed").warning("heard of DeepSpeed")
 logging.getLogger("lightning.pytorch.accelerators.cuda").info("LOCAL_RANK: 0 - CUDA_VISIBLE_DEVICES: [0]")
 warnings.warn("`torch.distributed.all_gather_into_tensor` is deprecated. Use another.", FutureWarning)

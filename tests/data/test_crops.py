@@ -25,8 +25,11 @@ def picture(width, height, mode="RGB"):
 
 
 def adm_centre_crop(image, size):
-    """ADM's: halve by boxes (rounding down) while the short side is at least twice the size; resize bicubically so that the
-    short side is the size; cut the middle, rounding its place down."""
+    """ADM's crop.
+
+    Halve by boxes (rounding down) while the short side is at least twice the size; resize bicubically so that the short side
+    is the size; crop the centre, rounding its position down.
+    """
     width, height = image.size
     halvings = max(k for k in range(20) if k == 0 or min(width, height) // 2 ** (k - 1) >= 2 * size)
     for k in range(1, halvings + 1):

@@ -46,8 +46,11 @@ def test_order_of_convergence(solver: str):
 
 
 def stochastic_variance(steps: int, **settings: float) -> float:
-    """Variance of Euler-Maruyama's result, exactly: the field is linear, so the state is followed as coefficients of the
-    independent noises (coordinate 0: the initial one, coordinate i: that of step i)."""
+    """The exact variance of Euler-Maruyama's result.
+
+    The field is linear, so the state is tracked as coefficients of the independent noises: the initial one, then those of
+    the steps.
+    """
     drawn = iter(torch.eye(steps + 1, dtype=torch.float64)[1:])
     start = torch.eye(steps + 1, dtype=torch.float64)[0]
     config = SamplingConfig(solver="euler_maruyama", grid="uniform", num_steps=steps, **settings)

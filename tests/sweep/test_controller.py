@@ -137,7 +137,8 @@ def test_a_failure_is_one_trial_and_three_at_the_start_end_the_sweep(tmp_path: P
 # Fails at x = 2 and 3 while the file "broken" exists, having logged what was far better than all else.
 BRITTLE = """
 import os, pathlib, sys
-x, broken = float(dict(word.split("=") for word in sys.argv[1:])["x"]), pathlib.Path(__file__).with_name("broken").exists()
+x = float(dict(word.split("=") for word in sys.argv[1:])["x"])
+broken = pathlib.Path(__file__).with_name("broken").exists()
 with open(pathlib.Path(__file__).with_name("done"), "a") as done:
     print(f"{x:g}", "failed" if broken and x in (2, 3) else "finished", file=done)
 value = -100 if broken and x in (2, 3) else x
