@@ -31,10 +31,11 @@ SETTINGS_HEAD = """\
 # All settings
 
 A YAML file, and `key=value` after a command, set any of these by its dotted name; other settings keep their
-defaults. Lists are written as in `optimizer.betas=[0.9,0.99]`, a missing value as `null`. `lit-transdiff settings`
-prints this in a terminal, for a section or a setting as in `lit-transdiff settings sampling` or
-`lit-transdiff settings optimizer.lr`. Checks that span several settings are not listed: a run that violates one is
-refused before it starts, with the field, its value and what is allowed.
+defaults. Lists are written as in `optimizer.betas=[0.9,0.99]`, a missing value as `null`.
+`lit-transdiff settings` prints this in a terminal, for a section or a setting as in
+`lit-transdiff settings sampling` or `lit-transdiff settings optimizer.lr`. Checks that span several settings
+are not listed: a run that violates one is refused before it starts, with the field, its value and what is
+allowed.
 
 This page is made from the source: `lit-transdiff settings --markdown > docs/settings.md`."""
 

@@ -73,7 +73,7 @@ def test_the_classes_of_another_model():
         (
             "same",
             ["ant", "bee"],
-            "init_classes: got 'same'; .*2 classes, class 2 is none here, and 3 classes, class 2 is cat there",
+            "init_classes: got 'same'; .*2 classes, class 2 is none here, and 3 classes, class 2 is cat",
         ),
         ("same", ["ant", "cat", "bee"], "class 1 is cat here.*class 1 is bee there.*init_classes=new .*init_classes=by_name"),
         ({"dgo": "cat"}, ["dog"], "init_classes: class of this run: got 'dgo'; .*did you mean dog"),
