@@ -8,10 +8,13 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "lit_transdiff/__init__.py").read_text()).group(1)
 REQUIREMENTS = [
-    line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines() if line.split("#")[0].strip()
+    line.split("#")[0].strip()
+    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    if line.split("#")[0].strip()
 ]
 
-SHARED = ("experiments", "data/fashion")  # recipes and bundled images, which commands find wherever they are started
+# recipes and bundled images, which commands find wherever they are started
+SHARED = ("experiments", "data/fashion")
 DATA_FILES = [
     (f"share/lit-transdiff/{folder.relative_to(ROOT)}", [str(file.relative_to(ROOT)) for file in files])
     for top in SHARED
@@ -27,9 +30,13 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    package_data={"lit_transdiff.study": ["report.html"], "lit_transdiff.cli": ["template/*", "template/*/*"]},
+    package_data={
+        "lit_transdiff.study": ["report.html"],
+        "lit_transdiff.cli": ["template/*", "template/*/*"],
+    },
     data_files=DATA_FILES,
-    package_dir={"": "."},  # makes an editable install a plain path; the finder that it is otherwise comes with a warning
+    # makes an editable install a plain path; the finder that it is otherwise comes with a warning
+    package_dir={"": "."},
     packages=find_packages(include=["lit_transdiff", "lit_transdiff.*"]),
     install_requires=REQUIREMENTS,
     extras_require={

@@ -1,4 +1,6 @@
-"""What tensors take, on any device: the benchmarks measure with it, and the tests check the plan against it."""
+"""What tensors take, on any device: the benchmarks measure with it, and the tests
+check the plan against it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {number for number, _ in storages((args, kwargs))}  # changed in place, or seen another way: nothing is made
+        # changed in place, or seen another way: nothing is made
+        given = {number for number, _ in storages((args, kwargs))}
         for number, storage in storages(result):
             if number not in given:
                 self.count(storage)

@@ -2,9 +2,9 @@
 
     python benchmarks/cost_growth.py --figure docs/cost_growth.png
 
-One thing is varied at a time around one setting. Lines are computed beforehand: the model's operations at the rate of that
-setting, and the plan's memory; points are medians of real steps (forward, backward, clipping, AdamW, average) and the bytes of
-their tensors.
+One thing is varied at a time around one setting. Lines are computed beforehand: the model's operations at the
+rate of that setting, and the plan's memory; points are medians of real steps (forward, backward, clipping,
+AdamW, average) and the bytes of their tensors.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Point:
 
     @property
     def flops(self) -> float:
-        return self.run.training.global_batch_size * training_flops(self.run.model, self.run.flow.num_noise_draws)
+        return self.run.training.global_batch_size * training_flops(
+            self.run.model, self.run.flow.num_noise_draws
+        )
 
     @property
     def planned_bytes(self) -> float:
@@ -75,7 +77,9 @@ def take_steps(point: Point, rounds: int) -> None:
     stage = STAGES[point.run.stage](point.run, IdentityAutoencoder(point.run.model.latent_channels))
     optimizer = build_optimizer(stage.model, point.run.optimizer)
     numbers = torch.zeros(rows, dtype=torch.int64)
-    values = torch.randn(rows, model.num_references, model.latent_channels, model.latent_size, model.latent_size)
+    values = torch.randn(
+        rows, model.num_references, model.latent_channels, model.latent_size, model.latent_size
+    )
     batch = Batch(values, numbers, torch.zeros(rows, model.num_references, dtype=torch.int64), numbers)
 
     def passes() -> None:
@@ -101,17 +105,28 @@ def draw(points: dict[tuple[str, int], Point], rate: float, title: str, file: Pa
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, len(VARIED), figsize=(3.4 * len(VARIED), 6), layout="constrained", sharey="row")
+    figure, axes = plt.subplots(
+        2, len(VARIED), figsize=(3.4 * len(VARIED), 6), layout="constrained", sharey="row"
+    )
     for column, name in enumerate(VARIED):
         mine = [points[name, value] for value in VARIED[name]]
         for row, (measured, computed, unit) in enumerate(
             [
-                ([statistics.median(p.seconds) for p in mine], [p.flops / rate for p in mine], "seconds per step"),
+                (
+                    [statistics.median(p.seconds) for p in mine],
+                    [p.flops / rate for p in mine],
+                    "seconds per step",
+                ),
                 ([p.bytes / 1e9 for p in mine], [p.planned_bytes / 1e9 for p in mine], "GB of activations"),
             ]
         ):
             panel = axes[row, column]
-            panel.plot(VARIED[name], computed, color="grey", label="operations at one rate" if row == 0 else "planned")
+            panel.plot(
+                VARIED[name],
+                computed,
+                color="grey",
+                label="operations at one rate" if row == 0 else "planned",
+            )
             panel.plot(VARIED[name], measured, "o", color="C0", label="measured")
             panel.set(xscale="log", yscale="log", xlabel=name)
             panel.set_xticks(VARIED[name], [str(value) for value in VARIED[name]])
@@ -139,11 +154,18 @@ def main() -> None:
     centre = points["micro-batch", CENTRE["micro-batch"]]
     rate = centre.flops / statistics.median(centre.seconds)
     print(machine(torch.device("cpu")))
-    print(f"fp32, size {args.size}, around {CENTRE}, {args.rounds} steps each; {rate / 1e9:.0f} GFLOP/s there\n")
-    print("| varied | value | GFLOP | s | relative s per GFLOP | GB | GB / planned |\n|---|---|---|---|---|---|---|")
+    print(
+        f"fp32, size {args.size}, around {CENTRE}, {args.rounds} steps each; {rate / 1e9:.0f} GFLOP/s there\n"
+    )
+    print(
+        "| varied | value | GFLOP | s | relative s per GFLOP | GB | GB / planned "
+        "|\n|---|---|---|---|---|---|---|"
+    )
     for (name, value), point in points.items():
         median, expected = statistics.median(point.seconds), point.flops / rate
-        shares = f"{median / expected:.2f} | {point.bytes / 1e9:.3f} | {point.bytes / point.planned_bytes:.2f}"
+        shares = (
+            f"{median / expected:.2f} | {point.bytes / 1e9:.3f} | {point.bytes / point.planned_bytes:.2f}"
+        )
         print(f"| {name} | {value} | {point.flops / 1e9:,.0f} | {median:.2f} | {shares} |")
     if args.figure:
         draw(points, rate, f"size {args.size} on {machine(torch.device('cpu'))}, float32", args.figure)

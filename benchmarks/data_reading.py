@@ -2,11 +2,12 @@
 
     python benchmarks/data_reading.py
 
-The baseline is one .npz a file, as the TransDiff reference caches latents: ``moments`` and ``moments_flip``, float32
-(32, 16, 16) each. Kinds and worker counts take turns in several rounds; the table gives medians. Files are read from the
-page cache, so the disk does not count. Below it stands what the machine allows at most for latents: how often their bytes can be
-copied in memory, read from the page cache, and read from the disk (after asking the system to forget them). The last lines say
-what comparing samples with their checksums costs: latents the first time and later, from the page cache and from the disk.
+The baseline is one .npz a file, as the TransDiff reference caches latents: ``moments`` and ``moments_flip``,
+float32 (32, 16, 16) each. Kinds and worker counts take turns in several rounds; the table gives medians.
+Files are read from the page cache, so the disk does not count. Below it stands what the machine allows at
+most for latents: how often their bytes can be copied in memory, read from the page cache, and read from the
+disk (after asking the system to forget them). The last lines say what comparing samples with their checksums
+costs: latents the first time and later, from the page cache and from the disk.
 """
 
 from __future__ import annotations
@@ -65,7 +66,12 @@ def write_npz(folder: Path, num: int) -> None:
 
 
 def write_shards(
-    folder: Path, num: int, extension: str, make: Callable[[int], bytes], latents: LatentInfo | None, classes: int = 10
+    folder: Path,
+    num: int,
+    extension: str,
+    make: Callable[[int], bytes],
+    latents: LatentInfo | None,
+    classes: int = 10,
 ) -> None:
     folder.mkdir()
     for shard in range(SHARDS):
@@ -82,7 +88,9 @@ def latent(i: int) -> bytes:
 def photo(i: int, width: int, height: int) -> bytes:
     """A JPEG of about the detail, and so the size, of a photograph."""
     rng = np.random.default_rng(i)
-    coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8)).resize((width, height))
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8)).resize(
+        (width, height)
+    )
     pixels = np.asarray(coarse) + rng.normal(0, 6, (height, width, 3))
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
@@ -100,7 +108,9 @@ def planned(folder: Path, batch_size: int, workers: int, **settings: object) -> 
 
 def npz_loader(folder: Path, batch_size: int, workers: int) -> DataLoader:
     context = clean_context() if workers else None
-    return DataLoader(NpzFiles(folder), batch_size, shuffle=True, num_workers=workers, multiprocessing_context=context)
+    return DataLoader(
+        NpzFiles(folder), batch_size, shuffle=True, num_workers=workers, multiprocessing_context=context
+    )
 
 
 def endless(loader: DataLoader) -> Iterator[int]:
@@ -135,7 +145,9 @@ def make_stores(root: Path, num_latents: int, num_images: int) -> dict[str, Call
         BASELINE: lambda workers: npz_loader(root / "npz", 256, workers),
         LATENTS: lambda workers: planned(root / "latents", 256, workers),
         f"JPEG of 256 px ({cropped:.0f} kB), shards": lambda workers: planned(root / "cropped", 64, workers),
-        f"JPEG of 500 x 375 ({original:.0f} kB), shards, crop center": lambda workers: planned(root / "original", 64, workers),
+        f"JPEG of 500 x 375 ({original:.0f} kB), shards, crop center": lambda workers: planned(
+            root / "original", 64, workers
+        ),
         f"JPEG of 500 x 375 ({original:.0f} kB), shards, crop random-square": lambda workers: planned(
             root / "original", 64, workers, crop="random-square"
         ),
@@ -143,7 +155,9 @@ def make_stores(root: Path, num_latents: int, num_images: int) -> dict[str, Call
 
 
 def limits(folder: Path) -> dict[str, float]:
-    """Bytes a second at which this machine copies memory and reads the shards below ``folder``, cached and not."""
+    """Bytes a second at which this machine copies memory and reads the shards below ``folder``, cached and
+    not.
+    """
     shards = sorted(folder.glob("*.tar"))
     total = sum(shard.stat().st_size for shard in shards)
     source, target = np.ones(total, np.uint8), np.ones(total, np.uint8)
@@ -174,7 +188,9 @@ def forget(folder: Path) -> None:
 
 
 def seconds_of_a_pass(index: ShardIndex, batch_size: int, again: bool = False, cached: bool = True) -> float:
-    """Seconds in which this process reads every sample once; with ``again`` it has compared them with their checksums before."""
+    """Seconds in which this process reads every sample once; with ``again`` it has compared them with their
+    checksums before.
+    """
     dataset = PlannedDataset(index, DataConfig(train=str(index.folder), image_size=256), training=True)
     if again and index.checksum is not None:
         dataset.reader.unread[:] = False
@@ -203,7 +219,9 @@ def cost_of_checksums(folder: Path, batch_size: int, passes: int) -> dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--latents", type=int, default=4096, help="samples of a store of latents")
     parser.add_argument("--images", type=int, default=512, help="samples of a store of images")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
@@ -217,26 +235,41 @@ def main() -> None:
         for _ in range(args.rounds):
             for workers in args.workers:
                 for name, loader in stores.items():
-                    measured.setdefault((name, workers), []).append(samples_per_second(loader(workers), args.seconds))
+                    measured.setdefault((name, workers), []).append(
+                        samples_per_second(loader(workers), args.seconds)
+                    )
             rounds.append(limits(Path(folder) / "latents"))
         costs = {"latents": cost_of_checksums(Path(folder) / "latents", 256, 10 * args.rounds)}
         costs["JPEG of 256 px"] = cost_of_checksums(Path(folder) / "cropped", 64, args.rounds)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
+        f"{torch.__version__}"
+    )
     print("| samples/s (ratio) | " + " | ".join(f"{w} workers" for w in args.workers) + " |")
     print("|---|" + "---|" * len(args.workers))
     for name in stores:
         found = {workers: statistics.median(measured[name, workers]) for workers in args.workers}
         base = {workers: statistics.median(measured[BASELINE, workers]) for workers in args.workers}
-        print(f"| {name} | " + " | ".join(f"{found[w]:,.0f} ({found[w] / base[w]:.2f})" for w in args.workers) + " |")
-    best, each = max(statistics.median(measured[LATENTS, workers]) for workers in args.workers), int(np.prod(SHAPE)) * 2
+        print(
+            f"| {name} | "
+            + " | ".join(f"{found[w]:,.0f} ({found[w] / base[w]:.2f})" for w in args.workers)
+            + " |"
+        )
+    best, each = (
+        max(statistics.median(measured[LATENTS, workers]) for workers in args.workers),
+        int(np.prod(SHAPE)) * 2,
+    )
     for name in rounds[0]:
         rate = statistics.median(found[name] for found in rounds)
         size = f"{each / 1024:.0f} KiB"
         print(
-            f"{name}: {rate / 1e9:.1f} GB/s, {rate / each:,.0f} latents of {size} a second; shards reach {best / rate * each:.0%}"
+            f"{name}: {rate / 1e9:.1f} GB/s, {rate / each:,.0f} latents of {size} a second; shards reach "
+            f"{best / rate * each:.0%}"
         )
     for store, found in costs.items():
-        print(f"checksums of {store} cost: " + "; ".join(f"{name} {cost:.1%}" for name, cost in found.items()))
+        print(
+            f"checksums of {store} cost: " + "; ".join(f"{name} {cost:.1%}" for name, cost in found.items())
+        )
 
 
 if __name__ == "__main__":

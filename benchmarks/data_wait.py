@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/data_wait.py
 
-The training loop of a run, with the callback that measures, on synthetic latents of real shapes; without checkpoints and sample
-grids. The numbers are those that every run logs.
+The training loop of a run, with the callback that measures, on synthetic latents of real shapes; without
+checkpoints and sample grids. The numbers are those that every run logs.
 """
 
 from __future__ import annotations
@@ -46,9 +46,22 @@ def make_data(root: Path) -> None:
 
 
 def run_of(root: Path, recipe: str, workers: int, steps: int, batch: int) -> RunConfig:
-    changes = [f"output_dir={root}", f"name=workers-{workers}", f"data.train={root / 'latents'}", "data.crop=center"]
-    changes += [f"data.num_workers={workers}", f"autoencoder.path={root / 'autoencoder'}", "training.log_every=1"]
-    changes += [f"training.max_steps={steps}", f"training.global_batch_size={batch}", "training.micro_batch_size=1"]
+    changes = [
+        f"output_dir={root}",
+        f"name=workers-{workers}",
+        f"data.train={root / 'latents'}",
+        "data.crop=center",
+    ]
+    changes += [
+        f"data.num_workers={workers}",
+        f"autoencoder.path={root / 'autoencoder'}",
+        "training.log_every=1",
+    ]
+    changes += [
+        f"training.max_steps={steps}",
+        f"training.global_batch_size={batch}",
+        "training.micro_batch_size=1",
+    ]
     changes += ["optimizer.warmup_steps=0", "training.sample_every=0", "evaluation.every=0"]
     precision = [] if torch.cuda.is_available() else ["training.precision=fp32"]
     return load_run(ROOT / "experiments" / recipe, [*changes, *precision])
@@ -59,7 +72,9 @@ def measure(run: RunConfig) -> dict[str, list[float]]:
     parts = build(run)
     open_folder(run)
     rhythm = Rhythm(run, [LogTraining(run, compute_dtype(run))])
-    trainer = build_trainer(parts, rhythm.callbacks, [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)])
+    trainer = build_trainer(
+        parts, rhythm.callbacks, [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)]
+    )
     trainer.fit(parts.stage, datamodule=parts.data)
     found: dict[str, list[float]] = {name: [] for name in METRICS}
     with open(run.folder / "metrics.csv", newline="") as file:
@@ -71,13 +86,18 @@ def measure(run: RunConfig) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="imagenet256/ar_base.yaml", help="below experiments/")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=2, help="images of a step, in passes of one")
     args = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch "
+        f"{torch.__version__}"
+    )
     print("| workers | images/s | data wait fraction (highest) | peak memory, GB |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder))

@@ -3,9 +3,10 @@
     python benchmarks/model_speed.py --size base                             # on a CPU: batch 1; some minutes
     python benchmarks/model_speed.py --size large --batch 64 --precision bf16 --compile    # on a GPU
 
-Both compute the same images and the same loss from the same weights and numbers (checked first), in the same precision (bf16:
-autocast). They take turns; the table gives medians, their ratio, the arithmetic of each (counted by torch), and the share of what
-the fastest large matrix product of this machine reaches in the same run. Dropout is off. ``--compile`` compiles our blocks.
+Both compute the same images and the same loss from the same weights and numbers (checked first), in the same
+precision (bf16: autocast). They take turns; the table gives medians, their ratio, the arithmetic of each
+(counted by torch), and the share of what the fastest large matrix product of this machine reaches in the same
+run. Dropout is off. ``--compile`` compiles our blocks.
 """
 
 from __future__ import annotations
@@ -69,7 +70,12 @@ class Setup:
 
 
 def set_up(
-    size: str, references: int, batch: int, device: torch.device, precision: str = "fp32", compiled: bool = False
+    size: str,
+    references: int,
+    batch: int,
+    device: torch.device,
+    precision: str = "fp32",
+    compiled: bool = False,
 ) -> Setup:
     config = ModelConfig(size=size, num_references=references, attention_dropout=0.0, projection_dropout=0.0)
     torch.manual_seed(0)
@@ -90,7 +96,9 @@ def tokens(latents: Tensor) -> Tensor:
 
 def sampling_pair(setup: Setup, steps: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """(ours, plain), each giving the last image's latents [B, c, h, w]."""
-    sampling = SamplingConfig(num_steps=steps, guidance_scale=GUIDANCE, drift_scale=DRIFT_SCALE, noise_scale=NOISE_SCALE)
+    sampling = SamplingConfig(
+        num_steps=steps, guidance_scale=GUIDANCE, drift_scale=DRIFT_SCALE, noise_scale=NOISE_SCALE
+    )
     sampling = replace(sampling, precision=setup.precision)
     shape = (setup.model.config.latent_channels, *[setup.model.config.latent_size] * 2)
     generator = Generator(setup.model, IdentityAutoencoder(shape[0]), RunConfig(model=setup.model.config), [])
@@ -107,7 +115,9 @@ def sampling_pair(setup: Setup, steps: int) -> tuple[Callable[[], Tensor], Calla
         fresh = [[tokens(draw(*shape)) for _ in range(steps - 1)] for _ in range(setup.references)]
         scales = [GUIDANCE] * setup.references
         with setup.autocast():
-            images = plain.draw_images(setup.weights, setup.heads, setup.labels, noise, fresh, scales, DRIFT_SCALE, NOISE_SCALE)
+            images = plain.draw_images(
+                setup.weights, setup.heads, setup.labels, noise, fresh, scales, DRIFT_SCALE, NOISE_SCALE
+            )
         return rearrange(images[-1], "b (h w) c -> b c h w", h=shape[-1])
 
     return ours, theirs
@@ -115,7 +125,12 @@ def sampling_pair(setup: Setup, steps: int) -> tuple[Callable[[], Tensor], Calla
 
 def training_pair(setup: Setup) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """(ours, plain): one step each (forward, backward, clipping, AdamW, average), giving the loss."""
-    model, references, draws, batch = setup.model, setup.references, DRAWS[setup.references], len(setup.labels)
+    model, references, draws, batch = (
+        setup.model,
+        setup.references,
+        DRAWS[setup.references],
+        len(setup.labels),
+    )
     size = model.config.latent_size
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, references, 16, size, size, generator=generator).to(setup.device)
@@ -186,7 +201,9 @@ def seconds(function: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def product_rate(device: torch.device, precision: str) -> float:
-    """Floating-point operations a second of a large matrix product, by the fastest kernel that torch has for it."""
+    """Floating-point operations a second of a large matrix product, by the fastest kernel that torch has for
+    it.
+    """
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     return 2 * n**3 / min(seconds(partial(product, a, a), device) for product in products(device))
@@ -200,7 +217,9 @@ def counted(function: Callable[[], Tensor]) -> float:
     return float(counter.get_total_flops())
 
 
-def measure(name: str, pair: tuple[Callable[[], Tensor], Callable[[], Tensor]], rounds: int, setup: Setup) -> str:
+def measure(
+    name: str, pair: tuple[Callable[[], Tensor], Callable[[], Tensor]], rounds: int, setup: Setup
+) -> str:
     """A row of the table; raises ``ValueError`` when the two do not compute the same."""
     (ours, theirs), device = pair, setup.device
     first, second = ours(), theirs()
@@ -241,8 +260,14 @@ def main() -> None:
     device = torch.device(args.device)
     print(machine(device))
     how = args.precision + ", our blocks compiled" * args.compile
-    print(f"{how}, size {args.size}, batch {args.batch}, {args.steps} solver steps, guidance {GUIDANCE}, {args.rounds} rounds\n")
-    print("| | ours, s | plain, s | plain / ours (range) | ours, TFLOP | plain, TFLOP | ours, share of a matrix product's rate |")
+    print(
+        f"{how}, size {args.size}, batch {args.batch}, {args.steps} solver steps, guidance {GUIDANCE}, "
+        f"{args.rounds} rounds\n"
+    )
+    print(
+        "| | ours, s | plain, s | plain / ours (range) | ours, TFLOP | plain, TFLOP | ours, share of a "
+        "matrix product's rate |"
+    )
     print("|---|---|---|---|---|---|---|")
     for references, name in ((1, "one-step"), (4, "MRAR")):
         setup = set_up(args.size, references, args.batch, device, args.precision, args.compile)

@@ -1,12 +1,13 @@
-"""Sampling against diffusers' DiT, the class-conditional latent transformer that a user would take from a library.
+"""Sampling against diffusers' DiT, the class-conditional latent transformer that a user would take from a
+library.
 
     python benchmarks/peers.py                        # base on a CPU, float32
     python benchmarks/peers.py --size large --batch 16
 
-Both draw 16 x 16 x 16 latents from random weights, with classifier-free guidance, at the same number of steps; the DiT has our
-width and heads, patches of one latent pixel (as many tokens as ours), and as many blocks as bring it nearest to our parameter
-count. It runs as ``DiTPipeline`` runs it (DDIM, conditional and unconditional rows in one batch), without autoencoders. They take
-turns; the table gives medians.
+Both draw 16 x 16 x 16 latents from random weights, with classifier-free guidance, at the same number of
+steps; the DiT has our width and heads, patches of one latent pixel (as many tokens as ours), and as many
+blocks as bring it nearest to our parameter count. It runs as ``DiTPipeline`` runs it (DDIM, conditional and
+unconditional rows in one batch), without autoencoders. They take turns; the table gives medians.
 """
 
 from __future__ import annotations
@@ -78,12 +79,15 @@ def main() -> None:
     args = options(__doc__).parse_args()
     device = torch.device(args.device)
     setups = {
-        f"ours, {name}": set_up(args.size, references, args.batch, device) for name, references in (("one-step", 1), ("MRAR", 4))
+        f"ours, {name}": set_up(args.size, references, args.batch, device)
+        for name, references in (("one-step", 1), ("MRAR", 4))
     }
     first = next(iter(setups.values()))
     dit = nearest_dit(first)
     contestants = {"diffusers' DiT": (dit_sampling(dit, first, args.steps), parameters(dit))}
-    contestants |= {name: (sampling_pair(setup, args.steps)[0], parameters(setup.model)) for name, setup in setups.items()}
+    contestants |= {
+        name: (sampling_pair(setup, args.steps)[0], parameters(setup.model)) for name, setup in setups.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(args.rounds + 1):
         for name, (draw, _) in contestants.items():
@@ -91,12 +95,18 @@ def main() -> None:
             if i > 0:  # the first round warms up
                 times[name].append(took)
     print(machine(device))
-    print(f"size {args.size}, batch {args.batch}, {args.steps} steps, guidance {GUIDANCE}, {args.rounds} rounds\n")
+    print(
+        f"size {args.size}, batch {args.batch}, {args.steps} steps, guidance {GUIDANCE}, {args.rounds} "
+        "rounds\n"
+    )
     print("| | parameters | TFLOP | s | time / the DiT's |\n|---|---|---|---|---|")
     base = statistics.median(times["diffusers' DiT"])
     for name, (draw, size) in contestants.items():
         median = statistics.median(times[name])
-        print(f"| {name} | {size / 1e6:.0f} M | {counted(draw) / 1e12:.2f} | {median:.2f} | {median / base:.2f} |")
+        print(
+            f"| {name} | {size / 1e6:.0f} M | {counted(draw) / 1e12:.2f} | {median:.2f} | "
+            f"{median / base:.2f} |"
+        )
 
 
 if __name__ == "__main__":

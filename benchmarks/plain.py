@@ -1,8 +1,9 @@
-"""TransDiff as the released code formulates it, written plainly over a released state dict and independently of ours.
+"""TransDiff as the released code formulates it, written plainly over a released state dict and independently
+of ours.
 
-Tokens, not latents: x [b, N, c], references [b, L, c p p]; t in [0, 1000]. torch's own kernels, eager; everything is computed
-where the paper's formulation has it. The tests compare ours with it, and the fixtures keep it honest
-(tests/models/test_plain_parity.py); the benchmarks measure against it.
+Tokens, not latents: x [b, N, c], references [b, L, c p p]; t in [0, 1000]. torch's own kernels, eager;
+everything is computed where the paper's formulation has it. The tests compare ours with it, and the fixtures
+keep it honest (tests/models/test_plain_parity.py); the benchmarks measure against it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def blocks(w: State, pattern: str) -> range:
 
 
 def encode(w: State, heads: int, labels: Tensor, drop: Tensor, references: Tensor | None = None) -> Tensor:
-    """z with its position embedding; one-step without ``references``, else MRAR with as many groups as they fill plus one."""
+    """z with its position embedding; one-step without ``references``, else MRAR with as many groups as they
+    fill plus one.
+    """
     d = w["fake_latent"].shape[1]
     masks, context = w["mask_token"], w["diffusion_pos_embed_learned"].shape[1]
     buffer = w["encoder_pos_embed_learned"].shape[1] - context
@@ -55,7 +58,9 @@ def encode(w: State, heads: int, labels: Tensor, drop: Tensor, references: Tenso
     x = norm(w, "z_proj_ln", x + w["encoder_pos_embed_learned"][:, :n])
     mask = None
     if not one_step:
-        block = torch.tensor([0] * buffer + [1 + i // masks.shape[1] for i in range(n - buffer)], device=x.device)
+        block = torch.tensor(
+            [0] * buffer + [1 + i // masks.shape[1] for i in range(n - buffer)], device=x.device
+        )
         mask = torch.where(block[:, None] >= block[None], 0.0, -1e30)
     for i in blocks(w, "encoder_blocks."):
         name = f"encoder_blocks.{i}"
@@ -81,19 +86,26 @@ def velocity(w: State, heads: int, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
     h = linear(w, f"{net}input_proj", x) + w[f"{net}diffusion_pos_embed_learned"]
     for i in blocks(w, f"{net}res_blocks."):
         name = f"{net}res_blocks.{i}"
-        rows = (w[f"{name}.scale_shift_table"] + shared)[:, :, None]  # shift, scale, gate of attention; of the MLP
-        q, k, v = linear(w, f"{name}.attn1.qkv", norm(w, f"{name}.norm1", h) * (1 + rows[:, 1]) + rows[:, 0]).chunk(3, -1)
+        # shift, scale, gate of attention; of the MLP
+        rows = (w[f"{name}.scale_shift_table"] + shared)[:, :, None]
+        q, k, v = linear(
+            w, f"{name}.attn1.qkv", norm(w, f"{name}.norm1", h) * (1 + rows[:, 1]) + rows[:, 0]
+        ).chunk(3, -1)
         h = h + rows[:, 2] * linear(w, f"{name}.attn1.proj", attend(q, k, v, heads))
         q = linear(w, f"{name}.attn2.wq", norm(w, f"{name}.norm2", h))
         k, v = linear(w, f"{name}.attn2.wk", c), linear(w, f"{name}.attn2.wv", c)
         h = h + linear(w, f"{name}.attn2.proj", attend(q, k, v, heads))
-        h = h + rows[:, 5] * mlp(w, f"{name}.mlp", norm(w, f"{name}.norm3", h) * (1 + rows[:, 4]) + rows[:, 3])
+        h = h + rows[:, 5] * mlp(
+            w, f"{name}.mlp", norm(w, f"{name}.norm3", h) * (1 + rows[:, 4]) + rows[:, 3]
+        )
     shift, scale = (w[f"{net}final_layer.scale_shift_table"] + temb[:, None]).chunk(2, dim=1)
     return linear(w, f"{net}final_layer.linear", norm(w, "", h) * (1 + scale) + shift)
 
 
 def loss(w: State, heads: int, x: Tensor, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """One image's loss; ``t`` [m b] integers and ``noise`` [m b, N, c] of the tiled rows, row r for image r mod b."""
+    """One image's loss; ``t`` [m b] integers and ``noise`` [m b, N, c] of the tiled rows, row r for image r
+    mod b.
+    """
     tiles = len(t) // len(x)
     x, z = x.repeat(tiles, 1, 1), z.repeat(tiles, 1, 1)
     share = (t / 1000)[:, None, None]
@@ -101,12 +113,23 @@ def loss(w: State, heads: int, x: Tensor, z: Tensor, t: Tensor, noise: Tensor) -
 
 
 def mrar_loss(
-    w: State, heads: int, images: list[Tensor], references: Tensor, labels: Tensor, drop: Tensor, t: Tensor, noise: Tensor
+    w: State,
+    heads: int,
+    images: list[Tensor],
+    references: Tensor,
+    labels: Tensor,
+    drop: Tensor,
+    t: Tensor,
+    noise: Tensor,
 ) -> Tensor:
-    """Mean over the images [b, N, c] of a row; ``references`` [b, (R-1) L, c p p]; ``t`` [R, m b], ``noise`` [R, m b, N, c]."""
+    """Mean over the images [b, N, c] of a row; ``references`` [b, (R-1) L, c p p]; ``t`` [R, m b], ``noise``
+    [R, m b, N, c].
+    """
     z = encode(w, heads, labels, drop, references)
     length = z.shape[1] // len(images)
-    return sum(loss(w, heads, x, z[:, : (i + 1) * length], t[i], noise[i]) for i, x in enumerate(images)) / len(images)
+    return sum(
+        loss(w, heads, x, z[:, : (i + 1) * length], t[i], noise[i]) for i, x in enumerate(images)
+    ) / len(images)
 
 
 def sample(
@@ -120,7 +143,9 @@ def sample(
     scale_0: float,
     scale_1: float,
 ) -> Tensor:
-    """The released sampler by way of the score; ``steps`` are the Gaussian numbers of all steps but the last."""
+    """The released sampler by way of the score; ``steps`` are the Gaussian numbers of
+    all steps but the last.
+    """
     n = len(steps) + 1
     times = [*torch.linspace(1, 0.04, n).tolist(), 0.0]
     x = noise
@@ -135,7 +160,11 @@ def sample(
             drifts.append(v - t * score)
         drift = drifts[1] + guidance * (drifts[0] - drifts[1]) if guidance > 1 else drifts[0]
         last = i == n - 1
-        x = x + drift * dt if last else x + scale_0 * drift * dt + scale_1 * math.sqrt(2 * t) * math.sqrt(-dt) * steps[i]
+        x = (
+            x + drift * dt
+            if last
+            else x + scale_0 * drift * dt + scale_1 * math.sqrt(2 * t) * math.sqrt(-dt) * steps[i]
+        )
     return x
 
 
@@ -151,32 +180,46 @@ def draw_images(
 ) -> list[Tensor]:
     """The successive images [b, N, c] of each label's row, the last of which the released code keeps.
 
-    ``noise`` [b, N, c] begins every image; ``fresh`` are the Gaussian numbers of each image's steps but the last, ``guidance``
-    its scales. The encoder runs on the whole prefix each time, in MRAR on references of 2 x 2 patches.
+    ``noise`` [b, N, c] begins every image; ``fresh`` are the Gaussian numbers of each image's steps but the
+    last, ``guidance`` its scales. The encoder runs on the whole prefix each time, in MRAR on references of 2
+    x 2 patches.
     """
     made: list[Tensor] = []
     side = math.isqrt(noise.shape[1])
     for steps, scale in zip(fresh, guidance, strict=True):
         references = torch.cat([to_patches(x, side, 2) for x in made], dim=1) if made else None
         z, null = (
-            encode(w, heads, labels, torch.full_like(labels, dropped, dtype=torch.bool), references) for dropped in (False, True)
+            encode(w, heads, labels, torch.full_like(labels, dropped, dtype=torch.bool), references)
+            for dropped in (False, True)
         )
         made.append(sample(w, heads, z, null, noise, steps, scale, scale_0, scale_1))
     return made
 
 
 def to_patches(x: Tensor, side: int, p: int) -> Tensor:
-    """Tokens of one pixel [b, side side, c] -> of p x p pixels [b, (side / p)^2, c p p]: channel, patch row, patch column."""
+    """Tokens of one pixel [b, side side, c] -> of p x p pixels [b, (side / p)^2, c p p]: channel, patch row,
+    patch column.
+    """
     b, _, c = x.shape
     grid = x.reshape(b, side // p, p, side // p, p, c)
     return grid.permute(0, 1, 3, 5, 2, 4).reshape(b, (side // p) ** 2, c * p * p)
 
 
 class Optimizer:
-    """AdamW with the released groups, clipping, warm-up by micro-step and average, on the tensors of a state dict."""
+    """AdamW with the released groups, clipping, warm-up by micro-step and average, on the tensors of a state
+    dict.
+    """
 
     def __init__(
-        self, w: State, lr: float, warmup: float, accumulate: int, decay: float, clip: float, rate: float, eps: float = 1e-8
+        self,
+        w: State,
+        lr: float,
+        warmup: float,
+        accumulate: int,
+        decay: float,
+        clip: float,
+        rate: float,
+        eps: float = 1e-8,
     ) -> None:
         self.w, self.lr, self.warmup, self.accumulate, self.eps = w, lr, warmup, accumulate, eps
         self.decay, self.clip, self.rate = decay, clip, rate
@@ -188,7 +231,9 @@ class Optimizer:
         """One update with the summed gradients of the accumulated passes."""
         total = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
         shrink = min(1.0, self.clip / (total + 1e-6))
-        lr = self.lr * min(1.0, (self.steps * self.accumulate + self.accumulate - 1) / (self.warmup * self.accumulate))
+        lr = self.lr * min(
+            1.0, (self.steps * self.accumulate + self.accumulate - 1) / (self.warmup * self.accumulate)
+        )
         self.steps += 1
         for key, p in self.w.items():
             g = gradients[key] * shrink
@@ -198,5 +243,9 @@ class Optimizer:
             decayed = p.ndim > 1 and not key.endswith(".bias") and "diffdecoder" not in key
             with torch.no_grad():
                 p.mul_(1 - lr * self.decay * decayed)
-                p.sub_(lr * (first / (1 - 0.9**self.steps)) / ((second / (1 - 0.95**self.steps)).sqrt() + self.eps))
+                p.sub_(
+                    lr
+                    * (first / (1 - 0.9**self.steps))
+                    / ((second / (1 - 0.95**self.steps)).sqrt() + self.eps)
+                )
                 self.ema[key].mul_(self.rate).add_(p, alpha=1 - self.rate)

@@ -1,11 +1,12 @@
-"""Frechet distance against decoder evaluations: what each setting of the sampler costs and gives, on a trained model.
+"""Frechet distance against decoder evaluations: what each setting of the sampler costs and gives, on a
+trained model.
 
     lit-transdiff run experiments/fashion/pipeline.yaml           # or any run with reference statistics
     python benchmarks/sampler_quality.py runs/fashion/ar_pretrain --figure docs/sampler_quality.png
 
-Each setting draws ``--images`` images with ``--seeds`` seeds; the table gives means and the spread over the seeds. A decoder
-evaluation is one image through the decoder, so a guided step costs two. Results stay below ``--output``: the same command
-continues.
+Each setting draws ``--images`` images with ``--seeds`` seeds; the table gives means and the spread over the
+seeds. A decoder evaluation is one image through the decoder, so a guided step costs two. Results stay below
+``--output``: the same command continues.
 """
 
 from __future__ import annotations
@@ -37,9 +38,15 @@ def settings_of(references: int, guidance: float) -> dict[str, dict[str, Any]]:
         found[f"paper, {n} steps, guided in [0, 0.7]"] = {"num_steps": n, "guidance_interval": [0.0, 0.7]}
     found["fast preset, 12 steps"] = PRESETS["fast"]
     found["fast preset, 8 steps"] = {**PRESETS["fast"], "num_steps": 8}
-    solvers = {"euler": (25, 12)} if references > 1 else {"adams_bashforth": (24, 12, 8), "heun": (12, 6), "euler": (25, 12)}
+    solvers = (
+        {"euler": (25, 12)}
+        if references > 1
+        else {"adams_bashforth": (24, 12, 8), "heun": (12, 6), "euler": (25, 12)}
+    )
     for solver, counts in solvers.items():
-        found |= {f"{solver}, {n} steps": {"solver": solver, "grid": "uniform", "num_steps": n} for n in counts}
+        found |= {
+            f"{solver}, {n} steps": {"solver": solver, "grid": "uniform", "num_steps": n} for n in counts
+        }
     if references == 1:
         found["other grids, paper's sampler on 12 uniform steps"] = {"grid": "uniform", "num_steps": 12}
         found["other grids, euler on the paper's 12 steps"] = {"solver": "euler", "num_steps": 12}
@@ -48,18 +55,25 @@ def settings_of(references: int, guidance: float) -> dict[str, dict[str, Any]]:
         return found
     early = references - 1
     for last, before in ((25, 6), (25, 3), (12, 6)):
-        found[f"paper, last {last} steps, earlier {before}"] = {"num_steps": last, "reference_steps": [before] * early + [last]}
+        found[f"paper, last {last} steps, earlier {before}"] = {
+            "num_steps": last,
+            "reference_steps": [before] * early + [last],
+        }
     only_last = {"num_steps": 25, "reference_guidance": [1.0] * early + [guidance]}
     found["paper, 25 steps, only the last guided"] = only_last
     return found
 
 
-def score(generator: Generator, sampling: SamplingConfig, images: int, seeds: int, output: Path) -> dict[str, list[float]]:
+def score(
+    generator: Generator, sampling: SamplingConfig, images: int, seeds: int, output: Path
+) -> dict[str, list[float]]:
     """Frechet distance, class accuracy and decoder evaluations an image, one value a seed."""
     values: dict[str, list[float]] = {"distance": [], "accuracy": [], "evaluations": []}
     for seed in range(seeds):
         metrics = ["frechet_distance", "class_accuracy"]
-        settings = dataclasses.replace(generator.run.evaluation, num_images=images, seed=seed, metrics=metrics)
+        settings = dataclasses.replace(
+            generator.run.evaluation, num_images=images, seed=seed, metrics=metrics
+        )
         result = evaluate(generator, settings, sampling, output=output, reuse=True)
         values["distance"].append(result["scores"]["frechet_distance"])
         values["accuracy"].append(result["scores"]["class_accuracy"])
@@ -86,17 +100,26 @@ def draw(rows: dict[str, dict[str, list[float]]], title: str, file: Path) -> Non
             y, spread = statistics.mean(distances), statistics.stdev(distances) if len(distances) > 1 else 0.0
             colour = f"C{families.index(family)}"
             axes.errorbar(x, y, spread, fmt="o", color=colour, capsize=2, markersize=4)
-            axes.text(x, y + spread, f" {text}", fontsize=7, color=colour, rotation=90, ha="center", va="bottom")
+            axes.text(
+                x, y + spread, f" {text}", fontsize=7, color=colour, rotation=90, ha="center", va="bottom"
+            )
     for family in families:
         label = "Euler-Maruyama on the paper's grid" if family == "paper" else family.replace("_", "-")
         axes.plot([], [], "o", color=f"C{families.index(family)}", label=label)
     base = statistics.mean(rows[BASELINE]["distance"])
     axes.axhline(base, color="grey", linewidth=0.8, linestyle="--")
-    axes.axvline(statistics.mean(rows[BASELINE]["evaluations"]) / 4, color="grey", linewidth=0.8, linestyle=":")
+    axes.axvline(
+        statistics.mean(rows[BASELINE]["evaluations"]) / 4, color="grey", linewidth=0.8, linestyle=":"
+    )
     costs = sorted(at_cost)
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, top + 0.4 * (top - bottom))  # room for what stands on the bars
-    axes.set(xscale="log", xlabel="decoder evaluations per image", ylabel="Frechet distance (lower is better)", title=title)
+    axes.set(
+        xscale="log",
+        xlabel="decoder evaluations per image",
+        ylabel="Frechet distance (lower is better)",
+        title=title,
+    )
     axes.set_xticks(costs, [str(cost) for cost in costs], rotation=60, fontsize=8)
     axes.minorticks_off()
     axes.legend(fontsize=8)
@@ -109,7 +132,9 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="settings of the table beside the baseline")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="settings of the table beside the baseline"
+    )
     parser.add_argument("--output", type=Path, help="default: sampler_quality in the run folder")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
@@ -124,10 +149,19 @@ def main() -> None:
     for name in [BASELINE, *args.only] if args.only else settings:
         changes = settings[name]
         sampling = dataclasses.replace(base, **changes)
-        rows[name] = score(generator, sampling, args.images, args.seeds, args.output or Path(args.checkpoint) / "sampler_quality")
+        rows[name] = score(
+            generator,
+            sampling,
+            args.images,
+            args.seeds,
+            args.output or Path(args.checkpoint) / "sampler_quality",
+        )
     cost = statistics.mean(rows[BASELINE]["evaluations"])
     print(f"{run.name}, guidance {run.sampling.guidance_scale:g}, {args.images} images, {args.seeds} seeds\n")
-    print("| sampler | evaluations per image | of the paper's | Frechet distance | class accuracy |\n|---|---|---|---|---|")
+    print(
+        "| sampler | evaluations per image | of the paper's | Frechet distance | class accuracy "
+        "|\n|---|---|---|---|---|"
+    )
     for name, values in rows.items():
         mean = {key: statistics.mean(found) for key, found in values.items()}
         spread = statistics.stdev(values["distance"]) if args.seeds > 1 else 0.0

@@ -1,4 +1,6 @@
-"""Shared by all tests: OMP_NUM_THREADS threads, or one (machines are small and shared); no network, no W&B account."""
+"""Shared by all tests: OMP_NUM_THREADS threads, or one (machines are small and shared); no network, no W&B
+account.
+"""
 
 import os
 import signal
@@ -7,7 +9,8 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
-os.environ.setdefault("WANDB_X_SERVICE_WAIT", "120")  # seconds; a busy machine may need more than the 30 that are usual
+# seconds; a busy machine may need more than the 30 that are usual
+os.environ.setdefault("WANDB_X_SERVICE_WAIT", "120")
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +23,8 @@ import lit_transdiff
 from tests.helpers.wandb_stub import Stub
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-# Tests that are started in the background, or under nohup, inherit ignored signals, which the program leaves ignored.
+# Tests that are started in the background, or under nohup, inherit ignored signals, which the program leaves
+# ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -32,7 +36,9 @@ def seeded() -> None:
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
-    """A server that the client of this process uses; every operation that it was asked for must be known to it."""
+    """A server that the client of this process uses; every operation that it was asked for must be known to
+    it.
+    """
     with Stub() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
@@ -60,7 +66,9 @@ def fresh_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Make float64 the default dtype, whose rounding is far below the tolerance of ``assert_close`` (1e-7)."""
+    """Make float64 the default dtype, whose rounding is far below the tolerance of
+    ``assert_close`` (1e-7).
+    """
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

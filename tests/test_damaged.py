@@ -1,4 +1,6 @@
-"""Files of a run that a lost machine left empty, truncated or zeroed are detected and named, and the run continues."""
+"""Files of a run that a lost machine left empty, truncated or zeroed are detected and named, and the run
+continues.
+"""
 
 import csv
 import os
@@ -77,11 +79,16 @@ def test_a_run_goes_on_beside_empty_small_files(tmp_path: Path, caplog: pytest.L
     for name in ("environment.json", "export/export.json", "metrics.csv"):
         (run.folder / name).write_bytes(b"")
     train(run, silent)
-    assert len(read_json(run.folder / "environment.json")) == 1 and read_json(run.folder / "export" / "export.json")["step"] == 6
+    assert (
+        len(read_json(run.folder / "environment.json")) == 1
+        and read_json(run.folder / "export" / "export.json")["step"] == 6
+    )
     assert "environment.json is damaged" in caplog.text and "export.json is damaged" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "step,images_seen,seconds,metric,value\n2,2,0.1,a,1.0\n4,4,0.2", "\0" * 64])
+@pytest.mark.parametrize(
+    "content", ["", "step,images_seen,seconds,metric,value\n2,2,0.1,a,1.0\n4,4,0.2", "\0" * 64]
+)
 def test_metrics_that_were_cut_are_gone_on_with(tmp_path: Path, content: str) -> None:
     log = MetricsCSV(tmp_path / "metrics.csv", images_per_step=1)
     log.path.write_text(content)

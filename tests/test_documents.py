@@ -1,4 +1,6 @@
-"""The documents: Python runs, commands parse, and the settings, options, files and headings that they name exist."""
+"""The documents: Python runs, commands parse, and the settings, options, files and headings that they name
+exist.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ from tests.helpers.run_folders import make_run
 from tests.helpers.small import ROOT, small_run
 
 FOLDERS = ("benchmarks", "data", "docs")
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.md")))]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.md"))),
+]
 RECIPES = [file for file in sorted((ROOT / "experiments").rglob("*.yaml")) if file.parent.name != "launch"]
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which names what has gone, too
 COMMANDS = [function.removesuffix("_command") for function in vars(commands) if function.endswith("_command")]
@@ -53,7 +58,8 @@ SUFFIXES = (
     "ckpt",
 )
 PLACEHOLDER = "experiments/fashion/ar_pretrain.yaml"  # stands for RUN.yaml
-TINY = {"/usr/share/datasets/fashion-mnist": "idx", "limit=4000": "limit=40", "limit=2000": "limit=20"}  # in the test of a block
+# in the test of a block
+TINY = {"/usr/share/datasets/fashion-mnist": "idx", "limit=4000": "limit=40", "limit=2000": "limit=20"}
 
 
 def name(path: Path) -> str:
@@ -65,7 +71,9 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def python_blocks() -> Iterator[object]:
-    """But those of ``extending.md``, which have a test of their own, and the signatures of ``api.md``, which are no programs."""
+    """But those of ``extending.md``, which have a test of their own, and the signatures of ``api.md``, which
+    are no programs.
+    """
     for path in DOCUMENTS:
         for number, code in enumerate(blocks(path, "python")):
             if path.name != "extending.md" and (path.name != "api.md" or "import " in code):
@@ -84,7 +92,11 @@ def write_idx(folder: Path, split: str, count: int) -> None:
 def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder after the demo and a sweep, with the files of Fashion-MNIST."""
     folder = tmp_path_factory.mktemp("user")
-    mrar = {"stage": "mrar_finetune", "model": {"num_references": 4}, "training": {"max_steps": 2, "sample_every": 0}}
+    mrar = {
+        "stage": "mrar_finetune",
+        "model": {"num_references": 4},
+        "training": {"max_steps": 2, "sample_every": 0},
+    }
     train(small_run(folder / "runs/fashion-fast", name="mrar_finetune", **mrar), say=lambda text: None)
     for draws, seed in itertools.product((1, 2), (0, 1)):
         flow = {"num_noise_draws": draws}
@@ -104,12 +116,17 @@ def test_python_runs(user: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> 
 
 
 def command_lines(path: Path) -> list[str]:
-    """The ``lit-transdiff`` lines of a document's code blocks and of a recipe's header, with continuation lines joined."""
+    """The ``lit-transdiff`` lines of a document's code blocks and of a recipe's header, with continuation
+    lines joined.
+    """
     text = path.read_text()
     if path.suffix == ".md":
         text = "\n".join(blocks(path, "(?:bash|sh|console)?"))
     text = re.sub(r"\\\n#?\s*", " ", text)
-    return [m.group(1) for m in re.finditer(r"^(?:#\s+|\$ )?(?:.*?-m\s)?(lit[-_]transdiff .*)$", text, flags=re.MULTILINE)]
+    return [
+        m.group(1)
+        for m in re.finditer(r"^(?:#\s+|\$ )?(?:.*?-m\s)?(lit[-_]transdiff .*)$", text, flags=re.MULTILINE)
+    ]
 
 
 def words_of(command: str) -> list[str]:
@@ -133,7 +150,9 @@ def test_commands_parse_and_take_their_settings(path: Path, monkeypatch: pytest.
 
 
 def check_command(args: argparse.Namespace) -> None:
-    """Files of this repository that it names are there, and its ``key=value`` settings are taken by the run's own checks."""
+    """Files of this repository that it names are there, and its ``key=value`` settings are taken by the run's
+    own checks.
+    """
     given = vars(args)
     if "pipeline" in given:
         load_pipeline(args.pipeline, args.overrides)
@@ -149,12 +168,19 @@ def check_command(args: argparse.Namespace) -> None:
 def test_commands_of_a_package_of_ones_own_parse(my_lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # the recipe's data are there
     for command in command_lines(my_lab / "my_lab/README.md"):
-        words = [str(my_lab / "my_lab" / word) if word.endswith(".yaml") else word for word in words_of(command)]
+        words = [
+            str(my_lab / "my_lab" / word) if word.endswith(".yaml") else word for word in words_of(command)
+        ]
         check_command(parse(words))
 
 
 def test_the_yaml_of_a_document_is_that_of_its_file() -> None:
-    shown = {name(path): block for path in DOCUMENTS for block in blocks(path, "yaml") if block.startswith("# experiments/")}
+    shown = {
+        name(path): block
+        for path in DOCUMENTS
+        for block in blocks(path, "yaml")
+        if block.startswith("# experiments/")
+    }
     assert shown
     for document, block in shown.items():
         first, rest = block.split("\n", 1)
@@ -176,7 +202,11 @@ def help_of(command: str) -> str:
 
 @pytest.mark.parametrize("path", CURRENT, ids=name)
 def test_commands_and_options_in_the_text_are_there(path: Path) -> None:
-    scripts = "".join(file.read_text() for file in (ROOT / "benchmarks").glob("*.py")) if path.parent.name == "benchmarks" else ""
+    scripts = (
+        "".join(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))
+        if path.parent.name == "benchmarks"
+        else ""
+    )
     for word in code_words(path):
         if command := re.match(r"lit-transdiff ([a-z]+)", word):
             assert command[1] in COMMANDS, word
@@ -195,7 +225,11 @@ def settings() -> set[str]:
 @cache
 def sources() -> dict[str, str]:
     """The text of every file of code, by its path."""
-    files = [file for place in ("lit_transdiff", "tests", "benchmarks", "experiments") for file in (ROOT / place).rglob("*.*")]
+    files = [
+        file
+        for place in ("lit_transdiff", "tests", "benchmarks", "experiments")
+        for file in (ROOT / place).rglob("*.*")
+    ]
     return {f"/{name(file)}": file.read_text() for file in files if file.suffix in (".py", ".sh", ".sbatch")}
 
 
@@ -230,7 +264,9 @@ def test_links_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_scripts_and_targets_that_a_document_names_are_there(path: Path) -> None:
     text = path.read_text()
-    for file in re.findall(r"(?<![\w/.-])(?:experiments|benchmarks|notebooks|tests|docs|lit_transdiff)/[\w./-]*\w", text):
+    for file in re.findall(
+        r"(?<![\w/.-])(?:experiments|benchmarks|notebooks|tests|docs|lit_transdiff)/[\w./-]*\w", text
+    ):
         assert (ROOT / file).exists(), f"{path.name} names {file}"
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert targets is not None

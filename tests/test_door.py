@@ -13,7 +13,17 @@ import lit_transdiff
 from lit_transdiff.cli.api import page
 from tests.helpers.small import ROOT
 
-HEAVY = ("torch", "lightning", "wandb", "pandas", "matplotlib", "torchmetrics", "deepspeed", "diffusers", "scipy")
+HEAVY = (
+    "torch",
+    "lightning",
+    "wandb",
+    "pandas",
+    "matplotlib",
+    "torchmetrics",
+    "deepspeed",
+    "diffusers",
+    "scipy",
+)
 LOADED = f"[name for name in {HEAVY} if name in sys.modules]"
 RECIPE = "experiments/fashion/ar_pretrain.yaml"
 FILES = ["--weights", "nope", "--vae", "nope", "--inception", "nope", "--reference", "nope"]
@@ -29,7 +39,14 @@ WRONG = [
     ["train", "nope.yaml", "--dry-run"],
     ["train", RECIPE, "output_dir={new}", "data.train=nope"],
     ["train", RECIPE, "output_dir={new}", "data.train=data/fashion/train", "data.evaluation=nope"],
-    ["train", RECIPE, "output_dir={new}", "data.train=data/fashion/train", "data.evaluation=null", "init_from=nope"],
+    [
+        "train",
+        RECIPE,
+        "output_dir={new}",
+        "data.train=data/fashion/train",
+        "data.evaluation=null",
+        "init_from=nope",
+    ],
     ["run", "nope.yaml"],
     ["convert", "nope", "{new}"],
     ["convert", "nope", "{new}", "--recipe", "nope.yaml"],
@@ -61,7 +78,9 @@ print(json.dumps(found), file=sys.stderr)
 def test_help_and_wrong_paths_are_answered_before_the_large_libraries_are_loaded(tmp_path):
     words = [["--help"], ["train", "--help"], ["settings"], ["train", "--nope"]]
     words += [[word.format(new=tmp_path / "new") for word in command] for command in WRONG]
-    ran = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(words)], cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(words)], cwd=ROOT, capture_output=True, text=True
+    )
     *messages, last = ran.stderr.splitlines()
     found = json.loads(last)
     assert len(found) == 1 + len(words)
@@ -86,9 +105,19 @@ def test_a_public_name_is_the_object_of_its_module():
 def test_type_checkers_are_told_the_same_names():
     tree = ast.parse((ROOT / "lit_transdiff/__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    told = {(alias.asname, node.module) for node in ast.walk(block) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    homes = {name: f"lit_transdiff.{module}" for name, module in (lit_transdiff.PUBLIC | lit_transdiff.TABLES).items()}
-    assert told == {(name, home.removesuffix(f".{name}") if name == "plots" else home) for name, home in homes.items()}
+    told = {
+        (alias.asname, node.module)
+        for node in ast.walk(block)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    homes = {
+        name: f"lit_transdiff.{module}"
+        for name, module in (lit_transdiff.PUBLIC | lit_transdiff.TABLES).items()
+    }
+    assert told == {
+        (name, home.removesuffix(f".{name}") if name == "plots" else home) for name, home in homes.items()
+    }
 
 
 def test_the_page_of_the_public_names_is_current():
@@ -99,7 +128,13 @@ def test_the_page_of_the_public_names_is_current():
 
 def test_the_quickstart_imports_from_the_front_door_alone():
     book = json.loads((ROOT / "notebooks/1_quickstart.ipynb").read_text())
-    lines = [line for cell in book["cells"] if cell["cell_type"] == "code" for line in cell["source"] if "lit_transdiff" in line]
+    lines = [
+        line
+        for cell in book["cells"]
+        if cell["cell_type"] == "code"
+        for line in cell["source"]
+        if "lit_transdiff" in line
+    ]
     (line,) = [line for line in lines if "import" in line]
     assert line.startswith("from lit_transdiff import ")
     assert {*line.strip().removeprefix("from lit_transdiff import ").split(", ")} <= {*lit_transdiff.PUBLIC}

@@ -56,7 +56,13 @@ def test_every_stage_is_trained_sampled_and_scored(demo: Path):
         assert len(list((demo / stage / "samples" / "final").glob("class-*/seed-*.png"))) == 80
         (result,) = (demo / stage / "evaluations").glob("*.json")
         scores = json.loads(result.read_text())["scores"]
-        assert set(scores) >= {"frechet_distance", "class_accuracy", "precision", "recall", "feature_diversity"}
+        assert set(scores) >= {
+            "frechet_distance",
+            "class_accuracy",
+            "precision",
+            "recall",
+            "feature_diversity",
+        }
     assert (demo / "mrar_finetune" / "samples" / "references" / "grid.png").is_file()
 
 
@@ -83,7 +89,15 @@ def test_the_same_command_again_does_nothing_twice(demo: Path, capsys: pytest.Ca
 
 def test_single_images_do_not_depend_on_how_many_are_drawn(demo: Path, tmp_path: Path):
     for per_class, name in ((1, "one"), (3, "three")):
-        command = ["sample", "--checkpoint", str(demo / "mrar_finetune"), "--classes", "0,7", "--per-class", str(per_class)]
+        command = [
+            "sample",
+            "--checkpoint",
+            str(demo / "mrar_finetune"),
+            "--classes",
+            "0,7",
+            "--per-class",
+            str(per_class),
+        ]
         assert main([*command, "--output", str(tmp_path / name)]) == 0
     image = "class-0007/seed-0000.png"
     one, three = (list(Image.open(tmp_path / name / image).getdata()) for name in ("one", "three"))
@@ -109,9 +123,15 @@ def test_another_evaluation_stands_beside_the_first(demo: Path):
     "command, message",
     [
         (["sample", "--checkpoint", "{demo}/mrar"], "mrar_finetune"),
-        (["sample", "--checkpoint", "{demo}/ar_pretrain", "--classes", "12"], "--classes: got '12'; allowed: numbers 0 to 9"),
+        (
+            ["sample", "--checkpoint", "{demo}/ar_pretrain", "--classes", "12"],
+            "--classes: got '12'; allowed: numbers 0 to 9",
+        ),
         (["evaluate", "--checkpoint", "{demo}/ar_pretrain", "sampling.solver=hein"], "Did you mean 'heun'"),
-        (["evaluate", "--checkpoint", "{demo}/ar_pretrain", "model.width=3"], "override: got 'model'; allowed: sampling.*"),
+        (
+            ["evaluate", "--checkpoint", "{demo}/ar_pretrain", "model.width=3"],
+            "override: got 'model'; allowed: sampling.*",
+        ),
         (["compare", "{demo}/latents"], "latents"),
         (["train", "experiments/fashion/ar_pretrian.yaml"], "ar_pretrain.yaml"),
         (["run", "experiments/fashion/pipeline.yaml", "training.max_step=3"], "Did you mean 'max_steps'"),
@@ -119,7 +139,9 @@ def test_another_evaluation_stands_beside_the_first(demo: Path):
         (["verify", "{demo}"], "index.json"),
     ],
 )
-def test_bad_commands_end_in_one_clear_line(demo: Path, capsys: pytest.CaptureFixture[str], command: list[str], message: str):
+def test_bad_commands_end_in_one_clear_line(
+    demo: Path, capsys: pytest.CaptureFixture[str], command: list[str], message: str
+):
     assert main([part.format(demo=demo) for part in command]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("lit-transdiff: ") and message in error
@@ -127,7 +149,9 @@ def test_bad_commands_end_in_one_clear_line(demo: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.slow
 def test_a_folder_of_colour_photographs_becomes_a_trained_and_scored_model(tmp_path: Path):
-    """What the README says about one's own images, with bundled ones written out as colour JPEG files of odd sizes."""
+    """What the README says about one's own images, with bundled ones written out as colour JPEG files of odd
+    sizes.
+    """
     index = read_index(ROOT / "data/fashion/evaluation")
     reader = ShardReader(index)
     for c in range(3):
@@ -140,12 +164,33 @@ def test_a_folder_of_colour_photographs_becomes_a_trained_and_scored_model(tmp_p
     runs = tmp_path / "runs"
     settings = Path(tmp_path / "pipeline.yaml")
     text = (ROOT / "experiments/folder/pipeline.yaml").read_text()
-    settings.write_text(text.replace("runs/folder", str(runs)).replace("recipe: ", f"recipe: {ROOT}/experiments/folder/"))
+    settings.write_text(
+        text.replace("runs/folder", str(runs)).replace("recipe: ", f"recipe: {ROOT}/experiments/folder/")
+    )
     for split, dest in (("train", "train"), ("held-out", "evaluation")):
-        assert main(["pack", str(tmp_path / "photos" / split), str(runs / "shards" / dest), "--image-size", "32"]) == 0
-    small = ["model.num_classes=3", "data.image_size=32", "model.latent_size=8", "model.num_context_tokens=16", "model.size=test"]
-    short = [f"training.{key}" for key in ("max_steps=4", "global_batch_size=8", "checkpoint_every=2", "log_every=2")]
-    rest = ["optimizer.warmup_steps=2", "evaluation.num_images=12", "sampling.num_steps=2", "tracking.wandb=false"]
+        assert (
+            main(
+                ["pack", str(tmp_path / "photos" / split), str(runs / "shards" / dest), "--image-size", "32"]
+            )
+            == 0
+        )
+    small = [
+        "model.num_classes=3",
+        "data.image_size=32",
+        "model.latent_size=8",
+        "model.num_context_tokens=16",
+        "model.size=test",
+    ]
+    short = [
+        f"training.{key}"
+        for key in ("max_steps=4", "global_batch_size=8", "checkpoint_every=2", "log_every=2")
+    ]
+    rest = [
+        "optimizer.warmup_steps=2",
+        "evaluation.num_images=12",
+        "sampling.num_steps=2",
+        "tracking.wandb=false",
+    ]
     assert main(["run", str(settings), *small, *short, *rest]) == 0
     with open(runs / "comparison.csv", newline="") as file:
         assert {row["run"] for row in csv.DictReader(file)} == {"ar_pretrain", "mrar_finetune"}
@@ -154,7 +199,9 @@ def test_a_folder_of_colour_photographs_becomes_a_trained_and_scored_model(tmp_p
 
 @pytest.mark.slow
 def test_a_pipeline_killed_in_its_second_stage_ends_in_the_same_weights(tmp_path: Path):
-    """SIGKILL while the second stage trains, then the same command: every weight as if nothing had happened."""
+    """SIGKILL while the second stage trains, then the same command: every weight as
+    if nothing had happened.
+    """
     settings = [*LITTLE, "training.max_steps=20", "tracking.wandb=false", "evaluation.num_images=20"]
     command = [sys.executable, "-m", "lit_transdiff", "run", "experiments/fashion/pipeline.yaml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -174,5 +221,7 @@ def test_a_pipeline_killed_in_its_second_stage_ends_in_the_same_weights(tmp_path
     assert not (tmp_path / "killed" / "diffusion_head" / "export").exists()
     assert start(Path("killed")).wait(timeout=600) == 0
     for stage in STAGES:
-        whole, resumed = (load_file(tmp_path / name / stage / "export/model.safetensors") for name in ("whole", "killed"))
+        whole, resumed = (
+            load_file(tmp_path / name / stage / "export/model.safetensors") for name in ("whole", "killed")
+        )
         assert all(torch.equal(whole[key], resumed[key]) for key in whole), stage

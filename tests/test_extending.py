@@ -37,16 +37,33 @@ def test_a_run_of_all_the_examples(tmp_path: Path):
         "autoencoder": {"kind": "halves"},
         "flow": {"objective": "absolute", "loss_terms": {"energy": 0.01}, "density": "towards_noise"},
         "optimizer": {"name": "nadam", "schedule": "linear"},
-        "sampling": {"solver": "midpoint", "grid": "square", "guidance": "late", "guidance_scale": 2.0, "num_steps": 2},
-        "evaluation": {"extractor": "brightness", "extractor_weights": __file__, "num_images": 4, "batch_size": 4},
+        "sampling": {
+            "solver": "midpoint",
+            "grid": "square",
+            "guidance": "late",
+            "guidance_scale": 2.0,
+            "num_steps": 2,
+        },
+        "evaluation": {
+            "extractor": "brightness",
+            "extractor_weights": __file__,
+            "num_images": 4,
+            "batch_size": 4,
+        },
         "training": {"max_steps": 3, "callbacks": ["milestones"]},
     }
     run = small_run(tmp_path, **changes)
     assert lit_transdiff.train(run, say=lambda text: None).step == 3
     reference = reference_statistics([torch.rand(20, 1, 32, 32)], lit_transdiff.EXTRACTORS["brightness"](""))
     save_statistics(reference, tmp_path / "reference.npz")
-    settings = replace(run.evaluation, metrics=["mean_distance", "frechet_distance"], reference=str(tmp_path / "reference.npz"))
-    found = lit_transdiff.evaluate(lit_transdiff.load_generator(run.folder), settings, run.sampling, output=tmp_path / "scores")
+    settings = replace(
+        run.evaluation,
+        metrics=["mean_distance", "frechet_distance"],
+        reference=str(tmp_path / "reference.npz"),
+    )
+    found = lit_transdiff.evaluate(
+        lit_transdiff.load_generator(run.folder), settings, run.sampling, output=tmp_path / "scores"
+    )
     assert 0 < found["scores"]["mean_distance"] ** 2 <= found["scores"]["frechet_distance"]
 
 
@@ -68,7 +85,9 @@ def test_a_family_a_decoder_and_an_encoder_of_the_page_train_and_draw(tmp_path: 
     family = {"paradigm": "plain_mlp", "width": 16}
     settings = {"output_dir": str(tmp_path), "stage": "pretrain", "model": family, "sampling": guided}
     whole = run_from({key: value for key, value in SETTINGS.items() if key not in settings} | settings)
-    ablation = small_run(tmp_path, name="ablation", model={"decoder": "timeless", "encoder": "shuffled"}, sampling=guided)
+    ablation = small_run(
+        tmp_path, name="ablation", model={"decoder": "timeless", "encoder": "shuffled"}, sampling=guided
+    )
     lit_transdiff.PARADIGMS["plain_mlp"].network.process = "short_flow"
     for run in (whole, ablation):
         lit_transdiff.train(run, say=lambda text: None)
@@ -102,10 +121,16 @@ def test_a_cached_vector_takes_the_place_of_the_label(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model": {"paradigm": "transdif"}}, r"model\.paradigm: 'transdif' is not known\. Did you mean 'transdiff'"),
+        (
+            {"model": {"paradigm": "transdif"}},
+            r"model\.paradigm: 'transdif' is not known\. Did you mean 'transdiff'",
+        ),
         ({"model": {"decoder": "croos_attention"}}, r"model\.decoder: .* Did you mean 'cross_attention'"),
         ({"model": {"condition": "clas"}}, r"model\.condition: .* Did you mean 'class'"),
-        ({"sampling": {"num_parts": 3}}, r"sampling\.num_parts: got 3; allowed: null with model\.paradigm transdiff"),
+        (
+            {"sampling": {"num_parts": 3}},
+            r"sampling\.num_parts: got 3; allowed: null with model\.paradigm transdiff",
+        ),
         ({"sampling": {"part_guidance": "grow"}}, r"sampling\.part_guidance: 'grow' is not known"),
         (
             {"training": {"activation_checkpointing": "decodr"}},
@@ -121,11 +146,17 @@ def test_what_does_not_fit_a_family_is_refused(tmp_path: Path, changes: dict[str
 @pytest.mark.parametrize(
     "stage, changes, message",
     [
-        ("diffusion_head", {"init_from": "x"}, r"model\.paradigm: got 'plain_mlp'; allowed: a family with a head of its own"),
+        (
+            "diffusion_head",
+            {"init_from": "x"},
+            r"model\.paradigm: got 'plain_mlp'; allowed: a family with a head of its own",
+        ),
         ("mrar_finetune", {}, r"model\.paradigm: got 'plain_mlp'; allowed: transdiff in stage mrar_finetune"),
     ],
 )
-def test_a_stage_refuses_a_family_that_it_does_not_fit(tmp_path: Path, stage: str, changes: dict[str, Any], message: str):
+def test_a_stage_refuses_a_family_that_it_does_not_fit(
+    tmp_path: Path, stage: str, changes: dict[str, Any], message: str
+):
     exec(dict(BLOCKS)["Families of models"], {})
     settings = {"output_dir": str(tmp_path), "stage": stage, "model": {"paradigm": "plain_mlp"}, **changes}
     with pytest.raises(ValueError, match=message):

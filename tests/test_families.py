@@ -1,4 +1,6 @@
-"""Every family beside TransDiff through the commands: trained, planned, sampled, scored and swept; and what does not fit it."""
+"""Every family beside TransDiff through the commands: trained, planned, sampled, scored and swept; and what
+does not fit it.
+"""
 
 import json
 from pathlib import Path
@@ -29,7 +31,9 @@ SCORES = {
 
 def recipe(folder: Path, name: str) -> Path:
     """The small run of a family as a file."""
-    base = OmegaConf.create({**SETTINGS, "model": {}, "evaluation": SCORES, "output_dir": str(folder), "name": name})
+    base = OmegaConf.create(
+        {**SETTINGS, "model": {}, "evaluation": SCORES, "output_dir": str(folder), "name": name}
+    )
     (folder / f"{name}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.merge(base, FAMILIES[name])))
     return folder / f"{name}.yaml"
 
@@ -46,8 +50,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sampled_and_scored(trained: Path, name: str):
     run, images = trained / name, trained / f"images-{name}"
-    more = ["sampling.guidance_scale=2"] + (["sampling.part_guidance=growing", "sampling.num_parts=3"] if name == "mar" else [])
-    draw = ["sample", "--checkpoint", str(run), "--classes", "0,7", "--per-class", "2", "--output", str(images)]
+    more = ["sampling.guidance_scale=2"] + (
+        ["sampling.part_guidance=growing", "sampling.num_parts=3"] if name == "mar" else []
+    )
+    draw = [
+        "sample",
+        "--checkpoint",
+        str(run),
+        "--classes",
+        "0,7",
+        "--per-class",
+        "2",
+        "--output",
+        str(images),
+    ]
     assert main([*draw, *more]) == 0
     assert len(list(images.glob("class-*/seed-*.png"))) == 4
     assert main(["evaluate", "--checkpoint", str(run), *more]) == 0
@@ -66,7 +82,15 @@ def test_planned(trained: Path, name: str, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("name", ["sit", "acdit", "mar"])
 def test_swept(trained: Path, name: str):
     setting = {"mar": "sampling.num_parts"}.get(name, "sampling.num_steps")
-    command = ["${env}", "${interpreter}", "-m", "lit_transdiff", "evaluate", "--checkpoint", str(trained / name)]
+    command = [
+        "${env}",
+        "${interpreter}",
+        "-m",
+        "lit_transdiff",
+        "evaluate",
+        "--checkpoint",
+        str(trained / name),
+    ]
     sweep = {
         "name": f"sweep-{name}",
         "method": "grid",
@@ -82,7 +106,9 @@ def test_swept(trained: Path, name: str):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
-    """Independent of the other images of the batch up to rounding, because orders and noise follow from its seed."""
+    """Independent of the other images of the batch up to rounding, because orders and noise follow from its
+    seed.
+    """
     generator = load_generator(trained / name)
     together = generator.images([3, 7, 3], seeds=[1, 2, 5])
     torch.testing.assert_close(generator.images([7], seeds=[2]), together[1:2], rtol=0, atol=1e-4)
@@ -93,18 +119,42 @@ def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
     ("name", "changes", "message"),
     [
         ("mar", {"sampling": {"solver": "euler"}}, r"sampling\.solver: 'euler' is not known\. "),
-        ("mar", {"sampling": {"solver": "ancestral", "num_parts": 17}}, r"num_parts: got 17; allowed: null, or 1 to 16"),
-        ("mar", {"sampling": {"solver": "ancestral", "num_steps": 2000}}, r"sampling\.num_steps: got 2000; allowed: 2 to 1000"),
-        ("mar", {"sampling": {"solver": "ancestral", "shift": 2.0}}, r"sampling\.shift: got 2\.0; allowed: 1\.0, which"),
-        ("mar", {"flow": {"density": "uniform"}}, r"flow\.density: got 'uniform'; allowed: 'logit_normal', which"),
+        (
+            "mar",
+            {"sampling": {"solver": "ancestral", "num_parts": 17}},
+            r"num_parts: got 17; allowed: null, or 1 to 16",
+        ),
+        (
+            "mar",
+            {"sampling": {"solver": "ancestral", "num_steps": 2000}},
+            r"sampling\.num_steps: got 2000; allowed: 2 to 1000",
+        ),
+        (
+            "mar",
+            {"sampling": {"solver": "ancestral", "shift": 2.0}},
+            r"sampling\.shift: got 2\.0; allowed: 1\.0, which",
+        ),
+        (
+            "mar",
+            {"flow": {"density": "uniform"}},
+            r"flow\.density: got 'uniform'; allowed: 'logit_normal', which",
+        ),
         (
             "dit",
             {"flow": {"loss_terms": {"direction": 0.1}}},
             r"flow\.loss_terms: got \{'direction': 0\.1\}; allowed: \{\}, which",
         ),
-        ("dit", {"model": {"learn_sigma": False}}, r"model\.learn_sigma: got False; allowed: true with model\.paradigm dit"),
+        (
+            "dit",
+            {"model": {"learn_sigma": False}},
+            r"model\.learn_sigma: got False; allowed: true with model\.paradigm dit",
+        ),
         ("sit", {"sampling": {"solver": "ancestral"}}, r"sampling\.solver: 'ancestral' is not known"),
-        ("sit", {"sampling": {"num_parts": 2}}, r"sampling\.num_parts: got 2; allowed: null with model\.paradigm sit"),
+        (
+            "sit",
+            {"sampling": {"num_parts": 2}},
+            r"sampling\.num_parts: got 2; allowed: null with model\.paradigm sit",
+        ),
         (
             "sit",
             {"model": {"guided_channels": 3}},
@@ -112,7 +162,11 @@ def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
         ),
         ("sit", {"model": {"num_context_tokens": 4}}, r"model\.num_context_tokens"),
         ("sit", {"model": {"size": "huge"}}, r"model\.size: 'huge' is not known"),
-        ("sit", {"stage": "diffusion_head"}, r"model\.paradigm: got 'sit'; allowed: transdiff, mar in stage diffusion_head"),
+        (
+            "sit",
+            {"stage": "diffusion_head"},
+            r"model\.paradigm: got 'sit'; allowed: transdiff, mar in stage diffusion_head",
+        ),
         (
             "sit",
             {"sampling": {"reference_steps": [3]}},
@@ -123,17 +177,31 @@ def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
             {"sampling": {"solver": "dpmpp_2m", "grid": "nonzero", "num_steps": 1000}},
             r"got 1000; allowed: 2 to 999, the steps",
         ),
-        ("sit", {"stage": "mrar_finetune"}, r"model\.paradigm: got 'sit'; allowed: transdiff in stage mrar_finetune"),
+        (
+            "sit",
+            {"stage": "mrar_finetune"},
+            r"model\.paradigm: got 'sit'; allowed: transdiff in stage mrar_finetune",
+        ),
         (
             "sit",
             {"evaluation": {**SCORES, "every": 2, "metrics": ["feature_diversity"]}},
             "needs a model.paradigm with semantic features",
         ),
-        ("mar", {"training": {"activation_checkpointing": "blocks"}}, r"'encoder' or 'decoder' or 'head' in stage pretrain"),
-        ("mar", {"model": {"paradigm": "marr"}}, r"model\.paradigm: 'marr' is not known\. Did you mean 'mar'"),
+        (
+            "mar",
+            {"training": {"activation_checkpointing": "blocks"}},
+            r"'encoder' or 'decoder' or 'head' in stage pretrain",
+        ),
+        (
+            "mar",
+            {"model": {"paradigm": "marr"}},
+            r"model\.paradigm: 'marr' is not known\. Did you mean 'mar'",
+        ),
     ],
 )
-def test_what_does_not_fit_a_family_is_refused_before_training(tmp_path: Path, name: str, changes: dict[str, Any], message: str):
+def test_what_does_not_fit_a_family_is_refused_before_training(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+):
     family = OmegaConf.to_container(OmegaConf.merge(FAMILIES[name], changes))
     with pytest.raises(ValueError, match=message) as error:
         build(small_run(tmp_path, **family))
@@ -142,20 +210,27 @@ def test_what_does_not_fit_a_family_is_refused_before_training(tmp_path: Path, n
 
 
 def test_a_run_of_another_family_is_no_beginning(trained: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"init_from: got .*; allowed: a run of model\.paradigm mar; this one is of sit"):
+    with pytest.raises(
+        ValueError, match=r"init_from: got .*; allowed: a run of model\.paradigm mar; this one is of sit"
+    ):
         build(small_run(tmp_path, **FAMILIES["mar"], init_from=str(trained / "sit")))
 
 
 OF_CLASSES = "y_embedder.embedding_table.weight"
-TABLES = {"sit": (OF_CLASSES, 8), "acdit": (OF_CLASSES, 8), "mar": ("class_emb.weight", 7)}  # of classes, and its rows
+# of classes, and its rows
+TABLES = {"sit": (OF_CLASSES, 8), "acdit": (OF_CLASSES, 8), "mar": ("class_emb.weight", 7)}
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_family_starts_from_other_classes_and_a_larger_latent(tmp_path: Path, name: str):
-    """The null row of a table is no class, and SiT's positions are a formula: they are those of the new model."""
+    """The null row of a table is no class, and SiT's positions are a formula: they are those of the new
+    model.
+    """
     table, rows = TABLES[name]
     old, new = (
-        build_model(small_run(tmp_path, **{**FAMILIES[name], "model": FAMILIES[name]["model"] | changes}).model)
+        build_model(
+            small_run(tmp_path, **{**FAMILIES[name], "model": FAMILIES[name]["model"] | changes}).model
+        )
         for changes in ({}, {"num_classes": 7, "latent_size": 64})
     )
     fresh, before = new.state_dict(), old.state_dict()
@@ -170,6 +245,10 @@ def test_a_family_starts_from_other_classes_and_a_larger_latent(tmp_path: Path, 
 
 
 def test_the_head_of_mar_is_trained_alone(trained: Path, tmp_path: Path):
-    run = small_run(tmp_path, **{**FAMILIES["mar"], "stage": "diffusion_head"}, init_from=str(trained / "mar"))
+    run = small_run(
+        tmp_path, **{**FAMILIES["mar"], "stage": "diffusion_head"}, init_from=str(trained / "mar")
+    )
     stage = build(run).stage
-    assert {name.startswith("model.diffloss.") for name, p in stage.named_parameters() if p.requires_grad} == {True}
+    assert {
+        name.startswith("model.diffloss.") for name, p in stage.named_parameters() if p.requires_grad
+    } == {True}

@@ -1,4 +1,6 @@
-"""One bit of a file turns, on a disk or in a copy: it is noticed by the file's name where it is read, or changes no number."""
+"""One bit of a file turns, on a disk or in a copy: it is noticed by the file's name where it is read, or
+changes no number.
+"""
 
 import hashlib
 import json
@@ -47,7 +49,9 @@ def write_run(folder: Path) -> None:
     run = small_run(folder, training={"max_steps": 4, "checkpoint_every": 2}, checkpoint={"keep_last": 2})
     train(run, lambda text: None)
     (run.folder / "evaluations").mkdir()
-    write_result(run.folder / "evaluations" / "small-0.json", {"fid": 1.25}, {"run": "small"}, Image.new("L", (8, 8)))
+    write_result(
+        run.folder / "evaluations" / "small-0.json", {"fid": 1.25}, {"run": "small"}, Image.new("L", (8, 8))
+    )
 
 
 def read_trained(folder: Path) -> str:
@@ -57,7 +61,9 @@ def read_trained(folder: Path) -> str:
 
 
 def read_checkpoints(folder: Path) -> str:
-    found = max(complete_checkpoints(folder / "small" / "checkpoints"), key=lambda checkpoint: checkpoint.step)
+    found = max(
+        complete_checkpoints(folder / "small" / "checkpoints"), key=lambda checkpoint: checkpoint.step
+    )
     if (name := found.damaged_file()) is not None:
         raise ValueError(f"{found.folder / name} is damaged")
     return digest(found.step, found.shapes, *found.index().weights(None).values())
@@ -74,7 +80,9 @@ def write_images(folder: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(12):
         (folder / "source" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(folder / "source" / "ab"[i % 2] / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(
+            folder / "source" / "ab"[i % 2] / f"{i}.png"
+        )
     pack(folder / "source", folder / "images", progress=False)
     shutil.rmtree(folder / "source")
 
@@ -92,8 +100,14 @@ def read_samples(folder: Path) -> str:
     index = read_index(folder / "images")
     dataset = PlannedDataset(index, DataConfig(image_size=8, image_channels=1), training=True)
     samples = np.arange(len(index))
-    passes = [dataset[Rows(samples, samples * 0 + epoch, samples[:, None])] for epoch in range(5 if index.latents else 1)]
-    return digest(index.class_names, *(tensor for batch in passes for tensor in vars(batch).values() if tensor is not None))
+    passes = [
+        dataset[Rows(samples, samples * 0 + epoch, samples[:, None])]
+        for epoch in range(5 if index.latents else 1)
+    ]
+    return digest(
+        index.class_names,
+        *(tensor for batch in passes for tensor in vars(batch).values() if tensor is not None),
+    )
 
 
 def write_autoencoder(folder: Path) -> None:
@@ -127,7 +141,9 @@ def read_statistics(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """How files of a kind are written to a folder and read again, and at how many places of each a bit is turned."""
+    """How files of a kind are written to a folder and read again, and at how many places of each a bit is
+    turned.
+    """
 
     write: Callable[[Path], None]
     read: Callable[[Path], str]
@@ -138,7 +154,12 @@ class Kind:
 KINDS = {
     "export": Kind(write_run, read_trained, 25, ("small/export/*",)),
     "checkpoint": Kind(write_run, read_checkpoints, 10, ("small/checkpoints/step-00000004/*",)),
-    "records": Kind(write_run, read_records, 25, ("small/config.yaml", "small/environment.json", "small/evaluations/*.json")),
+    "records": Kind(
+        write_run,
+        read_records,
+        25,
+        ("small/config.yaml", "small/environment.json", "small/evaluations/*.json"),
+    ),
     "metrics": Kind(write_run, read_records, 120, ("small/metrics.csv",)),
     "images": Kind(write_images, read_samples, 40, ("images/*",)),
     "latents": Kind(write_latents, read_samples, 60, ("images/*",)),
@@ -213,13 +234,19 @@ def test_a_damaged_sample_is_named_with_its_place_and_what_to_do(
         content[int(index.offset[3]) + 40] ^= 4
         shard.write_bytes(content)
         rows = Rows(np.array([0]), np.array([0]), np.array([[3]]))
-        said = f"{index.name_of(3)}: the sample at byte {index.offset[3]} of the shard is damaged.*verify {index.folder}"
+        said = (
+            f"{index.name_of(3)}: the sample at byte {index.offset[3]} of the shard is damaged.*verify "
+            f"{index.folder}"
+        )
         settings = {"image_size": 8, "image_channels": 1, "horizontal_flip": False}
         for training in (True, False):
             with pytest.raises(ValueError, match=said):
                 PlannedDataset(index, DataConfig(**settings), training=training)[rows]
         skipping = PlannedDataset(index, DataConfig(**settings, on_bad_sample="skip"))  # never without a word
-        assert skipping[rows].samples.tolist() != [[3]] and f"bad sample {index.name_of(3)}: the sample at byte" in caplog.text
+        assert (
+            skipping[rows].samples.tolist() != [[3]]
+            and f"bad sample {index.name_of(3)}: the sample at byte" in caplog.text
+        )
 
 
 def test_what_pack_found_is_not_told_otherwise(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The rules of the house, checked on the source itself: who imports whom, one door for each library, sizes, no loose ends."""
+"""The rules of the house, checked on the source itself: who imports whom, one door for each library, sizes,
+no loose ends.
+"""
 
 import ast
 import re
@@ -29,7 +31,7 @@ ORDER = (
     ("__main__",),
 )
 LAYERS = {room: layer for layer, rooms in enumerate(ORDER) for room in rooms}
-MAX_FILE, MAX_FUNCTION = 300, 45  # lines
+MAX_FILE, MAX_FUNCTION = 400, 66  # lines, of at most 110 columns
 DOORS = {
     "webdataset": {"data/shards.py", "data/stream.py"},
     "wandb": {"tracking/", "study/wandb_logs.py", "sweep/command.py"},
@@ -75,13 +77,19 @@ def test_imports_go_one_way(path: Path):
 
 @pytest.mark.parametrize("library", DOORS)
 def test_each_library_has_one_door(library: str):
-    users = {str(p.relative_to(PACKAGE)) for p in FILES if any(name.split(".")[0] == library for name in imported(p))}
+    users = {
+        str(p.relative_to(PACKAGE))
+        for p in FILES
+        if any(name.split(".")[0] == library for name in imported(p))
+    }
     assert all(any(user.startswith(door) for door in DOORS[library]) for user in users), users
 
 
 def test_config_imports_no_torch():
     for path in FILES:
-        assert room_of(path) != "config" or not any(name.split(".")[0] == "torch" for name in imported(path)), path
+        assert room_of(path) != "config" or not any(
+            name.split(".")[0] == "torch" for name in imported(path)
+        ), path
 
 
 def test_models_know_no_lightning_and_flow_knows_no_network():
@@ -89,7 +97,9 @@ def test_models_know_no_lightning_and_flow_knows_no_network():
         if room_of(path) in ("models", "flow"):
             assert not any(name.split(".")[0] == "lightning" for name in imported(path)), path
         if room_of(path) == "flow":
-            assert "nn" not in {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}, path
+            assert "nn" not in {
+                n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)
+            }, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -97,10 +107,18 @@ def test_public_code_is_documented_and_nothing_is_loose(path: Path):
     text = path.read_text()
     tree = ast.parse(text)
     assert ast.get_docstring(tree) or path.name == "__init__.py", "no module docstring"
-    for pattern in (r"load_state_dict\([^)]*strict=False", r"\.cuda\(", r"\bTODO\b", r"\bFIXME\b", "NotImplementedError"):
+    for pattern in (
+        r"load_state_dict\([^)]*strict=False",
+        r"\.cuda\(",
+        r"\bTODO\b",
+        r"\bFIXME\b",
+        "NotImplementedError",
+    ):
         assert not re.search(pattern, text), pattern
     for node in ast.walk(tree):
-        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"bare except in line {node.lineno}"
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), (
+            f"bare except in line {node.lineno}"
+        )
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"class {node.name} has no docstring"
         if isinstance(node, ast.FunctionDef):
@@ -117,7 +135,9 @@ def defined(path: Path) -> set[str]:
             names.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+            names |= {
+                name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
+            }
     return {name for name in names if not name.startswith("__")}
 
 
@@ -135,7 +155,9 @@ def test_a_name_is_defined_in_one_file():
 def test_tests_share_nothing_but_helpers(path: Path):
     """What two test modules need is made in ``tests/helpers``."""
     for name in imported(path):
-        assert name.split(".")[0] != "tests" or name.startswith("tests.helpers"), f"{path.relative_to(ROOT)} imports {name}"
+        assert name.split(".")[0] != "tests" or name.startswith("tests.helpers"), (
+            f"{path.relative_to(ROOT)} imports {name}"
+        )
 
 
 def test_dependencies_stand_in_one_list():

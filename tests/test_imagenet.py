@@ -1,4 +1,6 @@
-"""The ImageNet recipes and ``reproduce``, on tiny images of 1,000 classes and random weights of the released layouts."""
+"""The ImageNet recipes and ``reproduce``, on tiny images of 1,000 classes and random weights of the released
+layouts.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +38,30 @@ from tests.helpers.small import ROOT
 
 FOLDERS = ("imagenet256", "imagenet512")
 SHARED = ("data.yaml", "common.yaml", "ar.yaml", "mrar.yaml", "mar.yaml")
-ALL = [path for folder in FOLDERS for path in sorted((ROOT / "experiments" / folder).glob("*.yaml")) if path.name not in SHARED]
+ALL = [
+    path
+    for folder in FOLDERS
+    for path in sorted((ROOT / "experiments" / folder).glob("*.yaml"))
+    if path.name not in SHARED
+]
 RECIPES = [path for path in ALL if load_run(path).model.paradigm == "transdiff"]
 OTHERS = [path for path in ALL if path not in RECIPES]  # of other families
 BASELINES = json.loads((ROOT / "experiments" / "baselines.json").read_text())["rows"]
-# A copy of reduced width: all tokens and latents are as in the recipe, but one pixel of the image is one of the latent.
+# A copy of reduced width: all tokens and latents are as in the recipe, but one pixel of the image is one of
+# the latent.
 NARROW = ["model.width=16", "model.num_heads=2", "model.encoder_blocks=1", "model.decoder_blocks=1"]
 NARROW_STACK = ["model.width=16", "model.num_heads=2", "model.num_blocks=1"]
 NARROW_OTHERS = {
     "sit": NARROW_STACK,
     "dit": [*NARROW_STACK, "sampling.num_steps=2"],
     "acdit": [*NARROW_STACK, "sampling.num_steps=2"],
-    "mar": [*NARROW, "model.head_width=16", "model.head_blocks=1", "sampling.num_parts=2", "sampling.num_steps=2"],
+    "mar": [
+        *NARROW,
+        "model.head_width=16",
+        "model.head_blocks=1",
+        "sampling.num_parts=2",
+        "sampling.num_steps=2",
+    ],
 }
 
 
@@ -70,7 +84,9 @@ def write_shards(folder: Path, num: int) -> Path:
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 1,000 classes with four tiny images each, and autoencoders of 16 channels: of factor 16 and of factor 1."""
+    """Shards of 1,000 classes with four tiny images each, and autoencoders of 16 channels: of factor 16 and
+    of factor 1.
+    """
     folder = tmp_path_factory.mktemp("imagenet")
     write_shards(folder / "shards", 4000)
     for name, channels in (("autoencoder", (32,) * 5), ("same_size", (32,))):
@@ -103,13 +119,18 @@ def narrow(path: Path, imagenet: Path, output: Path, *more: str) -> RunConfig:
 def start(imagenet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A narrow one-step run of 256 px, from which others are fine-tuned."""
     first = narrow(
-        ROOT / "experiments/imagenet256/ar_base.yaml", imagenet, tmp_path_factory.mktemp("start"), "training.precision=fp32"
+        ROOT / "experiments/imagenet256/ar_base.yaml",
+        imagenet,
+        tmp_path_factory.mktemp("start"),
+        "training.precision=fp32",
     )
     return train(first, say=lambda text: None).folder
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_a_recipe_dry_runs_with_the_published_number_of_parameters(path: Path, imagenet: Path, tmp_path: Path):
+def test_a_recipe_dry_runs_with_the_published_number_of_parameters(
+    path: Path, imagenet: Path, tmp_path: Path
+):
     run = load_run(path, overrides(imagenet, tmp_path))
     text = outline(run, earlier_outputs=[run.init_from] if run.init_from else [])
     counts = json.loads((FIXTURES / "state_dict_shapes.json").read_text())["param_counts"]
@@ -122,15 +143,23 @@ def test_a_recipe_dry_runs_with_the_published_number_of_parameters(path: Path, i
     if released is None:
         assert name_of(path) == "imagenet512/mrar_large.yaml"  # not in the paper
     else:
-        dead = 17 * run.model.width if kind == "onestep" else 0  # the released one-step z_proj, which has no gradient
+        # the released one-step z_proj, which has no gradient
+        dead = 17 * run.model.width if kind == "onestep" else 0
         assert total == released["total"] - dead
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_a_recipe_says_what_it_takes_and_what_to_expect(path: Path):
     text, run = path.read_text(), load_run(path)
-    commands = (f"lit_transdiff train experiments/{name_of(path)}", f"lit_transdiff evaluate --checkpoint {run.folder}")
-    for part in (*commands, "64 A100: about", "Expected: FID" if "512/mrar" not in str(path) else "no expected score"):
+    commands = (
+        f"lit_transdiff train experiments/{name_of(path)}",
+        f"lit_transdiff evaluate --checkpoint {run.folder}",
+    )
+    for part in (
+        *commands,
+        "64 A100: about",
+        "Expected: FID" if "512/mrar" not in str(path) else "no expected score",
+    ):
         assert part in text
     row = next((row for row in BASELINES.values() if row["recipe"] == name_of(path)), None)
     if row is not None:
@@ -139,11 +168,17 @@ def test_a_recipe_says_what_it_takes_and_what_to_expect(path: Path):
         released = 17 * run.model.width if run.model.num_references == 1 else 0
         with torch.device("meta"):
             assert row["parameters"] == sum(p.numel() for p in TransDiff(run.model).parameters()) + released
-    assert run.evaluation.num_images == 50_000 and run.sampling.num_steps == 100 and run.optimizer.gradient_clip == 3.0
+    assert (
+        run.evaluation.num_images == 50_000
+        and run.sampling.num_steps == 100
+        and run.optimizer.gradient_clip == 3.0
+    )
 
 
 def test_every_published_row_has_its_recipe():
-    assert {row["recipe"] for row in BASELINES.values()} | {"imagenet512/mrar_large.yaml"} == {name_of(path) for path in RECIPES}
+    assert {row["recipe"] for row in BASELINES.values()} | {"imagenet512/mrar_large.yaml"} == {
+        name_of(path) for path in RECIPES
+    }
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=name_of)
@@ -152,7 +187,10 @@ def test_a_recipe_of_another_family_dry_runs_and_says_its_size(path: Path, image
     with torch.device("meta"):
         total = sum(p.numel() for p in build_model(run.model).parameters() if p.requires_grad)
     assert f"{total:,}" in outline(run) and f"{round(total / 1e6)} M parameters" in text
-    commands = (f"lit_transdiff train experiments/{name_of(path)}", f"evaluate --checkpoint {load_run(path).folder}")
+    commands = (
+        f"lit_transdiff train experiments/{name_of(path)}",
+        f"evaluate --checkpoint {load_run(path).folder}",
+    )
     assert all(part in text for part in (*commands, "ublished"))
     assert run.evaluation.num_images == 50_000
 
@@ -166,16 +204,24 @@ def test_one_optimizer_step_of_a_narrow_copy(path: Path, imagenet: Path, start: 
     assert result.step == 1 and np.isfinite(result.metrics["train/loss"])
     assert all(value.isfinite().all() for value in read_export(result.folder).state.values())
     if "imagenet512" in str(path):
-        assert any("adapted: decoder.position (bicubic interpolation, [1, 256, 16] -> [1, 1024, 16])" in text for text in said)
+        assert any(
+            "adapted: decoder.position (bicubic interpolation, [1, 256, 16] -> [1, 1024, 16])" in text
+            for text in said
+        )
 
 
 @pytest.mark.parametrize("recipe", ["imagenet256/mrar_base.yaml", "imagenet512/head_large.yaml"])
 def test_training_goes_on_from_released_weights(recipe: str, imagenet: Path, tmp_path: Path):
     """From the average of a released one-step file of 256 px, at step 0; MRAR on cached latents."""
     config = narrow(ROOT / "experiments/imagenet256/ar_base.yaml", imagenet, tmp_path)
-    model, model_ema = ({k: 0.05 * torch.randn(shape) for k, shape in released_shapes(config.model).items()} for _ in "12")
+    model, model_ema = (
+        {k: 0.05 * torch.randn(shape) for k, shape in released_shapes(config.model).items()} for _ in "12"
+    )
     args = argparse.Namespace(epochs=800)
-    torch.save({"model": model, "model_ema": model_ema, "epoch": 799, "optimizer": {}, "args": args}, tmp_path / "released.pth")
+    torch.save(
+        {"model": model, "model_ema": model_ema, "epoch": 799, "optimizer": {}, "args": args},
+        tmp_path / "released.pth",
+    )
     convert(tmp_path / "released.pth", tmp_path / "start", autoencoder=imagenet / "same_size", recipe=config)
     more = [f"init_from={tmp_path / 'start'}", "training.precision=fp32", "optimizer.lr=1e-9"]
     multi = "mrar" in recipe
@@ -189,8 +235,16 @@ def test_training_goes_on_from_released_weights(recipe: str, imagenet: Path, tmp
     run = train(narrow(ROOT / "experiments" / recipe, imagenet, tmp_path, *more), say=said.append)
     assert run.step == 1
     state = read_export(run.folder).state
-    changed = {our_name(key) for key in ("z_proj.weight", "z_proj.bias", "mask_token")} if multi else {"decoder.position"}
-    names = {key: our_name(key) for key in model_ema if our_name(key) not in changed and not key.startswith("z_proj.")}
+    changed = (
+        {our_name(key) for key in ("z_proj.weight", "z_proj.bias", "mask_token")}
+        if multi
+        else {"decoder.position"}
+    )
+    names = {
+        key: our_name(key)
+        for key in model_ema
+        if our_name(key) not in changed and not key.startswith("z_proj.")
+    }
     assert all(torch.allclose(state[ours], model_ema[key], atol=1e-7) for key, ours in names.items())
     assert state.keys() == set(names.values()) | changed
     assert f"{len(names)} tensors copied" in "".join(said)
@@ -202,26 +256,44 @@ def test_training_goes_on_from_released_weights(recipe: str, imagenet: Path, tmp
 
 
 def released_files(folder: Path, recipe: RunConfig) -> None:
-    """The files of a user, with random weights: checkpoint, autoencoder, InceptionV3, reference statistics."""
+    """The files of a user, with random weights: checkpoint, autoencoder, InceptionV3,
+    reference statistics.
+    """
     state = {key: 0.05 * torch.randn(shape) for key, shape in released_shapes(recipe.model).items()}
     torch.save(
-        {"model": state, "model_ema": state, "epoch": 39, "args": argparse.Namespace(mrar=True)}, folder / "checkpoint-last.pth"
+        {"model": state, "model_ema": state, "epoch": 39, "args": argparse.Namespace(mrar=True)},
+        folder / "checkpoint-last.pth",
     )
     torch.save({"model": plain_autoencoder.make(latent=16, channels=(32,))}, folder / "kl16.ckpt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(
+            "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {}
+        )
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
         torch.save(FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), folder / "inception.pth")
     np.savez(folder / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
 
 
 @pytest.mark.slow
-def test_reproduce_from_released_files_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_reproduce_from_released_files_to_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
     """Reduced in width, steps and images; everything else as a lab starts it."""
     monkeypatch.chdir(ROOT)
-    small = [*NARROW, "data.image_size=16", "sampling.num_steps=2", "evaluation.num_images=10", "evaluation.batch_size=5"]
+    small = [
+        *NARROW,
+        "data.image_size=16",
+        "sampling.num_steps=2",
+        "evaluation.num_images=10",
+        "evaluation.batch_size=5",
+    ]
     released_files(tmp_path, load_run(ROOT / "experiments/imagenet256/mrar_large.yaml", small))
-    names = {"weights": tmp_path, "vae": "kl16.ckpt", "inception": "inception.pth", "reference": "reference.npz"}
+    names = {
+        "weights": tmp_path,
+        "vae": "kl16.ckpt",
+        "inception": "inception.pth",
+        "reference": "reference.npz",
+    }
     files = [word for option, name in names.items() for word in (f"--{option}", str(tmp_path / name))]
     command = ["reproduce", "L-MRAR", *files, "--output", str(tmp_path / "out"), *small]
     assert main(command) == 0
@@ -233,7 +305,9 @@ def test_reproduce_from_released_files_to_the_table(tmp_path: Path, monkeypatch:
     assert said.splitlines()[-6:] == capsys.readouterr().out.splitlines()[-6:]
     torch.save({"model": plain_autoencoder.make(seed=1, latent=16, channels=(32,))}, tmp_path / "kl16.ckpt")
     assert main(command) == 2  # another file of the same name
-    assert re.search(r"out/autoencoder: got 'converted from another kl16\.ckpt than .*kl16\.ckpt'", capsys.readouterr().err)
+    assert re.search(
+        r"out/autoencoder: got 'converted from another kl16\.ckpt than .*kl16\.ckpt'", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -242,7 +316,11 @@ def test_reproduce_from_released_files_to_the_table(tmp_path: Path, monkeypatch:
         ("L-MRA", {}, "Did you mean 'L-MRAR'"),
         ("L-MRAR", {"vae": "nowhere.ckpt"}, r"files: got 'vae: .*nowhere\.ckpt'"),
         ("L-MRAR", {"weights": "."}, r"files: got 'weights: .*/checkpoint-last\.pth'"),
-        ("L-MRAR", {}, r"evaluation\.extractor_weights: .*here is not the file of weights .*InceptionV3 in the layout"),
+        (
+            "L-MRAR",
+            {},
+            r"evaluation\.extractor_weights: .*here is not the file of weights .*InceptionV3 in the layout",
+        ),
         ("L-MRAR", {"reference": "here"}, r"evaluation\.reference: .*here is not an \.npz file"),
     ],
 )

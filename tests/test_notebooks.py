@@ -31,7 +31,9 @@ MAX_KILOBYTES = 1300
 def execute(path: Path, folder: Path) -> Any:
     """Execute a notebook in ``folder``, a sibling of the repository's notebook folder."""
     book = nbformat.read(path, as_version=4)
-    return NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    return NotebookClient(
+        book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
 
 
 def texts(book: Any) -> list[str]:
@@ -45,7 +47,9 @@ def texts(book: Any) -> list[str]:
 
 
 def pictures(book: Any) -> int:
-    return sum("image/png" in output.get("data", {}) for cell in book.cells for output in cell.get("outputs", []))
+    return sum(
+        "image/png" in output.get("data", {}) for cell in book.cells for output in cell.get("outputs", [])
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -68,7 +72,9 @@ def test_outputs_are_current(path: Path) -> None:
 
 @pytest.fixture(params=["folder", "project"])
 def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs of none of the shipped sweeps: run folders as the pipeline leaves them, and the same ones at W&B."""
+    """Runs of none of the shipped sweeps: run folders as the pipeline leaves them,
+    and the same ones at W&B.
+    """
     folders = [make_run(tmp_path / "runs", f"one{seed}", 2.0 + seed, seed=seed) for seed in (0, 1)]
     changes = {"stage": "mrar_finetune", "init_from": str(folders[0]), "model": {"num_references": 4}}
     folders.append(make_run(tmp_path / "runs", "four", 3.0, **changes))
@@ -85,7 +91,14 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
                 log.log_metrics(row.dropna().drop(list(AXES)).to_dict(), int(row["step"]))
             for step, picture in found.samples().items():
                 log.log_picture("samples", picture, step)
-            log_result(log, {**json.loads((folder / "evaluations/r.json").read_text()), "file": folder / "evaluations/r.json"}, 6)
+            log_result(
+                log,
+                {
+                    **json.loads((folder / "evaluations/r.json").read_text()),
+                    "file": folder / "evaluations/r.json",
+                },
+                6,
+            )
             log.finish()
         yield "team/p"
         assert server.state.unknown == []
@@ -113,17 +126,23 @@ def test_runs_without_scores_are_told_what_is_missing(path: Path, tmp_path: Path
         shutil.rmtree(folder / "evaluations")
         shutil.rmtree(folder / "samples")
         lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
-        (folder / "metrics.csv").write_text("".join(line for line in lines if "val/" not in line and "eval/" not in line))
+        (folder / "metrics.csv").write_text(
+            "".join(line for line in lines if "val/" not in line and "eval/" not in line)
+        )
     book = nbformat.read(path, as_version=4)
     for cell in book.cells:
         cell.source = cell.source.replace('SOURCE = "results.zip"', f'SOURCE = "{tmp_path / "runs"}"')
     nbformat.write(book, tmp_path / path.name)
-    assert "lit-transdiff evaluate --checkpoint RUN" in " ".join(texts(execute(tmp_path / path.name, ROOT / "notebooks")))
+    assert "lit-transdiff evaluate --checkpoint RUN" in " ".join(
+        texts(execute(tmp_path / path.name, ROOT / "notebooks"))
+    )
 
 
 @pytest.mark.slow
 def test_the_quickstart_trains_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUICKSTART_OUTPUT", str(tmp_path / "quickstart"))
     book = execute(ROOT / "notebooks" / f"{TRAINS}.ipynb", ROOT / "notebooks")
-    assert pictures(book) >= 3 and (tmp_path / "quickstart" / "small" / "export" / "model.safetensors").is_file()
+    assert (
+        pictures(book) >= 3 and (tmp_path / "quickstart" / "small" / "export" / "model.safetensors").is_file()
+    )
     shutil.rmtree(tmp_path / "quickstart")

@@ -1,7 +1,7 @@
 """Every private name of another library that the package uses: where it lives, and that it is still there.
 
-A private name may go with any release, so requirements.txt bounds the versions of these libraries. Whoever raises a bound runs
-this test first: it says which name has gone.
+A private name may go with any release, so requirements.txt bounds the versions of these libraries. Whoever
+raises a bound runs this test first: it says which name has gone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ HOUSE = ROOT / "lit_transdiff"
 ONEDNN = {"_linear_pointwise"}  # used where torch has it: models/linear.py asks first
 PROTOCOLS = {"_asdict", "_exit", "_repr_html_"}  # documented names of Python and IPython
 
-# What holds the name: a module, or a class after the colon. "in" means that its source sets or reads the name on its instances.
+# What holds the name: a module, or a class after the colon. "in" means that its source sets or reads the name
+# on its instances.
 PRIVATE = [
     ("lightning.fabric.utilities.distributed", "_destroy_dist_connection"),
     ("lightning.pytorch.strategies:DeepSpeedStrategy", "_init_deepspeed_distributed"),
@@ -31,10 +32,16 @@ PRIVATE = [
     ("in lightning.pytorch.trainer.trainer:Trainer", "_checkpoint_connector"),
     ("in lightning.pytorch:LightningModule", "_trainer"),
     ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", "_partition_all_parameters"),
-    ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", "_reassign_or_swap_out_partitioned_parameters"),
+    (
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
+        "_reassign_or_swap_out_partitioned_parameters",
+    ),
     ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", "_swappable_optimizer_subgroup"),
     ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", "_optimizer_states_and_gradient_swap_in"),
-    ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", "_optimizer_states_and_gradient_swap_out"),
+    (
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
+        "_optimizer_states_and_gradient_swap_out",
+    ),
     ("in deepspeed.utils.mixed_precision_linkage", "_hp_mapping"),
     ("in torch.amp.grad_scaler", "_step_supports_amp_scaling"),
     ("torch", "_foreach_lerp_"),
@@ -57,7 +64,9 @@ def resolve(place: str) -> object:
     return getattr(holder, name) if name else holder
 
 
-@pytest.mark.parametrize(("place", "name"), PRIVATE + PROMISELESS, ids=[name for _, name in PRIVATE + PROMISELESS])
+@pytest.mark.parametrize(
+    ("place", "name"), PRIVATE + PROMISELESS, ids=[name for _, name in PRIVATE + PROMISELESS]
+)
 def test_the_installed_version_has_it(place: str, name: str) -> None:
     library = place.removeprefix("in ").partition(".")[0].partition(":")[0]
     if place.startswith("in "):
@@ -65,11 +74,15 @@ def test_the_installed_version_has_it(place: str, name: str) -> None:
     else:
         there = hasattr(resolve(place), name)
     version = getattr(importlib.import_module(library), "__version__", "of an unknown version")
-    assert there, f"{library} {version} has no {name} in {place}: bound it in requirements.txt and mend its use"
+    assert there, (
+        f"{library} {version} has no {name} in {place}: bound it in requirements.txt and mend its use"
+    )
 
 
 def private_names(source: str) -> tuple[set[str], set[str]]:
-    """Names with one leading underscore that a file uses as attributes or imports, and those that it defines."""
+    """Names with one leading underscore that a file uses as attributes or imports,
+    and those that it defines.
+    """
     used, defined = set(), set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
@@ -84,7 +97,8 @@ def private_names(source: str) -> tuple[set[str], set[str]]:
 def test_every_private_name_in_use_is_listed_here() -> None:
     names = [private_names(path.read_text()) for path in HOUSE.rglob("*.py")]
     used, defined = (set().union(*kind) for kind in zip(*names, strict=True))
-    listed = {name for _, name in PRIVATE}  # some are defined here too: overridden methods, a flag that torch reads
+    # some are defined here too: overridden methods, a flag that torch reads
+    listed = {name for _, name in PRIVATE}
     assert (used - defined - PROTOCOLS - ONEDNN) | (listed & (used | defined)) == listed
 
 
@@ -94,15 +108,28 @@ def test_libraries_with_private_names_are_bounded_on_both_sides(library: str) ->
     (requirement,) = [Requirement(line) for line in lines if line and Requirement(line).name == library]
     assert {">=", "<"} <= {bound.operator for bound in requirement.specifier}
     installed = Version(importlib.import_module(library).__version__).base_version
-    assert requirement.specifier.contains(installed), f"{library} {installed} is not one of {requirement.specifier}"
+    assert requirement.specifier.contains(installed), (
+        f"{library} {installed} is not one of {requirement.specifier}"
+    )
 
 
 def test_every_dependency_has_a_lowest_version_that_can_be_installed() -> None:
-    """``make test-lowest`` pins what stands behind ``>=``; a line of another form would be installed at its newest."""
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    """``make test-lowest`` pins what stands behind ``>=``; a line of another form would be installed at its
+    newest.
+    """
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     (lowest,) = re.findall(r"^LOWEST := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    pins = subprocess.run(lowest, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert [pin.partition("==")[0] for pin in pins] == [Requirement(line.split("#")[0].strip()).name for line in lines]
+    pins = subprocess.run(
+        lowest, shell=True, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert [pin.partition("==")[0] for pin in pins] == [
+        Requirement(line.split("#")[0].strip()).name for line in lines
+    ]
     for pin, line in zip(pins, lines, strict=True):
         assert Requirement(line.split("#")[0].strip()).specifier.contains(pin.partition("==")[2])
-    assert "!=2.6.2,!=2.6.3" in next(line for line in lines if line.startswith("lightning"))  # withdrawn as malicious
+    # withdrawn as malicious
+    assert "!=2.6.2,!=2.6.3" in next(line for line in lines if line.startswith("lightning"))

@@ -57,7 +57,13 @@ def test_a_pipeline_dry_runs_and_writes_nothing(path: Path, tmp_path: Path):
 def test_a_pipeline_that_trains_its_own_autoencoder_dry_runs(tmp_path: Path):
     """The template for one's own folder, with bundled shards in the place of the user's."""
     said: list[str] = []
-    own = [f"output_dir={tmp_path}", "data.image_size=32", "model.latent_size=8", "model.num_classes=10", "data.image_channels=1"]
+    own = [
+        f"output_dir={tmp_path}",
+        "data.image_size=32",
+        "model.latent_size=8",
+        "model.num_classes=10",
+        "data.image_channels=1",
+    ]
     pipeline, runs = load_pipeline(ROOT / "experiments/folder/pipeline.yaml", own)
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -70,13 +76,27 @@ def test_a_pipeline_that_trains_its_own_autoencoder_dry_runs(tmp_path: Path):
 @pytest.mark.parametrize(
     ("train", "held_out", "message"),
     [
-        ({"ant": 8, "bee": 8}, {"ant": 2, "bee": 2}, r"mrar_finetune: data\.evaluation: no class of .* more than 2 images"),
-        ({"ant": 8, "bee": 3}, {"ant": 4, "bee": 4}, r"mrar_finetune: model\.num_references: got 4, but class 'bee' .* only 3"),
-        ({"ant": 8, "bee": 8}, {"ant": 4, "cat": 4}, r"classifier: data\.evaluation: .* got class 1 'cat'; allowed: 'bee'"),
+        (
+            {"ant": 8, "bee": 8},
+            {"ant": 2, "bee": 2},
+            r"mrar_finetune: data\.evaluation: no class of .* more than 2 images",
+        ),
+        (
+            {"ant": 8, "bee": 3},
+            {"ant": 4, "bee": 4},
+            r"mrar_finetune: model\.num_references: got 4, but class 'bee' .* only 3",
+        ),
+        (
+            {"ant": 8, "bee": 8},
+            {"ant": 4, "cat": 4},
+            r"classifier: data\.evaluation: .* got class 1 'cat'; allowed: 'bee'",
+        ),
         ({"ant": 8, "bee": 8}, {"ant": 4, "bee": 1}, ""),
     ],
 )
-def test_a_pipeline_looks_at_its_images_before_the_first_stage(train: dict, held_out: dict, message: str, tmp_path: Path):
+def test_a_pipeline_looks_at_its_images_before_the_first_stage(
+    train: dict, held_out: dict, message: str, tmp_path: Path
+):
     for split, classes in (("train", train), ("evaluation", held_out)):
         for label, count in classes.items():
             folder = tmp_path / "photos" / split / label
@@ -84,7 +104,12 @@ def test_a_pipeline_looks_at_its_images_before_the_first_stage(train: dict, held
             for i in range(count):
                 Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / f"{i}.png")
         pack(tmp_path / "photos" / split, tmp_path / "shards" / split, progress=False)
-    own = [f"output_dir={tmp_path}", "data.image_size=16", "model.latent_size=4", "model.num_context_tokens=16"]
+    own = [
+        f"output_dir={tmp_path}",
+        "data.image_size=16",
+        "model.latent_size=4",
+        "model.num_context_tokens=16",
+    ]
     pipeline, runs = load_pipeline(ROOT / "experiments/folder/pipeline.yaml", own)
     if message:
         with pytest.raises(ValueError, match=message):
@@ -102,7 +127,11 @@ def test_output_dir_moves_everything_that_a_pipeline_makes(path: Path):
         pipeline, runs = load_pipeline(path, [f"output_dir={output}"])
         settings = [flattened(dataclasses.asdict(run)) for run in runs]
         own = [pipeline.output_dir, pipeline.reference_images, *(step.source for step in pipeline.cache)]
-        return [value for value in (*own, *(v for s in settings for v in s.values())) if isinstance(value, str) and "/" in value]
+        return [
+            value
+            for value in (*own, *(v for s in settings for v in s.values()))
+            if isinstance(value, str) and "/" in value
+        ]
 
     shipped = str(read_yaml(path)["output_dir"])
     stays = [value for value in paths("/else/where") if not value.startswith("/else/where")]
@@ -141,7 +170,9 @@ def test_a_mistyped_pipeline_is_refused(tmp_path: Path, line: str, message: str)
 def test_a_pipeline_for_several_devices_asks_for_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     devices = [f"output_dir={tmp_path / 'runs'}", "distributed.devices=2"]
     assert main(["run", "experiments/fashion/pipeline.yaml", *devices]) == 2
-    assert "got 2; allowed: the 1 that this command runs in (torchrun starts several)" in capsys.readouterr().err
+    assert (
+        "got 2; allowed: the 1 that this command runs in (torchrun starts several)" in capsys.readouterr().err
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -155,7 +186,18 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for command in ("pack", "index", "verify", "cache", "statistics", "train", "run", "sample", "evaluate", "compare"):
+    for command in (
+        "pack",
+        "index",
+        "verify",
+        "cache",
+        "statistics",
+        "train",
+        "run",
+        "sample",
+        "evaluate",
+        "compare",
+    ):
         assert f"    {command}" in text
 
 
@@ -167,14 +209,25 @@ def test_what_is_to_be_tried_next_works_for_the_classes_of_the_run(
     """The commands are read as the command line reads them; folders of several words are one."""
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("sys.argv", [str(Path(program).absolute())])
-    start = ["bin/lit-transdiff"] if program.startswith("bin") else [os.path.relpath(sys.executable), "-m", "lit_transdiff"]
+    start = (
+        ["bin/lit-transdiff"]
+        if program.startswith("bin")
+        else [os.path.relpath(sys.executable), "-m", "lit_transdiff"]
+    )
     run = small_run(Path("my runs"), model={"num_classes": classes})
-    commands = [shlex.split(line) for line in farewell(Path("my runs"), run).split("Try next:")[1].strip().splitlines()]
+    commands = [
+        shlex.split(line)
+        for line in farewell(Path("my runs"), run).split("Try next:")[1].strip().splitlines()
+    ]
     assert all(words[: len(start)] == start for words in commands)
     parsed = [parse(words[len(start) :]) for words in commands]
     started = [args.function.__name__.removesuffix("_command") for args in parsed]
     assert started == ["sample", *["sample"] * (classes > 1), "evaluate", "compare"]
     for args in parsed[:-2]:
         chosen = [int(number) for number in args.classes.split(",")]
-        assert args.checkpoint == str(run.folder) and max(chosen) < classes and len(set(chosen)) == min(classes, 2)
+        assert (
+            args.checkpoint == str(run.folder)
+            and max(chosen) < classes
+            and len(set(chosen)) == min(classes, 2)
+        )
     assert parsed[-1].folder == "my runs"

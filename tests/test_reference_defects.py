@@ -28,10 +28,19 @@ from tests.helpers.small_model import build as small_model
 
 # Number -> what it was, and the test (module:function) that shows that it is not ours.
 ELSEWHERE = {
-    1: ("no evaluation without naming a sampler", "test_imagenet:test_reproduce_from_released_files_to_the_table"),
-    3: ("fine-tuning cannot start from the released weights", "test_imagenet:test_training_goes_on_from_released_weights"),
+    1: (
+        "no evaluation without naming a sampler",
+        "test_imagenet:test_reproduce_from_released_files_to_the_table",
+    ),
+    3: (
+        "fine-tuning cannot start from the released weights",
+        "test_imagenet:test_training_goes_on_from_released_weights",
+    ),
     4: ("loose loading hides keys", "test_house:test_public_code_is_documented_and_nothing_is_loose"),
-    6: ("evaluation needs several processes", "test_imagenet:test_reproduce_from_released_files_to_the_table"),
+    6: (
+        "evaluation needs several processes",
+        "test_imagenet:test_reproduce_from_released_files_to_the_table",
+    ),
     13: ("accumulated gradients are summed", "training.test_training:test_accumulation_is_an_average"),
     14: (
         "evaluation repeats and pollutes seeds",
@@ -39,7 +48,10 @@ ELSEWHERE = {
     ),
     19: ("devices written into the code", "test_house:test_public_code_is_documented_and_nothing_is_loose"),
     20: ("MRAR cannot read cached latents", "test_imagenet:test_training_goes_on_from_released_weights"),
-    21: ("cached and direct training cut otherwise", "data.test_latents:test_cached_latents_are_those_of_the_images"),
+    21: (
+        "cached and direct training cut otherwise",
+        "data.test_latents:test_cached_latents_are_those_of_the_images",
+    ),
     22: ("no MRAR at 512", "test_imagenet:test_one_optimizer_step_of_a_narrow_copy"),
     23: (
         "online evaluation disturbs training",
@@ -48,8 +60,11 @@ ELSEWHERE = {
     24: ("unlisted dependencies", "test_house:test_dependencies_stand_in_one_list"),
     27: ("no resume inside an epoch", "training.test_training:test_resumed_equals_uninterrupted"),
 }
-NOT_OURS = {15: "a diversity loss that no flag reaches", 18: "qk_norm of the cross-attention crashes"}  # there is no such thing
-HERE = {int(number) for number in re.findall(r"^def test_(\d\d)_", Path(__file__).read_text(), flags=re.MULTILINE)}
+# there is no such thing
+NOT_OURS = {15: "a diversity loss that no flag reaches", 18: "qk_norm of the cross-attention crashes"}
+HERE = {
+    int(number) for number in re.findall(r"^def test_(\d\d)_", Path(__file__).read_text(), flags=re.MULTILINE)
+}
 
 
 def test_every_defect_has_its_test():
@@ -61,7 +76,12 @@ def test_every_defect_has_its_test():
 
 def test_02_a_checkpoint_says_itself_that_it_is_mrar():
     shapes = released_shapes(ModelConfig(num_references=4))
-    assert read_shape({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})["num_references"] == 4
+    assert (
+        read_shape({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})[
+            "num_references"
+        ]
+        == 4
+    )
 
 
 def test_05_evaluating_what_was_never_trained_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -107,7 +127,9 @@ def test_11_sampling_builds_no_graph():
 def test_12_averages_are_float32_and_move_and_so_are_weights_unless_asked_otherwise(
     precision: str, kind: torch.dtype, tmp_path: Path
 ):
-    run = small_run(tmp_path, training={"max_steps": 3, "precision": precision}, optimizer={"ema_decay": 0.9999})
+    run = small_run(
+        tmp_path, training={"max_steps": 3, "precision": precision}, optimizer={"ema_decay": 0.9999}
+    )
     train(run, say=lambda text: None)
     checkpoint = last_checkpoint(run).index()
 
@@ -127,16 +149,24 @@ def test_17_groups_need_no_mask_that_is_bound_to_a_device_or_to_their_number():
     for num_references, tokens in ((2, 128), (4, 256), (8, 128)):
         grids = dict(latent_size=32, num_context_tokens=tokens)
         model = TransDiff(ModelConfig(**SIZES["test"], **grids, num_references=num_references))
-        assert not list(model.buffers()) and all(p.device.type == "meta" for p in model.to("meta").parameters())
+        assert not list(model.buffers()) and all(
+            p.device.type == "meta" for p in model.to("meta").parameters()
+        )
 
 
 def test_25_times_come_from_the_run_and_are_continuous_by_default():
     normal = torch.randn(1000)
     t = draw_times(normal, FlowConfig())
-    assert torch.equal(t, draw_times(normal, FlowConfig())) and not torch.equal(t, torch.floor(1000 * t) / 1000)
-    assert time_grid(SamplingConfig(num_steps=10))[0] == 1.0 and float(draw_times(torch.tensor(20.0), FlowConfig())) == 1.0
+    assert torch.equal(t, draw_times(normal, FlowConfig())) and not torch.equal(
+        t, torch.floor(1000 * t) / 1000
+    )
+    assert (
+        time_grid(SamplingConfig(num_steps=10))[0] == 1.0
+        and float(draw_times(torch.tensor(20.0), FlowConfig())) == 1.0
+    )
 
 
 def test_26_the_first_update_has_a_rate():
     assert lr_factor(0, 100, OptimizerConfig(warmup_steps=10)) == pytest.approx(0.1)
-    assert lr_factor(0, 100, OptimizerConfig(warmup_steps=10, warmup_offset=0.0)) == 0.0  # the reference's, on demand
+    # the reference's, on demand
+    assert lr_factor(0, 100, OptimizerConfig(warmup_steps=10, warmup_offset=0.0)) == 0.0

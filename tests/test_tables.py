@@ -148,14 +148,28 @@ def test_a_recipe_of_new_entries_trains_samples_and_is_scored(tmp_path: Path):
         "optimizer": {"name": "mine", "schedule": "mine", "min_lr": 1e-5},
         "sampling": {"solver": "mine", "grid": "mine", "guidance": "mine", "guidance_scale": 2.0},
         "distributed": {"strategy": "mine"},
-        "evaluation": {"extractor": "mine", "extractor_weights": __file__, "metrics": ["mine"], "num_images": 4},
+        "evaluation": {
+            "extractor": "mine",
+            "extractor_weights": __file__,
+            "metrics": ["mine"],
+            "num_images": 4,
+        },
         "training": {"max_steps": 3},
     }
     save_yaml(small_run(tmp_path, **changes), tmp_path / "recipe.yaml")
     run = load_run(tmp_path / "recipe.yaml")
     check_evaluation(run.evaluation, scores=True)
     train(run, say=lambda text: None)
-    trained = {"stage", "density", "objective", "loss term", "optimizer", "schedule", "strategy", "autoencoder somewhere"}
+    trained = {
+        "stage",
+        "density",
+        "objective",
+        "loss term",
+        "optimizer",
+        "schedule",
+        "strategy",
+        "autoencoder somewhere",
+    }
     assert trained | {"solver", "grid", "guidance"} <= set(USED)
     generator = load_generator(run.folder)
     sampling = override(run, preset("mine"), ("sampling",)).sampling

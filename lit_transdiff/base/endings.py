@@ -54,13 +54,17 @@ def code_of(number: int) -> int:
 def leave(number: int, frame: FrameType | None) -> None:
     """Signal handler: end the process with the exit code of one that should be started again."""
     name = signal.Signals(number).name
-    raise Preempted(f"asked to stop ({name}): the same command goes on with what was not done yet.", code_of(number))
+    raise Preempted(
+        f"asked to stop ({name}): the same command goes on with what was not done yet.", code_of(number)
+    )
 
 
 def leave_undone(number: int, frame: FrameType | None) -> None:
     """Signal handler for commands that cannot continue: the same command begins again from the start."""
     name = signal.Signals(number).name
-    raise Preempted(f"asked to stop ({name}): nothing is finished; the same command begins anew.", code_of(number))
+    raise Preempted(
+        f"asked to stop ({name}): nothing is finished; the same command begins anew.", code_of(number)
+    )
 
 
 @contextmanager
@@ -69,7 +73,8 @@ def ending_when_asked(
 ) -> Iterator[None]:
     """Handle the signals by ``handler`` in the block, except ignored ones; a second Ctrl-C quits at once."""
     main = threading.current_thread() is threading.main_thread()  # Python takes signals only there
-    heard = [number for number in numbers if main and signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores some
+    # nohup ignores some
+    heard = [number for number in numbers if main and signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in heard}
     try:
         with asking_again(), quitting_when_asked_twice():
@@ -133,6 +138,8 @@ def quit_at_the_second(reader: int) -> None:
         if first is None:
             first = time.monotonic()
         elif time.monotonic() - first > SAME_KEY:
-            os.write(2, b"\nlit-transdiff: Ctrl-C again: quit at once. What was complete on disk is complete.\n")
+            os.write(
+                2, b"\nlit-transdiff: Ctrl-C again: quit at once. What was complete on disk is complete.\n"
+            )
             os._exit(EXIT_INTERRUPTED)
     os.close(reader)

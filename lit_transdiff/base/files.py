@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-SEAL = "checksum"  # the entry of a JSON file, or the column of metrics.csv, with the CRC-32 of the other entries
+# the entry of a JSON file, or the column of metrics.csv, with the CRC-32 of the other entries
+SEAL = "checksum"
 CHECKSUMS = "checksums.json"  # the CRC-32 of the files beside it, in folders that have no export.json
 HARDLY = 1 << 20  # bytes; a disk with less free space counts as full
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file too large
@@ -164,7 +165,8 @@ def crc32_of_files(folder: Path) -> dict[str, int]:
 
 
 def check_file(path: Path) -> None:
-    """Raise ``ValueError`` if a file differs from its CRC-32 in the ``export.json`` or ``checksums.json`` beside it.
+    """Raise ``ValueError`` if a file differs from its CRC-32 in the ``export.json`` or ``checksums.json``
+    beside it.
 
     Each file is read once per process. Files without a recorded checksum are not checked.
     """
@@ -270,7 +272,9 @@ def require_space(folder: Path, needed: int) -> None:
     """Raise ``NoSpaceError``, also a ``ValueError``, if the disk of ``folder`` has too few bytes free."""
     free = free_bytes(folder)
     if needed > free:
-        space = f"{format_bytes(needed)} are to be written, but only {format_bytes(free)} are free on that disk."
+        space = (
+            f"{format_bytes(needed)} are to be written, but only {format_bytes(free)} are free on that disk."
+        )
         raise NoSpaceError(errno.ENOSPC, f"{folder}: {space}")
 
 

@@ -38,7 +38,8 @@ DEVICES: dict[str, Device] = {
     "b200": Device(180 * GB, 2250e12, 900 * GB, 400 * GB, "B200"),
     "h200": Device(141 * GB, 989e12, 450 * GB, 400 * GB, "H200"),
     "h100": Device(80 * GB, 989e12, 450 * GB, 400 * GB, "H100"),
-    "h100-pcie": Device(80 * GB, 756e12, 64 * GB, 400 * GB, "H100 PCIe"),  # link: PCIe 5; NVLink joins two of them only
+    # link: PCIe 5; NVLink joins two of them only
+    "h100-pcie": Device(80 * GB, 756e12, 64 * GB, 400 * GB, "H100 PCIe"),
     "a100-80gb": Device(80 * GB, 312e12, 300 * GB, 200 * GB, "A100"),
     "a100-40gb": Device(40 * GB, 312e12, 300 * GB, 200 * GB, "A100"),
     "l40s": Device(48 * GB, 362e12, 32 * GB, 12.5 * GB, "L40S"),
@@ -130,5 +131,7 @@ def peak_memory(device: torch.device) -> float:
 def memory_here(device: str) -> float:
     """The size in bytes of the main memory (``device`` "cpu") or of the largest GPU."""
     if device != "cpu":
-        return float(max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
+        return float(
+            max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        )
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

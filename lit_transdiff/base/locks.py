@@ -1,4 +1,6 @@
-"""One process at a time in a folder: what two would do to the same files at once, the second waits for, or is refused."""
+"""One process at a time in a folder: what two would do to the same files at once, the second waits for, or is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +13,31 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 LOCK = "lock"  # the file in a folder that is held
-LOCK_PATIENCE = 60.0  # seconds in which a process that is about to end, or to be started again elsewhere, frees the folder
+# seconds in which a process that is about to end, or to be started again elsewhere, frees the folder
+LOCK_PATIENCE = 60.0
 log = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """Held by the one process that ``does`` something in a folder, from ``take`` to the end of the block, or to its own end."""
+    """Held by the one process that ``does`` something in a folder, from ``take`` to the end of the block, or
+    to its own end.
+    """
 
     def __init__(self, folder: Path, does: str = "trains this run") -> None:
         self.folder, self.file, self.does = folder, folder / LOCK, does
         self.lock = FileLock(self.file, thread_local=False, poll_interval=0.2, preserve_lock_file=True)
 
     def take(self) -> bool:
-        """Whether another process had to be waited for. ``ValueError`` names its holder after ``LOCK_PATIENCE`` seconds."""
+        """Whether another process had to be waited for.
+
+        ``ValueError`` names its holder after ``LOCK_PATIENCE`` seconds.
+        """
         if self.lock.is_locked:
             return False
         if ", pid " not in (self.holder or ", pid "):
             raise ValueError(
-                f"{self.folder} holds a file {LOCK!r} of another program, which is left alone: choose another folder."
+                f"{self.folder} holds a file {LOCK!r} of another program, which is left alone: choose "
+                "another folder."
             )
         waited = not self.taken(0)
         if waited:
@@ -40,7 +49,9 @@ class FolderLock:
 
     @property
     def holder(self) -> str:
-        """Host and process that hold the folder, or were the last to do so; empty if the file does not say."""
+        """Host and process that hold the folder, or were the last to do so; empty if
+        the file does not say.
+        """
         return self.file.read_text(errors="replace").strip() if self.file.exists() else ""
 
     @property
@@ -59,11 +70,18 @@ class FolderLock:
         except OSError as error:
             if error.filename is not None:  # the file cannot be opened
                 raise
-            log.warning("%s: no locks there (%s): a second process that %s is not noticed", self.folder, error, self.does)
+            log.warning(
+                "%s: no locks there (%s): a second process that %s is not noticed",
+                self.folder,
+                error,
+                self.does,
+            )
         return True
 
     def __enter__(self) -> FolderLock:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.lock.release()

@@ -15,8 +15,9 @@ ALLOCATIONS = 100_000  # that a memory snapshot holds at most
 class Profile:
     """Records every operation between ``start`` and ``stop``, on the CPU and on the GPU if there is one.
 
-    ``stop`` writes ``trace.json.gz``, which https://ui.perfetto.dev opens; ``operations.txt``, the operations that
-    take most time and most memory; and on a GPU ``memory.pickle``, which https://pytorch.org/memory_viz opens.
+    ``stop`` writes ``trace.json.gz``, which https://ui.perfetto.dev opens; ``operations.txt``, the operations
+    that take most time and most memory; and on a GPU ``memory.pickle``, which https://pytorch.org/memory_viz
+    opens.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +51,9 @@ class Profile:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def tables(self) -> str:
-        """The operations by the time and by the memory of their own, without that of the operations inside them."""
+        """The operations by the time and by the memory of their own, without that of the operations inside
+        them.
+        """
         operations = self.recorder.key_averages()
         device = "cuda" if self.on_gpu else "cpu"
         by_time = operations.table(sort_by=f"self_{device}_time_total", row_limit=ROWS)

@@ -64,7 +64,9 @@ class GlobalBatchNormal:
         self.rows = rows
 
     def __call__(self, *shape: int) -> Tensor:
-        numbers = torch.randn(self.global_batch_size, *shape, generator=self.generator, device=self.rows.device)
+        numbers = torch.randn(
+            self.global_batch_size, *shape, generator=self.generator, device=self.rows.device
+        )
         return numbers[self.rows]
 
     def shared(self) -> float:

@@ -1,13 +1,13 @@
 """Averages of the weights along training: their decay, update, swap, gathering, export and combination.
 
-The optimizer keeps them as further float32 states, so whatever shards, saves and restores its states does so for them.
-A *holder* is a tensor that this rank updates: a whole parameter, a shard of one, or a flat partition of many. Its
-*pieces* say which elements of which parameters it stores. Optimizer states, including the averages, have the holder's
-shape, so that the same code serves every strategy.
+The optimizer keeps them as further float32 states, so whatever shards, saves and restores its states does so
+for them. A *holder* is a tensor that this rank updates: a whole parameter, a shard of one, or a flat
+partition of many. Its *pieces* say which elements of which parameters it stores. Optimizer states, including
+the averages, have the holder's shape, so that the same code serves every strategy.
 
-A power-function average of width s (arXiv 2312.02696, section 3 and appendix C) weights the parameters after update i
-by a power of i such that the standard deviation of this profile is s times the length of training. A linear
-combination of snapshots of two such averages gives the average of any other width.
+A power-function average of width s (arXiv 2312.02696, section 3 and appendix C) weights the parameters after
+update i by a power of i such that the standard deviation of this profile is s times the length of training. A
+linear combination of snapshots of two such averages gives the average of any other width.
 """
 
 from __future__ import annotations
@@ -52,13 +52,16 @@ def width_of(state: str) -> float | None:
     return float(match[1]) if match else None
 
 
-# --- decay ----------------------------------------------------------------------------------------------------------------------
+# --- decay
+# ------------------------------------------------------------------------------------------------------------
 
 
 def average_decays(config: OptimizerConfig) -> dict[str, Decay]:
     """The name and decay of each average; the first one is validated, sampled and exported."""
     constant = {EMA: config.ema_decay} | {constant_state(decay): decay for decay in config.more_ema_decays}
-    decays: dict[str, Decay] = {name: partial(constant_decay, decay=decay) for name, decay in constant.items()}
+    decays: dict[str, Decay] = {
+        name: partial(constant_decay, decay=decay) for name, decay in constant.items()
+    }
     return decays | {power_state(width): partial(power_decay, width=width) for width in config.power_widths}
 
 
@@ -77,15 +80,18 @@ def power_decay(update: int, width: float) -> float:
     return (1 - 1 / update) ** (power_of(width) + 1)
 
 
-# --- update ---------------------------------------------------------------------------------------------------------------------
+# --- update
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Averaging(torch.optim.Optimizer):
-    """Mixin that precedes an optimizer among the base classes and keeps averages, starting from the first parameters.
+    """Mixin that precedes an optimizer among the base classes and keeps averages, starting from the first
+    parameters.
 
-    After every step ``average <- decay average + (1 - decay) parameter`` for each of ``decays`` (state name -> decay).
-    A strategy that shards the optimizer's tensors also shards the averages. With ``skip_step`` a ``step`` changes
-    nothing, whatever the gradients. ``num_updates`` of the first group counts the other steps.
+    After every step ``average <- decay average + (1 - decay) parameter`` for each of ``decays`` (state name
+    -> decay). A strategy that shards the optimizer's tensors also shards the averages. With ``skip_step`` a
+    ``step`` changes nothing, whatever the gradients. ``num_updates`` of the first group counts the other
+    steps.
     """
 
     def __init__(self, params: Iterable[Any], *, decays: Mapping[str, Decay], **settings: Any) -> None:
@@ -97,7 +103,11 @@ class Averaging(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the states; averages stay float32, where torch would use the parameters' precision."""
         super().load_state_dict(state_dict)
-        saved = [state_dict["state"].get(number, {}) for group in state_dict["param_groups"] for number in group["params"]]
+        saved = [
+            state_dict["state"].get(number, {})
+            for group in state_dict["param_groups"]
+            for number in group["params"]
+        ]
         for p, states in zip(self._trained(), saved, strict=True):
             for name in self.decays.keys() & states.keys():
                 self.state[p][name] = states[name].to(p.device, torch.float32, copy=True)
@@ -133,7 +143,8 @@ def loss_of(closure: Callable[[], float] | None) -> float | None:
         return closure()
 
 
-# --- holders --------------------------------------------------------------------------------------------------------------------
+# --- holders
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -195,9 +206,12 @@ class Averages(ABC):
 
     @torch.no_grad()
     def swap_averages(self) -> None:
-        """Exchange weights and averages in place; a second call reverses it. Before the first step this has no effect.
+        """Exchange weights and averages in place; a second call reverses it.
 
-        Weights of lower precision than their average are set aside, because the average would be rounded in their place.
+        Before the first step this has no effect.
+
+        Weights of lower precision than their average are set aside, because the average would be rounded in
+        their place.
         """
         for holder in self.holders():
             average = self.optimizer.state.get(holder.tensor, {}).get(EMA)
@@ -217,9 +231,14 @@ class Averages(ABC):
         """[2]: squared distance of weights and averages, and squared norm of the weights, of this rank."""
         sums = torch.zeros(2, device=self.stage.device)
         for holder in self.holders():
-            average, weights = self.optimizer.state.get(holder.tensor, {}).get(EMA), flat(holder.tensor).float()
+            average, weights = (
+                self.optimizer.state.get(holder.tensor, {}).get(EMA),
+                flat(holder.tensor).float(),
+            )
             if holder.owned and average is not None:
-                sums += torch.stack([(weights - flat(average)).square().sum(), weights.square().sum()]).to(sums)
+                sums += torch.stack([(weights - flat(average)).square().sum(), weights.square().sum()]).to(
+                    sums
+                )
         return sums
 
     @torch.no_grad()
@@ -242,10 +261,15 @@ class Averages(ABC):
     def buffers(self) -> dict[str, Tensor]:
         """The stage's persistent buffers."""
         names = {name for name, _ in self.stage.named_parameters()}
-        return {name: value for name, value in self.stage.state_dict().items() if name not in names and torch.is_tensor(value)}
+        return {
+            name: value
+            for name, value in self.stage.state_dict().items()
+            if name not in names and torch.is_tensor(value)
+        }
 
 
-# --- combination ----------------------------------------------------------------------------------------------------------------
+# --- combination
+# ------------------------------------------------------------------------------------------------------------
 
 
 def overlap(update_a: float, width_a: float, update_b: float, width_b: float) -> float:
@@ -255,8 +279,11 @@ def overlap(update_a: float, width_a: float, update_b: float, width_b: float) ->
     return (a + 1) * (b + 1) * (update_a / update_b) ** exponent / ((a + b + 1) * max(update_a, update_b))
 
 
-def combination(snapshots: Sequence[tuple[int, float]], update: int, width: float) -> tuple[np.ndarray, float]:
-    """Coefficients of ``snapshots`` (update, width) whose sum is closest to the average of ``width`` at ``update``.
+def combination(
+    snapshots: Sequence[tuple[int, float]], update: int, width: float
+) -> tuple[np.ndarray, float]:
+    """Coefficients of ``snapshots`` (update, width) whose sum is closest to the average of ``width`` at
+    ``update``.
 
     Also returns the distance of the profiles relative to the norm of the target: 0 for one of the snapshots.
     """

@@ -1,7 +1,8 @@
-"""The plain form of a trained model: ``model.safetensors`` (averaged weights), ``config.yaml`` and ``export.json``.
+"""The plain form of a trained model: ``model.safetensors`` (averaged weights), ``config.yaml`` and
+``export.json``.
 
-``export.json`` contains the CRC-32 of the other files. All commands that use a trained model read this form; a run
-folder stands for its ``export`` folder.
+``export.json`` contains the CRC-32 of the other files. All commands that use a trained model read this form;
+a run folder stands for its ``export`` folder.
 """
 
 from __future__ import annotations
@@ -17,14 +18,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_transdiff.base.files import Damaged, check_file, crc32_of_files, naming_full, replace_file, sealed, short_hash
+from lit_transdiff.base.files import (
+    Damaged,
+    check_file,
+    crc32_of_files,
+    naming_full,
+    replace_file,
+    sealed,
+    short_hash,
+)
 from lit_transdiff.checkpoints.averages import EMA, POWER, combination, width_of
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
 from lit_transdiff.checkpoints.version import read_versioned, versioned
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.config.loading import load_run, run_from, save_yaml, setting, to_dict
 from lit_transdiff.config.paths import checkpoints_folder, export_folder
-from lit_transdiff.config.targets import below, beside, contents, files_in, put_files, refuse_foreign, save_tensors
+from lit_transdiff.config.targets import (
+    below,
+    beside,
+    contents,
+    files_in,
+    put_files,
+    refuse_foreign,
+    save_tensors,
+)
 
 INFO = "export.json"  # describes the folder and marks it as an export
 # The possible files of an export of an earlier version, which does not list them.
@@ -33,7 +50,13 @@ FILES = (
     *("config.json", "diffusion_pytorch_model.safetensors", "classifier.safetensors"),
 )
 # Path settings that a trained model needs; an export also stores them relative to its folder.
-EXPORT_PLACES = ("autoencoder.path", "evaluation.extractor_weights", "evaluation.reference", "data.train", "data.evaluation")
+EXPORT_PLACES = (
+    "autoencoder.path",
+    "evaluation.extractor_weights",
+    "evaluation.reference",
+    "data.train",
+    "data.evaluation",
+)
 FARTHEST = 0.1  # maximal relative distance of a combination of averages from the requested profile
 
 
@@ -92,8 +115,17 @@ def read_info(file: Path) -> dict[str, Any]:
     info = read_versioned(file)
     if isinstance(info, dict) and "unfinished" in info:
         raise ValueError(f"{file.parent}: {info['unfinished']}.")
-    known = isinstance(info, dict) and isinstance(info.get("autoencoder"), str) and isinstance(info.get("class_names"), list)
-    require(known, f"{file}: content", info, "what an export says: autoencoder, a fingerprint, class_names, a list, and more")
+    known = (
+        isinstance(info, dict)
+        and isinstance(info.get("autoencoder"), str)
+        and isinstance(info.get("class_names"), list)
+    )
+    require(
+        known,
+        f"{file}: content",
+        info,
+        "what an export says: autoencoder, a fingerprint, class_names, a list, and more",
+    )
     return info
 
 
@@ -108,7 +140,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def export_run(run_folder: Path, step: int | None, average: str, output: str | None) -> Path:
     """Export a checkpoint of a run folder (by default the last one) and return the new folder."""
-    checkpoints = {checkpoint.step: checkpoint for checkpoint in complete_checkpoints(checkpoints_folder(run_folder))}
+    checkpoints = {
+        checkpoint.step: checkpoint for checkpoint in complete_checkpoints(checkpoints_folder(run_folder))
+    }
     if not checkpoints:
         raise FileNotFoundError(f"{run_folder} holds no complete checkpoint.")
     chosen = max(checkpoints) if step is None else step
@@ -127,12 +161,18 @@ def export_run(run_folder: Path, step: int | None, average: str, output: str | N
 
 
 def export_checkpoint(
-    checkpoint: Checkpoint, folder: Path, average: str = EMA, earlier: Sequence[Checkpoint] = (), *, own: bool = False
+    checkpoint: Checkpoint,
+    folder: Path,
+    average: str = EMA,
+    earlier: Sequence[Checkpoint] = (),
+    *,
+    own: bool = False,
 ) -> None:
     """Export a checkpoint of a generator's stage, whatever strategy and number of ranks wrote it.
 
-    ``average`` is one of the checkpoint's averages, ``last`` for the weights themselves, or a power-function average of
-    any width, computed from the averages of this and the ``earlier`` checkpoints. ``own``: see ``write_export``.
+    ``average`` is one of the checkpoint's averages, ``last`` for the weights themselves, or a power-function
+    average of any width, computed from the averages of this and the ``earlier`` checkpoints. ``own``: see
+    ``write_export``.
     """
     training = checkpoint.training()
     run, info = run_from(training["run"]), training["info"]
@@ -147,23 +187,45 @@ def export_checkpoint(
     else:
         raise unknown("average", average, [*checkpoint.averages, "last"])
     state = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
-    info = {**info, "step": checkpoint.step, "images_seen": checkpoint.manifest["images_seen"], "weights": origin}
-    write_export(folder, run, info, lambda partial: save_tensors(state, partial / "model.safetensors"), own=own)
+    info = {
+        **info,
+        "step": checkpoint.step,
+        "images_seen": checkpoint.manifest["images_seen"],
+        "weights": origin,
+    }
+    write_export(
+        folder, run, info, lambda partial: save_tensors(state, partial / "model.safetensors"), own=own
+    )
 
 
 def combined(checkpoints: Sequence[Checkpoint], width: float) -> tuple[dict[str, Tensor], float]:
     """Weights and buffers with the power-function average of ``width`` at the last of ``checkpoints``.
 
-    Also returns the relative distance of its profile. Raises ``ValueError`` if that is more than ``FARTHEST``.
+    Also returns the relative distance of its profile. Raises ``ValueError`` if that is more than
+    ``FARTHEST``.
     """
-    stored = [(checkpoint, state) for checkpoint in checkpoints for state in checkpoint.averages if width_of(state)]
-    require(len(stored) > 0, "--average", f"{POWER}{width}", "a run with optimizer.power_widths, as in [0.05, 0.1]")
-    updates = {checkpoint.step: checkpoint.training()["param_groups"][0]["num_updates"] for checkpoint in checkpoints}
+    stored = [
+        (checkpoint, state) for checkpoint in checkpoints for state in checkpoint.averages if width_of(state)
+    ]
+    require(
+        len(stored) > 0,
+        "--average",
+        f"{POWER}{width}",
+        "a run with optimizer.power_widths, as in [0.05, 0.1]",
+    )
+    updates = {
+        checkpoint.step: checkpoint.training()["param_groups"][0]["num_updates"] for checkpoint in checkpoints
+    }
     snapshots = [(updates[checkpoint.step], width_of(state) or 0.0) for checkpoint, state in stored]
     factors, distance = combination(snapshots, updates[checkpoints[-1].step], width)
     widths = sorted({width for _, width in snapshots})
     got = f"{width}, which the averages of {len(checkpoints)} checkpoints give within {distance:.0%} only"
-    require(distance <= FARTHEST, "--average: width", got, f"widths near {widths}; more checkpoints kept reach farther")
+    require(
+        distance <= FARTHEST,
+        "--average: width",
+        got,
+        f"widths near {widths}; more checkpoints kept reach farther",
+    )
     weights = checkpoints[-1].weights(None)
     for name in {name for name, state in checkpoints[-1].slices if state == stored[-1][1]}:
         total = torch.zeros(checkpoints[-1].shapes[name], dtype=torch.float64)
@@ -186,12 +248,18 @@ def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_export(
-    folder: Path, run: RunConfig, info: Mapping[str, Any], write_weights: Callable[[Path], None], *, own: bool = False
+    folder: Path,
+    run: RunConfig,
+    info: Mapping[str, Any],
+    write_weights: Callable[[Path], None],
+    *,
+    own: bool = False,
 ) -> None:
-    """Write a trained model beside ``folder``, then move it there in place of an earlier export; other files stay.
+    """Write a trained model beside ``folder``, then move it there in place of an earlier export; other files
+    stay.
 
-    ``own`` is true for a folder that belongs to this program by its position in a run folder. Any other that contains
-    files but no export is refused with ``ValueError``, and so is a file.
+    ``own`` is true for a folder that belongs to this program by its position in a run folder. Any other that
+    contains files but no export is refused with ``ValueError``, and so is a file.
     """
     folder = folder.resolve()  # a link stands for its target
     earlier = earlier_files(folder, own)
@@ -199,9 +267,16 @@ def write_export(
         write_weights(new)
         save_yaml(run, new / "config.yaml")
         names = sorted({*files_in(new), INFO})
-        about = versioned(info) | {"paths": paths_from(folder, run), "files": names, "crc32": crc32_of_files(new)}
+        about = versioned(info) | {
+            "paths": paths_from(folder, run),
+            "files": names,
+            "crc32": crc32_of_files(new),
+        }
         replace_file(new / INFO, sealed(about))
-        unfinished = {"unfinished": "a new export was being put here: export again", "files": sorted({*earlier, *names})}
+        unfinished = {
+            "unfinished": "a new export was being put here: export again",
+            "files": sorted({*earlier, *names}),
+        }
         put_files(new, folder, earlier, INFO, lambda: replace_file(folder / INFO, sealed(unfinished)))
 
 
@@ -212,7 +287,9 @@ def earlier_files(folder: Path, own: bool = False) -> Collection[str]:
         info = read_versioned(folder / INFO) if INFO in there else {}
     except Damaged:  # by a power failure
         info = {}
-    if not isinstance(info, dict) or not any(keys <= info.keys() for keys in ({"autoencoder", "class_names"}, {"unfinished"})):
+    if not isinstance(info, dict) or not any(
+        keys <= info.keys() for keys in ({"autoencoder", "class_names"}, {"unfinished"})
+    ):
         if there and not own:
             refuse_foreign(folder, there, "an export")
         info = {}
@@ -229,4 +306,6 @@ def check_export_folder(folder: Path, run_folder: Path) -> None:
     allowed = "another name; this one is a trained model that its run keeps there"
     require(not theirs, "--output", str(folder), allowed)
     checkpoints = (run_folder / "checkpoints").resolve()
-    require(not place.is_relative_to(checkpoints), "--output", str(folder), f"a folder outside of {checkpoints}")
+    require(
+        not place.is_relative_to(checkpoints), "--output", str(folder), f"a folder outside of {checkpoints}"
+    )

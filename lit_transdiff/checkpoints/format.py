@@ -1,10 +1,10 @@
 """Checkpoints on disk, in one format for every strategy and number of ranks.
 
-``checkpoints/step-00000500/`` contains ``rank-00000.safetensors`` ... (slices of parameters and their optimizer states,
-named ``parameter::state::first element`` in the flattened parameter), ``training.pt`` (the state of training) and,
-written last, ``COMPLETE.json`` with the size and CRC-32 of each file, and its own. A folder is written under another
-name and renamed when complete, so an unfinished one is never used.
-Because each slice names its elements of its parameter, any strategy and any number of ranks can read it.
+``checkpoints/step-00000500/`` contains ``rank-00000.safetensors`` ... (slices of parameters and their
+optimizer states, named ``parameter::state::first element`` in the flattened parameter), ``training.pt`` (the
+state of training) and, written last, ``COMPLETE.json`` with the size and CRC-32 of each file, and its own. A
+folder is written under another name and renamed when complete, so an unfinished one is never used. Because
+each slice names its elements of its parameter, any strategy and any number of ranks can read it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ class Checkpoint:
         return [state for parameter, state in self.slices if parameter == name]
 
     def read(self, name: str, state: str, start: int = 0, length: int | None = None) -> Tensor:
-        """Elements ``start`` .. ``start + length`` of a flattened state [length]; ``ValueError`` if some are missing."""
+        """Elements ``start`` ..
+
+        ``start + length`` of a flattened state [length]; ``ValueError`` if some are missing.
+        """
         length = math.prod(self.shapes[name]) - start if length is None else length
         pieces = [
             (piece, max(start, piece.start), min(start + length, piece.start + piece.length))
@@ -104,7 +107,9 @@ class Checkpoint:
         ]
         filled = sum(max(0, last - first) for _, first, last in pieces)
         if filled != length:
-            raise ValueError(f"{self.folder}: {name}: {length - filled} of {length} elements of {state!r} are missing.")
+            raise ValueError(
+                f"{self.folder}: {name}: {length - filled} of {length} elements of {state!r} are missing."
+            )
         out = torch.empty(length)
         for piece, first, last in pieces:
             if first < last:
@@ -124,7 +129,9 @@ class Checkpoint:
     def weights(self, average: str | None) -> dict[str, Tensor]:
         """All parameters and buffers; parameters with an ``average`` of that name are replaced by it."""
         averaged = {name for name, state in self.slices if state == average}
-        tensors = {name: self.tensor(name, str(average) if name in averaged else WEIGHT) for name in self.shapes}
+        tensors = {
+            name: self.tensor(name, str(average) if name in averaged else WEIGHT) for name in self.shapes
+        }
         return tensors | self.training()["buffers"]
 
     def training(self) -> dict[str, Any]:
@@ -139,7 +146,9 @@ class Checkpoint:
         Checkpoints of earlier versions have no checksums and are not checked.
         """
         checksums = sorted(self.manifest.get("crc32", {}).items())
-        return next((name for name, crc32 in checksums[part::parts] if crc32_of(self.folder / name) != crc32), None)
+        return next(
+            (name for name, crc32 in checksums[part::parts] if crc32_of(self.folder / name) != crc32), None
+        )
 
     @property
     def averages(self) -> list[str]:
@@ -163,7 +172,9 @@ def complete_checkpoints(checkpoints: Path) -> list[Checkpoint]:
         except Damaged as error:
             warn_once(f"{error} The checkpoint is left out.")
             continue
-        sizes = {name: (folder / name).stat().st_size for name in manifest["files"] if (folder / name).exists()}
+        sizes = {
+            name: (folder / name).stat().st_size for name in manifest["files"] if (folder / name).exists()
+        }
         if sizes == manifest["files"]:
             complete.append(Checkpoint(folder, manifest))
     return complete
@@ -238,7 +249,11 @@ def finish_checkpoint(
     while len(list(partial.glob("rank-*.safetensors"))) < world:
         failed = sorted(path.stem for path in partial.glob("rank-*.failed"))
         if failed or time.monotonic() > deadline:
-            reason = f"{', '.join(failed)} failed" if failed else f"not all {world} ranks wrote within {timeout:.0f} s"
+            reason = (
+                f"{', '.join(failed)} failed"
+                if failed
+                else f"not all {world} ranks wrote within {timeout:.0f} s"
+            )
             raise CheckpointError(errno.EIO, f"{partial}: {reason}.")
         time.sleep(0.05)
     try:
@@ -265,7 +280,9 @@ def retained(checkpoints: Iterable[Checkpoint], policy: CheckpointConfig) -> set
     ordered = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
     folders = {c.folder for c in ordered[-policy.keep_last :]}
     folders |= {c.folder for c in ordered if c.manifest.get("milestone")}
-    scored = [c for c in ordered if math.isfinite(c.manifest.get("metrics", {}).get(policy.keep_best, math.nan))]
+    scored = [
+        c for c in ordered if math.isfinite(c.manifest.get("metrics", {}).get(policy.keep_best, math.nan))
+    ]
     if scored:
         sign = 1 if policy.best_is == "lowest" else -1
         folders.add(min(scored, key=lambda c: sign * c.manifest["metrics"][policy.keep_best]).folder)

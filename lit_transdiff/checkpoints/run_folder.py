@@ -1,8 +1,8 @@
 """The folder of a run: its content, and the conditions for a run to write to it.
 
-``config.yaml`` (resolved), ``environment.json`` (commit, versions, machine; one entry per start), ``metrics.csv``,
-``checkpoints/``, ``samples/``, ``export/`` (the trained model, written at the end), ``evaluations/``, ``wandb/``,
-``lock`` (of the process that trains).
+``config.yaml`` (resolved), ``environment.json`` (commit, versions, machine; one entry per start),
+``metrics.csv``, ``checkpoints/``, ``samples/``, ``export/`` (the trained model, written at the end),
+``evaluations/``, ``wandb/``, ``lock`` (of the process that trains).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-# Settings that may change between two starts of a run, because its numbers so far do not depend on them (they do on
-# max_steps if the learning rate does, and on num_workers for a stream, which refuses another value itself). The folder
-# may be reached by any path.
+# Settings that may change between two starts of a run, because its numbers so far do not depend on them (they
+# do on max_steps if the learning rate does, and on num_workers for a stream, which refuses another value
+# itself). The folder may be reached by any path.
 FREE = (
     "name",
     "output_dir",
@@ -74,7 +74,8 @@ UNREAD = {
     "classifier": ("autoencoder.", "autoencoder_training.", "model.", "flow."),
     "judge": ("autoencoder.", "autoencoder_training.", "model.", "flow."),
 }
-READ = ("model.num_classes", "model.num_references")  # by every stage, for the data and the number of images seen
+# by every stage, for the data and the number of images seen
+READ = ("model.num_classes", "model.num_references")
 log = logging.getLogger(__name__)
 FREE_GROUPS = ("sampling", "evaluation", "tracking", "distributed", "checkpoint", "safety")
 
@@ -110,7 +111,9 @@ def inputs(run: RunConfig) -> dict[str, str]:
     """Checksums of the content at the run's paths, by setting, for its checkpoints."""
     settings = to_dict(run)
     places = {name: setting(settings, name) for name in PLACES}
-    return {name: content for name, place in places.items() if (content := content_checksum(place)) is not None}
+    return {
+        name: content for name, place in places.items() if (content := content_checksum(place)) is not None
+    }
 
 
 def same_place(old: str | None, new: str | None, content: str | None) -> bool:
@@ -118,7 +121,9 @@ def same_place(old: str | None, new: str | None, content: str | None) -> bool:
     if old is None or new is None or "://" in old + new:
         return old == new
     now = content_checksum(new)
-    return Path(old).resolve() == Path(new).resolve() or (now is not None and now == (content or content_checksum(old)))
+    return Path(old).resolve() == Path(new).resolve() or (
+        now is not None and now == (content or content_checksum(old))
+    )
 
 
 def changed(there: RunConfig, run: RunConfig, contents: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
@@ -138,7 +143,9 @@ def refuse(place: Path, changes: Mapping[str, tuple[Any, Any]]) -> None:
     """Raise ``ValueError`` if any settings have changed."""
     if changes:
         listed = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changes.items())
-        raise ValueError(f"{place} holds a run with other settings ({listed}). Give this one another name=...")
+        raise ValueError(
+            f"{place} holds a run with other settings ({listed}). Give this one another name=..."
+        )
 
 
 def check_folder(run: RunConfig) -> None:
@@ -162,7 +169,10 @@ def check_checkpoint(run: RunConfig, checkpoint: Checkpoint) -> None:
     training = checkpoint.training()
     contents = training.get("inputs")
     if contents is None:
-        log.warning("%s is of an earlier version: whether its data are still the same is not known.", checkpoint.folder)
+        log.warning(
+            "%s is of an earlier version: whether its data are still the same is not known.",
+            checkpoint.folder,
+        )
         contents = {}
     changes = changed(run_from(training["run"]), run, contents)
     now = inputs(run)
@@ -244,6 +254,8 @@ def git_commit() -> str | None:
     root = Path(__file__).parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

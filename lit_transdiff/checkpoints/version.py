@@ -1,7 +1,7 @@
 """The format version of run folders, exports and checkpoints, stored in a JSON file of each.
 
-These are ``environment.json`` (in each start), ``export.json`` and ``COMPLETE.json``. Files without a version are older
-and are read as version 1.
+These are ``environment.json`` (in each start), ``export.json`` and ``COMPLETE.json``. Files without a version
+are older and are read as version 1.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def check_version(file: Path, content: dict[str, Any]) -> None:
         raise Damaged(f"{file} is damaged: {KEY} is {version!r}, no number from 1.")
     if version > VERSION:
         raise ValueError(
-            f"{file}: {KEY}: got {version}; allowed: up to {VERSION}, the newest that this lit-transdiff knows. "
+            f"{file}: {KEY}: got {version}; allowed: up to {VERSION}, the newest that this lit-transdiff "
+            "knows. "
             "Use the one that wrote it, or a newer one."
         )

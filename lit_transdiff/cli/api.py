@@ -31,7 +31,10 @@ def page() -> str:
 
 def tables() -> str:
     """The section that lists the tables and their entries."""
-    rows = [f"| `{name}` | {', '.join(f'`{key}`' for key in getattr(lit_transdiff, name))} |" for name in lit_transdiff.TABLES]
+    rows = [
+        f"| `{name}` | {', '.join(f'`{key}`' for key in getattr(lit_transdiff, name))} |"
+        for name in lit_transdiff.TABLES
+    ]
     about = "Dictionaries that you can extend; [Your own ideas](extending.md) shows how to add entries."
     return "\n".join(["## Tables", "", about, "", "| table | names |", "|---|---|", *rows])
 
@@ -54,7 +57,11 @@ def members(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, ModuleType):
         yield from ((name, getattr(value, name)) for name in value.__all__)
     elif inspect.isclass(value):
-        yield from ((n, found) for n, found in vars(value).items() if n[0] != "_" and inspect.isfunction(found) and found.__doc__)
+        yield from (
+            (n, found)
+            for n, found in vars(value).items()
+            if n[0] != "_" and inspect.isfunction(found) and found.__doc__
+        )
 
 
 def signature(name: str, value: Any) -> str:
@@ -78,7 +85,9 @@ def parameter(found: inspect.Parameter) -> str:
     stars: dict[Any, str] = {found.VAR_POSITIONAL: "*", found.VAR_KEYWORD: "**"}
     star = stars.get(found.kind, "")
     default = getattr(found.default, "__name__", repr(found.default))
-    return f"{star}{found.name}: {found.annotation}" + ("" if found.default is found.empty else f" = {default}")
+    return f"{star}{found.name}: {found.annotation}" + (
+        "" if found.default is found.empty else f" = {default}"
+    )
 
 
 def code(line: str) -> str:

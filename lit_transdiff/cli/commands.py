@@ -56,7 +56,10 @@ def index_command(args: argparse.Namespace) -> None:
     from lit_transdiff.data.verify import index_again
 
     found = index_again(args.folder, parse_names(args.class_names), args.workers, args.label)
-    print(f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: {args.folder}/index.json")
+    print(
+        f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: "
+        f"{args.folder}/index.json"
+    )
     from lit_transdiff.data.findings import notes_on_classes
 
     for note in notes_on_classes(found):
@@ -86,7 +89,9 @@ def cache_command(args: argparse.Namespace) -> None:
         flips=args.flips,
         batch_size=args.batch_size,
     )
-    fabric.print(f"{len(found)} latents of shape {found.latents.shape if found.latents else ''} in {args.dest}")
+    fabric.print(
+        f"{len(found)} latents of shape {found.latents.shape if found.latents else ''} in {args.dest}"
+    )
 
 
 def statistics_command(args: argparse.Namespace) -> None:
@@ -174,7 +179,9 @@ def settings_command(args: argparse.Namespace) -> None:
 
 def convert_command(args: argparse.Namespace) -> None:
     if args.overrides and not args.recipe:
-        raise ValueError(f"override: got {args.overrides}; allowed: only with --recipe, whose settings they change.")
+        raise ValueError(
+            f"override: got {args.overrides}; allowed: only with --recipe, whose settings they change."
+        )
     recipe = load_run(args.recipe, args.overrides, args.imports) if args.recipe else None
     check_source(Path(args.source))
     from lit_transdiff.released.convert import convert
@@ -239,7 +246,9 @@ def reproduce_command(args: argparse.Namespace) -> None:
     files = Files(Path(args.weights), Path(args.vae), Path(args.inception), Path(args.reference))
     fabric = build_fabric()
     output, experiments = Path(args.output), Path(args.experiments)
-    fabric.print(reproduce(args.row, files, output, fabric=fabric, experiments=experiments, overrides=args.overrides))
+    fabric.print(
+        reproduce(args.row, files, output, fabric=fabric, experiments=experiments, overrides=args.overrides)
+    )
 
 
 def compare_command(args: argparse.Namespace) -> None:

@@ -10,7 +10,16 @@ from lit_transdiff.base.endings import CheckpointError, Preempted, RankFailed, T
 from lit_transdiff.base.files import is_full
 
 # A path that cannot be meant.
-NOT_HERE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+NOT_HERE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 FAILURES = (FloatingPointError, CheckpointError, TrialsFailed, RankFailed)  # their message is the whole line
 ENDINGS = (ValueError, OSError, Preempted, *FAILURES)  # the errors that ``status_of`` handles
 

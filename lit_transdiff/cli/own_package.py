@@ -20,8 +20,17 @@ def write_package(folder: Path) -> list[Path]:
     """
     name = folder.resolve().name
     proposed = re.sub(r"\W", "_", name.lower()).lstrip("0123456789_") or NAME
-    fits = name.isidentifier() and not keyword.iskeyword(name) and name not in sys.stdlib_module_names | {"lit_transdiff"}
-    require(fits, "init", str(folder), f"a folder whose name a Python module can have, as in {folder.with_name(proposed)}")
+    fits = (
+        name.isidentifier()
+        and not keyword.iskeyword(name)
+        and name not in sys.stdlib_module_names | {"lit_transdiff"}
+    )
+    require(
+        fits,
+        "init",
+        str(folder),
+        f"a folder whose name a Python module can have, as in {folder.with_name(proposed)}",
+    )
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     require(empty, "init", str(folder), "a folder that does not exist yet, or is empty")
     written = []

@@ -20,7 +20,15 @@ from lightning.fabric import Fabric
 
 from lit_transdiff.checkpoints.run_folder import open_folder
 from lit_transdiff.config import RunConfig, expand, expanded, require, require_classes
-from lit_transdiff.config.loading import check_keys, load_run, of_environment, plain_settings, read_yaml, resolved, to_yaml
+from lit_transdiff.config.loading import (
+    check_keys,
+    load_run,
+    of_environment,
+    plain_settings,
+    read_yaml,
+    resolved,
+    to_yaml,
+)
 from lit_transdiff.config.targets import below
 from lit_transdiff.config.typed import typed
 from lit_transdiff.data.index import read_index
@@ -89,15 +97,24 @@ def load_pipeline(
     ``overrides`` and ``imports`` apply to all runs. ``output_dir`` also moves the pipeline's own files, whose
     paths may begin with ``${output_dir}``.
     """
-    pipeline = read_pipeline(path, [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")])
+    pipeline = read_pipeline(
+        path, [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")]
+    )
     common = [*pipeline.overrides, *overrides, f"output_dir={pipeline.output_dir}"]
     runs = [
-        load_run(Path(path).parent / expanded(step.recipe, f"{path}: recipe"), [*step.overrides, *common], imports)
+        load_run(
+            Path(path).parent / expanded(step.recipe, f"{path}: recipe"), [*step.overrides, *common], imports
+        )
         for step in pipeline.runs
     ]
     names = [run.name for run in runs]
     require(len(set(names)) == len(names), "runs", names, "runs of different names")
-    require(any(run.stage not in PREPARATORY for run in runs), "runs", names, f"at least one run of {', '.join(STAGES)}")
+    require(
+        any(run.stage not in PREPARATORY for run in runs),
+        "runs",
+        names,
+        f"at least one run of {', '.join(STAGES)}",
+    )
     for run in runs:
         check_evaluation(run.evaluation, scores=run.stage in STAGES)
     return pipeline, runs
@@ -125,10 +142,15 @@ def read_pipeline(path: str | Path, moved: Sequence[str]) -> Pipeline:
     return pipeline
 
 
-def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say: Callable[[str], None] = print) -> None:
+def run_pipeline(
+    pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say: Callable[[str], None] = print
+) -> None:
     """Do all steps that are not complete yet."""
     for run in runs:
-        wanted, allowed = world_size(run), f"the {fabric.world_size} that this command runs in (torchrun starts several)"
+        wanted, allowed = (
+            world_size(run),
+            f"the {fabric.world_size} that this command runs in (torchrun starts several)",
+        )
         require(wanted == fabric.world_size, f"{run.name}: distributed: processes", wanted, allowed)
     check_images(pipeline, runs)
     start = time.monotonic()
@@ -146,7 +168,14 @@ def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say:
     for step in pipeline.cache:
         announce(f"cache       {step.source} -> {root / step.dest}")
         first = stages[0]
-        cache(step.source, root / step.dest, autoencoder=first.autoencoder, data=first.data, fabric=fabric, flips=step.flips)
+        cache(
+            step.source,
+            root / step.dest,
+            autoencoder=first.autoencoder,
+            data=first.data,
+            fabric=fabric,
+            flips=step.flips,
+        )
     if pipeline.reference_images is not None:
         announce(f"reference   {pipeline.reference_images} -> {stages[0].evaluation.reference}")
         prepare_reference(pipeline.reference_images, stages[0], fabric)
@@ -172,7 +201,11 @@ def check_images(pipeline: Pipeline, runs: Sequence[RunConfig]) -> None:
             continue  # the run itself checks existing data
         try:
             images = build_data(replace(run, data=data))
-            if run.stage in STAGES and pipeline.reference_images is not None and Path(pipeline.reference_images).suffix != ".npz":
+            if (
+                run.stage in STAGES
+                and pipeline.reference_images is not None
+                and Path(pipeline.reference_images).suffix != ".npz"
+            ):
                 names = read_index(pipeline.reference_images).class_names
                 require_classes("reference_images", names, images.class_names, "data.train")
         except ValueError as error:
@@ -182,17 +215,23 @@ def check_images(pipeline: Pipeline, runs: Sequence[RunConfig]) -> None:
 def farewell(root: Path, last: RunConfig) -> str:
     """The closing lines: where the pictures are, and commands to try next."""
     module = Path(sys.argv[0]).name == "__main__.py"  # started by python -m lit_transdiff
-    started = f"{os.path.relpath(sys.executable)} -m lit_transdiff" if module else os.path.relpath(sys.argv[0])
+    started = (
+        f"{os.path.relpath(sys.executable)} -m lit_transdiff" if module else os.path.relpath(sys.argv[0])
+    )
     command = "lit-transdiff" if shutil.which("lit-transdiff") else started
     trained = f"--checkpoint {shlex.quote(str(last.folder))}"
     pair = f"0,{last.model.num_classes - 1}" if last.model.num_classes > 1 else "0"
     commands = [
         f"{command} sample {trained} --classes {pair} --per-class 8 --seed 1",
-        *([f"{command} sample {trained} --classes {pair} --fuse halves"] if "," in pair else []),  # needs two classes
+        # needs two classes
+        *([f"{command} sample {trained} --classes {pair} --fuse halves"] if "," in pair else []),
         f"{command} evaluate {trained} sampling.solver=heun sampling.num_steps=10",
         f"{command} compare {shlex.quote(str(root))}",
     ]
-    pictures = [f"{root / 'comparison.png'}  (the stages side by side)", str(last.folder / "samples" / "final" / "grid.png")]
+    pictures = [
+        f"{root / 'comparison.png'}  (the stages side by side)",
+        str(last.folder / "samples" / "final" / "grid.png"),
+    ]
     gap = "\n" + " " * len("Try next:  ")
     return f"Pictures:  {gap.join(pictures)}\nTry next:  {gap.join(commands)}"
 
@@ -218,7 +257,14 @@ def sample_and_score(run: RunConfig, per_class: int, fabric: Fabric) -> dict[str
     if fabric.is_global_zero and not is_newer(folder / "grid.png", run.folder / "export" / "export.json"):
         draw_samples(generator, classes, per_class, folder, class_names=names)
         if run.model.num_references > 1:
-            draw_samples(generator, classes, 1, run.folder / "samples" / "references", class_names=names, references=True)
+            draw_samples(
+                generator,
+                classes,
+                1,
+                run.folder / "samples" / "references",
+                class_names=names,
+                references=True,
+            )
     return score_own(run, generator, fabric)
 
 
@@ -243,7 +289,12 @@ def train_and_score(run: RunConfig, fabric: Fabric) -> None:
 
 
 def score_checkpoint(
-    generator: Generator, settings: RunConfig, output: Path | None, fabric: Fabric, *, save_images: str | None = None
+    generator: Generator,
+    settings: RunConfig,
+    output: Path | None,
+    fabric: Fabric,
+    *,
+    save_images: str | None = None,
 ) -> dict[str, Any]:
     """Score a trained model with any sampling and evaluation settings, as a separate run in W&B.
 
@@ -259,7 +310,13 @@ def score_checkpoint(
         open_folder(run)
     fabric.barrier()
     result = evaluate(
-        generator, settings.evaluation, settings.sampling, fabric=fabric, output=folder, reuse=trial, save_images=save_images
+        generator,
+        settings.evaluation,
+        settings.sampling,
+        fabric=fabric,
+        output=folder,
+        reuse=trial,
+        save_images=save_images,
     )
     if fabric.is_global_zero:
         log_evaluation(run, result, folder, trial=trial)
@@ -271,8 +328,12 @@ def is_newer(file: Path, other: Path) -> bool:
     return file.exists() and file.stat().st_mtime >= other.stat().st_mtime
 
 
-def dry_run(runs: Sequence[RunConfig], pipeline: Pipeline | None = None, say: Callable[[str], None] = print) -> None:
-    """Print each run's resolved configuration, parameter counts and planned steps, without writing anything."""
+def dry_run(
+    runs: Sequence[RunConfig], pipeline: Pipeline | None = None, say: Callable[[str], None] = print
+) -> None:
+    """Print each run's resolved configuration, parameter counts and planned steps,
+    without writing anything.
+    """
     if pipeline is not None:
         check_images(pipeline, runs)
     made = {str(Path(pipeline.output_dir) / step.dest) for step in pipeline.cache} if pipeline else set()

@@ -14,9 +14,13 @@ AUTOENCODER = "autoencoder.path="  # override with the new folder of a trained r
 
 
 def trained_generator(args: argparse.Namespace, device: torch.device) -> tuple[Generator, list[str]]:
-    """The generator of a command's checkpoint, and the overrides that are left for how it samples and is scored."""
+    """The generator of a command's checkpoint, and the overrides that are left for how it samples and is
+    scored.
+    """
     moved = [item.removeprefix(AUTOENCODER) for item in args.overrides if item.startswith(AUTOENCODER)]
     autoencoder = expanded(moved[-1], "autoencoder.path") if moved else None
     speed = dict(compile=args.compile, cuda_graphs=args.cuda_graphs)
     generator = load_generator(args.checkpoint, device, autoencoder=autoencoder, **speed)
-    return generator, preset(args.preset) + [item for item in args.overrides if not item.startswith(AUTOENCODER)]
+    return generator, preset(args.preset) + [
+        item for item in args.overrides if not item.startswith(AUTOENCODER)
+    ]

@@ -1,7 +1,7 @@
 """All settings of the platform, as frozen dataclasses that are validated when they are made.
 
-A run is one YAML file (see ``loading``). This package imports no torch, so that an invalid setting is reported before any
-slow import.
+A run is one YAML file (see ``loading``). This package imports no torch, so that an invalid setting is
+reported before any slow import.
 """
 
 from lit_transdiff.config.checks import (
@@ -15,7 +15,13 @@ from lit_transdiff.config.checks import (
     some,
     unknown,
 )
-from lit_transdiff.config.data import BACKGROUNDS, AutoencoderConfig, AutoencoderTraining, DataConfig, is_colour
+from lit_transdiff.config.data import (
+    BACKGROUNDS,
+    AutoencoderConfig,
+    AutoencoderTraining,
+    DataConfig,
+    is_colour,
+)
 from lit_transdiff.config.effects import EFFECTS, check_effects
 from lit_transdiff.config.evaluation import EvaluationConfig
 from lit_transdiff.config.family import Family, ModelSettings

@@ -32,10 +32,14 @@ COUNTS_OF_ACDIT = (
 
 @dataclass(frozen=True)
 class ACDiTConfig(ModelSettings):
-    """ACDiT: squares of a latent one after the other, each by diffusion given the clean ones before it (arXiv 2412.07720)."""
+    """ACDiT: squares of a latent one after the other, each by diffusion given the clean ones before it (arXiv
+    2412.07720).
+    """
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
-    paradigm: str = "acdit"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    paradigm: str = (
+        "acdit"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    )
     size: str = "base"  # a name in config.acdit.ACDIT_SIZES, which sets the defaults of the next three fields
     width: int = OF_SIZE  # D, four times model.num_heads or a multiple of that
     num_heads: int = OF_SIZE  # of attention
@@ -50,11 +54,23 @@ class ACDiTConfig(ModelSettings):
     def __post_init__(self) -> None:
         take_size(self, ACDIT_SIZES)
         for name in COUNTS_OF_ACDIT:
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
-        require(self.mlp_ratio * self.width >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.width={self.width}")
+            require(
+                getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1"
+            )
+        require(
+            self.mlp_ratio * self.width >= 1,
+            "model.mlp_ratio",
+            self.mlp_ratio,
+            f"at least 1 / model.width={self.width}",
+        )
         allowed = f"a number of which four times is a divisor of model.width={self.width}"
         require(self.width % (4 * self.num_heads) == 0, "model.num_heads", self.num_heads, allowed)
-        require(self.latent_size % self.patch_size == 0, "model.patch_size", self.patch_size, f"a divisor of {self.latent_size}")
+        require(
+            self.latent_size % self.patch_size == 0,
+            "model.patch_size",
+            self.patch_size,
+            f"a divisor of {self.latent_size}",
+        )
         allowed = f"a divisor of {self.grid}, the tokens of a side of the latent"
         require(self.grid % self.parts_per_side == 0, "model.parts_per_side", self.parts_per_side, allowed)
 
@@ -80,10 +96,14 @@ class ACDiTConfig(ModelSettings):
         }
 
     def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
-        """The clean tokens and those of all draws in the blocks, of which a block keeps its input or much more."""
+        """The clean tokens and those of all draws in the blocks, of which a block keeps its input or much
+        more.
+        """
         kept = 1 if "blocks" in recomputed else OF_A_TOKEN
         return self.num_blocks * (1 + draws) * self.grid**2 * self.width * kept
 
     def least_drawn(self) -> int:
-        """Keys and values of all parts but the last one in all blocks, and the last one before and after a norm."""
+        """Keys and values of all parts but the last one in all blocks, and the last one before and after a
+        norm.
+        """
         return 2 * self.width * (self.num_blocks * (self.grid**2 - self.tokens_of_part) + self.tokens_of_part)

@@ -32,13 +32,21 @@ FOLDER_NAME = "the name of one folder, without '/', '\\' and '$', in which '~' o
 
 def is_folder_name(name: Any) -> bool:
     """Whether a string is the name of a single folder, also for a shell."""
-    return isinstance(name, str) and name not in ("", ".", "..") and name.isprintable() and not re.search(r"^[~\s]|[/\\$]", name)
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and name.isprintable()
+        and not re.search(r"^[~\s]|[/\\$]", name)
+    )
 
 
 def expanded(path: str, what: str) -> str:
-    """A path with ``~`` and ``$NAME`` expanded. Raises ``ValueError`` for undefined variables and unknown users.
+    """A path with ``~`` and ``$NAME`` expanded.
 
-    An existing path with a ``$`` in its name stays unchanged, and so does a ``pipe:`` command, which has its own shell.
+    Raises ``ValueError`` for undefined variables and unknown users.
+
+    An existing path with a ``$`` in its name stays unchanged, and so does a ``pipe:`` command, which has its
+    own shell.
     """
     if path.startswith("pipe:") or ("$" in path and os.path.lexists(path)):
         return path
@@ -46,17 +54,26 @@ def expanded(path: str, what: str) -> str:
     unset = re.search(r"\$(\w+|\{\w+\})", result)
     require(unset is None, what, path, f"variables that are set; {unset[0] if unset else ''} is not")
     lost = result.startswith("~") and not os.path.lexists(result)
-    require(not lost, what, path, "the folder of a user that exists; where a name begins with ~, write ./~...")
+    require(
+        not lost, what, path, "the folder of a user that exists; where a name begins with ~, write ./~..."
+    )
     return result
 
 
-MADE = ("output_dir", "cache.dest", "evaluation.reference", "distributed.nvme_path")  # settings of output paths
+MADE = (
+    "output_dir",
+    "cache.dest",
+    "evaluation.reference",
+    "distributed.nvme_path",
+)  # settings of output paths
 SHARED = ("data", "experiments")  # folders of the checkout that an installed package has below SHARE
 SHARE = ("share", "lit-transdiff")
 
 
 def shipped(path: str) -> str:
-    """The path of a file shipped with this program, from any working directory; existing paths are unchanged."""
+    """The path of a file shipped with this program, from any working directory;
+    existing paths are unchanged.
+    """
     if not os.path.lexists(path) and path.split("/")[0] in SHARED:
         for root in (Path(__file__).parents[2], Path(sys.prefix, *SHARE)):
             if (root / path).exists():
@@ -91,9 +108,11 @@ def are_numbers(names: Sequence[str]) -> bool:
 
 
 def require_classes(what: str, found: Sequence[str], expected: Sequence[str], whose: str) -> None:
-    """Raise ``ValueError`` unless the class names ``found`` are those ``expected``, which belong to ``whose``.
+    """Raise ``ValueError`` unless the class names ``found`` are those ``expected``, which belong to
+    ``whose``.
 
-    If one side has numbers for names and the other words, or one has no names, only the number of classes is compared.
+    If one side has numbers for names and the other words, or one has no names, only the number of classes is
+    compared.
     """
     if list(found) == list(expected) or not found or not expected:
         return
@@ -102,9 +121,14 @@ def require_classes(what: str, found: Sequence[str], expected: Sequence[str], wh
     only, missing = [n for n in found if n not in expected], [n for n in expected if n not in found]
     if len(found) != len(expected):
         got = (
-            f"{len(found)} classes" + (f", with {some(only)}" if only else "") + (f", without {some(missing)}" if missing else "")
+            f"{len(found)} classes"
+            + (f", with {some(only)}" if only else "")
+            + (f", without {some(missing)}" if missing else "")
         )
-        allowed = f"the {len(expected)} of {whose}; an empty class folder keeps the number of a class without images"
+        allowed = (
+            f"the {len(expected)} of {whose}; an empty class folder keeps the number of a class without "
+            "images"
+        )
     else:
         c = next(c for c, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other)
         got = f"class {c} {found[c]!r}" + ("" if only else ", the same classes in another order")

@@ -18,9 +18,11 @@ def full_names(names: Sequence[str], count: int) -> list[str]:
 
 
 def choose_classes(text: str | None, names: Sequence[str], what: str = "--classes") -> list[int]:
-    """The classes named by a text such as ``sneaker,ankle boot``, ``0,7`` or ``0-3``, each once; by default the first ten.
+    """The classes named by a text such as ``sneaker,ankle boot``, ``0,7`` or ``0-3``, each once; by default
+    the first ten.
 
-    A name may contain commas. Raises ``ValueError`` for unknown classes; ``what`` names the option for the message.
+    A name may contain commas. Raises ``ValueError`` for unknown classes; ``what`` names the option for the
+    message.
     """
     if text is None:
         return list(range(min(10, len(names))))
@@ -68,8 +70,11 @@ def allowed(names: Sequence[str], word: str) -> str:
     return f"numbers 0 to {len(names) - 1}, ranges of them as 0-3, and names of classes: {listed}{nearest}"
 
 
-def embedding_rows(how: str | Mapping[str, str | None], names: Sequence[str], old: Sequence[str]) -> ClassRows:
-    """For each class of ``names`` the class of ``old`` that provides its embedding, or None, by ``init_classes``.
+def embedding_rows(
+    how: str | Mapping[str, str | None], names: Sequence[str], old: Sequence[str]
+) -> ClassRows:
+    """For each class of ``names`` the class of ``old`` that provides its embedding, or None, by
+    ``init_classes``.
 
     Raises ``ValueError`` if the classes are not the ``same``, and for an unknown class in a map.
     """
@@ -92,13 +97,23 @@ def same(names: Sequence[str], old: Sequence[str]) -> ClassRows:
     """Identical classes. Raises ``ValueError`` for other classes, with the settings that allow them."""
     unnamed = any(all(name == str(c) for c, name in enumerate(known)) for known in (names, old))
     fits = len(names) == len(old) and (unnamed or list(names) == list(old))
-    differ = next((c for c, (one, other) in enumerate(zip(names, old, strict=False)) if one != other), min(len(names), len(old)))
+    differ = next(
+        (c for c, (one, other) in enumerate(zip(names, old, strict=False)) if one != other),
+        min(len(names), len(old)),
+    )
     here, there = (
-        f"{len(known)} classes, class {differ} is {known[differ] if differ < len(known) else 'none'}" for known in (names, old)
+        f"{len(known)} classes, class {differ} is {known[differ] if differ < len(known) else 'none'}"
+        for known in (names, old)
     )
     ways = (
-        "init_classes=new (all class embeddings are made anew; all else is kept), init_classes=by_name (those of equal names are "
+        "init_classes=new (all class embeddings are made anew; all else is kept), init_classes=by_name "
+        "(those of equal names are "
         "kept), init_classes=by_number, or init_classes={new name: old name}"
     )
-    require(fits, "init_classes", "same", f"for the same classes only, but {here} here, and {there} there; for others: {ways}")
+    require(
+        fits,
+        "init_classes",
+        "same",
+        f"for the same classes only, but {here} here, and {there} there; for others: {ways}",
+    )
     return list(range(len(names)))

@@ -20,27 +20,38 @@ def is_colour(text: str) -> bool:
 class DataConfig:
     """Training and validation data, their order and augmentation."""
 
-    train: str = ""  # folder of shards with index.json, or a webdataset URL (``pipe:``, ``http(s)://``, braces)
+    train: str = (
+        ""  # folder of shards with index.json, or a webdataset URL (``pipe:``, ``http(s)://``, braces)
+    )
     evaluation: Optional[str] = None  # folder of held-out shards, for validation
     index: Optional[str] = None  # index.json of ``train`` if ``train`` is a URL
     image_size: int = 256  # pixels; images are cropped to a square and resized to it
     image_channels: int = 3  # 1 (grey) or 3 (RGB); images are converted
     crop: Literal["none", "center", "random", "random-square"] = "center"
-    # center and random: ADM's crops; random-square: TransDiff's crop of training images; none: images are already squares
-    # of image_size
-    exif: Literal["turn", "ignore"] = "turn"  # turn: rotate images by their EXIF orientation; ignore: as in ADM
+    # center and random: ADM's crops; random-square: TransDiff's crop of training images; none: images are
+    # already squares of image_size
+    exif: Literal["turn", "ignore"] = (
+        "turn"  # turn: rotate images by their EXIF orientation; ignore: as in ADM
+    )
     background: str = "white"  # colour behind transparent pixels: white, black, grey, or "#rrggbb"
     horizontal_flip: bool = True  # flip half of the images at random (from a cache: one made with --flips)
-    groups: Optional[str] = None  # the groups of an MRAR run: JSON lines, each a list of sample keys or {"cate", "files"}
-    shuffle_block: int = 64  # number of shards whose samples are shuffled together, which bounds the number of open files
+    groups: Optional[str] = (
+        None  # the groups of an MRAR run: JSON lines, each a list of sample keys or {"cate", "files"}
+    )
+    shuffle_block: int = (
+        64  # number of shards whose samples are shuffled together, which bounds the number of open files
+    )
     on_bad_sample: Literal["refuse", "skip"] = "refuse"
-    # refuse: an unreadable or damaged sample stops the run; skip: the next one of its class replaces it, with a warning
+    # refuse: an unreadable or damaged sample stops the run; skip: the next one of its class replaces it, with
+    # a warning
     num_workers: int = 0  # data loading processes per device; 0: the training process itself
 
     def __post_init__(self) -> None:
         expand(self, "data.train", "data.evaluation", "data.index", "data.groups")
         require(self.image_size >= 1, "data.image_size", self.image_size, "an integer of at least 1")
-        require(self.image_channels in (1, 3), "data.image_channels", self.image_channels, "1 (grey) or 3 (RGB)")
+        require(
+            self.image_channels in (1, 3), "data.image_channels", self.image_channels, "1 (grey) or 3 (RGB)"
+        )
         require(is_colour(self.background), "data.background", self.background, BACKGROUNDS)
         require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "an integer of at least 1")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
@@ -56,7 +67,9 @@ class AutoencoderConfig:
     """The autoencoder between pixels and normalised latents. Its folder contains the normalisation."""
 
     kind: str = "kl"  # a name in models.autoencoder.AUTOENCODERS
-    path: Optional[str] = None  # folder of its weights; for kl in diffusers' layout (config.json + safetensors)
+    path: Optional[str] = (
+        None  # folder of its weights; for kl in diffusers' layout (config.json + safetensors)
+    )
 
     def __post_init__(self) -> None:
         expand(self, "autoencoder.path")
@@ -71,13 +84,22 @@ class AutoencoderTraining:
     layers_per_block: int = 1  # residual blocks per level
     norm_groups: int = 8  # number of groups of group normalisation
     latent_channels: int = 8  # number of channels of the latents
-    kl_weight: float = 1e-4  # weight of the posterior's KL divergence from N(0, 1), besides the reconstruction
-    num_statistics_images: int = 10_000  # number of images for the per-channel mean and std of the latents, measured at the end
+    kl_weight: float = (
+        1e-4  # weight of the posterior's KL divergence from N(0, 1), besides the reconstruction
+    )
+    num_statistics_images: int = (
+        10_000  # number of images for the per-channel mean and std of the latents, measured at the end
+    )
 
     def __post_init__(self) -> None:
         channels = self.block_channels
         for name in ("layers_per_block", "norm_groups", "latent_channels", "num_statistics_images"):
-            require(getattr(self, name) >= 1, f"autoencoder_training.{name}", getattr(self, name), "an integer of at least 1")
+            require(
+                getattr(self, name) >= 1,
+                f"autoencoder_training.{name}",
+                getattr(self, name),
+                "an integer of at least 1",
+            )
         require(len(channels) > 0, "autoencoder_training.block_channels", channels, "at least one level")
         require(
             all(c >= 1 and c % self.norm_groups == 0 for c in channels),

@@ -1,10 +1,12 @@
-"""Settings that have an effect only with certain values of others: a changed setting without effect is refused.
+"""Settings that have an effect only with certain values of others: a changed setting without effect is
+refused.
 
-This is checked when a run is to be trained, not when a trained one is read, so that overrides of sampling and evaluation
-remain possible. Exempt are settings whose counterpart is often changed alone, in one command or one trial of a sweep
-(scales of a solver, the interval of a guidance scale of 1, the floor of a constant learning rate, the mean of a uniform
-density, scores during training that are off, tracking without W&B), or that differ between the runs of a pipeline, which
-share their overrides (settings of single stages, of several references, of the autoencoder's training).
+This is checked when a run is to be trained, not when a trained one is read, so that overrides of sampling and
+evaluation remain possible. Exempt are settings whose counterpart is often changed alone, in one command or
+one trial of a sweep (scales of a solver, the interval of a guidance scale of 1, the floor of a constant
+learning rate, the mean of a uniform density, scores during training that are off, tracking without W&B), or
+that differ between the runs of a pipeline, which share their overrides (settings of single stages, of several
+references, of the autoencoder's training).
 """
 
 from __future__ import annotations
@@ -29,8 +31,16 @@ class Effect:
 
 
 EFFECTS = (
-    Effect("checkpoint.best_is", lambda run: run.checkpoint.keep_best is not None, "checkpoint.keep_best names no metric"),
-    Effect("safety.max_bad_steps", lambda run: run.safety.on_bad_step != "stop", "safety.on_bad_step 'stop' ends at the first"),
+    Effect(
+        "checkpoint.best_is",
+        lambda run: run.checkpoint.keep_best is not None,
+        "checkpoint.keep_best names no metric",
+    ),
+    Effect(
+        "safety.max_bad_steps",
+        lambda run: run.safety.on_bad_step != "stop",
+        "safety.on_bad_step 'stop' ends at the first",
+    ),
     Effect(
         "training.validate_every",
         lambda run: run.data.evaluation is not None or run.checkpoint.keep_best is not None,
@@ -40,11 +50,15 @@ EFFECTS = (
 
 
 def check_effects(run: RunConfig) -> None:
-    """Raise ``ValueError`` for a setting of EFFECTS that differs from its default and has no effect in the run."""
+    """Raise ``ValueError`` for a setting of EFFECTS that differs from its default and has no effect in the
+    run.
+    """
     for effect in EFFECTS:
         section, name = effect.field.split(".")
         value, default = getattr(getattr(run, section), name), default_of(getattr(run, section), name)
-        require(value == default or effect.is_read(run), effect.field, value, f"{default!r}, as {effect.why_not}")
+        require(
+            value == default or effect.is_read(run), effect.field, value, f"{default!r}, as {effect.why_not}"
+        )
 
 
 def default_of(section: Any, name: str) -> Any:

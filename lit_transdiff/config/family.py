@@ -32,7 +32,8 @@ def take_size(model: Any, sizes: Mapping[str, Mapping[str, int]]) -> None:
 
 
 class ModelSettings:
-    """The base of a family's settings: a frozen dataclass with these fields, their defaults and its own fields.
+    """The base of a family's settings: a frozen dataclass with these fields, their defaults and its own
+    fields.
 
     ``paradigm`` comes first; its default is the family's name in ``PARADIGMS``.
     """
@@ -52,7 +53,8 @@ class ModelSettings:
     def check_sampling(self, sampling: SamplingConfig) -> None:
         """Refuse sampling settings that do not suit the model."""
 
-    # Lower bounds of memory, by arithmetic, so that impossible sizes are refused before anything is allocated.
+    # Lower bounds of memory, by arithmetic, so that impossible sizes are refused before anything is
+    # allocated.
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """Names of settings -> a lower bound of the number of their parameters."""

@@ -1,7 +1,7 @@
 """YAML files and overrides -> checked configurations, and back.
 
-``load_run`` merges defaults <- size preset <- base <- file <- ``dotted.key=value`` overrides and refuses unknown keys with
-the field's path, the value and the nearest match.
+``load_run`` merges defaults <- size preset <- base <- file <- ``dotted.key=value`` overrides and refuses
+unknown keys with the field's path, the value and the nearest match.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ SCHEMAS = (RunConfig, *NESTED.values())  # explained by lit-transdiff settings
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = (), imports: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML (with its ``base:`` chain), apply ``dotted.key=value`` overrides, and validate the result.
+    """Read a run's YAML (with its ``base:`` chain), apply ``dotted.key=value`` overrides, and validate the
+    result.
 
     The modules of its ``imports`` and of the argument are imported first.
 
-    Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything that is not a valid setting.
+    Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for anything that is not a valid
+    setting.
     """
     settings = read_yaml(path)
     if "runs" in settings:
@@ -66,7 +68,9 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
         check_keys(given, RunConfig, "", source)
         imports, asked = (plain_settings(given).get(name) for name in ("imports", "model"))
     try:
-        import_modules(imports if isinstance(imports, str | list) else typed(imports or [], list[str], "imports"))
+        import_modules(
+            imports if isinstance(imports, str | list) else typed(imports or [], list[str], "imports")
+        )
         schema = settings_class(asked if isinstance(asked, dict) else {})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
@@ -113,13 +117,20 @@ def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> DictConfig:
         raise FileNotFoundError(f"{prefix}{path} does not exist.{hint}")
     given = read_file(path, spelled=True)
     if not isinstance(given, dict):
-        raise ValueError(f"{path}: expected settings (key: value), got {'nothing' if given is None else repr(given)[:80]}.")
+        raise ValueError(
+            f"{path}: expected settings (key: value), got {'nothing' if given is None else repr(given)[:80]}."
+        )
     base = given.pop("base", None)
     with refusing(str(path)):
         settings = OmegaConf.create(given)
         if base is None:
             return settings
-        require(isinstance(base, str) and base != "", f"{path}: base", base, "the path of one YAML file, relative to this one")
+        require(
+            isinstance(base, str) and base != "",
+            f"{path}: base",
+            base,
+            "the path of one YAML file, relative to this one",
+        )
         return merge(read_yaml(path.parent / expanded(base, f"{path}: base"), chain), settings)
 
 
@@ -158,14 +169,18 @@ def without_none(value: Any) -> Any:
     return None if value == "None" else value
 
 
-def check_keys(given: Any, schema: type, prefix: str, source: str, nested: Mapping[str, type] = MappingProxyType({})) -> None:
+def check_keys(
+    given: Any, schema: type, prefix: str, source: str, nested: Mapping[str, type] = MappingProxyType({})
+) -> None:
     """Refuse unknown keys, with the nearest match, also in the ``nested`` sections."""
     if not isinstance(given, DictConfig | dict):
         raise ValueError(f"{source}: {prefix.rstrip('.')}: got {given!r}; expected settings (key: value).")
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for key in given:
         if key not in fields:
-            explained = f" Explained by: lit-transdiff settings {prefix[:-1]}".rstrip() if schema in SCHEMAS else ""
+            explained = (
+                f" Explained by: lit-transdiff settings {prefix[:-1]}".rstrip() if schema in SCHEMAS else ""
+            )
             raise ValueError(f"{source}: {unknown(f'setting {prefix}{key!s}', key, fields)}{explained}")
         if key in nested:
             check_keys(given[key], nested[str(key)], f"{prefix}{key!s}.", source)
@@ -206,7 +221,9 @@ def resolved(settings: DictConfig, names: Sequence[str]) -> dict[str, Any]:
     Raises ``ValueError`` for an undefined ``${key}``.
     """
     with refusing():
-        result = OmegaConf.to_container(OmegaConf.masked_copy(of_environment(settings), list(names)), resolve=True)
+        result = OmegaConf.to_container(
+            OmegaConf.masked_copy(of_environment(settings), list(names)), resolve=True
+        )
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}
 

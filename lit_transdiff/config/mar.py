@@ -14,22 +14,41 @@ from lit_transdiff.config.sampling import SamplingConfig
 MAR_SIZES: dict[str, dict[str, int]] = {
     "test": dict(width=32, num_heads=2, encoder_blocks=2, decoder_blocks=2, head_width=32, head_blocks=2),
     "nano": dict(width=128, num_heads=4, encoder_blocks=3, decoder_blocks=3, head_width=192, head_blocks=3),
-    "base": dict(width=768, num_heads=12, encoder_blocks=12, decoder_blocks=12, head_width=1024, head_blocks=6),
-    "large": dict(width=1024, num_heads=16, encoder_blocks=16, decoder_blocks=16, head_width=1280, head_blocks=8),
-    "huge": dict(width=1280, num_heads=16, encoder_blocks=20, decoder_blocks=20, head_width=1536, head_blocks=12),
+    "base": dict(
+        width=768, num_heads=12, encoder_blocks=12, decoder_blocks=12, head_width=1024, head_blocks=6
+    ),
+    "large": dict(
+        width=1024, num_heads=16, encoder_blocks=16, decoder_blocks=16, head_width=1280, head_blocks=8
+    ),
+    "huge": dict(
+        width=1280, num_heads=16, encoder_blocks=20, decoder_blocks=20, head_width=1536, head_blocks=12
+    ),
 }
 COUNTS = (
-    *("width", "num_heads", "encoder_blocks", "decoder_blocks", "head_width", "head_blocks", "num_classes", "num_class_tokens"),
+    *(
+        "width",
+        "num_heads",
+        "encoder_blocks",
+        "decoder_blocks",
+        "head_width",
+        "head_blocks",
+        "num_classes",
+        "num_class_tokens",
+    ),
     *("latent_channels", "latent_size", "patch_size", "num_parts"),
 )
 
 
 @dataclass(frozen=True)
 class MARConfig(ModelSettings):
-    """MAR: random sets of tokens by a masked transformer, each token by a small diffusion network (arXiv 2406.11838)."""
+    """MAR: random sets of tokens by a masked transformer, each token by a small diffusion network (arXiv
+    2406.11838).
+    """
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size", "num_class_tokens")
-    paradigm: str = "mar"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    paradigm: str = (
+        "mar"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    )
     size: str = "base"  # a name in config.mar.MAR_SIZES, which sets the defaults of the next six fields
     width: int = OF_SIZE  # width D of the transformer
     num_heads: int = OF_SIZE  # number of attention heads
@@ -44,21 +63,47 @@ class MARConfig(ModelSettings):
     latent_channels: int = 16  # channels of the autoencoder's latents
     latent_size: int = 16  # height and width of the latent
     patch_size: int = 1  # side length in latent pixels of a token's square
-    mask_rate_min: float = 0.7  # fraction of unknown tokens in training: normal with mean 1, truncated to [mask_rate_min, 1]
+    mask_rate_min: float = (
+        0.7  # fraction of unknown tokens in training: normal with mean 1, truncated to [mask_rate_min, 1]
+    )
     mask_rate_std: float = 0.25  # standard deviation of that normal distribution
-    num_parts: int = 64  # iterations per image, at most its number of tokens; sampling.num_parts takes precedence
+    num_parts: int = (
+        64  # iterations per image, at most its number of tokens; sampling.num_parts takes precedence
+    )
     attention_dropout: float = 0.1  # dropout of attention weights; 0 allows fused attention on CPUs
     projection_dropout: float = 0.1  # dropout after attention and within MLPs
 
     def __post_init__(self) -> None:
         take_size(self, MAR_SIZES)
         for name in COUNTS:
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
-        require(self.decoder_width is None or self.decoder_width >= 1, "model.decoder_width", self.decoder_width, "1 or more")
+            require(
+                getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1"
+            )
+        require(
+            self.decoder_width is None or self.decoder_width >= 1,
+            "model.decoder_width",
+            self.decoder_width,
+            "1 or more",
+        )
         for name, width in (("width", self.width), ("decoder_width", self.width_of_decoder)):
-            require(width % self.num_heads == 0, "model.num_heads", self.num_heads, f"a divisor of model.{name}={width}")
-            require(self.mlp_ratio * width >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.{name}={width}")
-        require(self.latent_size % self.patch_size == 0, "model.patch_size", self.patch_size, f"a divisor of {self.latent_size}")
+            require(
+                width % self.num_heads == 0,
+                "model.num_heads",
+                self.num_heads,
+                f"a divisor of model.{name}={width}",
+            )
+            require(
+                self.mlp_ratio * width >= 1,
+                "model.mlp_ratio",
+                self.mlp_ratio,
+                f"at least 1 / model.{name}={width}",
+            )
+        require(
+            self.latent_size % self.patch_size == 0,
+            "model.patch_size",
+            self.patch_size,
+            f"a divisor of {self.latent_size}",
+        )
         require(0 < self.mask_rate_min <= 1, "model.mask_rate_min", self.mask_rate_min, "above 0, at most 1")
         require(self.mask_rate_std > 0, "model.mask_rate_std", self.mask_rate_std, "above 0")
         for name in ("attention_dropout", "projection_dropout"):
@@ -66,7 +111,9 @@ class MARConfig(ModelSettings):
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
         allowed = f"null, or 1 to {self.num_tokens}, the tokens of an image"
-        require((sampling.num_parts or 1) <= self.num_tokens, "sampling.num_parts", sampling.num_parts, allowed)
+        require(
+            (sampling.num_parts or 1) <= self.num_tokens, "sampling.num_parts", sampling.num_parts, allowed
+        )
 
     @property
     def width_of_decoder(self) -> int:
@@ -84,7 +131,10 @@ class MARConfig(ModelSettings):
         """The matrices of all blocks, and the tables of classes and positions."""
         blocks = sum(
             number * (4 * width**2 + 2 * width * int(self.mlp_ratio * width))
-            for number, width in ((self.encoder_blocks, self.width), (self.decoder_blocks, self.width_of_decoder))
+            for number, width in (
+                (self.encoder_blocks, self.width),
+                (self.decoder_blocks, self.width_of_decoder),
+            )
         )
         tables = self.width * (self.num_classes + self.num_class_tokens + self.num_tokens)
         return {

@@ -42,7 +42,9 @@ class ModelConfig(ModelSettings):
     """One TransDiff for every number of references: R = 1 is one-step AR, R > 1 is MRAR."""
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "num_context_tokens")
-    paradigm: str = "transdiff"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    paradigm: str = (
+        "transdiff"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    )
     size: str = "base"  # a name in config.model.SIZES, which sets the defaults of the next four fields
     width: int = OF_SIZE  # width D of encoder and decoder
     num_heads: int = OF_SIZE  # number of attention heads
@@ -53,7 +55,9 @@ class ModelConfig(ModelSettings):
     condition: str = "class"  # a name in models.conditions.CONDITIONS: the condition of an image
     mlp_ratio: float = 4.0  # hidden width of an MLP / width
     num_classes: int = 1000  # labels are 0 to num_classes - 1
-    num_class_tokens: int = 64  # number of copies of the class embedding at the start of the encoder's sequence
+    num_class_tokens: int = (
+        64  # number of copies of the class embedding at the start of the encoder's sequence
+    )
     latent_channels: int = 16  # channels of the autoencoder's latents
     latent_size: int = 16  # height and width of the latent
     patch_size: int = 1  # side length in latent pixels of a decoder token's square
@@ -65,11 +69,23 @@ class ModelConfig(ModelSettings):
     def __post_init__(self) -> None:
         take_size(self, SIZES)
         for name in COUNTS_OF_MODEL:
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
+            require(
+                getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1"
+            )
         hidden = self.mlp_ratio * self.width
         require(hidden >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.width={self.width}")
-        require(self.width % self.num_heads == 0, "model.num_heads", self.num_heads, f"a divisor of model.width={self.width}")
-        require(self.latent_size % self.patch_size == 0, "model.patch_size", self.patch_size, f"a divisor of {self.latent_size}")
+        require(
+            self.width % self.num_heads == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"a divisor of model.width={self.width}",
+        )
+        require(
+            self.latent_size % self.patch_size == 0,
+            "model.patch_size",
+            self.patch_size,
+            f"a divisor of {self.latent_size}",
+        )
         for name in ("attention_dropout", "projection_dropout"):
             require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "0 <= p < 1")
         require(
@@ -84,7 +100,8 @@ class ModelConfig(ModelSettings):
                 side * side == self.tokens_per_reference and self.latent_size % side == 0,
                 "model.num_references",
                 self.num_references,
-                f"a value for which {self.num_context_tokens}/num_references tokens form a square grid that divides "
+                f"a value for which {self.num_context_tokens}/num_references tokens form a square grid that "
+                "divides "
                 f"the {self.latent_size} x {self.latent_size} latent",
             )
 
@@ -94,7 +111,9 @@ class ModelConfig(ModelSettings):
 
     @property
     def reference_patch_size(self) -> int:
-        """Side length in latent pixels of an encoder token of a reference (2 in the paper); only for R > 1."""
+        """Side length in latent pixels of an encoder token of a reference (2 in the
+        paper); only for R > 1.
+        """
         return self.latent_size // math.isqrt(self.tokens_per_reference)
 
     @property
@@ -109,14 +128,23 @@ class ModelConfig(ModelSettings):
         tables = self.width * (self.num_classes + tokens)
         return {
             ("width", "mlp_ratio", "encoder_blocks", "decoder_blocks"): blocks,
-            ("width", "num_classes", "num_class_tokens", "num_context_tokens", "latent_size", "patch_size"): tables,
+            (
+                "width",
+                "num_classes",
+                "num_class_tokens",
+                "num_context_tokens",
+                "latent_size",
+                "patch_size",
+            ): tables,
         }
 
     def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
         """The tokens in the blocks, each of which stores at least its input."""
         stored = {name: 1 if name in recomputed else OF_A_TOKEN for name in ("encoder", "decoder")}
         encoder = self.encoder_blocks * (self.num_class_tokens + self.num_context_tokens) * stored["encoder"]
-        decoder = self.decoder_blocks * self.num_references * draws * self.num_decoder_tokens * stored["decoder"]
+        decoder = (
+            self.decoder_blocks * self.num_references * draws * self.num_decoder_tokens * stored["decoder"]
+        )
         return self.width * ((0 if head_alone else encoder) + decoder)
 
     def least_drawn(self) -> int:

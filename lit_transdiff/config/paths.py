@@ -42,7 +42,9 @@ def parse_names(text: str | None) -> list[str] | Path | None:
 def check_pack_source(source: Path) -> None:
     """Refuse a missing source of ``pack``."""
     if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist; allowed: an image folder, a folder of IDX files, a list file.")
+        raise FileNotFoundError(
+            f"{source} does not exist; allowed: an image folder, a folder of IDX files, a list file."
+        )
 
 
 def check_source(source: Path) -> None:
@@ -52,7 +54,10 @@ def check_source(source: Path) -> None:
 
 def check_pipe(source: str, permitted: bool) -> None:
     """Refuse ``pipe:`` data unless permitted, because a recipe from others must not run commands."""
-    allowed = "a folder or a URL of http(s)://; this runs a command, which --allow-pipe on the command line alone permits"
+    allowed = (
+        "a folder or a URL of http(s)://; this runs a command, which --allow-pipe on the command line alone "
+        "permits"
+    )
     require(permitted or not source.startswith("pipe:"), "data.train", source, allowed)
 
 
@@ -66,7 +71,9 @@ def export_folder(path: str | Path) -> Path:
         if (candidate / "model.safetensors").is_file():
             return candidate
     root = path if path.is_dir() else path.parent
-    nearby = sorted(str(p.parent.parent) for p in root.glob("*/export/model.safetensors")) if root.is_dir() else []
+    nearby = (
+        sorted(str(p.parent.parent) for p in root.glob("*/export/model.safetensors")) if root.is_dir() else []
+    )
     hint = f" Trained runs there: {', '.join(nearby)}." if nearby else ""
     raise FileNotFoundError(f"{path} holds no trained model (no export/model.safetensors).{hint}")
 

@@ -1,7 +1,7 @@
 """Every setting of a run: name, values, default and meaning, read from the source of ``config``.
 
-The meaning is the comment beside a field, and the range is taken from the checks of its class, so that neither is written
-twice. ``lit-transdiff settings --markdown`` prints ``docs/settings.md``.
+The meaning is the comment beside a field, and the range is taken from the checks of its class, so that
+neither is written twice. ``lit-transdiff settings --markdown`` prints ``docs/settings.md``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from lit_transdiff.config.typed import quoted, type_in_words
 
 PACKAGE = Path(__file__).parents[1]
 TERMINAL = 100  # columns of the text in a terminal
-TABLE = re.compile(r"\b([a-z_.]+)\.([A-Z_]+)\b")  # how a comment names the table of an open set, as in flow.solvers.SOLVERS
+# The way in which a comment names the table of an open set, as in flow.solvers.SOLVERS.
+TABLE = re.compile(r"\b([a-z_.]+)\.([A-Z_]+)\b")
 SETTINGS_HEAD = """\
 # All settings
 
@@ -65,13 +66,17 @@ class Setting:
 def all_settings() -> dict[str, list[Setting]]:
     """Section -> its settings, in the order of the source; the section of a run's own fields is ``""``."""
     whole = RunConfig()
-    sections = {name: list(settings_of_class(cls, getattr(whole, name), f"{name}.")) for name, cls in NESTED.items()}
+    sections = {
+        name: list(settings_of_class(cls, getattr(whole, name), f"{name}.")) for name, cls in NESTED.items()
+    }
     return {"": list(settings_of_class(RunConfig, whole, ""))} | sections
 
 
 def family_settings() -> dict[str, list[Setting]]:
     """``model.paradigm`` -> the settings of section ``model``, for all families but the default."""
-    others = {name: family.settings for name, family in PARADIGMS.items() if family.settings is not ModelConfig}
+    others = {
+        name: family.settings for name, family in PARADIGMS.items() if family.settings is not ModelConfig
+    }
     return {name: list(settings_of_class(cls, cls(), "model.")) for name, cls in others.items()}
 
 
@@ -82,7 +87,9 @@ def settings_of_class(cls: type, defaults: Any, prefix: str) -> Iterator[Setting
     for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
         tree = ast.parse(inspect.getsource(base)).body[0]
         assert isinstance(tree, ast.ClassDef)
-        meanings |= {name: meaning for name, meaning in comments(base, tree).items() if meaning or name not in meanings}
+        meanings |= {
+            name: meaning for name, meaning in comments(base, tree).items() if meaning or name not in meanings
+        }
         ranges.known |= vars(sys.modules[base.__module__])
         ranges.visit(tree)
     for field, hint in ((field, hints[field.name]) for field in dataclasses.fields(cls)):
@@ -105,7 +112,9 @@ def comments(cls: type, tree: ast.ClassDef) -> dict[str, str]:
     """Field -> the comments beside and below it, up to the next statement of the class."""
     tokens = tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline)
     lines = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    starts = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) for node in tree.body]
+    starts = [
+        min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) for node in tree.body
+    ]
     return {
         node.target.id: " ".join(text for line, text in lines.items() if start <= line < after)
         for node, start, after in zip(tree.body, starts, [*starts[1:], sys.maxsize], strict=True)
@@ -114,7 +123,8 @@ def comments(cls: type, tree: ast.ClassDef) -> dict[str, str]:
 
 
 class Ranges(ast.NodeVisitor):
-    """Visits the checks of a class; ``found``: dotted name -> ranges that ``require`` allows, if they are constant text.
+    """Visits the checks of a class; ``found``: dotted name -> ranges that ``require`` allows, if they are
+    constant text.
 
     ``known`` are the names defined in its module; names that the checks assign or loop over are added.
     """
@@ -147,7 +157,10 @@ class Ranges(ast.NodeVisitor):
         if isinstance(node, ast.Tuple):
             return [self.value(item) for item in node.elts]
         if isinstance(node, ast.JoinedStr):
-            parts = [self.value(part.value if isinstance(part, ast.FormattedValue) else part) for part in node.values]
+            parts = [
+                self.value(part.value if isinstance(part, ast.FormattedValue) else part)
+                for part in node.values
+            ]
             return None if None in parts else "".join(map(str, parts))
         return None
 
@@ -203,7 +216,11 @@ def family_tables() -> list[str]:
             settings_table(settings),
         ]
         sizes = [table for s in settings if s.name == "model.size" for table in TABLE.findall(s.meaning)]
-        parts += [part for module, table in sizes for part in sizes_table(getattr(sys.modules[f"lit_transdiff.{module}"], table))]
+        parts += [
+            part
+            for module, table in sizes
+            for part in sizes_table(getattr(sys.modules[f"lit_transdiff.{module}"], table))
+        ]
     return parts
 
 
@@ -211,7 +228,10 @@ def sizes_table(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
     """A table of the sizes of a family."""
     columns = list(next(iter(sizes.values())))
     rows = [(f"`{name}`", *map(str, size.values())) for name, size in sizes.items()]
-    return ["Sizes (fields that are given take precedence):", markdown_table(("`model.size`", *columns), rows)]
+    return [
+        "Sizes (fields that are given take precedence):",
+        markdown_table(("`model.size`", *columns), rows),
+    ]
 
 
 def extra_tables(section: str) -> list[str]:
@@ -243,22 +263,31 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def settings_as_text(word: str | None = None) -> str:
-    """The settings for a terminal: all, those of a section or a ``model.paradigm``, or one by its full or last name.
+    """The settings for a terminal: all, those of a section or a ``model.paradigm``, or one by its full or
+    last name.
 
     Raises ``ValueError`` for an unknown name.
     """
-    everything, families = [setting for settings in all_settings().values() for setting in settings], family_settings()
+    everything, families = (
+        [setting for settings in all_settings().values() for setting in settings],
+        family_settings(),
+    )
     here = {setting.name for setting in everything}
     others = {s.name: s for settings in families.values() for s in settings if s.name not in here}
     everywhere = [*everything, *others.values()]
     chosen = [s for s in everything if word is None or s.name == word or s.name.startswith(f"{word}.")]
     chosen = chosen or families.get(word or "", [])
-    chosen = chosen or [s for s in everywhere if word in (s.name, s.name.rsplit(".", 1)[-1])]  # by its last word, wherever it is
+    chosen = chosen or [
+        s for s in everywhere if word in (s.name, s.name.rsplit(".", 1)[-1])
+    ]  # by its last word, wherever it is
     if not chosen:
         raise unknown("setting", word, [*NESTED, *families, *(setting.name for setting in everywhere)])
     lines = []
     for s in chosen:
-        about = [f"{s.name} = {s.default}    ({s.values.replace('`', '')})", f"    {s.meaning.replace('``', '')}"]
+        about = [
+            f"{s.name} = {s.default}    ({s.values.replace('`', '')})",
+            f"    {s.meaning.replace('``', '')}",
+        ]
         for text in about:
             lines += textwrap.wrap(text, TERMINAL, subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"

@@ -23,16 +23,19 @@ class RunConfig:
     name: str = "run"  # name of the run and of its folder
     stage: str = "ar_pretrain"  # a name in stages.STAGES or stages.PREPARATORY
     output_dir: str = "runs"  # the run folder is output_dir/name
-    imports: list[str] = field(default_factory=list)  # modules of your own that add entries to the tables, as in [my_lab.ideas]
+    imports: list[str] = field(default_factory=list)
+    # modules of your own that add entries to the tables, as in [my_lab.ideas]
     seed: int = 0  # seed of weights, data order, noise and dropout
     init_from: Optional[str] = None  # run or export folder whose (EMA) weights initialise this run
     init_positions: Literal["new", "interpolate"] = "new"
     # if the latent size differs from that of init_from: new position tables, or interpolated ones
     init_classes: Union[Literal["same", "by_name", "by_number", "new"], dict[str, Optional[str]]] = "same"
-    # class embeddings copied from init_from: of identical classes, by equal names, by equal numbers, none, or by a map such as
-    # {sneaker: shoe, 3: 5} from a class of this run to one of init_from; the null class is always copied
+    # class embeddings copied from init_from: of identical classes, by equal names, by equal numbers, none, or
+    # by a map such as {sneaker: shoe, 3: 5} from a class of this run to one of init_from; the null class is
+    # always copied
     init_shapes: Literal["same", "new"] = "same"
-    # new: tensors that do not fit init_from (another patch size, latent channels or numbers of tokens) are made anew
+    # new: tensors that do not fit init_from (another patch size, latent channels or numbers of tokens) are
+    # made anew
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(kind="identity"))
     autoencoder_training: AutoencoderTraining = field(default_factory=AutoencoderTraining)

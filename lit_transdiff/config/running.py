@@ -23,7 +23,9 @@ class TrackingConfig:
 class DistributedConfig:
     """Devices and strategy of distributed training."""
 
-    strategy: str = "auto"  # a name in distributed.strategies.STRATEGIES, or auto: single on one device, ddp on several
+    strategy: str = (
+        "auto"  # a name in distributed.strategies.STRATEGIES, or auto: single on one device, ddp on several
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu if there is one
     devices: Optional[int] = None  # devices per node; null: as many as torchrun or srun started, else one
     num_nodes: int = 1  # nodes of the job; torchrun and srun take precedence
@@ -47,8 +49,15 @@ class DistributedConfig:
             "true only with distributed.offload 'cpu' or 'nvme'",
         )
         allowed = "above 0, at most a year (525600)"
-        require(0 < self.timeout_minutes <= 525_600, "distributed.timeout_minutes", self.timeout_minutes, allowed)
-        require(self.devices is None or self.devices >= 1, "distributed.devices", self.devices, "null, or at least 1")
+        require(
+            0 < self.timeout_minutes <= 525_600, "distributed.timeout_minutes", self.timeout_minutes, allowed
+        )
+        require(
+            self.devices is None or self.devices >= 1,
+            "distributed.devices",
+            self.devices,
+            "null, or at least 1",
+        )
         require(self.num_nodes >= 1, "distributed.num_nodes", self.num_nodes, "at least 1")
 
 
@@ -57,7 +66,9 @@ class CheckpointConfig:
     """Retention and writing of checkpoints. Their interval is ``training.checkpoint_every``."""
 
     keep_last: int = 1  # number of latest checkpoints to keep
-    keep_every_images: int = 0  # also keep the first checkpoint after each multiple of this number of images; 0: none
+    keep_every_images: int = (
+        0  # also keep the first checkpoint after each multiple of this number of images; 0: none
+    )
     keep_best: Optional[str] = None  # also keep the best checkpoint by this metric, such as val/loss
     best_is: Literal["lowest", "highest"] = "lowest"  # which value of the metric keep_best is best
     asynchronous: bool = True  # write files in the background, from a copy in CPU memory
@@ -67,7 +78,12 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1")
-        require(self.keep_every_images >= 0, "checkpoint.keep_every_images", self.keep_every_images, "0 (none) or more")
+        require(
+            self.keep_every_images >= 0,
+            "checkpoint.keep_every_images",
+            self.keep_every_images,
+            "0 (none) or more",
+        )
 
 
 @dataclass(frozen=True)
@@ -75,12 +91,21 @@ class SafetyConfig:
     """Reactions to bad steps and stalls."""
 
     on_bad_step: Literal["stop", "skip", "roll_back"] = "stop"  # reaction to a non-finite or spiking loss
-    spike_factor: float = 0.0  # a loss above this multiple of the median of the last 50 steps is a spike; 0: off
+    spike_factor: float = (
+        0.0  # a loss above this multiple of the median of the last 50 steps is a spike; 0: off
+    )
     max_bad_steps: int = 10  # number of bad steps after which training stops in any case
-    stall_seconds: float = 600.0  # seconds without a step (stuck worker, lost rank) after which the process ends; 0: never
+    stall_seconds: float = (
+        600.0  # seconds without a step (stuck worker, lost rank) after which the process ends; 0: never
+    )
 
     def __post_init__(self) -> None:
-        require(self.spike_factor == 0 or self.spike_factor > 1, "safety.spike_factor", self.spike_factor, "0 (off) or above 1")
+        require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            "safety.spike_factor",
+            self.spike_factor,
+            "0 (off) or above 1",
+        )
         require(self.max_bad_steps >= 1, "safety.max_bad_steps", self.max_bad_steps, "at least 1")
         allowed = "0 (off) or more, at most a year (31536000)"
         require(0 <= self.stall_seconds <= 31_536_000, "safety.stall_seconds", self.stall_seconds, allowed)

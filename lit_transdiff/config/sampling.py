@@ -11,8 +11,15 @@ Precision = Literal["fp32", "bf16"]
 
 # Named sampler settings (``--preset``), between those of a run and single overrides.
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": dict(solver="euler_maruyama", grid="paper", num_steps=100, guidance_interval=[0.0, 1.0], reference_steps=None),
-    # An eighth of the decoder evaluations. The scales were chosen on the bundled images; see docs/performance.md.
+    "paper": dict(
+        solver="euler_maruyama",
+        grid="paper",
+        num_steps=100,
+        guidance_interval=[0.0, 1.0],
+        reference_steps=None,
+    ),
+    # An eighth of the decoder evaluations. The scales were chosen on the bundled images; see
+    # docs/performance.md.
     "fast": dict(
         solver="euler_maruyama",
         grid="paper",
@@ -40,18 +47,30 @@ class SamplingConfig:
     noise_scale: float = 1.0  # the paper's scale_1; for discrete diffusion the temperature
     guidance_scale: float = 1.0  # v = u + scale (c - u) of classifier-free guidance; 1: none
     guidance: str = "constant"  # a name in flow.guidance.GUIDANCE: dependence of the scale on t
-    part_guidance: str = "constant"  # a name in flow.guidance.PART_GUIDANCE: dependence of the scale on the preceding parts
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # interval of t (1 = noise) with guidance
+    part_guidance: str = (
+        "constant"  # a name in flow.guidance.PART_GUIDANCE: dependence of the scale on the preceding parts
+    )
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    # interval of t (1 = noise) with guidance
     reference_guidance: Optional[list[float]] = None  # guidance_scale of each reference instead
     reference_steps: Optional[list[int]] = None  # num_steps of each reference instead
     reuse_noise: bool = True  # MRAR: the same initial noise for all references of a row, as in the paper
-    num_parts: Optional[int] = None  # number of parts of an image, for families with a free number; null: the family's default
+    num_parts: Optional[int] = (
+        None  # number of parts of an image, for families with a free number; null: the family's default
+    )
     precision: Precision = "fp32"  # precision of the model in sampling; the solver's state is float32
 
     def __post_init__(self) -> None:
         steps = [self.num_steps, *(self.reference_steps or [])]
-        require(all(1 <= n <= MOST_STEPS for n in steps), "sampling.num_steps", steps, f"integers of 1 to {MOST_STEPS:,}")
-        require(self.num_parts is None or self.num_parts >= 1, "sampling.num_parts", self.num_parts, "at least 1")
+        require(
+            all(1 <= n <= MOST_STEPS for n in steps),
+            "sampling.num_steps",
+            steps,
+            f"integers of 1 to {MOST_STEPS:,}",
+        )
+        require(
+            self.num_parts is None or self.num_parts >= 1, "sampling.num_parts", self.num_parts, "at least 1"
+        )
         require(self.shift > 0, "sampling.shift", self.shift, "above 0")
         scales = [self.guidance_scale, *(self.reference_guidance or [])]
         require(all(s >= 1 for s in scales), "sampling.guidance_scale", scales, "at least 1 (no guidance)")

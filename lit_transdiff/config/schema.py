@@ -1,7 +1,7 @@
 """The JSON schema of a recipe, with which an editor completes, explains and checks settings.
 
-It is generated from the types, names, ranges, defaults and meanings of ``config.reference``. An editor sees one file, so
-checks that span several settings or a ``base:`` are left to ``lit-transdiff train --dry-run``.
+It is generated from the types, names, ranges, defaults and meanings of ``config.reference``. An editor sees
+one file, so checks that span several settings or a ``base:`` are left to ``lit-transdiff train --dry-run``.
 """
 
 from __future__ import annotations
@@ -32,13 +32,24 @@ RANGES = {  # text of a range -> its bounds, in order
 def recipe_schema() -> dict[str, Any]:
     """The schema of a recipe: ``base:`` and every setting."""
     sections = all_settings()
-    base = {"type": "string", "description": "a YAML file, relative to this one, whose settings this one changes"}
+    base = {
+        "type": "string",
+        "description": "a YAML file, relative to this one, whose settings this one changes",
+    }
     properties = {"base": base} | properties_of(sections.pop(""))
-    properties |= {name: {"description": first_paragraph(NESTED[name]), **mapping(s)} for name, s in sections.items()}
+    properties |= {
+        name: {"description": first_paragraph(NESTED[name]), **mapping(s)} for name, s in sections.items()
+    }
     others = properties_of([setting for settings in family_settings().values() for setting in settings])
     model = properties["model"]["properties"]
-    model |= {name: schema for name, schema in others.items() if name not in model}  # those of model.paradigm, whatever it is
-    about = {"$schema": DRAFT, "title": "A recipe of lit_transdiff", "description": first_paragraph(RunConfig)}
+    model |= {
+        name: schema for name, schema in others.items() if name not in model
+    }  # those of model.paradigm, whatever it is
+    about = {
+        "$schema": DRAFT,
+        "title": "A recipe of lit_transdiff",
+        "description": first_paragraph(RunConfig),
+    }
     return about | {"type": "object", "properties": properties, "additionalProperties": False}
 
 
@@ -60,12 +71,18 @@ def properties_of(settings: list[Setting]) -> dict[str, Any]:
 def property_of(setting: Setting) -> dict[str, Any]:
     """The schema of a setting, which also allows ``${another.setting}``."""
     value = value_of(setting.hint, setting.names) | bounds(setting)
-    about = {"description": f"{setting.meaning} ({setting.values.replace('`', '')})", "default": setting.default_value}
+    about = {
+        "description": f"{setting.meaning} ({setting.values.replace('`', '')})",
+        "default": setting.default_value,
+    }
     return about | {"anyOf": [*value.pop("anyOf", [value]), REFERENCE]}
 
 
 def value_of(hint: Any, names: list[str]) -> dict[str, Any]:
-    """The schema of a type. Names of a table are suggested, not required, because ``imports:`` may add some."""
+    """The schema of a type.
+
+    Names of a table are suggested, not required, because ``imports:`` may add some.
+    """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return {"enum": list(parts)}
@@ -89,5 +106,8 @@ def bounds(setting: Setting) -> dict[str, float]:
     for words in setting.ranges:
         for pattern, names in RANGES.items():
             if match := re.fullmatch(pattern, re.sub(r" \(.*?\)", "", words)):
-                limits |= {name: json.loads(number.replace(",", "")) for name, number in zip(names, match.groups(), strict=True)}
+                limits |= {
+                    name: json.loads(number.replace(",", ""))
+                    for name, number in zip(names, match.groups(), strict=True)
+                }
     return limits

@@ -25,7 +25,9 @@ class SiTConfig(ModelSettings):
     """SiT: one transformer over all patches of a noisy latent, and no autoregression (arXiv 2401.08740)."""
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
-    paradigm: str = "sit"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    paradigm: str = (
+        "sit"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    )
     size: str = "base"  # a name in config.sit.SIT_SIZES, which sets the defaults of the next three fields
     width: int = OF_SIZE  # width D of the transformer
     num_heads: int = OF_SIZE  # number of attention heads
@@ -35,17 +37,46 @@ class SiTConfig(ModelSettings):
     latent_channels: int = 16  # channels of the autoencoder's latents
     latent_size: int = 16  # height and width of the latent
     patch_size: int = 1  # side length in latent pixels of a token's square
-    guided_channels: Optional[int] = None  # number of first channels with guidance, 3 in the released samplers; null: all
-    learn_sigma: bool = False  # twice the output channels, of which SiT uses the first half, as in the released files
+    guided_channels: Optional[int] = (
+        None  # number of first channels with guidance, 3 in the released samplers; null: all
+    )
+    learn_sigma: bool = (
+        False  # twice the output channels, of which SiT uses the first half, as in the released files
+    )
 
     def __post_init__(self) -> None:
         take_size(self, SIT_SIZES)
-        for name in ("width", "num_heads", "num_blocks", "num_classes", "latent_channels", "latent_size", "patch_size"):
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1")
+        for name in (
+            "width",
+            "num_heads",
+            "num_blocks",
+            "num_classes",
+            "latent_channels",
+            "latent_size",
+            "patch_size",
+        ):
+            require(
+                getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1"
+            )
         require(self.width % 4 == 0, "model.width", self.width, "a multiple of 4")
-        require(self.mlp_ratio * self.width >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.width={self.width}")
-        require(self.width % self.num_heads == 0, "model.num_heads", self.num_heads, f"a divisor of model.width={self.width}")
-        require(self.latent_size % self.patch_size == 0, "model.patch_size", self.patch_size, f"a divisor of {self.latent_size}")
+        require(
+            self.mlp_ratio * self.width >= 1,
+            "model.mlp_ratio",
+            self.mlp_ratio,
+            f"at least 1 / model.width={self.width}",
+        )
+        require(
+            self.width % self.num_heads == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"a divisor of model.width={self.width}",
+        )
+        require(
+            self.latent_size % self.patch_size == 0,
+            "model.patch_size",
+            self.patch_size,
+            f"a divisor of {self.latent_size}",
+        )
         guided, channels = self.guided_channels, self.latent_channels
         allowed = f"null or 1 to model.latent_channels={channels}"
         require(guided is None or 1 <= guided <= channels, "model.guided_channels", guided, allowed)
@@ -65,7 +96,13 @@ class SiTConfig(ModelSettings):
 
     def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
         """The tokens in the blocks, each of which stores at least its input."""
-        return self.num_blocks * draws * self.num_tokens * self.width * (1 if "blocks" in recomputed else OF_A_TOKEN)
+        return (
+            self.num_blocks
+            * draws
+            * self.num_tokens
+            * self.width
+            * (1 if "blocks" in recomputed else OF_A_TOKEN)
+        )
 
     def least_drawn(self) -> int:
         """The tokens in a block, before and after a norm."""
@@ -74,7 +111,9 @@ class SiTConfig(ModelSettings):
 
 @dataclass(frozen=True)
 class DiTConfig(SiTConfig):
-    """DiT: SiT's network as a diffusion in 1000 discrete steps that learns their variances (arXiv 2212.09748)."""
+    """DiT: SiT's network as a diffusion in 1000 discrete steps that learns their variances (arXiv
+    2212.09748).
+    """
 
     paradigm: str = "dit"
     learn_sigma: bool = True

@@ -18,8 +18,9 @@ SHOWN = 3  # number of entries of a folder in a message
 def below(root: Path, name: Any, what: str) -> Path:
     """``root / name`` for a name from a file, an archive or a server; ``what`` is its origin, for the error.
 
-    Raises ``ValueError`` for a name that is absolute or leads out of ``root``, also through a link to another folder. The
-    last part may be a link to a file: reading follows it, and writing (``files.whole``) replaces it.
+    Raises ``ValueError`` for a name that is absolute or leads out of ``root``, also through a link to another
+    folder. The last part may be a link to a file: reading follows it, and writing (``files.whole``) replaces
+    it.
     """
     require(isinstance(name, str) and "\0" not in name, what, name, "the name of a file")
     path = root / name
@@ -31,7 +32,12 @@ def below(root: Path, name: Any, what: str) -> Path:
 
 def contents(folder: Path) -> list[str]:
     """The names of a folder's entries; [] if it does not exist. Raises ``ValueError`` for a file."""
-    require(folder.is_dir() or not os.path.lexists(folder), "output", str(folder), "a folder, or a name that does not exist yet")
+    require(
+        folder.is_dir() or not os.path.lexists(folder),
+        "output",
+        str(folder),
+        "a folder, or a name that does not exist yet",
+    )
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
@@ -39,7 +45,8 @@ def refuse_foreign(folder: Path, names: Collection[str], what: str) -> None:
     """Raise ``ValueError``: the folder contains ``names`` that do not belong to ``what``."""
     some = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     raise ValueError(
-        f"{folder} holds {some}, which {what} did not write. Nothing is overwritten: choose another name, or an empty folder."
+        f"{folder} holds {some}, which {what} did not write. Nothing is overwritten: choose another name, or "
+        "an empty folder."
     )
 
 
@@ -60,7 +67,12 @@ def check_replaces_json(file: Path, key: str, value: str) -> None:
         ours = value.encode() in text or not text.strip(b"\0 \n")
     else:
         ours = not content or (isinstance(content, dict) and content.get(key) == value)
-    require(ours, str(file), "a file of another program", "one of this program, which is replaced; move that one elsewhere")
+    require(
+        ours,
+        str(file),
+        "a file of another program",
+        "one of this program, which is replaced; move that one elsewhere",
+    )
 
 
 def fresh_folder(path: Path) -> Path:
@@ -100,12 +112,14 @@ def beside(folder: Path) -> Iterator[Path]:
         remove(partial)
 
 
-def put_files(source: Path, folder: Path, earlier: Collection[str], last: str, begin: Callable[[], None]) -> None:
+def put_files(
+    source: Path, folder: Path, earlier: Collection[str], last: str, begin: Callable[[], None]
+) -> None:
     """Move the files of ``source`` into ``folder``, replacing the ``earlier`` ones; other files stay.
 
-    Each file is flushed to disk before it is renamed, and the file ``last`` comes last. A new folder appears at once. In
-    an existing one, ``begin`` is called before the first file is replaced. Raises ``ValueError`` if a foreign file is in
-    the way.
+    Each file is flushed to disk before it is renamed, and the file ``last`` comes last. A new folder appears
+    at once. In an existing one, ``begin`` is called before the first file is replaced. Raises ``ValueError``
+    if a foreign file is in the way.
     """
     names = files_in(source)
     for name in names:

@@ -41,8 +41,8 @@ def type_in_words(hint: Any) -> str:
 def typed(value: Any, hint: Any, name: str) -> Any:
     """Convert ``value`` of the field ``name`` to its type ``hint``.
 
-    Text is read according to the type: 010 is ten for an integer and stays 010 for text. Raises ``ValueError`` for a value
-    of another type.
+    Text is read according to the type: 010 is ten for an integer and stays 010 for text. Raises
+    ``ValueError`` for a value of another type.
     """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(value):
@@ -53,7 +53,11 @@ def typed(value: Any, hint: Any, name: str) -> Any:
         if value is None and types.NoneType in parts:
             return None
         kinds = [part for part in parts if part is not types.NoneType]
-        fits = [part for part in kinds if (typing.get_origin(part) in (list, dict)) == isinstance(value, list | dict)]
+        fits = [
+            part
+            for part in kinds
+            if (typing.get_origin(part) in (list, dict)) == isinstance(value, list | dict)
+        ]
         return typed_or_refused(value, (fits or kinds)[0], name, hint)
     return typed_or_refused(value, hint, name, hint)
 
@@ -115,7 +119,11 @@ def as_boolean(value: Any) -> bool | None:
 def as_float(value: Any) -> float | None:
     """A number, which may be infinite or NaN (other checks refuse those), or None for other values."""
     number = number_of(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or not isinstance(number, int | float) or (isinstance(number, int) and abs(number) > LARGEST):
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, int | float)
+        or (isinstance(number, int) and abs(number) > LARGEST)
+    ):
         return None
     return float(number)
 
@@ -123,7 +131,12 @@ def as_float(value: Any) -> float | None:
 def as_integer(value: Any) -> int | None:
     """An integer that fits into 64 bits, also written as 1e3 or 10.0, or None for other values."""
     number = number_of(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or abs(number) > LARGEST:
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, int | float)
+        or not math.isfinite(number)
+        or abs(number) > LARGEST
+    ):
         return None
     try:
         exact = Decimal(value.replace("_", "") if isinstance(value, str) else number)

@@ -1,7 +1,8 @@
 """The YAML reader of files and command-line values, by the core schema of YAML 1.2.
 
-PyYAML follows YAML 1.1, where 010 is 8, 1:00 is 60, ``on`` is true, 1e-4 is a string, a date is an object, and of two equal
-keys the later silently wins. Here numbers are decimal, true and false are the only booleans, and all else is text.
+PyYAML follows YAML 1.1, where 010 is 8, 1:00 is 60, ``on`` is true, 1e-4 is a string, a date is an object,
+and of two equal keys the later silently wins. Here numbers are decimal, true and false are the only booleans,
+and all else is text.
 """
 
 from __future__ import annotations
@@ -128,13 +129,18 @@ def refusal(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
 
 
 def read(text: str, source: str, *, spelled: bool = False) -> Any:
-    """The value of a YAML text; ``spelled`` as in ``Spelled``. Raises ``ValueError`` with the ``source`` and the line."""
+    """The value of a YAML text; ``spelled`` as in ``Spelled``.
+
+    Raises ``ValueError`` with the ``source`` and the line.
+    """
     try:
         return yaml.load(text, Spelled if spelled else Loader)
     except yaml.MarkedYAMLError as error:
         line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ValueError(f"{source} is not YAML: {problem}{line}. Text with special signs stands in quotes.") from error
+        raise ValueError(
+            f"{source} is not YAML: {problem}{line}. Text with special signs stands in quotes."
+        ) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
 
@@ -145,7 +151,10 @@ def read_file(path: Path, *, spelled: bool = False) -> Any:
 
 
 def text_of(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark. Raises ``ValueError`` with the line of a wrong byte."""
+    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark.
+
+    Raises ``ValueError`` with the line of a wrong byte.
+    """
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path}: got {size:,} bytes; allowed: settings as text, at most {MAX_BYTES:,}.")
     content = path.read_bytes()
@@ -156,7 +165,9 @@ def text_of(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         allowed = "text in UTF-8; iconv -f latin1 -t utf-8 makes it of Latin-1"
-        raise ValueError(f"{path}: line {line}: got the byte 0x{content[error.start]:02x}; allowed: {allowed}.") from error
+        raise ValueError(
+            f"{path}: line {line}: got the byte 0x{content[error.start]:02x}; allowed: {allowed}."
+        ) from error
 
 
 class Dumper(yaml.SafeDumper):

@@ -1,6 +1,7 @@
 """Checksums of samples, 32 bits of XXH3: of each image, or of each part of latents (image, mirror image).
 
-Latents are read at gigabytes per second, which only XXH3 keeps up with. It misses one damaged sample in four billion.
+Latents are read at gigabytes per second, which only XXH3 keeps up with. It misses one damaged sample in four
+billion.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class DataModule(pl.LightningDataModule):
     """Training batches in the order of the plan, and evaluation batches with each sample once.
 
     The whole run is one Lightning epoch of ``max_steps`` x accumulation batches. The start is computed from
-    ``trainer.global_step`` alone, so that a resumed run reads the same samples as an uninterrupted one. Without a trainer
-    the module acts as rank 0 of 1 at step 0.
+    ``trainer.global_step`` alone, so that a resumed run reads the same samples as an uninterrupted one.
+    Without a trainer the module acts as rank 0 of 1 at step 0.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class DataModule(pl.LightningDataModule):
         autoencoder_fingerprint: Optional[str] = None,
         uses_labels: bool = True,
     ) -> None:
-        """Batch sizes are in rows (groups for R > 1), ``num_validation_samples`` in images (None: all; 0: no validation).
+        """Batch sizes are in rows (groups for R > 1), ``num_validation_samples`` in images (None: all; 0: no
+        validation).
 
         Without ``uses_labels`` the held-out images may be of other classes.
         """
@@ -54,7 +55,10 @@ class DataModule(pl.LightningDataModule):
         self.data, self.num_references, self.num_classes = data, num_references, num_classes
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.max_steps, self.seed = max_steps, seed
-        self.evaluation_batch_size, self.num_validation_samples = evaluation_batch_size, num_validation_samples
+        self.evaluation_batch_size, self.num_validation_samples = (
+            evaluation_batch_size,
+            num_validation_samples,
+        )
         self.autoencoder_fingerprint, self.uses_labels = autoencoder_fingerprint, uses_labels
         self.train_index: Optional[ShardIndex] = None
         self.evaluation_index: Optional[ShardIndex] = None
@@ -69,7 +73,9 @@ class DataModule(pl.LightningDataModule):
             index = read_index((data.index or "") if remote else data.train, check_files=not remote)
             self.train_index = self.checked(index, "data.train")
         if self.evaluation_index is None and data.evaluation is not None:
-            require("://" not in data.evaluation, "data.evaluation", data.evaluation, "a local folder of shards")
+            require(
+                "://" not in data.evaluation, "data.evaluation", data.evaluation, "a local folder of shards"
+            )
             self.evaluation_index = self.checked(read_index(data.evaluation), "data.evaluation")
         if self.train_index is not None and self.evaluation_index is not None:
             kind, expected = self.evaluation_index.kind, self.train_index.kind
@@ -77,7 +83,9 @@ class DataModule(pl.LightningDataModule):
         self.check_sizes()
 
     def check_sizes(self) -> None:
-        """Check that training classes have R images, validation has such a class, and a batch is not many epochs."""
+        """Check that training classes have R images, validation has such a class, and a batch is not many
+        epochs.
+        """
         if self.train_index is not None and self.data.groups is None:
             check_class_sizes(self.train_index, self.num_references)
             rows = num_groups(self.train_index.class_counts, self.num_references)
@@ -91,16 +99,30 @@ class DataModule(pl.LightningDataModule):
         """Check the settings that belong to a URL, or to a folder, in ``data.train``."""
         data = self.data
         if remote:
-            require(data.index is not None, "data.index", None, "the index.json of data.train, which is a URL")
+            require(
+                data.index is not None, "data.index", None, "the index.json of data.train, which is a URL"
+            )
             require(data.groups is None, "data.groups", data.groups, "nothing when data.train is a URL")
         else:
-            require("://" not in data.train, "data.train", data.train, "a folder, http://, https://, or pipe:COMMAND for others")
-            require(data.index is None, "data.index", data.index, "nothing when data.train is a folder, which has its own")
+            require(
+                "://" not in data.train,
+                "data.train",
+                data.train,
+                "a folder, http://, https://, or pipe:COMMAND for others",
+            )
+            require(
+                data.index is None,
+                "data.index",
+                data.index,
+                "nothing when data.train is a folder, which has its own",
+            )
 
     def checked(self, index: ShardIndex, field: str) -> ShardIndex:
         """The index, checked against the model, the autoencoder and the training data."""
         if field == "data.evaluation" and self.train_index is not None and self.uses_labels:
-            require_classes(f"{field}: {index.folder}", index.class_names, self.train_index.class_names, "data.train")
+            require_classes(
+                f"{field}: {index.folder}", index.class_names, self.train_index.class_names, "data.train"
+            )
         require(
             index.num_classes == self.num_classes,
             f"{field}: classes in {index.folder}",
@@ -115,7 +137,10 @@ class DataModule(pl.LightningDataModule):
         if index.latents is not None:
             size = index.latents.image_size
             require(
-                size == self.data.image_size, "data.image_size", self.data.image_size, f"{size}, of the latents in {index.folder}"
+                size == self.data.image_size,
+                "data.image_size",
+                self.data.image_size,
+                f"{size}, of the latents in {index.folder}",
             )
         return index
 
@@ -124,7 +149,10 @@ class DataModule(pl.LightningDataModule):
         self.setup()
         index = self.train_index if field == "data.train" else self.evaluation_index
         if index is None:
-            raise ValueError(f"{field}: got nothing; allowed: a folder of shards (make one with: lit-transdiff pack SRC DEST).")
+            raise ValueError(
+                f"{field}: got nothing; allowed: a folder of shards (make one with: lit-transdiff pack SRC "
+                "DEST)."
+            )
         return index
 
     @property
@@ -157,24 +185,48 @@ class DataModule(pl.LightningDataModule):
         total = self.num_steps() * layout.accumulation
         if is_url(self.data.train):
             stream = StreamDataset(index, self.data, self.seed, layout, total, self.num_references)
-            identity |= {"world": layout.world, "micro_batch_size": layout.micro_batch, "num_workers": self.data.num_workers}
-            return TrainLoader(stream, lambda: self.start(layout), identity, **loader_options(self.data.num_workers))
-        groups = None if self.data.groups is None else read_groups(self.data.groups, index, self.num_references)
-        plan = TrainPlan(index, self.seed, num_references=self.num_references, block=self.data.shuffle_block, groups=groups)
+            identity |= {
+                "world": layout.world,
+                "micro_batch_size": layout.micro_batch,
+                "num_workers": self.data.num_workers,
+            }
+            return TrainLoader(
+                stream, lambda: self.start(layout), identity, **loader_options(self.data.num_workers)
+            )
+        groups = (
+            None if self.data.groups is None else read_groups(self.data.groups, index, self.num_references)
+        )
+        plan = TrainPlan(
+            index, self.seed, num_references=self.num_references, block=self.data.shuffle_block, groups=groups
+        )
         self.plan = plan
         identity["number of groups"] = plan.num_items
         sampler = PlanSampler(plan, layout, total, lambda: self.start(layout))
         dataset = PlannedDataset(index, self.data, self.seed, training=True)
         return TrainLoader(
-            dataset, lambda: self.start(layout), identity, sampler=sampler, **loader_options(self.data.num_workers)
+            dataset,
+            lambda: self.start(layout),
+            identity,
+            sampler=sampler,
+            **loader_options(self.data.num_workers),
         )
 
     def check_trainer(self, layout: BatchLayout) -> None:
         """Check that the trainer's steps agree with this module."""
         if self.trainer is not None:
             passes, steps = self.trainer.accumulate_grad_batches, self.trainer.max_steps
-            require(passes == layout.accumulation, "Trainer(accumulate_grad_batches)", passes, f"{layout.accumulation}")
-            require(steps <= self.max_steps, "Trainer(max_steps)", steps, f"at most {self.max_steps}, for which data is planned")
+            require(
+                passes == layout.accumulation,
+                "Trainer(accumulate_grad_batches)",
+                passes,
+                f"{layout.accumulation}",
+            )
+            require(
+                steps <= self.max_steps,
+                "Trainer(max_steps)",
+                steps,
+                f"at most {self.max_steps}, for which data is planned",
+            )
 
     def num_steps(self) -> int:
         """The optimizer steps of the run; fewer if the trainer stops earlier."""
@@ -259,13 +311,16 @@ class PlanSampler(RowsInOrder):
 class TrainLoader(DataLoader):
     """A DataLoader positioned by the trainer; its state only contains what a resumed run must not change."""
 
-    def __init__(self, dataset: Any, start: Callable[[], int], identity: dict[str, int], **options: Any) -> None:
+    def __init__(
+        self, dataset: Any, start: Callable[[], int], identity: dict[str, int], **options: Any
+    ) -> None:
         super().__init__(dataset, **options)
         self.start, self.identity = start, identity
 
     def __iter__(self) -> Any:
         if isinstance(self.dataset, StreamDataset):
-            self.dataset.first_micro_step = self.start()  # workers receive a copy of the dataset when iteration begins
+            # workers receive a copy of the dataset when iteration begins
+            self.dataset.first_micro_step = self.start()
         return super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
@@ -274,5 +329,8 @@ class TrainLoader(DataLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         for name, value in state.items():
             require(
-                self.identity.get(name) == value, f"resuming with another {name}", self.identity.get(name), f"{value}, as before"
+                self.identity.get(name) == value,
+                f"resuming with another {name}",
+                self.identity.get(name),
+                f"{value}, as before",
             )

@@ -1,7 +1,7 @@
 """From planned rows to batches: reading, decoding and augmenting the samples of local shards.
 
-Shapes: B rows, R references, C channels; images [B, R, C, H, W] float32 in [-1, 1], latents (moments) [B, R, 2c, h, w]
-float16 as stored, which halves the traffic; the stages compute in float32.
+Shapes: B rows, R references, C channels; images [B, R, C, H, W] float32 in [-1, 1], latents (moments) [B, R,
+2c, h, w] float16 as stored, which halves the traffic; the stages compute in float32.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ log = logging.getLogger(__name__)
 class Batch:
     """The batch that any data module gives to a stage.
 
-    ``positions`` determine a row's noise, times and label dropout; in a global batch they differ modulo its size.
+    ``positions`` determine a row's noise, times and label dropout; in a global batch they differ modulo its
+    size.
     """
 
-    values: Tensor  # [B, R, C, H, W] float32 images in [-1, 1], or float16 autoencoder moments [B, R, 2c, h, w]
+    # [B, R, C, H, W] float32 images in [-1, 1], or float16 autoencoder moments [B, R, 2c, h, w]
+    values: Tensor
     labels: Tensor  # [B] int64
     samples: Tensor  # [B, R] int64, number of each sample in the shard index
-    positions: Tensor  # [B] int64, position of the row in the run's endless stream (evaluation: index of the first sample)
+    # [B] int64, position of the row in the run's endless stream (evaluation: index of the first sample)
+    positions: Tensor
     conditions: Tensor | None = None  # [B, ...], conditions in place of labels: vectors or tokens
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -47,7 +50,9 @@ class Batch:
 
     def each(self, act: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with ``act`` applied to its tensors."""
-        fields: dict[str, Any] = {name: tensor if tensor is None else act(tensor) for name, tensor in vars(self).items()}
+        fields: dict[str, Any] = {
+            name: tensor if tensor is None else act(tensor) for name, tensor in vars(self).items()
+        }
         return Batch(**fields)
 
 
@@ -82,7 +87,8 @@ class SampleDecoder:
                 index.latents.flips == 2 or not data.horizontal_flip,
                 "data.horizontal_flip",
                 True,
-                f"false, because the latents in {index.folder} were cached without flips (or cache them again with flips)",
+                f"false, because the latents in {index.folder} were cached without flips (or cache them "
+                "again with flips)",
             )
             allowed = "'center' or 'none' for cached latents, which cannot be cropped"
             require(not data.crops_at_random, "data.crop", data.crop, allowed)
@@ -98,7 +104,9 @@ class SampleDecoder:
             crop = "center" if self.data.crops_at_random and not self.training else self.data.crop
             image = open_image(content, self.data.exif, self.data.background).image
             image = image.convert("L" if self.data.image_channels == 1 else "RGB")  # before resizing
-            image = crop_to_square(image, self.data.image_size, crop, None if rng is None else drawing_from(rng))
+            image = crop_to_square(
+                image, self.data.image_size, crop, None if rng is None else drawing_from(rng)
+            )
         except ValueError as error:
             raise ValueError(f"{self.index.name_of(sample)}: {error}") from error
         values = image_tensor(image)
@@ -168,9 +176,14 @@ class PlannedDataset(Dataset):
             except ValueError:
                 continue
             name = self.index.name_of(substitute)
-            log.warning("bad sample %s; %s is used instead (%d skipped by this process)", bad, name, self.num_skipped)
+            log.warning(
+                "bad sample %s; %s is used instead (%d skipped by this process)", bad, name, self.num_skipped
+            )
             return substitute, values
-        raise ValueError(f"{self.index.name_of(sample)}: cannot be read, nor can any other sample of its class be used instead.")
+        raise ValueError(
+            f"{self.index.name_of(sample)}: cannot be read, nor can any other sample of its class be used "
+            "instead."
+        )
 
     def same_class_after(self, sample: int) -> list[int]:
         """The other samples of the class in index order, starting after ``sample``."""

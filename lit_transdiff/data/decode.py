@@ -26,7 +26,15 @@ from lit_transdiff.data.pixels import from_bytes
 
 MAX_IMAGE_PIXELS = 64_000_000  # larger images are refused before decoding
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+READ_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 ORIENTED, TRANSPARENT, ANIMATED = "oriented", "transparent", "animated"  # oddities of a file
 DEPTH = re.compile(r"^(?:L|RGB);(2|4|16)B?$")  # bits per channel of a PNG without palette, unless 8 or 1
 TURNS = {  # EXIF orientation -> transpose; 1 is upright
@@ -39,7 +47,8 @@ TURNS = {  # EXIF orientation -> transpose; 1 is upright
     8: Image.Transpose.ROTATE_90,
 }
 MIN_RANDOM_CROP = 0.8  # relative to the short side
-warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # warnings of damaged EXIF do not name the image
+# warnings of damaged EXIF do not name the image
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")
 RandomInteger = Callable[[int, int], int]  # a random integer from the first to the second, inclusive
 
 
@@ -51,27 +60,41 @@ class Opened(NamedTuple):
     oddities: tuple[str, ...]  # of ORIENTED, TRANSPARENT, ANIMATED
 
 
-def open_image(data: bytes | Path, exif: Literal["turn", "ignore"] = "turn", background: str = "white") -> Opened:
-    """Decode an image to grey or RGB: upright, with ``background`` under transparent pixels, the first frame of animations.
+def open_image(
+    data: bytes | Path, exif: Literal["turn", "ignore"] = "turn", background: str = "white"
+) -> Opened:
+    """Decode an image to grey or RGB: upright, with ``background`` under transparent pixels, the first frame
+    of animations.
 
-    ``exif="ignore"`` ignores the orientation, as ADM does. Raises ``ValueError`` for anything but an intact image file of
-    moderate size with 8 bits per channel. Unreadable EXIF data are ignored.
+    ``exif="ignore"`` ignores the orientation, as ADM does. Raises ``ValueError`` for anything but an intact
+    image file of moderate size with 8 bits per channel. Unreadable EXIF data are ignored.
     """
     try:
-        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=tuple(f for f in FORMATS if f != "MPO"))
+        image = Image.open(
+            io.BytesIO(data) if isinstance(data, bytes) else data,
+            formats=tuple(f for f in FORMATS if f != "MPO"),
+        )
         if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels; allowed: at most {MAX_IMAGE_PIXELS} pixels")
+            raise ValueError(
+                f"{image.width} x {image.height} pixels; allowed: at most {MAX_IMAGE_PIXELS} pixels"
+            )
         stored = str(image.tile[0].args) if image.tile else ""
         image.load()
         if image.mode[0] in "IF":
-            raise ValueError(f"mode {image.mode} (more than 8 bits in the one channel); allowed: 8 bits; convert it beforehand")
+            raise ValueError(
+                f"mode {image.mode} (more than 8 bits in the one channel); allowed: 8 bits; convert it "
+                "beforehand"
+            )
         turn = turn_of(image)
-        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # further MPO frames are previews or stereo views
+        # further MPO frames are previews or stereo views
+        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
         shown, transparent = opaque(image, stored, background)
         if turn is not None and exif == "turn":
             shown = shown.transpose(turn)
     except UnidentifiedImageError:  # its message is a memory address
-        raise ValueError(f"not a readable image: the content is of none of the formats {', '.join(FORMATS)}") from None
+        raise ValueError(
+            f"not a readable image: the content is of none of the formats {', '.join(FORMATS)}"
+        ) from None
     except READ_ERRORS as error:
         raise ValueError(f"not a readable image: {error}") from error
     oddities = ((ORIENTED, turn is not None), (TRANSPARENT, transparent), (ANIMATED, frames > 1))
@@ -88,15 +111,19 @@ def turn_of(image: Image.Image) -> Optional[Image.Transpose]:
 
 
 def opaque(image: Image.Image, stored: str, background: str) -> tuple[Image.Image, bool]:
-    """A decoded image as grey or RGB, with ``background`` under transparent pixels, and whether there were any.
+    """A decoded image as grey or RGB, with ``background`` under transparent pixels, and whether there were
+    any.
 
-    ``stored`` is the pixel format in the file: a PNG gives its transparent colour in that depth, while Pillow assumes 8 bits.
+    ``stored`` is the pixel format in the file: a PNG gives its transparent colour in that depth, while Pillow
+    assumes 8 bits.
     """
     if not image.has_transparency_data:
         return image if image.mode in ("L", "RGB") else image.convert("RGB"), False
     if (depth := DEPTH.search(stored)) and (colour := image.info.get("transparency")) is not None:
         highest = 2 ** int(depth[1]) - 1
-        scaled = tuple(value * 255 // highest for value in (colour if isinstance(colour, tuple) else (colour,)))
+        scaled = tuple(
+            value * 255 // highest for value in (colour if isinstance(colour, tuple) else (colour,))
+        )
         image.info["transparency"] = scaled if len(scaled) > 1 else scaled[0]
     picture = image.convert("RGBA")
     alpha = picture.getchannel("A")
@@ -115,15 +142,19 @@ def crop_to_square(
     crop: Literal["none", "center", "random", "random-square"],
     draw: Optional[RandomInteger] = None,
 ) -> Image.Image:
-    """A ``size`` x ``size`` image: box-halved while twice too large, resized bicubically, then cropped (ADM's crop).
+    """A ``size`` x ``size`` image: box-halved while twice too large, resized bicubically, then cropped (ADM's
+    crop).
 
-    ``center`` crops the middle; ``random`` resizes the short side to between 1 and 1/0.8 of ``size`` and crops at a random
-    place; ``random-square`` crops the largest square at a random place and resizes it (TransDiff's crop for training on
-    images); ``none`` only resizes and raises ``ValueError`` for an image that is not square.
+    ``center`` crops the middle; ``random`` resizes the short side to between 1 and 1/0.8 of ``size`` and
+    crops at a random place; ``random-square`` crops the largest square at a random place and resizes it
+    (TransDiff's crop for training on images); ``none`` only resizes and raises ``ValueError`` for an image
+    that is not square.
     """
     width, height = image.size
     if crop == "none" and width != height:
-        raise ValueError(f"data.crop: got 'none' for an image of {width} x {height}; allowed: 'center' or a random crop")
+        raise ValueError(
+            f"data.crop: got 'none' for an image of {width} x {height}; allowed: 'center' or a random crop"
+        )
     if crop == "random-square" and draw is not None:
         side = min(image.size)
         left = draw(0, width - side)  # before the top, as in the reference

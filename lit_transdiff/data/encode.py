@@ -19,7 +19,8 @@ JPEG_QUALITY = 95  # of images that are encoded again
 
 @dataclass(frozen=True)
 class Encoding:
-    """The treatment of images: none, ``image_size`` pixels (centre crop, resize), or zero padding to ``pad_to``.
+    """The treatment of images: none, ``image_size`` pixels (centre crop, resize), or zero padding to
+    ``pad_to``.
 
     ``exif`` and ``background`` are those of ``open_image``, for images that are encoded again.
     """
@@ -30,15 +31,23 @@ class Encoding:
     background: str = "white"
 
     def __post_init__(self) -> None:
-        require(self.image_size is None or self.pad_to is None, "pad_to", self.pad_to, "nothing when image_size is given")
+        require(
+            self.image_size is None or self.pad_to is None,
+            "pad_to",
+            self.pad_to,
+            "nothing when image_size is given",
+        )
         for size, field in ((self.image_size, "image_size"), (self.pad_to, "pad_to")):
             require(size is None or 1 <= size <= LARGEST_SIDE, field, size, f"1 to {LARGEST_SIDE} pixels")
         require(is_colour(self.background), "background", self.background, BACKGROUNDS)
         for name, default in (("exif", "turn"), ("background", "white")):
             allowed = (
-                f"{default!r} without image_size or pad_to: files are kept as they are, and data.{name} says how they are read"
+                f"{default!r} without image_size or pad_to: files are kept as they are, and data.{name} says "
+                "how they are read"
             )
-            require(not self.keeps_files or getattr(self, name) == default, name, getattr(self, name), allowed)
+            require(
+                not self.keeps_files or getattr(self, name) == default, name, getattr(self, name), allowed
+            )
 
     @property
     def keeps_files(self) -> bool:
@@ -93,7 +102,9 @@ def encode_image(image: Image.Image, extension: str, encoding: Encoding) -> byte
 def pad(image: Image.Image, size: int) -> Image.Image:
     """``image`` centred in ``size`` x ``size`` zeros."""
     if max(image.size) > size:
-        raise ValueError(f"pad_to: got {size} for an image of {image.width} x {image.height}; allowed: at least its size")
+        raise ValueError(
+            f"pad_to: got {size} for an image of {image.width} x {image.height}; allowed: at least its size"
+        )
     padded = Image.new(image.mode, (size, size))
     padded.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return padded

@@ -36,7 +36,8 @@ class Findings:
     """Findings about some images, serialisable as JSON."""
 
     skipped: Skipped = field(default_factory=list)
-    oddities: dict[str, int] = field(default_factory=dict)  # numbers of oriented, transparent and animated images
+    # numbers of oriented, transparent and animated images
+    oddities: dict[str, int] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)  # of the packed images, in shard order
 
     @classmethod
@@ -84,7 +85,10 @@ class PackReport:
 
     def __str__(self) -> str:
         total = sum(shard.bytes for shard in self.index.shards)
-        text = f"{len(self.index)} images of {self.index.num_classes} classes in {len(self.index.shards)} shards, {total:,} bytes"
+        text = (
+            f"{len(self.index)} images of {self.index.num_classes} classes in {len(self.index.shards)} "
+            f"shards, {total:,} bytes"
+        )
         if self.skipped:
             text += f"; {len(self.skipped)} unreadable images skipped, listed in {SKIPPED_FILE}"
         text += f"; passed over: {listed_kinds(self.passed_over)}" if self.passed_over else ""
@@ -101,7 +105,9 @@ def write_findings(folder: Path, findings: Findings, twice: Sequence[Sequence[st
         replace_file(folder / FINDINGS_FILE, sealed(content))
 
 
-def read_report(index: ShardIndex, encoding: Encoding, passed_over: Counter[str], source_names: Sequence[str] = ()) -> PackReport:
+def read_report(
+    index: ShardIndex, encoding: Encoding, passed_over: Counter[str], source_names: Sequence[str] = ()
+) -> PackReport:
     """The report on packed shards; ``source_names`` are the class names in the source."""
     path = index.folder / SKIPPED_FILE
     lines = path.read_text().splitlines() if path.exists() else []
@@ -122,7 +128,11 @@ def notes_on_images(oddities: Mapping[str, int], encoding: Encoding) -> Iterator
     unchanged = encoding.keeps_files
     turned = "they are turned when they are read (data.exif)" if unchanged else "they are turned"
     turned = turned if encoding.exif == "turn" else "which --exif ignore leaves as it is"
-    under = "data.background shows there when they are read" if unchanged else f"{encoding.background} shows there"
+    under = (
+        "data.background shows there when they are read"
+        if unchanged
+        else f"{encoding.background} shows there"
+    )
     for kind, what in (
         (ORIENTED, f"images lie on their side or are mirrored, and say so by an EXIF orientation: {turned}"),
         (TRANSPARENT, f"images are transparent in places: {under}"),
@@ -150,10 +160,14 @@ def notes_on_names(names: Sequence[str]) -> Iterator[str]:
     """Notes on class names (in class order) whose order or spelling may be unexpected."""
     if are_numbers([name.removeprefix("-") for name in names]):
         if moved := [f"class {c} is {name!r}" for c, name in enumerate(names) if int(name) != c]:
-            yield f"classes are numbered from 0 without gaps, so that their numbers are not their names: {first_few(moved)}"
+            yield (
+                "classes are numbered from 0 without gaps, so that their numbers are not their names: "
+                f"{first_few(moved)}"
+            )
     elif wrong := next((pair for pair in pairs_by_number(names) if pair[0] != pair[1]), None):
         yield (
-            f"classes are in the order of text, not of the numbers in their names: {wrong[0]!r} has the place of {wrong[1]!r}, "
+            f"classes are in the order of text, not of the numbers in their names: {wrong[0]!r} has the "
+            f"place of {wrong[1]!r}, "
             "which is why index.json lists the names in order of the class number"
         )
     alike = Counter(name.casefold() for name in names)
@@ -167,7 +181,9 @@ def pairs_by_number(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name in names:
         families[DIGITS.sub("0", name)].append(name)
     for family in families.values():
-        yield from zip(family, sorted(family, key=lambda name: [int(part) for part in DIGITS.findall(name)]), strict=True)
+        yield from zip(
+            family, sorted(family, key=lambda name: [int(part) for part in DIGITS.findall(name)]), strict=True
+        )
 
 
 def first_few(items: Sequence[str]) -> str:

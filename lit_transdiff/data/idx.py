@@ -1,4 +1,6 @@
-"""IDX files, the format of MNIST: ``<split>-images-idx3-ubyte[.gz]`` and ``<split>-labels-idx1-ubyte[.gz]``."""
+"""IDX files, the format of MNIST: ``<split>-images-idx3-ubyte[.gz]`` and
+``<split>-labels-idx1-ubyte[.gz]``.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def idx_source(folder: Path, split: Optional[str], class_names: ClassNames) -> I
     images = read_idx(splits[split], IMAGES_MAGIC)  # N H W
     label_path = Path(str(splits[split]).replace("-images-idx3-", "-labels-idx1-"))
     labels = read_idx(label_path, LABELS_MAGIC).astype(np.int64)
-    require(len(labels) == len(images), f"{label_path}: labels", len(labels), f"{len(images)}, as many as images")
+    require(
+        len(labels) == len(images), f"{label_path}: labels", len(labels), f"{len(images)}, as many as images"
+    )
     numbers = [str(c) for c in range(int(labels.max()) + 1)]
     names = checked_names(class_names, numbers)
     keys = [f"{i:06d}" for i in range(len(images))]
@@ -39,9 +43,12 @@ def idx_source(folder: Path, split: Optional[str], class_names: ClassNames) -> I
 
 
 def read_idx(path: Path, magic: int) -> np.ndarray:
-    """The uint8 array of an IDX file, gzipped or not. At most one byte more than announced in the header is unpacked.
+    """The uint8 array of an IDX file, gzipped or not.
 
-    Raises ``ValueError`` with the file for another magic number, no items, and fewer or more bytes than announced.
+    At most one byte more than announced in the header is unpacked.
+
+    Raises ``ValueError`` with the file for another magic number, no items, and fewer or more bytes than
+    announced.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -50,13 +57,21 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
             require(magic_number == magic, f"{path}: magic number", magic_number, f"{magic}, of an IDX file")
             lengths = file.read(4 * head[3])
             require(
-                len(lengths) == 4 * head[3], f"{path}: header", f"{4 + len(lengths)} bytes", f"{4 + 4 * head[3]}: the file is cut"
+                len(lengths) == 4 * head[3],
+                f"{path}: header",
+                f"{4 + len(lengths)} bytes",
+                f"{4 + 4 * head[3]}: the file is cut",
             )
             shape = struct.unpack(f">{head[3]}I", lengths)
             size = prod(shape)
             require(size > 0, f"{path}: shape", shape, "at least one item")
             most = os.path.getsize(path) * (GZIP_RATIO if path.suffix == ".gz" else 1)
-            require(size <= most, f"{path}: bytes of data", f"at most {most:,}", f"{size:,} for shape {shape}: the file is cut")
+            require(
+                size <= most,
+                f"{path}: bytes of data",
+                f"at most {most:,}",
+                f"{size:,} for shape {shape}: the file is cut",
+            )
             data = file.read(size + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error

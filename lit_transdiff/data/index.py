@@ -1,9 +1,9 @@
 """The index of a folder of shards: ``index.json`` (readable) and ``index.npz`` for random access.
 
-The sidecar ``index.npz`` has one row per sample, in shard order: ``offset`` (int64, bytes), ``size`` (int32, bytes),
-``label`` (int32), ``key`` (fixed-width bytes) and ``checksum`` (uint32 per part, see ``checksums``; absent in earlier
-versions). With it any sample is one ``pread`` away, and any order can be planned. Its ``header`` is the CRC-32 of
-``index.json``.
+The sidecar ``index.npz`` has one row per sample, in shard order: ``offset`` (int64, bytes), ``size`` (int32,
+bytes), ``label`` (int32), ``key`` (fixed-width bytes) and ``checksum`` (uint32 per part, see ``checksums``;
+absent in earlier versions). With it any sample is one ``pread`` away, and any order can be planned. Its
+``header`` is the CRC-32 of ``index.json``.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ class ShardIndex:
             "kind": self.kind,
             "samples": len(self),
             "seed": self.seed,
-            "classes": {name: int(count) for name, count in zip(self.class_names, self.class_counts, strict=True)},
+            "classes": {
+                name: int(count) for name, count in zip(self.class_names, self.class_counts, strict=True)
+            },
             "latents": None if self.latents is None else asdict(self.latents),
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -145,10 +147,11 @@ class ShardIndex:
 
 
 def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
-    """The index of a folder (or of an ``index.json``), checked against its sidecar and the sizes of the shards.
+    """The index of a folder (or of an ``index.json``), checked against its sidecar and the sizes of the
+    shards.
 
-    ``check_files=False`` is for remote shards. Raises ``FileNotFoundError`` for a missing folder, index or shard, and
-    ``ValueError`` for inconsistencies; ``verify`` also compares the checksums.
+    ``check_files=False`` is for remote shards. Raises ``FileNotFoundError`` for a missing folder, index or
+    shard, and ``ValueError`` for inconsistencies; ``verify`` also compares the checksums.
     """
     header_path, sidecar_path = index_files(path)
     folder = header_path.parent
@@ -163,7 +166,9 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
         index = index_from(folder, header, columns)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError) as error:
         again = f"Make it again: lit-transdiff index {folder}"
-        raise ValueError(f"{folder}: the index is damaged or of another version ({error}). {again}") from error
+        raise ValueError(
+            f"{folder}: the index is damaged or of another version ({error}). {again}"
+        ) from error
     if check_files:
         check_shard_sizes(index)
     return index
@@ -185,11 +190,20 @@ def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarr
     )
     for shard in index.shards:
         below(folder, shard.name, "shards: name")
-        require("/" not in shard.name and shard.name.endswith(".tar"), "shards: name", shard.name, "a .tar of the folder")
+        require(
+            "/" not in shard.name and shard.name.endswith(".tar"),
+            "shards: name",
+            shard.name,
+            "a .tar of the folder",
+        )
     names = [shard.name for shard in index.shards]
     require(len(set(names)) == len(names), "shards: name", "one twice", "names that differ")
     counts = {name: int(count) for name, count in zip(index.class_names, index.class_counts, strict=False)}
-    fits = int(index.starts[-1]) == header["samples"] and counts == header["classes"] and len(index.key) == len(index)
+    fits = (
+        int(index.starts[-1]) == header["samples"]
+        and counts == header["classes"]
+        and len(index.key) == len(index)
+    )
     if not fits or len(index.class_counts) != index.num_classes:
         raise ValueError("index.npz does not belong to index.json")
     check_columns(index)
@@ -201,14 +215,22 @@ def check_columns(index: ShardIndex) -> None:
     for name in (*COLUMN_TYPES, "key"):
         column = getattr(index, name)
         fits = column.shape == (len(index),) and column.dtype.kind in ("S" if name == "key" else "iu")
-        require(fits, name, f"{column.dtype} of shape {column.shape}", f"one of each of the {len(index)} samples")
+        require(
+            fits, name, f"{column.dtype} of shape {column.shape}", f"one of each of the {len(index)} samples"
+        )
     if (sums := index.checksum) is not None:
         fits = sums.ndim == 2 and len(sums) == len(index) and sums.dtype.kind == "u"
-        require(fits, "checksum", f"{sums.dtype} of shape {sums.shape}", "whole numbers of shape [samples, parts]")
+        require(
+            fits, "checksum", f"{sums.dtype} of shape {sums.shape}", "whole numbers of shape [samples, parts]"
+        )
     ends = np.repeat([shard.bytes for shard in index.shards], [shard.samples for shard in index.shards])
-    within = (index.offset >= 0) & (index.size >= 0) & (index.size <= ends) & (index.offset <= ends - index.size)
+    within = (
+        (index.offset >= 0) & (index.size >= 0) & (index.size <= ends) & (index.offset <= ends - index.size)
+    )
     if not within.all():
-        raise ValueError(f"a sample lies outside of its shard: {index.name_of(int(np.flatnonzero(~within)[0]))}")
+        raise ValueError(
+            f"a sample lies outside of its shard: {index.name_of(int(np.flatnonzero(~within)[0]))}"
+        )
 
 
 def check_shard_sizes(index: ShardIndex) -> None:
@@ -216,10 +238,15 @@ def check_shard_sizes(index: ShardIndex) -> None:
     for shard in index.shards:
         path = index.folder / shard.name
         if not path.is_file():
-            raise FileNotFoundError(f"{index.folder}: shard {shard.name} is in index.json but not in the folder.")
+            raise FileNotFoundError(
+                f"{index.folder}: shard {shard.name} is in index.json but not in the folder."
+            )
         size = path.stat().st_size
         if size != shard.bytes:
-            raise ValueError(f"{path}: {size} bytes, but {shard.bytes} in index.json: the shard is damaged or was replaced.")
+            raise ValueError(
+                f"{path}: {size} bytes, but {shard.bytes} in index.json: the shard is damaged or was "
+                "replaced."
+            )
 
 
 def index_shards(
@@ -234,19 +261,29 @@ def index_shards(
 ) -> ShardIndex:
     """Scan the tars of a folder (in name order, in ``workers`` processes) and ``save`` their index.
 
-    Without ``class_names`` the names are the numbers 0 to the largest label, and class 0 must not be empty if class 1 is
-    used; ``label`` is the member with the label (see ``Labels.of``). Raises ``ValueError`` with shard and key for anything
-    that ``scan_shard`` refuses, and for a key that occurs in two shards.
+    Without ``class_names`` the names are the numbers 0 to the largest label, and class 0 must not be empty if
+    class 1 is used; ``label`` is the member with the label (see ``Labels.of``). Raises ``ValueError`` with
+    shard and key for anything that ``scan_shard`` refuses, and for a key that occurs in two shards.
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*.tar"))
     if not paths:
-        raise FileNotFoundError(f"{folder} has no *.tar (compressed tars cannot be read at an offset; unpack them first).")
+        raise FileNotFoundError(
+            f"{folder} has no *.tar (compressed tars cannot be read at an offset; unpack them first)."
+        )
     if save:
         check_free(folder)
     tasks = ((path, latents, Labels.of(label, class_names or ())) for path in paths)
-    rows = tqdm(in_processes(shard_rows, tasks, workers), desc="indexing", unit="shard", total=len(paths), disable=not progress)
-    index = join_rows(folder, sorted(rows, key=lambda shard_row: shard_row.shard.name), class_names, seed, latents)
+    rows = tqdm(
+        in_processes(shard_rows, tasks, workers),
+        desc="indexing",
+        unit="shard",
+        total=len(paths),
+        disable=not progress,
+    )
+    index = join_rows(
+        folder, sorted(rows, key=lambda shard_row: shard_row.shard.name), class_names, seed, latents
+    )
     if class_names is None:
         require_class_0(str(folder), index.label.tolist())
     if save:
@@ -255,11 +292,16 @@ def index_shards(
 
 
 def shard_rows(path: Path, latents: Optional[LatentInfo], labels: Labels = CLS) -> ShardRows:
-    """Scan one shard for its checksum and the positions of its samples; ``latents`` is the expected format."""
+    """Scan one shard for its checksum and the positions of its samples; ``latents``
+    is the expected format.
+    """
     scanned, parts = scan_shard(path, labels), latents.flips if latents else 1
     for sample in scanned:
         check_sample(path.name, sample, latents)
-    columns = {name: np.array([getattr(sample, name) for sample in scanned], kind) for name, kind in COLUMN_TYPES.items()}
+    columns = {
+        name: np.array([getattr(sample, name) for sample in scanned], kind)
+        for name, kind in COLUMN_TYPES.items()
+    }
     columns["key"] = np.array([sample.key.encode() for sample in scanned], np.bytes_)
     columns["checksum"] = checksums_in(path, ((sample.offset, sample.size) for sample in scanned), parts)
     classes = len({sample.label for sample in scanned})
@@ -276,12 +318,15 @@ def join_rows(
     """The index of scanned shards, in their order; shards without samples are omitted."""
     rows = [each for each in rows if each.shard.samples]
     require(len(rows) > 0, str(folder), "shards without a sample", "at least one sample")
-    names = set.intersection(*(set(each.columns) for each in rows))  # records of earlier versions have no checksums
+    # records of earlier versions have no checksums
+    names = set.intersection(*(set(each.columns) for each in rows))
     columns = {name: np.concatenate([each.columns[name] for each in rows]) for name in names}
     highest = int(columns["label"].max())
     classes = tuple(str(c) for c in range(highest + 1)) if class_names is None else tuple(class_names)
     require(highest < len(classes), f"{folder}: label", highest, f"0 to {len(classes) - 1} (class names)")
-    index = ShardIndex(folder, classes, tuple(each.shard for each in rows), seed=seed, latents=latents, **columns)
+    index = ShardIndex(
+        folder, classes, tuple(each.shard for each in rows), seed=seed, latents=latents, **columns
+    )
     by_key = np.argsort(index.key, kind="stable")
     for place in np.flatnonzero(index.key[by_key[1:]] == index.key[by_key[:-1]]):
         one, other = (index.shards[index.shard_of(sample)].name for sample in by_key[place : place + 2])
@@ -297,4 +342,6 @@ def check_sample(shard: str, sample: ScannedSample, latents: Optional[LatentInfo
     if latents is None and sample.size == 0:
         raise ValueError(f"{shard}: sample {sample.key!r} is an empty image.")
     if latents is not None and sample.size != latents.sample_bytes:
-        raise ValueError(f"{shard}: sample {sample.key!r} has {sample.size} bytes; allowed: {latents.sample_bytes}.")
+        raise ValueError(
+            f"{shard}: sample {sample.key!r} has {sample.size} bytes; allowed: {latents.sample_bytes}."
+        )

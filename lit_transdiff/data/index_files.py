@@ -1,4 +1,6 @@
-"""The two files of an index, ``index.json`` and ``index.npz``: their paths, and whether they may be replaced."""
+"""The two files of an index, ``index.json`` and ``index.npz``: their paths, and
+whether they may be replaced.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,18 @@ FORMAT = "lit_transdiff shards"
 
 
 def index_files(path: str | Path) -> tuple[Path, Path]:
-    """The two files of the index of a folder (or of an ``index.json``). Raises ``FileNotFoundError`` if they are missing."""
+    """The two files of the index of a folder (or of an ``index.json``).
+
+    Raises ``FileNotFoundError`` if they are missing.
+    """
     path = Path(path)
     folder = path.parent if path.name == "index.json" else path
     header_path, sidecar_path = folder / "index.json", folder / "index.npz"
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} does not exist. Make shards from images with: lit-transdiff pack SRC {folder}; "
-            f"latents from shards with: lit-transdiff cache RUN.yaml SHARDS {folder} (lit-transdiff run does it by itself)"
+            f"latents from shards with: lit-transdiff cache RUN.yaml SHARDS {folder} (lit-transdiff run does "
+            "it by itself)"
         )
     if not header_path.is_file() or not sidecar_path.is_file():
         missing = header_path.name if not header_path.is_file() else sidecar_path.name

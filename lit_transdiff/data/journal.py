@@ -1,7 +1,8 @@
 """Resumable packing and caching: a plan written before the first shard, and a record of each shard.
 
-The plan (``packing.json``, ``caching.json``) contains everything that affects the bytes of the shards and stays beside
-them; the records, in the folder ``finished``, contain the shards' rows of the index and are removed at the end.
+The plan (``packing.json``, ``caching.json``) contains everything that affects the bytes of the shards and
+stays beside them; the records, in the folder ``finished``, contain the shards' rows of the index and are
+removed at the end.
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ class ShardJournal:
         """Raise ``ValueError`` unless the folder is new or has this plan; the error lists the differences."""
         path = self.folder / self.plan_file
         if not path.exists():
-            present = [name for name in contents(self.folder) if not name.startswith((".", f"{self.plan_file}."))]
-            present = [] if present == [RECORDS] and contents(self.folder / RECORDS) == [LOCK] else present  # just created
+            present = [
+                name for name in contents(self.folder) if not name.startswith((".", f"{self.plan_file}."))
+            ]
+            # just created
+            present = [] if present == [RECORDS] and contents(self.folder / RECORDS) == [LOCK] else present
             if present:
                 raise ValueError(
-                    f"{self.folder} already holds {present[0]} ({len(present)} files and folders) but no {self.plan_file}, which "
+                    f"{self.folder} already holds {present[0]} ({len(present)} files and folders) but no "
+                    f"{self.plan_file}, which "
                     f"says how shards in it were made; choose an empty folder."
                 )
             return
@@ -60,20 +65,29 @@ class ShardJournal:
         different = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
         unknown = [name for name in different if name in NEWER and name not in before]
         if different == unknown != [] and (self.folder / "index.json").exists():
-            log.warning("%s was made by an earlier version, without %s; it is left as it is", self.folder, " and ".join(unknown))
+            log.warning(
+                "%s was made by an earlier version, without %s; it is left as it is",
+                self.folder,
+                " and ".join(unknown),
+            )
             return
-        differences = [f"{name} was {brief(before.get(name))}, now {brief(now.get(name))}" for name in different]
+        differences = [
+            f"{name} was {brief(before.get(name))}, now {brief(now.get(name))}" for name in different
+        ]
         if differences:
             raise ValueError(
-                f"{self.folder} was made with other settings ({'; '.join(differences)}); choose an empty folder, or go on with "
+                f"{self.folder} was made with other settings ({'; '.join(differences)}); choose an empty "
+                "folder, or go on with "
                 f"the settings in {self.plan_file}."
             )
 
     @contextmanager
     def alone(self, plan: Mapping[str, Any], writes: bool = True) -> Iterator[bool]:
-        """Lock the folder in the block; yields whether there is work left, which another process may have done.
+        """Lock the folder in the block; yields whether there is work left, which another process may have
+        done.
 
-        Of several ranks one ``writes`` the plan and holds the lock for the others; it lies beside the records.
+        Of several ranks one ``writes`` the plan and holds the lock for the others; it lies beside the
+        records.
         """
         with FolderLock(self.folder / RECORDS, f"writes to {self.folder}") as lock:
             waited = writes and lock.take()

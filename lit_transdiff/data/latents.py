@@ -1,7 +1,8 @@
 """Caching the autoencoder's moments of image shards: one latent shard per image shard.
 
-Shapes: images [B, C, H, W] in [-1, 1]; moments [B, 2c, h, w] (mean and log-variance, not yet sampled or scaled), stored
-as raw float16, one ``.bin`` per sample: the moments of the image, then with flips those of its mirror image.
+Shapes: images [B, C, H, W] in [-1, 1]; moments [B, 2c, h, w] (mean and log-variance, not yet sampled or
+scaled), stored as raw float16, one ``.bin`` per sample: the moments of the image, then with flips those of
+its mirror image.
 """
 
 from __future__ import annotations
@@ -32,12 +33,17 @@ BATCHES_AHEAD = 2  # encoded ahead of writing
 EncodeFn = Callable[[Tensor], Tensor]  # images -> moments, on the device
 
 
-def latent_info(encode_fn: EncodeFn, data: DataConfig, *, fingerprint: str, flips: bool, device: torch.device) -> LatentInfo:
+def latent_info(
+    encode_fn: EncodeFn, data: DataConfig, *, fingerprint: str, flips: bool, device: torch.device
+) -> LatentInfo:
     """The format of the latents, determined with one black image."""
     image = torch.full((1, data.image_channels, data.image_size, data.image_size), -1.0, device=device)
     moments = encode(encode_fn, image)
     _, channels, height, width = moments.shape
-    allowed = "moments of shape (B, 2c, h, w): an autoencoder that encodes, not kind identity, of which there is nothing to cache"
+    allowed = (
+        "moments of shape (B, 2c, h, w): an autoencoder that encodes, not kind identity, of which there is "
+        "nothing to cache"
+    )
     require(channels % 2 == 0, "autoencoder: shape", tuple(moments.shape), allowed)
     return LatentInfo((channels, height, width), 2 if flips else 1, fingerprint, data.image_size)
 
@@ -52,7 +58,12 @@ class LatentCache:
         """Raises ``ValueError`` for a ``dest`` with other latents or other content."""
         self.source, self.dest, self.info = read_index(source), Path(dest), info
         require(self.source.kind == "images", f"{source}: kind", self.source.kind, "images")
-        require(not data.crops_at_random, "data.crop", data.crop, "'center' or 'none': a cache holds one crop of each image")
+        require(
+            not data.crops_at_random,
+            "data.crop",
+            data.crop,
+            "'center' or 'none': a cache holds one crop of each image",
+        )
         self.data = replace(data, on_bad_sample="refuse")  # a substitute would be stored under a wrong key
         self.journal = ShardJournal(self.dest, CACHING_PLAN)
         self.journal.check(self.plan())
@@ -87,8 +98,10 @@ class LatentCache:
         left = [name for name in sizes if self.journal.finished(name) is None]
         some = "" if len(left) == len(shards) else f"; {len(shards) - len(left)} of them are there already"
         say(
-            f"{len(self.source)} x {self.info.flips} latents of shape {self.info.shape} in {self.info.dtype} -> {len(shards)} "
-            f"shards in {self.dest}, {format_bytes(sum(sizes.values()))}{some}; {format_bytes(free_bytes(self.dest))} are free"
+            f"{len(self.source)} x {self.info.flips} latents of shape {self.info.shape} in {self.info.dtype} "
+            f"-> {len(shards)} "
+            f"shards in {self.dest}, {format_bytes(sum(sizes.values()))}{some}; "
+            f"{format_bytes(free_bytes(self.dest))} are free"
         )
         require_space(self.dest, sum(sizes[name] for name in left))
         self.journal.begin(self.plan())
@@ -105,21 +118,28 @@ class LatentCache:
     ) -> None:
         """Write the missing ones of the shards ``rank``, ``rank + world``, ...
 
-        Images are read as in evaluation, by ``data.num_workers`` processes; a thread encodes them while this one writes.
-        Raises ``ValueError`` with the sample for moments out of float16's range.
+        Images are read as in evaluation, by ``data.num_workers`` processes; a thread encodes them while this
+        one writes. Raises ``ValueError`` with the sample for moments out of float16's range.
         """
         shards = self.source.shards
         mine = range(rank, len(shards), world)
         left = [shard for shard in mine if self.journal.finished(shards[shard].name) is None]
         encoded = ahead(self.encoded(self.batches(left, batch_size), encode_fn, device), BATCHES_AHEAD)
-        with tqdm(total=sum(shards[s].samples for s in mine), desc="encoding", unit="image", disable=not progress) as bar:
+        with tqdm(
+            total=sum(shards[s].samples for s in mine), desc="encoding", unit="image", disable=not progress
+        ) as bar:
             bar.update(bar.total - sum(shards[s].samples for s in left))
             for shard in left:
                 with ShardWriter(self.dest / shards[shard].name) as writer:
                     for _ in shard_batches(self.source, shard, batch_size):
                         samples, moments = next(encoded)
                         for sample, array in zip(samples.tolist(), moments, strict=True):
-                            writer.write(self.source.key_of(sample), int(self.source.label[sample]), "bin", array.tobytes())
+                            writer.write(
+                                self.source.key_of(sample),
+                                int(self.source.label[sample]),
+                                "bin",
+                                array.tobytes(),
+                            )
                         bar.update(len(samples))
                 self.journal.add(shard_rows(self.dest / shards[shard].name, self.info))
 
@@ -127,7 +147,11 @@ class LatentCache:
         """The images of the shards in order; no batch spans two shards."""
         parts = [part for shard in shards for part in shard_batches(self.source, shard, batch_size)]
         rows = [Rows(part, np.zeros_like(part), part[:, None]) for part in parts]
-        return iter(DataLoader(PlannedDataset(self.source, self.data), sampler=rows, **loader_options(self.data.num_workers)))
+        return iter(
+            DataLoader(
+                PlannedDataset(self.source, self.data), sampler=rows, **loader_options(self.data.num_workers)
+            )
+        )
 
     def encoded(
         self, batches: Iterable[Batch], encode_fn: EncodeFn, device: torch.device
@@ -135,7 +159,10 @@ class LatentCache:
         """The samples [B] of each batch and their moments."""
         for batch in batches:
             samples = batch.samples[:, 0].numpy()
-            yield samples, self.encode_batch(samples, batch.values[:, 0].to(device, non_blocking=True), encode_fn)
+            yield (
+                samples,
+                self.encode_batch(samples, batch.values[:, 0].to(device, non_blocking=True), encode_fn),
+            )
 
     def encode_batch(self, samples: np.ndarray, images: Tensor, encode_fn: EncodeFn) -> np.ndarray:
         """The moments [B, F, 2c, h, w] float16 of images [B, C, H, W]; F = 2 with flips."""
@@ -153,9 +180,14 @@ class LatentCache:
     def finish(self) -> ShardIndex:
         """Index the latent shards and check that they have the samples of the source in its order."""
         source, records = self.source, self.journal.all_finished([shard.name for shard in self.source.shards])
-        index = join_rows(self.dest, [record.rows for record in records], source.class_names, source.seed, self.info)
+        index = join_rows(
+            self.dest, [record.rows for record in records], source.class_names, source.seed, self.info
+        )
         if not (np.array_equal(index.key, source.key) and np.array_equal(index.label, source.label)):
-            raise ValueError(f"{self.dest}: keys or labels differ from the source's; make the latents again in a new folder.")
+            raise ValueError(
+                f"{self.dest}: keys or labels differ from the source's; make the latents again in a new "
+                "folder."
+            )
         index.save()
         self.journal.close()
         return index

@@ -1,7 +1,8 @@
 """Names of classes and samples from any data module, for messages.
 
-``DataModule`` provides all of them. For any other Lightning module that yields ``Batch`` without ``class_names``, ``keys``
-or ``planned_keys``, or with failing ones, only the names in messages and pictures are missing.
+``DataModule`` provides all of them. For any other Lightning module that yields ``Batch`` without
+``class_names``, ``keys`` or ``planned_keys``, or with failing ones, only the names in messages and pictures
+are missing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The order of samples: a pure function of (seed, epoch), divided among ranks by position.
 
-The items of an epoch (samples, or groups of R) follow those of the previous epoch without end: position p is item ``p % n``
-of epoch ``p // n``. Every item is used exactly once per epoch (the last group of a class may share images with another); a
-batch may span two epochs. Global batch k has the positions [k G, (k + 1) G), for any number of ranks, workers and
-micro-batches.
+The items of an epoch (samples, or groups of R) follow those of the previous epoch without end: position p is
+item ``p % n`` of epoch ``p // n``. Every item is used exactly once per epoch (the last group of a class may
+share images with another); a batch may span two epochs. Global batch k has the positions [k G, (k + 1) G),
+for any number of ranks, workers and micro-batches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ import numpy as np
 
 from lit_transdiff.config import require, some
 from lit_transdiff.data.index import ShardIndex
-from lit_transdiff.data.references import check_class_sizes, group_references, num_groups, without_small_classes
+from lit_transdiff.data.references import (
+    check_class_sizes,
+    group_references,
+    num_groups,
+    without_small_classes,
+)
 
 log = logging.getLogger(__name__)
 MASK = 2**64 - 1
@@ -71,8 +76,8 @@ def generator(seed: int, epoch: int, sample: int = -1) -> np.random.Generator:
 def coin_flips(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """[n] bool: ``generator(seed, epoch, sample).integers(2)`` for many samples at once.
 
-    This is the top bit of the generator's first 32 bits: of Philox 4x64 with 10 rounds (Salmon et al., 2011), whose counter
-    is incremented before the first output.
+    This is the top bit of the generator's first 32 bits: of Philox 4x64 with 10 rounds (Salmon et al., 2011),
+    whose counter is incremented before the first output.
     """
     even, odd, keys = np.zeros((3, 2, len(samples)), np.uint64)  # the counter's words 0 and 2, then 1 and 3
     even[0], odd[1] = 1, samples + 1
@@ -96,7 +101,8 @@ def wide_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def epoch_order(starts: np.ndarray, seed: int, epoch: int, block: int) -> np.ndarray:
     """The samples [N] int64 in the order of an epoch: permuted shards, then shuffled blocks of shards.
 
-    ``starts`` [shards + 1]: the first sample of each shard, then N. At most ``block`` shards are open at a time.
+    ``starts`` [shards + 1]: the first sample of each shard, then N. At most ``block`` shards are open at a
+    time.
     """
     rng = generator(seed, epoch)
     shards = rng.permutation(len(starts) - 1)
@@ -108,14 +114,29 @@ def epoch_order(starts: np.ndarray, seed: int, epoch: int, block: int) -> np.nda
 
 
 class TrainPlan:
-    """The endless stream of training items. ``groups`` [n, R] fixes the groups; otherwise each epoch has new ones."""
+    """The endless stream of training items.
+
+    ``groups`` [n, R] fixes the groups; otherwise each epoch has new ones.
+    """
 
     def __init__(
-        self, index: ShardIndex, seed: int, *, num_references: int = 1, block: int = 64, groups: Optional[np.ndarray] = None
+        self,
+        index: ShardIndex,
+        seed: int,
+        *,
+        num_references: int = 1,
+        block: int = 64,
+        groups: Optional[np.ndarray] = None,
     ) -> None:
         if groups is None:
             check_class_sizes(index, num_references)
-        self.index, self.seed, self.num_references, self.block, self.groups = index, seed, num_references, block, groups
+        self.index, self.seed, self.num_references, self.block, self.groups = (
+            index,
+            seed,
+            num_references,
+            block,
+            groups,
+        )
         self.num_items = num_groups(index.class_counts, num_references) if groups is None else len(groups)
         repeated = 0 if groups is not None else self.num_items * num_references - len(index)
         if repeated:
@@ -143,13 +164,21 @@ class TrainPlan:
 
 
 def evaluation_batches(
-    index: ShardIndex, *, num_references: int, batch_size: int, rank: int, world: int, seed: int, num_samples: Optional[int]
+    index: ShardIndex,
+    *,
+    num_references: int,
+    batch_size: int,
+    rank: int,
+    world: int,
+    seed: int,
+    num_samples: Optional[int],
 ) -> list[Rows]:
-    """The evaluation batches of a rank: each item on exactly one rank, no padding, equally many batches on every rank.
+    """The evaluation batches of a rank: each item on exactly one rank, no padding, equally many batches on
+    every rank.
 
-    All samples in index order or, with ``num_samples``, the first ones of a permutation that depends only on ``seed``.
-    The position is the number of the (first) sample. Classes with fewer than R samples are omitted with a warning. Only
-    for ``batch_size`` 1 may a batch have one row more than requested.
+    All samples in index order or, with ``num_samples``, the first ones of a permutation that depends only on
+    ``seed``. The position is the number of the (first) sample. Classes with fewer than R samples are omitted
+    with a warning. Only for ``batch_size`` 1 may a batch have one row more than requested.
     """
     large = without_small_classes(index, num_references)
     small = [index.class_names[c] for c in np.flatnonzero(~large & (index.class_counts > 0))]
@@ -162,7 +191,12 @@ def evaluation_batches(
     items, _ = group_references(index.label, order, num_references, fill_up=False)
     if num_samples is not None:
         items = items[: max(1, num_samples // num_references)]
-    require(len(items) >= world, "data.evaluation", f"{len(items)} items", f"at least one for each of {world} ranks")
+    require(
+        len(items) >= world,
+        "data.evaluation",
+        f"{len(items)} items",
+        f"at least one for each of {world} ranks",
+    )
     most = math.ceil(len(items) / world)  # maximum over ranks
     batches = min(math.ceil(most / batch_size), len(items) // world)
     mine = items[rank::world]

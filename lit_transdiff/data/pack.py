@@ -1,7 +1,7 @@
 """Packing images of any supported source into shuffled webdataset shards with an index.
 
-Shard k is the k-th piece of the shuffled order, so shards are independent: several processes write them, and the same
-command continues a killed one.
+Shard k is the k-th piece of the shuffled order, so shards are independent: several processes write them, and
+the same command continues a killed one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from lit_transdiff.base.files import format_bytes, free_bytes, require_space
 from lit_transdiff.config import require
 from lit_transdiff.config.paths import check_pack_source
 from lit_transdiff.data.encode import Encoded, Encoding, encode_sample
-from lit_transdiff.data.findings import Findings, PackReport, in_two_classes, joined, read_report, write_findings
+from lit_transdiff.data.findings import (
+    Findings,
+    PackReport,
+    in_two_classes,
+    joined,
+    read_report,
+    write_findings,
+)
 from lit_transdiff.data.idx import idx_source
 from lit_transdiff.data.index import join_rows, read_index, shard_rows
 from lit_transdiff.data.journal import ShardJournal
@@ -47,7 +54,9 @@ class Cut:
             require(value >= 1, name, value, "an integer of at least 1")
 
     def __call__(self, order: np.ndarray, total_bytes: int) -> list[np.ndarray]:
-        """Split ``order`` into shards of nearly equal size; with ``samples_per_shard`` the last one is smaller."""
+        """Split ``order`` into shards of nearly equal size; with ``samples_per_shard`` the last one is
+        smaller.
+        """
         if self.shards is None and self.shard_size is None:
             each = self.samples_per_shard or 1000
             return np.split(order, range(each, len(order), each))
@@ -103,7 +112,8 @@ class Packing:
         """The task of writing a shard."""
         images = self.images
         chosen = [
-            (images.keys[i], int(images.labels[i]), images.origins[i], images.read(i)) for i in self.pieces[number].tolist()
+            (images.keys[i], int(images.labels[i]), images.origins[i], images.read(i))
+            for i in self.pieces[number].tolist()
         ]
         return ShardTask(self.journal.folder / self.names[number], chosen, self.encoding)
 
@@ -122,13 +132,15 @@ def pack(
     workers: int = 0,
     progress: bool = True,
 ) -> PackReport:
-    """Pack an image folder (``class/image.*``), IDX files (``split``: "train" or "t10k") or a list file into ``dest``.
+    """Pack an image folder (``class/image.*``), IDX files (``split``: "train" or "t10k") or a list file into
+    ``dest``.
 
-    Samples are shuffled once with ``seed``; ``limit`` selects that many, evenly over the classes. Files are stored unchanged
-    unless ``encoding`` says otherwise. Shards are called ``name-000000.tar`` (by default with the name of ``dest``) and are
-    written by ``workers`` processes. Every image is decoded; unreadable ones are skipped, reported, and listed in
-    ``skipped.txt``; other files and folders are counted in the report. The same arguments give the same bytes and continue
-    a killed pack. Raises ``ValueError`` for a ``dest`` with other shards or without enough disk space.
+    Samples are shuffled once with ``seed``; ``limit`` selects that many, evenly over the classes. Files are
+    stored unchanged unless ``encoding`` says otherwise. Shards are called ``name-000000.tar`` (by default
+    with the name of ``dest``) and are written by ``workers`` processes. Every image is decoded; unreadable
+    ones are skipped, reported, and listed in ``skipped.txt``; other files and folders are counted in the
+    report. The same arguments give the same bytes and continue a killed pack. Raises ``ValueError`` for a
+    ``dest`` with other shards or without enough disk space.
     """
     dest = Path(dest)
     images = open_source(source, split, class_names)
@@ -148,8 +160,12 @@ def pack(
     return read_report(read_index(dest), encoding, images.passed_over, images.source_names)
 
 
-def open_source(source: str | Path, split: Optional[str] = None, class_names: ClassNames = None) -> ImageSource:
-    """Open ``source``: a list file, a folder of IDX files (``split``: "train" or "t10k"), or class folders."""
+def open_source(
+    source: str | Path, split: Optional[str] = None, class_names: ClassNames = None
+) -> ImageSource:
+    """Open ``source``: a list file, a folder of IDX files (``split``: "train" or
+    "t10k"), or class folders.
+    """
     source = Path(source)
     check_pack_source(source)
     if source.is_file():
@@ -235,10 +251,19 @@ def finish_packing(packing: Packing, source: str) -> PackReport:
     findings = joined([record.findings for record in records])
     findings.skipped[:0] = images.broken
     readable_images = sum(record.rows.shard.samples for record in records)
-    require(readable_images > 0, source, f"{len(findings.skipped)} unreadable images", "at least one readable image")
-    index = join_rows(journal.folder, [record.rows for record in records], images.class_names, packing.seed, None)
+    require(
+        readable_images > 0,
+        source,
+        f"{len(findings.skipped)} unreadable images",
+        "at least one readable image",
+    )
+    index = join_rows(
+        journal.folder, [record.rows for record in records], images.class_names, packing.seed, None
+    )
     write_findings(
-        journal.folder, findings, in_two_classes(index, findings.digests, dict(zip(images.keys, images.origins, strict=True)))
+        journal.folder,
+        findings,
+        in_two_classes(index, findings.digests, dict(zip(images.keys, images.origins, strict=True))),
     )
     index.save()
     journal.close()
@@ -251,11 +276,19 @@ def choose_samples(images: ImageSource, limit: Optional[int], seed: int) -> np.n
     if limit is None:
         return order
     num_classes = len(images.class_names)
-    require(num_classes <= limit <= len(order), "limit", limit, f"{num_classes} (one a class) to {len(order)} images")
+    require(
+        num_classes <= limit <= len(order),
+        "limit",
+        limit,
+        f"{num_classes} (one a class) to {len(order)} images",
+    )
     quota = np.full(num_classes, limit // num_classes) + (np.arange(num_classes) < limit % num_classes)
     counts = np.bincount(images.labels, minlength=num_classes)
     for c in np.flatnonzero(counts < quota):
-        raise ValueError(f"limit: got {limit}, which is {quota[c]} a class; class {images.class_names[c]!r} has {counts[c]}.")
+        raise ValueError(
+            f"limit: got {limit}, which is {quota[c]} a class; class {images.class_names[c]!r} has "
+            f"{counts[c]}."
+        )
     labels = images.labels[order]
     chosen = [order[labels == c][: quota[c]] for c in range(num_classes)]
     return order[np.isin(order, np.concatenate(chosen))]

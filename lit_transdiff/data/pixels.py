@@ -15,7 +15,10 @@ def to_bytes(images: Tensor) -> Tensor:
     """
     broken = int((~torch.isfinite(images)).sum())
     require(
-        broken == 0, "images", f"{broken} values that are not finite", "numbers in [-1, 1]; the model or its settings diverged"
+        broken == 0,
+        "images",
+        f"{broken} values that are not finite",
+        "numbers in [-1, 1]; the model or its settings diverged",
     )
     return ((images.float() + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 

@@ -34,10 +34,11 @@ def most_processes() -> int:
 
 
 def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
-    """``function(*task)`` of every task, in order of completion; with 0 workers in this process, one after the other.
+    """``function(*task)`` of every task, in order of completion; with 0 workers in this process, one after
+    the other.
 
-    ``tasks`` may be an iterator, of which few wait at a time. An exception in a task is raised here. The processes end when
-    this one is killed or asked to stop, which interrupts their tasks.
+    ``tasks`` may be an iterator, of which few wait at a time. An exception in a task is raised here. The
+    processes end when this one is killed or asked to stop, which interrupts their tasks.
     """
     most = most_processes()
     require(0 <= workers <= most, "workers", workers, f"0 (this process alone) to {most} on this machine")
@@ -46,7 +47,9 @@ def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], w
         return
     context = clean_context()
     pipe, own_end = context.Pipe(duplex=False)  # the processes end when this process closes its own end
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=exit_with_parent, initargs=(pipe,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=exit_with_parent, initargs=(pipe,)
+    ) as pool:
         waiting: set[Future[T]] = set()
         try:
             for task in tasks:
@@ -80,8 +83,8 @@ def ahead(items: Iterator[T], number: int) -> Iterator[T]:
 def exit_with_parent(pipe: Connection | None = None) -> None:
     """End this process when its parent dies, asks for it, or closes its end of ``pipe``.
 
-    Otherwise it would wait for tasks forever. Signals are ignored, because terminals, launchers and schedulers send them to
-    all processes, while the parent may still want the current result.
+    Otherwise it would wait for tasks forever. Signals are ignored, because terminals, launchers and
+    schedulers send them to all processes, while the parent may still want the current result.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -24,14 +24,16 @@ def num_groups(class_counts: np.ndarray, num_references: int) -> int:
     return int((-(-class_counts // num_references)).sum())
 
 
-def group_references(labels: np.ndarray, order: np.ndarray, num_references: int, fill_up: bool = True) -> tuple[np.ndarray, int]:
+def group_references(
+    labels: np.ndarray, order: np.ndarray, num_references: int, fill_up: bool = True
+) -> tuple[np.ndarray, int]:
     """Groups [n, R] int64 of different samples of one class, and the number of unused samples.
 
-    ``labels`` [N] of all samples, ``order`` [M] the samples in the order of an epoch. Each R successive samples of a class
-    in ``order`` form a group, and groups are ordered by their last member; so neighbours in ``order`` (which lie in the same
-    shards) stay together. With ``fill_up`` every sample is used: the last group of a class is its last R samples, some of
-    which are then in two groups, and n is the sum over classes of ceil(count / R). Without it no sample is used twice. Every
-    class must have at least R samples.
+    ``labels`` [N] of all samples, ``order`` [M] the samples in the order of an epoch. Each R successive
+    samples of a class in ``order`` form a group, and groups are ordered by their last member; so neighbours
+    in ``order`` (which lie in the same shards) stay together. With ``fill_up`` every sample is used: the last
+    group of a class is its last R samples, some of which are then in two groups, and n is the sum over
+    classes of ceil(count / R). Without it no sample is used twice. Every class must have at least R samples.
     """
     order = order.astype(np.int64)
     if num_references == 1:
@@ -43,8 +45,12 @@ def group_references(labels: np.ndarray, order: np.ndarray, num_references: int,
     by_class = np.argsort(classes, kind="stable")  # places in order, class by class
     groups_of = (counts + num_references - 1) // num_references if fill_up else counts // num_references
     of_class = np.repeat(np.arange(len(counts)), groups_of)  # n
-    number = np.arange(len(of_class)) - np.repeat(np.cumsum(groups_of) - groups_of, groups_of)  # of the group in its class
-    first = np.minimum(number * num_references, counts[of_class] - num_references) + (np.cumsum(counts) - counts)[of_class]
+    # of the group in its class
+    number = np.arange(len(of_class)) - np.repeat(np.cumsum(groups_of) - groups_of, groups_of)
+    first = (
+        np.minimum(number * num_references, counts[of_class] - num_references)
+        + (np.cumsum(counts) - counts)[of_class]
+    )
     places = by_class[first[:, None] + np.arange(num_references)]  # n R
     groups = order[places[np.argsort(places[:, -1])]]
     return groups, 0 if fill_up else len(order) - groups.size
@@ -54,8 +60,10 @@ def check_class_sizes(index: ShardIndex, num_references: int) -> None:
     """Refuse classes with fewer than R samples, which would silently never be used."""
     for c in np.flatnonzero((index.class_counts > 0) & (index.class_counts < num_references)):
         raise ValueError(
-            f"model.num_references: got {num_references}, but class {index.class_names[c]!r} of {index.folder} has only "
-            f"{index.class_counts[c]} images; allowed: at most the size of the smallest class, or leave that class out."
+            f"model.num_references: got {num_references}, but class {index.class_names[c]!r} of "
+            f"{index.folder} has only "
+            f"{index.class_counts[c]} images; allowed: at most the size of the smallest class, or leave that "
+            "class out."
         )
 
 
@@ -65,8 +73,10 @@ def without_small_classes(index: ShardIndex, num_references: int) -> np.ndarray:
     most = int(index.class_counts.max())
     if not large.any():
         raise ValueError(
-            f"data.evaluation: no class of {index.folder} has more than {most} images, and validation takes groups of "
-            f"model.num_references={num_references}; allowed: more held-out images of a class, at most {most} references, or "
+            f"data.evaluation: no class of {index.folder} has more than {most} images, and validation takes "
+            "groups of "
+            f"model.num_references={num_references}; allowed: more held-out images of a class, at most "
+            f"{most} references, or "
             "training.num_validation_samples=0, which validates nothing."
         )
     return large
@@ -83,9 +93,10 @@ class GroupLine(NamedTuple):
 def read_groups(path: str | Path, index: ShardIndex, num_references: int) -> np.ndarray:
     """Groups [n, R] int64 from JSON lines.
 
-    A line is a list of R sample keys of one class, or ``{"cate": class folder, "files": [file names]}`` as in the index file
-    of the released TransDiff: the first R files are used, under the keys given by ``pack``. Raises ``ValueError`` with the
-    line for an unknown key, another number of keys, a repeated image in a group, two classes, and an ambiguous file name.
+    A line is a list of R sample keys of one class, or ``{"cate": class folder, "files": [file names]}`` as in
+    the index file of the released TransDiff: the first R files are used, under the keys given by ``pack``.
+    Raises ``ValueError`` with the line for an unknown key, another number of keys, a repeated image in a
+    group, two classes, and an ambiguous file name.
     """
     by_key = np.argsort(index.key, kind="stable")
     ordered_keys = index.key[by_key]
@@ -104,7 +115,13 @@ def read_groups(path: str | Path, index: ShardIndex, num_references: int) -> np.
         groups.append(samples)
     joined = np.concatenate(groups)
     require(len(joined) > 0, str(path), "no groups", "at least one line")
-    log.info("%s: %d groups of %d; %d of %d images are in them", path, *joined.shape, len(np.unique(joined)), len(index))
+    log.info(
+        "%s: %d groups of %d; %d of %d images are in them",
+        path,
+        *joined.shape,
+        len(np.unique(joined)),
+        len(index),
+    )
     return joined
 
 
@@ -119,7 +136,12 @@ def group_lines(path: str | Path, num_references: int) -> Iterator[GroupLine]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         keys, folder = group_keys(value, where, num_references)
-        require(len(keys) == num_references, f"{where}: number of keys", len(keys), f"model.num_references={num_references}")
+        require(
+            len(keys) == num_references,
+            f"{where}: number of keys",
+            len(keys),
+            f"model.num_references={num_references}",
+        )
         yield GroupLine(number, [key.encode("utf-8", "surrogatepass") for key in keys], folder)
 
 
@@ -127,7 +149,10 @@ def group_keys(value: Any, where: str, num_references: int) -> tuple[list[str], 
     """The keys of a line, and its class folder if any."""
     files: Any = value.get("files") if isinstance(value, dict) else value
     require(
-        isinstance(files, list) and all(isinstance(f, str) for f in files), where, value, "a list of sample keys or file names"
+        isinstance(files, list) and all(isinstance(f, str) for f in files),
+        where,
+        value,
+        "a list of sample keys or file names",
     )
     if not isinstance(value, dict):
         return files, None
@@ -136,14 +161,23 @@ def group_keys(value: Any, where: str, num_references: int) -> tuple[list[str], 
     return [key_of(folder, file) for file in files[:num_references]], folder
 
 
-def check_groups(path: str | Path, lines: Sequence[GroupLine], keys: np.ndarray, samples: np.ndarray, index: ShardIndex) -> None:
-    """Check that ``samples`` [n, R] have the ``keys`` [n, R] of the lines, and are different images of one class."""
+def check_groups(
+    path: str | Path, lines: Sequence[GroupLine], keys: np.ndarray, samples: np.ndarray, index: ShardIndex
+) -> None:
+    """Check that ``samples`` [n, R] have the ``keys`` [n, R] of the lines, and are different images of one
+    class.
+    """
     for row, column in zip(*np.nonzero(index.key[samples] != keys), strict=True):
         key = keys[row, column].decode(errors="replace")
         require(False, f"{path}: line {lines[row].number}: key", key, f"keys of {index.folder}")
     ordered = np.sort(samples, axis=1)
     for row in np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)).tolist():
-        require(False, f"{path}: line {lines[row].number}", [key.decode() for key in keys[row]], "different images")
+        require(
+            False,
+            f"{path}: line {lines[row].number}",
+            [key.decode() for key in keys[row]],
+            "different images",
+        )
     labels = index.label[samples]
     for row in np.flatnonzero((labels != labels[:, :1]).any(axis=1)).tolist():
         classes = sorted({index.class_names[label] for label in labels[row]})
@@ -158,9 +192,11 @@ def check_named_files(
     doubled: np.ndarray,
     index: ShardIndex,
 ) -> None:
-    """Check, for lines with file names, that each name is unique and of the class of the line's folder, if it exists.
+    """Check, for lines with file names, that each name is unique and of the class of the line's folder, if it
+    exists.
 
-    ``pack`` gives files with equal stems keys that end in -2, -3, ...; ``doubled`` [n, R] marks keys with such a second one.
+    ``pack`` gives files with equal stems keys that end in -2, -3, ...; ``doubled`` [n, R] marks keys with
+    such a second one.
     """
     # Class names may be mere numbers, which are not compared with folders.
     numbers = {name: c for c, name in enumerate(index.class_names) if not name.isdecimal()}
@@ -169,8 +205,16 @@ def check_named_files(
             continue
         for key in line_keys[double]:
             where = f"{path}: line {line.number}: file with the key"
-            allowed = f"a key of one image ({index.folder} also has {key.decode()}-2); write such a line as a list of keys"
+            allowed = (
+                f"a key of one image ({index.folder} also has {key.decode()}-2); write such a line as a list "
+                "of keys"
+            )
             require(False, where, key.decode(), allowed)
         label = int(index.label[line_samples[0]])
         right = numbers.get(line.folder, label) == label
-        require(right, f"{path}: line {line.number}: cate", line.folder, f"{index.class_names[label]}, the class of its files")
+        require(
+            right,
+            f"{path}: line {line.number}: cate",
+            line.folder,
+            f"{index.class_names[label]}, the class of its files",
+        )

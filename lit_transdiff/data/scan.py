@@ -1,8 +1,8 @@
 """Scanning a webdataset tar: its samples, the positions of their bytes, and its integrity.
 
-A sample is the members that share a key (the file name up to its dot): one image (or one ``.bin`` of latents) and one
-``.cls`` with the class number as text (or another label, see ``Labels``). Other members are ignored; pickles are refused,
-because webdataset would execute them.
+A sample is the members that share a key (the file name up to its dot): one image (or one ``.bin`` of latents)
+and one ``.cls`` with the class number as text (or another label, see ``Labels``). Other members are ignored;
+pickles are refused, because webdataset would execute them.
 """
 
 from __future__ import annotations
@@ -75,10 +75,17 @@ class Labels:
                 fields = ", ".join(value) if isinstance(value, dict) else "no fields"
                 raise ValueError(f".json: got {fields}; allowed: with the field {self.field!r}")
             value = value[self.field]
-        if not isinstance(value, bool) and len(str(value)) <= MAX_CLASS_DIGITS and LABEL.fullmatch(str(value)):
-            return int(value)  # digits are the number of a class, even if a class has another number as its name
+        if (
+            not isinstance(value, bool)
+            and len(str(value)) <= MAX_CLASS_DIGITS
+            and LABEL.fullmatch(str(value))
+        ):
+            # digits are the number of a class, even if a class has another number as its name
+            return int(value)
         if value not in self.names:
-            raise ValueError(f"label {str(value)[:40]!r}; allowed: {LABELS}, or one of the names that --class-names gives")
+            raise ValueError(
+                f"label {str(value)[:40]!r}; allowed: {LABELS}, or one of the names that --class-names gives"
+            )
         return self.names.index(value)
 
 
@@ -88,8 +95,9 @@ CLS = Labels()
 def scan_shard(path: Path, labels: Labels = CLS) -> list[ScannedSample]:
     """The samples of a shard in the order of their images; labels may be anywhere in the file.
 
-    Raises ``ValueError`` with shard and key for a damaged or truncated tar, data after the last member, a duplicate key, a
-    missing or repeated image or label, a label that is not a number, a dot in a key, and a pickle member.
+    Raises ``ValueError`` with shard and key for a damaged or truncated tar, data after the last member, a
+    duplicate key, a missing or repeated image or label, a label that is not a number, a dot in a key, and a
+    pickle member.
     """
     members_by_key: dict[str, dict[str, Place]] = {}  # by key and extension
     before = None
@@ -116,7 +124,9 @@ def members_of(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (info := tar.next()) is not None:
                 if info.offset_data + info.size > size:
-                    raise ValueError(f"{path.name}: truncated: member {info.name!r} ends after the file does.")
+                    raise ValueError(
+                        f"{path.name}: truncated: member {info.name!r} ends after the file does."
+                    )
                 if info.isreg():
                     yield info
                 tar.members = []  # type: ignore[attr-defined]  # otherwise memory grows with the shard
@@ -128,11 +138,15 @@ def members_of(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
         raise ValueError(f"{path.name}: truncated: the end-of-tar blocks are missing at byte {end}.")
     while block := file.read(1 << 20):
         if block.count(0) != len(block):
-            raise ValueError(f"{path.name}: damaged header or trailing data at byte {end}, after the last readable member.")
+            raise ValueError(
+                f"{path.name}: damaged header or trailing data at byte {end}, after the last readable member."
+            )
 
 
 def split_name(name: str, path: Path, label: str) -> tuple[str, Optional[str]]:
-    """``folder/key.ext`` -> (``folder/key``, ``ext`` in lower case); ``None`` for a member outside of samples."""
+    """``folder/key.ext`` -> (``folder/key``, ``ext`` in lower case); ``None`` for a member outside of
+    samples.
+    """
     folder, _, base = name.rpartition("/")
     stem, *extensions = base.split(".")
     last = extensions[-1].lower() if extensions else ""
@@ -148,16 +162,24 @@ def split_name(name: str, path: Path, label: str) -> tuple[str, Optional[str]]:
     return f"{folder}/{stem}" if folder else stem, last
 
 
-def sample_from(file: BinaryIO, path: Path, key: str, members: dict[str, Place], labels: Labels) -> ScannedSample:
+def sample_from(
+    file: BinaryIO, path: Path, key: str, members: dict[str, Place], labels: Labels
+) -> ScannedSample:
     """A sample from its members (by extension)."""
     where = f"{path.name}: sample {key!r}"
     if labels.member not in members:
-        other = "" if labels.member != LABEL_MEMBER else " (index --label txt, or json:FIELD, takes it from another member)"
+        other = (
+            ""
+            if labels.member != LABEL_MEMBER
+            else " (index --label txt, or json:FIELD, takes it from another member)"
+        )
         raise ValueError(f"{where} has no label (.{labels.member}); it has .{', .'.join(members)}{other}.")
     payloads = [extension for extension in members if extension != labels.member]
     if len(payloads) != 1:
         problem = f"has {len(payloads)} images (.{', .'.join(payloads)})" if payloads else "has no image"
-        raise ValueError(f"{where} {problem}; allowed: one of .{', .'.join((*IMAGE_MEMBERS, LATENT_MEMBER))}.")
+        raise ValueError(
+            f"{where} {problem}; allowed: one of .{', .'.join((*IMAGE_MEMBERS, LATENT_MEMBER))}."
+        )
     label = members[labels.member]
     most = MAX_JSON if labels.field else MAX_LABEL
     require(label.size <= most, f"{where}: bytes of .{labels.member}", label.size, f"at most {most}")
@@ -173,5 +195,8 @@ def sample_from(file: BinaryIO, path: Path, key: str, members: dict[str, Place],
 
 def require_class_0(where: str, labels: Sequence[int]) -> None:
     """Refuse labels from 1 on without class names, because class 0 would be empty."""
-    allowed = "class numbers from 0 on: subtract 1, or give --class-names a name for each number from 0 on, if class 0 is missing"
+    allowed = (
+        "class numbers from 0 on: subtract 1, or give --class-names a name for each number from 0 on, if "
+        "class 0 is missing"
+    )
     require(min(labels) != 1, f"{where}: labels", f"{min(labels)} to {max(labels)}", allowed)

@@ -27,7 +27,9 @@ def tar_bytes(sizes: np.ndarray) -> int:
 
 
 class ShardWriter:
-    """Writes one shard under a temporary name and renames it when complete. The same samples give the same bytes.
+    """Writes one shard under a temporary name and renames it when complete.
+
+    The same samples give the same bytes.
 
     The temporary name is unique to this process, so that leftovers of others cannot interfere.
     """
@@ -46,7 +48,10 @@ class ShardWriter:
         self.tar.write({"__key__": key, extension: data, "cls": str(label).encode()})
 
     def __exit__(
-        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
     ) -> None:
         try:
             with suppress(OSError) if error else nullcontext():  # on a full disk closing fails as well
@@ -62,9 +67,9 @@ class ShardWriter:
 class ShardReader:
     """Reads the bytes of any sample of an index; keeps at most ``max_open`` files open.
 
-    ``pread`` has no file position, so that threads and forked workers may share a reader; after pickling it opens its files
-    again. Content is compared with its checksum: images at every read, which is cheap relative to decoding, latents at the
-    first.
+    ``pread`` has no file position, so that threads and forked workers may share a reader; after pickling it
+    opens its files again. Content is compared with its checksum: images at every read, which is cheap
+    relative to decoding, latents at the first.
     """
 
     def __init__(self, index: ShardIndex, max_open: int = 128) -> None:
@@ -103,12 +108,15 @@ class ShardReader:
         size = int(self.index.size[sample])
         data = os.pread(self.descriptor(self.index.shard_of(sample)), size, int(self.index.offset[sample]))
         if len(data) != size:
-            raise ValueError(f"{self.index.name_of(sample)}: {len(data)} of {size} bytes read: the shard is truncated.")
+            raise ValueError(
+                f"{self.index.name_of(sample)}: {len(data)} of {size} bytes read: the shard is truncated."
+            )
         check_content(self.index, sample, data)
         return data
 
     def read_parts(self, samples: np.ndarray, first: np.ndarray, out: np.ndarray) -> None:
-        """Read into ``out`` [n, bytes] uint8, shard by shard: equally many bytes of each sample, from byte ``first`` on.
+        """Read into ``out`` [n, bytes] uint8, shard by shard: equally many bytes of each sample, from byte
+        ``first`` on.
 
         Raises ``ValueError`` as ``read`` does.
         """
@@ -121,13 +129,18 @@ class ShardReader:
         columns = (order * length, shards, self.index.offset[samples] + first, new)
         descriptor, current = -1, -1
         checksums = []
-        for i, (begin, shard, offset, is_new) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+        for i, (begin, shard, offset, is_new) in enumerate(
+            zip(*(column.tolist() for column in columns), strict=True)
+        ):
             if shard != current:
                 descriptor, current = self.descriptor(shard), shard
             content = view[begin : begin + length]
             count = os.preadv(descriptor, [content], offset)
             if count != length:
-                raise ValueError(f"{self.index.name_of(samples[i])}: {count} of {length} bytes read: the shard is truncated.")
+                raise ValueError(
+                    f"{self.index.name_of(samples[i])}: {count} of {length} bytes read: the shard is "
+                    "truncated."
+                )
             if is_new:
                 checksums.append(checksum_of(content))  # while it is in the processor's cache
         if checksums:
@@ -144,14 +157,19 @@ class ShardReader:
 
 def check_content(index: ShardIndex, sample: int, content: bytes) -> None:
     """Raise ``ValueError`` if a sample differs from its checksum (absent in older indexes)."""
-    if index.checksum is not None and checksums_of(content, index.checksum.shape[1]) != index.checksum[sample].tolist():
+    if (
+        index.checksum is not None
+        and checksums_of(content, index.checksum.shape[1]) != index.checksum[sample].tolist()
+    ):
         raise damaged(index, sample)
 
 
 def damaged(index: ShardIndex, sample: int) -> ValueError:
     """The error for a sample that differs from its checksum."""
     return ValueError(
-        f"{index.name_of(sample)}: the sample at byte {index.offset[sample]} of the shard is damaged: its checksum differs from "
-        f"that in the index. Copy the shard again, or make the shards again; what else is damaged says: lit-transdiff verify "
+        f"{index.name_of(sample)}: the sample at byte {index.offset[sample]} of the shard is damaged: its "
+        "checksum differs from "
+        "that in the index. Copy the shard again, or make the shards again; what else is damaged says: "
+        "lit-transdiff verify "
         f"{index.folder}"
     )

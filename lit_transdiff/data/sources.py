@@ -28,7 +28,9 @@ ClassNames = Optional[Union[Sequence[str], Path]]  # names in label order, or a 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Labelled images, not yet read: ``read(i)`` gives the path of a file, or the pixels [H, W] uint8 of an IDX row."""
+    """Labelled images, not yet read: ``read(i)`` gives the path of a file, or the pixels [H, W] uint8 of an
+    IDX row.
+    """
 
     labels: np.ndarray  # [N] int64
     keys: list[str]  # one per sample, unique, without dots
@@ -49,31 +51,46 @@ class ImageSource:
 
 
 def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
-    """``folder/class/image.jpg``: classes are the folder names, sorted as text or, if all are numbers, as numbers."""
+    """``folder/class/image.jpg``: classes are the folder names, sorted as text or, if all are numbers, as
+    numbers.
+    """
     with os.scandir(folder) as entries:
         entries_found = [(entry.name, entry.is_dir(), source_kind(entry)) for entry in entries]
     visible = [entry for entry in entries_found if not entry[0].startswith(".")]
     classes = sorted(name for name, is_folder, _ in visible if is_folder)
     if are_numbers(classes):
         classes.sort(key=int)
-    require(len(classes) > 0, str(folder), "a folder without class folders", "folder/class/image.jpg, or IDX files")
+    require(
+        len(classes) > 0,
+        str(folder),
+        "a folder without class folders",
+        "folder/class/image.jpg, or IDX files",
+    )
     for name in classes:
-        require(readable_name(name) == name, f"{folder}: class folder", readable_name(name), "a name in UTF-8")
+        require(
+            readable_name(name) == name, f"{folder}: class folder", readable_name(name), "a name in UTF-8"
+        )
     names = checked_names(class_names, classes)
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         listed = list(threads.map(images_in, [f"{folder}/{name}" for name in classes]))
     if not any(of.images for of in listed):
         refuse_empty(f"{folder}/{classes[0]}", listed[0])
-    origins = [f"{folder}/{name}/{image}" for name, of in zip(classes, listed, strict=True) for image, _ in of.images]
+    origins = [
+        f"{folder}/{name}/{image}" for name, of in zip(classes, listed, strict=True) for image, _ in of.images
+    ]
     keys = [key_of(name, image) for name, of in zip(classes, listed, strict=True) for image, _ in of.images]
     sizes = [size for of in listed for _, size in of.images]
     labels = np.repeat(np.arange(len(classes)), [len(of.images) for of in listed])
     passed_over = Counter(kind for _, is_folder, kind in visible if not is_folder)
-    passed_over["hidden folders"] = sum(is_folder for name, is_folder, _ in entries_found if name.startswith("."))
+    passed_over["hidden folders"] = sum(
+        is_folder for name, is_folder, _ in entries_found if name.startswith(".")
+    )
     for of in listed:
         passed_over.update(of.passed_over)
     broken = [link for of in listed for link in of.broken]
-    return replace(file_source(origins, sizes, labels, keys, names, classes), broken=broken, passed_over=+passed_over)
+    return replace(
+        file_source(origins, sizes, labels, keys, names, classes), broken=broken, passed_over=+passed_over
+    )
 
 
 class Listing(NamedTuple):
@@ -115,7 +132,11 @@ def readable_name(name: str) -> str:
 
 def source_kind(entry: os.DirEntry[str]) -> str:
     """``folders``, or the extension of a file."""
-    return "folders" if entry.is_dir() else os.path.splitext(readable_name(entry.name))[1].lower() or "files without an extension"
+    return (
+        "folders"
+        if entry.is_dir()
+        else os.path.splitext(readable_name(entry.name))[1].lower() or "files without an extension"
+    )
 
 
 def listed_kinds(kinds: Counter[str]) -> str:
@@ -134,13 +155,18 @@ def plain_key(stem: str) -> str:
 
 
 def list_source(path: Path, class_names: ClassNames) -> ImageSource:
-    """Lines ``path<tab>label`` or ``path,label``, relative to the list file; labels are numbers, or names (then sorted).
+    """Lines ``path<tab>label`` or ``path,label``, relative to the list file; labels are numbers, or names
+    (then sorted).
 
     Raises ``ValueError`` with the line for a missing file, an empty label, and mixed numbers and names.
     """
     lines = list(text_lines(path))
     delimiter = "\t" if any("\t" in line for line in lines) else ","
-    rows = [(f"{path}: line {number}", row) for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1) if row]
+    rows = [
+        (f"{path}: line {number}", row)
+        for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1)
+        if row
+    ]
     for where, row in rows:
         require(len(row) == 2, where, delimiter.join(row), "path and label, with a tab or a comma between")
     require(len(rows) > 0, str(path), "an empty list", "lines of path and label")
@@ -153,7 +179,9 @@ def list_source(path: Path, class_names: ClassNames) -> ImageSource:
         header = HEADER_HINT * (where == rows[0][0])
         require(os.path.isfile(origin), where, origin, f"a file that exists{header}")
     sizes = [os.path.getsize(origin) for origin in origins]
-    return file_source(origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names, classes)
+    return file_source(
+        origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names, classes
+    )
 
 
 def text_lines(path: str | Path) -> Iterator[str]:
@@ -164,11 +192,15 @@ def text_lines(path: str | Path) -> Iterator[str]:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 allowed = "allowed: text in UTF-8. Unpack an archive first, and name its folder."
-                raise ValueError(f"{path}: line {number}: not UTF-8: {error.reason} at byte {error.start}; {allowed}") from error
+                raise ValueError(
+                    f"{path}: line {number}: not UTF-8: {error.reason} at byte {error.start}; {allowed}"
+                ) from error
 
 
 def number_labels(rows: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]]:
-    """The classes of (where, label) rows and the class number of each: the label, or its rank among the sorted names."""
+    """The classes of (where, label) rows and the class number of each: the label, or its rank among the
+    sorted names.
+    """
     numeric = any(LABEL.fullmatch(label) for _, label in rows)
     allowed = f"{LABELS}, as on other lines" if numeric else f"{LABELS}, or the name of a class"
     for place, (where, label) in enumerate(rows):
@@ -211,7 +243,12 @@ def checked_names(class_names: ClassNames, source_names: list[str]) -> tuple[str
     if isinstance(class_names, Path):
         class_names = names_from(class_names, source_names)
     names = tuple(source_names if class_names is None else class_names)
-    require(len(names) == len(source_names), "class_names", len(names), f"{len(source_names)} names, one for each class")
+    require(
+        len(names) == len(source_names),
+        "class_names",
+        len(names),
+        f"{len(source_names)} names, one for each class",
+    )
     require(len(set(names)) == len(names), "class_names", names, "names that differ")
     return names
 
@@ -219,7 +256,8 @@ def checked_names(class_names: ClassNames, source_names: list[str]) -> tuple[str
 def names_from(path: Path, source_names: list[str]) -> list[str]:
     """The names in a file: one per line in label order, or ``class name`` lines if all classes begin a line.
 
-    ImageNet's list of synsets is of the latter kind. Ambiguous names, such as its two cranes, get their class in brackets.
+    ImageNet's list of synsets is of the latter kind. Ambiguous names, such as its two cranes, get their class
+    in brackets.
     """
     lines = [line.strip() for line in text_lines(path) if line.strip()]
     parts = [line.split(maxsplit=1) for line in lines]

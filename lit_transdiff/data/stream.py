@@ -1,9 +1,10 @@
 """Remote shards, read as a stream: exact order and resuming for the same number of ranks and workers.
 
-Each reader (worker of a rank) has its own endless stream: of every epoch's permutation of the shards it takes each n-th
-one, for n readers in total, and shuffles them in a buffer that is emptied at the end of the epoch. Samples then wait, as
-bytes, until there are R of their class. The stream is thus a pure function of (seed, epoch, reader), and the position in it
-follows from the micro-step. Resuming reads the current epoch's shards again up to that position, without decoding.
+Each reader (worker of a rank) has its own endless stream: of every epoch's permutation of the shards it takes
+each n-th one, for n readers in total, and shuffles them in a buffer that is emptied at the end of the epoch.
+Samples then wait, as bytes, until there are R of their class. The stream is thus a pure function of (seed,
+epoch, reader), and the position in it follows from the micro-step. Resuming reads the current epoch's shards
+again up to that position, without decoding.
 """
 
 from __future__ import annotations
@@ -56,9 +57,17 @@ class StreamDataset(IterableDataset):
     """Whole batches of this rank, from ``first_micro_step`` on; ``index`` describes the shards."""
 
     def __init__(
-        self, index: ShardIndex, data: DataConfig, seed: int, layout: BatchLayout, total: int, num_references: int = 1
+        self,
+        index: ShardIndex,
+        data: DataConfig,
+        seed: int,
+        layout: BatchLayout,
+        total: int,
+        num_references: int = 1,
     ) -> None:
-        """Raises ``ValueError`` for URLs that differ from the index's shards, and if ``share`` would fail later."""
+        """Raises ``ValueError`` for URLs that differ from the index's shards, and if ``share`` would fail
+        later.
+        """
         self.urls: list[str] = expand_urls(data.train)
         names = [shard.name for shard in index.shards]
         require(
@@ -67,15 +76,30 @@ class StreamDataset(IterableDataset):
             len(self.urls),
             f"{len(names)}, the shards in {index.folder}/index.json",
         )
-        schemes = ("", "http", "https", *(["pipe"] if data.train.startswith("pipe:") else []))  # not from brace expansion
+        # not from brace expansion
+        schemes = ("", "http", "https", *(["pipe"] if data.train.startswith("pipe:") else []))
         for url, name in zip(self.urls, names, strict=True):
-            require(urlsplit(url).scheme in schemes, "data.train", url, "http://, https://, a path, or pipe:COMMAND")
+            require(
+                urlsplit(url).scheme in schemes,
+                "data.train",
+                url,
+                "http://, https://, a path, or pipe:COMMAND",
+            )
             require(name in url, "data.train", url, f"the URL of {name}, which comes here in index.json")
         readers = layout.world * max(1, data.num_workers)
         require(
-            readers <= len(names), "data.num_workers", data.num_workers, f"at most {len(names)} shards / {layout.world} ranks"
+            readers <= len(names),
+            "data.num_workers",
+            data.num_workers,
+            f"at most {len(names)} shards / {layout.world} ranks",
         )
-        self.index, self.seed, self.layout, self.total, self.num_references = index, seed, layout, total, num_references
+        self.index, self.seed, self.layout, self.total, self.num_references = (
+            index,
+            seed,
+            layout,
+            total,
+            num_references,
+        )
         self.skip = data.on_bad_sample == "skip"
         self.decode = SampleDecoder(index, data, seed, training=True)
         self.first_micro_step = 0
@@ -119,24 +143,32 @@ class StreamDataset(IterableDataset):
         counts[counts < self.num_references] = 0
         if not counts.any():
             raise ValueError(
-                f"model.num_references: got {self.num_references}, but no class is as often in {len(shards)} of {len(self.urls)} "
-                f"shards, which each of {readers} readers (ranks times data.num_workers) has in an epoch; allowed: fewer readers."
+                f"model.num_references: got {self.num_references}, but no class is as often in {len(shards)} "
+                f"of {len(self.urls)} "
+                f"shards, which each of {readers} readers (ranks times data.num_workers) has in an epoch; "
+                "allowed: fewer readers."
             )
         return shards, counts
 
     def check_shares(self, readers: int, rows: int) -> None:
-        """Raise errors that ``share`` would raise within ``rows`` rows per reader; warn of skipped samples."""
+        """Raise errors that ``share`` would raise within ``rows`` rows per reader;
+        warn of skipped samples.
+        """
         taken = total = 0
         for reader in range(readers):
             done = epoch = 0
             while done < rows:
                 shards, counts = self.share(epoch, reader, readers)
                 done += num_groups(counts, self.num_references)
-                taken, total = taken + int(counts.sum()), total + sum(self.index.shards[shard].samples for shard in shards)
+                taken, total = (
+                    taken + int(counts.sum()),
+                    total + sum(self.index.shards[shard].samples for shard in shards),
+                )
                 epoch += 1
         if taken < total:
             log.warning(
-                "data.train: %.2g%% of the images are left out of an epoch, as one of %d readers has fewer than %d of a class",
+                "data.train: %.2g%% of the images are left out of an epoch, as one of %d readers has fewer "
+                "than %d of a class",
                 *(100 * (1 - taken / total), readers, self.num_references),
             )
 
@@ -147,16 +179,23 @@ class StreamDataset(IterableDataset):
             shards, counts = self.share(epoch, reader, readers)
             length = num_groups(counts, self.num_references)
             if done < length:
-                shuffle = wds.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=random.Random(f"{self.seed}/{epoch}/{reader}"))
+                shuffle = wds.shuffle(
+                    SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=random.Random(f"{self.seed}/{epoch}/{reader}")
+                )
                 grouped = partial(self.grouped, counts=counts)
-                pipeline = wds.DataPipeline(partial(iter, shards), self.read_shards, shuffle, grouped, wds.slice(done, None))
+                pipeline = wds.DataPipeline(
+                    partial(iter, shards), self.read_shards, shuffle, grouped, wds.slice(done, None)
+                )
                 for row in pipeline:
                     yield epoch, row
             done = max(0, done - length)
             epoch += 1
 
-    def grouped(self, samples: Iterator[StreamedSample], counts: np.ndarray) -> Iterator[list[StreamedSample]]:
-        """Rows of R samples of one class, in order of completion; ``counts`` are the samples to take of each class.
+    def grouped(
+        self, samples: Iterator[StreamedSample], counts: np.ndarray
+    ) -> Iterator[list[StreamedSample]]:
+        """Rows of R samples of one class, in order of completion; ``counts`` are the samples to take of each
+        class.
 
         The last row of a class is completed with samples of its previous row.
         """
@@ -187,7 +226,11 @@ class StreamDataset(IterableDataset):
                 content = payload(raw, name)
                 if raw and content is None:  # members separated from their image
                     continue
-                if content is None or raw["__key__"] != self.index.key_of(sample) or len(content) != self.index.size[sample]:
+                if (
+                    content is None
+                    or raw["__key__"] != self.index.key_of(sample)
+                    or len(content) != self.index.size[sample]
+                ):
                     break
                 yield self.checked(sample, content)
                 sample += 1
@@ -209,7 +252,10 @@ class StreamDataset(IterableDataset):
         return StreamedSample(sample, content)
 
     def decoded(self, rows: Iterator[tuple[int, list[StreamedSample]]]) -> Iterator[tuple[list[int], Tensor]]:
-        """(samples, values [R, ...]). With ``on_bad_sample: skip`` the next readable row replaces a bad one."""
+        """(samples, values [R, ...]).
+
+        With ``on_bad_sample: skip`` the next readable row replaces a bad one.
+        """
         bad, skipped = 0, 0
         for epoch, row in rows:
             try:
@@ -218,7 +264,9 @@ class StreamDataset(IterableDataset):
                 if not self.skip or bad > len(self.index):  # in the latter case nothing is readable
                     raise
                 bad, skipped = bad + 1, skipped + 1
-                log.warning("bad sample %s; the next row is used instead (%d skipped by this process)", error, skipped)
+                log.warning(
+                    "bad sample %s; the next row is used instead (%d skipped by this process)", error, skipped
+                )
                 continue
             for _ in range(bad + 1):
                 yield [sample for sample, _, _ in row], values
@@ -228,13 +276,21 @@ class StreamDataset(IterableDataset):
         """The values of a sample; raises ``ValueError`` if it is unreadable."""
         sample, content, problem = streamed
         if content is None:
-            raise ValueError(f"{self.index.name_of(sample)}: got {problem}; allowed: a sample that can be read.")
+            raise ValueError(
+                f"{self.index.name_of(sample)}: got {problem}; allowed: a sample that can be read."
+            )
         return self.decode(content, sample, epoch)
 
 
 def payload(raw: dict[str, Any], shard: str) -> Optional[bytes]:
-    """The image or latents of a webdataset sample. Raises ``ValueError`` for a pickle, whatever ``on_bad_sample`` says."""
+    """The image or latents of a webdataset sample.
+
+    Raises ``ValueError`` for a pickle, whatever ``on_bad_sample`` says.
+    """
     for member in raw:
         if member.rpartition(".")[2] in PICKLE_MEMBERS:
-            raise ValueError(f"{shard}: sample {raw['__key__']!r} has a pickle (.{member}), which could run any code; refused.")
+            raise ValueError(
+                f"{shard}: sample {raw['__key__']!r} has a pickle (.{member}), which could run any code; "
+                "refused."
+            )
     return next((raw[member] for member in (*IMAGE_MEMBERS, LATENT_MEMBER) if member in raw), None)

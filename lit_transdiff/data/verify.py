@@ -21,10 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def verify(folder: str | Path, workers: int = 0) -> ShardIndex:
-    """Compare the SHA-256 of every shard with the index; raises ``ValueError`` with the shards and samples that differ."""
+    """Compare the SHA-256 of every shard with the index; raises ``ValueError`` with the shards and samples
+    that differ.
+    """
     index = read_index(folder)
     sums = set(in_processes(named_sum, ((index.folder / shard.name,) for shard in index.shards), workers))
-    differing = [number for number, shard in enumerate(index.shards) if (shard.name, shard.sha256) not in sums]
+    differing = [
+        number for number, shard in enumerate(index.shards) if (shard.name, shard.sha256) not in sums
+    ]
     if differing:
         names = ", ".join(index.shards[number].name for number in differing)
         samples = [sample for number in differing for sample in damaged_samples(index, number)]
@@ -53,16 +57,26 @@ def listed_samples(index: ShardIndex, samples: Sequence[int]) -> str:
     """Damaged samples as part of a message."""
     if index.checksum is None:
         return ""
-    listed = ", ".join(f"{index.name_of(sample)} (byte {index.offset[sample]})" for sample in samples[:LISTED_SAMPLES])
+    listed = ", ".join(
+        f"{index.name_of(sample)} (byte {index.offset[sample]})" for sample in samples[:LISTED_SAMPLES]
+    )
     more = ", ..." if len(samples) > LISTED_SAMPLES else ""
-    return f" Damaged samples: {listed}{more}." if samples else " No sample is damaged: only names, labels or gaps between them."
+    return (
+        f" Damaged samples: {listed}{more}."
+        if samples
+        else " No sample is damaged: only names, labels or gaps between them."
+    )
 
 
-def index_again(folder: str | Path, class_names: ClassNames = None, workers: int = 0, label: str = LABEL_MEMBER) -> ShardIndex:
-    """Index the shards of a folder. Where they have an index, its class names, seed and latents stay, and it gets what it lacks.
+def index_again(
+    folder: str | Path, class_names: ClassNames = None, workers: int = 0, label: str = LABEL_MEMBER
+) -> ShardIndex:
+    """Index the shards of a folder.
 
-    Raises ``ValueError`` for a shard that is as long as in that index and differs from it: it is damaged, and would be indexed as
-    sound.
+    Where they have an index, its class names, seed and latents stay, and it gets what it lacks.
+
+    Raises ``ValueError`` for a shard that is as long as in that index and differs from it: it is damaged, and
+    would be indexed as sound.
     """
     folder = Path(folder)
     before = index_of(folder)
@@ -73,21 +87,29 @@ def index_again(folder: str | Path, class_names: ClassNames = None, workers: int
     names = class_names or before.class_names
     index = index_shards(folder, names, before.seed, before.latents, workers, save=False, label=label)
     now = {(shard.name, shard.bytes): shard.sha256 for shard in index.shards}
-    differing = [shard.name for shard in before.shards if now.get((shard.name, shard.bytes), shard.sha256) != shard.sha256]
+    differing = [
+        shard.name
+        for shard in before.shards
+        if now.get((shard.name, shard.bytes), shard.sha256) != shard.sha256
+    ]
     if differing:
         raise ValueError(
-            f"{folder}: {', '.join(differing)}: not what was indexed, and as long: damaged. Copy them again, or make the shards "
+            f"{folder}: {', '.join(differing)}: not what was indexed, and as long: damaged. Copy them again, "
+            "or make the shards "
             "again. If you replaced them, remove index.json and start this command again."
         )
     if (index.shards, index.class_names) == (before.shards, before.class_names):
-        index.save_sidecar((folder / "index.json").read_bytes())  # which stays, to the byte: runs know their data by it
+        # which stays, to the byte: runs know their data by it
+        index.save_sidecar((folder / "index.json").read_bytes())
     else:
         index.save()
     return index
 
 
 def index_of(folder: Path) -> Optional[ShardIndex]:
-    """The index that a folder has, of shards that are there or not; nothing, with a warning, where it is damaged."""
+    """The index that a folder has, of shards that are there or not; nothing, with a warning, where it is
+    damaged.
+    """
     try:
         return read_index(folder, check_files=False)
     except FileNotFoundError:

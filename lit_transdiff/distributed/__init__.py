@@ -1,6 +1,12 @@
 """Strategies of distributed training, by name."""
 
-from lit_transdiff.distributed.strategies import STRATEGIES, StrategyKind, check_distributed, strategy_name, trainer_settings
+from lit_transdiff.distributed.strategies import (
+    STRATEGIES,
+    StrategyKind,
+    check_distributed,
+    strategy_name,
+    trainer_settings,
+)
 from lit_transdiff.distributed.world import (
     accumulation,
     build_fabric,

@@ -21,8 +21,8 @@ MEETING_POLL = 0.1  # seconds
 def join(backend: str, timeout: timedelta) -> None:
     """Make the process group in a part of torchrun's store that only the ranks of this attempt use.
 
-    The store outlives the ranks, and PyTorch uses the same part for every attempt: ranks would read the addresses of the
-    previous attempt and wait for them. Without a store of torchrun there is nothing to do.
+    The store outlives the ranks, and PyTorch uses the same part for every attempt: ranks would read the
+    addresses of the previous attempt and wait for them. Without a store of torchrun there is nothing to do.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -35,7 +35,9 @@ def join(backend: str, timeout: timedelta) -> None:
         store = TCPStore(address, port, is_master=False, timeout=timeout)
         place = PrefixStore(agree(store, rank, world, timeout), store)
     except RuntimeError as error:
-        raise RankFailed(f"rank {rank} of {world} does not meet the others at {address}:{port}: {error}") from error
+        raise RankFailed(
+            f"rank {rank} of {world} does not meet the others at {address}:{port}: {error}"
+        ) from error
     torch.distributed.init_process_group(backend, store=place, rank=rank, world_size=world, timeout=timeout)
     atexit.register(close_connections)
 
@@ -49,9 +51,10 @@ def close_connections() -> None:
 def agree(store: Store, rank: int, world: int, timeout: timedelta) -> str:
     """A name shared by the ``world`` ranks of this attempt and by no earlier ones.
 
-    Raises ``RankFailed``, or the store's ``RuntimeError``, after ``timeout``. torchrun's count of restarts cannot serve,
-    because each node counts its own. Instead the first rank writes a new name, every other rank answers it with a word of
-    its own, and accepts the name when the first rank has repeated this word: the author of an older name cannot know it.
+    Raises ``RankFailed``, or the store's ``RuntimeError``, after ``timeout``. torchrun's count of restarts
+    cannot serve, because each node counts its own. Instead the first rank writes a new name, every other rank
+    answers it with a word of its own, and accepts the name when the first rank has repeated this word: the
+    author of an older name cannot know it.
     """
     word, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank == 0:

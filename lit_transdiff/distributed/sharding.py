@@ -1,4 +1,5 @@
-"""The checkpoints of all strategies here, derived from their tensor storage; any strategy can resume any other's.
+"""The checkpoints of all strategies here, derived from their tensor storage; any strategy can resume any
+other's.
 
 Lightning's own ``ModelCheckpoint`` works as well if every rank has unsharded tensors.
 """
@@ -44,7 +45,9 @@ class Sharding(Holders):
 
     @torch.no_grad()
     def load_slices(self, checkpoint: Checkpoint) -> None:
-        """Fill all holders and their optimizer states from a checkpoint of any strategy and any number of ranks."""
+        """Fill all holders and their optimizer states from a checkpoint of any strategy and any number of
+        ranks.
+        """
         check_shapes(checkpoint, parameter_shapes(self.stage))
         for holder in self.holders():
             for piece in holder.pieces:
@@ -63,11 +66,16 @@ class Sharding(Holders):
         if state not in states:
             dtype = torch.float32 if state.startswith(EMA) else tensor.dtype
             counter = state == "step"  # a fused optimizer counts on the device
-            states[state] = torch.zeros((), device=tensor.device) if counter else torch.zeros_like(tensor, dtype=dtype)
+            states[state] = (
+                torch.zeros((), device=tensor.device) if counter else torch.zeros_like(tensor, dtype=dtype)
+            )
         return cast(Tensor, states[state])
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restore model and optimizer; the returned state restores Lightning's loops, schedules and callbacks.
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Restore model and optimizer; the returned state restores Lightning's loops, schedules and
+        callbacks.
 
         A file of Lightning's ``ModelCheckpoint`` is returned as it is, and Lightning restores from it.
         """
@@ -90,7 +98,8 @@ class Sharding(Holders):
         """The state of training without weights and optimizer states."""
         with self.tensors_left_out():
             state = dict(self.stage.trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
-        for name in ("state_dict", "optimizer_states", "hparams_name", "hyper_parameters"):  # ours are stored separately
+        # ours are stored separately
+        for name in ("state_dict", "optimizer_states", "hparams_name", "hyper_parameters"):
             state.pop(name, None)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         buffers = {name: value.detach().cpu().clone() for name, value in self.buffers().items()}
@@ -98,7 +107,9 @@ class Sharding(Holders):
 
     @contextmanager
     def tensors_left_out(self) -> Iterator[None]:
-        """Within the block, Lightning's checkpoint has no tensors; our own checkpoints store them as slices."""
+        """Within the block, Lightning's checkpoint has no tensors; our own
+        checkpoints store them as slices.
+        """
         self.without_tensors = True
         try:
             yield
@@ -116,8 +127,10 @@ class Sharding(Holders):
         """Lightning's base strategy. Raises ``ValueError`` if tensors are sharded."""
         if not self.is_whole:
             raise ValueError(
-                f"ModelCheckpoint, Trainer.save_checkpoint: strategy {type(self).__name__} holds tensors in parts, which they "
-                "would leave out; allowed: the checkpoints that lit_transdiff.train writes by itself, or strategy single or ddp."
+                f"ModelCheckpoint, Trainer.save_checkpoint: strategy {type(self).__name__} holds tensors in "
+                "parts, which they "
+                "would leave out; allowed: the checkpoints that lit_transdiff.train writes by itself, or "
+                "strategy single or ddp."
             )
         return super()
 
@@ -135,7 +148,9 @@ def check_shapes(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
     saved = checkpoint.shapes
     for name in saved.keys() | shapes.keys():
         if saved.get(name) != shapes.get(name):
-            raise ValueError(f"{checkpoint.folder / TRAINING}: {name}: {saved.get(name)} there, {shapes.get(name)} here.")
+            raise ValueError(
+                f"{checkpoint.folder / TRAINING}: {name}: {saved.get(name)} there, {shapes.get(name)} here."
+            )
 
 
 def place_loops(loop: dict[str, Any], micro_steps: int) -> None:
@@ -144,6 +159,11 @@ def place_loops(loop: dict[str, Any], micro_steps: int) -> None:
     The checkpoint's counters depend on its accumulation, which may differ from that of this run.
     """
     epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    batch = {"ready": micro_steps, "started": micro_steps, "processed": micro_steps, "completed": micro_steps - 1}
+    batch = {
+        "ready": micro_steps,
+        "started": micro_steps,
+        "processed": micro_steps,
+        "completed": micro_steps - 1,
+    }
     loop["epoch_progress"].update(total=dict(epoch), current=dict(epoch))
     loop["epoch_loop.batch_progress"].update(total=dict(batch), current=dict(batch), is_last_batch=False)

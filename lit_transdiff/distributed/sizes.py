@@ -6,7 +6,13 @@ from lit_transdiff.base.hardware import DEVICES
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.data.processes import most_processes
 from lit_transdiff.distributed.strategies import STRATEGIES, strategy_name
-from lit_transdiff.distributed.world import accelerator_and_devices, launched, micro_batch_size, num_nodes, world_size
+from lit_transdiff.distributed.world import (
+    accelerator_and_devices,
+    launched,
+    micro_batch_size,
+    num_nodes,
+    world_size,
+)
 from lit_transdiff.models.sizes import (
     FLOAT_BYTES,
     Room,
@@ -25,12 +31,20 @@ NODE, CLUSTER = 8, 1024  # GPUs assumed to share weights, or a batch, when a run
 def check_sizes(run: RunConfig, outline: bool = False) -> None:
     """Refuse sizes that do not fit into memory, and more processes than this machine can run.
 
-    With ``outline`` the run is not started here: without configured devices it may be meant for the largest machines.
+    With ``outline`` the run is not started here: without configured devices it may be meant for the largest
+    machines.
     """
     devices, most = accelerator_and_devices(run), most_processes()
-    require(run.data.num_workers <= most, "data.num_workers", run.data.num_workers, f"at most {most} on this machine")
+    require(
+        run.data.num_workers <= most,
+        "data.num_workers",
+        run.data.num_workers,
+        f"at most {most} on this machine",
+    )
     if devices[0] == "cpu":
-        require(devices[1] <= most, "distributed.devices", devices[1], f"at most {most} processes on this machine")
+        require(
+            devices[1] <= most, "distributed.devices", devices[1], f"at most {most} processes on this machine"
+        )
     elsewhere = outline and run.distributed.devices is None and num_nodes(run) == 1 and launched() == (1, 0)
     room = room_here(devices[0])
     if elsewhere:
@@ -53,14 +67,19 @@ def check_weights(run: RunConfig, room: Room) -> None:
             shape = {f"model__{name}": getattr(model, name) for name in names}
             room.require(FLOAT_BYTES * copies / parts * least, **shape)
     elif run.stage == "autoencoder":
-        shape = {f"autoencoder_training__{name}": getattr(training, name) for name in ("block_channels", "layers_per_block")}
+        shape = {
+            f"autoencoder_training__{name}": getattr(training, name)
+            for name in ("block_channels", "layers_per_block")
+        }
         room.require(2 * FLOAT_BYTES * least_of_autoencoder(training), **shape)
 
 
 def check_batch(run: RunConfig, rows: int, room: Room) -> None:
     """Check the images of a pass and their activations."""
     training = run.training
-    batch = {f"training__{name}": getattr(training, name) for name in ("global_batch_size", "micro_batch_size")}
+    batch = {
+        f"training__{name}": getattr(training, name) for name in ("global_batch_size", "micro_batch_size")
+    }
     if run.stage in PREPARATORY:
         room.require(bytes_of_images(run.data, rows), **batch, data__image_size=run.data.image_size)
         return
@@ -73,4 +92,8 @@ def check_drawing(run: RunConfig, room: Room) -> None:
     """Check the images that are sampled together for a score."""
     settings = run.evaluation
     rows = min(settings.batch_size, settings.num_images)
-    room.require(least_of_drawing(run, rows), evaluation__batch_size=settings.batch_size, data__image_size=run.data.image_size)
+    room.require(
+        least_of_drawing(run, rows),
+        evaluation__batch_size=settings.batch_size,
+        data__image_size=run.data.image_size,
+    )

@@ -57,8 +57,8 @@ BUCKETS = 2 * 200_000_000 * 4.0  # bytes of DeepSpeed's two gradient buffers
 class StrategyKind:
     """A strategy: its constructor, communication volume, sharded parts and supported settings.
 
-    ``traffic``: bytes that a GPU sends per step, from the bytes of a ring over the weights, those of a ring over the
-    gradients, and the number of passes.
+    ``traffic``: bytes that a GPU sends per step, from the bytes of a ring over the weights, those of a ring
+    over the gradients, and the number of passes.
     """
 
     build: Callable[[RunConfig], Strategy]
@@ -82,7 +82,9 @@ class StrategyKind:
 
 
 def build_single(run: RunConfig) -> Strategy:
-    return Single(torch.device("cuda", 0) if accelerator_and_devices(run)[0] == "gpu" else torch.device("cpu"))
+    return Single(
+        torch.device("cuda", 0) if accelerator_and_devices(run)[0] == "gpu" else torch.device("cpu")
+    )
 
 
 def build_ddp(run: RunConfig) -> Strategy:
@@ -159,7 +161,12 @@ def strategy_name(run: RunConfig) -> str:
     allowed = f"{' or '.join(wholes)} in stage {run.stage}"
     require(kind.whole or run.stage not in PREPARATORY, "distributed.strategy", name, allowed)
     precision = run.training.precision
-    require(kind.whole or precision in EVERYWHERE, "training.precision", precision, f"{EVERYWHERE} with strategy {name}")
+    require(
+        kind.whole or precision in EVERYWHERE,
+        "training.precision",
+        precision,
+        f"{EVERYWHERE} with strategy {name}",
+    )
     offload, places = run.distributed.offload, " or ".join(map(repr, kind.offloads))
     require(offload in kind.offloads, "distributed.offload", offload, f"{places} with strategy {name}")
     parameters = run.distributed.offload_parameters
@@ -167,7 +174,9 @@ def strategy_name(run: RunConfig) -> str:
     require(possible, "distributed.offload_parameters", parameters, f"false with strategy {name}")
     if run.optimizer.name == "muon":
         takers = [taker for taker, other in STRATEGIES.items() if other.takes_muon]
-        require(kind.takes_muon, "distributed.strategy", name, f"{', '.join(takers)} with optimizer.name=muon")
+        require(
+            kind.takes_muon, "distributed.strategy", name, f"{', '.join(takers)} with optimizer.name=muon"
+        )
         require(offload == "none", "distributed.offload", offload, "'none' with optimizer.name=muon")
     return name
 

@@ -24,9 +24,19 @@ def accelerator_and_devices(run: RunConfig) -> tuple[str, int]:
     config = run.distributed
     gpus = torch.cuda.device_count()
     accelerator = ("gpu" if gpus else "cpu") if config.accelerator == "auto" else config.accelerator
-    require(accelerator == "cpu" or gpus > 0, "distributed.accelerator", config.accelerator, "cpu, as there is no GPU here")
+    require(
+        accelerator == "cpu" or gpus > 0,
+        "distributed.accelerator",
+        config.accelerator,
+        "cpu, as there is no GPU here",
+    )
     devices = config.devices or launched()[0]
-    require(accelerator == "cpu" or devices <= gpus, "distributed.devices", devices, f"at most the {gpus} GPUs of this node")
+    require(
+        accelerator == "cpu" or devices <= gpus,
+        "distributed.devices",
+        devices,
+        f"at most the {gpus} GPUs of this node",
+    )
     return accelerator, devices
 
 
@@ -95,12 +105,19 @@ def precision_of(run: RunConfig) -> str:
     if precision == "fp16-mixed" and accelerator == "cpu":
         log.warning("training.precision: CPUs have no fp16-mixed; bf16-mixed is used")
         precision = "bf16-mixed"
-    return {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "fp16-mixed": "16-mixed", "bf16-true": "bf16-mixed"}[precision]
+    return {
+        "fp32": "32-true",
+        "bf16-mixed": "bf16-mixed",
+        "fp16-mixed": "16-mixed",
+        "bf16-true": "bf16-mixed",
+    }[precision]
 
 
 def compute_dtype(run: RunConfig) -> torch.dtype:
     """The dtype of matrix products."""
-    return {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision_of(run)]
+    return {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[
+        precision_of(run)
+    ]
 
 
 def default_device() -> torch.device:

@@ -39,7 +39,10 @@ def check_nvme(config: DistributedConfig, on_cpu: bool) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.accelerator import get_accelerator
 
-    allowed = "'none' or 'cpu', as DeepSpeed's async_io cannot be built (it needs a C++ compiler and libaio-dev; see ds_report)"
+    allowed = (
+        "'none' or 'cpu', as DeepSpeed's async_io cannot be built (it needs a C++ compiler and libaio-dev; "
+        "see ds_report)"
+    )
     builder = get_accelerator().get_op_builder("AsyncIOBuilder")()
     require(builder.is_compatible(verbose=False), "distributed.offload", config.offload, allowed)
 
@@ -48,9 +51,18 @@ class ZeRO(Sharding, DeepSpeedStrategy):
     """ZeRO ``stage`` 1 (optimizer and averages sharded), 2 (and gradients), 3 (and parameters)."""
 
     def __init__(
-        self, stage: int, config: DistributedConfig, *, micro_batch: int, on_cpu: bool, bf16: bool, timeout: timedelta
+        self,
+        stage: int,
+        config: DistributedConfig,
+        *,
+        micro_batch: int,
+        on_cpu: bool,
+        bf16: bool,
+        timeout: timedelta,
     ) -> None:
-        buckets: dict[str, Any] = {} if not on_cpu else dict(reduce_bucket_size=CPU_BUCKET, allgather_bucket_size=CPU_BUCKET)
+        buckets: dict[str, Any] = (
+            {} if not on_cpu else dict(reduce_bucket_size=CPU_BUCKET, allgather_bucket_size=CPU_BUCKET)
+        )
         offload = config.offload != "none"
         super().__init__(
             stage=stage,
@@ -72,7 +84,11 @@ class ZeRO(Sharding, DeepSpeedStrategy):
             self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         if bf16:
             # Reduce gradients in float32, as DDP does.
-            self.config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+            self.config["torch_autocast"] = {
+                "enabled": True,
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            }
 
     # --- tensors -------------------------------------------------------------------------------------------
 
@@ -108,7 +124,9 @@ class ZeRO(Sharding, DeepSpeedStrategy):
             if on_disk:
                 zero._optimizer_states_and_gradient_swap_in(i)
             offsets = [zero.grad_position[zero.get_param_id(p)][1] for p in group]
-            pieces = tuple(self.slice_of(p, names[p], offset) for p, offset in zip(group, offsets, strict=True))
+            pieces = tuple(
+                self.slice_of(p, names[p], offset) for p, offset in zip(group, offsets, strict=True)
+            )
             yield Holder(zero.fp32_partitioned_groups_flat[i], pieces)
             if on_disk:
                 zero._optimizer_states_and_gradient_swap_out(i)
@@ -139,7 +157,8 @@ class ZeRO(Sharding, DeepSpeedStrategy):
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm, dtype=torch.float32)
 
-    # --- gradient accumulation: Lightning's boundary, scaled once (both libraries divide by the number of passes)
+    # --- gradient accumulation: Lightning's boundary, scaled once (both libraries divide by the number of
+    # passes)
 
     @property
     def handles_gradient_accumulation(self) -> bool:
@@ -201,4 +220,6 @@ class ZeRO(Sharding, DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         """This rank's device."""
-        return torch.device("cpu", self.local_rank) if getattr(self, "_numbered", False) else super().root_device
+        return (
+            torch.device("cpu", self.local_rank) if getattr(self, "_numbered", False) else super().root_device
+        )

@@ -56,7 +56,9 @@ class BatchFiles:
         """Whether the batch has been sampled and its file is complete."""
         if not zipfile.is_zipfile(self.path(batch)):
             return False
-        return self.published is None or any(png(f, batch[-1]).is_file() for f in (self.images, self.published))
+        return self.published is None or any(
+            png(f, batch[-1]).is_file() for f in (self.images, self.published)
+        )
 
     def missing(self) -> list[range]:
         return [batch for batch in self.batches() if not self.done(batch)]
@@ -114,7 +116,9 @@ def open_batch_files(files: BatchFiles, fabric: Fabric | None) -> list[range]:
     seen = wait_until(lambda: file.is_file() and file.read_text() == token, SHARED_LIMIT)
     all_see = all(fabric.broadcast(seen, src=rank) for rank in range(fabric.world_size))
     place = str(files.folder.parent)
-    require(all_see, "output", place, "a folder that the processes of all nodes share; name another with --output")
+    require(
+        all_see, "output", place, "a folder that the processes of all nodes share; name another with --output"
+    )
     return missing
 
 

@@ -26,7 +26,9 @@ from lit_transdiff.models.autoencoder import load_autoencoder
 
 
 @torch.no_grad()
-def best_scores(run: RunConfig, source: str | Path, device: torch.device | str = "cpu") -> dict[str, dict[str, Score]]:
+def best_scores(
+    run: RunConfig, source: str | Path, device: torch.device | str = "cpu"
+) -> dict[str, dict[str, Score]]:
     """Scores of ``evaluation.num_images`` images of ``source``, as real images and reconstructions.
 
     Raises ``ValueError`` for too few images of a class, for other classes, and for the images of the
@@ -41,7 +43,9 @@ def best_scores(run: RunConfig, source: str | Path, device: torch.device | str =
     check_counts(settings.num_images, counts, index)
     same_classes = extractor.num_classes == run.model.num_classes
     reference = reference_of(run, source, settings, extractor, same_classes)
-    autoencoder = load_autoencoder(run.autoencoder.kind, run.autoencoder.path, run.data.image_channels).to(device)
+    autoencoder = load_autoencoder(run.autoencoder.kind, run.autoencoder.path, run.data.image_channels).to(
+        device
+    )
     found: dict[str, list[Features]] = {"real images": [], "reconstructions": []}
     spatial = "spatial features" in needed_by(metrics)
     shown: list[Tensor] = []
@@ -52,24 +56,40 @@ def best_scores(run: RunConfig, source: str | Path, device: torch.device | str =
         found["reconstructions"].append(extractor(again, spatial=spatial))
         shown.append(classes)
     asked = torch.cat(shown)
-    return {name: compute_scores(scored(batches, asked, same_classes), reference, settings) for name, batches in found.items()}
+    return {
+        name: compute_scores(scored(batches, asked, same_classes), reference, settings)
+        for name, batches in found.items()
+    }
 
 
 def check_counts(number: int, counts: Tensor, index: ShardIndex) -> None:
     """Refuse shards with too few images of a class."""
     for c, (needed, has) in enumerate(zip(counts.tolist(), index.class_counts.tolist(), strict=True)):
-        require(needed <= has, "evaluation.num_images", number, f"fewer: {needed} would be of class {c}, which has {has} images")
+        require(
+            needed <= has,
+            "evaluation.num_images",
+            number,
+            f"fewer: {needed} would be of class {c}, which has {has} images",
+        )
 
 
 def reference_of(
-    run: RunConfig, source: str | Path, settings: EvaluationConfig, extractor: FeatureExtractor, same_classes: bool
+    run: RunConfig,
+    source: str | Path,
+    settings: EvaluationConfig,
+    extractor: FeatureExtractor,
+    same_classes: bool,
 ) -> Statistics | None:
     """Load the reference with everything that the metrics need; refuse a reference of ``source`` itself."""
     reference = load_statistics(settings.reference) if settings.reference else None
     if reference is not None:
         check_extractor(reference, extractor)
-        same = reference.about.get("settings", {}).get("source_hash") == made_of(source, run.data)["source_hash"]
-        require(not same, "the images", str(source), f"others than those that {settings.reference} was made of")
+        same = (
+            reference.about.get("settings", {}).get("source_hash") == made_of(source, run.data)["source_hash"]
+        )
+        require(
+            not same, "the images", str(source), f"others than those that {settings.reference} was made of"
+        )
     have = there(
         reference,
         logits=extractor.gives_logits,
@@ -90,7 +110,8 @@ def chosen(run: RunConfig, source: str | Path, counts: Tensor) -> Iterator[tuple
     """The first ``counts`` [K] images [B, C, H, W] of each class with their classes [B], in shard order."""
     left = counts.clone()
     for batch in batches_of(source, run.data, run.evaluation.batch_size):
-        rank = torch.stack([(batch.labels[:i] == c).sum() for i, c in enumerate(batch.labels)])  # within its class, in the batch
+        # within its class, in the batch
+        rank = torch.stack([(batch.labels[:i] == c).sum() for i, c in enumerate(batch.labels)])
         keep = rank < left[batch.labels]
         left -= batch.labels[keep].bincount(minlength=len(left))
         if keep.any():
@@ -102,6 +123,10 @@ def chosen(run: RunConfig, source: str | Path, counts: Tensor) -> Iterator[tuple
 def scored(batches: list[Features], labels: Tensor, same_classes: bool) -> Scored:
     """Concatenate all batches of an extractor."""
     features = torch.cat([batch.features for batch in batches])
-    logits = torch.cat([batch.logits for batch in batches if batch.logits is not None]) if batches[0].logits is not None else None
+    logits = (
+        torch.cat([batch.logits for batch in batches if batch.logits is not None])
+        if batches[0].logits is not None
+        else None
+    )
     spatial = [batch.spatial for batch in batches if batch.spatial is not None]
     return Scored(features, labels, logits, same_classes, None, gaussian_of(spatial) if spatial else None)

@@ -27,8 +27,15 @@ def standard_errors(
     counts = dict.fromkeys(OF_DRAWN, len(features))
     if reference is not None and reference.has_features:
         counts |= dict.fromkeys(OF_REAL, reference.num_features)
-    found = {name: error_of_share(value(scores[name]), count) for name, count in counts.items() if name in scores}
-    if "frechet_distance" in scores and reference is not None and features.shape[1] <= MOST_FEATURES and len(features) > GROUPS:
+    found = {
+        name: error_of_share(value(scores[name]), count) for name, count in counts.items() if name in scores
+    }
+    if (
+        "frechet_distance" in scores
+        and reference is not None
+        and features.shape[1] <= MOST_FEATURES
+        and len(features) > GROUPS
+    ):
         found["frechet_distance"] = error_of_distance(features, labels, reference.gaussian)
     return found
 
@@ -43,5 +50,7 @@ def error_of_distance(features: Tensor, labels: Tensor, real: Gaussian) -> float
     """The jackknife error over GROUPS groups of images, each with an equal part of every class."""
     group = torch.empty_like(labels)
     group[labels.argsort(stable=True)] = torch.arange(len(labels)) % GROUPS
-    without = torch.tensor([frechet(gaussian_of([features[group != g]]), real) for g in range(GROUPS)], dtype=torch.float64)
+    without = torch.tensor(
+        [frechet(gaussian_of([features[group != g]]), real) for g in range(GROUPS)], dtype=torch.float64
+    )
     return math.sqrt((GROUPS - 1) * float(without.var(correction=0)))

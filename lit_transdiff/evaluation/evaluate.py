@@ -21,11 +21,23 @@ from lit_transdiff.base.files import read_json, require_space
 from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.config import EvaluationConfig, SamplingConfig, unknown
 from lit_transdiff.data.pixels import from_bytes
-from lit_transdiff.evaluation.batch_files import BatchFiles, open_batch_files, wait_for_batches, wait_for_scores
+from lit_transdiff.evaluation.batch_files import (
+    BatchFiles,
+    open_batch_files,
+    wait_for_batches,
+    wait_for_scores,
+)
 from lit_transdiff.evaluation.errors import standard_errors
 from lit_transdiff.evaluation.features import Features
 from lit_transdiff.evaluation.images import write_npz, write_pngs
-from lit_transdiff.evaluation.job import Job, draw_batch, images_of_a_class, prepare_job, score, with_reference
+from lit_transdiff.evaluation.job import (
+    Job,
+    draw_batch,
+    images_of_a_class,
+    prepare_job,
+    score,
+    with_reference,
+)
 from lit_transdiff.evaluation.results import manifest, result_file, write_result
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid
@@ -48,7 +60,10 @@ class Output:
     @property
     def places(self) -> dict[str, Path]:
         """The paths of the saved images."""
-        all_places = {"npz": self.file.with_suffix(".npz"), "folder": self.file.with_name(f"{self.file.stem}-images")}
+        all_places = {
+            "npz": self.file.with_suffix(".npz"),
+            "folder": self.file.with_name(f"{self.file.stem}-images"),
+        }
         return {kind: all_places[kind] for kind in self.saved}
 
     @property
@@ -77,7 +92,8 @@ def evaluate(
     reuse: bool = False,
     save_images: str | None = None,
 ) -> dict[str, Any]:
-    """Score ``settings.num_images`` images and write ``output/evaluations/<run>-<hash>.json`` and its picture ``.png``.
+    """Score ``settings.num_images`` images and write ``output/evaluations/<run>-<hash>.json`` and its picture
+    ``.png``.
 
     The hash covers all settings that affect the scores: the same settings replace the file (or, with
     ``reuse``, return its content without sampling), other settings create another file. In an MRAR row (R >
@@ -113,7 +129,9 @@ def evaluate(
     return out.result()
 
 
-def draw_and_score(job: Job, output: Output, record: dict[str, Any], fabric: Fabric | None, start: float) -> None:
+def draw_and_score(
+    job: Job, output: Output, record: dict[str, Any], fabric: Fabric | None, start: float
+) -> None:
     """Sample the missing batches on all ranks; then rank 0 writes the result, for which the others wait."""
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     files = output.batch_files(job)
@@ -139,7 +157,9 @@ def bytes_to_write(job: Job, missing: int) -> int:
     return size**2 * (3 * job.settings.num_images + job.generator.run.data.image_channels * missing)
 
 
-def draw_missing(job: Job, files: BatchFiles, batches: Sequence[range], saved: Sequence[str], progress: bool) -> None:
+def draw_missing(
+    job: Job, files: BatchFiles, batches: Sequence[range], saved: Sequence[str], progress: bool
+) -> None:
     """Sample ``batches`` and write each to ``files``: features, numbers, and the images to show or save."""
     shown = set(choose_shown(job.labels).flatten().tolist())
     with tqdm(total=sum(map(len, batches)), desc="images", disable=not progress) as bar:
@@ -148,16 +168,27 @@ def draw_missing(job: Job, files: BatchFiles, batches: Sequence[range], saved: S
             if "folder" in saved:
                 write_pngs(files.images, drawn.pixels, batch)
             keep = [i for i in batch if "npz" in saved or i in shown]
-            arrays = {name: value.cpu().numpy() for name, value in drawn.features._asdict().items() if value is not None}
-            arrays |= {"kept": np.array(keep, dtype=np.int64), "pixels": drawn.pixels[[i - batch.start for i in keep]].numpy()}
+            arrays = {
+                name: value.cpu().numpy()
+                for name, value in drawn.features._asdict().items()
+                if value is not None
+            }
+            arrays |= {
+                "kept": np.array(keep, dtype=np.int64),
+                "pixels": drawn.pixels[[i - batch.start for i in keep]].numpy(),
+            }
             files.write(batch, arrays | {"cost": np.array([drawn.seconds, drawn.evaluations])})
             bar.update(len(batch))
 
 
-def finish_evaluation(job: Job, files: BatchFiles, output: Output, record: dict[str, Any], start: float) -> None:
+def finish_evaluation(
+    job: Job, files: BatchFiles, output: Output, record: dict[str, Any], start: float
+) -> None:
     """Score all batches, complete ``record`` and write the result and the images. Only rank 0 does this."""
     features = torch.from_numpy(np.concatenate(list(files.each("features"))))
-    logits = torch.from_numpy(np.concatenate(list(files.each("logits")))) if job.extractor.gives_logits else None
+    logits = (
+        torch.from_numpy(np.concatenate(list(files.each("logits")))) if job.extractor.gives_logits else None
+    )
     job = with_reference(job, output.file.parent)
     scores = score(job, Features(features, logits), map(torch.from_numpy, files.each("spatial")))
     seconds, evaluations = np.stack(list(files.each("cost"))).sum(axis=0).tolist()
@@ -168,7 +199,9 @@ def finish_evaluation(job: Job, files: BatchFiles, output: Output, record: dict[
         "wall_seconds": time.time() - start,  # of the whole command
     }
     shown = choose_shown(job.labels)
-    picture = sample_picture(drawn_images(files, shown), job.labels[shown], job.generator.class_names, output.file.stem)
+    picture = sample_picture(
+        drawn_images(files, shown), job.labels[shown], job.generator.class_names, output.file.stem
+    )
     write_result(output.file, scores, record, picture)
     if "npz" in output.saved:
         write_npz(output.places["npz"], files.each("pixels"), job.labels.numpy())

@@ -52,7 +52,9 @@ class FeatureExtractor(nn.Module, ABC):
     gives_logits = True
     class_names: Sequence[str] = ()  # the data set's class names, if known
 
-    def __init__(self, name: str, network: nn.Module, fingerprint: str, num_features: int, num_classes: int | None) -> None:
+    def __init__(
+        self, name: str, network: nn.Module, fingerprint: str, num_features: int, num_classes: int | None
+    ) -> None:
         super().__init__()
         self.name = name
         self.network = network.requires_grad_(False).eval()
@@ -66,7 +68,12 @@ class FeatureExtractor(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, images: Tensor, spatial: bool = False) -> Features:
-        require(not spatial or self.num_spatial is not None, "evaluation.extractor", self.name, "inception, for spatial features")
+        require(
+            not spatial or self.num_spatial is not None,
+            "evaluation.extractor",
+            self.name,
+            "inception, for spatial features",
+        )
         with torch.autocast(images.device.type, enabled=False):
             return self.extract(to_bytes(images), spatial)
 
@@ -87,7 +94,9 @@ class ClassifierFeatures(FeatureExtractor):
 
     def __init__(self, path: str | Path) -> None:
         network = load_classifier(path, self.kind)
-        super().__init__(self.kind.kind, network, short_hash(Path(path)), network.num_features, network.num_classes)
+        super().__init__(
+            self.kind.kind, network, short_hash(Path(path)), network.num_features, network.num_classes
+        )
         self.class_names = names_beside(Path(path))
 
     def extract(self, pixels: Tensor, spatial: bool) -> Features:
@@ -125,7 +134,9 @@ class InceptionFeatures(FeatureExtractor):
 
     def __init__(self, path: str | Path) -> None:
         state = read_extractor_weights(
-            path, self.weights_file, {"Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch1x1.conv.weight", "fc.weight"}
+            path,
+            self.weights_file,
+            {"Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch1x1.conv.weight", "fc.weight"},
         )
         copy = io.BytesIO()  # torch-fidelity would unpickle any content of a file
         torch.save(state, copy)
@@ -134,7 +145,9 @@ class InceptionFeatures(FeatureExtractor):
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], copy)
         except RuntimeError as error:
             raise wrong_file(path, self.weights_file, error) from error
-        super().__init__("inception", network, published_hash(Path(path)), num_features=2048, num_classes=None)
+        super().__init__(
+            "inception", network, published_hash(Path(path)), num_features=2048, num_classes=None
+        )
 
     def extract(self, pixels: Tensor, spatial: bool) -> Features:
         pixels = colour(pixels)
@@ -159,7 +172,8 @@ class DinoFeatures(FeatureExtractor):
     """
 
     weights_file = (
-        "DINOv2 ViT-L/14 as .pth in the released layout or .safetensors in timm's (vit_large_patch14_dinov2.lvd142m), "
+        "DINOv2 ViT-L/14 as .pth in the released layout or .safetensors in timm's "
+        "(vit_large_patch14_dinov2.lvd142m), "
         f"published as {getattr(get_pretrained_cfg('vit_large_patch14_dinov2.lvd142m'), 'url', '')}"
     )
     gives_logits = False
@@ -168,10 +182,18 @@ class DinoFeatures(FeatureExtractor):
     std: Tensor
 
     def __init__(self, path: str | Path) -> None:
-        needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.ls1.gamma"}
+        needed = {
+            "cls_token",
+            "pos_embed",
+            "patch_embed.proj.weight",
+            "blocks.0.mlp.fc1.weight",
+            "blocks.0.ls1.gamma",
+        }
         state = read_extractor_weights(path, self.weights_file, needed)
         try:
-            network = dino_network({key: value for key, value in state.items() if key != "mask_token"}, self.image_size)
+            network = dino_network(
+                {key: value for key, value in state.items() if key != "mask_token"}, self.image_size
+            )
         except RuntimeError as error:
             raise wrong_file(path, self.weights_file, error) from error
         super().__init__("dinov2", network, short_hash(Path(path)), network.embed_dim, num_classes=None)
@@ -243,7 +265,10 @@ def published_hash(path: Path) -> str:
     published, found = Path(URL_INCEPTION_V3), short_hash(path)
     begins = published.stem.rpartition("-")[2]
     if path.name == published.name and not found.startswith(begins):
-        raise ValueError(f"evaluation.extractor_weights: {path} is damaged: its SHA-256 is {found}..., published was {begins}...")
+        raise ValueError(
+            f"evaluation.extractor_weights: {path} is damaged: its SHA-256 is {found}..., published was "
+            f"{begins}..."
+        )
     return found
 
 
@@ -251,7 +276,9 @@ def wrong_file(path: str | Path, expected: str, why: object) -> ValueError:
     """The error for a weights file that is not of the expected network."""
     unsafe = "Weights only load failed" in str(why)  # the rest advises to run code from the file
     reason = "it holds more than tensors" if unsafe else " ".join(str(why).split())[:300]
-    return ValueError(f"evaluation.extractor_weights: {path} is not the file of weights ({reason}); expected {expected}.")
+    return ValueError(
+        f"evaluation.extractor_weights: {path} is not the file of weights ({reason}); expected {expected}."
+    )
 
 
 EXTRACTORS: dict[str, type[ClassifierFeatures] | type[InceptionFeatures] | type[DinoFeatures]] = {
@@ -275,7 +302,9 @@ def check_name(name: str) -> None:
         raise unknown("evaluation.extractor", name, EXTRACTORS)
 
 
-def load_extractor(name: str, weights: str | Path | None, device: torch.device | str = "cpu") -> FeatureExtractor:
+def load_extractor(
+    name: str, weights: str | Path | None, device: torch.device | str = "cpu"
+) -> FeatureExtractor:
     """Load the extractor ``name`` with the weights of a file to ``device``, without any download.
 
     Raises ``ValueError`` for an unknown name and a missing or wrong file argument, and ``FileNotFoundError``
@@ -284,5 +313,7 @@ def load_extractor(name: str, weights: str | Path | None, device: torch.device |
     check_extractor_weights(name, weights)
     if not Path(str(weights)).is_file():
         expected = EXTRACTORS[name].weights_file
-        raise FileNotFoundError(f"evaluation.extractor_weights: {weights} does not exist; expected {expected}.")
+        raise FileNotFoundError(
+            f"evaluation.extractor_weights: {weights} does not exist; expected {expected}."
+        )
     return EXTRACTORS[name](str(weights)).to(device)

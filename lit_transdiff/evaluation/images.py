@@ -31,7 +31,11 @@ def open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
             archive = opened.enter_context(zipfile.ZipFile(path))
             file = opened.enter_context(archive.open("arr_0.npy"))
             version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             shape, fortran_order, dtype = read(file)
         except OSError:
             raise
@@ -65,7 +69,10 @@ def image_batches(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
             wanted = images * int(np.prod(size))
             content = file.read(wanted)
             require(
-                len(content) == wanted, f"{path}: arr_0", f"an end after {first} to {first + images} images", f"{count} images"
+                len(content) == wanted,
+                f"{path}: arr_0",
+                f"an end after {first} to {first + images} images",
+                f"{count} images",
             )
             pixels = np.frombuffer(content, dtype=np.uint8).reshape(images, *size)
             yield from_bytes(rearrange(torch.from_numpy(pixels.copy()), "b h w c -> b c h w"))
@@ -76,14 +83,23 @@ def write_npz(path: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> 
 
     The file is written batch by batch, completely or not at all, and uncompressed as by ``numpy.savez``.
     """
-    with whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        whole(path) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for i, batch in enumerate(batches):
                 colour = (
-                    repeat(batch, "b 1 h w -> b h w c", c=3) if batch.shape[1] == 1 else rearrange(batch, "b c h w -> b h w c")
+                    repeat(batch, "b 1 h w -> b h w c", c=3)
+                    if batch.shape[1] == 1
+                    else rearrange(batch, "b c h w -> b h w c")
                 )
                 if i == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *colour.shape[1:])}
+                    header = {
+                        "descr": "|u1",
+                        "fortran_order": False,
+                        "shape": (len(labels), *colour.shape[1:]),
+                    }
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(np.ascontiguousarray(colour).tobytes())
         with archive.open("arr_1.npy", "w") as file:
@@ -91,7 +107,9 @@ def write_npz(path: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> 
 
 
 def write_pngs(folder: Path, pixels: Tensor, indices: Sequence[int]) -> None:
-    """Write each of ``pixels`` [B, C, H, W] uint8 as ``00000.png``, numbered by ``indices``; grey when C = 1."""
+    """Write each of ``pixels`` [B, C, H, W] uint8 as ``00000.png``, numbered by
+    ``indices``; grey when C = 1.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for image, index in zip(pixels, indices, strict=True):
         save_png(image, png(folder, index))

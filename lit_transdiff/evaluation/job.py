@@ -65,10 +65,14 @@ def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: Samp
     check_sampling(sampling, generator.run.model)
     generator = generator.at(sampling.precision)
     at_once = min(settings.batch_size, settings.num_images)
-    room_here(generator.device.type).require(least_of_drawing(generator.run, at_once), evaluation__batch_size=settings.batch_size)
+    room_here(generator.device.type).require(
+        least_of_drawing(generator.run, at_once), evaluation__batch_size=settings.batch_size
+    )
     extractor = load_extractor(settings.extractor, settings.extractor_weights, generator.device)
     features = settings.num_images * extractor.num_features * FLOAT_BYTES
-    room_here("cpu").require(features, evaluation__num_images=settings.num_images, evaluation__extractor=settings.extractor)
+    room_here("cpu").require(
+        features, evaluation__num_images=settings.num_images, evaluation__extractor=settings.extractor
+    )
     reference = load_statistics(settings.reference) if settings.reference else None
     if reference is not None:
         check_extractor(reference, extractor)
@@ -89,15 +93,30 @@ def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: Samp
         where = f"evaluation.num_neighbours: features of {settings.reference}"
         require(neighbours < reference.num_features, where, reference.num_features, f"more than {neighbours}")
     require(
-        neighbours < settings.num_images, "evaluation.num_neighbours", neighbours, f"less than num_images={settings.num_images}"
+        neighbours < settings.num_images,
+        "evaluation.num_neighbours",
+        neighbours,
+        f"less than num_images={settings.num_images}",
     )
     of_row = generator.run.model.num_references if settings.keep == "all" else 1
     for name in ("num_images", "batch_size"):
         value = getattr(settings, name)
-        require(value % of_row == 0, f"evaluation.{name}", value, f"a multiple of the {of_row} images of a row that are kept")
+        require(
+            value % of_row == 0,
+            f"evaluation.{name}",
+            value,
+            f"a multiple of the {of_row} images of a row that are kept",
+        )
     rows = choose_labels(dataclasses.replace(settings, num_images=settings.num_images // of_row), num_classes)
     return Job(
-        generator, settings, sampling, extractor, reference, rows.repeat_interleave(of_row), of_row, needed_by(settings.metrics)
+        generator,
+        settings,
+        sampling,
+        extractor,
+        reference,
+        rows.repeat_interleave(of_row),
+        of_row,
+        needed_by(settings.metrics),
     )
 
 
@@ -140,7 +159,9 @@ def choose_labels(settings: EvaluationConfig, num_classes: int) -> Tensor:
     """The class [N] of every image: equal numbers in order of class, or random by ``settings.seed``."""
     if settings.label_mode == "balanced":
         return torch.arange(settings.num_images) * num_classes // settings.num_images
-    return torch.from_numpy(np.random.default_rng(settings.seed).integers(num_classes, size=settings.num_images))
+    return torch.from_numpy(
+        np.random.default_rng(settings.seed).integers(num_classes, size=settings.num_images)
+    )
 
 
 def images_of_a_class(labels: Tensor, num_classes: int) -> list[int]:

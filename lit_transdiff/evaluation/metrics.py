@@ -1,6 +1,7 @@
 """The metrics. Each is a function ``(generated, reference, settings) -> float`` (or mean and std) in METRICS.
 
-Shapes: N generated images, M reference images, D features, K classes, S context tokens. All sums are in float64.
+Shapes: N generated images, M reference images, D features, K classes, S context tokens. All sums are in
+float64.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Scored:
     labels: Tensor  # [N], the requested classes
     logits: Tensor | None = None  # [N, K]
     logits_name_classes: bool = False  # whether the logits are over the classes of ``labels``
-    semantic_features: Callable[[Tensor], Tensor] | None = None  # labels [B] -> the model's context tokens [B, S, D]
+    # labels [B] -> the model's context tokens [B, S, D]
+    semantic_features: Callable[[Tensor], Tensor] | None = None
     spatial: Gaussian | None = None  # statistics of the spatial features
 
 
@@ -98,7 +100,9 @@ def class_accuracy(generated: Scored, reference: Statistics | None, settings: Ev
     """The fraction of generated images that the extractor classifies as the requested class."""
     assert generated.logits is not None
     logits = generated.logits.cpu()
-    return float(multiclass_accuracy(logits, generated.labels.cpu(), num_classes=logits.shape[1], average="micro"))
+    return float(
+        multiclass_accuracy(logits, generated.labels.cpu(), num_classes=logits.shape[1], average="micro")
+    )
 
 
 def feature_diversity(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> float:
@@ -120,14 +124,21 @@ def covered(points: Tensor, manifold: Tensor, neighbours: int, chunk: int | None
     computed in float64, ``chunk`` rows at a time.
     """
     require(
-        len(manifold) > neighbours, "evaluation.num_neighbours", neighbours, f"fewer than the {len(manifold)} images of a set"
+        len(manifold) > neighbours,
+        "evaluation.num_neighbours",
+        neighbours,
+        f"fewer than the {len(manifold)} images of a set",
     )
     chunk = chunk or max(1, DISTANCES // len(manifold))
     manifold = manifold.double()
     centre = manifold.mean(dim=0)  # centring preserves distances and reduces cancellation
     manifold = manifold - centre
-    radii = torch.cat([torch.cdist(rows, manifold).kthvalue(neighbours + 1).values for rows in manifold.split(chunk)])
-    inside = [(torch.cdist(rows.double() - centre, manifold) <= radii).any(dim=1) for rows in points.split(chunk)]
+    radii = torch.cat(
+        [torch.cdist(rows, manifold).kthvalue(neighbours + 1).values for rows in manifold.split(chunk)]
+    )
+    inside = [
+        (torch.cdist(rows.double() - centre, manifold) <= radii).any(dim=1) for rows in points.split(chunk)
+    ]
     return float(torch.cat(inside).double().mean())
 
 
@@ -162,7 +173,10 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "frechet_distance": Metric(frechet_distance, "Frechet distance", False, ("reference",)),
     "spatial_frechet_distance": Metric(
-        spatial_frechet_distance, "spatial Frechet distance", False, ("reference", "reference spatial", "spatial features")
+        spatial_frechet_distance,
+        "spatial Frechet distance",
+        False,
+        ("reference", "reference spatial", "spatial features"),
     ),
     "inception_score": Metric(inception_score, "inception score", True, ("logits",)),
     "kernel_distance": Metric(kernel_distance, "kernel distance", False, ("reference", "reference features")),
@@ -179,12 +193,15 @@ NEEDS: dict[str, str] = {
     "reference spatial": "spatial statistics of real images (mu_s, sigma_s), missing in evaluation.reference",
     "spatial features": "spatial features: set evaluation.extractor to 'inception'",
     "logits": "logits: set evaluation.extractor to a network that has them",
-    "class logits": "logits over the model's own classes: set evaluation.extractor to 'classifier' or 'judge', trained on them",
+    "class logits": "logits over the model's own classes: set evaluation.extractor to 'classifier' or "
+    "'judge', trained on them",
     "semantic features": "a model.paradigm with semantic features (an encoder before its decoder)",
 }
 
 
-def there(reference: Statistics | None, *, logits: bool, class_logits: bool, semantic: bool, spatial: bool) -> set[str]:
+def there(
+    reference: Statistics | None, *, logits: bool, class_logits: bool, semantic: bool, spatial: bool
+) -> set[str]:
     """The NEEDS that are met."""
     have = {
         "reference": reference is not None,
@@ -222,12 +239,18 @@ def check_evaluation(settings: EvaluationConfig, *, scores: bool, semantic: bool
     if scores:
         check_extractor_weights(settings.extractor, settings.extractor_weights)
         extractor = EXTRACTORS[settings.extractor]
-        has = {"reference": settings.reference, "logits": extractor.gives_logits, "spatial features": extractor.num_spatial}
+        has = {
+            "reference": settings.reference,
+            "logits": extractor.gives_logits,
+            "spatial features": extractor.num_spatial,
+        }
         has["semantic features"] = semantic
         lacking = {need for need, value in has.items() if not value}
     check_metrics(settings.metrics, set(NEEDS) - lacking)
 
 
-def compute_scores(generated: Scored, reference: Statistics | None, settings: EvaluationConfig) -> dict[str, Score]:
+def compute_scores(
+    generated: Scored, reference: Statistics | None, settings: EvaluationConfig
+) -> dict[str, Score]:
     """Compute all of ``settings.metrics`` by name."""
     return {name: METRICS[name](generated, reference, settings) for name in settings.metrics}

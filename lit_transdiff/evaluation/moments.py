@@ -66,17 +66,25 @@ def gaussian_of(chunks: Iterable[Tensor]) -> Gaussian:
 
 
 def frechet(first: Gaussian, second: Gaussian) -> float:
-    """|mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1^(1/2) sigma_2 sigma_1^(1/2))^(1/2)) (arXiv 1706.08500).
+    """|mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1^(1/2) sigma_2 sigma_1^(1/2))^(1/2)) (arXiv
+    1706.08500).
 
     With sigma_1 = A A^T and sigma_2 = B B^T, the last trace is the sum of the singular values of A^T B. This
     avoids the square root of a product and keeps the rounding error at float64 precision, even for singular
     covariances.
     """
-    require(first.mu.shape == second.mu.shape, "features", first.mu.shape, f"{second.mu.shape}, as of the other set")
+    require(
+        first.mu.shape == second.mu.shape,
+        "features",
+        first.mu.shape,
+        f"{second.mu.shape}, as of the other set",
+    )
     a, b = factor(first.sigma), factor(second.sigma)
     root_trace = float(torch.linalg.svdvals(a.T @ b).sum())
     shift = first.mu.astype(np.float64) - second.mu.astype(np.float64)
-    return float(shift @ shift) + float(np.trace(first.sigma)) + float(np.trace(second.sigma)) - 2 * root_trace
+    return (
+        float(shift @ shift) + float(np.trace(first.sigma)) + float(np.trace(second.sigma)) - 2 * root_trace
+    )
 
 
 def factor(sigma: np.ndarray) -> Tensor:

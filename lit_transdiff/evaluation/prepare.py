@@ -51,9 +51,13 @@ def cache(
     at_once = min(batch_size, max((shard.samples for shard in read_index(source).shards), default=1))
     require(batch_size >= 1, "--batch-size", batch_size, "an integer of at least 1")
     needed = bytes_of_images(data, at_once)
-    room_here(fabric.device.type).require(needed, **{"--batch-size": batch_size}, data__image_size=data.image_size)
+    room_here(fabric.device.type).require(
+        needed, **{"--batch-size": batch_size}, data__image_size=data.image_size
+    )
     network = load_autoencoder(autoencoder.kind, autoencoder.path, data.image_channels).to(fabric.device)
-    info = latent_info(network.encode, data, fingerprint=network.fingerprint, flips=flips, device=fabric.device)
+    info = latent_info(
+        network.encode, data, fingerprint=network.fingerprint, flips=flips, device=fabric.device
+    )
     work = LatentCache(source, dest, info, data)
     if work.is_finished:
         return read_index(dest)
@@ -83,7 +87,12 @@ def write_all(work: LatentCache, network: Autoencoder, fabric: Fabric, batch_siz
 
 
 def statistics(
-    source: str | Path, dest: str | Path, *, data: DataConfig, extractor: FeatureExtractor, batch_size: int = 100
+    source: str | Path,
+    dest: str | Path,
+    *,
+    data: DataConfig,
+    extractor: FeatureExtractor,
+    batch_size: int = 100,
 ) -> Statistics:
     """Compute reference statistics of all images of the shards ``source`` and write them to ``dest``.
 
@@ -91,7 +100,12 @@ def statistics(
     """
     check_statistics_file(dest)
     if Path(source).suffix != ".npz":
-        require_classes(str(source), read_index(source).class_names, extractor.class_names, "the classifier that looks at them")
+        require_classes(
+            str(source),
+            read_index(source).class_names,
+            extractor.class_names,
+            "the classifier that looks at them",
+        )
     batches, count = batches_and_count(source, data, batch_size)
     progress = tqdm(batches, desc="statistics", unit="batch", total=math.ceil(count / batch_size))
     found = reference_statistics(progress, extractor, source=str(source), settings=made_of(source, data))
@@ -99,7 +113,9 @@ def statistics(
 
 
 def batches_and_count(source: str | Path, data: DataConfig, batch_size: int) -> tuple[Iterator[Tensor], int]:
-    """Batches [B, C, H, W] in [-1, 1] of all images of shards or of an ``.npz`` file, and the number of images."""
+    """Batches [B, C, H, W] in [-1, 1] of all images of shards or of an ``.npz`` file, and the number of
+    images.
+    """
     if Path(source).suffix == ".npz":
         return image_batches(source, batch_size), images_shape(source)[0]
     return images_of(source, data, batch_size), len(read_index(source))
@@ -113,7 +129,9 @@ def made_of(source: str | Path, data: DataConfig) -> dict[str, Any]:
     return {**settings, "source_hash": short_hash(Path(source) / "index.json")}
 
 
-def check_statistics(source: str | Path, dest: str | Path, *, data: DataConfig, extractor: FeatureExtractor) -> Statistics:
+def check_statistics(
+    source: str | Path, dest: str | Path, *, data: DataConfig, extractor: FeatureExtractor
+) -> Statistics:
     """Load an existing statistics file. Raises ``ValueError`` if it is of other images or another extractor.
 
     A file in a public layout does not record its source and is accepted.
@@ -126,7 +144,8 @@ def check_statistics(source: str | Path, dest: str | Path, *, data: DataConfig, 
     if different:
         why = "; ".join(other)
         raise ValueError(
-            f"evaluation.reference: {dest} was made of other images ({why}). Choose another name, or remove that file."
+            f"evaluation.reference: {dest} was made of other images ({why}). Choose another name, or remove "
+            "that file."
         )
     return found
 
@@ -139,7 +158,9 @@ def images_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterator
 def batches_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterator[Batch]:
     """All images of a folder of shards once, with labels: ``values`` [B, 1, C, H, W]."""
     index = read_index(source)
-    room_here("cpu").require(bytes_of_images(data, min(batch_size, len(index))), data__image_size=data.image_size)
+    room_here("cpu").require(
+        bytes_of_images(data, min(batch_size, len(index))), data__image_size=data.image_size
+    )
     picture = {name: getattr(data, name) for name in PICTURE}
     settings = DataConfig(evaluation=str(source), horizontal_flip=False, **picture)
     module = DataModule(

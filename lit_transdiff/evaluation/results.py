@@ -75,7 +75,11 @@ def manifest(
 def said(sampling: SamplingConfig) -> dict[str, Any]:
     """The sampler's settings; newer ones only if changed, so that names of earlier results remain valid."""
     plain = {field.name: field.default for field in dataclasses.fields(sampling) if field.name in ADDED}
-    return {name: value for name, value in dataclasses.asdict(sampling).items() if name not in ADDED or value != plain[name]}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(sampling).items()
+        if name not in ADDED or value != plain[name]
+    }
 
 
 def origin(checkpoint: str) -> dict[str, Any]:

@@ -9,11 +9,34 @@ from typing import Any
 
 FOLDER = "evaluations"  # in a run folder
 EVALUATE = "evaluate"  # the stage of a run that scores a trained model
-JUDGED_BY = ("extractor", "extractor_fingerprint", "reference_hash", "num_images", "label_mode", "num_neighbours")
+JUDGED_BY = (
+    "extractor",
+    "extractor_fingerprint",
+    "reference_hash",
+    "num_images",
+    "label_mode",
+    "num_neighbours",
+)
 # The part of a manifest that affects the scores; the rest (date, speed, paths) may differ between equal ones.
 DECIDING = [
-    *("run", "weights_fingerprint", "scored_reference", "sampling", "precision", "num_images", "seed", "label_mode"),
-    *("metrics", "num_neighbours", "inception_score_part", "extractor", "extractor_fingerprint", "reference_hash"),
+    *(
+        "run",
+        "weights_fingerprint",
+        "scored_reference",
+        "sampling",
+        "precision",
+        "num_images",
+        "seed",
+        "label_mode",
+    ),
+    *(
+        "metrics",
+        "num_neighbours",
+        "inception_score_part",
+        "extractor",
+        "extractor_fingerprint",
+        "reference_hash",
+    ),
 ]
 
 NO_SPREAD = 1e-9  # relative to the value; a smaller spread counts as none

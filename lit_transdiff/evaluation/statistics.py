@@ -55,7 +55,12 @@ class Statistics:
         if self.spatial is not None:
             check_gaussian(*self.spatial, ("mu_s", "sigma_s"))
         size, shape = self.mu.size, None if self.features is None else self.features.shape
-        require(shape is None or (len(shape) == 2 and shape[1] == size), "features", shape, f"[n, D] with D = {size}")
+        require(
+            shape is None or (len(shape) == 2 and shape[1] == size),
+            "features",
+            shape,
+            f"[n, D] with D = {size}",
+        )
         if self.features is not None:
             require(len(self.features) >= 2, "features", shape, "at least 2 rows")
             require(bool(np.isfinite(self.features).all()), "features", "NaN or Inf", "finite numbers")
@@ -98,7 +103,12 @@ def check_covariance(sigma: np.ndarray, name: str) -> None:
     if sigma.size and not is_positive(sigma, SIGMA_TOLERANCE * float(np.diagonal(sigma).max())):
         values = torch.linalg.eigvalsh(torch.from_numpy(sigma))
         lowest, highest = float(values[0]), float(values[-1])
-        require(lowest >= -SIGMA_TOLERANCE * highest, name, f"eigenvalues from {lowest:.3g} to {highest:.3g}", "none below 0")
+        require(
+            lowest >= -SIGMA_TOLERANCE * highest,
+            name,
+            f"eigenvalues from {lowest:.3g} to {highest:.3g}",
+            "none below 0",
+        )
 
 
 def is_positive(sigma: np.ndarray, shift: float) -> bool:
@@ -170,15 +180,26 @@ def check_statistics_file(path: str | Path) -> None:
     path = Path(path)
     require(path.suffix == ".npz", "statistics file", str(path), "a name that ends in .npz")
     if os.path.lexists(path):
-        ours = zipfile.is_zipfile(path) and {"mu.npy", "sigma.npy", "about.npy"} <= set(zipfile.ZipFile(path).namelist())
-        require(ours, "statistics file", str(path), "a name that is free, or of statistics that this program wrote")
+        ours = zipfile.is_zipfile(path) and {"mu.npy", "sigma.npy", "about.npy"} <= set(
+            zipfile.ZipFile(path).namelist()
+        )
+        require(
+            ours,
+            "statistics file",
+            str(path),
+            "a name that is free, or of statistics that this program wrote",
+        )
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
     """Write an ``.npz`` file completely or not at all; return the statistics with their path and hash."""
     path = Path(path)
     check_statistics_file(path)
-    arrays = {"mu": statistics.mu, "sigma": statistics.sigma, "about": np.array(json.dumps(statistics.about, sort_keys=True))}
+    arrays = {
+        "mu": statistics.mu,
+        "sigma": statistics.sigma,
+        "about": np.array(json.dumps(statistics.about, sort_keys=True)),
+    }
     if statistics.spatial is not None:
         arrays |= {"mu_s": statistics.spatial.mu, "sigma_s": statistics.spatial.sigma}
     if statistics.num_images is not None:
@@ -206,9 +227,14 @@ def load_statistics(path: str | Path) -> Statistics:
         check_zip(path)  # includes the members that are not read here, and all names
         with zip_of_arrays(path) as file:
             names = set(file.files)
-        both = all({mu, sigma} <= names or not {mu, sigma} & names for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")))
+        both = all(
+            {mu, sigma} <= names or not {mu, sigma} & names
+            for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s"))
+        )
         complete = both and bool({"mu", "arr_0"} & names)
-        require(complete, "arrays", sorted(names), "at least mu and sigma, or images as arr_0; mu_s with sigma_s")
+        require(
+            complete, "arrays", sorted(names), "at least mu and sigma, or images as arr_0; mu_s with sigma_s"
+        )
         return statistics_of(arrays, path, images_shape(path)[0] if "arr_0" in names else 0)
     except Damaged as error:  # its message names the file
         raise ValueError(f"evaluation.reference: {error}") from error
@@ -222,7 +248,12 @@ def statistics_of(arrays: dict[str, np.ndarray], path: Path, images: int) -> Sta
         require(arrays[name].dtype.kind in "fiu", name, str(arrays[name].dtype), "real numbers")
     num_images = arrays.get("num_images")
     if num_images is not None:
-        require(num_images.ndim == 0 and num_images.dtype.kind in "iu", "num_images", num_images.tolist(), "an integer")
+        require(
+            num_images.ndim == 0 and num_images.dtype.kind in "iu",
+            "num_images",
+            num_images.tolist(),
+            "an integer",
+        )
     about = json_of(str(arrays["about"])) if "about" in arrays else {}
     require(isinstance(about, dict), "about", about, "a JSON object")
     wide = {name: arrays[name].astype(np.float64) for name in NAMES[:4] if name in arrays}
@@ -243,13 +274,19 @@ def statistics_of(arrays: dict[str, np.ndarray], path: Path, images: int) -> Sta
     return found
 
 
-def completed(statistics: Statistics, extractor: FeatureExtractor, folder: Path, *, features: bool, spatial: bool) -> Statistics:
+def completed(
+    statistics: Statistics, extractor: FeatureExtractor, folder: Path, *, features: bool, spatial: bool
+) -> Statistics:
     """``statistics`` completed from its images: stored features, spatial statistics or all statistics.
 
     They are computed once and stored in a file beside the reference, or in ``folder`` if that place is not
     writable. Its name contains the hash of the reference and the fingerprint of the extractor's weights.
     """
-    lacking = (features and statistics.features is None) or (spatial and statistics.spatial is None) or not statistics.mu.size
+    lacking = (
+        (features and statistics.features is None)
+        or (spatial and statistics.spatial is None)
+        or not statistics.mu.size
+    )
     if not lacking:
         return statistics
     path = Path(str(statistics.path))
@@ -259,7 +296,9 @@ def completed(statistics: Statistics, extractor: FeatureExtractor, folder: Path,
         of_images = load_statistics(folder / name)
     else:
         batches = tqdm(image_batches(path), desc=f"features of {path.name}", unit="batch", leave=False)
-        made = reference_statistics(batches, extractor, max_features=statistics.images, source=f"arr_0 of {path}")
+        made = reference_statistics(
+            batches, extractor, max_features=statistics.images, source=f"arr_0 of {path}"
+        )
         of_images = save_statistics(made, folder / name)
     given = statistics if statistics.mu.size else of_images
     return dataclasses.replace(
@@ -280,9 +319,19 @@ def check_extractor(statistics: Statistics, extractor: FeatureExtractor) -> None
     """
     made_with = statistics.about.get("extractor", "inception" if statistics.mu.size else extractor.name)
     where = f"evaluation.reference {statistics.path}"
-    require(made_with == extractor.name, f"{where}: extractor", made_with, f"{extractor.name} (evaluation.extractor)")
+    require(
+        made_with == extractor.name,
+        f"{where}: extractor",
+        made_with,
+        f"{extractor.name} (evaluation.extractor)",
+    )
     fingerprint = statistics.about.get("fingerprint", extractor.fingerprint)
-    require(fingerprint == extractor.fingerprint, f"{where}: weights of the extractor", fingerprint, extractor.fingerprint)
+    require(
+        fingerprint == extractor.fingerprint,
+        f"{where}: weights of the extractor",
+        fingerprint,
+        extractor.fingerprint,
+    )
     size = statistics.mu.size
     allowed = f"{extractor.num_features} of extractor {extractor.name!r}"
     require(size in (0, extractor.num_features), f"{where}: features", size, allowed)
@@ -296,5 +345,7 @@ def check_extractor(statistics: Statistics, extractor: FeatureExtractor) -> None
 def reference_tensor(statistics: Statistics) -> Tensor:
     """The stored features [n, D] in float64."""
     if statistics.features is None:
-        raise ValueError(f"evaluation.reference: {statistics.path} has no features; make it with max_features > 0.")
+        raise ValueError(
+            f"evaluation.reference: {statistics.path} has no features; make it with max_features > 0."
+        )
     return torch.from_numpy(statistics.features).double()

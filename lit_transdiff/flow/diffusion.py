@@ -1,8 +1,8 @@
 """Diffusion in discrete steps (arXiv 2006.11239; with a learned variance 2102.09672): chain, losses, solvers.
 
 Steps run from 0 (almost data) to n - 1 (noise): x_t = signal x + sigma noise. The network predicts the noise
-and, if it learns variances, in as many further channels values in [-1, 1] that interpolate between the smallest
-and largest reverse variance.
+and, if it learns variances, in as many further channels values in [-1, 1] that interpolate between the
+smallest and largest reverse variance.
 
 Shapes: x, noise, x_t [R, ...]; the network's output has the same shape or, with variances, twice the length
 along one axis; step [R], integers.
@@ -78,7 +78,9 @@ class Chain:
         variance[0] = variance[min(1, len(self) - 1)]  # the first is 0 and has no logarithm
         of_x = self.betas * before.sqrt() / (1 - after)
         of_x_t = (1 - before) * (1 - self.betas).sqrt() / (1 - after)
-        return torch.stack([after.sqrt(), (1 - after).sqrt(), of_x, of_x_t, variance.log(), self.betas.log()]).float()
+        return torch.stack(
+            [after.sqrt(), (1 - after).sqrt(), of_x, of_x_t, variance.log(), self.betas.log()]
+        ).float()
 
     def respaced(self, steps: list[int]) -> Chain:
         """The chain of a subset of ``steps``, in rising order, with the same signal and noise at each."""
@@ -126,7 +128,9 @@ def draw_steps(normal: Tensor, chain: Chain) -> Tensor:
     return (torch.special.ndtr(normal) * len(chain)).long().clamp(max=len(chain) - 1)
 
 
-def diffusion_loss(output: Tensor, x: Tensor, noise: Tensor, step: Tensor, x_t: Tensor, chain: Chain) -> Tensor:
+def diffusion_loss(
+    output: Tensor, x: Tensor, noise: Tensor, step: Tensor, x_t: Tensor, chain: Chain
+) -> Tensor:
     """Mean squared error of the noise plus the variational bound, which trains only the variance: [R]."""
     return noise_error(halves(output, x)[0], noise) + variational_bound(output, x, step, x_t, chain)
 
@@ -137,8 +141,12 @@ def noise_error(predicted: Tensor, noise: Tensor) -> Tensor:
 
 
 def halves(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the network's output for ``x`` into noise and variance values, along the axis of twice the length."""
-    axis = next(i for i, (long, length) in enumerate(zip(output.shape, x.shape, strict=True)) if long != length)
+    """Split the network's output for ``x`` into noise and variance values, along the axis of twice the
+    length.
+    """
+    axis = next(
+        i for i, (long, length) in enumerate(zip(output.shape, x.shape, strict=True)) if long != length
+    )
     noise, values = output.chunk(2, dim=axis)
     return noise, values
 
@@ -176,7 +184,9 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def ancestral(predict: StepPrediction, x: Tensor, chain: Chain, draw: DrawNoise, config: SamplingConfig) -> Tensor:
+def ancestral(
+    predict: StepPrediction, x: Tensor, chain: Chain, draw: DrawNoise, config: SamplingConfig
+) -> Tensor:
     """Sample data from noise ``x`` [B, ...] in ``num_steps`` steps; ``noise_scale`` is the temperature.
 
     ``predict`` receives the step's number in the training chain; ``draw()`` returns Gaussian noise of x's
@@ -192,11 +202,13 @@ def ancestral(predict: StepPrediction, x: Tensor, chain: Chain, draw: DrawNoise,
 
 
 @torch.no_grad()
-def dpmpp_2m(predict: StepPrediction, x: Tensor, chain: Chain, draw: DrawNoise, config: SamplingConfig) -> Tensor:
+def dpmpp_2m(
+    predict: StepPrediction, x: Tensor, chain: Chain, draw: DrawNoise, config: SamplingConfig
+) -> Tensor:
     """DPM-Solver++(2M), midpoint rule (arXiv 2211.01095): second order, deterministic, one evaluation a step.
 
-    Steps are taken in log(signal / sigma). The first one and the last one, which ends in the data, are of first
-    order.
+    Steps are taken in log(signal / sigma). The first one and the last one, which ends in the data, are of
+    first order.
     """
     chain = chain.respaced(SPACINGS[config.grid](config.num_steps, len(chain)))
     signal, sigma = chain.alphas_cumprod.sqrt().tolist(), (1 - chain.alphas_cumprod).sqrt().tolist()

@@ -13,7 +13,9 @@ from einops import rearrange
 from torch import Tensor
 
 
-def noise_of_parts(normal: Callable[..., Tensor], sizes: Sequence[int], draws: int, token: Sequence[int]) -> Tensor:
+def noise_of_parts(
+    normal: Callable[..., Tensor], sizes: Sequence[int], draws: int, token: Sequence[int]
+) -> Tensor:
     """Noise [(M B), N, *token], generated part by part, for each part M draws in succession."""
     numbers, drawn, end = normal(draws * sum(sizes), *token), [], 0
     for size, count in runs_of(sizes):

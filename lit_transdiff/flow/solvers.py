@@ -40,7 +40,9 @@ def time_grid(config: SamplingConfig) -> list[float]:
     return shift_times(GRIDS[config.grid](config.num_steps), config.shift).tolist()
 
 
-def euler_maruyama(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig) -> Tensor:
+def euler_maruyama(
+    velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig
+) -> Tensor:
     """The paper's stochastic sampler: drift v - t score = (2 - t) v + x and diffusion 2 t (section 3.2).
 
     Drift and noise are scaled by ``drift_scale`` and ``noise_scale`` in every step except the last.
@@ -57,7 +59,9 @@ def euler_maruyama(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawN
     return x
 
 
-def euler(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig) -> Tensor:
+def euler(
+    velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig
+) -> Tensor:
     """Euler: first order, one evaluation per step."""
     for t, t_next in pairwise(grid):
         x = x + (t_next - t) * velocity(x, t)
@@ -73,7 +77,9 @@ def heun(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, conf
     return x
 
 
-def adams_bashforth(velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig) -> Tensor:
+def adams_bashforth(
+    velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig
+) -> Tensor:
     """Adams-Bashforth: second order, one evaluation per step, for steps of any length.
 
     It extrapolates from the previous step; the first step is a Heun step.

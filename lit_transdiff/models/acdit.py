@@ -1,7 +1,9 @@
-"""ACDiT: autoregression over squares of an image, each sampled by diffusion given the clean earlier ones (arXiv 2412.07720).
+"""ACDiT: autoregression over squares of an image, each sampled by diffusion given the clean earlier ones
+(arXiv 2412.07720).
 
-The names of the weights are those of the released files. Shapes: B images, C rows of clean tokens, R of noised ones, N tokens of
-a row, K parts of a row, n tokens of a part, c numbers of a token, D width, h heads, d numbers of a head.
+The names of the weights are those of the released files. Shapes: B images, C rows of clean tokens, R of
+noised ones, N tokens of a row, K parts of a row, n tokens of a part, c numbers of a token, D width, h heads,
+d numbers of a head.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 
 
 class SkipCausalAttention(nn.Module):
-    """Clean tokens attend to clean parts up to their own; noised ones to earlier clean parts and their own."""
+    """Clean tokens attend to clean parts up to their own; noised ones to earlier
+    clean parts and their own.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -41,7 +45,8 @@ class SkipCausalAttention(nn.Module):
     def forward(self, x: Tensor, clean: int, parts: int, angles: Tensor, past: KeysValues | None) -> Tensor:
         """``x`` [(C + R), N, D], the first ``clean`` = C rows clean, all of as many ``parts`` -> the same.
 
-        ``past`` contains keys and values of the clean parts before ``x``; those of its clean rows are appended.
+        ``past`` contains keys and values of the clean parts before ``x``; those of its clean rows are
+        appended.
         """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         q, k = (turned(z, angles).to(v.dtype) for z in (self.q_norm(q), self.k_norm(k)))
@@ -63,28 +68,38 @@ class SkipCausalAttention(nn.Module):
 
 
 def with_own(kept: Tensor | None, own: Tensor, number: int) -> Tensor:
-    """Concatenate the first ``number`` clean keys or values [C, h, S, d] and those of a noised part [R, h, n, d]."""
+    """Concatenate the first ``number`` clean keys or values [C, h, S, d] and those of a noised part [R, h, n,
+    d].
+    """
     if kept is None or not number:
         return own
     return torch.cat([kept[:, :, :number].repeat(len(own) // len(kept), 1, 1, 1), own], dim=2)
 
 
 def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """``x`` [..., N, d] by ``angles`` [N, d] as in the released code, which pairs a row's angle with a column's: no rotation."""
+    """``x`` [..., N, d] by ``angles`` [N, d] as in the released code, which pairs a row's angle with a
+    column's: no rotation.
+    """
     first, second = x.chunk(2, dim=-1)
     return x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
 
 
 def angles_of(grid: int, numbers: int, device: torch.device) -> Tensor:
-    """The angles of a square grid of tokens, [grid, grid, d]: of the row, twice, then of the column, twice."""
+    """The angles of a square grid of tokens, [grid, grid, d]: of the row, twice, then
+    of the column, twice.
+    """
     base = (int(8 * grid / math.pi) // 100 + 1) * 100
-    line = torch.arange(grid, device=device)[:, None] * base ** -torch.linspace(0, 1, numbers // 4, device=device)
+    line = torch.arange(grid, device=device)[:, None] * base ** -torch.linspace(
+        0, 1, numbers // 4, device=device
+    )
     rows, columns = line[:, None].expand(-1, grid, -1), line.expand(grid, -1, -1)
     return torch.cat([rows, rows, columns, columns], dim=-1)
 
 
 class ACDiTBlock(nn.Module):
-    """Self-attention and MLP; noised tokens are modulated and gated, clean ones are not, with the same weights."""
+    """Self-attention and MLP; noised tokens are modulated and gated, clean ones are not, with the same
+    weights.
+    """
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -95,7 +110,9 @@ class ACDiTBlock(nn.Module):
         self.adaLN_modulation = Modulation(width, 6)
 
     def forward(self, x: Tensor, condition: Tensor, angles: Tensor, past: KeysValues | None = None) -> Tensor:
-        """``x`` [(C + R), N, D], ``condition`` [R, K, D] of the noised rows, ``angles`` [N, d] -> [(C + R), N, D]."""
+        """``x`` [(C + R), N, D], ``condition`` [R, K, D] of the noised rows, ``angles`` [N, d] -> [(C + R),
+        N, D].
+        """
         clean, parts = len(x) - len(condition), condition.shape[1]
 
         def steered(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -115,15 +132,18 @@ class Known:
     """The memory of noised tokens."""
 
     labels: Tensor  # [B], ``num_classes`` is the null class
-    clean: Tensor  # [B, N, c]: the image, of which a noised part sees the parts before; of no rows where ``past`` has them
+    # [B, N, c]: the image, of which a noised part sees the parts before; of no rows where ``past`` has them
+    clean: Tensor
     first: int = 0  # position of the first noised token in the image
     past: Sequence[KeysValues | None] = ()  # of the earlier clean parts, for each block
 
 
 class ACDiT(Paradigm):
-    """In training all parts are noised, each with its own time, and pass the network together with the clean image.
+    """In training all parts are noised, each with its own time, and pass the network together with the clean
+    image.
 
-    Clean tokens see neither class nor time, so that in sampling their keys and values serve both passes of the guidance.
+    Clean tokens see neither class nor time, so that in sampling their keys and values serve both passes of
+    the guidance.
     """
 
     process = "linear_diffusion"
@@ -144,12 +164,15 @@ class ACDiT(Paradigm):
         self.y_embedder = nn.ModuleDict(
             {"embedding_table": nn.Embedding(config.num_classes + 1, width)}
         )  # the last: the null class
-        self.blocks = nn.ModuleList(ACDiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(
+            ACDiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks)
+        )
         self.final_layer = AdaptiveOutput(width, features, RMSNorm(width))
         self.apply(initialise).apply(initialise_adaptive)
 
     def forward(self, x_t: Tensor, t: Tensor, known: Known) -> Tensor:
-        """The noise in parts ``x_t`` [R, N, c] at the steps ``t`` [R, K] or [1, 1]; the clean image passes beside them.
+        """The noise in parts ``x_t`` [R, N, c] at the steps ``t`` [R, K] or [1, 1]; the clean image passes
+        beside them.
 
         ``x_t`` may be more precise than the weights.
         """
@@ -160,10 +183,16 @@ class ACDiT(Paradigm):
         noised = rearrange(x[len(known.clean) :], "r (k n) d -> r k n d", k=condition.shape[1])
         return rearrange(self.final_layer(noised, condition[:, :, None]), "r k n c -> r (k n) c")
 
-    def transform(self, x: Tensor, condition: Tensor, first: int, past: Sequence[KeysValues | None]) -> Tensor:
-        """Tokens [(C + R), N, c], of which ``first`` is the place of the first, through all blocks: [(C + R), N, D]."""
+    def transform(
+        self, x: Tensor, condition: Tensor, first: int, past: Sequence[KeysValues | None]
+    ) -> Tensor:
+        """Tokens [(C + R), N, c], of which ``first`` is the place of the first, through all blocks: [(C + R),
+        N, D].
+        """
         config = self.config
-        angles = self.split(angles_of(config.grid, config.width // config.num_heads, x.device).movedim(-1, 0), 1)
+        angles = self.split(
+            angles_of(config.grid, config.width // config.num_heads, x.device).movedim(-1, 0), 1
+        )
         h = self.x_embedder(x.to(self.x_embedder.weight.dtype))
         for i, block in enumerate(self.blocks):
             h = block(h, condition, angles[first : first + x.shape[1]], past[i] if past else None)
@@ -174,7 +203,8 @@ class ACDiT(Paradigm):
         side, p = self.config.parts_per_side, patch_size
         return rearrange(x, "... c (i h p) (j w q) -> ... (i j h w) (c p q)", i=side, j=side, p=p, q=p)
 
-    # --- the seam -------------------------------------------------------------------------------------------------------------
+    # --- the seam
+    # --------------------------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> Tensor:
         return self.split(x[:, 0], self.config.patch_size)
@@ -200,7 +230,9 @@ class ACDiT(Paradigm):
         pixels = "b (i j h w) (c p q) -> b 1 c (i h p) (j w q)"
         return rearrange(torch.cat(drawn, dim=1), pixels, i=side, j=side, h=config.grid // side, p=p, q=p)
 
-    def problem(self, labels: Tensor, both: Tensor, first: int, past: list[KeysValues], progress: float) -> Problem:
+    def problem(
+        self, labels: Tensor, both: Tensor, first: int, past: list[KeysValues], progress: float
+    ) -> Problem:
         """The problem of the part whose first token is ``first``."""
         shape = (self.part_sizes[0], *self.token)
         none = torch.zeros(0, *shape, device=labels.device)

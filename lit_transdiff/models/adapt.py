@@ -1,8 +1,8 @@
 """Initialising a model from another one of a different shape, with a report of every tensor.
 
-Converting one-step to MRAR, or changing classes, latent size, patch size or numbers of tokens, affects few tensors; all
-others are copied. Each tensor of the new model is copied, adapted by a named rule, or newly initialised, and the result is
-loaded strictly.
+Converting one-step to MRAR, or changing classes, latent size, patch size or numbers of tokens, affects few
+tensors; all others are copied. Each tensor of the new model is copied, adapted by a named rule, or newly
+initialised, and the result is loaded strictly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 Rule = Callable[[Tensor, Tensor, "ModelSettings"], "Tensor | None"]
-Rules = Mapping[str, tuple[Rule, str]]  # tensor name -> rule, description; a rule returns None for unsuitable shapes
+# tensor name -> rule, description; a rule returns None for unsuitable shapes
+Rules = Mapping[str, tuple[Rule, str]]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class Adaptation:
 
     classes: str = ""  # the table of class embeddings, one row per class
     rules: Rules = field(default_factory=dict)  # always
-    sized: Rules = field(default_factory=dict)  # for another latent size with interpolated positions, otherwise made anew
-    shaped: Sequence[str] = ()  # depend on patch, channels and numbers of tokens; made anew with init_shapes=new
+    # for another latent size with interpolated positions, otherwise made anew
+    sized: Rules = field(default_factory=dict)
+    # depend on patch, channels and numbers of tokens; made anew with init_shapes=new
+    shaped: Sequence[str] = ()
     optional: tuple[str, ...] = ()  # prefixes of names that only one of the two models may have
 
 
@@ -86,10 +89,11 @@ def match(
 ) -> tuple[dict[str, Tensor], AdaptReport]:
     """The tensors for ``model`` from ``state``, with a report; the model may be on the meta device.
 
-    With ``positions`` "interpolate", tables of another latent size are resized instead of made anew. With ``shapes`` "new",
-    tensors that do not fit are made anew if they depend on these settings (see ``Adaptation``). ``classes`` gives for each
-    class of the model the class of ``state`` with its embedding, or None; by default they are identical. Raises
-    ``ValueError`` with every tensor that fits neither unchanged nor by a rule.
+    With ``positions`` "interpolate", tables of another latent size are resized instead of made anew. With
+    ``shapes`` "new", tensors that do not fit are made anew if they depend on these settings (see
+    ``Adaptation``). ``classes`` gives for each class of the model the class of ``state`` with its embedding,
+    or None; by default they are identical. Raises ``ValueError`` with every tensor that fits neither
+    unchanged nor by a rule.
     """
     report, result, misfits = AdaptReport(), {}, []
     own, kind = model.state_dict(), model.adaptation
@@ -97,13 +101,19 @@ def match(
     anew = (*(kind.sized if positions == "new" else ()), *(kind.shaped if shapes == "new" else ()))
     for name, new in own.items():
         old = state.get(name)
-        chosen = None if old is None or classes is None or name != kind.classes else with_null(classes, old, new)
+        chosen = (
+            None if old is None or classes is None or name != kind.classes else with_null(classes, old, new)
+        )
         if old is not None and chosen is not None and chosen != list(range(len(old))):
             result[name] = chosen_rows(name, old, new, chosen, report)
         elif old is not None and old.shape == new.shape:
             report.mapped.append(name)
             result[name] = old
-        elif old is not None and name in rules and (adapted := rules[name][0](old, new, model.config)) is not None:
+        elif (
+            old is not None
+            and name in rules
+            and (adapted := rules[name][0](old, new, model.config)) is not None
+        ):
             report.adapted[name] = f"{rules[name][1]}, {list(old.shape)} -> {list(new.shape)}"
             result[name] = adapted
         elif old is None and name.startswith(kind.optional):
@@ -113,14 +123,19 @@ def match(
             report.new.append(f"{name} {list(new.shape)}, which was {list(old.shape)}")
             result[name] = new
         else:
-            misfits.append(f"{name}: {list(new.shape)} here, {'missing' if old is None else list(old.shape)} in the checkpoint")
+            misfits.append(
+                f"{name}: {list(new.shape)} here, {'missing' if old is None else list(old.shape)} in the "
+                "checkpoint"
+            )
     for name in state.keys() - own.keys():
         if name.startswith(kind.optional):
             report.dropped.append(name)
         else:
             misfits.append(f"{name}: {list(state[name].shape)} in the checkpoint, missing here")
     if misfits:
-        raise ValueError(f"the checkpoint is of another shape: {'; '.join(sorted(misfits))}.{way_on(misfits, kind.shaped)}")
+        raise ValueError(
+            f"the checkpoint is of another shape: {'; '.join(sorted(misfits))}.{way_on(misfits, kind.shaped)}"
+        )
     return result, report
 
 
@@ -129,14 +144,20 @@ def with_null(classes: Sequence[int | None], old: Tensor, new: Tensor) -> list[i
     return [*classes, *range(len(old) - len(new) + len(classes), len(old))]
 
 
-def chosen_rows(name: str, old: Tensor, new: Tensor, classes: Sequence[int | None], report: AdaptReport) -> Tensor:
+def chosen_rows(
+    name: str, old: Tensor, new: Tensor, classes: Sequence[int | None], report: AdaptReport
+) -> Tensor:
     """The embeddings [classes, D] of ``new``, replaced by those of ``old`` for corresponding classes."""
     if old.shape[1:] != new.shape[1:]:
-        raise ValueError(f"the checkpoint is of another shape: {name}: {list(new.shape)} here, {list(old.shape)} in it.")
+        raise ValueError(
+            f"the checkpoint is of another shape: {name}: {list(new.shape)} here, {list(old.shape)} in it."
+        )
     sources = {c: row for c, row in enumerate(classes) if row is not None}
     change = f"{list(old.shape)} -> {list(new.shape)}"
     if sources:
-        report.adapted[name] = f"{len(sources)} classes keep their embeddings, {len(new) - len(sources)} have new ones, {change}"
+        report.adapted[name] = (
+            f"{len(sources)} classes keep their embeddings, {len(new) - len(sources)} have new ones, {change}"
+        )
     else:
         report.new.append(f"{name}, of all classes, {change}")
     result = new.clone()

@@ -1,7 +1,8 @@
 """Pixels <-> normalised latents, behind one interface: KL autoencoders (through diffusers) and the identity.
 
-Shapes: ... any leading dimensions, C image channels, H W pixels, c latent channels, h w latent pixels (H / h = downsampling).
-Images are in [-1, 1]; moments are the posterior's [mean | logvar]; latents have a mean near 0 and a std near 1 in each channel.
+Shapes: ... any leading dimensions, C image channels, H W pixels, c latent channels, h w latent pixels (H / h
+= downsampling). Images are in [-1, 1]; moments are the posterior's [mean | logvar]; latents have a mean near
+0 and a std near 1 in each channel.
 """
 
 from __future__ import annotations
@@ -45,14 +46,25 @@ def kl_divergence(moments: Tensor) -> Tensor:
 def check_latents(latents: Tensor) -> None:
     """Raise ``ValueError`` unless latents have a mean near 0 and a std near 1, i.e. the right scale."""
     std, mean = torch.std_mean(latents.float())
-    require(0.3 <= std.item() <= 3, "latents (wrong scale): std", round(std.item(), 4), "0.3 to 3 after normalisation")
-    require(abs(mean.item()) <= 1, "latents (wrong scale): mean", round(mean.item(), 4), "-1 to 1 after normalisation")
+    require(
+        0.3 <= std.item() <= 3,
+        "latents (wrong scale): std",
+        round(std.item(), 4),
+        "0.3 to 3 after normalisation",
+    )
+    require(
+        abs(mean.item()) <= 1,
+        "latents (wrong scale): mean",
+        round(mean.item(), 4),
+        "-1 to 1 after normalisation",
+    )
 
 
 def load_autoencoder(kind: str, path: Optional[str | Path], image_channels: int) -> Autoencoder:
     """The frozen autoencoder of a run, in float32 and evaluation mode.
 
-    Raises ``ValueError`` for an unknown kind or a folder that does not fit, ``FileNotFoundError`` for a missing folder.
+    Raises ``ValueError`` for an unknown kind or a folder that does not fit, ``FileNotFoundError`` for a
+    missing folder.
     """
     return autoencoder_kind(kind, path).load(path or "", image_channels).freeze()
 
@@ -70,7 +82,8 @@ def autoencoder_kind(kind: str, path: Optional[str | Path]) -> AutoencoderKind:
 class Autoencoder(nn.Module, ABC):
     """The interface of an autoencoder; subclasses define ``encode`` and ``reconstruct``.
 
-    ``latents_mean`` and ``latents_std`` [c, 1, 1] convert the posterior's samples to normalised latents and back.
+    ``latents_mean`` and ``latents_std`` [c, 1, 1] convert the posterior's samples to normalised latents and
+    back.
     """
 
     latents_mean: Tensor
@@ -89,7 +102,9 @@ class Autoencoder(nn.Module, ABC):
         """Images [..., C, H, W] in [-1, 1] -> moments [..., 2c, h, w] (the identity: [..., C, H, W])."""
 
     def sample(self, moments: Tensor, noise: Optional[Tensor] = None) -> Tensor:
-        """Moments -> normalised latents [..., c, h, w]: the mean, or a sample with standard normal ``noise`` of that shape."""
+        """Moments -> normalised latents [..., c, h, w]: the mean, or a sample with standard normal ``noise``
+        of that shape.
+        """
         mean, logvar = posterior(moments.float())
         latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         return (latents - self.latents_mean) / self.latents_std
@@ -143,17 +158,26 @@ class KLAutoencoder(Autoencoder):
     """diffusers' AutoencoderKL (imported lazily, because that takes seconds) with normalised latents."""
 
     def __init__(self, model: Any, latents_mean: Tensor, latents_std: Tensor) -> None:
-        super().__init__(latents_mean, latents_std, downsampling=2 ** (len(model.config.block_out_channels) - 1))
+        super().__init__(
+            latents_mean, latents_std, downsampling=2 ** (len(model.config.block_out_channels) - 1)
+        )
         self.model = model
 
     @classmethod
     def new(cls, training: AutoencoderTraining, image_channels: int, image_size: int) -> KLAutoencoder:
-        """A new autoencoder with weights from torch's global generator; its latents are not yet normalised."""
+        """A new autoencoder with weights from torch's global generator; its latents
+        are not yet normalised.
+        """
         from diffusers import AutoencoderKL
 
         levels = len(training.block_channels)
         factor = 2 ** (levels - 1)
-        require(image_size % factor == 0, "data.image_size", image_size, f"a multiple of {factor} ({levels} levels)")
+        require(
+            image_size % factor == 0,
+            "data.image_size",
+            image_size,
+            f"a multiple of {factor} ({levels} levels)",
+        )
         model = AutoencoderKL(
             in_channels=image_channels,
             out_channels=image_channels,
@@ -173,25 +197,36 @@ class KLAutoencoder(Autoencoder):
     def load(cls, path: str | Path, image_channels: int) -> KLAutoencoder:
         """Read a folder in diffusers' layout (config.json + safetensors, any float type) as float32.
 
-        Raises ``FileNotFoundError`` for a missing folder, and ``ValueError`` with file and field for missing or unexpected
-        weights, other image channels, or a malformed normalisation.
+        Raises ``FileNotFoundError`` for a missing folder, and ``ValueError`` with file and field for missing
+        or unexpected weights, other image channels, or a malformed normalisation.
         """
         from diffusers import AutoencoderKL
 
         folder, file = Path(path), Path(path) / CONFIG_FILE
         if not file.is_file():
-            raise FileNotFoundError(f"autoencoder.path: {file} does not exist; expected a folder in diffusers' layout.")
+            raise FileNotFoundError(
+                f"autoencoder.path: {file} does not exist; expected a folder in diffusers' layout."
+            )
         for written in (file, *sorted(folder.glob("*.safetensors"))):
             check_file(written)
         config = read_json(file)
         mean, std = read_normalisation(config, str(file))
         channels = config.get("in_channels")
-        require(channels == image_channels, f"{file}: in_channels", channels, f"data.image_channels={image_channels}")
-        options = dict(local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+        require(
+            channels == image_channels,
+            f"{file}: in_channels",
+            channels,
+            f"data.image_channels={image_channels}",
+        )
+        options = dict(
+            local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
         try:
             model, report = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder}: the weights are damaged, or not those of config.json: {error}") from error
+            raise ValueError(
+                f"{folder}: the weights are damaged, or not those of config.json: {error}"
+            ) from error
         for problem in ("missing_keys", "unexpected_keys"):
             keys = sorted(report[problem])[:3]
             require(not keys, f"{folder}: {problem}", keys, "exactly the weights that config.json describes")
@@ -201,8 +236,8 @@ class KLAutoencoder(Autoencoder):
     def from_ldm(cls, state: Mapping[str, Tensor], scaling_factor: float) -> tuple[KLAutoencoder, list[str]]:
         """An autoencoder from a state dict of latent diffusion, and the keys used only in its training.
 
-        Normalised latents are the posterior's samples times ``scaling_factor``. Raises ``ValueError`` listing every key that is
-        missing, unexpected or of another shape.
+        Normalised latents are the posterior's samples times ``scaling_factor``. Raises ``ValueError`` listing
+        every key that is missing, unexpected or of another shape.
         """
         from diffusers import AutoencoderKL
 
@@ -215,14 +250,18 @@ class KLAutoencoder(Autoencoder):
         mapped = to_diffusers(state)
         model.load_state_dict(mapped.state)
         channels = model.config.latent_channels
-        return cls(model, torch.zeros(channels), torch.full((channels,), 1 / scaling_factor)), sorted(mapped.left_over)
+        return cls(model, torch.zeros(channels), torch.full((channels,), 1 / scaling_factor)), sorted(
+            mapped.left_over
+        )
 
     def to_ldm(self) -> dict[str, Tensor]:
         """The weights in the layout of latent diffusion (which has no normalisation)."""
         return from_diffusers(self.model.state_dict())
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write diffusers' layout, weights stored as ``dtype``, the normalisation as ``latents_mean`` / ``latents_std``."""
+        """Write diffusers' layout, weights stored as ``dtype``, the normalisation as ``latents_mean`` /
+        ``latents_std``.
+        """
         settings = {name: value for name, value in self.model.config.items() if not name.startswith("_")}
         stored = type(self.model).from_config(settings)
         stored.load_state_dict(self.model.state_dict())
@@ -255,7 +294,8 @@ class KLAutoencoder(Autoencoder):
 
 
 def read_normalisation(config: dict[str, Any], source: str) -> tuple[Tensor, Tensor]:
-    """Mean and std [c] from diffusers' configuration: ``latents_mean`` / ``latents_std``, else shift and scaling factor.
+    """Mean and std [c] from diffusers' configuration: ``latents_mean`` / ``latents_std``, else shift and
+    scaling factor.
 
     Raises ``ValueError`` with ``source`` and the field for missing, non-finite or wrongly sized values.
     """
@@ -271,7 +311,9 @@ def read_normalisation(config: dict[str, Any], source: str) -> tuple[Tensor, Ten
         values = config.get(name)
         valid = isinstance(values, list) and len(values) == channels and all(map(is_finite, values))
         require(valid, f"{source}: {name}", values, f"{channels} finite numbers, one a latent channel")
-    require(min(config["latents_std"]) > 0, f"{source}: latents_std", config["latents_std"], "numbers above 0")
+    require(
+        min(config["latents_std"]) > 0, f"{source}: latents_std", config["latents_std"], "numbers above 0"
+    )
     return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
 
 
@@ -289,5 +331,7 @@ class AutoencoderKind:
 
 AUTOENCODERS: dict[str, AutoencoderKind] = {
     "kl": AutoencoderKind(KLAutoencoder.load),
-    "identity": AutoencoderKind(lambda path, image_channels: IdentityAutoencoder(image_channels), has_folder=False),
+    "identity": AutoencoderKind(
+        lambda path, image_channels: IdentityAutoencoder(image_channels), has_folder=False
+    ),
 }

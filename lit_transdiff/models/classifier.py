@@ -48,7 +48,12 @@ class Classifier(nn.Module, ABC):
     def features(self, images: Tensor) -> Tensor:
         """The features of images, whose size is checked."""
         expected = (self.image_channels, self.image_size, self.image_size)
-        require(tuple(images.shape[1:]) == expected, "images", tuple(images.shape), f"[B, C, H, W] with (C, H, W) = {expected}")
+        require(
+            tuple(images.shape[1:]) == expected,
+            "images",
+            tuple(images.shape),
+            f"[B, C, H, W] with (C, H, W) = {expected}",
+        )
         return self.embed(images)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -58,7 +63,11 @@ class Classifier(nn.Module, ABC):
 
 def conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
     """3x3 convolution, batch norm, ReLU."""
-    return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(),
+    )
 
 
 class SmallClassifier(Classifier):
@@ -141,7 +150,8 @@ def load_classifier(path: str | Path, network: type[Classifier] = SmallClassifie
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if header is None:
         raise ValueError(
-            f"{path}: header: got no {network.kind!r} entry; allowed: a file that a run of stage {network.kind} exports."
+            f"{path}: header: got no {network.kind!r} entry; allowed: a file that a run of stage "
+            f"{network.kind} exports."
         )
     try:
         classifier = network(**json_of(header))

@@ -19,6 +19,6 @@ def class_label(config: ModelConfig) -> nn.Module:
     return nn.Embedding(config.num_classes, config.width)
 
 
-# An entry makes a module that gives vectors [B, D], which stand in all class tokens, or tokens [B, K, D] in their place. One that
-# takes no labels has the shape of a row of what it takes as ``condition_shape``.
+# An entry makes a module that gives vectors [B, D], which stand in all class tokens, or tokens [B, K, D] in
+# their place. One that takes no labels has the shape of a row of what it takes as ``condition_shape``.
 CONDITIONS: dict[str, Callable[[ModelConfig], nn.Module]] = {"class": class_label}

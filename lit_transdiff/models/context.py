@@ -1,4 +1,5 @@
-"""The context of images to be drawn, made group by group: nothing that an earlier group gave is computed again.
+"""The context of images to be drawn, made group by group: nothing that an earlier group gave is computed
+again.
 
 Shapes: B images, U distinct classes among them, L tokens per reference, D width, C H W a latent.
 """
@@ -28,16 +29,21 @@ class Contexts(Protocol):
     def advance(self, images: Tensor) -> Tensor: ...
 
 
-ContextFn = Callable[["TransDiff", Tensor], Contexts]  # model, labels [B], or other conditions -> their contexts
+# model, labels [B], or other conditions -> their contexts
+ContextFn = Callable[["TransDiff", Tensor], Contexts]
 
 
 class ContextStream:
-    """Successive groups of context tokens for ``labels`` [B] (without: the null class), each seeing the images before it.
+    """Successive groups of context tokens for ``labels`` [B] (without: the null class), each seeing the
+    images before it.
 
-    The first group depends on the class alone, so it is made once a class; a single one is given as one row that stands for all.
+    The first group depends on the class alone, so it is made once a class; a single one is given as one row
+    that stands for all.
     """
 
-    def __init__(self, model: TransDiff, labels: Tensor | None, begin: Callable[[], Beginning] | None = None) -> None:
+    def __init__(
+        self, model: TransDiff, labels: Tensor | None, begin: Callable[[], Beginning] | None = None
+    ) -> None:
         """``begin`` gives the beginning when it is known."""
         self.model = model
         self.groups = 0
@@ -49,7 +55,8 @@ class ContextStream:
         self.begin = begin or partial(model.encoder.begin, self.classes)
 
     def advance(self, images: Tensor) -> Tensor:
-        """The context tokens that are new since the last call, [B or 1, n L, D]; ``images`` [B, r, C, H, W] are all so far.
+        """The context tokens that are new since the last call, [B or 1, n L, D]; ``images`` [B, r, C, H, W]
+        are all so far.
 
         Calls follow each other with r = 0, 1, 2, ... or with steps between left out.
         """
@@ -74,13 +81,19 @@ class ContextStream:
 
     def spread_past(self, rows: int) -> None:
         """The same for keys and values: from now on every image has its own."""
-        row_of = torch.zeros(rows, dtype=torch.long, device=self.classes.device) if self.row_of is None else self.row_of
+        row_of = (
+            torch.zeros(rows, dtype=torch.long, device=self.classes.device)
+            if self.row_of is None
+            else self.row_of
+        )
         for block in self.past:
             block.take(row_of)
 
 
 def null_contexts(model: TransDiff) -> Callable[[], ContextStream]:
-    """Streams of the null class, whose beginning, the same for all images, is computed for the first of them alone."""
+    """Streams of the null class, whose beginning, the same for all images, is computed for the first of them
+    alone.
+    """
     begin = cache(partial(model.encoder.begin, model.encoder.null_class))
     return lambda: ContextStream(model, None, begin)
 

@@ -1,6 +1,7 @@
 """The diffusion decoder: (x_t, t, context) -> velocity.
 
-Shapes: B images, V views of an image (references times noise draws), N tokens, S context tokens, D width, C channels.
+Shapes: B images, V views of an image (references times noise draws), N tokens, S context tokens, D width, C
+channels.
 """
 
 from __future__ import annotations
@@ -35,17 +36,23 @@ KeysValuesPair = tuple[Tensor, Tensor]  # [B, h, S, d] each
 class Memory:
     """Keys and values of the decoder's contexts, computed once for all draws and solver steps.
 
-    For every block the keys and values of each context; the rows of the decoder fall into as many equal shares, in order, and
-    those of a share attend to one context. A context of one row serves for all rows of its share.
+    For every block the keys and values of each context; the rows of the decoder fall into as many equal
+    shares, in order, and those of a share attend to one context. A context of one row serves for all rows of
+    its share.
     """
 
     blocks: tuple[tuple[KeysValuesPair, ...], ...]
 
     def join(self, later: Memory) -> Memory:
-        """The memory of this context's tokens and, after them, a ``later`` one's; a single row is broadcast."""
+        """The memory of this context's tokens and, after them, a ``later`` one's; a
+        single row is broadcast.
+        """
         return Memory(
             tuple(
-                tuple((append(k, k_new), append(v, v_new)) for (k, v), (k_new, v_new) in zip(old, new, strict=True))
+                tuple(
+                    (append(k, k_new), append(v, v_new))
+                    for (k, v), (k_new, v_new) in zip(old, new, strict=True)
+                )
                 for old, new in zip(self.blocks, later.blocks, strict=True)
             )
         )
@@ -64,7 +71,14 @@ def append(old: Tensor, new: Tensor) -> Tensor:
 class DecoderBlock(nn.Module):
     """Modulated and gated self-attention and MLP, with plain cross-attention to the context between them."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, attention_dropout: float, projection_dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        attention_dropout: float,
+        projection_dropout: float,
+    ) -> None:
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / math.sqrt(width))
         self.norm1 = layer_norm(width)
@@ -78,7 +92,9 @@ class DecoderBlock(nn.Module):
         """``x`` [(V B), N, D], ``modulation`` [(V B) or 1, 6, D] -> [(V B), N, D]."""
         rows = (self.scale_shift_table + modulation).chunk(6, dim=1)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = rows
-        x = x + gate_attention * self.self_attention(modulate(self.norm1(x), shift_attention, scale_attention))
+        x = x + gate_attention * self.self_attention(
+            modulate(self.norm1(x), shift_attention, scale_attention)
+        )
         x = x + self.cross_attention(self.norm2(x), keys_values)
         return x + gate_mlp * self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
 
@@ -122,7 +138,8 @@ class DiffusionDecoder(nn.Module):
         self.context_projection = nn.Linear(width, width)
         self.input_projection = nn.Linear(token_features, width)
         self.blocks = nn.ModuleList(
-            DecoderBlock(width, num_heads, mlp_ratio, attention_dropout, projection_dropout) for _ in range(num_blocks)
+            DecoderBlock(width, num_heads, mlp_ratio, attention_dropout, projection_dropout)
+            for _ in range(num_blocks)
         )
         self.final = FinalLayer(width, token_features)
         self.apply(initialise)
@@ -149,7 +166,9 @@ class DiffusionDecoder(nn.Module):
         return [self.context_projection, *(layer for a in attentions for layer in (a.key, a.value))]
 
     def memory(self, context: Tensor, visible: tuple[int, ...]) -> Memory:
-        """Keys and values of the first ``visible[i]`` tokens of ``context`` [B, S, D], for the i-th share of the rows."""
+        """Keys and values of the first ``visible[i]`` tokens of ``context`` [B, S, D], for the i-th share of
+        the rows.
+        """
         projected = self.context_projection(context)
         blocks = []
         for block in self.blocks:
@@ -158,7 +177,8 @@ class DiffusionDecoder(nn.Module):
         return Memory(tuple(blocks))
 
     def forward(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
-        """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or [1]; same shape.
+        """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or
+        [1]; same shape.
 
         ``x_t`` may be more precise than the weights.
         """

@@ -23,14 +23,23 @@ if TYPE_CHECKING:
 class EncoderBlock(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, attention_dropout: float, projection_dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        attention_dropout: float,
+        projection_dropout: float,
+    ) -> None:
         super().__init__()
         self.norm1 = layer_norm(width)
         self.attention = SelfAttention(width, num_heads, attention_dropout, projection_dropout)
         self.norm2 = layer_norm(width)
         self.mlp = MLP(width, mlp_ratio, projection_dropout)
 
-    def forward(self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None
+    ) -> Tensor:
         """[B, N, D] -> [B, N, D]; ``groups`` and ``past`` as in ``SelfAttention``."""
         x = x + self.attention(self.norm1(x), groups, past)
         return x + self.mlp(self.norm2(x))
@@ -39,9 +48,9 @@ class EncoderBlock(nn.Module):
 class ARTransformer(nn.Module):
     """Encoder of TransDiff (arXiv 2506.09482, section 3).
 
-    The sequence is [K class tokens | group 0 | ... | group R-1] of L tokens each. Group 0 is learned mask tokens; group r
-    is reference image r-1. One-step AR (R = 1) attends fully and broadcasts one mask token; MRAR (R > 1) is block-causal,
-    with class tokens that see only themselves.
+    The sequence is [K class tokens | group 0 | ... | group R-1] of L tokens each. Group 0 is learned mask
+    tokens; group r is reference image r-1. One-step AR (R = 1) attends fully and broadcasts one mask token;
+    MRAR (R > 1) is block-causal, with class tokens that see only themselves.
     """
 
     def __init__(
@@ -71,11 +80,14 @@ class ARTransformer(nn.Module):
         self.class_embedding = condition
         self.null_class = learned(1, width)
         self.mask_tokens = learned(1, tokens_per_reference if multi else 1, width)
-        self.reference_projection = nn.Linear(latent_channels * reference_patch_size**2, width) if multi else None
+        self.reference_projection = (
+            nn.Linear(latent_channels * reference_patch_size**2, width) if multi else None
+        )
         self.position = learned(1, num_class_tokens + num_tokens, width)
         self.input_norm = layer_norm(width)
         self.blocks = nn.ModuleList(
-            EncoderBlock(width, num_heads, mlp_ratio, attention_dropout, projection_dropout) for _ in range(num_blocks)
+            EncoderBlock(width, num_heads, mlp_ratio, attention_dropout, projection_dropout)
+            for _ in range(num_blocks)
         )
         self.norm = layer_norm(width)
         self.context_position = learned(1, num_tokens, width)
@@ -108,10 +120,11 @@ class ARTransformer(nn.Module):
         return torch.where(dropped, self.null_class.to(vectors.dtype), vectors)
 
     def features(self, classes: Tensor, references: Tensor | None = None) -> Tensor:
-        """Semantic features [B, (n + 1) L, D] of class vectors [B, D] and n < R clean references [B, n, C, H, W].
+        """Semantic features [B, (n + 1) L, D] of class vectors [B, D] and n < R clean references [B, n, C, H,
+        W].
 
-        The features of group r depend on the class and on references before r only, so a prefix of the references
-        gives the same features as the whole sequence.
+        The features of group r depend on the class and on references before r only, so a prefix of the
+        references gives the same features as the whole sequence.
         """
         return self._transform(self._first(classes, references))[:, self.num_class_tokens :]
 
@@ -121,17 +134,23 @@ class ARTransformer(nn.Module):
         return self._transform(self._first(classes, None), past)[:, self.num_class_tokens :], past
 
     def extend(self, past: list[KeysValues], reference: Tensor) -> Tensor:
-        """Features [B, L, D] of the next group after ``past`` (which is extended), given its ``reference``."""
+        """Features [B, L, D] of the next group after ``past`` (which is extended),
+        given its ``reference``.
+        """
         return self._transform(self._project(reference[:, None]), past)
 
     def forward(self, classes: Tensor, references: Tensor | None = None) -> Tensor:
-        """Features plus their position embedding: the context [B, (n + 1) L, D] that the decoder attends to."""
+        """Features plus their position embedding: the context [B, (n + 1) L, D] that
+        the decoder attends to.
+        """
         features = self.features(classes, references)
         return features + self.context_position[:, : features.shape[1]]
 
     def _first(self, classes: Tensor, references: Tensor | None) -> Tensor:
         """Input tokens: class tokens, mask tokens, one group per reference; [B, K + (n + 1) L, D]."""
-        class_tokens = classes if classes.ndim == 3 else repeat(classes, "b d -> b k d", k=self.num_class_tokens)
+        class_tokens = (
+            classes if classes.ndim == 3 else repeat(classes, "b d -> b k d", k=self.num_class_tokens)
+        )
         groups = [class_tokens, self.mask_tokens.expand(len(classes), self.tokens_per_reference, -1)]
         if references is not None and references.shape[1] > 0:
             groups.append(self._project(references))
@@ -140,7 +159,9 @@ class ARTransformer(nn.Module):
     def _project(self, references: Tensor) -> Tensor:
         """Project references [B, n, C, H, W] to input tokens [B, n L, D]."""
         if self.reference_projection is None or references.shape[1] >= self.num_references:
-            raise ValueError(f"references: got {references.shape[1]}; allowed: at most {self.num_references - 1}.")
+            raise ValueError(
+                f"references: got {references.shape[1]}; allowed: at most {self.num_references - 1}."
+            )
         tokens = rearrange(patchify(references, self.reference_patch_size), "b r l c -> b (r l) c")
         return self.reference_projection(tokens.to(self.reference_projection.weight.dtype))
 

@@ -1,7 +1,7 @@
 """Execution of a model: compilation, recomputation, sharding, bfloat16 weights and CUDA graphs.
 
-Each replaces the ``forward`` of single modules or the weights of linear layers. The names of the weights are unchanged, and
-so are hooks, such as those by which strategies gather weights.
+Each replaces the ``forward`` of single modules or the weights of linear layers. The names of the weights are
+unchanged, and so are hooks, such as those by which strategies gather weights.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ log = logging.getLogger(__name__)
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Run each block through ``torch.compile``; blocks of one class share one compilation, so that starting remains fast.
+    """Run each block through ``torch.compile``; blocks of one class share one compilation, so that starting
+    remains fast.
 
-    If compilation is impossible (no C++ compiler on a CPU, no Triton on a GPU), they run eagerly with a warning.
+    If compilation is impossible (no C++ compiler on a CPU, no Triton on a GPU), they run eagerly with a
+    warning.
     """
     for block in blocks:
         block.forward = compiled(block.forward)  # type: ignore[method-assign]
@@ -58,14 +60,18 @@ def can_compile(device_type: str) -> bool:
 
 
 def recompute_blocks(blocks: Iterable[nn.Module], every: int = 1) -> None:
-    """Store only the input of every ``every``-th block; the backward pass recomputes it, with equal dropout."""
+    """Store only the input of every ``every``-th block; the backward pass recomputes
+    it, with equal dropout.
+    """
     for i, block in enumerate(blocks):
         if i % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def shard_blocks(model: Paradigm, mesh: DeviceMesh) -> None:
-    """Shard the weights by rows over the devices of ``mesh`` (FSDP2), unit by unit, unless already sharded."""
+    """Shard the weights by rows over the devices of ``mesh`` (FSDP2), unit by unit,
+    unless already sharded.
+    """
     if any(isinstance(p, DTensor) for p in model.parameters()):
         return
     for unit in [*model.units(), model]:
@@ -98,10 +104,11 @@ def replay(model: Paradigm) -> None:
 
 
 class Replayed:
-    """A network's ``forward`` (see ``Paradigm.evaluated``) as CUDA graphs, which nearly eliminate the host's work per step.
+    """A network's ``forward`` (see ``Paradigm.evaluated``) as CUDA graphs, which nearly eliminate the host's
+    work per step.
 
-    A graph is captured at the first call for each memory and shape and then replayed; graphs of two memories are kept
-    (guided and unguided steps). On CPUs, or if gradients are needed, the network runs as before.
+    A graph is captured at the first call for each memory and shape and then replayed; graphs of two memories
+    are kept (guided and unguided steps). On CPUs, or if gradients are needed, the network runs as before.
     """
 
     KEPT = 2
@@ -124,7 +131,9 @@ class Replayed:
 class Graph:
     """A captured call; it keeps ``memory`` alive, so that its id remains unique."""
 
-    def __init__(self, forward: Callable[[Tensor, Tensor, Any], Tensor], x_t: Tensor, t: Tensor, memory: Any) -> None:
+    def __init__(
+        self, forward: Callable[[Tensor, Tensor, Any], Tensor], x_t: Tensor, t: Tensor, memory: Any
+    ) -> None:
         self.x_t, self.t, self.memory = x_t.clone(), t.clone(), memory
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())

@@ -1,6 +1,7 @@
 """Floating-point operations of a model's matrix products in training, counted on tensors without values.
 
-A multiply-add counts as two, and the backward pass as twice the forward one, as is usual for a model-FLOPs utilisation.
+A multiply-add counts as two, and the backward pass as twice the forward one, as is usual for a model-FLOPs
+utilisation.
 
 Shapes: R references per row, M noise draws, K parts, N tokens of all parts.
 """
@@ -72,7 +73,9 @@ def row_cost(config: ModelSettings, draws: int, head_alone: bool = False) -> Row
         base, flops, each = count_row(config, ones, draws, head_alone), 0.0, {}
         for name, stack in stacks.items():
             number = getattr(config, stack.depth)
-            flops += (number - 1) * (count_row(config, ones | {name: 2}, draws, head_alone).flops - base.flops)
+            flops += (number - 1) * (
+                count_row(config, ones | {name: 2}, draws, head_alone).flops - base.flops
+            )
             each[name] = number * base.stacks[name]
         COUNTED[key] = RowCost(base.flops + flops, base.tokens, each)
     return COUNTED[key]
@@ -86,7 +89,12 @@ def count_row(config: ModelSettings, blocks: Mapping[str, int], draws: int, head
         nonlocal tokens
         tokens += inputs[0].numel() // inputs[0].shape[-1]
 
-    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (
+        torch.device("meta"),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         depths = {kind.stacks[name].depth: number for name, number in blocks.items()}
         model = build_model(replace(config, **depths)).eval()  # type: ignore[type-var]
         stacks = {name: Span(counter, stack) for name, stack in model.block_lists().items()}

@@ -1,4 +1,5 @@
-"""Semantic fusion: the context of an image spliced from the features of two classes (arXiv 2506.09482, section 4.4).
+"""Semantic fusion: the context of an image spliced from the features of two classes (arXiv 2506.09482,
+section 4.4).
 
 Shapes: B images, S context tokens.
 """
@@ -17,7 +18,9 @@ from lit_transdiff.models.context import ContextFn, ContextStream
 
 def fused(second: Tensor, pattern: Tensor) -> ContextFn:
     """Contexts that take the tokens where ``pattern`` [S] is true from the labels ``second`` [B]."""
-    return lambda model, labels: FusedContexts(ContextStream(model, labels), ContextStream(model, second), pattern)
+    return lambda model, labels: FusedContexts(
+        ContextStream(model, labels), ContextStream(model, second), pattern
+    )
 
 
 @dataclass
@@ -37,7 +40,9 @@ class FusedContexts:
 
 
 def fusion_pattern(num_tokens: int, kind: str, seed: int = 0) -> Tensor:
-    """Which context tokens come from the second class, [S] boolean: a random half, or every token of the second half."""
+    """Which context tokens come from the second class, [S] boolean: a random half, or every token of the
+    second half.
+    """
     if kind == "random":
         generator = torch.Generator().manual_seed(mix("fusion", seed))
         return torch.rand(num_tokens, generator=generator).argsort() < num_tokens // 2

@@ -1,7 +1,7 @@
 """Layers shared by encoder and decoder.
 
-Shapes: B batch, N query tokens, S context tokens, D width, h heads, d head dimension (D = h d), V views (decoder rows
-that belong to one image: its references times its noise draws).
+Shapes: B batch, N query tokens, S context tokens, D width, h heads, d head dimension (D = h d), V views
+(decoder rows that belong to one image: its references times its noise draws).
 """
 
 from __future__ import annotations
@@ -70,9 +70,13 @@ class KeysValues:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one joint projection, laid out [q | k | v], each [head][head dimension]."""
+    """Multi-head self-attention with one joint projection, laid out [q | k | v], each
+    [head][head dimension].
+    """
 
-    def __init__(self, width: int, num_heads: int, attention_dropout: float, projection_dropout: float) -> None:
+    def __init__(
+        self, width: int, num_heads: int, attention_dropout: float, projection_dropout: float
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
@@ -80,11 +84,15 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(projection_dropout)
 
-    def forward(self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None) -> Tensor:
-        """Attend from the tokens ``x`` [B, N, D] to each other, and to those of ``past``, which then holds x's, too.
+    def forward(
+        self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None
+    ) -> Tensor:
+        """Attend from the tokens ``x`` [B, N, D] to each other, and to those of ``past``, which then holds
+        x's, too.
 
-        ``groups`` are the sizes of successive groups of x (their sum is N): a token sees its own group and those before it. Each
-        group is one call without a mask, so that nothing is computed to be masked and fast kernels apply. Returns [B, N, D].
+        ``groups`` are the sizes of successive groups of x (their sum is N): a token sees its own group and
+        those before it. Each group is one call without a mask, so that nothing is computed to be masked and
+        fast kernels apply. Returns [B, N, D].
         """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         if past is not None:
@@ -102,9 +110,13 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of decoder tokens over the context, with keys and values that can be computed once and reused."""
+    """Attention of decoder tokens over the context, with keys and values that can be computed once and
+    reused.
+    """
 
-    def __init__(self, width: int, num_heads: int, attention_dropout: float, projection_dropout: float) -> None:
+    def __init__(
+        self, width: int, num_heads: int, attention_dropout: float, projection_dropout: float
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
@@ -120,10 +132,11 @@ class CrossAttention(nn.Module):
         return tuple(rearrange(z, "b s (h d) -> b h s d", h=self.num_heads) for z in (key, value))  # type: ignore[return-value]
 
     def forward(self, x: Tensor, keys_values: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Attend from ``x`` [(V B), N, D] to as many contexts as there are ``keys_values``, each for its equal share of the rows.
+        """Attend from ``x`` [(V B), N, D] to as many contexts as there are ``keys_values``, each for its
+        equal share of the rows.
 
-        A share's rows are ordered (draw, image) over the rows of its keys and values. All draws of an image share them: their
-        queries stand in one row. Returns [(V B), N, D].
+        A share's rows are ordered (draw, image) over the rows of its keys and values. All draws of an image
+        share them: their queries stand in one row. Returns [(V B), N, D].
         """
         dropout = self.attention_dropout if self.training else 0.0
         shares = []
@@ -135,7 +148,9 @@ class CrossAttention(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal features of t and a two-layer network; one more projection gives the six modulations of the blocks."""
+    """Sinusoidal features of t and a two-layer network; one more projection gives the six modulations of the
+    blocks.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -161,7 +176,9 @@ def sinusoids(numbers: Tensor) -> Tensor:
     The angles reach 1000 rad, so the frequencies keep exactly this float32 formula under every precision.
     """
     half = TIME_FEATURES // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=numbers.device) / half)
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=numbers.device) / half
+    )
     angles = numbers.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

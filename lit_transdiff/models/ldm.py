@@ -1,7 +1,8 @@
-"""Conversion of latent-diffusion autoencoders (``kl16.ckpt``, arXiv 2112.10752) to and from diffusers' ``AutoencoderKL``.
+"""Conversion of latent-diffusion autoencoders (``kl16.ckpt``, arXiv 2112.10752) to and from diffusers'
+``AutoencoderKL``.
 
-Both describe the same network with different names; an attention's 1 x 1 convolutions are linear layers in diffusers
-([C, C, 1, 1] <-> [C, C]), and the levels of the decoder are numbered in reverse.
+Both describe the same network with different names; an attention's 1 x 1 convolutions are linear layers in
+diffusers ([C, C, 1, 1] <-> [C, C]), and the levels of the decoder are numbered in reverse.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from lit_transdiff.models.state_dicts import Mapped, check_layout
 
 TRAINING_ONLY = "loss."  # the discriminator in some checkpoints
-# (latent diffusion, diffusers): key prefixes. {side}: encoder or decoder; {up}: a level of the decoder, reversed.
+# (latent diffusion, diffusers): key prefixes. {side}: encoder or decoder; {up}: a level of the decoder,
+# reversed.
 BEGINNINGS: tuple[tuple[str, str], ...] = (
     ("quant_conv.", "quant_conv."),
     ("post_quant_conv.", "post_quant_conv."),
@@ -32,22 +34,35 @@ BEGINNINGS: tuple[tuple[str, str], ...] = (
     ("decoder.up.{up}.upsample.conv.", "decoder.up_blocks.{up}.upsamplers.0.conv."),
 )
 # The names of the parts of attentions and residual blocks.
-ATTENTION = (("norm.", "group_norm."), ("q.", "to_q."), ("k.", "to_k."), ("v.", "to_v."), ("proj_out.", "to_out.0."))
+ATTENTION = (
+    ("norm.", "group_norm."),
+    ("q.", "to_q."),
+    ("k.", "to_k."),
+    ("v.", "to_v."),
+    ("proj_out.", "to_out.0."),
+)
 RESIDUAL = (("nin_shortcut.", "conv_shortcut."),)
 
 
 def is_ldm(state: Mapping[str, Any]) -> bool:
     """Whether a state dict has the keys of a latent-diffusion autoencoder."""
-    return {"encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "post_quant_conv.weight"} <= state.keys()
+    return {
+        "encoder.conv_in.weight",
+        "encoder.down.0.block.0.conv1.weight",
+        "post_quant_conv.weight",
+    } <= state.keys()
 
 
 def num_levels(state: Mapping[str, Any]) -> int:
     """Levels of the encoder; every one but the last halves the size."""
-    return 1 + max(int(match[1]) for key in state if (match := re.match(r"encoder\.down(?:_blocks)?\.(\d{1,2})\.", key)))
+    return 1 + max(
+        int(match[1]) for key in state if (match := re.match(r"encoder\.down(?:_blocks)?\.(\d{1,2})\.", key))
+    )
 
 
 def read_architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of diffusers' ``AutoencoderKL`` inferred from the shapes of a latent-diffusion state dict.
+    """The arguments of diffusers' ``AutoencoderKL`` inferred from the shapes of a latent-diffusion state
+    dict.
 
     Raises ``ValueError`` listing required keys that are missing or have another number of dimensions.
     """
@@ -55,7 +70,11 @@ def read_architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
     outputs = [f"encoder.down.{level}.block.0.conv2.weight" for level in levels]
     telling = ["encoder.conv_in.weight", *outputs, "decoder.conv_out.weight", "post_quant_conv.weight"]
     wrong = [f"missing: {key}" for key in telling if key not in state]
-    wrong += [f"no convolution: {key} {list(state[key].shape)}" for key in telling if key in state and state[key].ndim != 4]
+    wrong += [
+        f"no convolution: {key} {list(state[key].shape)}"
+        for key in telling
+        if key in state and state[key].ndim != 4
+    ]
     if wrong:
         raise ValueError("the checkpoint does not fit:\n  " + "\n  ".join(wrong))
     return {
@@ -77,12 +96,16 @@ def read_architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def num_blocks(state: Mapping[str, Any], level: int) -> int:
     """The number of residual blocks of an encoder level, up to the first missing one."""
-    there = {int(match[1]) for key in state if (match := re.match(rf"encoder\.down\.{level}\.block\.(\d+)\.", key))}
+    there = {
+        int(match[1]) for key in state if (match := re.match(rf"encoder\.down\.{level}\.block\.(\d+)\.", key))
+    }
     return next(i for i in range(len(there) + 1) if i not in there)
 
 
 def rename(key: str, levels: int, back: bool = False) -> str:
-    """diffusers' name of a key of latent diffusion, or with ``back`` the reverse; ``KeyError`` for a key that has none."""
+    """diffusers' name of a key of latent diffusion, or with ``back`` the reverse; ``KeyError`` for a key that
+    has none.
+    """
     theirs, ours = (1, 0) if back else (0, 1)
     for beginning in BEGINNINGS:
         pattern = re.escape(beginning[theirs]).replace(r"\{side\}", "(?P<side>encoder|decoder)")
@@ -103,7 +126,9 @@ def rename(key: str, levels: int, back: bool = False) -> str:
 
 
 def check_ldm(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` listing, under its own names, where a state dict does not fit diffusers' ``model`` state dict."""
+    """Raise ``ValueError`` listing, under its own names, where a state dict does not fit diffusers' ``model``
+    state dict.
+    """
     shapes = {key: tuple(value.shape) for key, value in from_diffusers(model).items()}
     check_layout({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, shapes)
 
@@ -122,7 +147,10 @@ def to_diffusers(state: Mapping[str, Tensor]) -> Mapped:
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The latent-diffusion state dict of diffusers'. Raises ``KeyError`` for a key that this layout does not have."""
+    """The latent-diffusion state dict of diffusers'.
+
+    Raises ``KeyError`` for a key that this layout does not have.
+    """
     levels, result = num_levels(state), {}
     for key, value in state.items():
         name = rename(key, levels, back=True)

@@ -1,8 +1,9 @@
 """The faster of torch's two float32 matrix products for CPUs, in the linear layers of a model.
 
-torch multiplies float32 matrices on CPUs by MKL, which does its best on its maker's processors only; oneDNN, also within torch,
-is then 1.1 to 1.2 times as fast, and applies a GELU on the way (benchmarks/README.md). Both are float32 throughout and differ by
-rounding. ``torch.backends.mkldnn.flags(enabled=False)`` leaves everything to MKL.
+torch multiplies float32 matrices on CPUs by MKL, which does its best on its maker's processors only; oneDNN,
+also within torch, is then 1.1 to 1.2 times as fast, and applies a GELU on the way (benchmarks/README.md).
+Both are float32 throughout and differ by rounding. ``torch.backends.mkldnn.flags(enabled=False)`` leaves
+everything to MKL.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def use_faster_product(model: nn.Module) -> None:
     for module in list(model.modules()):  # parents precede their layers
         if isinstance(module, MLP) and isinstance(module.gelu, nn.GELU) and module.gelu.approximate == "none":
             module.fc1.forward, module.gelu = partial(product_of, module.fc1, gelu=True), nn.Identity()  # type: ignore[method-assign]
-        elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module):
+        elif (
+            isinstance(module, nn.Linear)
+            and type(module).forward is nn.Linear.forward
+            and "forward" not in vars(module)
+        ):
             module.forward = partial(product_of, module)  # type: ignore[method-assign]
 
 

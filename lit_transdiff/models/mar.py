@@ -1,7 +1,8 @@
-"""MAR: a transformer over known and unknown tokens, and a small network that denoises each token (arXiv 2406.11838).
+"""MAR: a transformer over known and unknown tokens, and a small network that denoises each token (arXiv
+2406.11838).
 
-The names of the weights are those of the released files. Shapes: B images, L tokens of an image, K known ones, T buffer tokens,
-C numbers of a token, D width, R rows of the head, W its width.
+The names of the weights are those of the released files. Shapes: B images, L tokens of an image, K known
+ones, T buffer tokens, C numbers of a token, D width, R rows of the head, W its width.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class MARBlock(nn.Module):
     def __init__(self, width: int, config: MARConfig) -> None:
         super().__init__()
         self.norm1 = layer_norm(width)
-        self.attn = SelfAttention(width, config.num_heads, config.attention_dropout, config.projection_dropout)
+        self.attn = SelfAttention(
+            width, config.num_heads, config.attention_dropout, config.projection_dropout
+        )
         self.norm2 = layer_norm(width)
         self.mlp = MLP(width, config.mlp_ratio, config.projection_dropout)
 
@@ -71,7 +74,9 @@ class TokenHead(nn.Module):
         self.final_layer = AdaptiveOutput(width, 2 * config.token_features)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """``x_t`` [R, C] at the steps ``t`` [R] or [1], ``condition`` [R, W] = ``cond_embed`` of the context -> [R, 2 C]."""
+        """``x_t`` [R, C] at the steps ``t`` [R] or [1], ``condition`` [R, W] = ``cond_embed`` of the context
+        -> [R, 2 C].
+        """
         x = self.input_proj(x_t.to(self.input_proj.weight.dtype))
         condition = self.time_embed(t) + condition
         for block in self.res_blocks:
@@ -80,9 +85,11 @@ class TokenHead(nn.Module):
 
 
 class MAR(Paradigm):
-    """An encoder of the known tokens, a decoder of all, and a head that denoises each unknown token independently.
+    """An encoder of the known tokens, a decoder of all, and a head that denoises each unknown token
+    independently.
 
-    In training every token is a part with its own time, and only unknown ones count. In sampling a part is a set of tokens.
+    In training every token is a part with its own time, and only unknown ones count. In sampling a part is a
+    set of tokens.
     """
 
     process = "cosine_diffusion"
@@ -98,8 +105,17 @@ class MAR(Paradigm):
     adaptation = Adaptation(
         classes="class_emb.weight",
         shaped=(
-            *("encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned", "z_proj.weight"),
-            *("diffloss.net.input_proj.weight", "diffloss.net.final_layer.linear.weight", "diffloss.net.final_layer.linear.bias"),
+            *(
+                "encoder_pos_embed_learned",
+                "decoder_pos_embed_learned",
+                "diffusion_pos_embed_learned",
+                "z_proj.weight",
+            ),
+            *(
+                "diffloss.net.input_proj.weight",
+                "diffloss.net.final_layer.linear.weight",
+                "diffloss.net.final_layer.linear.bias",
+            ),
         ),
     )
     config: MARConfig
@@ -120,21 +136,30 @@ class MAR(Paradigm):
         self.decoder_embed = nn.Linear(width, decoder_width)
         self.mask_token = learned(1, 1, decoder_width)
         self.decoder_pos_embed_learned = learned(1, positions, decoder_width)
-        self.decoder_blocks = nn.ModuleList(MARBlock(decoder_width, config) for _ in range(config.decoder_blocks))
+        self.decoder_blocks = nn.ModuleList(
+            MARBlock(decoder_width, config) for _ in range(config.decoder_blocks)
+        )
         self.decoder_norm = layer_norm(decoder_width)
         self.diffusion_pos_embed_learned = learned(1, config.num_tokens, decoder_width)
         self.diffloss = nn.ModuleDict({"net": TokenHead(config)})
         self.apply(initialise).apply(initialise_adaptive)
 
-    # --- the transformer ------------------------------------------------------------------------------------------------------
+    # --- the transformer
+    # ------------------------------------------------------------------------------------------------------
 
     def class_vectors(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         """Embeddings [B, D] of ``labels`` [B]; the null class where ``drop`` [B]."""
         vectors = self.class_emb(labels)
-        return vectors if drop is None else torch.where(drop[:, None], self.fake_latent.to(vectors.dtype), vectors)
+        return (
+            vectors
+            if drop is None
+            else torch.where(drop[:, None], self.fake_latent.to(vectors.dtype), vectors)
+        )
 
     def encode_known(self, classes: Tensor, tokens: Tensor, known: Tensor) -> Tensor:
-        """Features [B, T + K, D] of class vectors [B, D] and of the ``tokens`` [B, L, C] at ``known`` [B, K]."""
+        """Features [B, T + K, D] of class vectors [B, D] and of the ``tokens`` [B, L,
+        C] at ``known`` [B, K].
+        """
         buffer = repeat(classes, "b d -> b t d", t=self.config.num_class_tokens)
         embedded = self.z_proj(rows_at(tokens, known).to(self.z_proj.weight.dtype))
         positions = self.encoder_pos_embed_learned.expand(len(known), -1, -1)
@@ -144,7 +169,9 @@ class MAR(Paradigm):
         return self.encoder_norm(x)
 
     def decode_all(self, encoded: Tensor, known: Tensor) -> Tensor:
-        """Context [B, L, D] of every token, from the features [B, T + K, D] of the buffer and the ``known`` [B, K] tokens."""
+        """Context [B, L, D] of every token, from the features [B, T + K, D] of the buffer and the ``known``
+        [B, K] tokens.
+        """
         x, positions = self.decoder_embed(encoded), self.decoder_pos_embed_learned
         unknown = self.mask_token.to(x.dtype).expand(len(x), positions.shape[1], -1)
         x = unknown.scatter(1, across(self.with_buffer(known), x), x) + positions
@@ -161,7 +188,8 @@ class MAR(Paradigm):
         buffer = torch.arange(self.config.num_class_tokens, device=known.device).expand(len(known), -1)
         return torch.cat([buffer, known + self.config.num_class_tokens], dim=1)
 
-    # --- the seam -------------------------------------------------------------------------------------------------------------
+    # --- the seam
+    # --------------------------------------------------------------------------------------------------------
 
     @property
     def evaluated(self) -> TokenHead:
@@ -171,7 +199,9 @@ class MAR(Paradigm):
         return patchify(x[:, 0], self.config.patch_size)
 
     def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> tuple[Tensor, Tensor]:
-        """Conditions [B, L, W] of all tokens given a random set of known ones, and the unknown mask [B, L]."""
+        """Conditions [B, L, W] of all tokens given a random set of known ones, and
+        the unknown mask [B, L].
+        """
         order = normal(self.config.num_tokens).argsort(dim=1)
         known = known_tokens(order, number_unknown(self.config, normal.shared()))
         context = self.context(self.class_vectors(labels, drop), self.parts(x), known)
@@ -190,7 +220,10 @@ class MAR(Paradigm):
     ) -> Generator[Problem, Tensor, Tensor]:
         """Sample the tokens of each image in random order, in parts of increasing size."""
         config, number, left = self.config, len(labels), self.config.num_tokens
-        order, tokens = normal(left).argsort(dim=1), torch.zeros(number, left, *self.token, device=labels.device)
+        order, tokens = (
+            normal(left).argsort(dim=1),
+            torch.zeros(number, left, *self.token, device=labels.device),
+        )
         classes, times = self.class_vectors(labels), 1
         if sampling.guidance_scale > 1:  # all images again with the null class
             classes, times = torch.cat([classes, self.fake_latent.expand_as(classes)]), 2
@@ -205,7 +238,9 @@ class MAR(Paradigm):
         return unpatchify(tokens, config.patch_size, config.latent_size)[:, None]
 
     def problem(self, condition: Tensor, num_images: int, progress: float) -> Problem:
-        """The problem of n tokens per image, [B, c, n]; the second half of ``condition`` is the null class's."""
+        """The problem of n tokens per image, [B, c, n]; the second half of
+        ``condition`` is the null class's.
+        """
         number, features = condition.shape[1], self.config.token_features
         of_images, of_all = condition[:num_images].flatten(0, 1), condition.flatten(0, 1)
 

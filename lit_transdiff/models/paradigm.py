@@ -1,10 +1,11 @@
 """The seam: what a family of models is to training, sampling and planning, which know no family.
 
-A paradigm says which tokens an image is, in which parts they are drawn, and what the network predicts of them. It knows no loss,
-no solver and no trainer. What a token is, is its own business: a latent pixel, a patch, a whole latent.
+A paradigm says which tokens an image is, in which parts they are drawn, and what the network predicts of
+them. It knows no loss, no solver and no trainer. What a token is, is its own business: a latent pixel, a
+patch, a whole latent.
 
-Shapes: B images (rows of the batch), R references of a row, M noise draws, K parts, N tokens of all parts together, C H W a
-latent; ``token`` the shape of a token.
+Shapes: B images (rows of the batch), R references of a row, M noise draws, K parts, N tokens of all parts
+together, C H W a latent; ``token`` the shape of a token.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ PredictPair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Problem:
-    """A part that is to be drawn, given everything that was drawn before it; the answer is a tensor [B, *shape]."""
+    """A part that is to be drawn, given everything that was drawn before it; the answer is a tensor [B,
+    *shape].
+    """
 
     shape: tuple[int, ...]  # of a row
     predict: Predict  # with the condition
     pair: PredictPair  # with it and without, in one pass; equal where nothing is to be guided
-    progress: float = 1.0  # share of the tokens that are drawn when this part is, for guidance that grows with it
+    # share of the tokens that are drawn when this part is, for guidance that grows with it
+    progress: float = 1.0
     scale: float | None = None  # of the guidance, in place of the sampler's
     num_steps: int | None = None  # of the solver, in place of the sampler's
     reuses_noise: bool = False  # begins with the noise of the part before, not with new noise
@@ -56,18 +60,22 @@ class Stack:
 class Paradigm(nn.Module, ABC):
     """A family of models. Everything above ``abstractmethod`` has a default that a simple family keeps.
 
-    Its constructor takes the family's settings alone, and works on the meta device. Numbers are random through arguments only:
-    a ``Normal`` gives standard normal numbers [B, *shape], a row for each image (``ndtr`` makes them uniform, ``argsort`` an
-    order), and its ``shared()`` a number that all images of a global batch have in common. Numbers of tokens follow from settings
-    and from such numbers, never from tensors, so that a model can be counted without values.
+    Its constructor takes the family's settings alone, and works on the meta device. Numbers are random
+    through arguments only: a ``Normal`` gives standard normal numbers [B, *shape], a row for each image
+    (``ndtr`` makes them uniform, ``argsort`` an order), and its ``shared()`` a number that all images of a
+    global batch have in common. Numbers of tokens follow from settings and from such numbers, never from
+    tensors, so that a model can be counted without values.
     """
 
-    process: ClassVar[str] = "flow"  # a name in flow.processes.PROCESSES: how data become noise, and noise data
+    # a name in flow.processes.PROCESSES: how data become noise, and noise data
+    process: ClassVar[str] = "flow"
     prediction: ClassVar[str] = "velocity"  # what ``predict`` gives, a word that the process knows
     stacks: ClassVar[Mapping[str, Stack]]  # by the names that training.activation_checkpointing knows
-    head_prefixes: ClassVar[tuple[str, ...]] = ()  # of the names of what ``predict`` alone reads, which a stage can train alone
+    # of the names of what ``predict`` alone reads, which a stage can train alone
+    head_prefixes: ClassVar[tuple[str, ...]] = ()
     undecayed: ClassVar[tuple[str, ...]] = ()  # prefixes of the names of weights that have no weight decay
-    methods: ClassVar[tuple[str, ...]] = ("condition", "predict")  # that read weights and are called from outside
+    # that read weights and are called from outside
+    methods: ClassVar[tuple[str, ...]] = ("condition", "predict")
     adaptation: ClassVar[Adaptation] = Adaptation()  # how a model starts from one of another shape
     parts_are_free: ClassVar[bool] = False  # sampling.num_parts says in how many an image is drawn
     has_features: ClassVar[bool] = False  # gives ``features``, of which there are metrics and fusions
@@ -80,7 +88,8 @@ class Paradigm(nn.Module, ABC):
     def check(cls, config: Any) -> None:
         """Refuse settings of the family that name what is in no table of its own."""
 
-    # --- training ---------------------------------------------------------------------------------------------------------
+    # --- training
+    # --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def parts(self, x: Tensor) -> Tensor:
@@ -90,32 +99,37 @@ class Paradigm(nn.Module, ABC):
     def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> Any:
         """The memory: all that depends on neither noise nor time, made once for all M draws.
 
-        Of the labels [B], or conditions [B, *condition_shape] (where ``drop`` [B] is true, of the null class), and of the clean
-        latents. A family draws here what it draws, orders and masks of tokens.
+        Of the labels [B], or conditions [B, *condition_shape] (where ``drop`` [B] is true, of the null
+        class), and of the clean latents. A family draws here what it draws, orders and masks of tokens.
         """
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, memory: Any) -> Tensor:
-        """What the network says of tokens ``x_t`` [(M B), N, *token] at times [(M B), K] of the process: [(M B), N, ...].
+        """What the network says of tokens ``x_t`` [(M B), N, *token] at times [(M B), K] of the process: [(M
+        B), N, ...].
 
-        A row of the memory serves the M rows (draw, image) of its image. ``x_t`` may be more precise than the weights.
+        A row of the memory serves the M rows (draw, image) of its image. ``x_t`` may be more precise than the
+        weights.
         """
 
     def weights(self, memory: Any) -> Tensor | None:
         """Of the parts in the loss, [K] or [B, K] or [(M B), K]; without them all are equal."""
         return None
 
-    # --- sampling ---------------------------------------------------------------------------------------------------------
+    # --- sampling
+    # --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def decode(
         self, labels: Tensor, sampling: SamplingConfig, normal: Normal, kept: Any = None, contexts: Any = None
     ) -> Generator[Problem, Tensor, Tensor]:
-        """Yields the parts of images of ``labels`` [B] as problems, is sent the solution of each, and returns [B, R, C, H, W].
+        """Yields the parts of images of ``labels`` [B] as problems, is sent the solution of each, and returns
+        [B, R, C, H, W].
 
-        The sampler owns solver, guidance, noise and seeds. What a family draws itself (the order of the tokens), it draws from
-        ``normal``; a part that it draws in a way of its own, it does not yield. ``kept`` is what ``keep`` gave; ``contexts``
-        stands for what the model makes of the labels, where ``has_features``.
+        The sampler owns solver, guidance, noise and seeds. What a family draws itself (the order of the
+        tokens), it draws from ``normal``; a part that it draws in a way of its own, it does not yield.
+        ``kept`` is what ``keep`` gave; ``contexts`` stands for what the model makes of the labels, where
+        ``has_features``.
         """
         yield from ()
         raise AssertionError
@@ -125,23 +139,30 @@ class Paradigm(nn.Module, ABC):
         return None
 
     def features(self, labels: Tensor, references: Tensor | None) -> Tensor:
-        """Semantic features [B, S, D] of labels, and of the references before the last, where ``has_features``."""
+        """Semantic features [B, S, D] of labels, and of the references before the last, where
+        ``has_features``.
+        """
         raise ValueError(f"model.paradigm: {self.config.paradigm!r} has no semantic features.")
 
     def fusion(self, second: Tensor, kind: str, seed: int) -> Any:
         """``contexts`` for ``decode`` that splice the features of its labels with those of ``second`` [B]."""
-        raise ValueError(f"--fuse: model.paradigm {self.config.paradigm!r} has no semantic features to splice.")
+        raise ValueError(
+            f"--fuse: model.paradigm {self.config.paradigm!r} has no semantic features to splice."
+        )
 
     def blank(self, rows: int) -> Tensor:
         """Labels, or conditions, of so many rows to count with."""
         shape = self.condition_shape
         return torch.zeros(rows, dtype=torch.int64) if shape is None else torch.zeros(rows, *shape)
 
-    # --- structure --------------------------------------------------------------------------------------------------------
+    # --- structure
+    # --------------------------------------------------------------------------------------------------------
 
     @property
     def evaluated(self) -> nn.Module:
-        """What is called at every evaluation of a solver, as ``evaluated(x_t, t, memory)`` with rows first: it is counted."""
+        """What is called at every evaluation of a solver, as ``evaluated(x_t, t, memory)`` with rows first:
+        it is counted.
+        """
         return self
 
     def block_lists(self) -> dict[str, nn.ModuleList]:

@@ -1,6 +1,7 @@
 """SiT and DiT: one transformer over the patches of a noisy latent (arXiv 2401.08740 and 2212.09748).
 
-The names of the weights are those of the released files. Shapes: B rows, N patches, D width, C H W a latent, p patch size.
+The names of the weights are those of the released files. Shapes: B rows, N patches, D width, C H W a latent,
+p patch size.
 """
 
 from __future__ import annotations
@@ -36,13 +37,17 @@ class SiTBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """``x`` [B, N, D], ``condition`` [B or 1, 1, D] -> [B, N, D]."""
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(condition)
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = (
+            self.adaLN_modulation(condition)
+        )
         x = x + gate_attention * self.attn(modulate(self.norm1(x), shift_attention, scale_attention))
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 def position_table(width: int, side: int) -> Tensor:
-    """Fixed positions [side^2, D] of a square grid: sines and cosines of the column, then those of the row, from float64."""
+    """Fixed positions [side^2, D] of a square grid: sines and cosines of the column, then those of the row,
+    from float64.
+    """
     frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -77,8 +82,12 @@ class SiT(Paradigm):
         self.y_embedder = nn.ModuleDict(
             {"embedding_table": nn.Embedding(config.num_classes + 1, width)}
         )  # the last: the null class
-        self.pos_embed = nn.Parameter(position_table(width, config.latent_size // p)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(SiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks))
+        self.pos_embed = nn.Parameter(
+            position_table(width, config.latent_size // p)[None], requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            SiTBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks)
+        )
         self.final_layer = AdaptiveOutput(width, out_features)
         self.apply(initialise).apply(initialise_adaptive)
         patches = self.x_embedder["proj"]
@@ -86,7 +95,8 @@ class SiT(Paradigm):
         nn.init.zeros_(patches.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """The released network's output [B, C or 2C, H, W] for ``x`` [B, C, H, W], its own ``t`` and ``labels`` [B].
+        """The released network's output [B, C or 2C, H, W] for ``x`` [B, C, H, W], its own ``t`` and
+        ``labels`` [B].
 
         The label ``num_classes`` is the null class. ``x`` may be more precise than the weights.
         """
@@ -96,13 +106,16 @@ class SiT(Paradigm):
         for block in self.blocks:
             h = block(h, condition)
         p, rows = self.config.patch_size, x.shape[-2] // self.config.patch_size
-        return rearrange(self.final_layer(h, condition), "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=rows)
+        return rearrange(
+            self.final_layer(h, condition), "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=rows
+        )
 
     def prediction_of(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """The velocity towards noise of ``x_t`` [B, C, H, W] at ``t`` [B] or [1]."""
         return -self(x_t, 1 - t, labels)[:, : self.config.latent_channels]
 
-    # --- the seam -------------------------------------------------------------------------------------------------------------
+    # --- the seam
+    # --------------------------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> Tensor:
         return x
@@ -119,7 +132,9 @@ class SiT(Paradigm):
         both = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
 
         def predict(x_t: Tensor, t: float, labels: Tensor = labels) -> Tensor:
-            return self.prediction_of(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), labels).to(x_t.dtype)
+            return self.prediction_of(
+                x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), labels
+            ).to(x_t.dtype)
 
         def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
             c, u = predict(torch.cat([x_t, x_t]), t, both).chunk(2)
@@ -135,7 +150,9 @@ class SiT(Paradigm):
 
 
 class DiT(SiT):
-    """The same network, which predicts the noise and the variance of a discrete step; variances are not guided."""
+    """The same network, which predicts the noise and the variance of a discrete step; variances are not
+    guided.
+    """
 
     process = "linear_diffusion"
     prediction = "noise_and_variance"

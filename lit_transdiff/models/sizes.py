@@ -1,6 +1,7 @@
 """Lower bounds of a model's memory, by arithmetic on its settings, for refusing impossible sizes early.
 
-All numbers are bytes and far below the real use (``planning.memory`` computes that), so only impossible sizes are refused.
+All numbers are bytes and far below the real use (``planning.memory`` computes that), so only impossible sizes
+are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Room:
         if needed > self.size:
             listed = ", ".join(f"{name.replace('__', '.')}={value}" for name, value in settings.items())
             allowed = f"what fits into the {format_bytes(int(self.size))} of {self.whose}"
-            raise ValueError(f"{listed}: got what takes {format_bytes(int(needed))} of memory or more; allowed: {allowed}.")
+            raise ValueError(
+                f"{listed}: got what takes {format_bytes(int(needed))} of memory or more; allowed: {allowed}."
+            )
 
     def times(self, number: int) -> Room:
         """The memory of several devices."""
@@ -53,7 +56,9 @@ def least_of_row(run: RunConfig, head_alone: bool) -> float:
     """A lower bound of a row's activations in training, in bfloat16 if that is possible."""
     kind, training = network_class(run.model), run.training
     number = FLOAT_BYTES if training.precision == "fp32" else 2
-    return number * run.model.least_kept(run.flow.num_noise_draws, training.recomputed(kind.stacks), head_alone)
+    return number * run.model.least_kept(
+        run.flow.num_noise_draws, training.recomputed(kind.stacks), head_alone
+    )
 
 
 def least_of_drawing(run: RunConfig, num_rows: int) -> int:

@@ -19,7 +19,9 @@ class Mapped:
 def check_layout(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ``ValueError`` listing every key that is missing, unexpected or of another shape."""
     problems = [f"missing: {key} {list(shape)}" for key, shape in shapes.items() if key not in state]
-    problems += [f"unexpected: {key} {list(value.shape)}" for key, value in state.items() if key not in shapes]
+    problems += [
+        f"unexpected: {key} {list(value.shape)}" for key, value in state.items() if key not in shapes
+    ]
     problems += [
         f"of another shape: {key} {list(state[key].shape)}, expected {list(shape)}"
         for key, shape in shapes.items()

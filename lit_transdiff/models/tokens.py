@@ -11,20 +11,24 @@ from torch import Tensor
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """[..., C, H, W] -> [..., N, C p p]: tokens row by row, inside a token channel slowest, then patch row, patch column."""
+    """[..., C, H, W] -> [..., N, C p p]: tokens row by row, inside a token channel slowest, then patch row,
+    patch column.
+    """
     return rearrange(x, "... c (h p) (w q) -> ... (h w) (c p q)", p=patch_size, q=patch_size)
 
 
 def unpatchify(tokens: Tensor, patch_size: int, height: int) -> Tensor:
     """The inverse of ``patchify`` for a latent of ``height`` rows: [..., N, C p p] -> [..., C, H, W]."""
-    return rearrange(tokens, "... (h w) (c p q) -> ... c (h p) (w q)", p=patch_size, q=patch_size, h=height // patch_size)
+    return rearrange(
+        tokens, "... (h w) (c p q) -> ... c (h p) (w q)", p=patch_size, q=patch_size, h=height // patch_size
+    )
 
 
 def token_similarity(features: Tensor) -> Tensor:
     """Mean cosine similarity over all pairs of an image's tokens, the diagonal included: [B, N, D] -> [B].
 
-    The paper's feature diversity: lower means more diverse semantic features. Equal to the squared length of the mean unit
-    vector, so no N x N matrix is made.
+    The paper's feature diversity: lower means more diverse semantic features. Equal to the squared length of
+    the mean unit vector, so no N x N matrix is made.
     """
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
     return unit.mean(dim=1).square().sum(dim=-1)

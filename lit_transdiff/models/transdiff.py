@@ -1,7 +1,7 @@
 """TransDiff: one model for every number of references. It knows no loss and no solver.
 
-Shapes: B images (rows), R references of a row, M noise draws, L tokens per reference, V views (references times draws), C H W a
-latent, which is one token of the seam: the decoder cuts patches of its own.
+Shapes: B images (rows), R references of a row, M noise draws, L tokens per reference, V views (references
+times draws), C H W a latent, which is one token of the seam: the decoder cuts patches of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class TransDiff(Paradigm):
-    """Encoder and decoder of arXiv 2506.09482; R = 1 is one-step AR, R > 1 is MRAR. A part is an image of the row."""
+    """Encoder and decoder of arXiv 2506.09482; R = 1 is one-step AR, R > 1 is MRAR.
+
+    A part is an image of the row.
+    """
 
     stacks: ClassVar = {
         "encoder": Stack("encoder.blocks", "encoder_blocks"),
@@ -46,8 +49,18 @@ class TransDiff(Paradigm):
             "encoder.reference_projection.weight": (spread_patch, "of the mean over the finer pixels"),
         },
         shaped=(
-            *("encoder.position", "encoder.context_position", "encoder.mask_tokens", "encoder.reference_projection.weight"),
-            *("decoder.position", "decoder.input_projection.weight", "decoder.final.linear.weight", "decoder.final.linear.bias"),
+            *(
+                "encoder.position",
+                "encoder.context_position",
+                "encoder.mask_tokens",
+                "encoder.reference_projection.weight",
+            ),
+            *(
+                "decoder.position",
+                "decoder.input_projection.weight",
+                "decoder.final.linear.weight",
+                "decoder.final.linear.bias",
+            ),
         ),
         optional=("encoder.reference_projection.",),
     )
@@ -69,10 +82,12 @@ class TransDiff(Paradigm):
             if getattr(config, field) not in table:
                 raise unknown(f"model.{field}", getattr(config, field), table)
 
-    # --- the two networks -------------------------------------------------------------------------------------------------
+    # --- the two networks
+    # -------------------------------------------------------------------------------------------------
 
     def encode(self, labels: Tensor, references: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
-        """Context [B, (n + 1) L, D] of ``labels`` [B] and the first n < R latents [B, n, C, H, W] of each row.
+        """Context [B, (n + 1) L, D] of ``labels`` [B] and the first n < R latents [B, n, C, H, W] of each
+        row.
 
         Where ``drop`` [B] is true the label is replaced by the null class: the unconditional context.
         """
@@ -81,17 +96,22 @@ class TransDiff(Paradigm):
     def memory(self, context: Tensor, every_reference: bool = False) -> Memory:
         """The decoder's keys and values of ``context`` [B, n L, D].
 
-        By default all rows see the whole context (sampling the next image). With ``every_reference``, rows of reference
-        r = 0 .. n-1 see its prefix of (r + 1) L tokens (training all images of a row at once).
+        By default all rows see the whole context (sampling the next image). With ``every_reference``, rows of
+        reference r = 0 .. n-1 see its prefix of (r + 1) L tokens (training all images of a row at once).
         """
         size, length = context.shape[1], self.config.tokens_per_reference
-        return self.decoder.memory(context, tuple(range(length, size + 1, length)) if every_reference else (size,))
+        return self.decoder.memory(
+            context, tuple(range(length, size + 1, length)) if every_reference else (size,)
+        )
 
     def velocity(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
-        """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or [1]."""
+        """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or
+        [1].
+        """
         return self.decoder(x_t, t, memory)
 
-    # --- the seam ---------------------------------------------------------------------------------------------------------
+    # --- the seam
+    # --------------------------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> Tensor:
         return x
@@ -102,7 +122,9 @@ class TransDiff(Paradigm):
 
     def predict(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
         rows = rearrange(x_t, "b r c h w -> (r b) c h w")
-        return rearrange(self.velocity(rows, rearrange(t, "b r -> (r b)"), memory), "(r b) c h w -> b r c h w", b=len(x_t))
+        return rearrange(
+            self.velocity(rows, rearrange(t, "b r -> (r b)"), memory), "(r b) c h w -> b r c h w", b=len(x_t)
+        )
 
     def decode(
         self,
@@ -112,7 +134,9 @@ class TransDiff(Paradigm):
         kept: Callable[[], Contexts] | None = None,
         contexts: ContextFn | None = None,
     ) -> Generator[Problem, Tensor, Tensor]:
-        """The R successive images of each row (arXiv 2506.09482, section 3.3), r from the class and images 0 .. r-1, clean."""
+        """The R successive images of each row (arXiv 2506.09482, section 3.3), r from the class and images 0
+        .. r-1, clean.
+        """
         conditional = Remembered(self, (contexts or ContextStream)(self, labels))
         unconditional = Remembered(self, (kept or null_contexts(self))())
         images = torch.zeros(len(labels), 0, *self.token, device=labels.device)
@@ -135,7 +159,9 @@ class TransDiff(Paradigm):
         """The velocity at a time shared by all rows, in the precision of the state."""
 
         def predict(x_t: Tensor, t: float) -> Tensor:
-            return self.velocity(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), memory).to(x_t.dtype)
+            return self.velocity(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), memory).to(
+                x_t.dtype
+            )
 
         return predict
 

@@ -74,7 +74,9 @@ def check_bandwidth(fabric: Fabric, folder: Path) -> Finding:
     slowest = min(gather(fabric, rate))
     backend = torch.distributed.get_backend()
     problem = "gloo between GPUs: NCCL is missing" if backend == "gloo" and torch.cuda.is_available() else ""
-    return Finding("all-reduce", f"{slowest / 1e9:.2f} GB/s over {backend} ({BYTES >> 20} MiB, median of 4)", problem)
+    return Finding(
+        "all-reduce", f"{slowest / 1e9:.2f} GB/s over {backend} ({BYTES >> 20} MiB, median of 4)", problem
+    )
 
 
 def check_shared_folder(fabric: Fabric, folder: Path) -> Finding:
@@ -107,7 +109,9 @@ def check_clocks(fabric: Fabric, folder: Path) -> Finding:
     fabric.barrier()
     clocks = gather(fabric, time.time())
     skew = max(clocks) - min(clocks)
-    return Finding("clocks", f"{skew:.3f} s apart", f"more than {MAX_SKEW} s: set them (NTP)" if skew > MAX_SKEW else "")
+    return Finding(
+        "clocks", f"{skew:.3f} s apart", f"more than {MAX_SKEW} s: set them (NTP)" if skew > MAX_SKEW else ""
+    )
 
 
 def check_versions(fabric: Fabric, folder: Path) -> Finding:
@@ -115,7 +119,9 @@ def check_versions(fabric: Fabric, folder: Path) -> Finding:
     versions = {"python": platform.python_version(), "commit": str(git_commit()), **package_versions()}
     everywhere = gather(fabric, versions)
     different = [
-        f"{name}: {sorted({v[name] for v in everywhere})}" for name in versions if len({v[name] for v in everywhere}) > 1
+        f"{name}: {sorted({v[name] for v in everywhere})}"
+        for name in versions
+        if len({v[name] for v in everywhere}) > 1
     ]
     found = f"Python {versions['python']}, torch {versions['torch']}, lightning {versions['lightning']}"
     return Finding("versions", found, "; ".join(different))
@@ -125,7 +131,9 @@ def check_threads(fabric: Fabric, folder: Path) -> Finding:
     """The CPU cores for the ranks of this node and their data workers."""
     cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     problem = f"{ranks} ranks share {cores} cores; leave OMP_NUM_THREADS=1" if ranks > cores else ""
-    return Finding("cores", f"{cores} a node for {ranks} rank(s), {torch.get_num_threads()} thread(s) a rank", problem)
+    return Finding(
+        "cores", f"{cores} a node for {ranks} rank(s), {torch.get_num_threads()} thread(s) a rank", problem
+    )
 
 
 def check_shards(fabric: Fabric, shards: Path) -> Finding:
@@ -140,7 +148,10 @@ def check_shards(fabric: Fabric, shards: Path) -> Finding:
         count += 1
     both = gather(fabric, (count / READ_SECONDS, size / READ_SECONDS))
     samples, rate = sum(c for c, _ in both), sum(s for _, s in both)
-    return Finding("shards", f"{shards}: {samples:,.0f} {index.kind}/s, {rate / 1e6:,.0f} MB/s, all ranks together, undecoded")
+    return Finding(
+        "shards",
+        f"{shards}: {samples:,.0f} {index.kind}/s, {rate / 1e6:,.0f} MB/s, all ranks together, undecoded",
+    )
 
 
 CHECKS: dict[str, Callable[[Fabric, Path], Finding]] = {

@@ -63,9 +63,15 @@ def fake_stage(run: RunConfig) -> TransDiffStage:
     """The run's stage without values; call inside a ``FakeTensorMode``."""
     model = without_attention_dropout(run.model)
     training = replace(
-        run.training, compile=False, activation_checkpointing="none", activation_checkpointing_every=1, precision="fp32"
+        run.training,
+        compile=False,
+        activation_checkpointing="none",
+        activation_checkpointing_every=1,
+        precision="fp32",
     )
-    return STAGES[run.stage](replace(run, model=model, training=training), IdentityAutoencoder(model.latent_channels))
+    return STAGES[run.stage](
+        replace(run, model=model, training=training), IdentityAutoencoder(model.latent_channels)
+    )
 
 
 def without_attention_dropout(model: ModelSettings) -> ModelSettings:
@@ -78,13 +84,21 @@ def model_cost(run: RunConfig) -> ModelCost:
     """Count the parameters."""
     with torch.device("meta"):
         model = fake_stage(run).model
-    units = [sum(p.numel() for p in block.parameters()) for blocks in model.block_lists().values() for block in blocks]
+    units = [
+        sum(p.numel() for p in block.parameters())
+        for blocks in model.block_lists().values()
+        for block in blocks
+    ]
     total = sum(p.numel() for p in model.parameters())
     return ModelCost(
         parameters=total,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         moments=count_moments(run),
-        parts={name: size for name, part in model.named_children() if (size := sum(p.numel() for p in part.parameters()))},
+        parts={
+            name: size
+            for name, part in model.named_children()
+            if (size := sum(p.numel() for p in part.parameters()))
+        },
         largest_unit=max(*units, total - sum(units)),
     )
 
@@ -113,7 +127,11 @@ def pass_cost(run: RunConfig, bf16: bool) -> PassCost:
     blocks: list[tuple[float, float]] = []  # bytes per row kept by a block and made in its backward pass
     for name, count in more.items():
         _, whole, inputs = (count[1] - count[0]).tolist()
-        chosen = range(0, number[name] if name in training.recomputed(stacks) else 0, training.activation_checkpointing_every)
+        chosen = range(
+            0,
+            number[name] if name in training.recomputed(stacks) else 0,
+            training.activation_checkpointing_every,
+        )
         blocks += [(inputs, whole) if i in chosen else (whole, whole / 8) for i in range(number[name])]
         kept = kept - len(chosen) * (count[:, 1] - count[:, 2])
         again += cost.stacks[name] * len(chosen) / number[name]
@@ -162,7 +180,9 @@ def count_pass(run: RunConfig, rows: int, bf16: bool) -> Tensor:
         stage = fake_stage(run)
         stage.train()
         config = run.model
-        values = torch.zeros(rows, config.num_references, config.latent_channels, config.latent_size, config.latent_size)
+        values = torch.zeros(
+            rows, config.num_references, config.latent_channels, config.latent_size, config.latent_size
+        )
         numbers = torch.zeros(rows, dtype=torch.int64)
         samples = torch.zeros(rows, config.num_references, dtype=torch.int64)
         batch = Batch(values, numbers, samples, numbers, stage.model.blank(rows))

@@ -41,7 +41,9 @@ class MemoryUse:
         return sum(vars(self).values())
 
 
-def memory_of(run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelCost, cost: PassCost, images: bool) -> MemoryUse:
+def memory_of(
+    run: RunConfig, strategy: str, gpus: int, rows: int, model: ModelCost, cost: PassCost, images: bool
+) -> MemoryUse:
     """The peak memory of one of ``gpus`` GPUs with micro-batches of ``rows`` rows."""
     kind = STRATEGIES[strategy]
     number = 2 if run.training.precision == "bf16-true" and kind.whole else FLOAT_BYTES
@@ -97,7 +99,9 @@ class PlanRow:
     sent: float
 
 
-def plan_rows(run: RunConfig, gpus: int, device: Device, model: ModelCost, cost: PassCost, images: bool) -> list[PlanRow]:
+def plan_rows(
+    run: RunConfig, gpus: int, device: Device, model: ModelCost, cost: PassCost, images: bool
+) -> list[PlanRow]:
     """The estimates for every strategy and micro-batch size."""
     table = []
     for strategy, kind in STRATEGIES.items():
@@ -129,7 +133,9 @@ def plan(run: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
     if gpu not in DEVICES:
         raise unknown("--gpu", gpu, DEVICES)
     if run.stage not in STAGES:
-        raise ValueError(f"stage: got {run.stage!r}; a plan is made of {', '.join(STAGES)}; the others are small.")
+        raise ValueError(
+            f"stage: got {run.stage!r}; a plan is made of {', '.join(STAGES)}; the others are small."
+        )
     size = run.training.global_batch_size
     require(gpus >= 1 and size % gpus == 0, "--gpus", gpus, f"a divisor of training.global_batch_size={size}")
     require(0 < mfu <= 1, "--mfu", mfu, "above 0 and at most 1")
@@ -145,7 +151,8 @@ def plan(run: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
             "",
             *describe_time(run, gpus, gpu, device, cost, mfu, model),
             "",
-            f"Memory a GPU in GB ({gpu}: {device.memory / GB:.0f} GB, of which {USABLE:.0%} count, less {OVERHEAD / GB:.1f} GB):",
+            f"Memory a GPU in GB ({gpu}: {device.memory / GB:.0f} GB, of which {USABLE:.0%} count, less "
+            f"{OVERHEAD / GB:.1f} GB):",
             *memory_table(table, device, wanted),
             *refusals(run),
         ]
@@ -167,12 +174,23 @@ def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool)
         f"run            {run.name}, stage {run.stage}, {described(run.model)}",
         f"parameters     {model.parameters:,} ({model.trained:,} trained): "
         + ", ".join(f"{name} {size:,}" for name, size in model.parts.items()),
-        f"precision      {'bfloat16' if bf16 else 'float32'} passes; averages float32, weights, gradients and moments "
-        + (f"bfloat16 ({' and '.join(whole_strategies())} only)" if run.training.precision == "bf16-true" else "float32"),
-        f"operations     {cost.row_flops / 1e9:,.0f} GFLOP a row of {run.model.num_references}, forward and backward; "
-        f"{cost.row_flops * run.training.global_batch_size / 1e15:,.2f} PFLOP a step of {run.training.global_batch_size} rows",
+        f"precision      {'bfloat16' if bf16 else 'float32'} passes; averages float32, weights, gradients "
+        "and moments "
+        + (
+            f"bfloat16 ({' and '.join(whole_strategies())} only)"
+            if run.training.precision == "bf16-true"
+            else "float32"
+        ),
+        f"operations     {cost.row_flops / 1e9:,.0f} GFLOP a row of {run.model.num_references}, forward and "
+        "backward; "
+        f"{cost.row_flops * run.training.global_batch_size / 1e15:,.2f} PFLOP a step of "
+        f"{run.training.global_batch_size} rows",
         f"activations    {cost.row_bytes / GB:.3f} GB a row, {cost.fixed_bytes / GB:.2f} GB once"
-        + (f" ({run.training.activation_checkpointing}: recomputed in the backward pass)" if cost.recomputed_flops else ""),
+        + (
+            f" ({run.training.activation_checkpointing}: recomputed in the backward pass)"
+            if cost.recomputed_flops
+            else ""
+        ),
         f"checkpoint     {checkpoint / GB:.2f} GB; export {model.parameters * FLOAT_BYTES / GB:.2f} GB",
     ]
 
@@ -183,7 +201,9 @@ def described(model: ModelSettings) -> str:
     return f"{model.paradigm}{size}, R = {model.num_references}"
 
 
-def describe_time(run: RunConfig, gpus: int, gpu: str, device: Device, cost: PassCost, mfu: float, model: ModelCost) -> list[str]:
+def describe_time(
+    run: RunConfig, gpus: int, gpu: str, device: Device, cost: PassCost, mfu: float, model: ModelCost
+) -> list[str]:
     """Lines on steps, hours and network traffic at the given fraction of the peak."""
     training = run.training
     operations = (cost.row_flops + cost.recomputed_flops) * training.global_batch_size / gpus
@@ -192,16 +212,23 @@ def describe_time(run: RunConfig, gpus: int, gpu: str, device: Device, cost: Pas
     hours = seconds * training.max_steps / 3600
     sent = communication("ddp" if gpus > 1 else "single", gpus, 1, model) / device.collective_rate(gpus)
     return [
-        f"{gpus} x {gpu} at {mfu:.0%} of {device.flops / 1e12:,.0f} TFLOP/s: {seconds:.3f} s a step, {images:,.0f} images/s",
-        f"{training.max_steps:,} steps: {hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours (without validation, grids and saves)",
-        f"network        {device.collective_rate(gpus) / GB:g} GB/s: gradients of ddp take {sent:.3f} s a step, "
-        + ("hidden behind the backward pass" if sent < 0.6 * seconds else "MORE than the backward pass hides"),
+        f"{gpus} x {gpu} at {mfu:.0%} of {device.flops / 1e12:,.0f} TFLOP/s: {seconds:.3f} s a step, "
+        f"{images:,.0f} images/s",
+        f"{training.max_steps:,} steps: {hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours (without "
+        "validation, grids and saves)",
+        f"network        {device.collective_rate(gpus) / GB:g} GB/s: gradients of ddp take {sent:.3f} s a "
+        "step, "
+        + (
+            "hidden behind the backward pass" if sent < 0.6 * seconds else "MORE than the backward pass hides"
+        ),
     ]
 
 
 def memory_table(table: list[PlanRow], device: Device, wanted: int | None) -> list[str]:
     """One line per strategy and micro-batch: the sizes around the largest that fits, and the run's own."""
-    head = f"{'strategy':9}{'rows':>5}{'passes':>8}" + "".join(f"{name:>13}" for name in (*vars(table[0].memory), "total"))
+    head = f"{'strategy':9}{'rows':>5}{'passes':>8}" + "".join(
+        f"{name:>13}" for name in (*vars(table[0].memory), "total")
+    )
     lines = [head + f"{'GB sent':>10}"]
     for strategy in dict.fromkeys(row.strategy for row in table):
         mine = [row for row in table if row.strategy == strategy]
@@ -211,7 +238,9 @@ def memory_table(table: list[PlanRow], device: Device, wanted: int | None) -> li
         for i, row in enumerate(mine):
             if i not in shown:
                 continue
-            numbers = "".join(f"{value / GB:13.2f}" for value in (*vars(row.memory).values(), row.memory.total))
+            numbers = "".join(
+                f"{value / GB:13.2f}" for value in (*vars(row.memory).values(), row.memory.total)
+            )
             note = ("  <- the run's" if row.rows == wanted else "") if row.fits else "  does not fit"
             lines.append(f"{strategy:9}{row.rows:5}{whole // row.rows:8}{numbers}{row.sent / GB:10.2f}{note}")
         if largest < 0:

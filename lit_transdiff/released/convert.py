@@ -40,7 +40,13 @@ from lit_transdiff.released.files import (
     released_parts,
     state_dict,
 )
-from lit_transdiff.released.key_names import from_released, is_released, read_shape, released_shapes, to_released
+from lit_transdiff.released.key_names import (
+    from_released,
+    is_released,
+    read_shape,
+    released_shapes,
+    to_released,
+)
 
 LEFT_OVER = "left_over.safetensors"
 ORIGIN = "released.json"  # in an autoencoder's folder: the file that it was converted from
@@ -66,15 +72,26 @@ def convert(
     option that has no effect on ``source``, and for a ``dest`` that exists.
     """
     source, dest = Path(source), Path(dest)
-    options = {"autoencoder": autoencoder, "recipe": recipe, "num_heads": num_heads, "scaling_factor": scaling_factor}
+    options = {
+        "autoencoder": autoencoder,
+        "recipe": recipe,
+        "num_heads": num_heads,
+        "scaling_factor": scaling_factor,
+    }
     given = {name for name, value in options.items() if value is not None}
     check_source(source)
-    require(not os.path.lexists(dest), "dest", str(dest), "a name that does not exist yet: nothing is overwritten")
+    require(
+        not os.path.lexists(dest), "dest", str(dest), "a name that does not exist yet: nothing is overwritten"
+    )
     file = released_file(source)
     if file.is_dir():
         check_options(given, set(), f"{file}, which becomes a file again")
         dest.parent.mkdir(parents=True, exist_ok=True)
-        return autoencoder_to_ldm(file, dest) if (file / CONFIG_FILE).is_file() else export_to_released(file, dest)
+        return (
+            autoencoder_to_ldm(file, dest)
+            if (file / CONFIG_FILE).is_file()
+            else export_to_released(file, dest)
+        )
     content = read_torch_file(file)
     bare = not KNOWN & content.keys()
     require("model" in content or bare, f"{file}: entries", sorted(content), "model, and beside it model_ema")
@@ -82,15 +99,26 @@ def convert(
     content = state if bare else content | {"model": state}
     if is_ldm(state):
         check_options(given, {"scaling_factor"}, f"the autoencoder {file}")
-        check_tensors({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, "model", file)
-        return autoencoder_from_ldm(file, state, dest, LATENT_SCALE if scaling_factor is None else scaling_factor)
+        check_tensors(
+            {key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, "model", file
+        )
+        return autoencoder_from_ldm(
+            file, state, dest, LATENT_SCALE if scaling_factor is None else scaling_factor
+        )
     what = f"{file}, with {', '.join(list(content)[:3]) or 'nothing'}, ..."
-    require(is_released(state), "source", what, "a released TransDiff checkpoint, or an autoencoder of latent diffusion")
+    require(
+        is_released(state),
+        "source",
+        what,
+        "a released TransDiff checkpoint, or an autoencoder of latent diffusion",
+    )
     check_options(given, {"autoencoder", "recipe", "num_heads"}, f"the TransDiff checkpoint {file}")
     if autoencoder is None:
         raise ValueError("autoencoder: got nothing; allowed: the folder of the model's autoencoder.")
     network = load_autoencoder("kl", autoencoder, image_channels=3)
-    return released_to_export(released_parts(file, content), dest, network, Path(autoencoder), recipe, num_heads)
+    return released_to_export(
+        released_parts(file, content), dest, network, Path(autoencoder), recipe, num_heads
+    )
 
 
 def check_options(given: set[str], effective: set[str], source: str) -> None:
@@ -139,7 +167,9 @@ def released_to_export(
 def of_family(model: ModelSettings) -> ModelConfig:
     """``model``, if it is of the family with released files; raises ``ValueError`` for any other family."""
     if not isinstance(model, ModelConfig):
-        raise ValueError(f"model.paradigm: got {model.paradigm!r}; allowed for released files: {ModelConfig.paradigm!r}.")
+        raise ValueError(
+            f"model.paradigm: got {model.paradigm!r}; allowed for released files: {ModelConfig.paradigm!r}."
+        )
     return model
 
 
@@ -171,19 +201,34 @@ def run_of(
         num_heads = of_family(recipe.model).num_heads
     shape = read_shape(checkpoint.model, num_heads)
     if recipe is not None:
-        wrong = {key: value for key, value in shape.items() if key != "size" and getattr(recipe.model, key) != value}
+        wrong = {
+            key: value
+            for key, value in shape.items()
+            if key != "size" and getattr(recipe.model, key) != value
+        }
         listed = "; ".join(
-            f"model.{key}: {value} in the checkpoint, {getattr(recipe.model, key)} in the recipe" for key, value in wrong.items()
+            f"model.{key}: {value} in the checkpoint, {getattr(recipe.model, key)} in the recipe"
+            for key, value in wrong.items()
         )
         if wrong:
             raise ValueError(f"{checkpoint.path} has a different shape than the recipe: {listed}")
     channels = shape["latent_channels"]
-    require(autoencoder.latent_channels == channels, "autoencoder: latent channels", autoencoder.latent_channels, f"{channels}")
+    require(
+        autoencoder.latent_channels == channels,
+        "autoencoder: latent channels",
+        autoencoder.latent_channels,
+        f"{channels}",
+    )
     image_size = shape["latent_size"] * autoencoder.downsampling
     if recipe is not None:
-        where = f"{autoencoder_path}: image size of latents of {shape['latent_size']} x {shape['latent_size']}"
+        where = (
+            f"{autoencoder_path}: image size of latents of {shape['latent_size']} x {shape['latent_size']}"
+        )
         require(
-            image_size == recipe.data.image_size, where, image_size, f"data.image_size={recipe.data.image_size} of the recipe"
+            image_size == recipe.data.image_size,
+            where,
+            image_size,
+            f"data.image_size={recipe.data.image_size} of the recipe",
         )
     one_step = shape["num_references"] == 1
     wide = shape["latent_size"] ** 2 > shape["num_context_tokens"]
@@ -199,13 +244,17 @@ def run_of(
     return run_from(settings, source=str(checkpoint.path))
 
 
-def conversion_report(checkpoint: ReleasedFile, dest: Path, run: RunConfig, mapped: Mapping[str, Mapped]) -> str:
+def conversion_report(
+    checkpoint: ReleasedFile, dest: Path, run: RunConfig, mapped: Mapping[str, Mapped]
+) -> str:
     """Report the result for every entry and tensor."""
     model = of_family(run.model)
     kind = "one-step" if model.num_references == 1 else f"MRAR with {model.num_references} references"
     lines = [
-        f"{checkpoint.path} -> {dest}: {kind}, width {model.width}, {model.encoder_blocks} + {model.decoder_blocks} blocks, "
-        f"{model.num_classes} classes, latents of {model.latent_size} x {model.latent_size} x {model.latent_channels}"
+        f"{checkpoint.path} -> {dest}: {kind}, width {model.width}, {model.encoder_blocks} + "
+        f"{model.decoder_blocks} blocks, "
+        f"{model.num_classes} classes, latents of {model.latent_size} x {model.latent_size} x "
+        f"{model.latent_channels}"
     ]
     for name, part in mapped.items():
         entry = "model_ema" if name == "ema" else "model"
@@ -237,12 +286,19 @@ def export_to_released(source: Path, dest: Path) -> str:
     content |= {"args": argparse.Namespace(**origin["args"])} if origin.get("args") else {}
     with whole(dest) as file:
         save_pickled(content, file)
-    lines = [f"{folder} -> {dest}: {', '.join(f'{key} ({len(mapped.state)} tensors)' for key, mapped in states.items())}"]
+    lines = [
+        f"{folder} -> {dest}: "
+        f"{', '.join(f'{key} ({len(mapped.state)} tensors)' for key, mapped in states.items())}"
+    ]
     lines += [
         f"  made of zeros: {key} (the model has none; it has no effect)"
         for key in states["model_ema" if "model_ema" in states else "model"].left_over
     ]
-    lines += ["  model: the averaged weights, as the export has no others"] if raw == folder and "model_ema" in states else []
+    lines += (
+        ["  model: the averaged weights, as the export has no others"]
+        if raw == folder and "model_ema" in states
+        else []
+    )
     return "\n".join(lines)
 
 
@@ -262,7 +318,12 @@ def converted_from(folder: Path) -> dict[str, Any]:
 
 def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, scaling_factor: float) -> str:
     """Write a latent-diffusion autoencoder as a diffusers folder."""
-    require(math.isfinite(scaling_factor) and scaling_factor > 0, "scaling_factor", scaling_factor, "a finite number above 0")
+    require(
+        math.isfinite(scaling_factor) and scaling_factor > 0,
+        "scaling_factor",
+        scaling_factor,
+        "a finite number above 0",
+    )
     network, dropped = KLAutoencoder.from_ldm(state, scaling_factor)
     dtypes = {value.dtype for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
     dtype = one_type(dtypes)
@@ -273,7 +334,8 @@ def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, sc
     count = sum(p.numel() for p in network.model.parameters())
     lines = [
         f"autoencoder -> {dest}: {len(network.model.state_dict())} tensors mapped, {count:,} parameters, "
-        f"latents = samples x {scaling_factor:g}, {network.latent_channels} channels, 1/{network.downsampling} of the size"
+        f"latents = samples x {scaling_factor:g}, {network.latent_channels} channels, "
+        f"1/{network.downsampling} of the size"
     ]
     if dtypes != {torch.float32}:
         lines.append(f"weights: {', '.join(sorted(map(str, dtypes)))} in the file, stored as {dtype}")
@@ -282,7 +344,11 @@ def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, sc
 
 def one_type(dtypes: set[torch.dtype]) -> torch.dtype:
     """The dtype of all weights if it is float16 or bfloat16 (exact in float32); float32 otherwise."""
-    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16} else torch.float32
+    return (
+        next(iter(dtypes))
+        if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}
+        else torch.float32
+    )
 
 
 def autoencoder_to_ldm(source: Path, dest: Path) -> str:
@@ -290,7 +356,9 @@ def autoencoder_to_ldm(source: Path, dest: Path) -> str:
     require(dest.suffix in (".ckpt", ".pth"), "dest", str(dest), "a file name ending in .ckpt or .pth")
     channels = json_of((source / CONFIG_FILE).read_text()).get("in_channels")
     network = KLAutoencoder.load(source, channels)
-    dtype = one_type({value.dtype for file in source.glob("*.safetensors") for value in read_weights(file).values()})
+    dtype = one_type(
+        {value.dtype for file in source.glob("*.safetensors") for value in read_weights(file).values()}
+    )
     state = {key: value.to(dtype) for key, value in network.to_ldm().items()}
     with whole(dest) as file:
         save_pickled({"model": state}, file)

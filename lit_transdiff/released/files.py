@@ -23,7 +23,15 @@ from lit_transdiff.config import require
 CHECKPOINT = "checkpoint-last.pth"
 # The errors of torch and zipfile for a damaged file; a UnicodeDecodeError is a ValueError.
 DAMAGE = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError),
+    *(
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        EOFError,
+        RuntimeError,
+        ValueError,
+    ),
     *(ArithmeticError, LookupError, AttributeError, TypeError),
 )
 log = logging.getLogger(__name__)
@@ -50,7 +58,12 @@ def released_file(source: Path) -> Path:
     if (source / CHECKPOINT).is_file():
         return source / CHECKPOINT
     numbered = sorted(file.name for file in source.glob("checkpoint-*.pth")) if source.is_dir() else []
-    require(not numbered, "source", str(source), f"the file itself, as the folder has no {CHECKPOINT}: {', '.join(numbered)}")
+    require(
+        not numbered,
+        "source",
+        str(source),
+        f"the file itself, as the folder has no {CHECKPOINT}: {', '.join(numbered)}",
+    )
     return source
 
 
@@ -67,7 +80,9 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except DAMAGE as error:
-        raise ValueError(f"{path}: not a checkpoint that can be read without running code from it: {why(error)}") from error
+        raise ValueError(
+            f"{path}: not a checkpoint that can be read without running code from it: {why(error)}"
+        ) from error
     require(isinstance(content, dict), str(path), type(content).__name__, "a dictionary of state dicts")
     return content
 
@@ -96,11 +111,19 @@ def unwrapped(state: Mapping[Any, Tensor], name: str, path: Path) -> dict[str, T
     """``state`` with the additions of training wrappers removed from its names, which is logged."""
     names = {str(key): str(key) for key in state}
     if any(COMPILED in key.split(".") for key in names):
-        names = {key: ".".join(part for part in short.split(".") if part != COMPILED) for key, short in names.items()}
+        names = {
+            key: ".".join(part for part in short.split(".") if part != COMPILED)
+            for key, short in names.items()
+        }
     while names and all(short.startswith(PARALLEL) for short in names.values()):
         names = {key: short.removeprefix(PARALLEL) for key, short in names.items()}
     first = next((key for key, short in names.items() if key != short), None)
-    require(len(set(names.values())) == len(names), f"{path}: {name}", first, f"names that differ without {COMPILED}")
+    require(
+        len(set(names.values())) == len(names),
+        f"{path}: {name}",
+        first,
+        f"names that differ without {COMPILED}",
+    )
     if first is not None:
         log.info("%s: %s: prefixes of wrappers are removed: %s is %s, ...", path, name, first, names[first])
     return {names[str(key)]: value for key, value in state.items()}

@@ -99,18 +99,37 @@ def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dic
     size without ``num_heads``, and for a ``num_heads`` that differs from that of a known size.
     """
     check_telling(state)
-    width, channels = state["fake_latent"].shape[1], state["diffdecoder.net.final_layer.linear.weight"].shape[0]
+    width, channels = (
+        state["fake_latent"].shape[1],
+        state["diffdecoder.net.final_layer.linear.weight"].shape[0],
+    )
     context, masks = state["diffusion_pos_embed_learned"].shape[1], state["mask_token"].shape[1]
     if context % masks:
-        raise ValueError(f"mask_token: got {masks} tokens; allowed: 1, or as many as divide the {context} context tokens")
-    blocks = {"encoder_blocks": r"encoder_blocks\.(\d+)\.", "decoder_blocks": r"diffdecoder\.net\.res_blocks\.(\d+)\."}
-    counts = {name: len({m[1] for key in state if (m := re.match(pattern, key))}) for name, pattern in blocks.items()}
+        raise ValueError(
+            f"mask_token: got {masks} tokens; allowed: 1, or as many as divide the {context} context tokens"
+        )
+    blocks = {
+        "encoder_blocks": r"encoder_blocks\.(\d+)\.",
+        "decoder_blocks": r"diffdecoder\.net\.res_blocks\.(\d+)\.",
+    }
+    counts = {
+        name: len({m[1] for key in state if (m := re.match(pattern, key))})
+        for name, pattern in blocks.items()
+    }
     size, row = next(
-        ((name, row) for name, row in SIZES.items() if row["width"] == width and {k: row[k] for k in counts} == counts), ("", {})
+        (
+            (name, row)
+            for name, row in SIZES.items()
+            if row["width"] == width and {k: row[k] for k in counts} == counts
+        ),
+        ("", {}),
     )
     heads = row.get("num_heads") if num_heads is None else num_heads
     if row and heads != row["num_heads"]:
-        raise ValueError(f"model.num_heads: got {heads}; allowed: {row['num_heads']}, as the checkpoint is of size {size!r}")
+        raise ValueError(
+            f"model.num_heads: got {heads}; allowed: {row['num_heads']}, as the checkpoint is of size "
+            f"{size!r}"
+        )
     if heads is None:
         raise ValueError(f"model.num_heads: no known size has width {width} and {counts}; give num_heads")
     return {
@@ -138,9 +157,11 @@ def check_model(config: ModelConfig) -> None:
     multi = config.num_references > 1
     if config.patch_size != 1 or (multi and config.latent_size**2 != config.num_context_tokens):
         raise ValueError(
-            f"the released layout has model.patch_size=1 and, for MRAR, as many context tokens as the latent has pixels; got "
+            "the released layout has model.patch_size=1 and, for MRAR, as many context tokens as the latent "
+            "has pixels; got "
             f"patch_size={config.patch_size}, num_references={config.num_references}, "
-            f"{config.num_context_tokens} context tokens for {config.latent_size} x {config.latent_size} pixels"
+            f"{config.num_context_tokens} context tokens for {config.latent_size} x {config.latent_size} "
+            "pixels"
         )
 
 
@@ -165,20 +186,26 @@ def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     for i in range(config.encoder_blocks):
         name = f"encoder_blocks.{i}."
-        shapes |= norm(f"{name}norm1", d) | linear(f"{name}attn.qkv", 3 * d, d) | linear(f"{name}attn.proj", d, d)
+        shapes |= (
+            norm(f"{name}norm1", d) | linear(f"{name}attn.qkv", 3 * d, d) | linear(f"{name}attn.proj", d, d)
+        )
         shapes |= norm(f"{name}norm2", d)
         for part, shape in mlp.items():
             shapes |= linear(name + part, *shape)
     shapes |= norm("encoder_norm", d)
     net = "diffdecoder.net."
     shapes[f"{net}diffusion_pos_embed_learned"] = (1, config.num_decoder_tokens, d)
-    shapes |= linear(f"{net}time_embed.time_embedder.linear_1", d, 256) | linear(f"{net}time_embed.time_embedder.linear_2", d, d)
+    shapes |= linear(f"{net}time_embed.time_embedder.linear_1", d, 256) | linear(
+        f"{net}time_embed.time_embedder.linear_2", d, d
+    )
     shapes |= linear(f"{net}time_embed.time_proj", 6 * d, d) | linear(f"{net}cond_embed", d, d)
     shapes |= linear(f"{net}input_proj", d, config.latent_channels)
     for i in range(config.decoder_blocks):
         name = f"{net}res_blocks.{i}."
         shapes[f"{name}scale_shift_table"] = (1, 6, d)
-        shapes |= norm(f"{name}norm1", d) | linear(f"{name}attn1.qkv", 3 * d, d) | linear(f"{name}attn1.proj", d, d)
+        shapes |= (
+            norm(f"{name}norm1", d) | linear(f"{name}attn1.qkv", 3 * d, d) | linear(f"{name}attn1.proj", d, d)
+        )
         shapes |= norm(f"{name}norm2", d)
         for part in ("wq", "wk", "wv", "proj"):
             shapes |= linear(f"{name}attn2.{part}", d, d)
@@ -201,7 +228,10 @@ def from_released(state: Mapping[str, Tensor], config: ModelConfig) -> Mapped:
     """Convert a released state dict to ours, tensors unchanged. Raises ``ValueError`` with all wrong keys."""
     check_layout(state, released_shapes(config))
     dead = DEAD if config.num_references == 1 else ()
-    return Mapped({our_name(key): value for key, value in state.items() if key not in dead}, {key: state[key] for key in dead})
+    return Mapped(
+        {our_name(key): value for key, value in state.items() if key not in dead},
+        {key: state[key] for key in dead},
+    )
 
 
 def to_released(state: Mapping[str, Tensor], config: ModelConfig, left_over: Mapping[str, Tensor]) -> Mapped:

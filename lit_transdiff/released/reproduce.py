@@ -43,7 +43,14 @@ class Files:
 
     def check(self, settings: EvaluationConfig) -> None:
         """Refuse missing files and mismatched statistics before any work starts."""
-        check_files({"weights": self.checkpoint, "vae": self.vae, "inception": self.inception, "reference": self.reference})
+        check_files(
+            {
+                "weights": self.checkpoint,
+                "vae": self.vae,
+                "inception": self.inception,
+                "reference": self.reference,
+            }
+        )
         check_extractor(load_statistics(self.reference), load_extractor(settings.extractor, self.inception))
 
 
@@ -85,12 +92,19 @@ def reproduce(
     return scores_table(name, row, result, overrides)
 
 
-def convert_files(name: str, files: Files, output: Path, recipe: RunConfig, say: Callable[[str], None]) -> None:
+def convert_files(
+    name: str, files: Files, output: Path, recipe: RunConfig, say: Callable[[str], None]
+) -> None:
     """Convert the autoencoder and the model, unless an earlier call converted them from the same files."""
     autoencoder, model = output / "autoencoder", below(output, name, BASELINES)
     if not autoencoder.exists():
         state = read_torch_file(files.vae)
-        require(is_ldm(state.get("model", state)), "vae", str(files.vae), "an autoencoder of latent diffusion, such as kl16.ckpt")
+        require(
+            is_ldm(state.get("model", state)),
+            "vae",
+            str(files.vae),
+            "an autoencoder of latent diffusion, such as kl16.ckpt",
+        )
         say(convert(files.vae, autoencoder))
     check_origin(autoencoder, files.vae)
     if not model.exists():
@@ -103,22 +117,33 @@ def check_origin(folder: Path, file: Path) -> None:
     origin = converted_from(folder)
     allowed = "that file; or another --output, or remove the folder"
     require(
-        origin.get("hash") == short_hash(file), str(folder), f"converted from another {origin.get('file')} than {file}", allowed
+        origin.get("hash") == short_hash(file),
+        str(folder),
+        f"converted from another {origin.get('file')} than {file}",
+        allowed,
     )
 
 
 def scores_table(name: str, row: dict[str, Any], result: dict[str, Any], overrides: Sequence[str]) -> str:
     """Our scores beside the published ones, with the settings behind ours."""
     made = result["manifest"]
-    lines = [f"{row['model']}, {row['resolution']} x {row['resolution']}", f"{'':22} {'ours':>10} {'published':>10}"]
+    lines = [
+        f"{row['model']}, {row['resolution']} x {row['resolution']}",
+        f"{'':22} {'ours':>10} {'published':>10}",
+    ]
     for metric, score in result["scores"].items():
         published = row.get(PUBLISHED.get(metric, ""))
-        lines.append(f"{METRICS[metric].title:22} {value(score):10.4g} {published if published is not None else '-':>10}")
+        lines.append(
+            f"{METRICS[metric].title:22} {value(score):10.4g} "
+            f"{published if published is not None else '-':>10}"
+        )
     sampling = made["sampling"]
     guidance = sampling["reference_guidance"] or sampling["guidance_scale"]
     lines += [
-        f"{made['num_images']:,} images, {made['label_mode']} labels, {sampling['solver']} {sampling['num_steps']} steps, "
-        f"guidance {guidance}, scales {sampling['drift_scale']} and {sampling['noise_scale']}, {made['precision']}",
+        f"{made['num_images']:,} images, {made['label_mode']} labels, {sampling['solver']} "
+        f"{sampling['num_steps']} steps, "
+        f"guidance {guidance}, scales {sampling['drift_scale']} and {sampling['noise_scale']}, "
+        f"{made['precision']}",
         f"published: {row['source']}",
         f"ours: {result['file']}",
     ]

@@ -42,7 +42,11 @@ def draw_samples(
     labels = [c for c in classes for _ in range(per_class)]
     numbers = list(range(per_class)) * len(classes)
     rows = images_in_batches(
-        generator, labels, [mix(seed, c, n) for c, n in zip(labels, numbers, strict=True)], sampling, batch_size
+        generator,
+        labels,
+        [mix(seed, c, n) for c, n in zip(labels, numbers, strict=True)],
+        sampling,
+        batch_size,
     )
     for row, label, number in zip(rows, labels, numbers, strict=True):
         folder = output / f"class-{label:04d}"
@@ -61,7 +65,9 @@ def check_number(generator: Generator, per_class: int, num_classes: int) -> None
     require(per_class >= 1, "--per-class", per_class, "at least 1")
     run = generator.run
     number = per_class * num_classes * run.model.num_references
-    room_here("cpu").require(bytes_of_images(run.data, number), **{"--per-class": per_class}, classes=num_classes)
+    room_here("cpu").require(
+        bytes_of_images(run.data, number), **{"--per-class": per_class}, classes=num_classes
+    )
 
 
 def labelled(rows: Tensor, names: Sequence[str], references: bool) -> Image.Image:
@@ -70,7 +76,12 @@ def labelled(rows: Tensor, names: Sequence[str], references: bool) -> Image.Imag
     rows = rows[:, :IMAGES_SHOWN]
     first = f"the first {IMAGES_SHOWN} of {count:,} images of a class" if count > IMAGES_SHOWN else ""
     if not references:
-        return grid(rearrange(rows[:, :, -1], "k n c h w -> (k n) c h w"), rows.shape[1], row_labels=names, title=first or None)
+        return grid(
+            rearrange(rows[:, :, -1], "k n c h w -> (k n) c h w"),
+            rows.shape[1],
+            row_labels=names,
+            title=first or None,
+        )
     labels = [name if n == 0 else "" for name in names for n in range(rows.shape[1])]
     heads = [f"image {r + 1}" for r in range(rows.shape[2])]
     title = "; ".join(filter(None, ["successive images", first]))
@@ -103,16 +114,27 @@ def draw_fusion(
     labels = [names[0], f"{names[0]} + {names[1]}", names[1]]
     output.mkdir(parents=True, exist_ok=True)
     images = torch.cat([first_row, fused_row, second_row]).cpu()
-    save_picture(grid(images, count, row_labels=labels, title=f"semantic fusion, {kind}"), output / "fusion.png")
+    save_picture(
+        grid(images, count, row_labels=labels, title=f"semantic fusion, {kind}"), output / "fusion.png"
+    )
     return output / "fusion.png"
 
 
 def images_in_batches(
-    generator: Generator, labels: Sequence[int], seeds: Sequence[int], sampling: SamplingConfig | None, batch_size: int
+    generator: Generator,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    sampling: SamplingConfig | None,
+    batch_size: int,
 ) -> Tensor:
     """Sample the images [N, R, C, H, W] of all labels in batches, and collect them on the CPU."""
-    starts = tqdm(range(0, len(labels), batch_size), desc="sampling", unit="batch", disable=len(labels) <= batch_size)
-    parts = [generator.images(labels[i : i + batch_size], seeds[i : i + batch_size], sampling).cpu() for i in starts]
+    starts = tqdm(
+        range(0, len(labels), batch_size), desc="sampling", unit="batch", disable=len(labels) <= batch_size
+    )
+    parts = [
+        generator.images(labels[i : i + batch_size], seeds[i : i + batch_size], sampling).cpu()
+        for i in starts
+    ]
     return torch.cat(parts)
 
 

@@ -35,7 +35,9 @@ def check_sampling(sampling: SamplingConfig, model: ModelSettings) -> None:
     if sampling.part_guidance not in PART_GUIDANCE:
         raise unknown("sampling.part_guidance", sampling.part_guidance, PART_GUIDANCE)
     allowed = f"null with model.paradigm {model.paradigm}, whose parts are given"
-    require(sampling.num_parts is None or kind.parts_are_free, "sampling.num_parts", sampling.num_parts, allowed)
+    require(
+        sampling.num_parts is None or kind.parts_are_free, "sampling.num_parts", sampling.num_parts, allowed
+    )
     allowed = f"null with model.paradigm {model.paradigm}, which has no references"
     for name in ("reference_guidance", "reference_steps"):
         value = getattr(sampling, name)
@@ -76,7 +78,9 @@ def sampler_of(problem: Problem, sampling: SamplingConfig) -> SamplingConfig:
     """The sampler of a part, with its guidance and number of steps."""
     grown = PART_GUIDANCE[sampling.part_guidance](sampling.guidance_scale, problem.progress)
     scale, steps = problem.scale, problem.num_steps
-    return replace(sampling, guidance_scale=grown if scale is None else scale, num_steps=steps or sampling.num_steps)
+    return replace(
+        sampling, guidance_scale=grown if scale is None else scale, num_steps=steps or sampling.num_steps
+    )
 
 
 @dataclass(eq=False)
@@ -152,7 +156,12 @@ class Generator:
             require(tuple(tensor.shape[1:]) == shape, "conditions", tuple(tensor.shape), allowed)
             return tensor
         for label in tensor.flatten().tolist():
-            require(0 <= label < self.run.model.num_classes, "classes", label, f"0 to {self.run.model.num_classes - 1}")
+            require(
+                0 <= label < self.run.model.num_classes,
+                "classes",
+                label,
+                f"0 to {self.run.model.num_classes - 1}",
+            )
         return tensor
 
     @torch.no_grad()
@@ -172,7 +181,9 @@ class Generator:
         images = self.autoencoder.decode(rearrange(latents, "b r c h w -> (b r) c h w"))
         return rearrange(images, "(b r) c h w -> b r c h w", b=len(labels))
 
-    def latents(self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: Any = None) -> Tensor:
+    def latents(
+        self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: Any = None
+    ) -> Tensor:
         """``generate`` in this generator's precision. Raises ``ValueError`` for ``sampling`` in another."""
         asked = sampling.precision
         allowed = f"{self.precision!r}, the precision of this generator; use generator.at({asked!r})"
@@ -216,7 +227,9 @@ def load_generator(
     try:
         check_layout(export.state, {key: tuple(value.shape) for key, value in model.state_dict().items()})
     except ValueError as error:
-        raise ValueError(f"{export.folder}: model.safetensors does not belong to config.yaml: {error}") from error
+        raise ValueError(
+            f"{export.folder}: model.safetensors does not belong to config.yaml: {error}"
+        ) from error
     model.load_state_dict(export.state)
     settings = replace(export.run.autoencoder, path=autoencoder or export.run.autoencoder.path)
     run = replace(export.run, autoencoder=settings)

@@ -31,7 +31,8 @@ def grid(
     scale: int | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """A picture of ``images`` [N, C, H, W] in rows of ``columns``, enlarged ``scale`` times without smoothing.
+    """A picture of ``images`` [N, C, H, W] in rows of ``columns``, enlarged ``scale`` times without
+    smoothing.
 
     By default images below SHOWN_PIXELS are enlarged towards that size.
 
@@ -54,7 +55,9 @@ def grid(
     header = line_height(small) + 4 if column_labels else 0
     inner = max([left + columns * step_x - gap] + [text_width(line, large) for line in lines])
 
-    canvas = Image.new("RGB", (inner + 2 * margin, top + header + rows * step_y - gap + 2 * margin), BACKGROUND)
+    canvas = Image.new(
+        "RGB", (inner + 2 * margin, top + header + rows * step_y - gap + 2 * margin), BACKGROUND
+    )
     pen = ImageDraw.Draw(canvas)
     for i, line in enumerate(lines):
         pen.text((margin, margin + i * line_height(large)), line, INK, font=large)
@@ -65,34 +68,61 @@ def grid(
         pen.text((x_0 - 10, y_0 + i * step_y + (step_y - gap) // 2), label, FAINT, font=small, anchor="rm")
     for i, tile in enumerate(tiles):
         row, column = divmod(i, columns)
-        corner = (x_0 + column * step_x + (step_x - gap - width) // 2, y_0 + row * step_y + (step_y - gap - height) // 2)
+        corner = (
+            x_0 + column * step_x + (step_x - gap - width) // 2,
+            y_0 + row * step_y + (step_y - gap - height) // 2,
+        )
         canvas.paste(picture(tile), corner)
     return canvas
 
 
 def check_grid(
-    images: Tensor, rows: int, columns: int, scale: int, row_labels: Sequence[str] | None, column_labels: Sequence[str] | None
+    images: Tensor,
+    rows: int,
+    columns: int,
+    scale: int,
+    row_labels: Sequence[str] | None,
+    column_labels: Sequence[str] | None,
 ) -> None:
     """Refuse images and labels that cannot be laid out."""
     shape = tuple(images.shape)
-    require(len(shape) == 4 and shape[0] > 0 and shape[1] in (1, 3), "images", shape, "[N, C, H, W] with N above 0 and C 1 or 3")
+    require(
+        len(shape) == 4 and shape[0] > 0 and shape[1] in (1, 3),
+        "images",
+        shape,
+        "[N, C, H, W] with N above 0 and C 1 or 3",
+    )
     require(columns >= 1 and scale >= 1, "columns and scale", (columns, scale), "integers of at least 1")
     require(row_labels is None or len(row_labels) == rows, "row_labels", row_labels, f"{rows} labels")
-    require(column_labels is None or len(column_labels) == columns, "column_labels", column_labels, f"{columns} labels")
+    require(
+        column_labels is None or len(column_labels) == columns,
+        "column_labels",
+        column_labels,
+        f"{columns} labels",
+    )
 
 
-def captioned(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3, max_width: int = 900) -> Image.Image:
+def captioned(
+    pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3, max_width: int = 900
+) -> Image.Image:
     """Pictures in rows of ``columns``, each under its caption, whose first line is in large type.
 
     Pictures wider than ``max_width`` pixels are scaled down; captions are wrapped to the width of their
     column.
     """
     count = len(pictures)
-    require(count > 0 and count == len(captions), "captions", len(captions), f"one for each of {count} pictures, at least one")
+    require(
+        count > 0 and count == len(captions),
+        "captions",
+        len(captions),
+        f"one for each of {count} pictures, at least one",
+    )
     margin, columns = 24, min(columns, count)
     shown = [narrowed(p.convert("RGB"), max_width) for p in pictures]
     texts = [caption_lines(caption, max(320, *(p.width for p in shown))) for caption in captions]
-    width = max([p.width for p in shown] + [text_width(words, face) for text in texts for words, face in text])
+    width = max(
+        [p.width for p in shown] + [text_width(words, face) for text in texts for words, face in text]
+    )
 
     rows = [range(i, min(i + columns, count)) for i in range(0, count, columns)]
     heads = [max(sum(line_height(face) for _, face in texts[i]) for i in row) + 8 for row in rows]
@@ -119,7 +149,9 @@ def narrowed(picture: Image.Image, max_width: int) -> Image.Image:
 
 def scaled(picture: Image.Image, width: int) -> Image.Image:
     """``picture``, made ``width`` pixels wide."""
-    return picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS)
+    return picture.resize(
+        (width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS
+    )
 
 
 def caption_lines(caption: str, width: int) -> list[tuple[str, Font]]:

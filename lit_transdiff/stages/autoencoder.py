@@ -20,7 +20,8 @@ STORAGE = torch.float16  # of the exported weights: half the size, and the error
 
 
 def edge_error(error: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels of ``error`` [B, C, H, W], summed over both directions: a scalar.
+    """Mean squared difference of neighbouring pixels of ``error`` [B, C, H, W], summed over both directions:
+    a scalar.
 
     Added to the squared error, it emphasises contours, to which the eye is most sensitive.
     """
@@ -28,7 +29,9 @@ def edge_error(error: Tensor) -> Tensor:
 
 
 def psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images [B, C, H, W] in [-1, 1] (peak 2), averaged over the batch: a scalar."""
+    """Peak signal-to-noise ratio in dB of images [B, C, H, W] in [-1, 1] (peak 2), averaged over the batch: a
+    scalar.
+    """
     error = (reconstructions - images).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()
 
@@ -41,14 +44,20 @@ class AutoencoderStage(PreparatoryStage):
     def __init__(self, run: RunConfig | Mapping[str, Any]) -> None:
         super().__init__(run)
         run = self.run
-        self.autoencoder = KLAutoencoder.new(run.autoencoder_training, run.data.image_channels, run.data.image_size)
+        self.autoencoder = KLAutoencoder.new(
+            run.autoencoder_training, run.data.image_channels, run.data.image_size
+        )
 
     def losses(self, images: Tensor) -> dict[str, Tensor]:
         """The loss of images [B, C, H, W] and its terms, all scalars."""
         moments = self.autoencoder.encode(images).float()  # [B, 2c, h, w]
         noise = torch.randn_like(moments.chunk(2, dim=1)[0])
         error = self.autoencoder.reconstruct(self.autoencoder.sample(moments, noise)).float() - images
-        square, edge, kl = error.square().mean(), edge_error(error), kl_divergence(moments).mean() / noise[0].numel()
+        square, edge, kl = (
+            error.square().mean(),
+            edge_error(error),
+            kl_divergence(moments).mean() / noise[0].numel(),
+        )
         loss = square + edge + self.run.autoencoder_training.kl_weight * kl
         return {"loss": loss, "square": square, "edge": edge, "kl": kl}
 
@@ -67,7 +76,8 @@ class AutoencoderStage(PreparatoryStage):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
-        """Per-channel mean and std [c] of the latents, in float64, over ``num_statistics_images`` images of ``batches``.
+        """Per-channel mean and std [c] of the latents, in float64, over ``num_statistics_images`` images of
+        ``batches``.
 
         The variance of the posterior's noise is added exactly, without sampling.
         """

@@ -30,14 +30,17 @@ PREFIX = "model."  # of the model's parameter names in the stage
 
 
 def log_now(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-    """Log ``metrics`` to all loggers at the current optimizer step (Lightning's own logging repeats old values)."""
+    """Log ``metrics`` to all loggers at the current optimizer step (Lightning's own logging repeats old
+    values).
+    """
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
 class Stage(pl.LightningModule):
-    """The base class of all stages: settings as ``hparams``, for ``load_from_checkpoint``, and the logging of the loss.
+    """The base class of all stages: settings as ``hparams``, for ``load_from_checkpoint``, and the logging of
+    the loss.
 
     ``run`` is a ``RunConfig`` or, from a checkpoint, its plain settings.
     """
@@ -70,13 +73,15 @@ class Stage(pl.LightningModule):
 
 
 class TransDiffStage(Stage):
-    """The base class of the stages that train a generator; subclasses define ``prepare``, ``head_alone`` and ``check``.
+    """The base class of the stages that train a generator; subclasses define ``prepare``, ``head_alone`` and
+    ``check``.
 
     Images are encoded by the run's frozen ``autoencoder``, which is not a submodule: it is neither trained
     nor saved.
     """
 
-    head_alone: ClassVar[bool] = False  # True: no gradient reaches the networks that compute an image's memory
+    # True: no gradient reaches the networks that compute an image's memory
+    head_alone: ClassVar[bool] = False
     autoencoder: Autoencoder | None
 
     def __init__(self, run: RunConfig | Mapping[str, Any], autoencoder: Autoencoder | None = None) -> None:
@@ -106,7 +111,9 @@ class TransDiffStage(Stage):
         require(not frozen or cls.head_alone, "training.frozen_dropout", frozen, allowed)
         in_head = [name for name, stack in model.stacks.items() if stack.path.startswith(model.head_prefixes)]
         names = ["none", *in_head] if cls.head_alone else ["none", "all", *model.stacks]
-        allowed = f"{' or '.join(map(repr, names))} in stage {run.stage} with model.paradigm {run.model.paradigm}"
+        allowed = (
+            f"{' or '.join(map(repr, names))} in stage {run.stage} with model.paradigm {run.model.paradigm}"
+        )
         require(again in names, "training.activation_checkpointing", again, allowed)
 
     def prepare(self) -> None:
@@ -137,7 +144,10 @@ class TransDiffStage(Stage):
 
     @torch.no_grad()
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Encode images [B, R, C, H, W] to moments [B, R, 2c, h, w]; cached moments pass. The first batch is checked."""
+        """Encode images [B, R, C, H, W] to moments [B, R, 2c, h, w]; cached moments pass.
+
+        The first batch is checked.
+        """
         assert self.autoencoder is not None
         values, data = batch.values, self.run.data
         if tuple(values.shape[2:]) == (data.image_channels, data.image_size, data.image_size):
@@ -149,10 +159,15 @@ class TransDiffStage(Stage):
         return replace(batch, values=values)
 
     def check_moments(self, moments: Tensor) -> None:
-        """Refuse values that are not latents of this run, and an autoencoder whose normalisation does not fit."""
+        """Refuse values that are not latents of this run, and an autoencoder whose normalisation does not
+        fit.
+        """
         model, data = self.run.model, self.run.data
         latents = (model.latent_channels, model.latent_size, model.latent_size)
-        posterior = (latents[0] if isinstance(self.autoencoder, IdentityAutoencoder) else 2 * latents[0], *latents[1:])
+        posterior = (
+            latents[0] if isinstance(self.autoencoder, IdentityAutoencoder) else 2 * latents[0],
+            *latents[1:],
+        )
         images = (data.image_channels, data.image_size, data.image_size)
         sizes = f"{images} (images) or {posterior} (moments)"
         allowed = f"[B, R, C, H, W] with R = {model.num_references} and C, H, W = {sizes}"
@@ -226,7 +241,10 @@ class TransDiffStage(Stage):
         """Load the averages for ``Trainer.validate``, which then agrees with validation in training."""
         if self._trainer is None or not self.trainer.validating or not checkpoint.get("optimizer_states"):
             return
-        names, states = {p: name for name, p in self.named_parameters()}, checkpoint["optimizer_states"][0]["state"]
+        names, states = (
+            {p: name for name, p in self.named_parameters()},
+            checkpoint["optimizer_states"][0]["state"],
+        )
         groups = build_optimizer(self.model, self.run.optimizer).param_groups
         for i, name in enumerate(names[p] for group in groups for p in group["params"]):
             state = states.get(i, states.get(name, {}))  # by number, or under FSDP by name

@@ -29,7 +29,13 @@ class ClassifierStage(PreparatoryStage):
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         correct = self.classifier(batch.values[:, 0]).argmax(dim=1) == batch.labels
-        self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), sync_dist=True, logger=self.logs_itself)
+        self.log(
+            "val/accuracy",
+            correct.float().mean(),
+            batch_size=len(correct),
+            sync_dist=True,
+            logger=self.logs_itself,
+        )
 
     def export(self, folder: Path, batches: Iterable[Any]) -> None:
         """Write the network's weights to ``folder`` on the first rank. No batch is read."""

@@ -7,7 +7,12 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -26,7 +31,9 @@ def shard_piece(name: str, p: DTensor, rank: int, world: int) -> Piece:
 
 
 class Holders(Averages):
-    """Tensor storage of whole and row-sharded parameters; strategies with other storage override ``holders``."""
+    """Tensor storage of whole and row-sharded parameters; strategies with other
+    storage override ``holders``.
+    """
 
     lightning_module: pl.LightningModule | None
     optimizers: list[Optimizer]
@@ -39,7 +46,9 @@ class Holders(Averages):
             if isinstance(p, DTensor):
                 yield Holder(p, (shard_piece(name, p, self.global_rank, self.world_size),))
             else:
-                yield Holder(p, (Piece(name, 0, 0, p.numel()),), owned=i % self.world_size == self.global_rank)
+                yield Holder(
+                    p, (Piece(name, 0, 0, p.numel()),), owned=i % self.world_size == self.global_rank
+                )
 
     def refresh(self) -> None:
         """Update the model from the holders; no action where they are the model's own tensors."""
@@ -78,7 +87,12 @@ class StockHolders(Holders):
         if isinstance(self.strategy, ModelParallelStrategy):
             mesh = self.strategy.device_mesh["data_parallel"]
             allowed = f"{self.world_size}, and tensor_parallel_size=1: each layer is on one device"
-            require(mesh.size() == self.world_size, "ModelParallelStrategy(data_parallel_size)", mesh.size(), allowed)
+            require(
+                mesh.size() == self.world_size,
+                "ModelParallelStrategy(data_parallel_size)",
+                mesh.size(),
+                allowed,
+            )
             shard_blocks(model, mesh)
 
 
@@ -90,8 +104,10 @@ def averages_of(trainer: pl.Trainer) -> Holders:
     known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
     if not known or isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
-            f"Trainer(strategy): got {type(strategy).__name__}, which hides the averages of the weights; allowed: "
-            "one device, 'ddp', ModelParallelStrategy, or lit_transdiff.train with distributed.strategy zero1, "
+            f"Trainer(strategy): got {type(strategy).__name__}, which hides the averages of the weights; "
+            "allowed: "
+            "one device, 'ddp', ModelParallelStrategy, or lit_transdiff.train with distributed.strategy "
+            "zero1, "
             "zero2, zero3 or fsdp."
         )
     return StockHolders(trainer)

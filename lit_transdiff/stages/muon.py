@@ -107,7 +107,11 @@ class Muon(torch.optim.AdamW):
             if isinstance(nesterov, DTensor):
                 update = direction_of_rows(nesterov)
             else:
-                update = direction(nesterov) if nesterov.ndim == 2 else direction_of_part(nesterov, group["shapes"])
+                update = (
+                    direction(nesterov)
+                    if nesterov.ndim == 2
+                    else direction_of_part(nesterov, group["shapes"])
+                )
             flat(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.flatten(), alpha=group["lr"])
 
 

@@ -1,4 +1,5 @@
-"""The loss of a batch for every family of models: parts of images at times of their process, and the predictions.
+"""The loss of a batch for every family of models: parts of images at times of their process, and the
+predictions.
 
 Shapes: B images (rows), R references per row, M noise draws, K parts, N tokens of all parts, C H W a latent.
 """
@@ -33,7 +34,9 @@ def losses_of(
     x_t = process.noised(tokens.flatten(0, 1), noise.flatten(0, 1), each.flatten()).view_as(noise)
     output = model.predict(x_t, t, memory)
     pieces = zip(*(rows_of_parts(z, sizes) for z in (output, tokens, noise, x_t, each)), strict=True)
-    losses = torch.cat([process.losses(o, x, e, at.reshape(len(at), -1)[:, 0], x_t) for o, x, e, x_t, at in pieces])
+    losses = torch.cat(
+        [process.losses(o, x, e, at.reshape(len(at), -1)[:, 0], x_t) for o, x, e, x_t, at in pieces]
+    )
     weights = model.weights(memory)
     if weights is not None:
         losses = losses * balanced(weights, draws * len(x), len(sizes))

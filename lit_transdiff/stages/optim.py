@@ -20,7 +20,9 @@ class AveragedAdamW(Averaging, torch.optim.AdamW):
 
 
 class Group(dict[str, Any]):
-    """A parameter group: ``params``, ``weight_decay``, and ``matrices``, those of ``params`` in the blocks."""
+    """A parameter group: ``params``, ``weight_decay``, and ``matrices``, those of
+    ``params`` in the blocks.
+    """
 
     def __init__(self, params: list[nn.Parameter], weight_decay: float, blocks: set[nn.Parameter]) -> None:
         super().__init__(params=params, weight_decay=weight_decay)
@@ -31,11 +33,15 @@ Groups = list[Group]
 
 
 def parameter_groups(model: Paradigm, weight_decay: float) -> Groups:
-    """The trainable parameters in two groups: without weight decay (vectors, biases, exempt ones) and with."""
+    """The trainable parameters in two groups: without weight decay (vectors, biases,
+    exempt ones) and with.
+    """
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[p.ndim > 1 and not name.endswith(".bias") and not name.startswith(model.undecayed)].append(p)
+            groups[p.ndim > 1 and not name.endswith(".bias") and not name.startswith(model.undecayed)].append(
+                p
+            )
     blocks = {p for stack in model.block_lists().values() for p in stack.parameters()}
     return [Group(groups[decayed], weight_decay * decayed, blocks) for decayed in groups if groups[decayed]]
 
@@ -48,14 +54,20 @@ def muon(groups: Groups, config: OptimizerConfig, decays: Mapping[str, Decay]) -
     """Muon: each group is split into its matrices, with their own learning rate, and the rest."""
     parts: list[dict[str, Any]] = []
     for group in groups:
-        shapes, rest = [tuple(p.shape) for p in group.matrices], set(group["params"]).difference(group.matrices)
-        parts.append({**group, "params": group.matrices, "shapes": shapes, "lr": config.muon_lr or 10 * config.lr})
+        shapes, rest = (
+            [tuple(p.shape) for p in group.matrices],
+            set(group["params"]).difference(group.matrices),
+        )
+        parts.append(
+            {**group, "params": group.matrices, "shapes": shapes, "lr": config.muon_lr or 10 * config.lr}
+        )
         parts.append({**group, "params": [p for p in group["params"] if p in rest]})
     return AveragedMuon([part for part in parts if part["params"]], decays=decays, **adamw_settings(config))
 
 
 def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
-    return dict(lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)  # one kernel per step
+    # one kernel per step
+    return dict(lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 OptimizerFn = Callable[[Groups, OptimizerConfig, Mapping[str, Decay]], Averaging]
@@ -85,7 +97,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine"
 
 
 def lr_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of step ``step`` (from 0) relative to ``config.lr``: linear warm-up, then the schedule.
+    """The learning rate of step ``step`` (from 0) relative to ``config.lr``: linear warm-up, then the
+    schedule.
 
     By default step 0 already has an effect: the warm-up is (step + 1) / warmup_steps. With ``warmup_offset``
     0 its rate is 0. Fractional offsets match the reference, whose clock also advances within the passes of a

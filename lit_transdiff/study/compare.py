@@ -27,7 +27,9 @@ MAX_IN_LABEL = 6  # the most settings in a label
 
 
 def is_setting(name: str) -> bool:
-    return name not in SEEDS and not any(name == word or (word.endswith(".") and name.startswith(word)) for word in NOT_SETTINGS)
+    return name not in SEEDS and not any(
+        name == word or (word.endswith(".") and name.startswith(word)) for word in NOT_SETTINGS
+    )
 
 
 def differing(compared: Sequence[Run | Entry]) -> list[str]:
@@ -49,7 +51,9 @@ def labels(runs: Sequence[Run]) -> dict[str, str]:
     names = [*differing(runs), *seeds]
     if not 0 < len(names) <= MAX_IN_LABEL:
         return distinct(runs, {run.where: run.name for run in runs})
-    return distinct(runs, {run.where: label({name: run.settings.get(name) for name in names}) for run in runs})
+    return distinct(
+        runs, {run.where: label({name: run.settings.get(name) for name in names}) for run in runs}
+    )
 
 
 def distinct(runs: Sequence[Run], texts: Mapping[str, str]) -> dict[str, str]:
@@ -66,7 +70,8 @@ def distinct(runs: Sequence[Run], texts: Mapping[str, str]) -> dict[str, str]:
 def label(settings: Mapping[str, Any]) -> str:
     """Settings as text, each with the last part of its dotted name."""
     words = [
-        (name.split(".")[-1], f"{value:.3g}" if isinstance(value, float) else str(value)) for name, value in settings.items()
+        (name.split(".")[-1], f"{value:.3g}" if isinstance(value, float) else str(value))
+        for name, value in settings.items()
     ]
     return ", ".join(f"{name} {value}" for name, value in words)
 
@@ -116,7 +121,9 @@ class Comparison:
                 found = self.differences(metric, among)
                 result.loc[among, ["difference", "noise"]] = found
                 equal = all(gap == 0 for gap, _ in found)
-                result.loc[among, "verdict"] = ["equal" if equal else verdict(gap, noise) for gap, noise in found]
+                result.loc[among, "verdict"] = [
+                    "equal" if equal else verdict(gap, noise) for gap, noise in found
+                ]
         return result
 
     def verdict_of_rows(self, metric: str) -> list[str]:
@@ -162,11 +169,17 @@ class Comparison:
         judges, notes, table = self.table["judged by"], self.shown_notes(), self.table
         if judges.nunique() <= 1:
             table = table.drop(columns="judged by")
-            notes += [f"scores by {judges.iloc[0]}"] if judges.iloc[0] and any(m.startswith(FULL) for m in self.metrics) else []
+            notes += (
+                [f"scores by {judges.iloc[0]}"]
+                if judges.iloc[0] and any(m.startswith(FULL) for m in self.metrics)
+                else []
+            )
         if self.groups["runs"].max() > 1:
             return [table, self.summary], notes
         for metric in self.metrics:
-            best = [self.table["run"][i] for i, word in enumerate(self.verdict_of_rows(metric)) if word == "best"]
+            best = [
+                self.table["run"][i] for i, word in enumerate(self.verdict_of_rows(metric)) if word == "best"
+            ]
             notes += [f"best {title_of(metric)}: {', '.join(best)}"] if best else []
         return [table], [*notes, "noise is unknown: no settings have two finished runs with different seeds"]
 
@@ -212,7 +225,9 @@ def student(freedom: int) -> float:
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
-def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None, higher: Mapping[str, bool] | None = None) -> Comparison:
+def compare(
+    runs: Sequence[Run], metrics: Sequence[str] | None = None, higher: Mapping[str, bool] | None = None
+) -> Comparison:
     """Compare runs in a table with only the settings that differ, and group finished runs over their seeds.
 
     ``metrics`` default to the scores of evaluations and the losses; ``higher`` tells for metrics other than
@@ -231,10 +246,14 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None, higher: M
     rows = [row_of(entry, found, settings, chosen) for entry, found in zip(entries, scores, strict=True)]
     groups: dict[Hashable, list[int]] = {}
     for i, (entry, row) in enumerate(zip(entries, rows, strict=True)):
-        groups.setdefault((entry.stage, entry.identity, *(repr(row[name]) for name in settings)), []).append(i)
+        groups.setdefault((entry.stage, entry.identity, *(repr(row[name]) for name in settings)), []).append(
+            i
+        )
     kept = [averaged(entries, group) for group in groups.values()]
     members, notes = [rows for rows, _ in kept], [note for _, why in kept for note in why]
-    others = [[i for i in group if i not in rows] for group, rows in zip(groups.values(), members, strict=True)]
+    others = [
+        [i for i in group if i not in rows] for group, rows in zip(groups.values(), members, strict=True)
+    ]
     judges = {name: [one_judge(entries, scores, name, group) for group in members] for name in chosen}
     means = []
     for k, (group, averages) in enumerate(zip(groups.values(), members, strict=True)):
@@ -250,10 +269,17 @@ def compare(runs: Sequence[Run], metrics: Sequence[str] | None = None, higher: M
     return Comparison(*tables, settings, chosen, notes, entries, scores, members, others, judges, upwards)
 
 
-def row_of(entry: Entry, scores: Mapping[str, Pooled], settings: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+def row_of(
+    entry: Entry, scores: Mapping[str, Pooled], settings: Sequence[str], metrics: Sequence[str]
+) -> dict[str, Any]:
     """The row of an entry in the table."""
     run, config = entry.run, entry.settings
-    row = {"run": run.name, "seed": config.get("seed"), "state": "diverged" if run.diverged else run.state, "step": run.step}
+    row = {
+        "run": run.name,
+        "seed": config.get("seed"),
+        "state": "diverged" if run.diverged else run.state,
+        "step": run.step,
+    }
     row |= {name: groupable(config[name]) if name in config else math.nan for name in settings}
     row |= {name: scores[name].mean if name in scores else math.nan for name in metrics}
     return row | {"judged by": entry.judge_in_words()}
@@ -271,15 +297,22 @@ def averaged(entries: Sequence[Entry], group: Sequence[int]) -> tuple[list[int],
         if i not in finished:
             notes.append(f"{run.name} is not averaged: {run.state} at step {run.step}")
         elif (run.step or 0) != last:
-            notes.append(f"{run.name} is not averaged: it ended at step {run.step}, others of its settings at {last}")
+            notes.append(
+                f"{run.name} is not averaged: it ended at step {run.step}, others of its settings at {last}"
+            )
         elif seed in kept:
-            notes.append(f"{run.name} is not averaged: its settings and seed are those of {entries[kept[seed]].run.name}")
+            notes.append(
+                f"{run.name} is not averaged: its settings and seed are those of "
+                f"{entries[kept[seed]].run.name}"
+            )
         else:
             kept[seed] = i
     return list(kept.values()), list(dict.fromkeys(notes))
 
 
-def one_judge(entries: Sequence[Entry], scores: Sequence[Mapping[str, Pooled]], metric: str, kept: Sequence[int]) -> Any:
+def one_judge(
+    entries: Sequence[Entry], scores: Sequence[Mapping[str, Pooled]], metric: str, kept: Sequence[int]
+) -> Any:
     """The common judge of the ``kept`` entries in ``metric``, or None if they have different ones."""
     judges = {entries[i].judge(metric) for i in kept if metric in scores[i]}
     return None if len(judges) > 1 else next(iter(judges), ())

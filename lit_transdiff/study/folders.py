@@ -18,7 +18,14 @@ from lit_transdiff.evaluation.scores import EVALUATE, FOLDER, value
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.study.records import AXES, Evaluation, Pictures, Run
 from lit_transdiff.study.repeats import repeats
-from lit_transdiff.tracking.metrics_file import devices_of_starts, json_content, last_logged, read_rows, starts_of, unless_damaged
+from lit_transdiff.tracking.metrics_file import (
+    devices_of_starts,
+    json_content,
+    last_logged,
+    read_rows,
+    starts_of,
+    unless_damaged,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +50,9 @@ def run_folders(root: Path, seen: set[Path] | None = None) -> Iterator[Path]:
     if is_run_folder(root):
         yield root
         return
-    below = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: (path.is_symlink(), path))
+    below = sorted(
+        (path for path in root.iterdir() if path.is_dir()), key=lambda path: (path.is_symlink(), path)
+    )
     for folder in below:
         if not root.resolve().is_relative_to(folder.resolve()):  # skip links to a parent folder
             yield from run_folders(folder, seen)
@@ -60,7 +69,9 @@ def read_folder(folder: Path) -> Run:
         config = read_file(folder / "config.yaml")  # plain settings, as written at the start of the run
         name, stage, _ = config["name"], config["stage"], config["training"]["max_steps"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.yaml'} is not the configuration of a run ({error!r}).") from error
+        raise ValueError(
+            f"{folder / 'config.yaml'} is not the configuration of a run ({error!r})."
+        ) from error
     warn_of_other_config(folder)
     tracking = config.get("tracking") or {}
     rows = cache(partial(read_rows, folder / "metrics.csv"))
@@ -104,7 +115,9 @@ def history_of_rows(rows: pd.DataFrame, devices: Sequence[int]) -> pd.DataFrame:
     since, start = rows["seconds"].diff(), rows["start"]
     since = since.where((since >= 0) & (start.diff() == 0), rows["seconds"])  # a start counts from 0
     ranks = start.map(lambda k: devices[min(int(k), len(devices) - 1)]).astype(float)
-    rows = rows.assign(device_hours=(since * ranks).cumsum() / 3600).drop_duplicates(["step", "metric"], keep="last")
+    rows = rows.assign(device_hours=(since * ranks).cumsum() / 3600).drop_duplicates(
+        ["step", "metric"], keep="last"
+    )
     axes = rows.groupby("step")[["images_seen", "device_hours"]].last()
     table = rows.pivot(index="step", columns="metric", values="value")
     return axes.join(table).reset_index()
@@ -112,7 +125,11 @@ def history_of_rows(rows: pd.DataFrame, devices: Sequence[int]) -> pd.DataFrame:
 
 def loose_results(root: Path) -> list[Run]:
     """Results below ``root`` outside of run folders, as runs known only from their manifests."""
-    folders = (folder for folder in sorted(root.rglob(FOLDER)) if folder.is_dir() and not is_run_folder(folder.parent))
+    folders = (
+        folder
+        for folder in sorted(root.rglob(FOLDER))
+        if folder.is_dir() and not is_run_folder(folder.parent)
+    )
     found = [result for folder in folders for result in evaluations_in(folder)]
     return [run_of_results(group) for group in repeats(found)]
 
@@ -123,7 +140,9 @@ def run_of_results(group: list[Evaluation]) -> Run:
 
     manifest = group[0].manifest
     evaluation = {
-        name: manifest[name] for name in ("extractor", "num_images", "label_mode", "num_neighbours") if name in manifest
+        name: manifest[name]
+        for name in ("extractor", "num_images", "label_mode", "num_neighbours")
+        if name in manifest
     }
     return Run(
         id=group[0].where,
@@ -144,14 +163,22 @@ def run_of_results(group: list[Evaluation]) -> Run:
 def evaluations_in(folder: Path) -> list[Evaluation]:
     """The results in the folder ``evaluations``."""
     found = ((file, unless_damaged(read_json, file)) for file in sorted(folder.glob("*.json")))
-    return [read_evaluation(file, content) for file, content in found if content is not None and is_result(file, content)]
+    return [
+        read_evaluation(file, content)
+        for file, content in found
+        if content is not None and is_result(file, content)
+    ]
 
 
 def is_result(file: Path, content: Any) -> bool:
     """Whether a JSON file is a result; any other content gives a warning."""
     try:
         numbers = [float(value(score)) for score in content["scores"].values()]
-        result = len(numbers) > 0 and isinstance(content["manifest"]["run"], str) and has_sampler(content["manifest"])
+        result = (
+            len(numbers) > 0
+            and isinstance(content["manifest"]["run"], str)
+            and has_sampler(content["manifest"])
+        )
     except (KeyError, TypeError, ValueError, AttributeError):
         result = False
     if not result:
@@ -162,16 +189,22 @@ def is_result(file: Path, content: Any) -> bool:
 def has_sampler(manifest: dict[str, Any]) -> bool:
     """Whether the manifest's sampler, if it has one, has valid numbers."""
     sampling = manifest.get("sampling") or {}
-    several = [sampling.get(name) or [] for name in ("reference_steps", "reference_guidance", "guidance_interval")]
+    several = [
+        sampling.get(name) or [] for name in ("reference_steps", "reference_guidance", "guidance_interval")
+    ]
     numbers = [sampling.get(name, 1) for name in ("guidance_scale", "drift_scale", "noise_scale")]
     numbers += [number for values in several for number in values]
-    return all(isinstance(values, list) for values in several) and all(isinstance(n, int | float) for n in numbers)
+    return all(isinstance(values, list) for values in several) and all(
+        isinstance(n, int | float) for n in numbers
+    )
 
 
 def read_evaluation(file: Path, content: dict[str, Any]) -> Evaluation:
     """Read one result with the picture beside its file."""
     picture = file.with_suffix(".png")
-    return Evaluation(content["scores"], content["manifest"], opener(picture) if picture.is_file() else None, str(file))
+    return Evaluation(
+        content["scores"], content["manifest"], opener(picture) if picture.is_file() else None, str(file)
+    )
 
 
 def pictures_of(folder: Path) -> Pictures:

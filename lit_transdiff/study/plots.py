@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["bars", "curves", "parallel_coordinates", "pareto", "response", "side_by_side", "spread"]
-AXIS_LABELS = {"step": "optimizer steps", "images_seen": "images seen", "device_hours": "device-hours (GPU-hours on GPUs)"}
+AXIS_LABELS = {
+    "step": "optimizer steps",
+    "images_seen": "images seen",
+    "device_hours": "device-hours (GPU-hours on GPUs)",
+}
 GREY = "#9aa0a8"
 MARKERS = "o^sDvP"  # one per judge
 Point = tuple[float, float, str]  # cost, quality, the run's ``where``
@@ -50,7 +54,9 @@ def legend(axes: Axes | Figure, handles: Sequence[Any], names: Sequence[str], **
         text.set_text(name)
 
 
-def curves(runs: Sequence[Run], metric: str, over: str = "images_seen", labels: Mapping[str, str] | None = None) -> Figure:
+def curves(
+    runs: Sequence[Run], metric: str, over: str = "images_seen", labels: Mapping[str, str] | None = None
+) -> Figure:
     """One line per run: ``metric`` over step, images_seen or device_hours; ``labels`` by ``run.where``."""
     from matplotlib.figure import Figure
 
@@ -82,21 +88,43 @@ def spread(compared: Comparison, metric: str) -> Figure:
     axes = figure.subplots()
     few = len(compared.settings) <= MAX_IN_LABEL
     keys = compared.settings or ["first run"]
-    names = [label(row) for row in compared.groups[keys].to_dict("records")] if few else list(compared.groups["first run"])
-    for i, (verdict, mean, rows) in enumerate(zip(verdicts["verdict"], verdicts["mean"], compared.members, strict=True)):
+    names = (
+        [label(row) for row in compared.groups[keys].to_dict("records")]
+        if few
+        else list(compared.groups["first run"])
+    )
+    for i, (verdict, mean, rows) in enumerate(
+        zip(verdicts["verdict"], verdicts["mean"], compared.members, strict=True)
+    ):
         axes.plot(compared.table[metric].iloc[rows], [i] * len(rows), "o", color=GREY, markersize=4)
         if math.isfinite(mean):
             filled = "full" if verdict in ("best", "within noise") else "none"
             axes.plot(mean, i, "D", color="C0", fillstyle=filled, markersize=9)
-            axes.annotate(verdict, (mean, i), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                verdict, (mean, i), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8
+            )
         else:
-            axes.text(0.5, i, verdict, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8)
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel=label_of(metric), ylim=(-0.6, len(names) - 0.3))
+            axes.text(
+                0.5, i, verdict, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8
+            )
+    axes.set(
+        yticks=range(len(names)), yticklabels=names, xlabel=label_of(metric), ylim=(-0.6, len(names) - 0.3)
+    )
     axes.grid(axis="x", alpha=0.3)
     diamond = dict(marker="D", markersize=9)
-    looks: list[dict[str, Any]] = [dict(marker="o", color=GREY, markersize=4), diamond, diamond | dict(fillstyle="none")]
+    looks: list[dict[str, Any]] = [
+        dict(marker="o", color=GREY, markersize=4),
+        diamond,
+        diamond | dict(fillstyle="none"),
+    ]
     handles = [Line2D([], [], linestyle="none", **look) for look in looks]
-    legend(figure, handles, ["a run", "mean, best or within noise of it", "mean of others"], loc="outside lower center", ncols=3)
+    legend(
+        figure,
+        handles,
+        ["a run", "mean, best or within noise of it", "mean of others"],
+        loc="outside lower center",
+        ncols=3,
+    )
     return figure
 
 
@@ -105,28 +133,39 @@ def short(name: str, between: str = ".") -> str:
     return name.split(between)[-1]
 
 
-def side_by_side(pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float | None = None) -> Figure:
+def side_by_side(
+    pictures: Mapping[str, Image.Image], columns: int = 3, title: str = "", width: float | None = None
+) -> Figure:
     """Pictures in rows of ``columns``, each under its name.
 
-    Each is shown pixel by pixel or slightly smaller, so that its labels stay legible; ``width`` (inches) scales all of
-    them to one width.
+    Each is shown pixel by pixel or slightly smaller, so that its labels stay legible; ``width`` (inches)
+    scales all of them to one width.
     """
     from matplotlib.figure import Figure
 
     require(len(pictures) > 0, "pictures", len(pictures), "at least one")
-    shown = [scaled(picture, round(width * DPI)) if width else readable(picture) for picture in pictures.values()]
+    shown = [
+        scaled(picture, round(width * DPI)) if width else readable(picture) for picture in pictures.values()
+    ]
     columns = min(columns, len(shown))
     across = max(MIN_CELL, *(picture.width for picture in shown)) + SPACE
     rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
     tops = [
-        *itertools.accumulate((HEADING + max(picture.height for picture in row) for row in rows), initial=HEADING * bool(title))
+        *itertools.accumulate(
+            (HEADING + max(picture.height for picture in row) for row in rows), initial=HEADING * bool(title)
+        )
     ]
     total_width, total_height = across * columns, tops[-1]
     figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI)
     for i, (name, picture) in enumerate(zip(pictures, shown, strict=True)):
         left, top = across * (i % columns) + (across - picture.width) // 2, tops[i // columns] + HEADING
         low = total_height - top - picture.height
-        place = (left / total_width, low / total_height, picture.width / total_width, picture.height / total_height)
+        place = (
+            left / total_width,
+            low / total_height,
+            picture.width / total_width,
+            picture.height / total_height,
+        )
         axes = figure.add_axes(place, aspect="auto")
         axes.set_axis_off()
         axes.imshow(picture, interpolation="nearest", aspect="auto")
@@ -153,13 +192,22 @@ def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: s
     axes = figure.subplots()
     for i in range(len(scored)):
         tone = colormaps["viridis_r"](i / max(1, len(scored) - 1))
-        axes.plot(range(len(places)), [place[0][i] for place in places], color=tone, alpha=0.85, linewidth=1.6)
+        axes.plot(
+            range(len(places)), [place[0][i] for place in places], color=tone, alpha=0.85, linewidth=1.6
+        )
     ends = {f"best, {scored[-1][1]:.4g}": axes.lines[-1], f"worst, {scored[0][1]:.4g}": axes.lines[0]}
     legend(figure, list(ends.values()), list(ends), loc="outside lower center", ncols=2)
     for x, (_, marks) in enumerate(places):
         axes.axvline(x, color=GREY, linewidth=0.8)
         for text, height in marks.items():
-            axes.text(x + 0.04, height, text, fontsize=9, va="center", bbox=dict(facecolor="white", edgecolor="none", pad=1))
+            axes.text(
+                x + 0.04,
+                height,
+                text,
+                fontsize=9,
+                va="center",
+                bbox=dict(facecolor="white", edgecolor="none", pad=1),
+            )
     axes.set_xticks(range(len(places)), [*map(short, settings), label_of(metric).split(" (")[0]])
     axes.set(yticks=[], ylim=(-0.06, 1.06), ylabel="low to high", xlim=(-0.2, len(places) - 0.6))
     axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
@@ -182,7 +230,9 @@ def positions(values: Sequence[Any]) -> tuple[list[float], dict[str, float]]:
     return [marks[str(value)] for value in values], marks
 
 
-def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: str = "decoder_evaluations_per_image") -> Figure:
+def pareto(
+    runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: str = "decoder_evaluations_per_image"
+) -> Figure:
     """Quality against the cost per image; the legend names the Pareto-optimal runs of each judge.
 
     Evaluations that differ only in their seed are one point at their mean. ``cost`` is a number in the
@@ -204,7 +254,9 @@ def pareto(runs: Sequence[Run], quality: str = "eval/frechet_distance", cost: st
     axes = figure.subplots()
     for k, (judge, points) in enumerate(by_judge.items()):
         best, number = front(points, higher_is_better(quality)), len(axes.lines)
-        among = f" of {judge[JUDGED_BY.index('num_images')]} images by {judge[0]}" if len(by_judge) > 1 else ""
+        among = (
+            f" of {judge[JUDGED_BY.index('num_images')]} images by {judge[0]}" if len(by_judge) > 1 else ""
+        )
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], MARKERS[k % len(MARKERS)], color=GREY)
         axes.step([x for x, _, _ in best], [y for _, y, _ in best], "-", where="post", color=f"C{k}")
         for i, (x, y, _) in enumerate(best):
@@ -251,7 +303,9 @@ def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = No
     from matplotlib.figure import Figure
 
     scored, left_out = judged_alike(runs, metric)
-    rows = [(one.settings.get(setting), str(one.settings.get(by)) if by else "", value) for one, value in scored]
+    rows = [
+        (one.settings.get(setting), str(one.settings.get(by)) if by else "", value) for one, value in scored
+    ]
     table = pd.DataFrame(rows, columns=["x", "by", "y"])
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()

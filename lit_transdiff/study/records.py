@@ -86,7 +86,9 @@ class Run:
     def evaluation(self) -> Evaluation | None:
         """The newest evaluation with the run's own settings, or else the newest one."""
         own = [evaluation for evaluation in self.evaluations if not self.differences(evaluation)]
-        return max(own or self.evaluations, key=lambda evaluation: evaluation.manifest.get("date", ""), default=None)
+        return max(
+            own or self.evaluations, key=lambda evaluation: evaluation.manifest.get("date", ""), default=None
+        )
 
     @property
     def repeats(self) -> list[Evaluation]:
@@ -107,11 +109,15 @@ class Run:
 
     def pictures(self) -> dict[str, Image.Image]:
         """The pictures made after training, such as ``final`` and ``references``."""
-        return opened_pictures({name: load for name, load in self.open_pictures().items() if not name.startswith("step-")})
+        return opened_pictures(
+            {name: load for name, load in self.open_pictures().items() if not name.startswith("step-")}
+        )
 
     def samples(self) -> dict[int, Image.Image]:
         """The sample grids made during training, by step."""
-        found = opened_pictures({name: load for name, load in self.open_pictures().items() if name.startswith("step-")})
+        found = opened_pictures(
+            {name: load for name, load in self.open_pictures().items() if name.startswith("step-")}
+        )
         return dict(sorted((int(name[5:]), picture) for name, picture in found.items()))
 
 
@@ -132,7 +138,10 @@ def check_filters(filters: Mapping[str, Any]) -> None:
         section, _, rest = key.partition(".")
         if key not in FIELDS and not (section in SECTIONS and rest):
             allowed = [*FIELDS, *(f"{name}.NAME" for name in SECTIONS)]
-            raise ValueError(f"filters: {key!r} is not known; allowed: {', '.join(allowed)} (a setting: config.optimizer.lr).")
+            raise ValueError(
+                f"filters: {key!r} is not known; allowed: {', '.join(allowed)} (a setting: "
+                "config.optimizer.lr)."
+            )
 
 
 def fits(run: Run, filters: Mapping[str, Any]) -> bool:
@@ -144,13 +153,23 @@ def fits(run: Run, filters: Mapping[str, Any]) -> bool:
     """
     for key, wanted in filters.items():
         section, _, rest = key.partition(".")
-        value = run.settings.get(rest) if section == "config" else run.summary.get(rest) if section == "summary" else None
+        value = (
+            run.settings.get(rest)
+            if section == "config"
+            else run.summary.get(rest)
+            if section == "summary"
+            else None
+        )
         value = getattr(run, key) if key in FIELDS else value
         if callable(wanted):
             met = bool(wanted(value))
         else:
             allowed = list(wanted) if isinstance(wanted, list | tuple | set) else [wanted]
-            met = any(tag in allowed for tag in run.tags) if key == "tags" else value in allowed or value == wanted
+            met = (
+                any(tag in allowed for tag in run.tags)
+                if key == "tags"
+                else value in allowed or value == wanted
+            )
         if not met:
             return False
     return True

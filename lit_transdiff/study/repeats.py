@@ -41,7 +41,10 @@ def repeats(results: Sequence[R]) -> list[list[R]]:
     groups: dict[tuple[str, ...], list[R]] = {}
     for result in results:
         groups.setdefault(tuple(decided_by(result.manifest).values()), []).append(result)
-    return [sorted(group, key=lambda result: str(result.manifest.get("date", "")), reverse=True) for group in groups.values()]
+    return [
+        sorted(group, key=lambda result: str(result.manifest.get("date", "")), reverse=True)
+        for group in groups.values()
+    ]
 
 
 def decided_by(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -61,7 +61,9 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "runs": [run_data(run, compared, verdicts) for run in runs],
         "differing": [name for name in differing(runs) if name != "stage"],  # which has a column already
-        "scores": [{"key": key, "title": title_of(key), "higher": higher_is_better(key)} for key in compared.metrics],
+        "scores": [
+            {"key": key, "title": title_of(key), "higher": higher_is_better(key)} for key in compared.metrics
+        ],
         "metrics": sorted({str(column) for run in runs for column in run.history() if column not in AXES}),
     }
 
@@ -84,9 +86,16 @@ def run_data(run: Run, compared: Comparison, verdicts: Mapping[str, Sequence[str
         "verdicts": {key: verdicts[key][row[key]] for key in scores},
         "judge": compared.entries[scored].judge_in_words(),
         "curves": thinned_curves(run),
-        "samples": [{"step": step, "picture": embedded(picture)} for step, picture in evenly(list(run.samples().items()))],
-        "pictures": [{"name": name, "picture": embedded(picture)} for name, picture in run.pictures().items()],
-        "evaluations": [evaluation_data(compared, verdicts, i, i == scored) for i in rows if compared.entries[i].repeats],
+        "samples": [
+            {"step": step, "picture": embedded(picture)}
+            for step, picture in evenly(list(run.samples().items()))
+        ],
+        "pictures": [
+            {"name": name, "picture": embedded(picture)} for name, picture in run.pictures().items()
+        ],
+        "evaluations": [
+            evaluation_data(compared, verdicts, i, i == scored) for i in rows if compared.entries[i].repeats
+        ],
     }
 
 
@@ -101,12 +110,18 @@ def thinned_curves(run: Run) -> dict[str, dict[str, list[Any]]]:
     return found
 
 
-def evaluation_data(compared: Comparison, verdicts: Mapping[str, Sequence[str]], i: int, shown: bool) -> dict[str, Any]:
+def evaluation_data(
+    compared: Comparison, verdicts: Mapping[str, Sequence[str]], i: int, shown: bool
+) -> dict[str, Any]:
     """The data of an evaluation with its repeats: scores, verdicts, description, manifest and picture."""
     scores, group = [], compared.entries[i].repeats
     for name, score in pooled_scores(group).items():
         key = f"{FULL}{name}"
-        about = {"title": title_of(key), "higher": higher_is_better(key), "verdict": verdicts[key][i] if key in verdicts else ""}
+        about = {
+            "title": title_of(key),
+            "higher": higher_is_better(key),
+            "verdict": verdicts[key][i] if key in verdicts else "",
+        }
         scores.append(about | {"value": as_json(score.mean), "std": as_json(score.std), "n": score.n})
     newest = group[0]
     picture = opened_pictures({"picture": newest.open_picture} if newest.open_picture else {}).get("picture")

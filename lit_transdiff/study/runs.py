@@ -95,7 +95,9 @@ def unpacked(file: Path, changed: float) -> Path:
     return folder
 
 
-def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path], bool] = lambda run: True) -> Path:
+def archive(
+    folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path], bool] = lambda run: True
+) -> Path:
     """Write the run folders below ``folder`` to a small ``.zip`` for ``runs``, without any weights.
 
     Pictures are reduced in size, and included only for run folders for which ``pictures_of`` is true.
@@ -105,11 +107,19 @@ def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path
     check_replaces(file, [KEPT[0]], "an archive of runs")
     with whole(file) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
         for run in run_folders(folder):
-            for part in [run / name for name in KEPT] + [f for pattern in RESULTS for f in sorted(run.glob(pattern))]:
+            for part in [run / name for name in KEPT] + [
+                f for pattern in RESULTS for f in sorted(run.glob(pattern))
+            ]:
                 if part.is_file():
                     packed.write(part, part.relative_to(folder))
-            pictures = {str(f): f for pattern in PICTURES for f in sorted(run.glob(pattern))} if pictures_of(run) else {}
-            for name, picture in opened_pictures({name: opener(file) for name, file in pictures.items()}).items():
+            pictures = (
+                {str(f): f for pattern in PICTURES for f in sorted(run.glob(pattern))}
+                if pictures_of(run)
+                else {}
+            )
+            for name, picture in opened_pictures(
+                {name: opener(file) for name, file in pictures.items()}
+            ).items():
                 packed.writestr(str(pictures[name].relative_to(folder)), shrunk(picture))
     return file
 
@@ -117,5 +127,7 @@ def archive(folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path
 def shrunk(picture: Image.Image) -> bytes:
     """Encode a picture as a small PNG."""
     buffer = io.BytesIO()
-    narrowed(picture, max(SHRUNK, round(READABLE * picture.width))).quantize(COLOURS).save(buffer, format="png", optimize=True)
+    narrowed(picture, max(SHRUNK, round(READABLE * picture.width))).quantize(COLOURS).save(
+        buffer, format="png", optimize=True
+    )
     return buffer.getvalue()

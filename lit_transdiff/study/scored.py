@@ -13,7 +13,8 @@ from lit_transdiff.study.records import Evaluation, Run
 from lit_transdiff.study.repeats import Pooled, decided_by, pooled, repeats, seeds
 
 FULL, ONLINE = "eval/", "online/"  # scores of ``evaluate``, and scores during training with fewer images
-ONLINE_JUDGES = ("extractor", "reference", "online_images", "label_mode", "num_neighbours")  # settings of the evaluation
+# settings of the evaluation
+ONLINE_JUDGES = ("extractor", "reference", "online_images", "label_mode", "num_neighbours")
 
 
 def metric_of(key: str) -> str | None:
@@ -72,7 +73,11 @@ class Entry:
         decided = decided_by(self.manifest) if self.repeats else {}
         if "seed" not in self.run.settings:
             return tuple(decided.items())
-        return () if self.own else tuple((name, value) for name, value in decided.items() if name not in ("model", "run"))
+        return (
+            ()
+            if self.own
+            else tuple((name, value) for name, value in decided.items() if name not in ("model", "run"))
+        )
 
     def scores(self) -> dict[str, Pooled]:
         """The scores ``eval/NAME`` over repeats; for the run itself also the last values of logged metrics.
@@ -82,7 +87,11 @@ class Entry:
         """
         logged = self.run.summary.items() if self.own else ()
         numbers = {key: Pooled(value, None, 1) for key, value in logged if isinstance(value, int | float)}
-        found = {key: value for key, value in numbers.items() if not (key.startswith(FULL) and self.run.evaluations)}
+        found = {
+            key: value
+            for key, value in numbers.items()
+            if not (key.startswith(FULL) and self.run.evaluations)
+        }
         return found | {f"{FULL}{name}": score for name, score in pooled_scores(self.repeats).items()}
 
     def judge(self, key: str) -> tuple[Any, ...]:
@@ -95,7 +104,9 @@ class Entry:
 
     def judge_in_words(self) -> str:
         """Judge, sampler, number of seeds, and the settings that are not the run's own, as text."""
-        words = ", ".join(word for word in (judge_in_words(self.manifest), sampler_in_words(self.manifest)) if word)
+        words = ", ".join(
+            word for word in (judge_in_words(self.manifest), sampler_in_words(self.manifest)) if word
+        )
         if (count := len({repr(evaluation.manifest.get("seed")) for evaluation in self.repeats})) > 1:
             words += f", mean of {count} seeds"
         other = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in self.other.items())
@@ -124,7 +135,9 @@ def pooled_scores(repeats: Sequence[Evaluation]) -> dict[str, Pooled]:
 
 def default_metrics(there: Collection[str]) -> list[str]:
     """The available scores in the order of their table, and the losses; online scores only without others."""
-    scores = [f"{prefix}{name}" for prefix in (FULL, ONLINE) for name in METRICS if f"{prefix}{name}" in there]
+    scores = [
+        f"{prefix}{name}" for prefix in (FULL, ONLINE) for name in METRICS if f"{prefix}{name}" in there
+    ]
     full = [key for key in scores if key.startswith(FULL)]
     return (full or scores) + [name for name in ("val/loss", "train/loss") if name in there]
 
@@ -133,7 +146,11 @@ def judge_in_words(manifest: Mapping[str, Any]) -> str:
     """Extractor, reference, number and selection of images, as text."""
     reference = Path(manifest["reference"]).stem if manifest.get("reference") else None
     images = f"{manifest['num_images']:,} images" if manifest.get("num_images") else None
-    return ", ".join(str(word) for word in (manifest.get("extractor"), reference, images, manifest.get("label_mode")) if word)
+    return ", ".join(
+        str(word)
+        for word in (manifest.get("extractor"), reference, images, manifest.get("label_mode"))
+        if word
+    )
 
 
 def sampler_in_words(manifest: Mapping[str, Any]) -> str:
@@ -147,7 +164,11 @@ def sampler_in_words(manifest: Mapping[str, Any]) -> str:
     interval = "" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]"
     scales = sampling.get("drift_scale", 1), sampling.get("noise_scale", 1)
     parts = f", {sampling['num_parts']} parts" if sampling.get("num_parts") else ""
-    parts += f", {sampling['part_guidance']} over parts" if sampling.get("part_guidance", "constant") != "constant" else ""
+    parts += (
+        f", {sampling['part_guidance']} over parts"
+        if sampling.get("part_guidance", "constant") != "constant"
+        else ""
+    )
     scaled = "" if scales == (1, 1) else ", scales {:g} {:g}".format(*scales)
     return f"{sampling['solver']} {steps} x {guidance}{interval}{scaled}{parts}"
 

@@ -22,7 +22,15 @@ from lit_transdiff.study.differences import gaps_in_words
 from lit_transdiff.study.records import opened_pictures
 from lit_transdiff.study.repeats import Pooled, over, seeds
 from lit_transdiff.study.runs import runs
-from lit_transdiff.study.scored import FULL, Entry, higher_is_better, judge_in_words, metric_of, sampler_in_words, title_of
+from lit_transdiff.study.scored import (
+    FULL,
+    Entry,
+    higher_is_better,
+    judge_in_words,
+    metric_of,
+    sampler_in_words,
+    title_of,
+)
 from lit_transdiff.study.text import WIDTH, aligned, markdown
 
 log = logging.getLogger(__name__)
@@ -55,7 +63,11 @@ def write_comparison(folder: str | Path, output: str | Path) -> Written:
     lines = lines_of(compared, names)
     columns, shared = columns_of(lines)
     output.mkdir(parents=True, exist_ok=True)
-    head = [*columns, *(f"{title_of(name)} {'↑' if higher_is_better(name) else '↓'}" for name in names), *SPEED]
+    head = [
+        *columns,
+        *(f"{title_of(name)} {'↑' if higher_is_better(name) else '↓'}" for name in names),
+        *SPEED,
+    ]
 
     def cells(mark: str) -> list[list[str]]:
         scores = [[line.shown(name, mark) for name in names] for line in lines]
@@ -84,7 +96,9 @@ def check_output(folder: Path) -> None:
 
 def compare_results(folder: str | Path) -> Comparison:
     """Compare the results below ``folder``. Raises ``ValueError`` if there is no result."""
-    none = f"{folder}: none of the files in evaluations/ is a result of evaluate. Evaluate a trained run first."
+    none = (
+        f"{folder}: none of the files in evaluations/ is a result of evaluate. Evaluate a trained run first."
+    )
     try:
         found = runs(folder)
     except FileNotFoundError as error:
@@ -120,7 +134,9 @@ class TableRow:
         count = max(len(self.entries), *(len(entry.repeats) for entry in self.entries))
         text = f"{score} (n={score.n})" if count > 1 else str(score)
         verdict = self.verdicts.get(name) if mark else None
-        return f"{mark}{text}{mark}" if verdict == "best" else f"{text} ≈" if verdict == "within noise" else text
+        return (
+            f"{mark}{text}{mark}" if verdict == "best" else f"{text} ≈" if verdict == "within noise" else text
+        )
 
 
 def lines_of(compared: Comparison, names: Sequence[str]) -> list[TableRow]:
@@ -132,9 +148,17 @@ def lines_of(compared: Comparison, names: Sequence[str]) -> list[TableRow]:
             scored = [i for i in rows if compared.entries[i].repeats]
             if not scored:
                 continue
-            scores = {name: score for name in names if (score := over_runs([compared.scores[i].get(name) for i in scored]))}
+            scores = {
+                name: score
+                for name in names
+                if (score := over_runs([compared.scores[i].get(name) for i in scored]))
+            }
             lines.append(
-                TableRow([compared.entries[i] for i in scored], scores, {name: verdicts[name][scored[0]] for name in names})
+                TableRow(
+                    [compared.entries[i] for i in scored],
+                    scores,
+                    {name: verdicts[name][scored[0]] for name in names},
+                )
             )
     return lines
 
@@ -175,7 +199,9 @@ SETTINGS: dict[str, Cell] = {
     "scored reference": lambda line: str(line.manifest.get("scored_reference")),
     "judged by": lambda line: judge_in_words(line.manifest),
 }
-SPEED: dict[str, Cell] = {"images/s": lambda line: f"{line.manifest.get('images_per_second', float('nan')):.3g}"}
+SPEED: dict[str, Cell] = {
+    "images/s": lambda line: f"{line.manifest.get('images_per_second', float('nan')):.3g}"
+}
 
 
 def columns_of(lines: Sequence[TableRow]) -> tuple[dict[str, Cell], dict[str, str]]:
@@ -212,29 +238,51 @@ def around(line: TableRow, columns: dict[str, Cell], scores: list[str]) -> list[
 
 def footnotes(lines: Sequence[TableRow], shared: dict[str, str], compared: Comparison) -> str:
     """The properties that all lines share, and notes on reading the table."""
-    told = ", ".join(f"{name.split(',')[0]} {value}" for name, value in shared.items() if value not in ("-", "None", ""))
+    told = ", ".join(
+        f"{name.split(',')[0]} {value}" for name, value in shared.items() if value not in ("-", "None", "")
+    )
     notes = [f"All rows: {told}."] if told else []
     notes.append("↑ higher is better, ↓ lower is better; the best row of each judge is marked.")
     verdicts = {verdict for line in lines for verdict in line.verdicts.values()}
     if "within noise" in verdicts:
         notes.append("≈ differs from the best by no more than noise (95 %, from the spread over seeds).")
     if any(len(line.entries) > 1 or len(line.entries[0].repeats) > 1 for line in lines):
-        notes.append("Results that differ only in their seed are one row: mean ± standard deviation over n seeds.")
+        notes.append(
+            "Results that differ only in their seed are one row: mean ± standard deviation over n seeds."
+        )
     if len({line.entries[0].judge(FULL) for line in lines}) > 1:
-        notes.append("Not all rows have the same judge (extractor, weights, reference, images): compare those that do.")
+        notes.append(
+            "Not all rows have the same judge (extractor, weights, reference, images): compare those that do."
+        )
     for name in sorted({"classifier", "judge"} & {line.manifest.get("extractor") for line in lines}):
-        notes.append(f"Scores by {name!r} are analogues on its features: they do not compare with FID, IS or KID.")
+        notes.append(
+            f"Scores by {name!r} are analogues on its features: they do not compare with FID, IS or KID."
+        )
     notes += gaps_in_words([line.entries[0] for line in lines if len(line.entries) == 1], compared.metrics)
     notes += compared.shown_notes()
-    return "\n".join(textwrap.fill(note, WIDTH, break_long_words=False, break_on_hyphens=False) for note in notes) + "\n"
+    return (
+        "\n".join(
+            textwrap.fill(note, WIDTH, break_long_words=False, break_on_hyphens=False) for note in notes
+        )
+        + "\n"
+    )
 
 
 def csv_text(entries: Sequence[Entry], names: Sequence[str]) -> str:
     """All results as CSV: settings, scores (and their std), speed, and hashes of extractor and reference."""
-    extra = ["decoder_evaluations_per_image", "extractor_fingerprint", "reference_hash", "weights_fingerprint", "seed", "date"]
+    extra = [
+        "decoder_evaluations_per_image",
+        "extractor_fingerprint",
+        "reference_hash",
+        "weights_fingerprint",
+        "seed",
+        "date",
+    ]
     metrics = [str(metric_of(name)) for name in names]
     results = [(entry, result) for entry in entries for result in entry.repeats]
-    spread = {name for name in metrics if any(isinstance(result.scores.get(name), dict) for _, result in results)}
+    spread = {
+        name for name in metrics if any(isinstance(result.scores.get(name), dict) for _, result in results)
+    }
     columns = [column for name in metrics for column in [name, f"{name}_std"][: 1 + (name in spread)]]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -248,7 +296,9 @@ def csv_text(entries: Sequence[Entry], names: Sequence[str]) -> str:
             if name in spread:
                 scores.append(repr(score["std"]) if isinstance(score, dict) else "")
         cells = [[cell(line) for cell in about.values()] for about in (SETTINGS, SPEED)]
-        writer.writerow([*cells[0], *scores, *cells[1], *(result.manifest.get(key) for key in extra), result.where])
+        writer.writerow(
+            [*cells[0], *scores, *cells[1], *(result.manifest.get(key) for key in extra), result.where]
+        )
     return buffer.getvalue()
 
 
@@ -258,7 +308,9 @@ def beside_each_other(lines: Sequence[TableRow], names: Sequence[str]) -> Image.
     for result in newest:
         if result.open_picture is None:
             log.warning("%s is missing.", Path(result.where).with_suffix(".png"))
-    found = opened_pictures({str(i): result.open_picture for i, result in enumerate(newest) if result.open_picture})
+    found = opened_pictures(
+        {str(i): result.open_picture for i, result in enumerate(newest) if result.open_picture}
+    )
     captions = []
     for line in (lines[int(i)] for i in found):
         scores = [f"{title_of(name)} {line.shown(name)}" for name in names if name in line.scores]

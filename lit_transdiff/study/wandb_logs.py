@@ -31,7 +31,11 @@ AT_SERVER = {"group": "group", "state": "state", "name": "display_name", "stage"
 
 def log_files(root: Path) -> list[list[Path]]:
     """The ``.wandb`` files at and below ``root``, grouped by run (with restarts) in chronological order."""
-    files = [root] if root.is_file() else sorted(root.rglob("run-*.wandb"), key=lambda f: f.parent.name.removeprefix("offline-"))
+    files = (
+        [root]
+        if root.is_file()
+        else sorted(root.rglob("run-*.wandb"), key=lambda f: f.parent.name.removeprefix("offline-"))
+    )
     by_run: dict[tuple[Path, str], list[Path]] = {}
     for file in files:
         by_run.setdefault((file.parent.parent, file.stem), []).append(file)
@@ -91,7 +95,8 @@ def read_log(files: list[Path]) -> Run:
     joined = by_step(rows)
     folder = files[-1].parent
     pictures = {
-        name: opener(below(folder / "files", path, f"{files[-1]}: picture")) for name, path in picture_paths(rows).items()
+        name: opener(below(folder / "files", path, f"{files[-1]}: picture"))
+        for name, path in picture_paths(rows).items()
     }
     summary = last_of_steps(joined)
     return Run(
@@ -115,14 +120,21 @@ def read_server(project: str, filters: Mapping[str, Any]) -> list[Run]:
     """The runs of ``entity/project``. Raises ``FileNotFoundError`` with W&B's reason if it refuses."""
     import wandb
 
-    plain = {AT_SERVER[key]: value for key, value in filters.items() if key in AT_SERVER and isinstance(value, str)}
+    plain = {
+        AT_SERVER[key]: value for key, value in filters.items() if key in AT_SERVER and isinstance(value, str)
+    }
     try:
         api = wandb.Api(timeout=math.ceil(answer_timeout()))  # here, as it may ask for a key
-        return [read_server_run(found) for found in answers(lambda: api.runs(project, filters=plain), f"runs of {project}")]
+        return [
+            read_server_run(found)
+            for found in answers(lambda: api.runs(project, filters=plain), f"runs of {project}")
+        ]
     except (wandb.errors.Error, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         way_on = "Name a folder of runs, or try again later (WANDB_HTTP_TIMEOUT waits longer)."
-        raise FileNotFoundError(f"{project} is neither a folder nor a project at W&B ({reason}). {way_on}") from error
+        raise FileNotFoundError(
+            f"{project} is neither a folder nor a project at W&B ({reason}). {way_on}"
+        ) from error
 
 
 def read_server_run(found: Any) -> Run:
@@ -141,7 +153,10 @@ def read_server_run(found: Any) -> Run:
     def fetch(path: str) -> Any:
         place = below(folder(), path, f"{found.name}: picture")
         list(
-            answers(lambda: [found.file(path).download(root=str(folder()), exist_ok=True)], f"the picture {path} of {found.name}")
+            answers(
+                lambda: [found.file(path).download(root=str(folder()), exist_ok=True)],
+                f"the picture {path} of {found.name}",
+            )
         )
         return opener(place)()
 
@@ -177,8 +192,14 @@ def by_step(rows: list[dict[str, Any]], devices: int = 1) -> dict[int, dict[str,
     seconds = clock = 0.0
     for i, row in enumerate(rows):
         step = int(row.get(STEP, row.get("_step", i)))
-        numbers = {key: number(value) for key, value in row.items() if not key.startswith("_") and key != STEP}
-        line = {key: value for key, value in numbers.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        numbers = {
+            key: number(value) for key, value in row.items() if not key.startswith("_") and key != STEP
+        }
+        line = {
+            key: value
+            for key, value in numbers.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
         before, clock = clock, float(row.get("_runtime", clock))
         seconds += (clock - before if clock >= before else clock) * row.get(ROW_DEVICES, devices)
         axes = {"step": step, "images_seen": line.pop(IMAGES_SEEN, step), "device_hours": seconds / 3600}
@@ -213,10 +234,15 @@ def devices_of(config: dict[str, Any]) -> int:
 
 def evaluations_of(config: dict[str, Any], summary: Mapping[str, Any]) -> list[Evaluation]:
     """The evaluation logged by a run: scores from the summary, the manifest from the configuration."""
-    scores = {key[5:]: value for key, value in summary.items() if key.startswith("eval/") and isinstance(value, int | float)}
+    scores = {
+        key[5:]: value
+        for key, value in summary.items()
+        if key.startswith("eval/") and isinstance(value, int | float)
+    }
     plain = {name: value for name, value in scores.items() if not name.endswith("_std")}
     both = {
-        name: {"mean": value, "std": scores[f"{name}_std"]} if f"{name}_std" in scores else value for name, value in plain.items()
+        name: {"mean": value, "std": scores[f"{name}_std"]} if f"{name}_std" in scores else value
+        for name, value in plain.items()
     }
     return [Evaluation(both, config.get("manifest") or {})] if both else []
 

@@ -12,11 +12,15 @@ from lit_transdiff.config import unknown
 from lit_transdiff.config.yaml_text import dump
 
 
-def trial_command(command: Sequence[str] | None, program: str | None, settings: dict[str, Any], json_file: Path) -> list[str]:
+def trial_command(
+    command: Sequence[str] | None, program: str | None, settings: dict[str, Any], json_file: Path
+) -> list[str]:
     """Expand the macros of ``command``: ``${env}``, ``${interpreter}``, ``${program}``, ``${args}``, ..."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-    filled: dict[str, Any] = create_sweep_command_args({"args": {key: {"value": value} for key, value in settings.items()}})
+    filled: dict[str, Any] = create_sweep_command_args(
+        {"args": {key: {"value": value} for key, value in settings.items()}}
+    )
     filled |= dict(env=["/usr/bin/env"], interpreter=[sys.executable], program=[program] if program else [])
     filled |= dict(args_json_file=[str(json_file)])
     json_file.write_text(json.dumps(settings))
@@ -28,7 +32,9 @@ def trial_command(command: Sequence[str] | None, program: str | None, settings: 
         elif macro in filled and isinstance(filled[macro], list):
             words += filled[macro]
         else:
-            raise unknown("command: macro", macro, [name for name, value in filled.items() if isinstance(value, list)])
+            raise unknown(
+                "command: macro", macro, [name for name, value in filled.items() if isinstance(value, list)]
+            )
     return words
 
 

@@ -54,9 +54,21 @@ def slots_of(agents: int | None, devices_per_run: int) -> list[Slot]:
     gpus = torch.cuda.device_count()
     if gpus == 0:
         return [()] * (agents or 1)
-    require(devices_per_run <= gpus, "--devices-per-run", devices_per_run, f"at most the {gpus} GPUs of this machine")
-    slots = [tuple(range(i, i + devices_per_run)) for i in range(0, gpus - devices_per_run + 1, devices_per_run)]
-    require(agents is None or agents <= len(slots), "--agents", agents, f"at most {len(slots)} of {devices_per_run} GPUs each")
+    require(
+        devices_per_run <= gpus,
+        "--devices-per-run",
+        devices_per_run,
+        f"at most the {gpus} GPUs of this machine",
+    )
+    slots = [
+        tuple(range(i, i + devices_per_run)) for i in range(0, gpus - devices_per_run + 1, devices_per_run)
+    ]
+    require(
+        agents is None or agents <= len(slots),
+        "--agents",
+        agents,
+        f"at most {len(slots)} of {devices_per_run} GPUs each",
+    )
     return slots[:agents]
 
 
@@ -64,7 +76,13 @@ class Controller:
     """The controller of one sweep in one folder."""
 
     def __init__(
-        self, sweep: Sweep, folder: Path, seed: int, slots: list[Slot], say: Callable[[str], None], tries: int = TRIES
+        self,
+        sweep: Sweep,
+        folder: Path,
+        seed: int,
+        slots: list[Slot],
+        say: Callable[[str], None],
+        tries: int = TRIES,
     ) -> None:
         self.sweep = sweep
         self.folder = folder.resolve()
@@ -144,7 +162,9 @@ class Controller:
         """Start a process in its own group, with the environment that an agent gives to a trial."""
         parameters = self.folder / "logs" / f"{trial.id}.yaml"
         write_parameters(trial.settings, parameters)
-        command = trial_command(self.sweep.command, self.sweep.program, trial.settings, parameters.with_suffix(".json"))
+        command = trial_command(
+            self.sweep.command, self.sweep.program, trial.settings, parameters.with_suffix(".json")
+        )
         environment = {
             **os.environ,
             "WANDB_RUN_ID": trial.id,
@@ -158,12 +178,20 @@ class Controller:
         old = self.values(trial) if trial.failures else []
         with open(self.folder / "logs" / f"{trial.id}.log", "ab") as log:
             process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self.journal.write("process", id=trial.id, pid=process.pid)
         self.live.append(Agent(trial, process, slot, old))
         attempt = f", attempt {trial.failures + 1}" if trial.failures else ""
-        self.say(f"start     {self.place(trial).name}{attempt}" + (f" on GPU {','.join(map(str, slot))}" if slot else ""))
+        self.say(
+            f"start     {self.place(trial).name}{attempt}"
+            + (f" on GPU {','.join(map(str, slot))}" if slot else "")
+        )
 
     def values(self, trial: Trial) -> list[float]:
         """The values of the sweep's metric logged by the trial so far, in order."""
@@ -177,11 +205,15 @@ class Controller:
     def stop_losers(self) -> None:
         """Early termination: SIGTERM, so that a trial can save its state, and SIGKILL if it does not end."""
         if self.sweep.early_terminate is not None:
-            lost = {trial.id for trial in to_stop(self.sweep.early_terminate, self.trials, self.sweep.maximize)}
+            lost = {
+                trial.id for trial in to_stop(self.sweep.early_terminate, self.trials, self.sweep.maximize)
+            }
             for agent in self.live:
                 if agent.trial.id in lost and agent.stopped_at is None and agent.process.poll() is None:
                     agent.stopped_at = time.monotonic()
-                    self.say(f"stop      {self.place(agent.trial).name} after {len(agent.trial.values)} values")
+                    self.say(
+                        f"stop      {self.place(agent.trial).name} after {len(agent.trial.values)} values"
+                    )
                     signal_group(agent.process.pid, signal.SIGTERM)
         for agent in self.live:
             if agent.stopped_at is not None and time.monotonic() - agent.stopped_at > KILL_AFTER:
@@ -196,14 +228,20 @@ class Controller:
             self.again.append(trial)
             self.say(f"again     {self.place(trial).name}")
             return
-        state: TrialState = "stopped" if agent.stopped_at is not None else "finished" if code == 0 else "failed"
+        state: TrialState = (
+            "stopped" if agent.stopped_at is not None else "finished" if code == 0 else "failed"
+        )
         trial.end(state, self.values(trial) if code == 0 else self.new_values(agent))
         self.journal.write("end", id=trial.id, state=trial.state, values=trial.values)
         self.check_metric(trial)
         best = trial.best(self.sweep.maximize)
         told = f", best {self.sweep.metric} {best:.5g}" if best is not None else ""
         told += ", the last is not a number" if trial.diverged else ""
-        told += f", exit status {code}: see {self.folder / 'logs' / trial.id}.log" if trial.state == "failed" else ""
+        told += (
+            f", exit status {code}: see {self.folder / 'logs' / trial.id}.log"
+            if trial.state == "failed"
+            else ""
+        )
         self.say(f"{trial.state:9} {self.place(trial).name}{told}")
 
     def check_metric(self, trial: Trial) -> None:
@@ -216,14 +254,18 @@ class Controller:
             return self.say(f"warning   metric.name: the trial has logged no finite value of {metric!r}")
         names = logged_names(self.place(trial))
         near = difflib.get_close_matches(metric, names, n=3, cutoff=0.3) or names
-        self.say(f"warning   metric.name: the trial has not logged {metric!r}, but {', '.join(near) or 'nothing'}")
+        self.say(
+            f"warning   metric.name: the trial has not logged {metric!r}, but {', '.join(near) or 'nothing'}"
+        )
 
     def check_hope(self) -> None:
         """Raise ``TrialsFailed`` if the sweep's first trials have all failed."""
         if hopeless(self.trials):
             ended = [trial for trial in self.trials if trial.state == "failed"]
             log = self.folder / "logs" / f"{ended[-1].id}.log"
-            raise TrialsFailed(f"the first {len(ended)} trials all failed; see {log}. The same command tries them again.")
+            raise TrialsFailed(
+                f"the first {len(ended)} trials all failed; see {log}. The same command tries them again."
+            )
 
 
 def hopeless(trials: list[Trial]) -> bool:

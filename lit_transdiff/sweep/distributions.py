@@ -63,7 +63,9 @@ def exponential(spec: Spec, rng: random.Random) -> float:
 def steps(spec: Spec) -> list[Any]:
     """All values of a rounded uniform distribution."""
     q = spec.get("q", 1)
-    return [rounded(spec, spec["min"] + i * q) for i in range(int((spec["max"] - spec["min"]) / q + 1e-9) + 1)]
+    return [
+        rounded(spec, spec["min"] + i * q) for i in range(int((spec["max"] - spec["min"]) / q + 1e-9) + 1)
+    ]
 
 
 def choose(spec: Spec, rng: random.Random) -> Any:
@@ -75,7 +77,9 @@ BOTH, BELL, SHAPE, Q = ("min", "max"), ("mu", "sigma"), ("a", "b"), ("q",)
 DISTRIBUTIONS: dict[str, Distribution] = {
     "constant": Distribution(("value",), lambda s, rng: s["value"], lambda s: [s["value"]]),
     "categorical": Distribution(("values",), choose, lambda s: list(s["values"]), ("probabilities",)),
-    "int_uniform": Distribution(BOTH, lambda s, rng: rng.randint(s["min"], s["max"]), lambda s: [*range(s["min"], s["max"] + 1)]),
+    "int_uniform": Distribution(
+        BOTH, lambda s, rng: rng.randint(s["min"], s["max"]), lambda s: [*range(s["min"], s["max"] + 1)]
+    ),
     "uniform": Distribution(BOTH, lambda s, rng: rng.uniform(s["min"], s["max"])),
     "q_uniform": Distribution(BOTH, lambda s, rng: rounded(s, rng.uniform(s["min"], s["max"])), steps, Q),
     "log_uniform": Distribution(BOTH, exponential),
@@ -100,7 +104,9 @@ def name_of(spec: Spec) -> str:
         return {"categorical_w_probabilities": "categorical"}.get(name, name)
     if "value" in spec or "values" in spec:
         return "constant" if "value" in spec else "categorical"
-    return "int_uniform" if isinstance(spec.get("min"), int) and isinstance(spec.get("max"), int) else "uniform"
+    return (
+        "int_uniform" if isinstance(spec.get("min"), int) and isinstance(spec.get("max"), int) else "uniform"
+    )
 
 
 def check(parameter: str, spec: Any) -> None:
@@ -129,7 +135,12 @@ def check_choices(place: str, spec: Spec) -> None:
     if chances is not None:
         numbers = isinstance(chances, list) and all(map(is_number, chances))
         good = numbers and len(chances) == len(values) and min(chances) >= 0 and sum(chances) > 0
-        require(good, f"{place}.probabilities", chances, f"{len(values)} numbers of at least 0, one for each value")
+        require(
+            good,
+            f"{place}.probabilities",
+            chances,
+            f"{len(values)} numbers of at least 0, one for each value",
+        )
 
 
 def check_numbers(place: str, name: str, spec: Spec) -> None:
@@ -137,10 +148,19 @@ def check_numbers(place: str, name: str, spec: Spec) -> None:
     for field in [field for field in spec if field != "distribution"]:
         require(is_number(spec[field]), f"{place}.{field}", spec[field], "a number")
     if "min" in spec:
-        require(spec["min"] <= spec["max"], f"{place}.max", spec["max"], f"at least min, which is {spec['min']}")
-        require("log" not in name or "values" not in name or spec["min"] > 0, f"{place}.min", spec["min"], f"above 0 for {name}")
+        require(
+            spec["min"] <= spec["max"], f"{place}.max", spec["max"], f"at least min, which is {spec['min']}"
+        )
+        require(
+            "log" not in name or "values" not in name or spec["min"] > 0,
+            f"{place}.min",
+            spec["min"],
+            f"above 0 for {name}",
+        )
     for field in BOTH if name == "int_uniform" else ():
-        require(isinstance(spec[field], int), f"{place}.{field}", spec[field], "a whole number for int_uniform")
+        require(
+            isinstance(spec[field], int), f"{place}.{field}", spec[field], "a whole number for int_uniform"
+        )
     for field in ("q", *SHAPE):
         require(spec.get(field, 1) > 0, f"{place}.{field}", spec.get(field), "above 0")
     require(spec.get("sigma", 1) >= 0, f"{place}.sigma", spec.get("sigma"), "at least 0")
@@ -167,5 +187,8 @@ def for_optuna(parameter: str, spec: Spec) -> BaseDistribution:
         return FloatDistribution(math.exp(spec["min"]), math.exp(spec["max"]), log=True)
     if name == "inv_log_uniform":
         return FloatDistribution(math.exp(-spec["max"]), math.exp(-spec["min"]), log=True)
-    allowed = "constant, categorical, int_uniform, uniform, q_uniform, (inv_)log_uniform or (inv_)log_uniform_values for bayes"
+    allowed = (
+        "constant, categorical, int_uniform, uniform, q_uniform, (inv_)log_uniform or "
+        "(inv_)log_uniform_values for bayes"
+    )
     raise ValueError(f"parameters.{parameter}.distribution: got {name!r}; allowed: {allowed}.")

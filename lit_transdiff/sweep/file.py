@@ -20,7 +20,17 @@ from lit_transdiff.sweep.distributions import DISTRIBUTIONS, Spec, check, is_num
 from lit_transdiff.sweep.search import SEARCHES
 
 KEYS = (
-    *("method", "metric", "parameters", "early_terminate", "command", "program", "name", "project", "run_cap"),
+    *(
+        "method",
+        "metric",
+        "parameters",
+        "early_terminate",
+        "command",
+        "program",
+        "name",
+        "project",
+        "run_cap",
+    ),
     *("description", "entity", "controller"),
 )
 AS_WRITTEN = ("name", "project", "program", "command")  # read as text: 010 stays 010
@@ -33,7 +43,10 @@ def leaves(parameters: dict[str, Any], prefix: Path_ = ()) -> Iterator[tuple[Pat
     for key, spec in parameters.items():
         if isinstance(spec, dict) and "parameters" in spec:
             require(
-                isinstance(spec["parameters"], dict), f"parameters.{key}.parameters", spec["parameters"], "parameters by name"
+                isinstance(spec["parameters"], dict),
+                f"parameters.{key}.parameters",
+                spec["parameters"],
+                "parameters by name",
             )
             yield from leaves(spec["parameters"], (*prefix, str(key)))
         else:
@@ -71,7 +84,9 @@ def sweep_from(settings: Any, name: str) -> Sweep:
     controller = settings.get("controller", {"type": "local"})
     require(controller == {"type": "local"}, "controller", controller, "type: local")
     cap, command = settings.get("run_cap"), settings.get("command")
-    require(cap is None or (isinstance(cap, int) and cap >= 1), "run_cap", cap, "a whole number of at least 1")
+    require(
+        cap is None or (isinstance(cap, int) and cap >= 1), "run_cap", cap, "a whole number of at least 1"
+    )
     require(command is None or isinstance(command, list), "command", command, "a list of words")
     given = settings.get("name") or name
     require(not isinstance(given, list | dict) and is_folder_name(str(given)), "name", given, FOLDER_NAME)
@@ -108,7 +123,13 @@ def check_search(sweep: Sweep) -> None:
         possible = not search.needs_values or DISTRIBUTIONS[name_of(spec)].values is not None
         allowed = f"value, values, or whole numbers for method {sweep.method}"
         require(possible, f"parameters.{'.'.join(path)}", name_of(spec), allowed)
-    reader = sweep.method if search.needs_metric else "early_terminate" if sweep.early_terminate is not None else None
+    reader = (
+        sweep.method
+        if search.needs_metric
+        else "early_terminate"
+        if sweep.early_terminate is not None
+        else None
+    )
     require(reader is None or sweep.metric is not None, "metric", None, f"name and goal, for {reader}")
     require(sweep.command is not None or sweep.program is not None, "command", None, "a command or a program")
 
@@ -128,5 +149,7 @@ def metric_from(metric: Any) -> dict[str, Any]:
     impute, running = metric.get("impute", "worst"), metric.get("impute_while_running", "false")
     running = "false" if running is False else running  # YAML reads the word false as a boolean
     require(impute in IMPUTES, "metric.impute", impute, ", ".join(IMPUTES))
-    require(running in (*IMPUTES, "false"), "metric.impute_while_running", running, ", ".join((*IMPUTES, "false")))
+    require(
+        running in (*IMPUTES, "false"), "metric.impute_while_running", running, ", ".join((*IMPUTES, "false"))
+    )
     return {**metric, "impute_while_running": running}

@@ -36,7 +36,9 @@ class SweepJournal:
         if without_cap(there) != without_cap(given):
             raise ValueError(f"{folder} holds another sweep (see sweep.yaml there). Choose another --output.")
         copied = (
-            {"folder": read_record(file)["folder"]} if file.exists() and is_copy(file) else read_record(file).get(COPIED_FROM)
+            {"folder": read_record(file)["folder"]}
+            if file.exists() and is_copy(file)
+            else read_record(file).get(COPIED_FROM)
         )
         replace_file(file, dump(given).encode())
         keep_record(file, copied)
@@ -91,7 +93,10 @@ def settings_in(file: Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict) or "sweep" not in found:
-        raise ValueError(f"{file} is damaged: it holds no sweep. Remove it if this is the sweep that the folder was made for.")
+        raise ValueError(
+            f"{file} is damaged: it holds no sweep. Remove it if this is the sweep that the folder was made "
+            "for."
+        )
     return found
 
 

@@ -19,14 +19,20 @@ if TYPE_CHECKING:
 
 def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
     """The table of the trials, best settings (averaged over seeds) first, and the place of their files."""
-    count = {state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")}
+    count = {
+        state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")
+    }
     told = ", ".join(f"{number} {state}" for state, number in count.items() if number)
     head = f"\n{len(trials)} trials: {told}"
     try:
         found = runs(folder)
     except FileNotFoundError:
         return f"{head}\n\nNo trial has produced a run. Their outputs: {folder / 'logs'}"
-    metric = sweep.metric if any(sweep.metric in entry.scores() for run in found for entry in entries_of(run)) else None
+    metric = (
+        sweep.metric
+        if any(sweep.metric in entry.scores() for run in found for entry in entries_of(run))
+        else None
+    )
     if metric is None:
         head += f"; none has logged {sweep.metric}" if sweep.metric else ""
         return told_of(head, compare(found).table, folder)
@@ -35,12 +41,17 @@ def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
     for rows, of_group in zip(compared.members, compared.groups[f"{metric} mean"], strict=True):
         mean[rows] = of_group
     table = compared.table.assign(verdict=compared.verdict_of_rows(metric), mean=mean)
-    return told_of(head, table.sort_values(["mean", metric], ascending=not sweep.maximize).drop(columns="mean"), folder)
+    return told_of(
+        head, table.sort_values(["mean", metric], ascending=not sweep.maximize).drop(columns="mean"), folder
+    )
 
 
 def told_of(head: str, table: pd.DataFrame, folder: Path) -> str:
     """Format the summary with its table."""
-    return f"{head}\n\n{frame(table.drop(columns=['seed', 'judged by']))}\n\nTry next: lit-transdiff report {folder}"
+    return (
+        f"{head}\n\n{frame(table.drop(columns=['seed', 'judged by']))}\n\nTry next: lit-transdiff report "
+        f"{folder}"
+    )
 
 
 def failures(trials: Sequence[Trial], folder: Path, tries: int) -> str | None:
@@ -49,6 +60,10 @@ def failures(trials: Sequence[Trial], folder: Path, tries: int) -> str | None:
     if not failed:
         return None
     more = max(trial.failures for trial in failed) + 1
-    again = "The same command" if all(trial.failures < tries for trial in failed) else f"With --tries {more} the same command"
+    again = (
+        "The same command"
+        if all(trial.failures < tries for trial in failed)
+        else f"With --tries {more} the same command"
+    )
     log = folder / "logs" / f"{failed[-1].id}.log"
     return f"{len(failed)} of {len(trials)} trials failed; see {log}. {again} tries them again."

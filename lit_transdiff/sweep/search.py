@@ -42,7 +42,9 @@ def grid_search(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, A
 def at_random(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
     """Random settings; trial i depends only on the seed and i."""
     rng = random.Random(f"{seed} {len(trials)}")
-    return sweep.nested({path: DISTRIBUTIONS[name_of(spec)].draw(spec, rng) for path, spec in sweep.parameters.items()})
+    return sweep.nested(
+        {path: DISTRIBUTIONS[name_of(spec)].draw(spec, rng) for path, spec in sweep.parameters.items()}
+    )
 
 
 def bayes(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
@@ -50,13 +52,19 @@ def bayes(sweep: Sweep, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions = {".".join(path): for_optuna(".".join(path), spec) for path, spec in sweep.parameters.items()}
-    sampler = optuna.samplers.TPESampler(seed=hash_of(seed, len(trials)), n_startup_trials=START_TRIALS, constant_liar=True)
+    distributions = {
+        ".".join(path): for_optuna(".".join(path), spec) for path, spec in sweep.parameters.items()
+    }
+    sampler = optuna.samplers.TPESampler(
+        seed=hash_of(seed, len(trials)), n_startup_trials=START_TRIALS, constant_liar=True
+    )
     study = optuna.create_study(direction="maximize" if sweep.maximize else "minimize", sampler=sampler)
     worst = worst_value(trials, sweep.maximize)
     study.add_trials([past(sweep, trial, distributions, counts_as(sweep, trial, worst)) for trial in trials])
     asked = study.ask(distributions).params
-    return sweep.nested({path: from_optuna(spec, asked[".".join(path)]) for path, spec in sweep.parameters.items()})
+    return sweep.nested(
+        {path: from_optuna(spec, asked[".".join(path)]) for path, spec in sweep.parameters.items()}
+    )
 
 
 def past(sweep: Sweep, trial: Trial, distributions: dict[str, Any], value: float | None) -> FrozenTrial:
@@ -84,7 +92,11 @@ def counts_as(sweep: Sweep, trial: Trial, worst: float | None) -> float | None:
     trial that chosen by ``metric.impute_while_running``. None if there is no such value.
     """
     if trial.state == "running":
-        return None if sweep.impute_while_running == "false" else imputed(sweep.impute_while_running, sweep, trial, worst)
+        return (
+            None
+            if sweep.impute_while_running == "false"
+            else imputed(sweep.impute_while_running, sweep, trial, worst)
+        )
     best = trial.best(sweep.maximize)
     if best is None or trial.diverged or trial.state == "failed":
         return imputed(sweep.impute, sweep, trial, worst)
@@ -146,7 +158,10 @@ def to_stop(rule: Hyperband, trials: Sequence[Trial], maximize: bool) -> list[Tr
     number, and a trial whose last value is NaN does not pass a band.
     """
     sign = -1 if maximize else 1
-    costs = {trial.id: [sign * value if math.isfinite(value) else math.inf for value in trial.values] for trial in trials}
+    costs = {
+        trial.id: [sign * value if math.isfinite(value) else math.inf for value in trial.values]
+        for trial in trials
+    }
     lost = []
     for trial in trials:
         values = costs[trial.id]

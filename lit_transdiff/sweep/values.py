@@ -15,7 +15,11 @@ def logged_values(folder: Path, metric: str) -> list[float]:
     """The values of ``metric`` in the order logged, NaN for any that is not a number."""
     file, logs = folder / "metrics.csv", folder / "wandb"
     if file.is_file():
-        return [as_number(row["value"]) for row in rows_of(file) if row.get("metric") == metric and row.get("value")]
+        return [
+            as_number(row["value"])
+            for row in rows_of(file)
+            if row.get("metric") == metric and row.get("value")
+        ]
     return values_in_log(logs, metric) if logs.is_dir() else []
 
 
@@ -37,7 +41,11 @@ def values_in_log(folder: Path, metric: str) -> list[float]:
     for run in runs:
         history, last = run.history(), run.summary.get(metric)
         values += [as_number(value) for value in history[metric].dropna()] if metric in history else []
-        if last is not None and not math.isfinite(as_number(last)) and not (values and math.isnan(values[-1])):
+        if (
+            last is not None
+            and not math.isfinite(as_number(last))
+            and not (values and math.isnan(values[-1]))
+        ):
             values.append(math.nan)  # in the history, NaN looks like a step without a value
     return values
 

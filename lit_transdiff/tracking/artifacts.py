@@ -59,7 +59,9 @@ def evaluation_artifact(file: Path, manifest: dict[str, Any]) -> wandb.Artifact:
     """The artifact of a result file and its picture."""
     import wandb
 
-    artifact = wandb.Artifact(artifact_name("evaluation", file.stem), type="evaluation", metadata={"manifest": manifest})
+    artifact = wandb.Artifact(
+        artifact_name("evaluation", file.stem), type="evaluation", metadata={"manifest": manifest}
+    )
     for part in (file, file.with_suffix(".png")):
         if part.is_file():
             artifact.add_file(str(part), skip_cache=True, policy="immutable")

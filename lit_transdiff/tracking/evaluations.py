@@ -68,9 +68,15 @@ def log_evaluation(run: RunConfig, result: Mapping[str, Any], folder: Path, *, t
     stem = Path(result["file"]).stem
     id_ = run_id(folder) if trial else hashlib.sha256(f"{run_id(folder)} {stem}".encode()).hexdigest()[:8]
     log = WandbRun(run)
-    log.adopt(open_run(run, id_, folder=folder, name=run.name if trial else f"{stem} {EVALUATE}", job_type=EVALUATE))
+    log.adopt(
+        open_run(run, id_, folder=folder, name=run.name if trial else f"{stem} {EVALUATE}", job_type=EVALUATE)
+    )
     trained = export_folder(str(run.init_from))
-    model_id = (trained.parent / "wandb" / "run_id").read_text() if (trained.parent / "wandb" / "run_id").is_file() else "model"
+    model_id = (
+        (trained.parent / "wandb" / "run_id").read_text()
+        if (trained.parent / "wandb" / "run_id").is_file()
+        else "model"
+    )
     name = result["manifest"]["run"]
     use(log, model_artifact(name, model_id, trained, upload=run.tracking.upload_models))
     log_result(log, result, step)
@@ -88,5 +94,7 @@ def log_result(log: WandbRun, result: Mapping[str, Any], step: int) -> None:
     if picture.is_file():
         log.log_picture("eval/samples", opener(picture)(), step)
     make(log, evaluation_artifact(file, manifest))
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers(scores).items() if not name.endswith("_std"))
+    shown = ", ".join(
+        f"{name} {value:.4g}" for name, value in numbers(scores).items() if not name.endswith("_std")
+    )
     log.alert(f"{manifest['run']}: evaluated", shown)

@@ -59,7 +59,11 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         seconds = round(time.monotonic() - self.start, 3)
         images = (step or 0) * self.images_per_step
-        rows = [[step, images, seconds, name, value, self.run_start] for name, value in metrics.items() if name != "epoch"]
+        rows = [
+            [step, images, seconds, name, value, self.run_start]
+            for name, value in metrics.items()
+            if name != "epoch"
+        ]
         rows = [[*row, row_checksum(row)] for row in rows]
         if step == self.resumed:
             self.insert(rows)
@@ -103,7 +107,11 @@ class MetricsCSV(Logger):
             if not (self.despite_full_disk and is_full(error)):
                 raise
             if not self.full:
-                log.warning("%s: %s. Training goes on; its numbers wait in memory until there is room.", self.path, error)
+                log.warning(
+                    "%s: %s. Training goes on; its numbers wait in memory until there is room.",
+                    self.path,
+                    error,
+                )
             self.full = True
             return
         self.full = False
@@ -163,7 +171,9 @@ def as_csv(rows: Iterable[Sequence[Any]]) -> str:
 
 def build_loggers(run: RunConfig) -> list[Logger]:
     """The CSV logger and, unless ``tracking.wandb`` is false, the W&B logger of this run folder."""
-    loggers: list[Logger] = [MetricsCSV(run.folder / "metrics.csv", run.images_per_step, run.checkpoint.on_error == "continue")]
+    loggers: list[Logger] = [
+        MetricsCSV(run.folder / "metrics.csv", run.images_per_step, run.checkpoint.on_error == "continue")
+    ]
     return loggers + ([WandbRun(run)] if run.tracking.wandb else [])
 
 

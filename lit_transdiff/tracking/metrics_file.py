@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NEEDED = ("step", "images_seen", "seconds", "metric", "value")
-COLUMNS = (*NEEDED, "start", SEAL)  # of metrics.csv; earlier versions wrote no checksum, still earlier ones no start
+# of metrics.csv; earlier versions wrote no checksum, still earlier ones no start
+COLUMNS = (*NEEDED, "start", SEAL)
 Content = TypeVar("Content")
 log = logging.getLogger(__name__)
 
@@ -74,14 +75,19 @@ class MetricLines:
 
 def read_lines(file: Path) -> MetricLines:
     """Read the lines of ``metrics.csv``."""
-    first, *rest = file.read_text("utf-8", errors="replace").split("\n") if file.is_file() else [",".join(COLUMNS), ""]
+    first, *rest = (
+        file.read_text("utf-8", errors="replace").split("\n") if file.is_file() else [",".join(COLUMNS), ""]
+    )
     names = cells_of(first)
     before = names.index(SEAL) if SEAL in names else len(names)
     lines = MetricLines(names, {}, [], [], [len(rest) + 1] if rest and rest[-1] else [])
     for number, line in enumerate(rest[:-1], 2):
         cells = cells_of(line)
         checksum = "".join(cells[before : before + 1])
-        if not len(NEEDED) <= len(cells) <= len(names) or checksum not in ("", str(row_checksum(cells[:before]))):
+        if not len(NEEDED) <= len(cells) <= len(names) or checksum not in (
+            "",
+            str(row_checksum(cells[:before])),
+        ):
             lines.changed.append(number)
             continue
         lines.cells[number] = cells + [""] * (len(names) - len(cells))
@@ -99,11 +105,16 @@ def cells_of(line: str) -> list[str]:
 
 
 def changed_in_words(file: Path, lines: Sequence[int]) -> str:
-    return f"{file}: damaged or changed, and left out: {lines_in_words(lines)}. If you changed one, empty its {SEAL}."
+    return (
+        f"{file}: damaged or changed, and left out: {lines_in_words(lines)}. If you changed one, empty its "
+        f"{SEAL}."
+    )
 
 
 def lines_in_words(numbers: Sequence[int]) -> str:
-    return f"line{'s' * (len(numbers) > 1)} {some(numbers)}" + (f" ({len(numbers)} in all)" if len(numbers) > 3 else "")
+    return f"line{'s' * (len(numbers) > 1)} {some(numbers)}" + (
+        f" ({len(numbers)} in all)" if len(numbers) > 3 else ""
+    )
 
 
 def read_rows(file: Path) -> pd.DataFrame:
@@ -123,7 +134,9 @@ def read_rows(file: Path) -> pd.DataFrame:
     words = rows["value"].str.lower() if len(rows) else rows["value"]
     numeric = [name for name in COLUMNS if name in lines.names and name != "metric"]
     rows[numeric] = rows[numeric].apply(pd.to_numeric, errors="coerce")
-    sound = rows[["step", "images_seen", "seconds"]].notna().all(axis=1) & (rows["value"].notna() | (words == "nan"))
+    sound = rows[["step", "images_seen", "seconds"]].notna().all(axis=1) & (
+        rows["value"].notna() | (words == "nan")
+    )
     if left_out := sorted([*lines.changed, *rows.index[~sound], *lines.torn]):
         log.warning("%s", changed_in_words(file, left_out))
     if lines.without_checksum:

@@ -66,6 +66,10 @@ def has_older_sibling(file: Path) -> bool:
     here = file.stat()
     for other in file.parents[2].glob(f"*/{file.parent.name}/{file.name}"):
         there = other.stat()
-        if there.st_ctime_ns < here.st_ctime_ns and there.st_ino != here.st_ino and other.read_bytes() == file.read_bytes():
+        if (
+            there.st_ctime_ns < here.st_ctime_ns
+            and there.st_ino != here.st_ino
+            and other.read_bytes() == file.read_bytes()
+        ):
             return True
     return False

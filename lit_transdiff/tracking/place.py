@@ -36,7 +36,8 @@ class TrialPlace:
     def name(self) -> str:
         """The sorted swept settings and the id, as in ``lr_0.002-global_batch_size_64-1a2b3c4d``."""
         words = "-".join(
-            f"{folder_safe(key.split('.')[-1])}_{word(value)}" for key, value in sorted(flattened(self.settings).items())
+            f"{folder_safe(key.split('.')[-1])}_{word(value)}"
+            for key, value in sorted(flattened(self.settings).items())
         )
         return f"{words[:MAX_NAME]}-{self.id}"
 
@@ -47,7 +48,9 @@ def trial_place() -> TrialPlace | None:
     if not file or not id_:
         return None
     given = read_file(Path(file))
-    settings = {key: item["value"] for key, item in given.items() if isinstance(item, dict) and "value" in item}
+    settings = {
+        key: item["value"] for key, item in given.items() if isinstance(item, dict) and "value" in item
+    }
     sweep = os.environ.get("WANDB_RUN_GROUP") or f"sweep-{os.environ.get('WANDB_SWEEP_ID', 'unnamed')}"
     require(is_folder_name(id_), "WANDB_RUN_ID", id_, "the id of a run, without '/' or '\\'")
     folder = os.environ.get(SWEEP_FOLDER)

@@ -28,9 +28,22 @@ from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import to_dict
 from lit_transdiff.tracking.metrics_file import device_count, last_logged, read_rows
-from lit_transdiff.tracking.origin import COPIED_FROM, RECORD, has_older_sibling, is_copy, keep_record, read_record
+from lit_transdiff.tracking.origin import (
+    COPIED_FROM,
+    RECORD,
+    has_older_sibling,
+    is_copy,
+    keep_record,
+    read_record,
+)
 from lit_transdiff.tracking.place import SWEEP_SIGN, trial_place
-from lit_transdiff.tracking.server import finish_timeout, finished_within, going_on_without, wait_of, writing_below
+from lit_transdiff.tracking.server import (
+    finish_timeout,
+    finished_within,
+    going_on_without,
+    wait_of,
+    writing_below,
+)
 
 if TYPE_CHECKING:
     import wandb
@@ -60,7 +73,9 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
         dir=str(folder),
         config=to_dict(run) | {NUM_DEVICES: device_count(run.folder)} | origin_of(folder),
     )
-    given |= dict(id=id_, name=name, job_type=job_type, resume="allow", settings=settings, reinit="finish_previous")
+    given |= dict(
+        id=id_, name=name, job_type=job_type, resume="allow", settings=settings, reinit="finish_previous"
+    )
     try:
         opened = wandb.init(mode=mode, **given)
     except wandb.errors.UsageError as error:
@@ -90,7 +105,9 @@ def wandb_mode() -> Any:
     import wandb
 
     check_mode()
-    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    return os.environ.get("WANDB_MODE") or (
+        "online" if wandb.login(prompt=False, verify=False) else "offline"
+    )
 
 
 def check_mode() -> None:
@@ -135,7 +152,8 @@ def known_id(folder: Path, file: Path) -> str:
         origin = {"run": known, "folder": str(Path(record.get("folder", "")).parent) if record else None}
         known = secrets.token_hex(4)
         log.warning(
-            "%s is a copy of %s, which is the W&B run %s: this one continues as run %s. If no other folder writes "
+            "%s is a copy of %s, which is the W&B run %s: this one continues as run %s. If no other folder "
+            "writes "
             "to the first (after a move from another disk), write its id into %s and remove %s beside it.",
             *(folder, origin["folder"] or "another folder", origin["run"], known, file, RECORD),
         )
@@ -157,7 +175,11 @@ def first_id(wandb_folder: Path) -> str:
 
 def keep_linked(folder: Path) -> None:
     """Replace links by files: W&B's cache is removed, and other links break if the run is moved."""
-    for link in [path for path in folder.rglob("*") if path.is_symlink() and os.path.isabs(os.readlink(path)) and path.is_file()]:
+    for link in [
+        path
+        for path in folder.rglob("*")
+        if path.is_symlink() and os.path.isabs(os.readlink(path)) and path.is_file()
+    ]:
         replace_file(link, link.read_bytes())
 
 
@@ -216,7 +238,9 @@ class WandbRun(Logger):
         """Log a table; images in its cells are displayed."""
         import wandb
 
-        cells = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
+        cells = [
+            [wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows
+        ]
         with going_on_without(f"table {key}"):
             self.experiment.log({key: wandb.Table(columns=list(columns), data=cells)} | self.axes(step))
 
@@ -243,4 +267,6 @@ class WandbRun(Logger):
         keep_linked(place)
         shutil.rmtree(place.with_name("cache"), ignore_errors=True)  # only copies of other files
         if not ended or (not opened.offline and time.monotonic() - start >= limit):
-            log.warning("W&B did not take everything in %.0f s; later: wandb sync --include-online %s", limit, place)
+            log.warning(
+                "W&B did not take everything in %.0f s; later: wandb sync --include-online %s", limit, place
+            )

@@ -19,7 +19,14 @@ from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.names import class_names
 from lit_transdiff.data.references import num_groups
-from lit_transdiff.distributed import accumulation, check_distributed, micro_batch_size, precision_of, strategy_name, world_size
+from lit_transdiff.distributed import (
+    accumulation,
+    check_distributed,
+    micro_batch_size,
+    precision_of,
+    strategy_name,
+    world_size,
+)
 from lit_transdiff.distributed.sizes import check_sizes
 from lit_transdiff.evaluation.metrics import check_evaluation
 from lit_transdiff.models.adapt import match
@@ -51,7 +58,8 @@ def check_run(
     own_data: bool = False,
     outline: bool = False,
 ) -> None:
-    """Refuse unknown names, settings that do not fit together or to the run folder, and sizes that cannot work.
+    """Refuse unknown names, settings that do not fit together or to the run folder, and sizes that cannot
+    work.
 
     ``earlier_outputs`` are files and folders that earlier steps of a pipeline will write. With ``outline``
     the run is not started here. ``own_stage`` replaces the stage that the run names, whose requirements are
@@ -62,7 +70,12 @@ def check_run(
     if own_stage is None:
         (STAGES | PREPARATORY)[run.stage].check(run)
     elif isinstance(own_stage, Stage):
-        require(own_stage.run == run, "stage: its run", own_stage.run.name, "the run that is trained, with all its settings")
+        require(
+            own_stage.run == run,
+            "stage: its run",
+            own_stage.run.name,
+            "the run that is trained, with all its settings",
+        )
     check_effects(replace(run, data=replace(run.data, evaluation="own")) if own_data else run)
     for name in run.training.callbacks:
         if name not in CALLBACKS:
@@ -79,7 +92,9 @@ def check_run(
         check_sizes(run, outline)
 
 
-def build(run: RunConfig, *, data: pl.LightningDataModule | None = None, stage: pl.LightningModule | None = None) -> Parts:
+def build(
+    run: RunConfig, *, data: pl.LightningDataModule | None = None, stage: pl.LightningModule | None = None
+) -> Parts:
     """The stage, data and autoencoder of a run; any mismatch between them is reported here.
 
     Any Lightning Trainer can fit the stage to the data. ``data`` (any data module that yields ``Batch``) and
@@ -131,7 +146,9 @@ def build_data(run: RunConfig, autoencoder: Autoencoder | None = None) -> DataMo
     return data
 
 
-def initialise_from(run: RunConfig, stage: TransDiffStage, class_names: Sequence[str] | None, load: bool = True) -> str:
+def initialise_from(
+    run: RunConfig, stage: TransDiffStage, class_names: Sequence[str] | None, load: bool = True
+) -> str:
     """Load the (averaged) weights of ``init_from``; report which are copied, adapted, dropped and new.
 
     ``class_names`` are those of the run's data, or None if not yet known. With ``load`` false only the report
@@ -141,7 +158,9 @@ def initialise_from(run: RunConfig, stage: TransDiffStage, class_names: Sequence
         return ""
     export = read_export(run.init_from)
     mine, its = run.model.paradigm, export.run.model.paradigm
-    require(mine == its, "init_from", str(export.folder), f"a run of model.paradigm {mine}; this one is of {its}")
+    require(
+        mine == its, "init_from", str(export.folder), f"a run of model.paradigm {mine}; this one is of {its}"
+    )
     old = full_names(export.info["class_names"], export.run.model.num_classes)
     how = run.init_classes if class_names is not None or run.init_classes == "same" else "new"
     try:
@@ -194,17 +213,23 @@ def describe(
         f"parameters  {total:,} ({trained:,} trained)",
     ]
     if isinstance(stage, TransDiffStage):
-        lines.append(f"            {', '.join(f'{name} {count(part.parameters()):,}' for name, part in parts_of(stage.model))}")
+        lines.append(
+            "            "
+            f"{', '.join(f'{name} {count(part.parameters()):,}' for name, part in parts_of(stage.model))}"
+        )
     rows, references = training.max_steps * training.global_batch_size, run.model.num_references
     epochs = ""
     if index is not None:
         items = num_groups(index.class_counts, references)
-        lines.append(f"data        {run.data.train}: {len(index):,} {index.kind}, {items:,} rows of {references}")
+        lines.append(
+            f"data        {run.data.train}: {len(index):,} {index.kind}, {items:,} rows of {references}"
+        )
         epochs = f" ({rows / items:.1f} epochs)"
     else:
         lines.append(f"data        {f'{run.data.train}: ' if run.data.train else ''}{instead}")
     lines += [
-        f"steps       {training.max_steps:,} of {training.global_batch_size} rows{epochs}, {rows * references:,} images seen",
+        f"steps       {training.max_steps:,} of {training.global_batch_size} rows{epochs}, "
+        f"{rows * references:,} images seen",
         f"batch       {world_size(run)} device(s) x {micro_batch_size(run)} x {accumulation(run)} pass(es)",
         f"strategy    {strategy_name(run)}, precision {precision_of(run)}"
         + (", weights in bfloat16" if training.precision == "bf16-true" else ""),

@@ -76,7 +76,9 @@ class StopOnNonFinite(StepCallback):
             return
         step = self.recent[-1][0]
         finite = torch.stack([loss for _, loss, _ in self.recent]).isfinite().tolist()
-        message = next((self.describe(trainer, *self.recent[i]) for i, ok in enumerate(finite) if not ok), None)
+        message = next(
+            (self.describe(trainer, *self.recent[i]) for i, ok in enumerate(finite) if not ok), None
+        )
         self.recent.clear()
         if message is not None or not trainer.strategy.reduce_boolean_decision(message is None):
             raise NonFiniteLoss(message or f"step {step}: another rank met a loss that is not finite.")
@@ -84,13 +86,15 @@ class StopOnNonFinite(StepCallback):
     def describe(self, trainer: pl.Trainer, step: int, loss: Tensor, samples: Tensor) -> str:
         shown = sample_names(trainer.datamodule, samples)  # type: ignore[attr-defined]
         return (
-            f"the loss is {loss.item()} at step {step} on rank {trainer.global_rank}. Samples of that batch: {shown}. "
+            f"the loss is {loss.item()} at step {step} on rank {trainer.global_rank}. Samples of that batch: "
+            f"{shown}. "
             f"Training has stopped; the last checkpoint in {self.folder} is from before."
         )
 
 
 class LogTraining(StepCallback):
-    """Log loss and loss by time bin (means over all ranks), learning rate, gradient norm, throughput and data wait.
+    """Log loss and loss by time bin (means over all ranks), learning rate, gradient norm, throughput and data
+    wait.
 
     Sums stay on the device and are reduced when they are logged. Checkpoints contain them, so that a resumed
     run logs the same values as an uninterrupted one. MFU relates to the device's peak in ``dtype``, which is
@@ -103,10 +107,14 @@ class LogTraining(StepCallback):
         self.images_per_step = run.images_per_step
         self.earlier: dict[str, Any] | None = None  # the window in the checkpoint that training resumes from
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["window"] = self.window.state(trainer)
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self.earlier = checkpoint.get("window")  # None in checkpoints of earlier versions
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -132,7 +140,9 @@ class LogTraining(StepCallback):
     def before_pass(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch) -> None:
         self.window.waited += time.perf_counter() - self.batch_end
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         if self.rhythm.due("numbers"):
             self.norm = averages_of(trainer).gradient_norm()
 
@@ -140,7 +150,8 @@ class LogTraining(StepCallback):
         if "rows" in outputs:
             self.window.add_rows(outputs["rows"], outputs["t"])
         else:
-            self.window.add(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # Lightning has divided it
+            # Lightning has divided it
+            self.window.add(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         self.batch_end = time.perf_counter()
 
     def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
@@ -159,13 +170,15 @@ class LogTraining(StepCallback):
             "train/images_seen": float(trainer.global_step * self.images_per_step),
             "throughput/images_per_second": images / elapsed,
             "throughput/data_wait_fraction": self.window.waited / elapsed,
-            "throughput/peak_memory_gb": peak_memory(trainer.lightning_module.device) / GB,  # on the first rank
+            # on the first rank
+            "throughput/peak_memory_gb": peak_memory(trainer.lightning_module.device) / GB,
         }
         if isinstance(trainer.lightning_module, TransDiffStage):
             result |= self.rates(trainer.lightning_module, trainer.world_size, images / elapsed)
             squares = averages_of(trainer).average_distance()
             apart, size = trainer.strategy.reduce(squares, reduce_op="mean").tolist()
-            result["train/ema_distance"] = (apart / size) ** 0.5 if size else 0.0  # before the first step there is no average
+            # before the first step there is no average
+            result["train/ema_distance"] = (apart / size) ** 0.5 if size else 0.0
         norm = self.norm if self.norm is not None else averages_of(trainer).gradient_norm_of_step()
         if norm is not None:
             result["train/gradient_norm"] = norm.item()
@@ -184,7 +197,9 @@ class LogTraining(StepCallback):
 
 
 class SaveOrigin(pl.Callback):
-    """Store provenance in every checkpoint: configuration, ``inputs``, commit, versions and ``export.json`` entries."""
+    """Store provenance in every checkpoint: configuration, ``inputs``, commit, versions and ``export.json``
+    entries.
+    """
 
     def __init__(self, run: RunConfig, info: dict[str, Any]) -> None:
         self.run = run
@@ -192,7 +207,9 @@ class SaveOrigin(pl.Callback):
         self.environment = environment()
         self.inputs = rank_zero_only(inputs)(run) or {}  # read by one rank only
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["run"] = to_dict(self.run)
         checkpoint["inputs"] = self.inputs
         checkpoint["environment"] = self.environment
@@ -200,7 +217,9 @@ class SaveOrigin(pl.Callback):
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's progress bar over the optimizer steps of a run, with the last logged loss; in a log every ten seconds."""
+    """Lightning's progress bar over the optimizer steps of a run, with the last logged loss; in a log every
+    ten seconds.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -210,7 +229,15 @@ class Progress(TQDMProgressBar):
     def init_train_tqdm(self) -> Tqdm:
         rare = {} if sys.stderr.isatty() else {"mininterval": 10.0}
         total, done = self.trainer.max_steps, self.trainer.global_step
-        return Tqdm(desc=self.name, total=total, initial=done, unit="step", disable=self.is_disabled, dynamic_ncols=True, **rare)
+        return Tqdm(
+            desc=self.name,
+            total=total,
+            initial=done,
+            unit="step",
+            disable=self.is_disabled,
+            dynamic_ncols=True,
+            **rare,
+        )
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
@@ -235,11 +262,14 @@ class SampleLog(Protocol):
 
     def log_picture(self, key: str, picture: Image.Image, step: int) -> None: ...
 
-    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
+    def log_table(
+        self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
+    ) -> None: ...
 
 
 class SampleGrids(StepCallback):
-    """Save a labelled grid of images from the averaged weights, always with the same seeds: ``samples/step-*.png``.
+    """Save a labelled grid of images from the averaged weights, always with the same seeds:
+    ``samples/step-*.png``.
 
     ``tracker`` receives the same grids and, at the last step, a table of single images. The similarity of the
     semantic features (``feature_diversity``, arXiv 2506.09482) of these classes is logged with each grid.
@@ -294,4 +324,6 @@ class SampleGrids(StepCallback):
     def rows(self, labels: Tensor, images: Tensor) -> list[list[Any]]:
         """One table row per image: class, class name, seed, picture."""
         tiles = rearrange(to_bytes(images.cpu()), "n c h w -> n h w c")
-        return [[c, self.class_names[c], seed, as_picture(tiles[seed])] for seed, c in enumerate(labels.tolist())]
+        return [
+            [c, self.class_names[c], seed, as_picture(tiles[seed])] for seed, c in enumerate(labels.tolist())
+        ]

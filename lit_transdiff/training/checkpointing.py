@@ -58,7 +58,10 @@ def agreed_checkpoint(run: RunConfig, patience: float = 120.0) -> Checkpoint | N
 
 
 def damaged_file(checkpoint: Checkpoint, world: int) -> str | None:
-    """The name of a damaged file of a checkpoint, or None. Each rank reads its share, and the result is shared."""
+    """The name of a damaged file of a checkpoint, or None.
+
+    Each rank reads its share, and the result is shared.
+    """
     name: str | None = None
     try:
         name = checkpoint.damaged_file(getattr(rank_zero_only, "rank", 0), world)
@@ -117,10 +120,14 @@ class Checkpoints(StepCallback):
         if len(set(steps)) > 1:
             raise TryAgain(f"ranks saw different last checkpoints (steps {steps}); they agree now")
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["metrics"] = numbers_of(trainer)
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self.metrics = checkpoint.get("metrics", {})
 
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
@@ -137,7 +144,9 @@ class Checkpoints(StepCallback):
         self.check_best(trainer)
 
     def check_best(self, trainer: pl.Trainer) -> None:
-        """Refuse, at the first validation or where there is none, a ``keep_best`` metric that is never logged."""
+        """Refuse, at the first validation or where there is none, a ``keep_best`` metric that is never
+        logged.
+        """
         metric = self.run.checkpoint.keep_best
         if metric is not None and metric not in (known := self.known_metrics(trainer)):
             raise unknown("checkpoint.keep_best", metric, known)
@@ -179,9 +188,13 @@ class Checkpoints(StepCallback):
         if trainer.strategy.reduce_boolean_decision(error is None):
             return
         last = self.last()
-        message = f"{error or 'another rank could not write'} The last complete checkpoint is {last or 'none yet'}."
+        message = (
+            f"{error or 'another rank could not write'} The last complete checkpoint is {last or 'none yet'}."
+        )
         if self.run.checkpoint.on_error == "stop":
-            raise CheckpointError(errno.EIO, f"step {self.saved_step}: no checkpoint could be written: {message}")
+            raise CheckpointError(
+                errno.EIO, f"step {self.saved_step}: no checkpoint could be written: {message}"
+            )
         log.warning("step %d: no checkpoint could be written, training goes on: %s", self.saved_step, message)
 
     def save(self, trainer: pl.Trainer) -> None:
@@ -189,7 +202,9 @@ class Checkpoints(StepCallback):
         self.settle(trainer)
         strategy = cast(Sharding, trainer.strategy)
         step = self.saved_step = trainer.global_step
-        partial = checkpoint_folder(self.folder, step).with_name(checkpoint_folder(self.folder, step).name + PARTIAL)
+        partial = checkpoint_folder(self.folder, step).with_name(
+            checkpoint_folder(self.folder, step).name + PARTIAL
+        )
         if trainer.is_global_zero:
             remove_written(partial, WRITTEN)
             partial.mkdir(parents=True, exist_ok=True)
@@ -222,7 +237,9 @@ class Checkpoints(StepCallback):
         try:
             write_rank_file(partial, rank, tensors)
             if rank == 0:
-                finish_checkpoint(partial, world, training, manifest, self.run.distributed.timeout_minutes * 60)
+                finish_checkpoint(
+                    partial, world, training, manifest, self.run.distributed.timeout_minutes * 60
+                )
                 prune(self.folder, self.run.checkpoint)
         except CheckpointError as error:
             self.error = error
@@ -257,9 +274,14 @@ def what_changes(checkpoint: Checkpoint, now: dict[str, Any]) -> str:
     if not changed:
         return ""
     keys = {text.split()[0] for text in changed}
-    lines = [f"continued with {', '.join(changed)}. The data, noise, times and dropped labels of each step stay the same."]
+    lines = [
+        f"continued with {', '.join(changed)}. The data, noise, times and dropped labels of each step stay "
+        "the same."
+    ]
     if keys & {"strategy", "world", "micro_batch_size", "device"}:
-        lines.append("Sums are taken in another order: losses agree within float32 rounding, not bit for bit.")
+        lines.append(
+            "Sums are taken in another order: losses agree within float32 rounding, not bit for bit."
+        )
     if keys & {"world", "micro_batch_size"}:
         lines.append("Dropout draws other masks: its generator is seeded by step, pass and rank.")
     if "precision" in keys:

@@ -30,7 +30,8 @@ class RollBack(Exception):
 
 
 class GuardSteps(StepCallback):
-    """Check each step's loss before the optimizer's update; all ranks decide alike, at one reduction per step.
+    """Check each step's loss before the optimizer's update; all ranks decide alike, at one reduction per
+    step.
 
     ``skip``: weights, moments and averages are unchanged and the next batch follows. ``roll_back``: training
     returns to the last checkpoint and skips the steps listed in ``bad_steps.json`` of the run folder.
@@ -58,7 +59,9 @@ class GuardSteps(StepCallback):
     def on_before_backward(self, trainer: pl.Trainer, stage: pl.LightningModule, loss: Tensor) -> None:
         self.loss = loss.detach().float() + (0 if self.loss is None else self.loss)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, optimizer: Any
+    ) -> None:
         assert self.loss is not None
         own, step = self.loss.item(), self.rhythm.step
         average = trainer.strategy.reduce(torch.nan_to_num(self.loss, nan=math.inf), reduce_op="mean").item()

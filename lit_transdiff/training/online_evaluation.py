@@ -1,4 +1,5 @@
-"""Scores during training: the averaged weights sample a few images at intervals, without any effect on training.
+"""Scores during training: the averaged weights sample a few images at intervals, without any effect on
+training.
 
 Shapes: N images, B images of a batch, K batches per rank, W ranks, D numbers per row.
 """
@@ -25,7 +26,8 @@ from lit_transdiff.training.rhythm import StepCallback
 
 
 class OnlineEvaluation(StepCallback):
-    """Log ``online/<metric>`` every ``evaluation.every`` steps and at the last one, over ``online_images`` images.
+    """Log ``online/<metric>`` every ``evaluation.every`` steps and at the last one, over ``online_images``
+    images.
 
     Images are sampled by the run's ``sampling`` settings with the same labels and seeds each time, and scored
     as by ``evaluate``. Batches are divided among the ranks; every rank then has all features and computes the
@@ -69,7 +71,9 @@ class OnlineEvaluation(StepCallback):
         assert isinstance(stage, TransDiffStage)
         with isolate_rng():
             model = stage.averaged_model()  # a copy, because a rank may have only a part of the weights
-            scores = self.scores(trainer, dataclasses.replace(self.job, generator=self.job.generator.of(model)))
+            scores = self.scores(
+                trainer, dataclasses.replace(self.job, generator=self.job.generator.of(model))
+            )
         self.postponed = scores is None
         if scores is not None:
             log_now(trainer, {f"online/{name}": value for name, value in scores.items()})
@@ -78,7 +82,9 @@ class OnlineEvaluation(StepCallback):
     def scores(self, trainer: pl.Trainer, job: Job) -> dict[str, float] | None:
         """The scores of ``job`` by name (their means), or None if the run was asked to stop."""
         world, images = trainer.world_size, range(job.settings.num_images)
-        batches = [images[first : first + job.settings.batch_size] for first in images[:: job.settings.batch_size]]
+        batches = [
+            images[first : first + job.settings.batch_size] for first in images[:: job.settings.batch_size]
+        ]
         # A rank without a batch repeats the first one; its results are cut off behind the last image.
         mine = batches[trainer.global_rank :: world] or batches[:1]
         drawn = []
@@ -89,7 +95,11 @@ class OnlineEvaluation(StepCallback):
 
         def all_ranks(rows: list[Tensor | None]) -> Tensor | None:
             present = [part for part in rows if part is not None]
-            return gathered(present, job.settings.batch_size, len(batches), trainer)[: len(images)] if present else None
+            return (
+                gathered(present, job.settings.batch_size, len(batches), trainer)[: len(images)]
+                if present
+                else None
+            )
 
         features, logits, spatial = map(all_ranks, map(list, zip(*drawn, strict=True)))
         assert features is not None
@@ -98,7 +108,9 @@ class OnlineEvaluation(StepCallback):
 
 
 def gathered(rows: list[Tensor], batch_size: int, num_batches: int, trainer: pl.Trainer) -> Tensor:
-    """The batches [B, D] of all ranks in image order: batch k of rank w is batch k W + w; padding comes last."""
+    """The batches [B, D] of all ranks in image order: batch k of rank w is batch k W
+    + w; padding comes last.
+    """
     world = trainer.world_size
     full = torch.stack([F.pad(part, (0, 0, 0, batch_size - len(part))) for part in rows])
     full = F.pad(full, (0, 0, 0, 0, 0, math.ceil(num_batches / world) - len(full)))

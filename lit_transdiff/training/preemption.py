@@ -1,4 +1,5 @@
-"""Stopping on request: after a scheduler's signal, a closed terminal or Ctrl-C, the run saves at the end of the step.
+"""Stopping on request: after a scheduler's signal, a closed terminal or Ctrl-C, the run saves at the end of
+the step.
 
 The exit code tells the scheduler whether to start the job again.
 """
@@ -24,7 +25,10 @@ PATIENCE = 30.0  # seconds that a step may take after the request
 
 
 class StopRequest:
-    """Whether this process was asked to stop. The handler only notes it: saving in a handler deadlocks ranks."""
+    """Whether this process was asked to stop.
+
+    The handler only notes it: saving in a handler deadlocks ranks.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -33,7 +37,11 @@ class StopRequest:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is None and os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(2, b"\nlit-transdiff: Ctrl-C: the run is saved at the end of this step; a second one quits at once.\n")
+            os.write(
+                2,
+                b"\nlit-transdiff: Ctrl-C: the run is saved at the end of this step; a second one quits at "
+                b"once.\n",
+            )
         if self.received is None:
             self.received, self.since = signal.Signals(number).name, time.monotonic()
 
@@ -78,7 +86,9 @@ class StopOnRequest(pl.Callback):
 
     def leave(self, trainer: pl.Trainer, stage: pl.LightningModule) -> NoReturn:
         """End the run after its last step was saved: raise ``Preempted`` on all ranks."""
-        code = int(trainer.strategy.reduce(torch.tensor(self.request.code, device=stage.device), reduce_op="max"))
+        code = int(
+            trainer.strategy.reduce(torch.tensor(self.request.code, device=stage.device), reduce_op="max")
+        )
         where, step = self.request.received or "another rank was asked", trainer.global_step
         state = f"the checkpoint of step {step} is complete" if step > 0 else "no step was taken yet"
         raise Preempted(f"asked to stop ({where}): {state}; the same command goes on from there.", code)
@@ -90,16 +100,22 @@ class StopOnRequest(pl.Callback):
     def break_off(self, trainer: pl.Trainer) -> NoReturn:
         """End the run in the middle of a step: raise ``Preempted``."""
         lost = f"step {trainer.global_step + 1} did not end in {PATIENCE:.0f} s and is broken off"
-        text = f"asked to stop ({self.request.received}): {lost}; the same command goes on from the checkpoint before it."
+        text = (
+            f"asked to stop ({self.request.received}): {lost}; the same command goes on from the checkpoint "
+            "before it."
+        )
         raise Preempted(text, self.request.code)
 
     def now(self, trainer: pl.Trainer) -> bool:
         """Whether any rank was asked to stop, known at once: all ranks wait for each other here."""
-        self.agreed = self.agreed or not trainer.strategy.reduce_boolean_decision(self.request.received is None)
+        self.agreed = self.agreed or not trainer.strategy.reduce_boolean_decision(
+            self.request.received is None
+        )
         return self.agreed
 
     def any_rank(self, trainer: pl.Trainer) -> bool:
-        """Whether any rank was asked to stop, known one step later: one number is summed over ranks in every step.
+        """Whether any rank was asked to stop, known one step later: one number is summed over ranks in every
+        step.
 
         Only the previous step's sum is read, so that the host does not wait for the devices.
         """
@@ -118,7 +134,9 @@ class Arriving:
     def __init__(self, number: Tensor) -> None:
         self.number, self.arrived = number, None
         if number.is_cuda:
-            self.number = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            self.number = torch.empty_like(number, device="cpu", pin_memory=True).copy_(
+                number, non_blocking=True
+            )
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 

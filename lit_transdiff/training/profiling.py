@@ -14,7 +14,8 @@ from lit_transdiff.training.rhythm import StepCallback
 
 
 class ProfileSteps(StepCallback):
-    """Profiles the first rank from the first to the last of ``steps``, both included, with what happens between them.
+    """Profiles the first rank from the first to the last of ``steps``, both included, with what happens
+    between them.
 
     A run that ends or stops before the last of them writes what it has recorded.
     """

@@ -1,4 +1,5 @@
-"""The rhythm of a run: when a step is over, which events are due then, in which order, and when the watchdog pauses.
+"""The rhythm of a run: when a step is over, which events are due then, in which order, and when the watchdog
+pauses.
 
 Lightning calls callbacks at every pass, and a step may take several. A ``StepCallback`` has hooks for a pass,
 after a step and between two steps; the rhythm calls those of a run in the given order. Their position among
@@ -32,7 +33,9 @@ class Times:
 
     def due(self, step: int, max_steps: int) -> bool:
         """Whether the event is due after ``step`` steps."""
-        return step > 0 and ((self.every > 0 and step % self.every == 0) or (self.at_end and step >= max_steps))
+        return step > 0 and (
+            (self.every > 0 and step % self.every == 0) or (self.at_end and step >= max_steps)
+        )
 
 
 def due_times(run: RunConfig) -> dict[Event, Times]:
@@ -41,7 +44,9 @@ def due_times(run: RunConfig) -> dict[Event, Times]:
     return {
         "numbers": Times(training.log_every, at_end=False),
         "checkpoint": Times(training.checkpoint_every, at_end=True),
-        "validation": Times(min(training.validate_every or training.max_steps, training.max_steps), at_end=False),
+        "validation": Times(
+            min(training.validate_every or training.max_steps, training.max_steps), at_end=False
+        ),
         "samples": Times(training.sample_every, at_end=True),
         "scores": Times(run.evaluation.every, at_end=run.evaluation.every > 0),
     }
@@ -69,12 +74,15 @@ class StepCallback(pl.Callback):
 
 
 class Rhythm(pl.Callback):
-    """Call the callbacks of a run in ``order``, stop the run when asked, and pause the watchdog during long work.
+    """Call the callbacks of a run in ``order``, stop the run when asked, and pause the watchdog during long
+    work.
 
     The watchdog also pauses while the user's own callbacks work between two passes.
     """
 
-    def __init__(self, run: RunConfig, order: Sequence[StepCallback], request: StopRequest | None = None) -> None:
+    def __init__(
+        self, run: RunConfig, order: Sequence[StepCallback], request: StopRequest | None = None
+    ) -> None:
         self.times = due_times(run)
         self.max_steps = run.training.max_steps
         self.order = list(order)
@@ -120,7 +128,9 @@ class Rhythm(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.step, self.is_over, self.leaving = trainer.global_step, True, False
 
-    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch, i: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch, i: int
+    ) -> None:
         for callback in self.order:
             callback.before_pass(trainer, stage, batch)
         if self.is_over:
@@ -134,7 +144,9 @@ class Rhythm(pl.Callback):
             self.stop.break_off(trainer)
         self.watchdog.rest()  # until all callbacks are complete
 
-    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Batch, i: int
+    ) -> None:
         self.watchdog.watch("finishing", i)
         self.is_over = trainer.global_step >= self.step
         for callback in self.order:

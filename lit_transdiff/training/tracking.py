@@ -25,7 +25,8 @@ WriteExport = Callable[[pl.Trainer, Path, Mapping[str, Any]], None]
 
 
 class BestModel(StepCallback):
-    """Export the averaged weights with the lowest validation loss to the folder ``best``, replacing earlier ones.
+    """Export the averaged weights with the lowest validation loss to the folder ``best``, replacing earlier
+    ones.
 
     The last validation is excluded, because it judges the run's own export.
     """
@@ -67,14 +68,22 @@ class Track(StepCallback):
         if not isinstance(self.data, DataModule):
             return
         index = self.data.index_of("data.train")
-        about = {"samples": len(index), "classes": index.num_classes, "shards": len(index.shards), "kind": index.kind}
+        about = {
+            "samples": len(index),
+            "classes": index.num_classes,
+            "shards": len(index.shards),
+            "kind": index.kind,
+        }
         use(self.tracker, data_artifact(Path(index.folder) / "index.json", about))
 
     @rank_zero_only
     def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         if left_out(trainer) > self.num_bad:
             self.num_bad = left_out(trainer)
-            text = f"Step {trainer.global_step}; {self.num_bad} bad steps so far. The run's log names the samples."
+            text = (
+                f"Step {trainer.global_step}; {self.num_bad} bad steps so far. The run's log names the "
+                "samples."
+            )
             with self.rhythm.resting():
                 self.tracker.alert(f"{self.run.name}: a bad step was left out", text, bad=True)
 
@@ -94,7 +103,8 @@ def left_out(trainer: pl.Trainer) -> int:
 
 @rank_zero_only
 def log_models(tracker: WandbRun, run: RunConfig, last_loss: float | None) -> None:
-    """Log the models of a finished run as versions of one artifact: ``best``, then ``latest``; one if they are equal.
+    """Log the models of a finished run as versions of one artifact: ``best``, then ``latest``; one if they
+    are equal.
 
     ``last_loss`` is the validation loss of the last step.
     """
@@ -102,4 +112,8 @@ def log_models(tracker: WandbRun, run: RunConfig, last_loss: float | None) -> No
     earlier = best is not None and last_loss is not None and best < last_loss
     if earlier:
         make(tracker, model_artifact(run.name, id_, run.folder / "best", upload=upload), ["best"])
-    make(tracker, model_artifact(run.name, id_, run.folder / "export", upload=upload), [] if earlier else ["best"])
+    make(
+        tracker,
+        model_artifact(run.name, id_, run.folder / "export", upload=upload),
+        [] if earlier else ["best"],
+    )

@@ -32,14 +32,28 @@ from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.targets import save_tensors
 from lit_transdiff.data.datamodule import DataModule
 from lit_transdiff.data.names import class_names
-from lit_transdiff.distributed import STRATEGIES, accumulation, compute_dtype, strategy_name, trainer_settings, world_size
+from lit_transdiff.distributed import (
+    STRATEGIES,
+    accumulation,
+    compute_dtype,
+    strategy_name,
+    trainer_settings,
+    world_size,
+)
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.stages.preparatory import PreparatoryStage
 from lit_transdiff.tracking.loggers import MetricsCSV, build_loggers, wandb_of
 from lit_transdiff.tracking.wandb_run import WandbRun
 from lit_transdiff.training.build import Parts, build, build_data, describe_parts, export_info, layout_of
-from lit_transdiff.training.callbacks import CALLBACKS, LogTraining, Progress, SampleGrids, SaveOrigin, StopOnNonFinite
+from lit_transdiff.training.callbacks import (
+    CALLBACKS,
+    LogTraining,
+    Progress,
+    SampleGrids,
+    SaveOrigin,
+    StopOnNonFinite,
+)
 from lit_transdiff.training.checkpointing import Checkpoints, TryAgain, agreed_checkpoint, what_changes
 from lit_transdiff.training.guard import GuardSteps, RollBack
 from lit_transdiff.training.online_evaluation import OnlineEvaluation
@@ -61,7 +75,9 @@ class TrainResult:
 def build_callbacks(
     parts: Parts, start: int, request: StopRequest, tracker: WandbRun | None, own: Sequence[Callback] = ()
 ) -> list[Callback]:
-    """All callbacks of a run with the user's ``own``, in any order; ``step_callbacks`` have an order of their own."""
+    """All callbacks of a run with the user's ``own``, in any order; ``step_callbacks`` have an order of their
+    own.
+    """
     run = parts.run
     rhythm = Rhythm(run, step_callbacks(parts, start, tracker), request)
     named = [CALLBACKS[name](run) for name in run.training.callbacks]
@@ -70,9 +86,13 @@ def build_callbacks(
 
 
 def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[StepCallback]:
-    """The callbacks of a run's steps, in order: online scores come before the step's numbers, samples after."""
+    """The callbacks of a run's steps, in order: online scores come before the step's
+    numbers, samples after.
+    """
     run, stage, autoencoder, folder = parts.run, parts.stage, parts.autoencoder, parts.run.folder
-    guarded = isinstance(stage, TransDiffStage) and (run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0)
+    guarded = isinstance(stage, TransDiffStage) and (
+        run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0
+    )
     callbacks: list[StepCallback] = [
         GuardSteps(run.safety, folder) if guarded else StopOnNonFinite(folder / "checkpoints"),
         LogTraining(run, compute_dtype(run)),
@@ -87,7 +107,9 @@ def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[S
         if run.evaluation.every:
             callbacks.insert(0, OnlineEvaluation(Generator(stage.model, autoencoder, run, names), run))
         go_on = run.checkpoint.on_error == "continue"
-        callbacks.append(SampleGrids(autoencoder, names, folder / "samples", tracker, despite_full_disk=go_on))
+        callbacks.append(
+            SampleGrids(autoencoder, names, folder / "samples", tracker, despite_full_disk=go_on)
+        )
         callbacks.append(BestModel(folder / "best", partial(export_model, parts)))
     return callbacks
 
@@ -97,7 +119,10 @@ def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]
     run, training = parts.run, parts.run.training
     validates = run.data.evaluation is not None or not isinstance(parts.data, DataModule)
     also_saves = any(isinstance(callback, CheckpointCallback) for callback in callbacks)
-    allowed = f"none with strategy {strategy_name(run)}, which holds tensors in parts; the run has its own checkpoints"
+    allowed = (
+        f"none with strategy {strategy_name(run)}, which holds tensors in parts; the run has its own "
+        "checkpoints"
+    )
     require(not also_saves or STRATEGIES[strategy_name(run)].whole, "callbacks", "ModelCheckpoint", allowed)
     return pl.Trainer(
         **trainer_settings(run),
@@ -127,7 +152,8 @@ def train(
     data: pl.LightningDataModule | None = None,
     stage: pl.LightningModule | None = None,
 ) -> TrainResult:
-    """Train a run to its end, continuing from its last checkpoint if there is one, and export the averaged weights.
+    """Train a run to its end, continuing from its last checkpoint if there is one, and export the averaged
+    weights.
 
     A finished run is left unchanged. ``callbacks`` and ``loggers`` of Lightning are added to the run's;
     ``data`` (any data module that yields ``Batch``) and ``stage`` replace those that its settings name.
@@ -178,7 +204,9 @@ def fit(
     rank_zero_only(open_folder)(run, world_size(run))
     if checkpoint is not None and start >= run.training.max_steps:
         return TrainResult(run.folder, start, dict(checkpoint.manifest["metrics"]))
-    trainer = build_trainer(parts, build_callbacks(parts, start, request, wandb_of(loggers), callbacks), loggers)
+    trainer = build_trainer(
+        parts, build_callbacks(parts, start, request, wandb_of(loggers), callbacks), loggers
+    )
     if checkpoint is not None:
         changes = what_changes(checkpoint, layout_of(run))
         say(f"continuing from {checkpoint.folder}" + (f"; {changes}" if changes else ""))
@@ -190,8 +218,13 @@ def fit(
     if step != planned and not trainer.should_stop:
         raise RuntimeError(f"training ended at step {step} of {planned}.")
     if step != planned:
-        say(f"{run.name}: a callback ended training at step {step} of {planned}; the same call goes on from there")
-    return TrainResult(run.folder, step, {name: float(value) for name, value in trainer.callback_metrics.items()})
+        say(
+            f"{run.name}: a callback ended training at step {step} of {planned}; the same call goes on from "
+            "there"
+        )
+    return TrainResult(
+        run.folder, step, {name: float(value) for name, value in trainer.callback_metrics.items()}
+    )
 
 
 def write_model(parts: Parts) -> None:
@@ -216,15 +249,26 @@ def write_model(parts: Parts) -> None:
 
 
 def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[str, Any]) -> None:
-    """Export the current averaged weights to ``folder``, with ``more`` entries in export.json. All ranks call this."""
+    """Export the current averaged weights to ``folder``, with ``more`` entries in export.json.
+
+    All ranks call this.
+    """
     run, stage, step = parts.run, parts.stage, trainer.global_step
     assert isinstance(stage, TransDiffStage)
     state = {name: value.cpu().contiguous() for name, value in stage.averaged_model().state_dict().items()}
     if trainer.is_global_zero:
         weights = f"ema {run.optimizer.ema_decay}"
-        info = {**export_info(parts), "step": step, "images_seen": step * run.images_per_step, "weights": weights, **more}
+        info = {
+            **export_info(parts),
+            "step": step,
+            "images_seen": step * run.images_per_step,
+            "weights": weights,
+            **more,
+        }
         with unless_full(folder, run.checkpoint.on_error == "continue"):
-            write_export(folder, run, info, lambda path: save_tensors(state, path / "model.safetensors"), own=True)
+            write_export(
+                folder, run, info, lambda path: save_tensors(state, path / "model.safetensors"), own=True
+            )
 
 
 def wait_for_export(run: RunConfig, step: int) -> None:

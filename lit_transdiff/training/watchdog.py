@@ -1,4 +1,6 @@
-"""The watchdog ends a process that makes no progress and reports its state, so that a stuck worker or rank holds no job."""
+"""The watchdog ends a process that makes no progress and reports its state, so that a stuck worker or rank
+holds no job.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ WAITING = "waiting for data"
 
 
 class Watchdog(pl.Callback):
-    """End the process with ``EXIT_STALLED`` when a step, or the wait for its data, takes longer than ``seconds``.
+    """End the process with ``EXIT_STALLED`` when a step, or the wait for its data, takes longer than
+    ``seconds``.
 
     The rhythm of the run pauses it during work of any length. With ``seconds`` 0 it is off.
     """
@@ -49,10 +52,14 @@ class Watchdog(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         self.watch(WAITING, trainer.global_step * trainer.accumulate_grad_batches)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int
+    ) -> None:
         self.watch("computing", i)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
         self.watch(WAITING, i + 1)
 
     def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
@@ -84,6 +91,7 @@ class Watchdog(pl.Callback):
         shown = planned_names(trainer.datamodule, micro_step)  # type: ignore[attr-defined]
         step = micro_step // trainer.accumulate_grad_batches + 1
         return (
-            f"lit-transdiff: rank {trainer.global_rank} on {platform.node()}: {problem} while {what} in step {step}. "
+            f"lit-transdiff: rank {trainer.global_rank} on {platform.node()}: {problem} while {what} in step "
+            f"{step}. "
             f"Samples of that batch: {shown}. This process ends now."
         )

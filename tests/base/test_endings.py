@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from lit_transdiff.__main__ import main
-from lit_transdiff.base.endings import EXIT_INTERRUPTED, EXIT_REQUEUE, STOP_SIGNALS, Preempted, ending_when_asked
+from lit_transdiff.base.endings import (
+    EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
+    STOP_SIGNALS,
+    Preempted,
+    ending_when_asked,
+)
 from lit_transdiff.cli import commands, pipeline
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.training import trainer
@@ -31,7 +37,11 @@ def asked(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 @pytest.mark.parametrize("during", ["set-up", "evaluation"])
 def test_a_signal_outside_the_steps_asks_for_a_requeue(
-    tmp_path: Path, during: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    during: str,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = [signal.getsignal(one) for one in STOP_SIGNALS]
     save_yaml(small_run(tmp_path), tmp_path / "run.yaml")
@@ -48,7 +58,9 @@ def test_a_signal_outside_the_steps_asks_for_a_requeue(
     assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
 
 
-@pytest.mark.parametrize("command", ["sample --checkpoint x", "index x", "verify x", "convert a b", "export x", "compare x"])
+@pytest.mark.parametrize(
+    "command", ["sample --checkpoint x", "index x", "verify x", "convert a b", "export x", "compare x"]
+)
 def test_ctrl_c_ends_any_command_in_one_line(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,7 +113,9 @@ def test_the_second_ctrl_c_quits_at_once(second: float, code: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     line = [sys.executable, "-c", TWICE.format(second=second)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, preexec_fn=ignore_nothing, timeout=60)
+    done = subprocess.run(
+        line, cwd=ROOT, capture_output=True, text=True, preexec_fn=ignore_nothing, timeout=60
+    )
     assert done.returncode == code, done.stderr
     assert ("quit at once" in done.stderr) == (code != 0) == ("waited to the end" not in done.stdout)
 
@@ -123,7 +137,11 @@ def test_a_signal_after_the_last_step_is_not_lost() -> None:
 
 @pytest.mark.parametrize("number, code", [(errno.EACCES, 2), (errno.EROFS, 2), (errno.EIO, 1)])
 def test_a_file_that_cannot_be_used_is_named_in_one_line(
-    tmp_path: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    number: int,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refused(run: object, **own: object) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path / "place"))
@@ -131,10 +149,15 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(
     save_yaml(small_run(tmp_path), tmp_path / "run.yaml")
     monkeypatch.setattr(trainer, "build", refused)
     assert main(["train", str(tmp_path / "run.yaml")]) == code
-    assert capsys.readouterr().err.splitlines()[-1] == f"lit-transdiff: {tmp_path / 'place'}: {os.strerror(number)}"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == f"lit-transdiff: {tmp_path / 'place'}: {os.strerror(number)}"
+    )
 
 
-def test_a_folder_below_a_file_and_a_name_that_is_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_below_a_file_and_a_name_that_is_none_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_yaml(small_run(tmp_path), tmp_path / "run.yaml")
     assert main(["train", str(tmp_path / "run.yaml"), f"output_dir={tmp_path / 'run.yaml'}"]) == 2
     assert f"lit-transdiff: {tmp_path / 'run.yaml' / 'small'}: Not a directory" in capsys.readouterr().err
@@ -155,6 +178,8 @@ logging.getLogger("lightning.pytorch.accelerators.cuda").info("LOCAL_RANK: 0 - C
 warnings.warn("`torch.distributed.all_gather_into_tensor` is deprecated. Use another.", FutureWarning)
 warnings.warn("heard of torch", FutureWarning)
 """
-    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stderr
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stderr
     assert "heard of DeepSpeed" in told and "heard of torch" in told
     assert "untested" not in told and "LOCAL_RANK" not in told and "all_gather" not in told

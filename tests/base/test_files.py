@@ -46,14 +46,18 @@ def test_a_file_that_is_not_replaced_stays(tmp_path: Path):
 
 def test_too_little_room_is_a_bad_setting_and_an_error_of_the_disk(tmp_path: Path):
     require_space(tmp_path / "not" / "there", free_bytes(tmp_path) // 2)
-    with pytest.raises(ValueError, match=r"there: [\d.,]+ \w+ are to be written, but only [\d.,]+ \w+ are free") as error:
+    with pytest.raises(
+        ValueError, match=r"there: [\d.,]+ \w+ are to be written, but only [\d.,]+ \w+ are free"
+    ) as error:
         require_space(tmp_path / "not" / "there", free_bytes(tmp_path) * 2)
     assert isinstance(error.value, OSError) and error.value.errno == errno.ENOSPC
 
 
 @contextmanager
 def full_at_1000_bytes() -> Iterator[None]:
-    """Limit the size of all files of this process, even of the tests' own report, so use it only around the failing call."""
+    """Limit the size of all files of this process, even of the tests' own report, so use it only around the
+    failing call.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
@@ -66,14 +70,23 @@ def test_a_full_disk_is_an_error_that_names_the_file_whoever_writes(tmp_path: Pa
     """Safetensors gives the errno only in its message."""
     (tmp_path / "model.safetensors").write_bytes(b"before")
     said = r"File too large \(.* free\): '.*/model.safetensors'"
-    with full_at_1000_bytes(), pytest.raises(OSError, match=said) as told, whole(tmp_path / "model.safetensors") as partial:
+    with (
+        full_at_1000_bytes(),
+        pytest.raises(OSError, match=said) as told,
+        whole(tmp_path / "model.safetensors") as partial,
+    ):
         save_file({"a": torch.zeros(1000)}, partial)
     assert is_full(told.value) and [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
 
 
-def test_a_writer_that_does_not_say_why_is_asked_for_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_does_not_say_why_is_asked_for_the_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Like ``torch.save``."""
     for free, kind in ((500, OSError), (1 << 30, RuntimeError)):
         monkeypatch.setattr(files, "free_bytes", lambda folder, free=free: free)
-        with pytest.raises(kind, match="500 bytes free" if kind is OSError else "unexpected pos"), whole(tmp_path / "a"):
+        with (
+            pytest.raises(kind, match="500 bytes free" if kind is OSError else "unexpected pos"),
+            whole(tmp_path / "a"),
+        ):
             raise RuntimeError("unexpected pos 64 vs 0")

@@ -49,7 +49,9 @@ class Seen(TorchDispatchMode):
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         if "mm" in func.name() or "linear" in func.name():
             self.dtypes.add(args[0].dtype)
         return func(*args, **(kwargs or {}))
@@ -81,14 +83,20 @@ def test_a_run_says_what_its_mfu_is_a_share_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: torch.dtype
 ):
     asked: list[torch.dtype] = []
-    monkeypatch.setattr(callbacks, "peak_flops", lambda device, dtype: asked.append(dtype) or peak_flops(device, dtype))
+    monkeypatch.setattr(
+        callbacks, "peak_flops", lambda device, dtype: asked.append(dtype) or peak_flops(device, dtype)
+    )
     said: list[str] = []
     monkeypatch.setattr(callbacks, "rank_zero_info", said.append)
     run = small_run(tmp_path, training={"precision": precision, "max_steps": 4})
     train(run, say=lambda text: None)
     assert asked == [dtype] and f"measured on products of {str(dtype)[6:]}" in said[0]
     with open(run.folder / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["metric"].startswith("throughput/peak_") and row["value"]]
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if row["metric"].startswith("throughput/peak_") and row["value"]
+        ]
     found = {row["metric"]: float(row["value"]) for row in rows}
     assert found["throughput/peak_tflops"] == pytest.approx(peak_flops(CPU, dtype).flops / 1e12)
     assert found["throughput/peak_is_measured"] == 1 and len(found) == 3  # with the memory's

@@ -42,9 +42,15 @@ def write(checkpoints: Path, step: int, cuts: tuple[int, ...] = (5,), **manifest
     edges = [0, *cuts, 12]
     for rank, (start, end) in enumerate(itertools.pairwise(edges)):
         step_of_adam = {slice_key("p", "step", start): torch.tensor([7.0])}
-        write_rank_file(partial, rank, {slice_key("p", "weight", start): VALUES[start:end].clone(), **step_of_adam})
+        write_rank_file(
+            partial, rank, {slice_key("p", "weight", start): VALUES[start:end].clone(), **step_of_adam}
+        )
     return finish_checkpoint(
-        partial, len(edges) - 1, {"buffers": {}}, {"step": step, "shapes": {"p": [3, 4]}, **manifest}, timeout=5
+        partial,
+        len(edges) - 1,
+        {"buffers": {}},
+        {"step": step, "shapes": {"p": [3, 4]}, **manifest},
+        timeout=5,
     )
 
 
@@ -53,7 +59,9 @@ def silent(text: str) -> None:
 
 
 @pytest.mark.parametrize("most", [1, disk.MAX_OPEN])
-def test_a_file_is_opened_once_however_much_is_read_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int):
+def test_a_file_is_opened_once_however_much_is_read_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+):
     opened: list[Path] = []
 
     def counted(file: Path, framework: str) -> object:
@@ -64,7 +72,10 @@ def test_a_file_is_opened_once_however_much_is_read_of_it(tmp_path: Path, monkey
     monkeypatch.setattr(disk, "MAX_OPEN", most)
     checkpoint = open_checkpoint(write(tmp_path, 1, (5,)).folder)
     for _ in range(3):
-        assert torch.equal(checkpoint.tensor("p", "weight"), VALUES.view(3, 4)) and checkpoint.scalar("p", "step") == 7
+        assert (
+            torch.equal(checkpoint.tensor("p", "weight"), VALUES.view(3, 4))
+            and checkpoint.scalar("p", "step") == 7
+        )
     assert len(opened) == 2 or most == 1
     assert len(checkpoint.contents) <= most
 
@@ -137,12 +148,17 @@ def test_space_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(disk, "save_tensors", lambda *_: pytest.fail("something was written"))
     with pytest.raises(CheckpointError, match=r"4 kB are to be written, but only 4 kB are free") as error:
         write_rank_file(tmp_path, 0, {"x": torch.zeros(1000)})
-    assert error.value.errno == errno.ENOSPC and [path.name for path in tmp_path.iterdir()] == ["rank-00000.failed"]
+    assert error.value.errno == errno.ENOSPC and [path.name for path in tmp_path.iterdir()] == [
+        "rank-00000.failed"
+    ]
 
 
 def manifests(*entries: tuple[int, float | None, bool]) -> list[Checkpoint]:
     return [
-        Checkpoint(Path(f"{step}"), {"step": step, "metrics": {} if value is None else {"val/loss": value}, "milestone": mark})
+        Checkpoint(
+            Path(f"{step}"),
+            {"step": step, "metrics": {} if value is None else {"val/loss": value}, "milestone": mark},
+        )
         for step, value, mark in entries
     ]
 
@@ -164,14 +180,18 @@ def test_the_policy_keeps_last_best_and_milestones():
 def test_a_value_that_is_not_finite_is_never_the_best(bad: float):
     for best_is, best in (("lowest", "2"), ("highest", "3")):
         found = manifests((1, bad, False), (2, 0.1, False), (3, 0.3, False), (4, bad, False))
-        assert {str(path) for path in retained(found, CheckpointConfig(keep_best="val/loss", best_is=best_is))} == {best, "4"}
+        assert {
+            str(path) for path in retained(found, CheckpointConfig(keep_best="val/loss", best_is=best_is))
+        } == {best, "4"}
 
 
 @pytest.mark.parametrize("metric", ["val/los", "train/loss"])
 def test_the_best_by_a_metric_that_no_validation_logs_is_refused(tmp_path: Path, metric: str):
     """At the first validation, not after the night."""
     run = small_run(tmp_path, checkpoint={"keep_best": metric}, training={"validate_every": 2})
-    with pytest.raises(ValueError, match=rf"checkpoint\.keep_best: '{metric}' is not known.*Did you mean 'val/loss'"):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint\.keep_best: '{metric}' is not known.*Did you mean 'val/loss'"
+    ):
         train(run, silent)
     unvalidated = {"validate_every": 2, "num_validation_samples": 0}
     run = small_run(tmp_path, name="unvalidated", checkpoint={"keep_best": "val/loss"}, training=unvalidated)
@@ -180,7 +200,9 @@ def test_the_best_by_a_metric_that_no_validation_logs_is_refused(tmp_path: Path,
 
 
 def test_a_run_keeps_what_its_policy_says(tmp_path: Path):
-    """48 images; milestones at the first checkpoint from 20 and from 40 images on; the best validation among steps 2, 4, 6."""
+    """48 images; milestones at the first checkpoint from 20 and from 40 images on; the best validation among
+    steps 2, 4, 6.
+    """
     policy = {"keep_every_images": 20, "keep_best": "val/loss"}
     run = small_run(tmp_path, checkpoint=policy, training={"validate_every": 2})
     train(run, silent)
@@ -198,7 +220,8 @@ def test_a_full_disk_stops_with_the_reason_and_leaves_the_earlier_checkpoint(
     run = small_run(tmp_path, checkpoint={"asynchronous": asynchronous})
     monkeypatch.setattr(disk, "require_space", full_from_step(4))
     with pytest.raises(
-        CheckpointError, match=r"step 4: no checkpoint could be written: .*GB are free on that disk.*step-00000002"
+        CheckpointError,
+        match=r"step 4: no checkpoint could be written: .*GB are free on that disk.*step-00000002",
     ):
         train(run, silent)
     assert [c.step for c in complete_checkpoints(run.folder / "checkpoints")] == [2]
@@ -206,7 +229,9 @@ def test_a_full_disk_stops_with_the_reason_and_leaves_the_earlier_checkpoint(
     assert train(run, silent).step == 6
 
 
-def test_a_full_disk_need_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_a_full_disk_need_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     run = small_run(tmp_path, checkpoint={"on_error": "continue"})
     monkeypatch.setattr(disk, "require_space", full_from_step(4, until=5))
     train(run, silent)
@@ -238,7 +263,9 @@ def test_a_full_disk_costs_pictures_and_the_best_model_but_no_step(
 def full_from_step(first: int, until: int = 99):
     def check(folder: Path, needed: int) -> None:
         if first <= int(folder.name[5:13]) < until:
-            raise NoSpaceError(errno.ENOSPC, f"{folder}: 1 GB are to be written, but only 0 GB are free on that disk.")
+            raise NoSpaceError(
+                errno.ENOSPC, f"{folder}: 1 GB are to be written, but only 0 GB are free on that disk."
+            )
 
     return check
 
@@ -269,17 +296,40 @@ def test_a_checkpoint_is_exported_by_one_command(tmp_path: Path, capsys: pytest.
     train(run, silent)
     assert main(["export", str(run.folder)]) == 0
     folder = Path(capsys.readouterr().out.strip())
-    plain, again = load_file(run.folder / "export" / "model.safetensors"), load_file(folder / "model.safetensors")
+    plain, again = (
+        load_file(run.folder / "export" / "model.safetensors"),
+        load_file(folder / "model.safetensors"),
+    )
     assert all(torch.equal(plain[name], again[name]) for name in plain)
-    assert main(["export", str(run.folder), "--step", "4", "--average", "ema_0.5", "--output", str(tmp_path / "x")]) == 0
-    assert read_export(tmp_path / "x").info["step"] == 4 and read_export(tmp_path / "x").info["weights"] == "ema 0.5"
+    assert (
+        main(
+            [
+                "export",
+                str(run.folder),
+                "--step",
+                "4",
+                "--average",
+                "ema_0.5",
+                "--output",
+                str(tmp_path / "x"),
+            ]
+        )
+        == 0
+    )
+    assert (
+        read_export(tmp_path / "x").info["step"] == 4
+        and read_export(tmp_path / "x").info["weights"] == "ema 0.5"
+    )
     assert main(["export", str(run.folder), "--average", "ema_0.6"]) == 2
     assert "Did you mean 'ema_0.5'" in capsys.readouterr().err
     assert main(["export", str(run.folder), "--step", "2"]) == 2 and "[4, 6]" in capsys.readouterr().err
 
 
 def test_a_result_says_which_weights_were_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    judge = {"extractor": "classifier", "extractor_weights": str(ROOT / "data/fashion/classifier.safetensors")}
+    judge = {
+        "extractor": "classifier",
+        "extractor_weights": str(ROOT / "data/fashion/classifier.safetensors"),
+    }
     judge |= {"metrics": ["class_accuracy"], "num_images": 20, "batch_size": 10}
     run = small_run(tmp_path, evaluation=judge)
     train(run, silent)
@@ -295,27 +345,36 @@ def test_a_result_says_which_weights_were_scored(tmp_path: Path, capsys: pytest.
 
 
 def test_safety_that_cannot_act_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"safety\.on_bad_step: got 'skip'; allowed: 'stop' in stage autoencoder"):
+    with pytest.raises(
+        ValueError, match=r"safety\.on_bad_step: got 'skip'; allowed: 'stop' in stage autoencoder"
+    ):
         check_run(small_run(tmp_path, stage="autoencoder", safety={"on_bad_step": "skip"}))
 
 
 def test_offload_to_disk_that_is_not_possible_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Before anything is built: another stage of ZeRO ignores it, and without asynchronous I/O it fails late."""
+    """Before anything is built: another stage of ZeRO ignores it, and without
+    asynchronous I/O it fails late.
+    """
     from deepspeed.accelerator import get_accelerator
 
-    monkeypatch.setattr(get_accelerator().get_op_builder("AsyncIOBuilder"), "is_compatible", lambda self, verbose: False)
+    monkeypatch.setattr(
+        get_accelerator().get_op_builder("AsyncIOBuilder"), "is_compatible", lambda self, verbose: False
+    )
 
     def offload(strategy: str, path: Path) -> None:
         settings = {"strategy": strategy, "offload": "nvme", "nvme_path": str(path)}
         check_run(small_run(tmp_path, distributed=settings))
 
-    with pytest.raises(ValueError, match=r"distributed\.offload: got 'nvme'; allowed: 'none' or 'cpu' with strategy zero2"):
+    with pytest.raises(
+        ValueError, match=r"distributed\.offload: got 'nvme'; allowed: 'none' or 'cpu' with strategy zero2"
+    ):
         offload("zero2", tmp_path / "disk")
     with pytest.raises(ValueError, match=r"distributed\.offload: got 'nvme'; .* async_io cannot be built"):
         offload("zero3", tmp_path / "disk")
     (tmp_path / "file").touch()
     with pytest.raises(
-        ValueError, match=r"distributed\.nvme_path: .* allowed: a folder that can be written, which .*file is not"
+        ValueError,
+        match=r"distributed\.nvme_path: .* allowed: a folder that can be written, which .*file is not",
     ):
         offload("zero3", tmp_path / "file" / "disk")
     assert not (tmp_path / "disk").exists()
@@ -324,6 +383,10 @@ def test_offload_to_disk_that_is_not_possible_is_refused(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("strategy, named", [("zero2", "zero2"), ("auto", "single")])
 def test_offloading_that_a_strategy_has_not_is_refused(tmp_path: Path, strategy: str, named: str):
     settings = {"strategy": strategy, "offload": "cpu", "offload_parameters": True}
-    field = "offload_parameters: got True; allowed: false" if strategy == "zero2" else "offload: got 'cpu'; allowed: 'none'"
+    field = (
+        "offload_parameters: got True; allowed: false"
+        if strategy == "zero2"
+        else "offload: got 'cpu'; allowed: 'none'"
+    )
     with pytest.raises(ValueError, match=rf"distributed\.{field} with strategy {named}"):
         check_run(small_run(tmp_path, distributed=settings))

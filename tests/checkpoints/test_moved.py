@@ -31,7 +31,9 @@ def pipeline(root: Path) -> RunConfig:
 
 
 def export_to(folder: Path, run: RunConfig) -> None:
-    write_export(folder, run, INFO, lambda made: save_tensors({"w": torch.zeros(1)}, made / "model.safetensors"))
+    write_export(
+        folder, run, INFO, lambda made: save_tensors({"w": torch.zeros(1)}, made / "model.safetensors")
+    )
 
 
 @pytest.mark.parametrize("place", ["one/export", "elsewhere/model"])
@@ -56,14 +58,17 @@ def test_a_moved_export_finds_what_was_moved_with_it(tmp_path: Path, place: str,
 
 
 @pytest.mark.parametrize(
-    ("stage", "refused"), [("autoencoder", False), ("classifier", False), ("ar_pretrain", True), ("mrar_finetune", True)]
+    ("stage", "refused"),
+    [("autoencoder", False), ("classifier", False), ("ar_pretrain", True), ("mrar_finetune", True)],
 )
 def test_a_stage_refuses_no_setting_that_it_does_not_read(tmp_path: Path, stage: str, refused: bool):
     run = dataclasses.replace(RunConfig(name="one", output_dir=str(tmp_path)), stage=stage)
     run.folder.mkdir()
     save_yaml(run, run.folder / "config.yaml")
     other = dataclasses.replace(
-        run, autoencoder=AutoencoderConfig("kl", str(tmp_path)), model=dataclasses.replace(run.model, width=192)
+        run,
+        autoencoder=AutoencoderConfig("kl", str(tmp_path)),
+        model=dataclasses.replace(run.model, width=192),
     )
     if refused:
         with pytest.raises(ValueError, match="other settings"):

@@ -1,4 +1,6 @@
-"""One process trains in a run folder, and a run is the same run however its paths are spelled, but not with other data."""
+"""One process trains in a run folder, and a run is the same run however its paths are spelled, but not with
+other data.
+"""
 
 import dataclasses
 import errno
@@ -36,7 +38,8 @@ def longer(run: RunConfig, **data: object) -> RunConfig:
     return dataclasses.replace(run, training=training, data=dataclasses.replace(run.data, **data))  # type: ignore[arg-type]
 
 
-# --- the lock -----------------------------------------------------------------------------------------------------------------
+# --- the lock
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_process_is_refused_and_one_that_died_is_not_in_the_way(
@@ -47,9 +50,15 @@ def test_a_second_process_is_refused_and_one_that_died_is_not_in_the_way(
     save_yaml(run, tmp_path / "run.yaml")
     run.folder.mkdir()
     code = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write('node7, pid 5'); f.flush()"
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write('node7, "
+        "pid 5'); f.flush()"
     )
-    line = [sys.executable, "-c", code + "; print('held', flush=True); time.sleep(60)", str(run.folder / "lock")]
+    line = [
+        sys.executable,
+        "-c",
+        code + "; print('held', flush=True); time.sleep(60)",
+        str(run.folder / "lock"),
+    ]
     with subprocess.Popen(line, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         assert main(["train", str(tmp_path / "run.yaml")]) == 2
@@ -75,10 +84,13 @@ def test_a_file_system_without_locks_is_told_of(
     assert "No locks available" in caplog.text and "is not noticed" in caplog.text
 
 
-# --- the same run -------------------------------------------------------------------------------------------------------------
+# --- the same run
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_other_words_for_the_same_paths_are_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_words_for_the_same_paths_are_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = small_run(tmp_path)
     train(run, silent)
     (tmp_path / "link").symlink_to(FASHION)
@@ -96,7 +108,9 @@ def test_data_that_were_moved_are_the_same_run_and_other_data_are_not(tmp_path: 
     run = small_run(tmp_path, data={"train": str(tmp_path / "train")}, optimizer={"schedule": "constant"})
     train(run, silent)
     shutil.move(tmp_path / "train", tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"other settings \(data\.train: .*evaluation' now\)\. Give this one another name"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(data\.train: .*evaluation' now\)\. Give this one another name"
+    ):
         check_folder(longer(run, train=str(FASHION / "evaluation")))
     said: list[str] = []
     train(longer(run, train=str(tmp_path / "moved")), said.append)
@@ -116,26 +130,33 @@ def test_data_that_were_packed_again_are_refused(tmp_path: Path) -> None:
     train(run, silent)
     before = (run.folder / "environment.json").read_bytes()
     repack(tmp_path / "train")
-    with pytest.raises(ValueError, match=r"step-00000006 holds a run with other settings \(data\.train: 'content .*' there"):
+    with pytest.raises(
+        ValueError, match=r"step-00000006 holds a run with other settings \(data\.train: 'content .*' there"
+    ):
         train(longer(run), silent)
     assert (run.folder / "environment.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\0" * 100])
-def test_settings_are_those_of_the_checkpoint_where_config_yaml_is_lost(tmp_path: Path, content: bytes | None) -> None:
+def test_settings_are_those_of_the_checkpoint_where_config_yaml_is_lost(
+    tmp_path: Path, content: bytes | None
+) -> None:
     run = small_run(tmp_path, optimizer={"schedule": "constant"})
     train(run, silent)
     file = run.folder / "config.yaml"
     file.unlink() if content is None else file.write_bytes(content)
     other = dataclasses.replace(longer(run), optimizer=dataclasses.replace(run.optimizer, lr=0.5))
     with pytest.raises(
-        ValueError, match=r"step-00000006 holds a run with other settings \(optimizer\.lr: 0\.001 there, 0\.5 now"
+        ValueError,
+        match=r"step-00000006 holds a run with other settings \(optimizer\.lr: 0\.001 there, 0\.5 now",
     ):
         train(other, silent)
     assert train(longer(run), silent).step == 8
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = small_run(tmp_path, optimizer={"schedule": "constant"})
     train(run, silent)
     found = last_checkpoint(run)
@@ -158,4 +179,6 @@ def test_what_a_path_leads_to(tmp_path: Path) -> None:
         assert content_checksum(place) is None
     assert content_checksum(str(tmp_path / "nothing")) is None
     assert content_checksum(str(FASHION / "train" / "index.json")) == content_checksum(str(FASHION / "train"))
-    assert f"{crc32_of(FASHION / 'train' / 'index.json'):08x}-" in str(content_checksum(str(FASHION / "train")))
+    assert f"{crc32_of(FASHION / 'train' / 'index.json'):08x}-" in str(
+        content_checksum(str(FASHION / "train"))
+    )

@@ -1,4 +1,6 @@
-"""Folders of earlier versions of this program are read; those of newer ones are refused and left unchanged."""
+"""Folders of earlier versions of this program are read; those of newer ones are
+refused and left unchanged.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 def run_in(folder: Path, steps: int = 6) -> RunConfig:
     run = load_run(folder / "config.yaml")
-    return dataclasses.replace(run, output_dir=str(folder.parent), training=dataclasses.replace(run.training, max_steps=steps))
+    return dataclasses.replace(
+        run, output_dir=str(folder.parent), training=dataclasses.replace(run.training, max_steps=steps)
+    )
 
 
 def rewrite(file: Path, change: Any, seal: bool = True) -> None:
@@ -62,7 +66,9 @@ def rewrite(file: Path, change: Any, seal: bool = True) -> None:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {
-        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock"
     }
 
 
@@ -80,7 +86,9 @@ def test_files_without_a_version_are_read_and_gone_on_with(folder: Path, trained
 
     for name in FILES:
         rewrite(folder / name, as_at_first, seal=False)
-    assert torch.equal(load_generator(folder).images([1, 2], [3, 4]), load_generator(trained).images([1, 2], [3, 4]))
+    assert torch.equal(
+        load_generator(folder).images([1, 2], [3, 4]), load_generator(trained).images([1, 2], [3, 4])
+    )
     assert [run.state for run in runs(folder)] == ["finished"]
     assert (export_run(folder, 6, "last", None) / "model.safetensors").is_file()
     assert train(run_in(folder, steps=8), silent).step == 8
@@ -94,7 +102,10 @@ def test_a_newer_folder_is_refused_and_stays_as_it_is(
 ) -> None:
     rewrite(folder / name, lambda part: part.update({KEY: VERSION + 1, "of tomorrow": 1}))
     before = content(folder)
-    message = f"{folder / name}: {KEY}: got {VERSION + 1}; allowed: up to {VERSION}, the newest that this lit-transdiff knows. "
+    message = (
+        f"{folder / name}: {KEY}: got {VERSION + 1}; allowed: up to {VERSION}, the newest that this "
+        "lit-transdiff knows. "
+    )
     commands = {
         "environment.json": [lambda: train(run_in(folder), silent), lambda: train(run_in(folder, 8), silent)],
         "export/export.json": [lambda: train(run_in(folder), silent), lambda: load_generator(folder)],

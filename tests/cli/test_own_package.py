@@ -16,7 +16,9 @@ from tests.helpers.small import ROOT
 
 def start(folder: Path, *command: str) -> str:
     """The output of a command in a folder; its exit code must be 0."""
-    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, env=environment()
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -26,10 +28,16 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("fresh_tables")
-def test_the_package_is_written_under_its_name_and_its_recipe_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_the_package_is_written_under_its_name_and_its_recipe_is_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(["init", "my_ideas"]) == 0
-    files = {str(path.relative_to(tmp_path / "my_ideas")) for path in (tmp_path / "my_ideas").rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(tmp_path / "my_ideas"))
+        for path in (tmp_path / "my_ideas").rglob("*")
+        if path.is_file()
+    }
     assert files == {
         *("README.md", "pyproject.toml", "recipe.yaml", "sweep.yaml", "notebook.ipynb"),
         *("my_ideas/__init__.py", "my_ideas/ideas.py", "tests/test_ideas.py"),
@@ -60,9 +68,14 @@ def test_everything_in_it_works(tmp_path: Path):
     assert "3 passed" in start(folder, "pytest", "-q")
     start(folder, "lit_transdiff", "train", "recipe.yaml", "training.max_steps=4", "optimizer.warmup_steps=1")
     start(folder, "lit_transdiff", "sweep", "sweep.yaml")
-    scores = [json.loads(file.read_text())["scores"] for file in (folder / "runs/sweeps/my_ideas").rglob("evaluations/*.json")]
+    scores = [
+        json.loads(file.read_text())["scores"]
+        for file in (folder / "runs/sweeps/my_ideas").rglob("evaluations/*.json")
+    ]
     assert len(scores) == 3 and all("class_accuracy" in found for found in scores)
     book = nbformat.read(folder / "notebook.ipynb", as_version=4)
-    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(folder)}}, env=environment()).execute()
+    NotebookClient(
+        book, timeout=300, resources={"metadata": {"path": str(folder)}}, env=environment()
+    ).execute()
     outputs = [cell["outputs"][-1] for cell in book.cells if cell.cell_type == "code" and cell["outputs"]]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2

@@ -4,7 +4,18 @@ import pytest
 
 from lit_transdiff.config.classes import choose_classes, embedding_rows, full_names
 
-FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+FASHION = [
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +48,11 @@ def test_what_is_named_is_chosen(text: str | None, names: list[str], classes: li
 @pytest.mark.parametrize(
     "text, names, message",
     [
-        ("sneeker", FASHION, "got 'sneeker'; allowed: numbers 0 to 9, ranges of them as 0-3, and names.*did you mean sneaker"),
+        (
+            "sneeker",
+            FASHION,
+            "got 'sneeker'; allowed: numbers 0 to 9, ranges of them as 0-3, and names.*did you mean sneaker",
+        ),
         ("0,", FASHION, "got ''; allowed"),
         ("", FASHION, "got ''; allowed"),
         ("12", FASHION, "got '12'; allowed: numbers 0 to 9"),
@@ -58,12 +73,21 @@ def test_what_is_no_class_is_refused_by_name(text: str, names: list[str], messag
 
 def test_the_classes_of_another_model():
     old = ["ant", "bee", "cat"]
-    assert embedding_rows("same", old, old) == [0, 1, 2] == embedding_rows("same", ["a", "b", "c"], ["0", "1", "2"])
+    assert (
+        embedding_rows("same", old, old)
+        == [0, 1, 2]
+        == embedding_rows("same", ["a", "b", "c"], ["0", "1", "2"])
+    )
     assert embedding_rows("by_name", ["cat", "dog", "ant"], old) == [2, None, 0]
     assert embedding_rows("by_number", ["x", "y"], old) == [0, 1]
     assert embedding_rows("by_number", ["x"] * 4, old) == [0, 1, 2, None]
     assert embedding_rows("new", ["cat", "dog"], old) == [None, None]
-    assert embedding_rows({"dog": "cat", "0": "2", "bird": None}, ["wasp", "dog", "bird", "elk"], old) == [2, 2, None, None]
+    assert embedding_rows({"dog": "cat", "0": "2", "bird": None}, ["wasp", "dog", "bird", "elk"], old) == [
+        2,
+        2,
+        None,
+        None,
+    ]
     assert full_names(["a"], 3) == ["a", "1", "2"]
 
 
@@ -75,11 +99,17 @@ def test_the_classes_of_another_model():
             ["ant", "bee"],
             "init_classes: got 'same'; .*2 classes, class 2 is none here, and 3 classes, class 2 is cat",
         ),
-        ("same", ["ant", "cat", "bee"], "class 1 is cat here.*class 1 is bee there.*init_classes=new .*init_classes=by_name"),
+        (
+            "same",
+            ["ant", "cat", "bee"],
+            "class 1 is cat here.*class 1 is bee there.*init_classes=new .*init_classes=by_name",
+        ),
         ({"dgo": "cat"}, ["dog"], "init_classes: class of this run: got 'dgo'; .*did you mean dog"),
         ({"dog": "cta"}, ["dog"], "init_classes: dog: class of init_from: got 'cta'; .*did you mean cat"),
     ],
 )
-def test_other_classes_are_refused_with_the_way_on(how: str | dict[str, str | None], names: list[str], message: str):
+def test_other_classes_are_refused_with_the_way_on(
+    how: str | dict[str, str | None], names: list[str], message: str
+):
     with pytest.raises(ValueError, match=message):
         embedding_rows(how, names, ["ant", "bee", "cat"])

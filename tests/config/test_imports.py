@@ -1,4 +1,6 @@
-"""The user's own modules: they add to the tables before a name is looked up, and errors in them are located."""
+"""The user's own modules: they add to the tables before a name is looked up, and
+errors in them are located.
+"""
 
 import re
 import sys
@@ -36,7 +38,9 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_tables: None) -> 
 
 
 def test_a_recipe_with_an_own_solver_trains_and_its_export_brings_the_module_back(lab: Path):
-    run = small_run(lab, imports=["lab_of_test.ideas"], sampling={"solver": "one_step"}, training={"max_steps": 2})
+    run = small_run(
+        lab, imports=["lab_of_test.ideas"], sampling={"solver": "one_step"}, training={"max_steps": 2}
+    )
     save_yaml(run, lab / "recipe.yaml")
     assert load_run(lab / "recipe.yaml").imports == ["lab_of_test.ideas"]
     train(run, say=lambda text: None)
@@ -46,7 +50,9 @@ def test_a_recipe_with_an_own_solver_trains_and_its_export_brings_the_module_bac
     assert load_generator(run.folder).images([0], [0]).shape == (1, 1, 1, 32, 32)
     del SOLVERS["one_step"], sys.modules["lab_of_test.ideas"]
     (lab / "lab_of_test" / "ideas.py").unlink()
-    with pytest.raises(ValueError, match=r"imports: 'lab_of_test\.ideas' cannot be imported: there is no module"):
+    with pytest.raises(
+        ValueError, match=r"imports: 'lab_of_test\.ideas' cannot be imported: there is no module"
+    ):
         load_generator(run.folder)
 
 
@@ -63,7 +69,10 @@ def test_an_import_of_the_command_line_is_kept_with_the_run(lab: Path, capsys: p
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["lab_of_test.broken"], r"'lab_of_test\.broken' cannot be imported: AttributeError: .* \(.*broken\.py, line 2\)"),
+        (
+            ["lab_of_test.broken"],
+            r"'lab_of_test\.broken' cannot be imported: AttributeError: .* \(.*broken\.py, line 2\)",
+        ),
         (["lab_of_test.idea"], r"there is no module 'lab_of_test\.idea'"),
         (["lab of test"], r"imports: got 'lab of test'; allowed: a list of modules"),
         ("lab_of_test.ideas", r"imports: got 'lab_of_test\.ideas'; allowed: a list of modules"),

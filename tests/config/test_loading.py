@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from lit_transdiff.__main__ import main
-from lit_transdiff.config import EFFECTS, NESTED, PRESETS, SIZES, ModelConfig, RunConfig, SamplingConfig, check_effects
+from lit_transdiff.config import (
+    EFFECTS,
+    NESTED,
+    PRESETS,
+    SIZES,
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+    check_effects,
+)
 from lit_transdiff.config.loading import load_run, override, parse_overrides, preset, run_from, save_yaml
 from lit_transdiff.sampling.generator import check_sampling
 
@@ -20,7 +29,11 @@ def test_defaults_size_base_file_and_overrides_stand_in_this_order(tmp_path: Pat
     write(tmp_path, "base.yaml", "model: {size: nano, num_heads: 2}\noptimizer: {lr: 1.0e-3, eps: 1.0e-6}\n")
     path = write(tmp_path, "run.yaml", "base: base.yaml\noptimizer: {lr: 2.0e-3}\n")
     run = load_run(path, ["optimizer.weight_decay=0.1", "model.decoder_blocks=7"])
-    assert run.model.width == SIZES["nano"]["width"] and run.model.num_heads == 2 and run.model.decoder_blocks == 7
+    assert (
+        run.model.width == SIZES["nano"]["width"]
+        and run.model.num_heads == 2
+        and run.model.decoder_blocks == 7
+    )
     assert (run.optimizer.lr, run.optimizer.eps, run.optimizer.weight_decay) == (2e-3, 1e-6, 0.1)
     assert run.optimizer.betas == RunConfig().optimizer.betas
 
@@ -47,7 +60,13 @@ def test_the_numbers_of_a_size_can_be_named_in_the_file(tmp_path: Path):
 
 
 def test_a_saved_configuration_reads_back_equal(tmp_path: Path):
-    run = run_from({"model": {"size": "test"}, "sampling": {"guidance_interval": [0.1, 0.9]}, "tracking": {"tags": ["a"]}})
+    run = run_from(
+        {
+            "model": {"size": "test"},
+            "sampling": {"guidance_interval": [0.1, 0.9]},
+            "tracking": {"tags": ["a"]},
+        }
+    )
     save_yaml(run, tmp_path / "config.yaml")
     assert load_run(tmp_path / "config.yaml") == run
 
@@ -81,7 +100,10 @@ def test_the_sections_are_those_of_the_run():
         ("model: {width: wide}", r"model\.width: got 'wide'"),
         ("model: 3", r"model: got 3; expected settings"),
         ("model: {size: bse}", r"model\.size: 'bse' is not known\. Did you mean 'base'"),
-        ("model: {width: 100, num_heads: 12}", r"model\.num_heads: got 12; allowed: a divisor of model\.width=100"),
+        (
+            "model: {width: 100, num_heads: 12}",
+            r"model\.num_heads: got 12; allowed: a divisor of model\.width=100",
+        ),
         ("model: {num_references: 3}", r"model\.num_references: got 3; allowed: a divisor"),
         ("model: {num_references: 8}", r"model\.num_references: got 8; .*square grid"),
         ("model: {attention_dropout: 1.0}", r"model\.attention_dropout: got 1\.0"),
@@ -94,9 +116,15 @@ def test_the_sections_are_those_of_the_run():
             "sampling: {reference_guidance: [1, 2]}",
             r"sampling\.reference_guidance: got \[1\.0, 2\.0\]; allowed: one for each",
         ),
-        ("optimizer: {warmup_steps: 2000}", r"optimizer\.warmup_steps: got 2000; allowed: at most training\.max_steps=1000"),
+        (
+            "optimizer: {warmup_steps: 2000}",
+            r"optimizer\.warmup_steps: got 2000; allowed: at most training\.max_steps=1000",
+        ),
         ("optimizer: {ema_decay: 1.0}", r"optimizer\.ema_decay: got 1\.0"),
-        ("optimizer: {more_ema_decays: [1.5]}", r"optimizer\.more_ema_decays: got \[1\.5\]; allowed: 0 <= decay < 1"),
+        (
+            "optimizer: {more_ema_decays: [1.5]}",
+            r"optimizer\.more_ema_decays: got \[1\.5\]; allowed: 0 <= decay < 1",
+        ),
         ("training: {micro_batch_size: 100}", r"training\.micro_batch_size: got 100; allowed: a divisor"),
         ("training: {precision: fp16}", r"training\.precision: got 'fp16'"),
         ("name: a/b", r"name: got 'a/b'"),
@@ -109,7 +137,10 @@ def test_the_sections_are_those_of_the_run():
         ("seed: -1", r"seed: got -1; allowed: 0 to 2\^32 - 1"),
         ("sampling: {drift_scale: -0.1}", r"sampling\.drift_scale: got -0\.1; allowed: 0 or more"),
         ("sampling: {guidance_scale: .inf}", r"sampling\.guidance_scale: got inf; allowed: finite numbers"),
-        ("sampling: {reference_guidance: [.inf]}", r"sampling\.reference_guidance: got \[inf\]; allowed: finite numbers"),
+        (
+            "sampling: {reference_guidance: [.inf]}",
+            r"sampling\.reference_guidance: got \[inf\]; allowed: finite numbers",
+        ),
         ("optimizer: {weight_decay: -0.1}", r"optimizer\.weight_decay: got -0\.1; allowed: 0 or more"),
         ("optimizer: {eps: 0}", r"optimizer\.eps: got 0\.0; allowed: above 0"),
         ("optimizer: {lr: .nan}", r"optimizer\.lr: got nan; allowed: above 0"),
@@ -121,7 +152,10 @@ def test_the_sections_are_those_of_the_run():
             r"autoencoder_training\.norm_groups: got 0; allowed: an integer of at least 1",
         ),
         ("autoencoder_training: {layers_per_block: 0}", r"autoencoder_training\.layers_per_block: got 0"),
-        ("autoencoder_training: {block_channels: [32, 0]}", r"autoencoder_training\.block_channels: got \[32, 0\]"),
+        (
+            "autoencoder_training: {block_channels: [32, 0]}",
+            r"autoencoder_training\.block_channels: got \[32, 0\]",
+        ),
         ("evaluation: {seed: -1}", r"evaluation\.seed: got -1"),
         ("evaluation: {metrics: []}", r"evaluation\.metrics: got \[\]; allowed: at least one"),
         ("- 1", "expected settings"),
@@ -146,7 +180,11 @@ READ_BESIDE: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("field", [effect.field for effect in EFFECTS])
 def test_a_setting_that_nothing_reads_is_refused_before_training(tmp_path: Path, field: str):
     value, reader = READ_BESIDE[field]
-    path = write(tmp_path, "run.yaml", "training: {validate_every: 500}\ndata: {evaluation: held_out}\nflow: {density: uniform}")
+    path = write(
+        tmp_path,
+        "run.yaml",
+        "training: {validate_every: 500}\ndata: {evaluation: held_out}\nflow: {density: uniform}",
+    )
     if field == "training.validate_every":
         path = write(tmp_path, "run.yaml", "name: plain")
     check_effects(load_run(path))
@@ -160,7 +198,9 @@ def test_a_trained_run_is_read_whatever_its_settings_read(tmp_path: Path):
     """Such a run may be from before the rule; it is sampled and scored as ever."""
     run = run_from({"safety": {"max_bad_steps": 3}})
     assert (
-        override(run, ["evaluation.online_images=10", "sampling.solver=heun"], ("sampling", "evaluation")).sampling.solver
+        override(
+            run, ["evaluation.online_images=10", "sampling.solver=heun"], ("sampling", "evaluation")
+        ).sampling.solver
         == "heun"
     )
 
@@ -188,7 +228,10 @@ def test_a_preset_is_a_sampler_and_single_settings_go_over_it(name: str):
     given = SamplingConfig(reference_steps=[1, 1, 1, 2], guidance_scale=1.7)
     run = RunConfig(model=ModelConfig(num_references=4), sampling=given)
     found = override(run, [*preset(name), "sampling.num_steps=7"], ("sampling",)).sampling
-    assert found == dataclasses.replace(given, **{**PRESETS[name], "num_steps": 7}) and found.guidance_scale == 1.7
+    assert (
+        found == dataclasses.replace(given, **{**PRESETS[name], "num_steps": 7})
+        and found.guidance_scale == 1.7
+    )
     check_sampling(found, run.model)
     assert preset(None) == []
 
@@ -199,18 +242,23 @@ def test_geometry_of_the_paper():
     assert (large.reference_patch_size, large.num_decoder_tokens) == (4, 1024)
 
 
-def test_a_command_in_a_recipe_needs_a_permission_that_no_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_command_in_a_recipe_needs_a_permission_that_no_file_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     train = f"pipe:touch {tmp_path}/ran"
     write(
         tmp_path,
         "run.yaml",
-        f"data: {{train: '{train}', index: index.json}}\nevaluation: {{extractor_weights: x, reference: y}}\n",
+        f"data: {{train: '{train}', index: index.json}}\n"
+        "evaluation: {extractor_weights: x, reference: y}\n",
     )
     write(tmp_path, "pipeline.yaml", f"runs: [{{recipe: run.yaml}}]\noutput_dir: {tmp_path}/runs\n")
     for command in (["train", str(tmp_path / "run.yaml")], ["run", str(tmp_path / "pipeline.yaml")]):
         assert main(command) == 2
         said = capsys.readouterr().err
-        assert f"data.train: got '{train}'" in said and "--allow-pipe on the command line alone permits" in said
+        assert (
+            f"data.train: got '{train}'" in said and "--allow-pipe on the command line alone permits" in said
+        )
         assert main([*command, "--allow-pipe", "--dry-run"]) == 2
         assert "--allow-pipe" not in capsys.readouterr().err, "the index is missing, which is looked for next"
     write(tmp_path, "run.yaml", "allow_pipe: true")

@@ -1,4 +1,6 @@
-"""``~`` and variables in paths are replaced or refused, and files of the package are found from any folder."""
+"""``~`` and variables in paths are replaced or refused, and files of the package are
+found from any folder.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("given", "found"), [("~/runs", "home/runs"), ("$SCRATCH/runs", "scratch/runs"), ("${SCRATCH}/x/runs", "scratch/x/runs")]
+    ("given", "found"),
+    [("~/runs", "home/runs"), ("$SCRATCH/runs", "scratch/runs"), ("${SCRATCH}/x/runs", "scratch/x/runs")],
 )
 def test_paths_of_settings_are_expanded(home: Path, given: str, found: str):
-    run = run_from({"output_dir": given, "data": {"train": "${output_dir}/shards"}, "evaluation": {"reference": given}})
+    run = run_from(
+        {"output_dir": given, "data": {"train": "${output_dir}/shards"}, "evaluation": {"reference": given}}
+    )
     assert run.output_dir == run.evaluation.reference == str(home / found)
     assert run.data.train == str(home / found / "shards")
     (home / "here" / "pipeline.yaml").write_text(

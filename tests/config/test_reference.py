@@ -7,7 +7,13 @@ import pytest
 
 from lit_transdiff.__main__ import main
 from lit_transdiff.config import NESTED, PARADIGMS, SIZES, RunConfig
-from lit_transdiff.config.reference import Setting, all_settings, family_settings, settings_as_markdown, settings_as_text
+from lit_transdiff.config.reference import (
+    Setting,
+    all_settings,
+    family_settings,
+    settings_as_markdown,
+    settings_as_text,
+)
 from lit_transdiff.distributed import STRATEGIES
 from lit_transdiff.evaluation.features import EXTRACTORS
 from lit_transdiff.evaluation.metrics import METRICS
@@ -41,7 +47,9 @@ def test_the_page_is_current():
 
 def test_every_field_is_there(settings: dict[str, Setting]):
     own = [field.name for field in dataclasses.fields(RunConfig) if field.name not in NESTED]
-    nested = [f"{name}.{field.name}" for name, schema in NESTED.items() for field in dataclasses.fields(schema)]
+    nested = [
+        f"{name}.{field.name}" for name, schema in NESTED.items() for field in dataclasses.fields(schema)
+    ]
     assert list(settings) == own + nested
 
 
@@ -54,7 +62,9 @@ def test_every_field_of_every_family_is_there_with_its_meaning(name: str):
     assert f"### `model.paradigm: {name}`" in settings_as_markdown()
 
 
-@pytest.mark.parametrize(("word", "lines"), [("sit", "model.guided_channels"), ("mask_rate_min", "model.mask_rate_min")])
+@pytest.mark.parametrize(
+    ("word", "lines"), [("sit", "model.guided_channels"), ("mask_rate_min", "model.mask_rate_min")]
+)
 def test_settings_of_a_family_are_found(word: str, lines: str):
     assert f"{lines} = " in settings_as_text(word) and "sampling." not in settings_as_text(word).split()
 
@@ -67,11 +77,19 @@ def test_open_sets_are_listed(settings: dict[str, Setting], name: str):
 
 def test_comments_types_ranges_and_defaults_are_read(settings: dict[str, Setting]):
     assert "diffusers' layout" in settings["autoencoder.path"].meaning
-    assert "at least 1" in settings["data.image_size"].values and settings["data.image_size"].values.startswith("integer")
-    assert settings["training.log_every"].values == settings["model.num_classes"].values == "integer, at least 1", "from loops"
+    assert "at least 1" in settings["data.image_size"].values and settings[
+        "data.image_size"
+    ].values.startswith("integer")
+    assert (
+        settings["training.log_every"].values == settings["model.num_classes"].values == "integer, at least 1"
+    ), "from loops"
     assert settings["data.crop"].values == "`none`, `center`, `random`, `random-square`"
-    assert "bfloat16" in settings["training.precision"].meaning, "the lines below a field are a part of its comment"
-    assert settings["autoencoder.kind"].default == "identity", "the run's default, which is not that of the class"
+    assert "bfloat16" in settings["training.precision"].meaning, (
+        "the lines below a field are a part of its comment"
+    )
+    assert settings["autoencoder.kind"].default == "identity", (
+        "the run's default, which is not that of the class"
+    )
     assert settings["optimizer.betas"].default == "[0.9, 0.95]" and settings["init_from"].default == "null"
 
 

@@ -1,4 +1,6 @@
-"""The JSON schema of recipes: current, valid for every shipped recipe, and strict for settings that a run refuses."""
+"""The JSON schema of recipes: current, valid for every shipped recipe, and strict for settings that a run
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ from lit_transdiff.config.schema import bounds, recipe_schema, schema_as_json
 from tests.helpers.small import ROOT
 
 OTHER = {"runs", "parameters", "apiVersion", "overrides"}  # what pipelines, sweeps and jobs begin with
-RECIPES = [path for path in sorted((ROOT / "experiments").rglob("*.yaml")) if not OTHER & set(yaml.safe_load(path.read_text()))]
+RECIPES = [
+    path
+    for path in sorted((ROOT / "experiments").rglob("*.yaml"))
+    if not OTHER & set(yaml.safe_load(path.read_text()))
+]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,9 @@ def test_ranges_are_those_of_the_checks() -> None:
     assert found["safety.spike_factor"] == {}, "0 (off) or above 1 is no interval"
 
 
-def test_the_command_prints_it_with_entries_of_ones_own(fresh_tables: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_it_with_entries_of_ones_own(
+    fresh_tables: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     SOLVERS["mine"] = SOLVERS["euler"]
     assert main(["settings", "--json-schema"]) == 0
     schema: dict[str, Any] = json.loads(capsys.readouterr().out)

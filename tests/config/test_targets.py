@@ -1,4 +1,6 @@
-"""Nothing is written outside of a folder, and nothing is replaced or removed that this program did not write."""
+"""Nothing is written outside of a folder, and nothing is replaced or removed that
+this program did not write.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +41,18 @@ INFO = {"autoencoder": "0123", "class_names": ["a"], "step": 1}
 
 def export_to(folder: Path, value: float = 0.0, own: bool = False) -> None:
     weights = {"w": torch.full((2,), value)}
-    write_export(folder, RunConfig(), INFO, lambda made: save_tensors(weights, made / "model.safetensors"), own=own)
+    write_export(
+        folder, RunConfig(), INFO, lambda made: save_tensors(weights, made / "model.safetensors"), own=own
+    )
 
 
 def everything(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/../../b", "/etc/passwd", "a/..", "out/a", "a\0b", None, 3])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "a/../../b", "/etc/passwd", "a/..", "out/a", "a\0b", None, 3]
+)
 def test_a_name_from_a_file_stays_below_its_root(tmp_path: Path, name: object):
     (tmp_path / "root" / "a").mkdir(parents=True)
     (tmp_path / "root" / "out").symlink_to(tmp_path)
@@ -69,7 +75,12 @@ def test_an_export_goes_over_nothing_else(tmp_path: Path, what: str):
     if what == "file":
         target.write_text("years of work")
     else:
-        names = {"folder": "chapter.txt", "json": "export.json", "run": "config.yaml", "checkpoint": "COMPLETE.json"}
+        names = {
+            "folder": "chapter.txt",
+            "json": "export.json",
+            "run": "config.yaml",
+            "checkpoint": "COMPLETE.json",
+        }
         (target / "figures").mkdir(parents=True)
         (target / names[what]).write_text('{"files": ["figures"]}')
     before = everything(tmp_path)
@@ -91,8 +102,15 @@ def test_an_export_replaces_an_earlier_one_and_leaves_the_rest(tmp_path: Path):
         export_to(target, 1.0)
         now = everything(target)
         changed = {name for name in now if now[name] != old.get(name)}
-        assert changed == {"model.safetensors", "export.json"} and set(now) == set(old) and (target / "samples").is_dir()
-    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "empty", "link", "new"] and (tmp_path / "link").is_symlink()
+        assert (
+            changed == {"model.safetensors", "export.json"}
+            and set(now) == set(old)
+            and (target / "samples").is_dir()
+        )
+    assert (
+        sorted(os.listdir(tmp_path)) == ["elsewhere", "empty", "link", "new"]
+        and (tmp_path / "link").is_symlink()
+    )
 
 
 def test_an_export_of_an_earlier_version_is_replaced_and_a_file_of_others_in_its_way_is_not(tmp_path: Path):
@@ -101,14 +119,18 @@ def test_an_export_of_an_earlier_version_is_replaced_and_a_file_of_others_in_its
     export_to(tmp_path / "old", 1.0)
     info = json.loads((tmp_path / "old" / "export.json").read_text())
     del info["checksum"]  # of the whole content, which changes
-    (tmp_path / "old" / "export.json").write_text(json.dumps({**info, "files": ["config.yaml", "export.json"]}))
+    (tmp_path / "old" / "export.json").write_text(
+        json.dumps({**info, "files": ["config.yaml", "export.json"]})
+    )
     before = everything(tmp_path)
     with pytest.raises(ValueError, match=r"model\.safetensors, which an earlier export did not write"):
         export_to(tmp_path / "old", 2.0)
     assert everything(tmp_path) == before
 
 
-def test_an_export_that_breaks_off_is_no_export_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_export_that_breaks_off_is_no_export_and_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     export_to(tmp_path / "one")
     real = os.replace
 
@@ -222,7 +244,13 @@ def test_files_of_results_replace_their_own_kind_only(tmp_path: Path):
 
 def test_an_index_of_another_program_stays(tmp_path: Path):
     file, sign = tmp_path / "index.json", ("format", "lit_transdiff shards")
-    for content in ("", "\0\0", "{}", '{"format": "lit_transdiff shards"}', '{"format": "lit_transdiff shards", "shar'):
+    for content in (
+        "",
+        "\0\0",
+        "{}",
+        '{"format": "lit_transdiff shards"}',
+        '{"format": "lit_transdiff shards", "shar',
+    ):
         file.write_text(content)
         check_replaces_json(file, *sign)
     for content in ('{"weight_map": {}}', '[{"text": "a"}]', '{"text": "a"}\n{"text": "b"}\n', "my notes"):
@@ -244,7 +272,10 @@ def test_a_sidecar_of_another_program_stays(tmp_path: Path):
 def test_statistics_replace_no_other_file(tmp_path: Path):
     statistics = Statistics(np.zeros(2), np.eye(2), num_images=2)
     file = tmp_path / "images.npz"
-    for arrays in ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8)}, {"about": np.array("of mine"), "x": np.zeros(2)}):
+    for arrays in (
+        {"arr_0": np.zeros((2, 4, 4, 3), np.uint8)},
+        {"about": np.array("of mine"), "x": np.zeros(2)},
+    ):
         np.savez(file, **arrays)
         before = file.read_bytes()
         with pytest.raises(ValueError, match=r"images\.npz"):
@@ -293,7 +324,9 @@ def test_weights_follow_the_umask(tmp_path: Path, mask: int):
 def test_files_are_put_whole_into_a_new_folder(tmp_path: Path):
     (tmp_path / "made" / "raw").mkdir(parents=True)
     (tmp_path / "made" / "raw" / "w").write_text("1")
-    put_files(tmp_path / "made", tmp_path / "there", [], "w", lambda: pytest.fail("nothing is there to replace"))
+    put_files(
+        tmp_path / "made", tmp_path / "there", [], "w", lambda: pytest.fail("nothing is there to replace")
+    )
     assert everything(tmp_path / "there") == {"raw/w": b"1"} and not (tmp_path / "made").exists()
 
 

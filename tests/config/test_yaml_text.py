@@ -1,4 +1,6 @@
-"""YAML means what it looks like: in a recipe, on the command line, in a sweep's file and in what earlier versions wrote."""
+"""YAML means what it looks like: in a recipe, on the command line, in a sweep's file and in what earlier
+versions wrote.
+"""
 
 import math
 from collections.abc import Callable
@@ -79,7 +81,17 @@ SCALARS: list[tuple[str, Any, Any, Any, Any]] = [
 
 
 HINTS = {"seed": int, "safety.stall_seconds": float, "training.compile": bool, "name": str}
-BOTH_WAYS = ("010", "1:00", "1e3", "on", "true", "null", "1.10", "!!int 010", "")  # also through a file and the command line
+BOTH_WAYS = (
+    "010",
+    "1:00",
+    "1e3",
+    "on",
+    "true",
+    "null",
+    "1.10",
+    "!!int 010",
+    "",
+)  # also through a file and the command line
 
 
 def check(field: str, wanted: Any, make: Callable[[], Any]) -> None:
@@ -105,7 +117,9 @@ def test_it_is_so_in_a_file_and_on_the_command_line(tmp_path: Path, row: tuple[s
     path = tmp_path / "run.yaml"
     for field, value in zip(HINTS, wanted, strict=True):
         section, _, name = field.rpartition(".")
-        path.write_text(f"# a recipe\n{section}: {{{name}: {text}}}\n" if section else f"# a recipe\n{name}: {text}\n")
+        path.write_text(
+            f"# a recipe\n{section}: {{{name}: {text}}}\n" if section else f"# a recipe\n{name}: {text}\n"
+        )
         check(field, value, lambda f=field: attrgetter(f)(load_run(path)))
         check(field, value, lambda f=field: attrgetter(f)(run_from(parse_overrides([f"{f}={text}"]))))
 
@@ -117,7 +131,8 @@ def test_numbers_that_are_not_finite_are_refused_by_name(word: str):
 
 
 @pytest.mark.parametrize(
-    "word", ["08", "1e3", "1e+16", "1_000", "0o10", "True", "on", "null", "~", "", ".inf", "2026-11-27", "1:00"]
+    "word",
+    ["08", "1e3", "1e+16", "1_000", "0o10", "True", "on", "null", "~", "", ".inf", "2026-11-27", "1:00"],
 )
 def test_text_that_looks_like_something_else_is_written_in_quotes(tmp_path: Path, word: str):
     assert read(dump({"a": [word]}), "x") == yaml.safe_load(dump({"a": [word]})) == {"a": [word]}
@@ -133,8 +148,13 @@ def test_numbers_of_every_size_are_read_back():
 
 
 def test_what_earlier_versions_wrote_reads_as_before(tmp_path: Path):
-    text = "name: '010'\nstage: ar_pretrain\noptimizer:\n  lr: 1.0e-05\n  betas:\n  - 0.9\n  - 0.95\ntraining:\n  max_steps: 7\n"
-    (tmp_path / "config.yaml").write_text(text + "tracking:\n  wandb: false\n  group: null\n  tags:\n  - 'on'\n")
+    text = (
+        "name: '010'\nstage: ar_pretrain\noptimizer:\n  lr: 1.0e-05\n  betas:\n  - 0.9\n  - "
+        "0.95\ntraining:\n  max_steps: 7\n"
+    )
+    (tmp_path / "config.yaml").write_text(
+        text + "tracking:\n  wandb: false\n  group: null\n  tags:\n  - 'on'\n"
+    )
     (tmp_path / "metrics.csv").write_text("")
     found = read_folder(tmp_path)
     assert found.config == yaml.safe_load((tmp_path / "config.yaml").read_text())
@@ -144,7 +164,8 @@ def test_what_earlier_versions_wrote_reads_as_before(tmp_path: Path):
 
 def test_numbers_of_a_sweep(tmp_path: Path):
     spec = (
-        "lr: {distribution: log_uniform_values, min: 1e-4, max: 1.e-2}\n  seed: {values: [008, 009, 010]}\n  name: {values: [on]}"
+        "lr: {distribution: log_uniform_values, min: 1e-4, max: 1.e-2}\n  seed: {values: [008, 009, 010]}\n  "
+        "name: {values: [on]}"
     )
     (tmp_path / "sweep.yaml").write_text(f"method: random\nprogram: x\nparameters:\n  {spec}\n")
     parameters = load_sweep(tmp_path / "sweep.yaml").parameters
@@ -155,7 +176,11 @@ def test_numbers_of_a_sweep(tmp_path: Path):
 def test_anchors_and_merge_keys_work():
     text = "a: &x {p: 1, q: 2}\nb: {<<: *x, q: 3}\nc: *x\nd: {<<: [*x, {r: 4}]}"
     given = read(text, "x")
-    assert given["b"] == {"p": 1, "q": 3} and given["c"] == {"p": 1, "q": 2} and given["d"] == {"p": 1, "q": 2, "r": 4}
+    assert (
+        given["b"] == {"p": 1, "q": 3}
+        and given["c"] == {"p": 1, "q": 2}
+        and given["d"] == {"p": 1, "q": 2, "r": 4}
+    )
 
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
@@ -196,7 +221,10 @@ BROKEN: list[tuple[bytes, str]] = [
     (b"base: ''", r"run\.yaml: base: got ''"),
     (b"base: run.yaml", r"run\.yaml: base: got '.*run\.yaml'; allowed: a file that is not its own base"),
     (b"base: ./sub/../run.yaml", r"run\.yaml: base: got"),
-    (b"base: other.yaml", r"third\.yaml: base: got .*its own base, as in .*run\.yaml -> .*other\.yaml -> .*run\.yaml"),
+    (
+        b"base: other.yaml",
+        r"third\.yaml: base: got .*its own base, as in .*run\.yaml -> .*other\.yaml -> .*run\.yaml",
+    ),
     (b"base: .", r"run\.yaml: base: got '.*'; allowed: a file, not a folder"),
 ]
 
@@ -214,7 +242,9 @@ def test_a_broken_recipe_is_refused_in_one_line(tmp_path: Path, content: bytes, 
 
 def test_a_base_that_is_not_there_is_named_with_the_file_that_asks_for_it(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("base: rnu.yaml")
-    with pytest.raises(FileNotFoundError, match=r"run\.yaml: base: .*rnu\.yaml does not exist\. In that folder: .*run\.yaml"):
+    with pytest.raises(
+        FileNotFoundError, match=r"run\.yaml: base: .*rnu\.yaml does not exist\. In that folder: .*run\.yaml"
+    ):
         load_run(tmp_path / "run.yaml")
 
 
@@ -235,7 +265,9 @@ def test_files_with_a_mark_are_read(tmp_path: Path, encoding: str):
 def test_a_file_that_is_no_text_is_not_read_whole(tmp_path: Path):
     with open(tmp_path / "run.yaml", "wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(ValueError, match=r"run\.yaml: got 1,099,511,627,776 bytes; allowed: settings as text"):
+    with pytest.raises(
+        ValueError, match=r"run\.yaml: got 1,099,511,627,776 bytes; allowed: settings as text"
+    ):
         read_file(tmp_path / "run.yaml")
 
 
@@ -264,7 +296,10 @@ def test_a_broken_override_is_refused_in_one_line(item: str, message: str):
         ("runs: [a.yaml]", r"runs\[0\]"),
         ("runs: [{}]", r"runs\[0\]\.recipe: got None; allowed: text"),
         ("runs: [{recipe: a.yaml, overrides: x}]", r"runs\[0\]\.overrides: got 'x'; allowed: list of names"),
-        ("runs: [{recipe: a.yaml}]\nsamples_per_class: many", r"samples_per_class: got 'many'; allowed: integer"),
+        (
+            "runs: [{recipe: a.yaml}]\nsamples_per_class: many",
+            r"samples_per_class: got 'many'; allowed: integer",
+        ),
         (
             "runs: [{recipe: a.yaml}]\ncache: [{source: a, dest: b, flips: on}]",
             r"cache\[0\]\.flips: got 'on'; allowed: true or false",

@@ -1,4 +1,6 @@
-"""Classes as they are found: their order, those without images, images of two classes, names that look alike."""
+"""Classes as they are found: their order, those without images, images of two
+classes, names that look alike.
+"""
 
 import shutil
 
@@ -25,7 +27,9 @@ def test_folders_that_are_numbers_are_in_the_order_of_the_numbers(tmp_path):
     write(tmp_path / "in", [str(c) for c in range(12)])
     report = pack(tmp_path / "in", tmp_path / "out", progress=False)
     assert report.index.class_names == tuple(map(str, range(12))) and not report.notes
-    labels = {key.decode(): label for key, label in zip(report.index.key, report.index.label.tolist(), strict=True)}
+    labels = {
+        key.decode(): label for key, label in zip(report.index.key, report.index.label.tolist(), strict=True)
+    }
     assert labels["2_0"] == 2 and labels["10_0"] == 10
 
 
@@ -40,7 +44,9 @@ def test_words_stay_in_the_order_of_text_which_is_told_where_numbers_differ(tmp_
     write(tmp_path / "in", ["class_1", "class_2", "class_10"])
     report = pack(tmp_path / "in", tmp_path / "out", progress=False)
     assert report.index.class_names == ("class_1", "class_10", "class_2")
-    assert "order of text, not of the numbers in their names: 'class_10' has the place of 'class_2'" in str(report)
+    assert "order of text, not of the numbers in their names: 'class_10' has the place of 'class_2'" in str(
+        report
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +68,8 @@ def test_what_is_said_of_names(names, said):
 def test_an_image_of_two_classes_is_named(tmp_path):
     source = write(tmp_path / "in", ["ant", "bee", "cat"], each=3)
     (source / "bee/copy.png").write_bytes((source / "ant/1.png").read_bytes())
-    (source / "cat/again.png").write_bytes((source / "cat/0.png").read_bytes())  # twice in one class: nothing to tell
+    # twice in one class: nothing to tell
+    (source / "cat/again.png").write_bytes((source / "cat/0.png").read_bytes())
     report = pack(source, tmp_path / "out", progress=False)
     assert f"1 images are in more than one class: {source}/" in str(report)
     (note,) = report.notes
@@ -78,14 +85,21 @@ def test_a_class_without_images_is_named_and_keeps_its_number(tmp_path):
     (source / "dog/broken.png").write_bytes(b"broken")
     (source / ".cache").mkdir()
     report = pack(source, tmp_path / "out", progress=False)
-    assert report.index.class_names == ("ant", "bee", "cat", "dog") and report.index.class_counts.tolist() == [1, 0, 1, 0]
+    assert report.index.class_names == (
+        "ant",
+        "bee",
+        "cat",
+        "dog",
+    ) and report.index.class_counts.tolist() == [1, 0, 1, 0]
     assert report.notes == ["2 classes have no images: 1 ('bee'), 3 ('dog')"]
     assert "passed over: .txt (1), hidden folders (1)" in str(report)
 
 
 def test_folders_that_are_one_level_too_deep_are_refused(tmp_path):
     write(tmp_path / "in/train", ["ant", "bee"])
-    with pytest.raises(ValueError, match=r"in/train: got 'no images, but folders \(2\)'.*or pack .*in/train itself"):
+    with pytest.raises(
+        ValueError, match=r"in/train: got 'no images, but folders \(2\)'.*or pack .*in/train itself"
+    ):
         pack(tmp_path / "in", tmp_path / "out", progress=False)
 
 
@@ -110,6 +124,7 @@ def test_an_index_takes_names_from_a_file(shards, tmp_path):
 
 def test_negative_numbers_are_told():
     assert list(notes_on_names(["-1", "0", "1"])) == [
-        "classes are numbered from 0 without gaps, so that their numbers are not their names: class 0 is '-1', class 1 is '0', "
+        "classes are numbered from 0 without gaps, so that their numbers are not their names: class 0 is "
+        "'-1', class 1 is '0', "
         "class 2 is '1'"
     ]

@@ -1,4 +1,6 @@
-"""Crops, to the byte: ADM's centre crop and the random crop of the TransDiff reference, written here another way."""
+"""Crops, to the byte: ADM's centre crop and the random crop of the TransDiff reference, written here another
+way.
+"""
 
 import io
 import random
@@ -14,7 +16,19 @@ from lit_transdiff.data.encode import Encoding, encode_sample
 from lit_transdiff.data.index import read_index
 from lit_transdiff.data.order import generator
 
-SIZES = [(64, 64), (65, 64), (63, 64), (500, 375), (375, 500), (333, 251), (129, 128), (127, 300), (40, 20), (900, 31), (31, 1)]
+SIZES = [
+    (64, 64),
+    (65, 64),
+    (63, 64),
+    (500, 375),
+    (375, 500),
+    (333, 251),
+    (129, 128),
+    (127, 300),
+    (40, 20),
+    (900, 31),
+    (31, 1),
+]
 
 
 def picture(width, height, mode="RGB"):
@@ -27,15 +41,17 @@ def picture(width, height, mode="RGB"):
 def adm_centre_crop(image, size):
     """ADM's crop.
 
-    Halve by boxes (rounding down) while the short side is at least twice the size; resize bicubically so that the short side
-    is the size; crop the centre, rounding its position down.
+    Halve by boxes (rounding down) while the short side is at least twice the size; resize bicubically so that
+    the short side is the size; crop the centre, rounding its position down.
     """
     width, height = image.size
     halvings = max(k for k in range(20) if k == 0 or min(width, height) // 2 ** (k - 1) >= 2 * size)
     for k in range(1, halvings + 1):
         image = image.resize((width // 2**k, height // 2**k), Image.Resampling.BOX)
     factor = size / min(image.size)
-    pixels = np.asarray(image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC))
+    pixels = np.asarray(
+        image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    )
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
 
@@ -69,7 +85,9 @@ def test_images_are_made_rgb_before_they_are_resized(shards, mode):
     stored = Image.open(buffer).convert("RGB")
     expected = adm_centre_crop(stored, 16)
     for crop in ("center", "random-square"):  # of which evaluation takes the centre, too
-        decoder = SampleDecoder(read_index(shards), DataConfig(image_size=16, crop=crop), seed=0, training=False)
+        decoder = SampleDecoder(
+            read_index(shards), DataConfig(image_size=16, crop=crop), seed=0, training=False
+        )
         found = ((decoder(buffer.getvalue(), 0, 0) + 1) * 127.5).round().numpy().transpose(1, 2, 0)
         assert np.array_equal(found, expected)
 
@@ -77,7 +95,9 @@ def test_images_are_made_rgb_before_they_are_resized(shards, mode):
 def test_a_file_that_is_packed_again_holds_the_centre_crop(tmp_path):
     picture(90, 50).save(tmp_path / "x.png")
     extension, data, _ = encode_sample(tmp_path / "x.png", Encoding(image_size=16))
-    assert extension == "png" and np.array_equal(np.asarray(Image.open(io.BytesIO(data))), adm_centre_crop(picture(90, 50), 16))
+    assert extension == "png" and np.array_equal(
+        np.asarray(Image.open(io.BytesIO(data))), adm_centre_crop(picture(90, 50), 16)
+    )
 
 
 def test_training_draws_another_square_each_epoch(shards):

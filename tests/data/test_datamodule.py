@@ -29,7 +29,13 @@ def test_a_resumed_run_reads_what_the_uninterrupted_one_does(shards, tmp_path, a
 def test_a_finished_run_can_be_made_longer(shards, tmp_path, accumulation):
     whole = fit(module_for(shards, 6, accumulation), tmp_path / "whole", 6, accumulation).rows
     fit(module_for(shards, 3, accumulation), tmp_path / "short", 3, accumulation)
-    rest = fit(module_for(shards, 6, accumulation), tmp_path / "more", 6, accumulation, tmp_path / "short/step=3.ckpt").rows
+    rest = fit(
+        module_for(shards, 6, accumulation),
+        tmp_path / "more",
+        6,
+        accumulation,
+        tmp_path / "short/step=3.ckpt",
+    ).rows
     assert rest == whole[3 * accumulation :]
 
 
@@ -71,7 +77,9 @@ def test_batches_and_names(shards):
     assert batch.values.shape == (16, 3, 1, 8, 8) and batch.values.dtype == torch.float32
     assert batch.values.min() >= -1 and batch.values.max() <= 1
     index = module.train_index
-    assert torch.equal(torch.from_numpy(index.label[batch.samples.numpy()]).long(), batch.labels[:, None].expand(-1, 3))
+    assert torch.equal(
+        torch.from_numpy(index.label[batch.samples.numpy()]).long(), batch.labels[:, None].expand(-1, 3)
+    )
     assert module.keys(batch.samples)[1] == index.name_of(int(batch.samples[0, 1]))
     assert batch.to("meta").values.device.type == "meta"
     assert module.class_names[0] == "ant"

@@ -44,10 +44,18 @@ def test_the_same_classes_and_mere_numbers_are_taken(found):
     ("found", "expected", "message"),
     [
         (["bee", "cat", "dog"], WORDS, "got class 0 'bee'; allowed: 'ant', which is class 0 of data.train"),
-        (["ant", "cat", "bee"], WORDS, "got class 1 'cat', the same classes in another order; allowed: 'bee'"),
+        (
+            ["ant", "cat", "bee"],
+            WORDS,
+            "got class 1 'cat', the same classes in another order; allowed: 'bee'",
+        ),
         (["Ant", "bee", "cat"], WORDS, "got class 0 'Ant'; allowed: 'ant'"),
         (["0", "1", "10"], NUMBERS, "got class 2 '10'; allowed: '2'"),
-        (["ant", "bee"], WORDS, "got 2 classes, without 'cat'; allowed: the 3 of data.train; an empty class folder keeps"),
+        (
+            ["ant", "bee"],
+            WORDS,
+            "got 2 classes, without 'cat'; allowed: the 3 of data.train; an empty class folder keeps",
+        ),
         ([*WORDS, "dog"], WORDS, "got 4 classes, with 'dog'; allowed: the 3"),
         (["0", "1"], WORDS, "got 2 classes, with '0', '1', without 'ant', 'bee', 'cat'; allowed: the 3"),
     ],
@@ -58,7 +66,10 @@ def test_other_classes_are_refused_by_name(found, expected, message):
 
 
 def test_held_out_classes_are_those_of_training(animals, tmp_path):
-    same, other = shards_of(tmp_path / "1", ant=2, bee=1, cat=2), shards_of(tmp_path / "2", bee=2, cat=2, dog=2)
+    same, other = (
+        shards_of(tmp_path / "1", ant=2, bee=1, cat=2),
+        shards_of(tmp_path / "2", bee=2, cat=2, dog=2),
+    )
     module_of(animals, same).setup()
     with pytest.raises(ValueError, match=r"data\.evaluation: .*2/shards: got class 0 'bee'; allowed: 'ant'"):
         module_of(animals, other).setup()
@@ -77,8 +88,12 @@ def test_classes_with_too_few_held_out_images_are_left_out(animals, tmp_path, ca
 
 def test_too_few_images_are_refused_at_once(animals, tmp_path):
     held_out = shards_of(tmp_path, ant=2, bee=2, cat=1)
-    with pytest.raises(ValueError, match=r"data\.evaluation: no class of .* more than 2 images.* model\.num_references=4"):
+    with pytest.raises(
+        ValueError, match=r"data\.evaluation: no class of .* more than 2 images.* model\.num_references=4"
+    ):
         module_of(animals, held_out, num_references=4).setup()
     module_of(animals, held_out, num_references=4, num_validation_samples=0).setup()
-    with pytest.raises(ValueError, match=r"model\.num_references: got 6, but class 'ant' of .* has only 5 images"):
+    with pytest.raises(
+        ValueError, match=r"model\.num_references: got 6, but class 'ant' of .* has only 5 images"
+    ):
         module_of(animals, animals, num_references=6).setup()

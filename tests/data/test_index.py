@@ -31,7 +31,9 @@ def test_index_finds_what_was_written(shards):
 
 
 def test_users_shards(tmp_path):
-    write_tar(tmp_path / "a.tar", ("x/1.JPG", png()), ("x/1.cls", b"3\n"), ("x/1.json", b"{}"), ("README", b"text"))
+    write_tar(
+        tmp_path / "a.tar", ("x/1.JPG", png()), ("x/1.cls", b"3\n"), ("x/1.json", b"{}"), ("README", b"text")
+    )
     write_tar(tmp_path / "b.tar", ("2.cls", b"0"), ("2.png", png()))
     index = index_shards(tmp_path, progress=False)
     assert [index.name_of(i) for i in range(2)] == ["a.tar/x/1", "b.tar/2"]
@@ -62,17 +64,34 @@ def test_labels_may_lie_apart_from_their_images(tmp_path, order):
         ("json:label", {"json": b'{"label": 1, "cls": 0}'}, None, 1),
         ("json:name", {"json": b'{"name": "bee"}'}, ["ant", "bee"], 1),
         ("cls", {"cls": b"2"}, ["0", "1", "10", "2"], 2),  # a class number, not the name of one
-        ("json:name", {"json": b'{"label": 1}'}, None, "sample '1': .json: got label; allowed: with the field 'name'"),
-        ("json:label", {"json": b'{"label": true}'}, None, "sample '1': label 'True'; allowed: a class number"),
+        (
+            "json:name",
+            {"json": b'{"label": 1}'},
+            None,
+            "sample '1': .json: got label; allowed: with the field 'name'",
+        ),
+        (
+            "json:label",
+            {"json": b'{"label": true}'},
+            None,
+            "sample '1': label 'True'; allowed: a class number",
+        ),
         ("json:label", {"json": b"{"}, None, "sample '1': .json: .*; allowed: JSON with the field 'label'"),
-        ("txt", {"txt": b"a photo of a bee"}, ["ant", "bee"], "label 'a photo of a bee'; allowed: .* one of the names"),
+        (
+            "txt",
+            {"txt": b"a photo of a bee"},
+            ["ant", "bee"],
+            "label 'a photo of a bee'; allowed: .* one of the names",
+        ),
         ("txt", {"cls": b"0"}, None, "sample '1' has no label \\(.txt\\)"),
         ("cls", {"txt": b"0"}, None, "sample '1' has no label .*index --label txt, or json:FIELD"),
         ("json", {"json": b"0"}, None, "--label: got 'json'; allowed: cls, txt, or json:FIELD"),
     ],
 )
 def test_labels_of_other_members(tmp_path, label, members, names, expected):
-    write_tar(tmp_path / "a.tar", ("0.png", png()), ("1.png", png()), *((f"1.{e}", c) for e, c in members.items()))
+    write_tar(
+        tmp_path / "a.tar", ("0.png", png()), ("1.png", png()), *((f"1.{e}", c) for e, c in members.items())
+    )
     other = {"cls": b"0", "txt": b"0", "json": b'{"label": 0, "name": 0}'}
     with tarfile.open(tmp_path / "a.tar", "a") as tar:
         for extension, content in other.items():
@@ -88,7 +107,9 @@ def test_labels_of_other_members(tmp_path, label, members, names, expected):
 
 def test_labels_that_begin_with_1_are_refused_with_a_way_on(tmp_path):
     write_tar(tmp_path / "a.tar", ("1.png", png()), ("1.cls", b"1"), ("2.png", png()), ("2.cls", b"2"))
-    with pytest.raises(ValueError, match=r"labels: got '1 to 2'; allowed: class numbers from 0 on.*--class-names"):
+    with pytest.raises(
+        ValueError, match=r"labels: got '1 to 2'; allowed: class numbers from 0 on.*--class-names"
+    ):
         index_shards(tmp_path, progress=False)
     assert index_shards(tmp_path, ["none", "a", "b"], progress=False).class_counts.tolist() == [0, 1, 1]
 
@@ -102,13 +123,19 @@ def test_labels_that_begin_with_1_are_refused_with_a_way_on(tmp_path):
         ([("1.png", b""), ("1.png", b""), ("1.cls", b"0")], "a.tar: sample '1' has two members .png"),
         ([("1.png", b""), ("1.cls", b"cat")], "a.tar: sample '1': label 'cat'"),
         ([("1.png", b""), ("1.cls", b"-1")], "a.tar: sample '1': label '-1'"),
-        ([("1.png", png()), ("1.cls", b"3000000000")], "sample '1': label '3000000000'; allowed: a class number, 0 to 999999"),
+        (
+            [("1.png", png()), ("1.cls", b"3000000000")],
+            "sample '1': label '3000000000'; allowed: a class number, 0 to 999999",
+        ),
         ([("1.png", png()), ("1.cls", b"0" * 31 + b"12")], "a.tar: sample '1': label '0"),
         ([("1.png", b""), ("1.cls", b"0")], "a.tar: sample '1' is an empty image"),
         ([("1.v2.png", b""), ("1.v2.cls", b"0")], "a.tar: key '1.v2' has a dot"),
         ([("1.png", b""), ("1.cls", b"0"), ("1.pyd", b"")], "a.tar: member '1.pyd' is a pickle"),
         ([("1.png", b""), ("1.cls", b"0"), ("1.meta.pkl", b"")], "a.tar: member '1.meta.pkl' is a pickle"),
-        ([("1.png", b""), ("1.cls", b"0"), ("2.png", b""), ("2.cls", b"0"), ("1.png", b"")], "a.tar: key '1' is there twice"),
+        (
+            [("1.png", b""), ("1.cls", b"0"), ("2.png", b""), ("2.cls", b"0"), ("1.png", b"")],
+            "a.tar: key '1' is there twice",
+        ),
         ([("1.bin", b""), ("1.cls", b"0")], "a.tar: sample '1' holds latents; indexed are images"),
     ],
 )
@@ -127,7 +154,9 @@ def test_key_in_two_shards(tmp_path):
 
 
 def test_damaged_tars(tmp_path):
-    write_tar(tmp_path / "a.tar", *[(f"{i}.{e}", d) for i in range(4) for e, d in (("png", png()), ("cls", b"1"))])
+    write_tar(
+        tmp_path / "a.tar", *[(f"{i}.{e}", d) for i in range(4) for e, d in (("png", png()), ("cls", b"1"))]
+    )
     whole = (tmp_path / "a.tar").read_bytes()
     with tarfile.open(tmp_path / "a.tar") as tar:
         header = tar.getmember("2.png").offset
@@ -182,7 +211,9 @@ def test_shards_are_checked_against_the_index(shards, tmp_path):
             read_index(copy)
 
 
-@pytest.mark.parametrize("name", ["sub/a.tar", "../a.tar", "index.json", "caching.json", "finished", "~/a.tar", None])
+@pytest.mark.parametrize(
+    "name", ["sub/a.tar", "../a.tar", "index.json", "caching.json", "finished", "~/a.tar", None]
+)
 def test_an_index_names_tars_of_its_folder_only(shards, tmp_path, name):
     shutil.copytree(shards, tmp_path / "shards")
     header = json.loads((tmp_path / "shards" / "index.json").read_text())
@@ -211,6 +242,7 @@ def test_bad_samples_are_refused_or_replaced(tmp_path, caplog, content, reason):
     with pytest.raises(ValueError, match=f"a.tar/1: .*{reason}"):
         PlannedDataset(index, data)[rows]
     skipping = PlannedDataset(index, DataConfig(image_size=8, image_channels=1, on_bad_sample="skip"))
-    assert skipping[rows].samples.tolist() == [[0, 3, 2]]  # the next one of class 0 that the group does not have
+    # the next one of class 0 that the group does not have
+    assert skipping[rows].samples.tolist() == [[0, 3, 2]]
     assert skipping[rows].labels.tolist() == [0]
     assert "a.tar/1" in caplog.text and "(2 skipped by this process)" in caplog.text

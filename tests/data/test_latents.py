@@ -58,7 +58,8 @@ def test_cached_latents_are_those_of_the_images(shards, tmp_path):
     images, latents = module_for(shards, None), module_for(tmp_path / "latents")
     for a, b in zip(images.train_dataloader(), latents.train_dataloader(), strict=True):
         assert torch.equal(a.samples, b.samples) and torch.equal(a.labels, b.labels)
-        assert torch.allclose(encode(a.values[:, 0]), b.values[:, 0].float(), atol=1e-3)  # the same flips, too
+        # the same flips, too
+        assert torch.allclose(encode(a.values[:, 0]), b.values[:, 0].float(), atol=1e-3)
     for a, b in zip(images.val_dataloader(), latents.val_dataloader(), strict=True):
         assert torch.allclose(encode(a.values[:, 0]), b.values[:, 0].float(), atol=1e-3)
 
@@ -76,7 +77,9 @@ def test_fingerprint_and_flips_are_checked(shards, tmp_path):
     module.data = replace(module.data, image_size=16)
     with pytest.raises(ValueError, match=r"data\.image_size: got 16; allowed: 8, of the latents"):
         module.setup()
-    values = [batch.values for batch in module_for(tmp_path / "latents", horizontal_flip=False).train_dataloader()]
+    values = [
+        batch.values for batch in module_for(tmp_path / "latents", horizontal_flip=False).train_dataloader()
+    ]
     assert values[0].shape == (16, 1, 4, 4, 4)
 
 
@@ -112,12 +115,17 @@ def test_a_cache_that_was_stopped_goes_on_with_any_number_of_ranks(shards, tmp_p
         return encode(images)
 
     with pytest.raises(Died):
-        begun(shards, tmp_path / "part").write(dying, batch_size=3, device=CPU, rank=1, world=2, progress=False)
+        begun(shards, tmp_path / "part").write(
+            dying, batch_size=3, device=CPU, rank=1, world=2, progress=False
+        )
     (tmp_path / "part" / "train-000000.tar.partial-1").write_bytes(b"of a process that was killed")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.tar")}
     assert len(before) == 3  # of 6 batches each
     assert cache(shards, tmp_path / "part", world=world).shards == whole.shards
-    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.tar")}.items()
+    assert (
+        before.items()
+        <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.tar")}.items()
+    )
     names = sorted(path.name for path in (tmp_path / "part").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "whole").iterdir())
     for name in names:
@@ -153,7 +161,10 @@ def test_the_size_is_said_and_must_fit_before_anything_is_written(shards, tmp_pa
     LatentCache(shards, tmp_path / "a", info, PIXELS).begin(said.append)
     cache(shards, tmp_path / "a")
     total = sum(path.stat().st_size for path in (tmp_path / "a").glob("*.tar"))
-    assert "65 x 2 latents of shape (4, 4, 4) in float16 -> 10 shards" in said[0] and f", {format_bytes(total)};" in said[0]
+    assert (
+        "65 x 2 latents of shape (4, 4, 4) in float16 -> 10 shards" in said[0]
+        and f", {format_bytes(total)};" in said[0]
+    )
     monkeypatch.setattr("lit_transdiff.base.files.free_bytes", lambda folder: total - 1)
     with pytest.raises(ValueError, match=f"{format_bytes(total)} are to be written, but only"):
         LatentCache(shards, tmp_path / "b", info, PIXELS).begin(said.append)

@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 
 from lit_transdiff.data.index import read_index
-from lit_transdiff.data.order import BatchLayout, TrainPlan, coin_flips, epoch_order, evaluation_batches, generator
+from lit_transdiff.data.order import (
+    BatchLayout,
+    TrainPlan,
+    coin_flips,
+    epoch_order,
+    evaluation_batches,
+    generator,
+)
 
 
 def global_batches(plan, global_batch, world, micro_batch, steps):
@@ -22,7 +29,10 @@ def test_coin_flips_are_those_of_the_generator():
     rng = np.random.default_rng(0)
     for seed in (0, 1, -5, 2**63 + 3):
         epochs, samples = rng.integers(0, 1000, 300), rng.integers(0, 2_000_000, 300)
-        expected = [bool(generator(seed, e, s).integers(2)) for e, s in zip(epochs.tolist(), samples.tolist(), strict=True)]
+        expected = [
+            bool(generator(seed, e, s).integers(2))
+            for e, s in zip(epochs.tolist(), samples.tolist(), strict=True)
+        ]
         assert coin_flips(seed, epochs, samples).tolist() == expected
 
 
@@ -54,7 +64,11 @@ def test_order_depends_on_seed_and_epoch_and_keeps_blocks_of_shards_together(sha
     assert len({tuple(order) for order in orders}) == 6
     shard_of = np.searchsorted(starts, orders[0], side="right")
     assert len(set(shard_of[:14])) <= 3  # two whole shards of 7 (or a last one that is shorter)
-    assert generator(0, 0).integers(1 << 60) != generator(0, 0, 0).integers(1 << 60) != generator(0, 0, 1).integers(1 << 60)
+    assert (
+        generator(0, 0).integers(1 << 60)
+        != generator(0, 0, 0).integers(1 << 60)
+        != generator(0, 0, 1).integers(1 << 60)
+    )
 
 
 def test_micro_batch_must_divide():
@@ -67,18 +81,27 @@ def test_micro_batch_must_divide():
 def test_evaluation_reads_each_sample_once(shards, world, batch_size):
     index = read_index(shards)
     ranks = [
-        evaluation_batches(index, num_references=1, batch_size=batch_size, rank=r, world=world, seed=0, num_samples=None)
+        evaluation_batches(
+            index, num_references=1, batch_size=batch_size, rank=r, world=world, seed=0, num_samples=None
+        )
         for r in range(world)
     ]
-    assert sorted(int(p) for batches in ranks for rows in batches for p in rows.positions) == list(range(len(index)))
+    assert sorted(int(p) for batches in ranks for rows in batches for p in rows.positions) == list(
+        range(len(index))
+    )
     assert len({len(batches) for batches in ranks}) == 1
-    assert all(0 < len(rows.positions) <= batch_size + (batch_size == 1) for batches in ranks for rows in batches)
+    assert all(
+        0 < len(rows.positions) <= batch_size + (batch_size == 1) for batches in ranks for rows in batches
+    )
 
 
 def test_first_evaluation_samples_are_a_fixed_mixture(shards):
     index = read_index(shards)
     options = dict(num_references=1, batch_size=8, seed=3, num_samples=40)
     alone = np.concatenate([rows.positions for rows in evaluation_batches(index, rank=0, world=1, **options)])
-    pair = [np.concatenate([rows.positions for rows in evaluation_batches(index, rank=r, world=2, **options)]) for r in (0, 1)]
+    pair = [
+        np.concatenate([rows.positions for rows in evaluation_batches(index, rank=r, world=2, **options)])
+        for r in (0, 1)
+    ]
     assert len(set(alone)) == 40 and set(index.label[alone]) == set(range(5))
     assert set(alone) == set(np.concatenate(pair))

@@ -31,11 +31,16 @@ def values_of(index, data):
 def test_image_folder_is_packed_as_it_is(image_folder, tmp_path):
     report = pack(image_folder, tmp_path / "x", cut=Cut(samples_per_shard=7), progress=False)
     index = report.index
-    assert index.class_names == ("ant", "bee", "cat", "dog", "elk") and index.class_counts.tolist() == [13] * 5
+    assert (
+        index.class_names == ("ant", "bee", "cat", "dog", "elk") and index.class_counts.tolist() == [13] * 5
+    )
     assert [shard.samples for shard in index.shards] == [7] * 9 + [2] and not report.skipped
     with tarfile.open(tmp_path / "x" / "x-000000.tar") as tar:
         key = index.key_of(0)
-        assert tar.extractfile(f"{key}.png").read() == (image_folder / key.replace("_", "/")).with_suffix(".png").read_bytes()
+        assert (
+            tar.extractfile(f"{key}.png").read()
+            == (image_folder / key.replace("_", "/")).with_suffix(".png").read_bytes()
+        )
     values = values_of(index, DataConfig(image_size=8, image_channels=1))["cat_3"]
     pixels = np.array(Image.open(image_folder / "cat/3.png"))
     assert torch.equal(((values[0] + 1) * 127.5).round().to(torch.uint8), torch.from_numpy(pixels))
@@ -44,18 +49,26 @@ def test_image_folder_is_packed_as_it_is(image_folder, tmp_path):
 def test_same_bytes_each_time_and_no_overwriting(image_folder, tmp_path):
     sums = []
     for name in ("one", "two"):
-        report = pack(image_folder, tmp_path / name, cut=Cut(samples_per_shard=20), seed=3, name="x", progress=False)
+        report = pack(
+            image_folder, tmp_path / name, cut=Cut(samples_per_shard=20), seed=3, name="x", progress=False
+        )
         sums.append([shard.sha256 for shard in report.index.shards])
     assert sums[0] == sums[1]
     assert (tmp_path / "one/index.json").read_bytes() == (tmp_path / "two/index.json").read_bytes()
     assert (tmp_path / "one/index.npz").read_bytes() == (tmp_path / "two/index.npz").read_bytes()
-    other = pack(image_folder, tmp_path / "three", cut=Cut(samples_per_shard=20), seed=4, name="x", progress=False)
+    other = pack(
+        image_folder, tmp_path / "three", cut=Cut(samples_per_shard=20), seed=4, name="x", progress=False
+    )
     assert [shard.sha256 for shard in other.index.shards] != sums[0]
     with pytest.raises(ValueError, match=r"made with other settings \(seed was 3, now 4\)"):
         pack(image_folder, tmp_path / "one", cut=Cut(samples_per_shard=20), seed=4, name="x", progress=False)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
-    again = pack(image_folder, tmp_path / "one", cut=Cut(samples_per_shard=20), seed=3, name="x", progress=False)
-    assert str(again) == str(report) and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
+    again = pack(
+        image_folder, tmp_path / "one", cut=Cut(samples_per_shard=20), seed=3, name="x", progress=False
+    )
+    assert str(again) == str(report) and before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()
+    }
     (tmp_path / "one/packing.json").unlink()
     with pytest.raises(ValueError, match=r"already holds index\.json .* but no packing\.json"):
         pack(image_folder, tmp_path / "one", progress=False)
@@ -97,12 +110,16 @@ def test_names_that_are_not_utf8_are_told(tmp_path):
 
 
 def test_what_is_no_image_among_the_images_is_reported(tmp_path):
-    """A folder called 2.png, a link to nothing, a sub-folder, files of other formats, and a file beside the class folders."""
+    """A folder called 2.png, a link to nothing, a sub-folder, files of other formats, and a file beside the
+    class folders.
+    """
     (tmp_path / "in/a/2.png").mkdir(parents=True)
     (tmp_path / "in/a/deeper").mkdir()
     for name in ("in/notes.txt", "in/a/3.tif", "in/a/4.GIF", "in/a/5.gif", "in/a/README"):
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"in/a: got 'no images, but \.gif \(2\), \.tif \(1\), .*'; allowed: files ending in"):
+    with pytest.raises(
+        ValueError, match=r"in/a: got 'no images, but \.gif \(2\), \.tif \(1\), .*'; allowed: files ending in"
+    ):
         pack(tmp_path / "in", tmp_path / "out", progress=False)
     Image.new("RGB", (8, 8)).save(tmp_path / "in/a/1.png")
     (tmp_path / "in/a/6.png").symlink_to(tmp_path / "nowhere.png")
@@ -172,7 +189,9 @@ def test_list_file(image_folder, tmp_path):
 )
 def test_a_label_that_would_number_the_classes_anew_is_refused(image_folder, tmp_path, labels, message):
     path = image_folder.parent / "labels.csv"
-    path.write_text("".join(f"small/ant/{i}.png,{label}\n" for i, label in enumerate(labels)), encoding="utf-8")
+    path.write_text(
+        "".join(f"small/ant/{i}.png,{label}\n" for i, label in enumerate(labels)), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=message):
         pack(path, tmp_path / "x", progress=False)
     path.write_bytes(b"small/ant/1.png,0\nsmall/ant/\xe9.png,0\n")
@@ -190,15 +209,23 @@ def test_a_list_with_a_byte_order_mark_a_header_or_labels_from_1(image_folder, t
         with pytest.raises(ValueError, match=r"line 1: .*; remove this line, if it is a header"):
             pack(path, tmp_path / "b", progress=False)
     path.write_text("small/ant/1.png,1\nsmall/bee/2.png,2\n")
-    with pytest.raises(ValueError, match=r"other\.csv: labels: got '1 to 2'; allowed: class numbers from 0 on: subtract 1, or"):
+    with pytest.raises(
+        ValueError,
+        match=r"other\.csv: labels: got '1 to 2'; allowed: class numbers from 0 on: subtract 1, or",
+    ):
         pack(path, tmp_path / "b", progress=False)
-    assert pack(path, tmp_path / "b", class_names=["none", "x", "y"], progress=False).index.class_counts.tolist() == [0, 1, 1]
+    assert pack(
+        path, tmp_path / "b", class_names=["none", "x", "y"], progress=False
+    ).index.class_counts.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (struct.pack(">4i", 2051, 2, 2, 2) + bytes(9), "bytes of data: got 'more than 8'; allowed: 8 for shape"),
+        (
+            struct.pack(">4i", 2051, 2, 2, 2) + bytes(9),
+            "bytes of data: got 'more than 8'; allowed: 8 for shape",
+        ),
         (struct.pack(">4i", 2051, 2, 2, 2) + bytes(7), "bytes of data: got '7'; allowed: 8 for shape"),
         (struct.pack(">4i", 2051, -1, 2**30, 2**30), "the file is cut"),
         (struct.pack(">4i", 2051, 0, 28, 28), r"shape: got \(0, 28, 28\); allowed: at least one item"),
@@ -240,7 +267,9 @@ def test_bundled_shards(folder, each, request):
 
 
 def test_two_packs_at_once_are_one(image_folder, tmp_path):
-    reports = twice(lambda: pack(image_folder, tmp_path / "both", cut=Cut(samples_per_shard=7), progress=False))
+    reports = twice(
+        lambda: pack(image_folder, tmp_path / "both", cut=Cut(samples_per_shard=7), progress=False)
+    )
     alone = pack(image_folder, tmp_path / "alone" / "both", cut=Cut(samples_per_shard=7), progress=False)
     assert contents(tmp_path / "both") == contents(tmp_path / "alone" / "both")
     assert {str(report).replace("both", "") for report in reports} == {str(alone).replace("alone/both", "")}

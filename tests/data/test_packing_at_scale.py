@@ -122,19 +122,24 @@ def test_shards_of_a_given_number_or_size(image_folder, tmp_path):
     total = sum(shard.bytes for shard in by_number.shards)
     by_size = pack(image_folder, tmp_path / "b", cut=Cut(shard_size=40_000), progress=False).index
     assert 3 * 40_000 < total < 5 * 40_000 and [shard.samples for shard in by_size.shards] == [17, 16, 16, 16]
-    assert all(shard.bytes <= 40_960 for shard in by_size.shards)  # a tar is filled up to a multiple of 10,240
+    # a tar is filled up to a multiple of 10,240
+    assert all(shard.bytes <= 40_960 for shard in by_size.shards)
     with pytest.raises(ValueError, match="shards and shard_size: got"):
         Cut(shards=3, shard_size=5)
     with pytest.raises(ValueError, match="shards: got 66; allowed: at most 65"):
         pack(image_folder, tmp_path / "c", cut=Cut(shards=66), progress=False)
 
 
-def test_the_size_is_said_and_must_fit_before_anything_is_written(image_folder, photos, tmp_path, capfd, monkeypatch):
+def test_the_size_is_said_and_must_fit_before_anything_is_written(
+    image_folder, photos, tmp_path, capfd, monkeypatch
+):
     for number in (7, 1):
         report = pack(image_folder, tmp_path / f"a{number}", cut=Cut(shards=number))
         size = format_bytes(sum(shard.bytes for shard in report.index.shards))
         said = capfd.readouterr().out
-        assert f"65 of 65 images of 5 classes -> {number} shards in {tmp_path / f'a{number}'}, {size};" in said
+        assert (
+            f"65 of 65 images of 5 classes -> {number} shards in {tmp_path / f'a{number}'}, {size};" in said
+        )
     (shard,) = report.index.shards
     report = pack(photos, tmp_path / "b", cut=Cut(shards=1), encoding=Encoding(image_size=64))
     said = capfd.readouterr().out.split("about ")[1].split(" MB")[0]
@@ -158,7 +163,11 @@ def test_a_disk_that_fills_up_ends_in_a_line_and_is_continued(image_folder, tmp_
     monkeypatch.setattr(wds.TarWriter, "close", lambda *a: full() if finished() else close(*a))
     assert main(line) == 1
     assert "No space left on device. Make room, and start the same command again." in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["finished", "packing.json", "x-000000.tar"]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
+        "finished",
+        "packing.json",
+        "x-000000.tar",
+    ]
     monkeypatch.undo()
     assert main(line) == 0 and len(verify(tmp_path / "x")) == 65
 

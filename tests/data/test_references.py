@@ -22,13 +22,19 @@ def test_groups_use_every_image_and_are_of_different_images_of_one_class(num_ref
     counts = np.bincount(labels)
     for _ in range(3):
         groups, left_over = group_references(labels, rng.permutation(3000), num_references)
-        assert len(groups) == sum(-(-count // num_references) for count in counts) == num_groups(counts, num_references)
+        assert (
+            len(groups)
+            == sum(-(-count // num_references) for count in counts)
+            == num_groups(counts, num_references)
+        )
         assert groups.shape[1] == num_references and groups.dtype == np.int64 and left_over == 0
         assert (labels[groups] == labels[groups[:, :1]]).all()
         assert all(len(set(group)) == num_references for group in groups.tolist())
         used = np.bincount(groups.reshape(-1), minlength=3000)
         assert used.min() == 1 and used.max() <= 2
-        assert [used[labels == c].sum() - counts[c] for c in range(20)] == [-count % num_references for count in counts]
+        assert [used[labels == c].sum() - counts[c] for c in range(20)] == [
+            -count % num_references for count in counts
+        ]
 
 
 @pytest.mark.parametrize("num_references", [2, 4, 7])
@@ -42,7 +48,9 @@ def test_groups_without_repeats(num_references):
 
 
 def test_groups_follow_the_order_one_by_one():
-    """The same groups as a plain loop with one open group a class, the last one filled up with those before it."""
+    """The same groups as a plain loop with one open group a class, the last one filled up with those before
+    it.
+    """
     rng = np.random.default_rng(1)
     labels, order = rng.integers(0, 5, 200), rng.permutation(200)
     seen, whole, places = {c: [] for c in range(5)}, [], {}
@@ -53,7 +61,9 @@ def test_groups_follow_the_order_one_by_one():
             whole.append(seen[labels[sample]][-4:])
     assert group_references(labels, order, 4, fill_up=False)[0].tolist() == whole
     rest = [samples[-4:] for samples in seen.values() if len(samples) % 4]
-    assert rest and group_references(labels, order, 4)[0].tolist() == sorted(whole + rest, key=lambda group: places[group[-1]])
+    assert rest and group_references(labels, order, 4)[0].tolist() == sorted(
+        whole + rest, key=lambda group: places[group[-1]]
+    )
 
 
 def test_one_reference_passes_through():
@@ -76,7 +86,9 @@ def test_imagenet_scale():
 
 
 def test_a_class_smaller_than_a_group_is_an_error(shards):
-    with pytest.raises(ValueError, match=r"model\.num_references: got 14, but class 'ant' .* has only 13 images"):
+    with pytest.raises(
+        ValueError, match=r"model\.num_references: got 14, but class 'ant' .* has only 13 images"
+    ):
         TrainPlan(read_index(shards), 0, num_references=14)
 
 
@@ -87,7 +99,11 @@ def test_fixed_groups(shards, tmp_path):
     path.write_text("\n".join(json.dumps(line) for line in keys))
     groups = read_groups(path, index, 3)
     plan = TrainPlan(index, 0, num_references=3, groups=groups)
-    assert sorted(plan.rows(0, 5).samples.tolist()) == sorted(groups.tolist()) == sorted(plan.rows(5, 10).samples.tolist())
+    assert (
+        sorted(plan.rows(0, 5).samples.tolist())
+        == sorted(groups.tolist())
+        == sorted(plan.rows(5, 10).samples.tolist())
+    )
     (a, b, c), other = keys[0], keys[1][0]
     for line, message in [
         ([a, b], "number of keys: got 2"),
@@ -133,7 +149,14 @@ def test_the_released_index_file(shards, tmp_path):
 
 def test_a_file_name_that_may_mean_another_image_is_refused(tmp_path):
     """Two files of one stem, and of two classes: the keys of the later ones end in -2."""
-    for name in ("n01/n01_0.jpg", "n01/n01_0.png", "n01/n01_1.png", "n01/n01_2.png", "dog/house_0.png", "dog/house_1.png"):
+    for name in (
+        "n01/n01_0.jpg",
+        "n01/n01_0.png",
+        "n01/n01_1.png",
+        "n01/n01_2.png",
+        "dog/house_0.png",
+        "dog/house_1.png",
+    ):
         write_image(tmp_path / "in" / name)
     for name in ("dog_house/0.png", "dog_house/dog_house_2.png", "dog_house/dog_house_3.png"):
         write_image(tmp_path / "in" / name)
@@ -147,16 +170,24 @@ def test_a_file_name_that_may_mean_another_image_is_refused(tmp_path):
     good = {"cate": "n01", "files": ["n01_1.png", "n01_2.png"]}
     assert read(good, ["n01_0", "n01_0-2"]) == [["n01_1", "n01_2"], ["n01_0", "n01_0-2"]]
     for line, message in [
-        ({"cate": "n01", "files": ["n01_0.png", "n01_1.png"]}, "line 2: file with the key: got 'n01_0'; .* also has n01_0-2"),
+        (
+            {"cate": "n01", "files": ["n01_0.png", "n01_1.png"]},
+            "line 2: file with the key: got 'n01_0'; .* also has n01_0-2",
+        ),
         ({"cate": "dog_house", "files": ["0.png", "1.png"]}, "line 2: file with the key: got 'dog_house_0'"),
-        ({"cate": "dog", "files": ["dog_house_2.png", "dog_house_3.png"]}, "line 2: cate: got 'dog'; allowed: dog_house"),
+        (
+            {"cate": "dog", "files": ["dog_house_2.png", "dog_house_3.png"]},
+            "line 2: cate: got 'dog'; allowed: dog_house",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             read(good, line)
 
 
 @pytest.mark.parametrize(
-    "line", [b'["n\xe901_0","n01_1"]', b"[" * 100_000, b"[" + b"9" * 5000 + b"]", b'["\\ud800","ant_1"]'], ids=range(4)
+    "line",
+    [b'["n\xe901_0","n01_1"]', b"[" * 100_000, b"[" + b"9" * 5000 + b"]", b'["\\ud800","ant_1"]'],
+    ids=range(4),
 )
 def test_a_line_that_cannot_be_read_is_named(shards, tmp_path, line):
     path = tmp_path / "files.txt"

@@ -15,7 +15,9 @@ from tests.helpers.shards import bad_shards, png, write_tar
 
 def remote(folder, name="train", last=9):
     """The settings that read local tars as if they were far away."""
-    return dict(train=f"pipe:cat {folder}/{name}-{{000000..{last:06d}}}.tar", index=str(folder / "index.json"))
+    return dict(
+        train=f"pipe:cat {folder}/{name}-{{000000..{last:06d}}}.tar", index=str(folder / "index.json")
+    )
 
 
 def streamed(shards, rank=0, world=1, steps=12, num_references=1, batch=8, **data):
@@ -26,9 +28,17 @@ def streamed(shards, rank=0, world=1, steps=12, num_references=1, batch=8, **dat
 
 @pytest.mark.parametrize("num_references", [1, 2])
 @pytest.mark.parametrize(("accumulation", "workers"), [(1, 0), (2, 0), (1, 2), (2, 2)])
-def test_a_resumed_stream_reads_what_the_uninterrupted_one_does(shards, tmp_path, accumulation, workers, num_references):
+def test_a_resumed_stream_reads_what_the_uninterrupted_one_does(
+    shards, tmp_path, accumulation, workers, num_references
+):
     def new():
-        return module_for(shards, accumulation=accumulation, num_workers=workers, num_references=num_references, **remote(shards))
+        return module_for(
+            shards,
+            accumulation=accumulation,
+            num_workers=workers,
+            num_references=num_references,
+            **remote(shards),
+        )
 
     whole = fit(new(), tmp_path / "whole", 6, accumulation).rows
     assert [p for positions, _, _ in whole for p in positions] == list(range(96))
@@ -41,7 +51,9 @@ def test_each_sample_once_an_epoch_over_ranks(shards):
     index = read_index(shards)
     orders = []
     for rank in range(2):
-        samples = torch.cat([batch.samples for batch in streamed(shards, rank, 2, steps=40)]).flatten().tolist()
+        samples = (
+            torch.cat([batch.samples for batch in streamed(shards, rank, 2, steps=40)]).flatten().tolist()
+        )
         orders.append(samples)
     first_epoch = [order[: len(order) // 5] for order in orders]  # 32 of about 32 samples of a rank and epoch
     for order in first_epoch:
@@ -73,21 +85,29 @@ def test_what_a_reader_has_too_few_of_is_left_out_with_a_warning(shards, caplog)
     """Two shards hold 14 images: of some of the five classes fewer than three."""
     index = read_index(shards)
     dataset = streamed(shards, world=5, steps=20, num_references=3, batch=10)
-    share = re.search(r"data\.train: (\d+)% of the images are left out .* one of 5 readers has fewer than 3", caplog.text)
+    share = re.search(
+        r"data\.train: (\d+)% of the images are left out .* one of 5 readers has fewer than 3", caplog.text
+    )
     assert share is not None and 0 < int(share[1]) < 60
     rows = torch.cat([batch.samples for batch in dataset]).tolist()
     assert len(rows) == 40
     assert all(len(set(row)) == 3 and len(set(index.label[row])) == 1 for row in rows)
-    with pytest.raises(ValueError, match=r"model\.num_references: got 7, but no class is as often in 1 of 10 shards"):
+    with pytest.raises(
+        ValueError, match=r"model\.num_references: got 7, but no class is as often in 1 of 10 shards"
+    ):
         streamed(shards, world=10, num_references=7, batch=10)
 
 
 def test_values_are_those_of_the_local_reader(shards):
     local = {}
     for batch in module_for(shards, horizontal_flip=False).train_dataloader():
-        local |= dict(zip(batch.samples[:, 0].tolist(), zip(batch.values, batch.labels, strict=True), strict=True))
+        local |= dict(
+            zip(batch.samples[:, 0].tolist(), zip(batch.values, batch.labels, strict=True), strict=True)
+        )
     for batch in streamed(shards, horizontal_flip=False):
-        for sample, values, label in zip(batch.samples[:, 0].tolist(), batch.values, batch.labels, strict=True):
+        for sample, values, label in zip(
+            batch.samples[:, 0].tolist(), batch.values, batch.labels, strict=True
+        ):
             assert torch.equal(local[sample][0], values) and local[sample][1] == label
 
 

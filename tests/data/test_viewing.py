@@ -17,7 +17,8 @@ from lit_transdiff.data.index import read_index
 from lit_transdiff.data.pack import pack
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
-# How an upright image is stored for each orientation: which pixel [row, column] of H x W lies first, as arrays.
+# How an upright image is stored for each orientation: which pixel [row, column] of H x W lies first, as
+# arrays.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -46,7 +47,9 @@ def content_of(image: Image.Image, form: str = "PNG", **options) -> bytes:
 def photo(orientation: int, form: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return content_of(Image.fromarray(STORED[orientation](upright()).copy()), form, exif=exif, **FORMATS[form])
+    return content_of(
+        Image.fromarray(STORED[orientation](upright()).copy()), form, exif=exif, **FORMATS[form]
+    )
 
 
 def farthest(found: Image.Image, expected: np.ndarray) -> int:
@@ -57,7 +60,9 @@ def farthest(found: Image.Image, expected: np.ndarray) -> int:
 @pytest.mark.parametrize("orientation", STORED)
 def test_an_image_is_turned_upright(form, orientation):
     found = open_image(photo(orientation, form))
-    assert farthest(found.image, upright()) <= 6 and found.oddities == (("oriented",) if orientation > 1 else ())
+    assert farthest(found.image, upright()) <= 6 and found.oddities == (
+        ("oriented",) if orientation > 1 else ()
+    )
     as_stored = open_image(photo(orientation, form), exif="ignore").image
     assert farthest(as_stored, STORED[orientation](upright())) <= 6
 
@@ -98,11 +103,19 @@ def png(kind: int, depth: int, row: bytes, transparent: bytes = b"") -> bytes:
     """A PNG of two pixels; ``kind`` 0 is grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0))
     colour = chunk(b"tRNS", transparent) if transparent else b""
-    return b"\x89PNG\r\n\x1a\n" + header + colour + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + colour
+        + chunk(b"IDAT", zlib.compress(b"\0" + row))
+        + chunk(b"IEND", b"")
+    )
 
 
 HIDDEN_GREEN = halves("RGBA", (*RED, 255), (*GREEN, 0))
@@ -122,7 +135,11 @@ TRANSPARENT = {  # name: content, the first pixel, the last
     "1": (content_of(halves("1", 1, 0), transparency=0), WHITE, WHITE),
     "L of 2 bits": (png(0, 2, b"\x60", b"\0\x02"), (85,) * 3, WHITE),
     "L of 4 bits": (png(0, 4, b"\x3c", b"\0\x0c"), (51,) * 3, WHITE),
-    "RGB of 16 bits": (png(2, 16, WORDS.pack(65535, 0, 0, 0, 10_440, 0), WORDS.pack(0, 10_440, 0, 0, 0, 0)[:6]), RED, WHITE),
+    "RGB of 16 bits": (
+        png(2, 16, WORDS.pack(65535, 0, 0, 0, 10_440, 0), WORDS.pack(0, 10_440, 0, 0, 0, 0)[:6]),
+        RED,
+        WHITE,
+    ),
     "RGBA of 16 bits": (png(6, 16, struct.pack(">8H", 65535, 0, 0, 65535, 0, 65535, 0, 0)), RED, WHITE),
     "LA of 16 bits": (png(4, 16, struct.pack(">4H", 40_000, 65535, 40_000, 0)), (156,) * 3, WHITE),
 }
@@ -168,7 +185,9 @@ def test_grey_of_16_bits_is_refused_not_clipped():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder of one class: an upright photo, the same stored on its side, and a square with a transparent half."""
+    """A folder of one class: an upright photo, the same stored on its side, and a square with a transparent
+    half.
+    """
     folder = tmp_path_factory.mktemp("photos")
     (folder / "a").mkdir()
     for orientation in (1, 6):
@@ -200,9 +219,13 @@ def test_images_may_be_taken_as_they_are_stored(photos, tmp_path):
     ignoring = Encoding(image_size=16, exif="ignore", background="black")
     report = pack(photos, tmp_path / "x", encoding=ignoring, progress=False)
     assert "--exif ignore leaves as it is" in str(report) and "black shows there" in str(report)
-    with pytest.raises(ValueError, match=r"made with other settings \(exif was 'ignore', now 'turn'; background was 'black'"):
+    with pytest.raises(
+        ValueError, match=r"made with other settings \(exif was 'ignore', now 'turn'; background was 'black'"
+    ):
         pack(photos, tmp_path / "x", encoding=Encoding(image_size=16), progress=False)
-    with pytest.raises(ValueError, match=r"exif: got 'ignore'; allowed: 'turn' without image_size or pad_to: .* data\.exif"):
+    with pytest.raises(
+        ValueError, match=r"exif: got 'ignore'; allowed: 'turn' without image_size or pad_to: .* data\.exif"
+    ):
         Encoding(exif="ignore")
     for setting in ("mauve", "#12345", ""):
         with pytest.raises(ValueError, match=r"data\.background: got .*; allowed: white, black, grey, or"):
@@ -213,7 +236,9 @@ def test_shards_of_an_earlier_version_stay(photos, tmp_path, caplog):
     """Their plan does not record the treatment of orientation and transparency."""
     pack(photos, tmp_path / "x", encoding=Encoding(image_size=16), progress=False)
     plan = json.loads((tmp_path / "x/packing.json").read_text())
-    (tmp_path / "x/packing.json").write_text(json.dumps({k: v for k, v in plan.items() if k not in ("exif", "background")}))
+    (tmp_path / "x/packing.json").write_text(
+        json.dumps({k: v for k, v in plan.items() if k not in ("exif", "background")})
+    )
     again = pack(photos, tmp_path / "x", encoding=Encoding(image_size=16), progress=False)
     assert again.index.identity == read_index(tmp_path / "x").identity
     assert "made by an earlier version, without exif and background" in caplog.text

@@ -19,7 +19,9 @@ RECIPE = str(ROOT / "experiments/fashion/ar_pretrain.yaml")
 def test_killed_and_continued_is_as_uninterrupted(tmp_path: Path):
     options = ["data.num_workers=1", "--flips", "--batch-size", "16"]
     start(1, *PROGRAM, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "whole"), *options)
-    line = command_line(2, *PROGRAM, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "part"), *options)
+    line = command_line(
+        2, *PROGRAM, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "part"), *options
+    )
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(line, cwd=ROOT, start_new_session=True, stdout=quiet, stderr=quiet)
     end = time.monotonic() + 120

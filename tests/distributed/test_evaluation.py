@@ -42,29 +42,49 @@ def test_killed_in_the_middle_and_continued_by_two_processes_as_one_uninterrupte
     finally:
         for process in processes:
             process.kill()
-    (first, result), (second, of_other_rank) = (json.loads((halved / f"rank{r}.json").read_text()) for r in range(2))
+    (first, result), (second, of_other_rank) = (
+        json.loads((halved / f"rank{r}.json").read_text()) for r in range(2)
+    )
     assert first + second == 11 - done and result == of_other_rank
-    alone = evaluate(tiny_generator(), tiny_settings(files, **SETTINGS), SAMPLING, output=whole, save_images="both")
+    alone = evaluate(
+        tiny_generator(), tiny_settings(files, **SETTINGS), SAMPLING, output=whole, save_images="both"
+    )
     assert result["scores"] == alone["scores"]
     assert result["manifest"]["num_ranks"] == 2 and alone["manifest"]["num_ranks"] == 1
-    mine, theirs = ({p.relative_to(f): p for p in f.glob("evaluations/**/*") if p.is_file()} for f in (halved, whole))
-    assert mine.keys() == theirs.keys() and len(mine) == 43 + 3  # the images, the scores, the picture, the .npz
+    mine, theirs = (
+        {p.relative_to(f): p for p in f.glob("evaluations/**/*") if p.is_file()} for f in (halved, whole)
+    )
+    # the images, the scores, the picture, the .npz
+    assert mine.keys() == theirs.keys() and len(mine) == 43 + 3
     for name in mine:
         assert name.suffix == ".json" or mine[name].read_bytes() == theirs[name].read_bytes(), name
 
 
 @pytest.mark.slow
 def test_two_processes_score_while_they_train_as_one_does(tmp_path: Path) -> None:
-    evaluation = {"every": 3, "online_images": 50, "batch_size": 16, "extractor": "classifier", "num_images": 50}
-    evaluation |= {"extractor_weights": str(FASHION / "classifier.safetensors"), "metrics": ["class_accuracy", "inception_score"]}
+    evaluation = {
+        "every": 3,
+        "online_images": 50,
+        "batch_size": 16,
+        "extractor": "classifier",
+        "num_images": 50,
+    }
+    evaluation |= {
+        "extractor_weights": str(FASHION / "classifier.safetensors"),
+        "metrics": ["class_accuracy", "inception_score"],
+    }
     for processes in (1, 2):
-        run = small_run(tmp_path, name=f"on-{processes}", model=NO_DROPOUT, evaluation=evaluation, optimizer=STEADY)
+        run = small_run(
+            tmp_path, name=f"on-{processes}", model=NO_DROPOUT, evaluation=evaluation, optimizer=STEADY
+        )
         save_yaml(run, tmp_path / "run.yaml")
         start(processes, *TRAIN, str(tmp_path / "run.yaml"))
 
     def scores(folder: Path) -> list[float]:
         with open(folder / "metrics.csv", newline="") as file:
-            return [float(row["value"]) for row in csv.DictReader(file) if row["metric"].startswith("online/")]
+            return [
+                float(row["value"]) for row in csv.DictReader(file) if row["metric"].startswith("online/")
+            ]
 
     one, two = scores(tmp_path / "on-1"), scores(tmp_path / "on-2")
     assert len(one) == 4 and one == pytest.approx(two, rel=1e-3)

@@ -34,7 +34,9 @@ from tests.helpers.small import ROOT, small_run
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_asks_for_a_requeue(tmp_path: Path, number: signal.Signals):
-    """Like Ctrl-C or SLURM's ``--signal``: the process gets the signal, saves out of schedule, and sets its exit code."""
+    """Like Ctrl-C or SLURM's ``--signal``: the process gets the signal, saves out of schedule, and sets its
+    exit code.
+    """
     run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
     process = background([sys.executable, *TRAIN, file], tmp_path / "log")
     until(steps_logged(run), process)
@@ -45,7 +47,9 @@ def test_a_signal_saves_and_asks_for_a_requeue(tmp_path: Path, number: signal.Si
     (checkpoint,) = complete_checkpoints(run.folder / "checkpoints")
     text = (tmp_path / "log").read_text()
     assert f"asked to stop ({number.name}): the checkpoint of step {checkpoint.step} is complete" in text
-    again = subprocess.run([sys.executable, *TRAIN, file], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    again = subprocess.run(
+        [sys.executable, *TRAIN, file], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+    )
     assert again.returncode == 0 and f"continuing from {checkpoint.folder}" in again.stdout
     assert len(values(run.folder)) == 20
 
@@ -67,11 +71,19 @@ def test_one_signalled_rank_of_two_stops_both(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_of_a_run_leaves_no_trace(tmp_path: Path, number: signal.Signals, processes: int):
+def test_a_signal_to_all_processes_of_a_run_leaves_no_trace(
+    tmp_path: Path, number: signal.Signals, processes: int
+):
     """As from a terminal or torchrun: data workers get it too, in the middle of a metrics window."""
     runs = {}
     for name in ("whole", "run"):
-        rhythm = {"max_steps": 60, "checkpoint_every": 1000, "log_every": 7, "validate_every": 0, "sample_every": 0}
+        rhythm = {
+            "max_steps": 60,
+            "checkpoint_every": 1000,
+            "log_every": 7,
+            "validate_every": 0,
+            "sample_every": 0,
+        }
         runs[name] = small_run(tmp_path, name=name, training=rhythm, data={"num_workers": 2})
         save_yaml(runs[name], tmp_path / f"{name}.yaml")
     line = command_line(processes, *TRAIN, str(tmp_path / "run.yaml"))
@@ -84,7 +96,9 @@ def test_a_signal_to_all_processes_of_a_run_leaves_no_trace(tmp_path: Path, numb
     checkpoint = complete_checkpoints(runs["run"].folder / "checkpoints")[-1]
     assert f"asked to stop ({number.name}): the checkpoint of step {checkpoint.step} is complete" in text
     for name in ("run", "whole"):
-        done = background(command_line(processes, *TRAIN, str(tmp_path / f"{name}.yaml")), tmp_path / f"{name}.log")
+        done = background(
+            command_line(processes, *TRAIN, str(tmp_path / f"{name}.yaml")), tmp_path / f"{name}.log"
+        )
         assert done.wait(200) == 0, (tmp_path / f"{name}.log").read_text()
     assert numbers(runs["run"]) == numbers(runs["whole"])
 
@@ -92,12 +106,16 @@ def test_a_signal_to_all_processes_of_a_run_leaves_no_trace(tmp_path: Path, numb
 def numbers(run: RunConfig) -> list[tuple[str, str, str]]:
     """Step, metric and value of each row of ``metrics.csv``; rates without their values."""
     lines = [line.split(",") for line in (run.folder / "metrics.csv").read_text().splitlines()]
-    return [(step, name, "" if name.startswith("throughput/") else value) for step, _, _, name, value, *_ in lines]
+    return [
+        (step, name, "" if name.startswith("throughput/") else value) for step, _, _, name, value, *_ in lines
+    ]
 
 
 @pytest.mark.slow
 def test_torchrun_starts_again_what_lost_a_rank(tmp_path: Path):
-    """``--max_restarts``: rank 1 is killed; all start again from the checkpoint within a minute, and end in the same bits."""
+    """``--max_restarts``: rank 1 is killed; all start again from the checkpoint within a minute, and end in
+    the same bits.
+    """
     whole, whole_file = run_in(tmp_path, "whole")
     assert background(command_line(2, *TRAIN, whole_file), tmp_path / "whole.log").wait(200) == 0
     run, file = run_in(tmp_path, "run")
@@ -116,7 +134,9 @@ def test_torchrun_starts_again_what_lost_a_rank(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_stuck_rank_ends_and_says_where(tmp_path: Path):
-    """A stopped process makes no step: the other one ends itself, with its samples, instead of waiting for half an hour."""
+    """A stopped process makes no step: the other one ends itself, with its samples, instead of waiting for
+    half an hour.
+    """
     run = small_run(tmp_path, name="run", training=LONG, safety={"stall_seconds": 5.0})
     save_yaml(run, tmp_path / "run.yaml")
     process = background(command_line(2, *TRAIN, str(tmp_path / "run.yaml")), tmp_path / "log")
@@ -130,7 +150,9 @@ def test_a_stuck_rank_ends_and_says_where(tmp_path: Path):
         os.kill(stuck, signal.SIGCONT)
     assert process.wait(60) != 0 and time.monotonic() - stopped < 60
     text = (tmp_path / "log").read_text()
-    assert re.search(r"rank \d on \S+: stalled for 5 s \(safety\.stall_seconds\) while computing in step \d+", text)
+    assert re.search(
+        r"rank \d on \S+: stalled for 5 s \(safety\.stall_seconds\) while computing in step \d+", text
+    )
     assert "fashion-train-" in text and f"exitcode  : {EXIT_STALLED}" in text
 
 
@@ -140,7 +162,9 @@ def test_a_really_full_disk(tmp_path: Path):
     """A disk of 2 MB holds one checkpoint, not two."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("this machine does not let root mount")
     try:
         run = small_run(disk, name="run", training={"sample_every": 0})

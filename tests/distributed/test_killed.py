@@ -1,4 +1,6 @@
-"""Killed again and again, a run ends in the bits of one that was never touched, and uses each sample of an epoch once."""
+"""Killed again and again, a run ends in the bits of one that was never touched, and uses each sample of an
+epoch once.
+"""
 
 import json
 import multiprocessing
@@ -28,8 +30,10 @@ from tests.helpers.small import FASHION, ROOT, small_run
 
 TIMES = {"max_steps": 18, "global_batch_size": 4, "checkpoint_every": 3, "validate_every": 6, "log_every": 1}
 STAGES: dict[str, dict[str, Any]] = {
-    "one-step": {"model": {"num_classes": 5}, "training": {**TIMES, "micro_batch_size": 2}},  # 65 rows an epoch: two are touched
-    "MRAR": {"stage": "mrar_finetune", "model": {"num_classes": 5, "num_references": 4}, "training": TIMES},  # 15 groups an epoch
+    # 65 rows an epoch: two are touched
+    "one-step": {"model": {"num_classes": 5}, "training": {**TIMES, "micro_batch_size": 2}},
+    # 15 groups an epoch
+    "MRAR": {"stage": "mrar_finetune", "model": {"num_classes": 5, "num_references": 4}, "training": TIMES},
 }
 LATENTS = {"latent_channels": 4, "latent_size": 8, "patch_size": 2}
 Moment = tuple[str, int, int]  # where, in which step, on which rank; a number is seconds after the first step
@@ -57,10 +61,22 @@ KILLS: dict[tuple[int, int, str, str], list[Moment]] = {  # by processes, worker
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """65 images of 5 classes as shards of images and of latents, and statistics to score with."""
     root = tmp_path_factory.mktemp("data")
-    pack(write_image_folder(root / "files", size=32), root / "images", cut=Cut(samples_per_shard=7), progress=False)
+    pack(
+        write_image_folder(root / "files", size=32),
+        root / "images",
+        cut=Cut(samples_per_shard=7),
+        progress=False,
+    )
     autoencoder = AutoencoderConfig(kind="kl", path=str(FASHION / "autoencoder"))
     settings = DataConfig(image_size=32, image_channels=1)
-    cache(root / "images", root / "latents", autoencoder=autoencoder, data=settings, fabric=build_fabric(), flips=True)
+    cache(
+        root / "images",
+        root / "latents",
+        autoencoder=autoencoder,
+        data=settings,
+        fabric=build_fabric(),
+        flips=True,
+    )
     images = torch.rand(60, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     extractor = load_extractor("classifier", FASHION / "classifier.safetensors")
     save_statistics(reference_statistics(images.split(20), extractor), root / "reference.npz")
@@ -69,9 +85,24 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def case_run(folder: Path, name: str, shards: Path, workers: int, stage: str, kind: str) -> RunConfig:
     source = str(shards / kind)
-    data = {"train": source, "evaluation": source, "image_size": 32, "image_channels": 1, "num_workers": workers}
-    scores = {"extractor": "classifier", "extractor_weights": str(FASHION / "classifier.safetensors"), "every": 4}
-    scores |= {"reference": str(shards / "reference.npz"), "metrics": ["frechet_distance"], "online_images": 6, "batch_size": 2}
+    data = {
+        "train": source,
+        "evaluation": source,
+        "image_size": 32,
+        "image_channels": 1,
+        "num_workers": workers,
+    }
+    scores = {
+        "extractor": "classifier",
+        "extractor_weights": str(FASHION / "classifier.safetensors"),
+        "every": 4,
+    }
+    scores |= {
+        "reference": str(shards / "reference.npz"),
+        "metrics": ["frechet_distance"],
+        "online_images": 6,
+        "batch_size": 2,
+    }
     changes = {**STAGES[stage], "data": data, "evaluation": scores}
     if kind == "latents":
         changes["model"] = {**changes["model"], **LATENTS}
@@ -105,7 +136,9 @@ def start(run: RunConfig, processes: int, where: str = "nowhere", step: int = 0,
     if where == "nowhere":
         assert code == 0, text
     else:
-        assert time.time() - float(file.with_suffix(".time").read_text()) < 45, "the job outlived the kill for too long"
+        assert time.time() - float(file.with_suffix(".time").read_text()) < 45, (
+            "the job outlived the kill for too long"
+        )
         assert processes == 1 or f"rank      : {rank} " in text  # torchrun names the rank
         named = f"rank {rank} on" in text and ".tar/" in text  # with the step and the samples
         assert named or where != "worker", text
@@ -122,7 +155,9 @@ def uses(run: RunConfig, processes: int) -> dict[int, Counter]:
             attempts.setdefault(step, []).append(samples)
         passes = 2 if processes == 1 and run.training.micro_batch_size else 1
         for step, tried in attempts.items():
-            steps.setdefault(step, Counter()).update(sample for samples in tried[-passes:] for sample in samples)
+            steps.setdefault(step, Counter()).update(
+                sample for samples in tried[-passes:] for sample in samples
+            )
     return steps
 
 
@@ -143,15 +178,28 @@ def untouched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 @pytest.mark.slow
 @pytest.mark.parametrize("case", KILLS, ids=lambda case: "{} processes, {} workers, {}, {}".format(*case))
 def test_killed_at_any_moment_ends_in_the_same_bits(
-    tmp_path: Path, shards: Path, untouched: Callable[[int, str, str], RunConfig], case: tuple[int, int, str, str]
+    tmp_path: Path,
+    shards: Path,
+    untouched: Callable[[int, str, str], RunConfig],
+    case: tuple[int, int, str, str],
 ):
     processes, workers, stage, kind = case
-    whole, broken = untouched(processes, stage, kind), case_run(tmp_path, "killed", shards, workers, stage, kind)
+    whole, broken = (
+        untouched(processes, stage, kind),
+        case_run(tmp_path, "killed", shards, workers, stage, kind),
+    )
     for kill in KILLS[case]:
         code = start(broken, processes, *kill)
         assert code != 0 if processes > 1 or kill[0] == "worker" else code == -signal.SIGKILL, kill
     start(broken, processes)
-    metrics = ("train/loss", "val/loss", "train/gradient_norm", "train/lr", "train/images_seen", "online/frechet_distance")
+    metrics = (
+        "train/loss",
+        "val/loss",
+        "train/gradient_norm",
+        "train/lr",
+        "train/images_seen",
+        "online/frechet_distance",
+    )
     for metric in metrics:
         assert values(whole.folder, metric) == values(broken.folder, metric), metric
     assert len(values(broken.folder)) == 18 and list(values(broken.folder, "val/loss")) == [6, 12, 18]
@@ -161,7 +209,9 @@ def test_killed_at_any_moment_ends_in_the_same_bits(
 
     used = uses(broken, processes)
     assert used == uses(whole, processes)
-    per_epoch = len(CLASSES) * PER_CLASS if broken.model.num_references == 1 else len(CLASSES) * (PER_CLASS // 4) * 4
+    per_epoch = (
+        len(CLASSES) * PER_CLASS if broken.model.num_references == 1 else len(CLASSES) * (PER_CLASS // 4) * 4
+    )
     total = Counter()
     for step in range(per_epoch // broken.images_per_step):  # the steps that lie in the first epoch
         total.update(used[step])

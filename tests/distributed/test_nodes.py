@@ -42,7 +42,9 @@ def one_node(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """The same run in two processes of one node."""
     folder = tmp_path_factory.mktemp("one")
     run, file = run_in(folder, "one")
-    assert background(command_line(2, *TRAIN, file), folder / "log").wait(200) == 0, (folder / "log").read_text()
+    assert background(command_line(2, *TRAIN, file), folder / "log").wait(200) == 0, (
+        folder / "log"
+    ).read_text()
     return run
 
 
@@ -61,7 +63,9 @@ def test_two_nodes_train_as_one(tmp_path: Path, one_node: RunConfig):
 
 @pytest.mark.slow
 def test_a_rank_lost_on_one_node_restarts_both(tmp_path: Path, one_node: RunConfig):
-    """Each node counts its own restarts; the ranks still meet, continue from the checkpoint and end bit for bit equal."""
+    """Each node counts its own restarts; the ranks still meet, continue from the checkpoint and end bit for
+    bit equal.
+    """
     run, file = run_in(tmp_path, "two")
     agents = two_nodes(tmp_path, file)
     logs = [tmp_path / f"node-{node}.log" for node in range(2)]
@@ -99,7 +103,8 @@ def test_ranks_of_an_attempt_agree_on_a_name_that_no_earlier_attempt_had():
     store = HashStore()
     names = set()
     for order in (range(3), range(2, -1, -1), range(3)):
-        assert meet(store, 3, range(1, 3), seconds=0.3) == {}  # the first rank is lost before it can say anything
+        # the first rank is lost before it can say anything
+        assert meet(store, 3, range(1, 3), seconds=0.3) == {}
         found = meet(store, 3, order, seconds=20)
         assert set(found) == {0, 1, 2} and len(set(found.values())) == 1
         names |= set(found.values())

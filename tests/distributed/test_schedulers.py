@@ -1,4 +1,6 @@
-"""The shipped scheduler scripts, with stand-ins for the commands of a cluster: a job is stopped, restarted and finished."""
+"""The shipped scheduler scripts, with stand-ins for the commands of a cluster: a job is stopped, restarted
+and finished.
+"""
 
 import json
 import os
@@ -34,7 +36,9 @@ exit $highest
 
 
 def slurm(folder: Path, tasks: int) -> dict[str, str]:
-    """The environment of an allocation of one node, with ``srun`` and a ``scontrol`` that writes down what it is asked for."""
+    """The environment of an allocation of one node, with ``srun`` and a ``scontrol`` that writes down what it
+    is asked for.
+    """
     tools = folder / "bin"
     tools.mkdir()
     (tools / "srun").write_text(SRUN)
@@ -59,9 +63,13 @@ def slurm(folder: Path, tasks: int) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, tasks, requeued", [("slurm.sbatch", 2, "7"), ("slurm_array.sbatch", 1, "5_2")])
+@pytest.mark.parametrize(
+    "script, tasks, requeued", [("slurm.sbatch", 2, "7"), ("slurm_array.sbatch", 1, "5_2")]
+)
 def test_slurm_requeues_until_the_run_is_done(tmp_path: Path, script: str, tasks: int, requeued: str):
-    """Before the time limit SLURM signals every task; the job is put back, and once more started it does the rest."""
+    """Before the time limit SLURM signals every task; the job is put back, and once more started it does the
+    rest.
+    """
     run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
     if script == "slurm_array.sbatch":
         (tmp_path / "list").write_text(f"nothing.yaml\n{file} training.sample_every=0\n")
@@ -78,7 +86,9 @@ def test_slurm_requeues_until_the_run_is_done(tmp_path: Path, script: str, tasks
     assert background(line, tmp_path / "second.log", **environment, SLURM_RESTART_COUNT="1").wait(200) == 0
     assert "continuing from" in (tmp_path / "second.log").read_text()
     assert json.loads((run.folder / "export" / "export.json").read_text())["step"] == 200
-    assert (tmp_path / "scontrol.log").read_text() == f"requeue {requeued}\n" and len(values(run.folder)) == 20
+    assert (tmp_path / "scontrol.log").read_text() == f"requeue {requeued}\n" and len(
+        values(run.folder)
+    ) == 20
 
 
 @pytest.mark.slow
@@ -87,7 +97,10 @@ def test_slurm_is_given_an_error_as_it_is(tmp_path: Path):
     environment = slurm(tmp_path, 1)
     line = ["bash", str(ROOT / "experiments/launch/slurm.sbatch"), "nothing.yaml"]
     assert background(line, tmp_path / "log", **environment).wait(90) == 2
-    assert not (tmp_path / "scontrol.log").exists() and "nothing.yaml does not exist" in (tmp_path / "log").read_text()
+    assert (
+        not (tmp_path / "scontrol.log").exists()
+        and "nothing.yaml does not exist" in (tmp_path / "log").read_text()
+    )
 
 
 @pytest.mark.parametrize("script, job", [("slurm.sbatch", "7"), ("slurm_array.sbatch", "5_2")])
@@ -111,18 +124,31 @@ def test_slurm_counts_stalls_and_not_preemptions(tmp_path: Path, script: str, jo
 
 
 class Pods:
-    """Two pods of one GPU each that run the shipped container's command; what fails is started again, as with OnFailure."""
+    """Two pods of one GPU each that run the shipped container's command; what fails is started again, as with
+    OnFailure.
+    """
 
     def __init__(self, folder: Path, file: str) -> None:
         job = yaml.safe_load((ROOT / "experiments/launch/kubernetes.yaml").read_text())["spec"]
         self.worker = job["pytorchReplicaSpecs"]["Worker"]
-        assert self.worker["restartPolicy"] == "OnFailure" and job["elasticPolicy"]["minReplicas"] == self.worker["replicas"]
+        assert (
+            self.worker["restartPolicy"] == "OnFailure"
+            and job["elasticPolicy"]["minReplicas"] == self.worker["replicas"]
+        )
         (container,) = self.worker["template"]["spec"]["containers"]
         command = (
-            " ".join(container["command"]).replace("--nnodes=4", "--nnodes=2").replace("--nproc_per_node=8", "--nproc_per_node=1")
+            " ".join(container["command"])
+            .replace("--nnodes=4", "--nnodes=2")
+            .replace("--nproc_per_node=8", "--nproc_per_node=1")
         )
-        command = command.replace("experiments/imagenet256/ar_large.yaml", file).replace("/data/runs", str(folder))
-        assert command.startswith("torchrun --nnodes=2 --nproc_per_node=1 ") and file in command and str(folder) in command
+        command = command.replace("experiments/imagenet256/ar_large.yaml", file).replace(
+            "/data/runs", str(folder)
+        )
+        assert (
+            command.startswith("torchrun --nnodes=2 --nproc_per_node=1 ")
+            and file in command
+            and str(folder) in command
+        )
         self.line = [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]]
         self.environment = {item["name"]: item["value"] for item in container["env"]}
         elastic = job["elasticPolicy"]  # the operator makes variables of it
@@ -150,7 +176,9 @@ class Pods:
 
 @pytest.mark.slow
 def test_kubernetes_evicts_a_pod_and_starts_it_again(tmp_path: Path):
-    """SIGTERM to the first process of one pod: all save, the pod fails and is started again, and the run goes on to its end."""
+    """SIGTERM to the first process of one pod: all save, the pod fails and is started again, and the run goes
+    on to its end.
+    """
     run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
     pods = Pods(tmp_path, file)
     grace = pods.worker["template"]["spec"]["terminationGracePeriodSeconds"]
@@ -164,4 +192,7 @@ def test_kubernetes_evicts_a_pod_and_starts_it_again(tmp_path: Path):
         assert time.monotonic() < end and pods.starts < 8, pods.logs()
         time.sleep(0.5)
     assert f"continuing from {checkpoint.folder}" in pods.logs()
-    assert json.loads((run.folder / "export" / "export.json").read_text())["step"] == 200 and len(values(run.folder)) == 20
+    assert (
+        json.loads((run.folder / "export" / "export.json").read_text())["step"] == 200
+        and len(values(run.folder)) == 20
+    )

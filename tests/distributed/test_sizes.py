@@ -1,4 +1,6 @@
-"""Impossible sizes are refused in one line before anything of that size is made; possible ones are accepted."""
+"""Impossible sizes are refused in one line before anything of that size is made;
+possible ones are accepted.
+"""
 
 import os
 import signal
@@ -33,8 +35,14 @@ CANNOT_WORK: list[tuple[str, dict[str, Any]]] = [
     ("model.num_context_tokens", {"model": {"num_context_tokens": 10**9}}),
     ("model.latent_size", {"data": {"image_size": 10**6}, "model": {"latent_size": 10**6}}),
     ("data.image_size", {"stage": "classifier", "data": {"image_size": 10**6}}),
-    ("autoencoder_training.block_channels", {"stage": "autoencoder", "autoencoder_training": {"block_channels": [10**6]}}),
-    ("autoencoder_training.layers_per_block", {"stage": "autoencoder", "autoencoder_training": {"layers_per_block": 10**9}}),
+    (
+        "autoencoder_training.block_channels",
+        {"stage": "autoencoder", "autoencoder_training": {"block_channels": [10**6]}},
+    ),
+    (
+        "autoencoder_training.layers_per_block",
+        {"stage": "autoencoder", "autoencoder_training": {"layers_per_block": 10**9}},
+    ),
     (
         "autoencoder_training.num_statistics_images",
         {"stage": "autoencoder", "autoencoder_training": {"num_statistics_images": 10**12}},
@@ -50,7 +58,9 @@ CANNOT_WORK: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("field", "changes"), CANNOT_WORK)
-def test_a_size_that_cannot_work_is_refused_before_anything_is_made(tmp_path: Path, field: str, changes: dict[str, Any]) -> None:
+def test_a_size_that_cannot_work_is_refused_before_anything_is_made(
+    tmp_path: Path, field: str, changes: dict[str, Any]
+) -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match=field) as error:
         dry_run([small_run(tmp_path, **changes)], say=lambda text: None)
@@ -83,10 +93,14 @@ def test_a_run_that_is_started_must_fit_here(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_largest_batch_that_is_allowed_answers_a_signal(tmp_path: Path, number: signal.Signals) -> None:
-    run = small_run(tmp_path, training={"global_batch_size": 40_000, "micro_batch_size": 1, "checkpoint_every": 1})
+    run = small_run(
+        tmp_path, training={"global_batch_size": 40_000, "micro_batch_size": 1, "checkpoint_every": 1}
+    )
     save_yaml(run, tmp_path / "run.yaml")
     command = [sys.executable, "-m", "lit_transdiff", "train", str(tmp_path / "run.yaml")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
     deadline = time.monotonic() + 90
     while not (run.folder / "environment.json").exists() and time.monotonic() < deadline:
         time.sleep(0.2)

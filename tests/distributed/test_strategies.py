@@ -1,7 +1,8 @@
 """Every strategy takes the steps of one process, goes on exactly, and goes on from any other's checkpoint.
 
-One process, then one pair over gloo, with all fits inside; the tests read what they left. ZeRO cuts every parameter here,
-however small. Gradient norms are compared too: AdamW hides a wrong scale of the gradients, the norm does not.
+One process, then one pair over gloo, with all fits inside; the tests read what they left. ZeRO cuts every
+parameter here, however small. Gradient norms are compared too: AdamW hides a wrong scale of the gradients,
+the norm does not.
 """
 
 from pathlib import Path
@@ -24,13 +25,16 @@ SETTINGS = {
     "model": NO_DROPOUT,
     "flow": {"num_noise_draws": 2, "label_drop_prob": 0.3},
     "optimizer": {**STEADY, "gradient_clip": 0.5, "more_ema_decays": [0.5]},  # norms are above the clip
-    "training": {"micro_batch_size": 2, "validate_every": 3, "log_every": 1, "max_steps": 5},  # two passes on two ranks
+    # two passes on two ranks
+    "training": {"micro_batch_size": 2, "validate_every": 3, "log_every": 1, "max_steps": 5},
 }
 BRIEF = {"training": {**SETTINGS["training"], "max_steps": 3}, "optimizer": {**STEADY, "gradient_clip": 0.5}}
 # Kinds of runs -> what they change. Cheap enough to do all of them under every strategy.
 KINDS = {
     "plain": {},
-    "bf16": {"training": {**SETTINGS["training"], "precision": "bf16-mixed", "activation_checkpointing": "all"}},
+    "bf16": {
+        "training": {**SETTINGS["training"], "precision": "bf16-mixed", "activation_checkpointing": "all"}
+    },
     "mrar": {"stage": "mrar_finetune", "model": {**NO_DROPOUT, "num_references": 4}},
     "sit": FAMILIES["sit"],
     "dit": FAMILIES["dit"],
@@ -56,13 +60,17 @@ def start_from(folder: Path, donor: str, run: RunConfig) -> RunConfig:
 
 
 def without_checksums(info: dict[str, object]) -> dict[str, object]:
-    """What an export says, but for the checksums of its files, which differ by rounding, and of its own content."""
+    """What an export says, but for the checksums of its files, which differ by rounding, and of its own
+    content.
+    """
     return {key: value for key, value in info.items() if key not in ("crc32", "checksum")}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of all tests: name = kind-strategy; -broken: broken off in step 4 and continued; -from-X: begun by strategy X."""
+    """The runs of all tests: name = kind-strategy; -broken: broken off in step 4 and continued; -from-X:
+    begun by strategy X.
+    """
     root = tmp_path_factory.mktemp("strategies")
     keep = {"checkpoint": {"keep_last": 3}}
     fit_all(root, 1, [(settings(root, kind, "single", **keep), None) for kind in KINDS])
@@ -81,7 +89,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for donor, name in zip(donors, SEVERAL, strict=True)
         ],
     )
-    back = [start_from(root, f"plain-{name}", settings(root, "plain", "single", f"-from-{name}")) for name in SEVERAL]
+    back = [
+        start_from(root, f"plain-{name}", settings(root, "plain", "single", f"-from-{name}"))
+        for name in SEVERAL
+    ]
     fit_all(root, 1, [(run, None) for run in back])
     return root
 
@@ -95,7 +106,9 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 2e-6) -> None:
         expected, found = values(one, metric), values(other, metric)
         steps = expected.keys() & found.keys()
         assert steps and max(expected) in steps
-        assert [found[s] for s in steps] == pytest.approx([expected[s] for s in steps], rel=tolerance, abs=tolerance), metric
+        assert [found[s] for s in steps] == pytest.approx(
+            [expected[s] for s in steps], rel=tolerance, abs=tolerance
+        ), metric
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys()
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 20 * tolerance
@@ -118,11 +131,16 @@ def test_two_processes_take_the_steps_of_one(folder: Path, kind: str, strategy: 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process whose blocks are not compiled, and one of each strategy whose blocks are: name = strategy."""
+    """A run of one process whose blocks are not compiled, and one of each strategy whose blocks are: name =
+    strategy.
+    """
     if not can_compile("cpu"):
         pytest.skip("torch.compile does not work on this machine")
     root = tmp_path_factory.mktemp("compiled")
-    fast = {**BRIEF, "training": {**BRIEF["training"], "compile": True, "activation_checkpointing": "decoder"}}
+    fast = {
+        **BRIEF,
+        "training": {**BRIEF["training"], "compile": True, "activation_checkpointing": "decoder"},
+    }
     runs = {name: settings(root, "plain", name, "-compiled", **fast) for name in STRATEGIES}
     single = [(settings(root, "plain", "single", **BRIEF), None), (runs.pop("single"), None)]
     output = fit_all(root, 1, single) + fit_all(root, 2, [(run, None) for run in runs.values()])
@@ -146,7 +164,9 @@ def test_a_run_that_was_broken_off_ends_in_the_same_bits(folder: Path, strategy:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["ddp-from-single", "zero1-from-ddp", "zero2-from-zero1", "zero3-from-zero2", "fsdp-from-zero3"])
+@pytest.mark.parametrize(
+    "run", ["ddp-from-single", "zero1-from-ddp", "zero2-from-zero1", "zero3-from-zero2", "fsdp-from-zero3"]
+)
 def test_any_strategy_goes_on_from_any_other(folder: Path, run: str):
     assert_same_run(folder / "plain-single", folder / f"plain-{run}")
 
@@ -160,7 +180,9 @@ def test_one_process_goes_on_from_two(folder: Path, strategy: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_any_checkpoint_is_exported_whole(folder: Path, tmp_path: Path, strategy: str):
-    """The averages of step 4, of both decays, are those of one process; each sharded rank wrote its part of them."""
+    """The averages of step 4, of both decays, are those of one process; each sharded rank wrote its part of
+    them.
+    """
     for average in ("ema", "ema_0.5", "last"):
         for name in ("single", strategy):
             checkpoint = open_checkpoint(folder / f"plain-{name}" / "checkpoints" / "step-00000004")
@@ -188,7 +210,9 @@ def muon(tmp_path_factory: pytest.TempPathFactory) -> Path:
         broken = settings(root, "plain", name, "-broken", **MUON)
         plan += [(settings(root, "plain", name, **MUON), None), (broken, 4), (broken, None)]
     for donor, name in zip(["single", *TAKERS[:-1]], TAKERS, strict=True):
-        plan.append((start_from(root, f"plain-{donor}", settings(root, "plain", name, "-continued", **MUON)), None))
+        plan.append(
+            (start_from(root, f"plain-{donor}", settings(root, "plain", name, "-continued", **MUON)), None)
+        )
     fit_all(root, 2, plan)
     return root
 

@@ -1,4 +1,6 @@
-"""A small model, classifier and reference, with random weights: the scores mean nothing, but must be the same each time."""
+"""A small model, classifier and reference, with random weights: the scores mean nothing, but must be the same
+each time.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in the layout of torch-fidelity's InceptionV3."""
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(
+            "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {}
+        )
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
         torch.manual_seed(0)
         torch.save(FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), path)

@@ -1,4 +1,6 @@
-"""The folder of sampled batches: completeness of a batch, reports of failed ranks, and sharing by all ranks."""
+"""The folder of sampled batches: completeness of a batch, reports of failed ranks,
+and sharing by all ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,18 @@ import numpy as np
 import pytest
 
 from lit_transdiff.evaluation import batch_files as module
-from lit_transdiff.evaluation.batch_files import BatchFiles, open_batch_files, wait_for_batches, wait_for_scores
+from lit_transdiff.evaluation.batch_files import (
+    BatchFiles,
+    open_batch_files,
+    wait_for_batches,
+    wait_for_scores,
+)
 
 
 def make(folder: Path, with_images: bool = False) -> BatchFiles:
-    parts = BatchFiles(folder / "parts", num_images=10, batch_size=4, published=folder / "images" if with_images else None)
+    parts = BatchFiles(
+        folder / "parts", num_images=10, batch_size=4, published=folder / "images" if with_images else None
+    )
     assert open_batch_files(parts, None) == [range(0, 4), range(4, 8), range(8, 10)]
     return parts
 
@@ -51,7 +60,9 @@ def test_a_batch_whose_images_are_gone_is_drawn_again(tmp_path: Path) -> None:
     assert parts.missing() == [] and (tmp_path / "images" / "00009.png").is_file()
 
 
-def test_waiting_ranks_hear_of_a_failure_and_give_up_when_nothing_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_ranks_hear_of_a_failure_and_give_up_when_nothing_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts = make(tmp_path)
     monkeypatch.setattr(module, "PART_LIMIT", 0.1)
     monkeypatch.setattr(module, "SCORES_LIMIT", 0.1)

@@ -30,9 +30,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         "evaluation.num_images": 20,
         "evaluation.batch_size": 7,
     }
-    run = load_run(ROOT / "experiments/fashion/ar_pretrain.yaml", [f"{name}={value}" for name, value in settings.items()])
+    run = load_run(
+        ROOT / "experiments/fashion/ar_pretrain.yaml", [f"{name}={value}" for name, value in settings.items()]
+    )
     statistics(
-        FASHION / "evaluation", folder / "reference.npz", data=run.data, extractor=load_extractor("classifier", CLASSIFIER)
+        FASHION / "evaluation",
+        folder / "reference.npz",
+        data=run.data,
+        extractor=load_extractor("classifier", CLASSIFIER),
     )
     return run
 
@@ -55,8 +60,17 @@ def test_real_images_and_reconstructions_are_scored_as_drawn_ones_are(run: RunCo
     first = torch.cat([(batch.labels == c).nonzero()[:2, 0] for c in range(10)])
     images, labels = batch.values[first, 0], batch.labels[first]
     network, autoencoder = load_classifier(CLASSIFIER), load_autoencoder("kl", FASHION / "autoencoder", 1)
-    reference = torch.cat([network.features(b.values[:, 0]) for b in batches_of(FASHION / "evaluation", run.data, 500)])
-    again = autoencoder.decode(autoencoder.sample(autoencoder.encode(images))).add(1).mul(127.5).round().div(127.5).sub(1)
+    reference = torch.cat(
+        [network.features(b.values[:, 0]) for b in batches_of(FASHION / "evaluation", run.data, 500)]
+    )
+    again = (
+        autoencoder.decode(autoencoder.sample(autoencoder.encode(images)))
+        .add(1)
+        .mul(127.5)
+        .round()
+        .div(127.5)
+        .sub(1)
+    )
     for kind, shown in {"real images": images, "reconstructions": again}.items():
         features = network.features(shown)
         accuracy = (network.head(features).argmax(1) == labels).double().mean().item()
@@ -66,8 +80,12 @@ def test_real_images_and_reconstructions_are_scored_as_drawn_ones_are(run: RunCo
 
 
 def test_what_would_mislead_is_refused(run: RunConfig) -> None:
-    with pytest.raises(ValueError, match=r"the images: got .*evaluation.*; allowed: others than those that .*reference\.npz"):
+    with pytest.raises(
+        ValueError, match=r"the images: got .*evaluation.*; allowed: others than those that .*reference\.npz"
+    ):
         best_scores(run, FASHION / "evaluation")
     more = load_run(ROOT / "experiments/fashion/ar_pretrain.yaml", ["evaluation.num_images=4001"])
-    with pytest.raises(ValueError, match=r"num_images: got 4001; allowed: fewer: 401 would be of class 0, which has 400"):
+    with pytest.raises(
+        ValueError, match=r"num_images: got 4001; allowed: fewer: 401 would be of class 0, which has 400"
+    ):
         best_scores(more, FASHION / "train")

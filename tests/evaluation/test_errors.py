@@ -18,7 +18,11 @@ REAL = Gaussian(np.zeros(4), np.eye(4))
 def drawn(seed: int, labels: torch.Tensor) -> torch.Tensor:
     """Features whose mean depends on the class, at some distance of REAL."""
     noise = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(seed))
-    return 0.3 + noise * torch.tensor([1.0, 0.8, 1.2, 1.0]) + 0.5 * labels[:, None] * torch.tensor([1.0, 0.0, 0.0, 0.0])
+    return (
+        0.3
+        + noise * torch.tensor([1.0, 0.8, 1.2, 1.0])
+        + 0.5 * labels[:, None] * torch.tensor([1.0, 0.0, 0.0, 0.0])
+    )
 
 
 def test_the_jackknife_knows_the_spread_of_the_distance_over_other_draws() -> None:
@@ -39,9 +43,17 @@ def test_an_order_of_the_images_changes_nothing_but_the_groups() -> None:
 
 
 def test_shares_have_the_error_of_independent_images() -> None:
-    reference = Statistics(REAL.mu, REAL.sigma, features=np.random.default_rng(0).normal(size=(90, 4)).astype(np.float32))
+    reference = Statistics(
+        REAL.mu, REAL.sigma, features=np.random.default_rng(0).normal(size=(90, 4)).astype(np.float32)
+    )
     labels = torch.zeros(40, dtype=torch.long)
-    scores = {"precision": 0.8, "recall": 0.5, "class_accuracy": 1.0, "frechet_distance": 1.0, "inception_score": {"mean": 2.0}}
+    scores = {
+        "precision": 0.8,
+        "recall": 0.5,
+        "class_accuracy": 1.0,
+        "frechet_distance": 1.0,
+        "inception_score": {"mean": 2.0},
+    }
     found = standard_errors(scores, drawn(0, labels), labels, reference)
     assert set(found) == {"precision", "recall", "class_accuracy", "frechet_distance"}
     assert found["precision"] == pytest.approx(math.sqrt(34 / 44 * 10 / 44 / 44))  # 32 + 2 of 40 + 4
@@ -54,4 +66,9 @@ def test_a_distance_of_many_features_or_few_images_has_none() -> None:
     reference = Statistics(np.zeros(wide), np.eye(wide))
     labels = torch.zeros(30, dtype=torch.long)
     assert standard_errors({"frechet_distance": 1.0}, torch.randn(30, wide), labels, reference) == {}
-    assert standard_errors({"frechet_distance": 1.0}, torch.randn(20, 4), labels[:20], Statistics(REAL.mu, REAL.sigma)) == {}
+    assert (
+        standard_errors(
+            {"frechet_distance": 1.0}, torch.randn(20, 4), labels[:20], Statistics(REAL.mu, REAL.sigma)
+        )
+        == {}
+    )

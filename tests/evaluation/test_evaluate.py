@@ -1,4 +1,6 @@
-"""Evaluation: the same scores for any batch size and number of ranks, and a file with all their conditions."""
+"""Evaluation: the same scores for any batch size and number of ranks, and a file with
+all their conditions.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,11 @@ def test_the_result_file_holds_all_scores_and_what_decided_them(files: Path, tmp
     manifest = written["manifest"]
     assert manifest["sampling"] == said(SAMPLING)
     assert manifest["weights_fingerprint"] == generator.fingerprint and manifest["extractor"] == "classifier"
-    assert manifest["reference_hash"] and manifest["scored_reference"] == 0 and manifest["precision"] == "float32"
+    assert (
+        manifest["reference_hash"]
+        and manifest["scored_reference"] == 0
+        and manifest["precision"] == "float32"
+    )
     assert manifest["decoder_evaluations_per_image"] == 2 * 2  # two steps, each with and without the label
     assert sorted(p.suffix for p in (tmp_path / "evaluations").iterdir()) == [".json", ".png"]
     with Image.open(Path(result["file"]).with_suffix(".png")) as picture:
@@ -63,7 +69,10 @@ def test_equal_settings_replace_the_file_and_others_do_not(files: Path, tmp_path
 
 @pytest.mark.numeric
 def test_scores_do_not_depend_on_the_batch_size(files: Path, tmp_path: Path) -> None:
-    results = [evaluate(tiny_generator(), tiny_settings(files, batch_size=b), SAMPLING, output=tmp_path) for b in (1, 22)]
+    results = [
+        evaluate(tiny_generator(), tiny_settings(files, batch_size=b), SAMPLING, output=tmp_path)
+        for b in (1, 22)
+    ]
     close(results[0]["scores"], results[1]["scores"])
 
 
@@ -72,24 +81,44 @@ def test_the_manifest_says_how_labels_were_chosen_and_what_was_kept(
     files: Path, tmp_path: Path, label_mode: str, spread: int
 ) -> None:
     settings = tiny_settings(files, label_mode=label_mode)
-    manifest = evaluate(tiny_generator(), settings, SAMPLING, output=tmp_path, save_images="folder")["manifest"]
+    manifest = evaluate(tiny_generator(), settings, SAMPLING, output=tmp_path, save_images="folder")[
+        "manifest"
+    ]
     assert manifest["label_mode"] == label_mode
     counts = choose_labels(settings, 3).bincount(minlength=3)
-    assert manifest["images_of_a_class"] == [counts.min(), counts.max()] and counts.max() - counts.min() >= spread
-    assert manifest["spatial_features"] is False and manifest["num_features"] == 64 and manifest["num_ranks"] == 1
+    assert (
+        manifest["images_of_a_class"] == [counts.min(), counts.max()]
+        and counts.max() - counts.min() >= spread
+    )
+    assert (
+        manifest["spatial_features"] is False
+        and manifest["num_features"] == 64
+        and manifest["num_ranks"] == 1
+    )
     assert manifest["saved_images"] == [f"{result_name(manifest)}-images"]
     assert manifest["reference_hash"] == short_hash(files / "reference.npz")
     assert manifest["extractor_fingerprint"] == short_hash(files / "judge.safetensors")
 
 
-def test_all_scores_of_the_adm_evaluator_from_a_file_in_its_layout(tmp_path: Path, inception_file: Path) -> None:
+def test_all_scores_of_the_adm_evaluator_from_a_file_in_its_layout(
+    tmp_path: Path, inception_file: Path
+) -> None:
     """mu, sigma, mu_s, sigma_s and arr_0 in one file; each score as its parts give it."""
     random = np.random.default_rng(0)
     pixels = random.integers(256, size=(12, 16, 16, 3), dtype=np.uint8)
     given = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.ones(2023), "sigma_s": 2 * np.eye(2023)}
     np.savez(tmp_path / "adm.npz", arr_0=pixels, **given)
-    names = ["frechet_distance", "spatial_frechet_distance", "inception_score", "kernel_distance", "precision", "recall"]
-    settings = EvaluationConfig(num_images=8, batch_size=3, extractor_weights=str(inception_file), metrics=names)
+    names = [
+        "frechet_distance",
+        "spatial_frechet_distance",
+        "inception_score",
+        "kernel_distance",
+        "precision",
+        "recall",
+    ]
+    settings = EvaluationConfig(
+        num_images=8, batch_size=3, extractor_weights=str(inception_file), metrics=names
+    )
     settings = dataclasses.replace(settings, reference=str(tmp_path / "adm.npz"))
     generator = tiny_generator()
     result = evaluate(generator, settings, SAMPLING, output=tmp_path)
@@ -102,7 +131,8 @@ def test_all_scores_of_the_adm_evaluator_from_a_file_in_its_layout(tmp_path: Pat
         ("frechet_distance", found.features, 0.0, 1.0),
         ("spatial_frechet_distance", found.spatial, 1.0, 2.0),
     ]:
-        # Against N(mu, s I) it is |m - mu|^2 + sum (a - s^(1/2))^2 over all D deviations a, of which N - 1 are not zero.
+        # Against N(mu, s I) it is |m - mu|^2 + sum (a - s^(1/2))^2 over all D deviations a, of which N - 1
+        # are not zero.
         wide = rows.double().numpy()
         a = np.zeros(wide.shape[1])
         a[:8] = np.linalg.svd(wide - wide.mean(0), compute_uv=False) / np.sqrt(7)
@@ -114,7 +144,10 @@ def test_images_are_saved_as_adm_reads_them_and_as_files(files: Path, tmp_path: 
     generator, settings = tiny_generator(), tiny_settings(files)
     result = evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="both")
     name = Path(result["file"]).with_suffix("")
-    drawn = [draw_batch(prepare_job(generator, settings, SAMPLING), range(i, min(i + 5, 22))).pixels for i in range(0, 22, 5)]
+    drawn = [
+        draw_batch(prepare_job(generator, settings, SAMPLING), range(i, min(i + 5, 22))).pixels
+        for i in range(0, 22, 5)
+    ]
     expected = torch.cat(drawn)[:, 0].numpy()  # [N, H, W], grey
     saved = np.load(name.with_suffix(".npz"))
     assert saved["arr_0"].shape == (22, 16, 16, 3) and saved["arr_0"].dtype == np.uint8
@@ -122,14 +155,19 @@ def test_images_are_saved_as_adm_reads_them_and_as_files(files: Path, tmp_path: 
     assert (saved["arr_1"] == choose_labels(settings, 3).numpy()).all()
     files_of_images = sorted(Path(f"{name}-images").iterdir())
     assert [file.name for file in files_of_images] == [f"{i:05d}.png" for i in range(22)]
-    assert all((np.asarray(Image.open(file)) == image).all() for file, image in zip(files_of_images, expected, strict=True))
+    assert all(
+        (np.asarray(Image.open(file)) == image).all()
+        for file, image in zip(files_of_images, expected, strict=True)
+    )
     kinds = {path.suffix for path in (tmp_path / "evaluations").iterdir()}
     assert kinds == {".json", ".png", ".npz", ""} and len(list((tmp_path / "evaluations").iterdir())) == 4
     again = load_statistics(name.with_suffix(".npz"))  # the export is a reference, too
     assert again.images == 22
 
 
-def test_saved_images_are_part_of_what_is_reused(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_images_are_part_of_what_is_reused(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator, settings = tiny_generator(), tiny_settings(files, metrics=["class_accuracy"])
     evaluate(generator, settings, SAMPLING, output=tmp_path)
     result = evaluate(generator, settings, SAMPLING, output=tmp_path, reuse=True, save_images="npz")
@@ -140,14 +178,20 @@ def test_saved_images_are_part_of_what_is_reused(files: Path, tmp_path: Path, mo
         evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="nzp")
 
 
-def test_images_without_room_are_not_drawn(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """22 images of 16 x 16: three channels in the file, and one (grey) for each image that is still missing."""
+def test_images_without_room_are_not_drawn(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """22 images of 16 x 16: three channels in the file, and one (grey) for each image
+    that is still missing.
+    """
     generator, settings = tiny_generator(), tiny_settings(files, metrics=["class_accuracy"])
     needed = 22 * 16 * 16 * (3 + 1)
     monkeypatch.setattr("lit_transdiff.base.files.free_bytes", lambda folder: needed - 1)
     with monkeypatch.context() as patch:
         patch.setattr(generator, "images", lambda *_: pytest.fail("an image was drawn"))
-        with pytest.raises(ValueError, match=r"22\.5 kB are to be written, but only 22\.5 kB are free on that disk"):
+        with pytest.raises(
+            ValueError, match=r"22\.5 kB are to be written, but only 22\.5 kB are free on that disk"
+        ):
             evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="npz")
     evaluate(generator, settings, SAMPLING, output=tmp_path)
     monkeypatch.setattr("lit_transdiff.base.files.free_bytes", lambda folder: needed)
@@ -180,15 +224,21 @@ def test_the_last_image_of_a_row_is_scored(files: Path, tmp_path: Path, extracto
     drawn = draw_batch(job, range(2, 6))
     assert torch.allclose(drawn.features.features, extractor(images[2:, 3]).features, atol=1e-5)
     assert torch.equal(
-        drawn.pixels, to_bytes(generator.images(job.labels[2:], image_seeds(settings, range(2, 6)), SAMPLING)[:, 3])
+        drawn.pixels,
+        to_bytes(generator.images(job.labels[2:], image_seeds(settings, range(2, 6)), SAMPLING)[:, 3]),
     )
     manifest = evaluate(generator, settings, SAMPLING, output=tmp_path)["manifest"]
     assert manifest["scored_reference"] == 3 and manifest["decoder_evaluations_per_image"] == 16
 
 
 @pytest.mark.numeric
-def test_all_images_of_a_row_are_scored_for_the_work_of_one(files: Path, tmp_path: Path, extractor: FeatureExtractor) -> None:
-    generator, settings = tiny_generator(references=4), tiny_settings(files, num_images=16, batch_size=8, keep="all")
+def test_all_images_of_a_row_are_scored_for_the_work_of_one(
+    files: Path, tmp_path: Path, extractor: FeatureExtractor
+) -> None:
+    generator, settings = (
+        tiny_generator(references=4),
+        tiny_settings(files, num_images=16, batch_size=8, keep="all"),
+    )
     job = prepare_job(generator, settings, SAMPLING)
     rows = generator.images(job.labels[::4], image_seeds(settings, range(0, 16, 4)), SAMPLING)
     drawn = draw_batch(job, range(8, 16))
@@ -198,7 +248,9 @@ def test_all_images_of_a_row_are_scored_for_the_work_of_one(files: Path, tmp_pat
     manifest = evaluate(generator, settings, SAMPLING, output=tmp_path)["manifest"]
     assert manifest["scored_reference"] == "all" and manifest["decoder_evaluations_per_image"] == 4
     for name in ("num_images", "batch_size"):
-        with pytest.raises(ValueError, match=rf"evaluation\.{name}: got 6; allowed: a multiple of the 4 images of a row"):
+        with pytest.raises(
+            ValueError, match=rf"evaluation\.{name}: got 6; allowed: a multiple of the 4 images of a row"
+        ):
             prepare_job(generator, dataclasses.replace(settings, **{name: 6}), SAMPLING)
 
 
@@ -247,8 +299,15 @@ def test_what_cannot_be_scored_is_refused_before_any_image_is_drawn(
             evaluate(generator, tiny_settings(files, **changes), SAMPLING, output=tmp_path)
     few = save_statistics(reference_of(files, rows=3), tmp_path / "few.npz")
     for metrics in (["precision"], ["recall"]):
-        with pytest.raises(ValueError, match=r"num_neighbours: features of .*few\.npz: got 3; allowed: more than 3"):
-            evaluate(generator, tiny_settings(files, metrics=metrics, reference=few.path), SAMPLING, output=tmp_path)
+        with pytest.raises(
+            ValueError, match=r"num_neighbours: features of .*few\.npz: got 3; allowed: more than 3"
+        ):
+            evaluate(
+                generator,
+                tiny_settings(files, metrics=metrics, reference=few.path),
+                SAMPLING,
+                output=tmp_path,
+            )
     with pytest.raises(ValueError, match=r"sampling\.solver"):
         evaluate(generator, tiny_settings(files), SamplingConfig(solver="eular"), output=tmp_path)
 
@@ -262,12 +321,18 @@ def test_a_classifier_of_other_classes_does_not_judge(files: Path, tmp_path: Pat
         (tmp_path / "export.json").write_text(json.dumps({"class_names": names}))
         prepare_job(tiny_generator(), settings, SAMPLING)
     (tmp_path / "export.json").write_text(json.dumps({"class_names": ["b", "c", "d"]}))
-    with pytest.raises(ValueError, match=r"_weights: .*: got class 0 'b'; allowed: 'a', which is class 0 of the trained"):
+    with pytest.raises(
+        ValueError, match=r"_weights: .*: got class 0 'b'; allowed: 'a', which is class 0 of the trained"
+    ):
         prepare_job(tiny_generator(), settings, SAMPLING)
-    prepare_job(tiny_generator(), dataclasses.replace(settings, metrics=["frechet_distance"]), SAMPLING)  # asks for no class
+    # asks for no class
+    prepare_job(tiny_generator(), dataclasses.replace(settings, metrics=["frechet_distance"]), SAMPLING)
 
 
 def test_two_evaluations_at_once_are_one(files: Path, tmp_path: Path) -> None:
     generator, settings = tiny_generator(), tiny_settings(files)
     one, other = twice(lambda: evaluate(generator, settings, SAMPLING, output=tmp_path))
-    assert one == other and [path.suffix for path in sorted((tmp_path / "evaluations").iterdir())] == [".json", ".png"]
+    assert one == other and [path.suffix for path in sorted((tmp_path / "evaluations").iterdir())] == [
+        ".json",
+        ".png",
+    ]

@@ -14,7 +14,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from lit_transdiff.evaluation.features import EXTRACTORS, FeatureExtractor, dino_network, load_extractor, resampled
+from lit_transdiff.evaluation.features import (
+    EXTRACTORS,
+    FeatureExtractor,
+    dino_network,
+    load_extractor,
+    resampled,
+)
 from lit_transdiff.models.classifier import load_classifier
 from tests.helpers.judge import random_images
 
@@ -29,7 +35,10 @@ def test_the_classifier_gives_its_own_features_and_logits(files: Path, extractor
     found = extractor(images)
     assert torch.allclose(found.features, network.features(images), atol=1e-5)
     assert torch.allclose(found.logits, network(images), atol=1e-5)
-    assert found.features.shape == (6, extractor.num_features) and found.logits.shape == (6, extractor.num_classes)
+    assert found.features.shape == (6, extractor.num_features) and found.logits.shape == (
+        6,
+        extractor.num_classes,
+    )
 
 
 @pytest.mark.numeric
@@ -63,7 +72,9 @@ def test_wrong_files_are_refused(tmp_path: Path, inception_file: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     state = torch.load(inception_file, weights_only=True)
-    torch.save({k: v for k, v in state.items() if k != "Mixed_6d.branch1x1.conv.weight"}, tmp_path / "incomplete.pth")
+    torch.save(
+        {k: v for k, v in state.items() if k != "Mixed_6d.branch1x1.conv.weight"}, tmp_path / "incomplete.pth"
+    )
     torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "of_torchvision.pth")
     for file in tmp_path.iterdir():
         with pytest.raises(ValueError, match=r"weights-inception-2015-12-05-6726825d.*"):
@@ -88,16 +99,25 @@ def test_inception_is_the_network_that_torch_fidelity_makes_of_the_file(
 ) -> None:
     grey = random_images(2)
     found = inception(grey)
-    assert found.features.shape == (2, inception.num_features) == (2, 2048) and found.logits.shape == (2, 1008)
+    assert found.features.shape == (2, inception.num_features) == (2, 2048) and found.logits.shape == (
+        2,
+        1008,
+    )
     assert found.spatial is None
     assert torch.equal(found.features, inception(grey.expand(-1, 3, -1, -1)).features)
     original = FeatureExtractorInceptionV3("same", ["2048", "logits_unbiased"], str(inception_file))
     pixels = ((grey + 1) / 2 * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-    assert all(torch.equal(a, b) for a, b in zip(original(pixels), (found.features, found.logits), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(original(pixels), (found.features, found.logits), strict=True)
+    )
 
 
-def test_spatial_features_are_the_first_channels_of_mixed_6_in_the_order_of_tensorflow(inception: FeatureExtractor) -> None:
-    """Against the branch computed by hand of what reaches the block; height, width, channel is TensorFlow's order."""
+def test_spatial_features_are_the_first_channels_of_mixed_6_in_the_order_of_tensorflow(
+    inception: FeatureExtractor,
+) -> None:
+    """Against the branch computed by hand of what reaches the block; height, width, channel is TensorFlow's
+    order.
+    """
     inputs: list[torch.Tensor] = []
     block = inception.network.Mixed_6d
     with block.register_forward_pre_hook(lambda module, given: inputs.append(given[0].clone())):
@@ -119,7 +139,13 @@ def test_spatial_features_are_the_first_channels_of_mixed_6_in_the_order_of_tens
 def tiny_dino(width: int = 128, patch: int = 14, grid: int = 5) -> VisionTransformer:
     torch.manual_seed(0)
     network = VisionTransformer(
-        img_size=patch * grid, patch_size=patch, embed_dim=width, depth=2, num_heads=width // 64, init_values=0.5, num_classes=0
+        img_size=patch * grid,
+        patch_size=patch,
+        embed_dim=width,
+        depth=2,
+        num_heads=width // 64,
+        init_values=0.5,
+        num_classes=0,
     )
     return network.eval()
 
@@ -138,7 +164,9 @@ def test_dinov2_is_timms_network_on_resized_and_normalised_images(tmp_path: Path
     pixels = torch.randint(256, (3, 3, 40, 40), dtype=torch.uint8)
     found = extractor(pixels.float() / 127.5 - 1)
     resized = F.interpolate(pixels.float(), size=(224, 224), mode="bicubic", antialias=True) / 255
-    tokens = network.forward_features((resized - torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]) / IMAGENET_STD)
+    tokens = network.forward_features(
+        (resized - torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]) / IMAGENET_STD
+    )
     assert extractor.num_features == 128 and found.logits is None and not extractor.gives_logits
     assert torch.allclose(found.features, tokens[:, 0], atol=1e-5)
     with pytest.raises(ValueError, match="inception, for spatial features"):
@@ -147,10 +175,14 @@ def test_dinov2_is_timms_network_on_resized_and_normalised_images(tmp_path: Path
 
 @pytest.mark.numeric
 def test_the_position_embedding_is_resampled_as_the_released_code_does() -> None:
-    """The class token's stays; of planes and ramps the middle is what they are at the released scale, not at 16 / 37."""
+    """The class token's stays; of planes and ramps the middle is what they are at the released scale, not at
+    16 / 37.
+    """
     grid = 37
     ramp = torch.arange(grid).float()
-    plane = torch.stack([torch.ones(grid, grid), ramp[:, None].expand(grid, grid), ramp[None].expand(grid, grid)], dim=-1)
+    plane = torch.stack(
+        [torch.ones(grid, grid), ramp[:, None].expand(grid, grid), ramp[None].expand(grid, grid)], dim=-1
+    )
     position = torch.cat([torch.full((1, 1, 3), 7.0), plane.reshape(1, -1, 3)], dim=1)
     found = resampled(position, 16)
     assert torch.equal(found[:, 0], position[:, 0]) and found.shape == (1, 257, 3)
@@ -159,7 +191,10 @@ def test_the_position_embedding_is_resampled_as_the_released_code_does() -> None
     at, at_plain_scale = ((torch.arange(2, 14) + 0.5) / scale - 0.5 for scale in (16.1 / 37, 16 / 37))
     assert torch.allclose(inner[..., 0], torch.ones(12, 12), atol=1e-5)
     assert torch.allclose(inner[..., 1], at[:, None].expand(12, 12), atol=0.06)
-    assert torch.allclose(inner[..., 2], at[None].expand(12, 12), atol=0.06) and at_plain_scale[-1] - at[-1] > 0.18
+    assert (
+        torch.allclose(inner[..., 2], at[None].expand(12, 12), atol=0.06)
+        and at_plain_scale[-1] - at[-1] > 0.18
+    )
     assert torch.equal(resampled(position, 37), position)
 
 

@@ -25,7 +25,9 @@ SETTINGS = EvaluationConfig(num_images=10)
 
 def statistics(features: Tensor) -> Statistics:
     array = features.double().numpy()
-    return Statistics(array.mean(0), np.cov(array, rowvar=False), len(array), features.float().numpy(), path="r.npz")
+    return Statistics(
+        array.mean(0), np.cov(array, rowvar=False), len(array), features.float().numpy(), path="r.npz"
+    )
 
 
 def scored(features: Tensor, **more: object) -> Scored:
@@ -45,11 +47,16 @@ def test_frechet_distance_of_features_in_closed_form() -> None:
     x = whitened(200, 3)
     reference = Statistics(np.zeros(3), np.diag((b**2).numpy()))
     expected = float((m**2).sum() + ((a - b) ** 2).sum())
-    assert METRICS["frechet_distance"](scored(x * a + m), reference, SETTINGS) == pytest.approx(expected, rel=1e-12)
+    assert METRICS["frechet_distance"](scored(x * a + m), reference, SETTINGS) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_spatial_frechet_distance_is_that_of_the_spatial_statistics() -> None:
-    generated, real = Gaussian(np.zeros(2), np.diag([1.0, 4.0])), Gaussian(np.array([3.0, 4.0]), np.diag([4.0, 4.0]))
+    generated, real = (
+        Gaussian(np.zeros(2), np.diag([1.0, 4.0])),
+        Gaussian(np.array([3.0, 4.0]), np.diag([4.0, 4.0])),
+    )
     reference = Statistics(np.zeros(3), np.eye(3), spatial=real)
     given = scored(torch.randn(10, 3), spatial=generated)
     assert METRICS["spatial_frechet_distance"](given, reference, SETTINGS) == pytest.approx(25 + 1)
@@ -61,11 +68,15 @@ def test_inception_score_in_closed_form() -> None:
     found = METRICS["inception_score"](scored(certain, logits=certain), None, SETTINGS)
     assert found == {"mean": pytest.approx(4, rel=1e-12), "std": 0.0}
     unsure = torch.zeros(100, 4)
-    assert METRICS["inception_score"](scored(unsure, logits=unsure), None, SETTINGS)["mean"] == pytest.approx(1)  # type: ignore[index]
+    assert METRICS["inception_score"](scored(unsure, logits=unsure), None, SETTINGS)["mean"] == pytest.approx(
+        1
+    )  # type: ignore[index]
 
 
 def test_inception_score_of_parts_as_torch_fidelity_computes_it() -> None:
-    """Images in order of class: the parts are of 5,000 and shuffled, else every part would hold few classes."""
+    """Images in order of class: the parts are of 5,000 and shuffled, else every part
+    would hold few classes.
+    """
     logits = (torch.randn(15_000, 6) + 4 * torch.eye(6).repeat_interleave(2500, 0)).float()
     found = METRICS["inception_score"](scored(logits, logits=logits), None, SETTINGS)
     order = torch.randperm(15_000, generator=torch.Generator().manual_seed(SETTINGS.seed))
@@ -93,14 +104,18 @@ def test_kernel_distance_of_whole_sets_is_the_unbiased_estimate() -> None:
     def off_diagonal(k: Tensor) -> Tensor:
         return (k.sum() - k.trace()) / (40 * 39)
 
-    expected = off_diagonal(kernel(fake, fake)) + off_diagonal(kernel(real, real)) - 2 * kernel(fake, real).mean()
+    expected = (
+        off_diagonal(kernel(fake, fake)) + off_diagonal(kernel(real, real)) - 2 * kernel(fake, real).mean()
+    )
     score = METRICS["kernel_distance"](scored(fake.float()), statistics(real.float()), SETTINGS)
     assert score["mean"] == pytest.approx(float(expected), rel=1e-5)  # type: ignore[index]
     assert score["std"] == pytest.approx(0, abs=1e-12)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("name", ["kernel_distance", "inception_score"])
-def test_scores_with_random_parts_repeat_and_leave_the_global_generator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_with_random_parts_repeat_and_leave_the_global_generator(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(metrics, "INCEPTION_PART", 50)
     fake, real = torch.randn(200, 4), torch.randn(300, 4)
     given = scored(fake, logits=fake), statistics(real)
@@ -117,7 +132,9 @@ def test_precision_and_recall_of_constructed_sets() -> None:
     half = torch.cat([left[:30], right[:30]])
 
     def both(fake: Tensor, real: Tensor) -> tuple[object, object]:
-        return tuple(METRICS[name](scored(fake), statistics(real), SETTINGS) for name in ("precision", "recall"))  # type: ignore[return-value]
+        return tuple(
+            METRICS[name](scored(fake), statistics(real), SETTINGS) for name in ("precision", "recall")
+        )  # type: ignore[return-value]
 
     assert both(left, left) == (1, 1)
     assert both(left, right) == (0, 0)
@@ -127,11 +144,14 @@ def test_precision_and_recall_of_constructed_sets() -> None:
 
 def test_covered_as_a_loop_computes_it() -> None:
     points, manifold = torch.randn(30, 4).double(), torch.randn(25, 4).double()
-    radii = [sorted(float((a - b).norm()) for b in manifold)[3] for a in manifold]  # the first is the distance to itself
+    # the first is the distance to itself
+    radii = [sorted(float((a - b).norm()) for b in manifold)[3] for a in manifold]
     inside = [any(float((p - m).norm()) <= r for m, r in zip(manifold, radii, strict=True)) for p in points]
     assert 0 < sum(inside) < len(inside)
     for chunk in (4, 4096):
-        assert covered(points, manifold, neighbours=3, chunk=chunk) == pytest.approx(sum(inside) / len(inside))
+        assert covered(points, manifold, neighbours=3, chunk=chunk) == pytest.approx(
+            sum(inside) / len(inside)
+        )
 
 
 def test_class_accuracy() -> None:
@@ -142,10 +162,20 @@ def test_class_accuracy() -> None:
 
 def test_feature_diversity_is_the_mean_cosine_of_all_pairs() -> None:
     tokens = torch.randn(5, 7, 3)
-    slow = [np.mean([float(torch.cosine_similarity(a, b, dim=0)) for a in row for b in row]) for row in tokens]
-    given = Scored(torch.zeros(3, 1), torch.tensor([4, 0, 4]), semantic_features=lambda labels: tokens[labels])
-    assert METRICS["feature_diversity"](given, None, SETTINGS) == pytest.approx((slow[0] + 2 * slow[4]) / 3, abs=1e-6)
-    same = Scored(torch.zeros(2, 1), torch.tensor([0, 1]), semantic_features=lambda labels: torch.ones(len(labels), 6, 2))
+    slow = [
+        np.mean([float(torch.cosine_similarity(a, b, dim=0)) for a in row for b in row]) for row in tokens
+    ]
+    given = Scored(
+        torch.zeros(3, 1), torch.tensor([4, 0, 4]), semantic_features=lambda labels: tokens[labels]
+    )
+    assert METRICS["feature_diversity"](given, None, SETTINGS) == pytest.approx(
+        (slow[0] + 2 * slow[4]) / 3, abs=1e-6
+    )
+    same = Scored(
+        torch.zeros(2, 1),
+        torch.tensor([0, 1]),
+        semantic_features=lambda labels: torch.ones(len(labels), 6, 2),
+    )
     assert METRICS["feature_diversity"](same, None, SETTINGS) == pytest.approx(1)
 
 
@@ -171,7 +201,14 @@ def test_an_unknown_metric_and_too_few_images_are_refused() -> None:
 def test_scores_are_plain_numbers() -> None:
     features = torch.randn(20, 3)
     spatial = Gaussian(np.zeros(2), np.eye(2))
-    given = Scored(features, torch.zeros(20).long(), features, True, lambda labels: torch.randn(len(labels), 4, 2), spatial)
+    given = Scored(
+        features,
+        torch.zeros(20).long(),
+        features,
+        True,
+        lambda labels: torch.randn(len(labels), 4, 2),
+        spatial,
+    )
     reference = dataclasses.replace(statistics(features), spatial=spatial)
     for metric in METRICS.values():
         score = metric(given, reference, SETTINGS)

@@ -1,4 +1,6 @@
-"""The Frechet distance against closed forms and against torchmetrics; means and covariances against numpy's."""
+"""The Frechet distance against closed forms and against torchmetrics; means and
+covariances against numpy's.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def test_commuting_gaussians(size: int) -> None:
     """The same for any common eigenvectors."""
     q, random = rotation(size), np.random.default_rng(1)
     a, b = random.uniform(0, 2, size), random.uniform(0, 2, size)
-    first, second = Gaussian(np.zeros(size), q @ np.diag(a**2) @ q.T), Gaussian(np.ones(size), q @ np.diag(b**2) @ q.T)
+    first, second = (
+        Gaussian(np.zeros(size), q @ np.diag(a**2) @ q.T),
+        Gaussian(np.ones(size), q @ np.diag(b**2) @ q.T),
+    )
     assert frechet(first, second) == pytest.approx(size + ((a - b) ** 2).sum(), rel=1e-10)
     assert frechet(first, second) == pytest.approx(frechet(second, first), rel=1e-12)
 
@@ -40,7 +45,9 @@ def test_a_scaled_and_shifted_copy() -> None:
     """sigma and s^2 sigma: |m|^2 + (1 - s)^2 tr sigma."""
     x = np.random.default_rng(0).standard_normal((60, 20)) @ rotation(20)
     sigma, m = np.cov(x, rowvar=False), np.arange(20.0)
-    assert frechet(Gaussian(m, 9 * sigma), Gaussian(0 * m, sigma)) == pytest.approx(m @ m + 4 * np.trace(sigma), rel=1e-12)
+    assert frechet(Gaussian(m, 9 * sigma), Gaussian(0 * m, sigma)) == pytest.approx(
+        m @ m + 4 * np.trace(sigma), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("count", [5, 40, 2000])
@@ -54,7 +61,9 @@ def test_a_set_and_itself_are_at_no_distance(count: int) -> None:
 def test_disjoint_subspaces() -> None:
     """Covariances of rank 1 at right angles share nothing: the sum of the traces."""
     q = rotation(30)
-    first, second = (Gaussian(np.zeros(30), scale * np.outer(v, v)) for scale, v in ((2.0, q[0]), (5.0, q[1])))
+    first, second = (
+        Gaussian(np.zeros(30), scale * np.outer(v, v)) for scale, v in ((2.0, q[0]), (5.0, q[1]))
+    )
     assert frechet(first, second) == pytest.approx(7, abs=1e-12)
     assert factor(first.sigma).shape == (30, 1)
 
@@ -68,13 +77,19 @@ class Given(nn.Module):
 
 @pytest.mark.parametrize("counts", [(300, 500), (20, 500), (20, 25)])
 def test_as_torchmetrics_computes_it_on_the_same_features(counts: tuple[int, int]) -> None:
-    """It takes the eigenvalues of the product, which is not symmetric; below full rank that loses half of the digits."""
-    fake, real = (torch.randn(n, 32).double() @ torch.randn(32, 32).double() + i for i, n in enumerate(counts))
+    """It takes the eigenvalues of the product, which is not symmetric; below full rank that loses half of the
+    digits.
+    """
+    fake, real = (
+        torch.randn(n, 32).double() @ torch.randn(32, 32).double() + i for i, n in enumerate(counts)
+    )
     metric = FrechetInceptionDistance(feature=Given(), sync_on_compute=False).set_dtype(torch.float64)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     tolerance = 1e-10 if min(counts) > 32 else 1e-6
-    assert frechet(gaussian_of([fake]), gaussian_of([real])) == pytest.approx(float(metric.compute()), rel=tolerance)
+    assert frechet(gaussian_of([fake]), gaussian_of([real])) == pytest.approx(
+        float(metric.compute()), rel=tolerance
+    )
 
 
 def test_moments_do_not_depend_on_the_chunks_and_keep_their_digits() -> None:

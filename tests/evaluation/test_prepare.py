@@ -46,7 +46,12 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_cache_is_made_once_and_refused_for_another_autoencoder(few: Path, tmp_path: Path, fabric: Fabric):
     shipped = AutoencoderConfig(path=str(FASHION / "autoencoder"))
     index = cache(few, tmp_path / "latents", autoencoder=shipped, data=DATA, fabric=fabric, flips=True)
-    assert len(index) == 40 and index.latents is not None and index.latents.shape == (8, 8, 8) and index.latents.flips == 2
+    assert (
+        len(index) == 40
+        and index.latents is not None
+        and index.latents.shape == (8, 8, 8)
+        and index.latents.flips == 2
+    )
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").iterdir()}
     cache(few, tmp_path / "latents", autoencoder=shipped, data=DATA, fabric=fabric, flips=True)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").iterdir()}
@@ -56,8 +61,17 @@ def test_a_cache_is_made_once_and_refused_for_another_autoencoder(few: Path, tmp
     settings = json.loads((other / "config.json").read_text())
     settings["latents_std"][0] *= 2
     (other / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"made with other settings \(autoencoder was '[0-9a-f]+', now '[0-9a-f]+'\)"):
-        cache(few, tmp_path / "latents", autoencoder=AutoencoderConfig(path=str(other)), data=DATA, fabric=fabric, flips=True)
+    with pytest.raises(
+        ValueError, match=r"made with other settings \(autoencoder was '[0-9a-f]+', now '[0-9a-f]+'\)"
+    ):
+        cache(
+            few,
+            tmp_path / "latents",
+            autoencoder=AutoencoderConfig(path=str(other)),
+            data=DATA,
+            fabric=fabric,
+            flips=True,
+        )
     geometry = {"latent_channels": 4, "latent_size": 8, "patch_size": 2, "num_classes": 2}
     run = small_run(
         tmp_path,
@@ -71,7 +85,9 @@ def test_a_cache_is_made_once_and_refused_for_another_autoencoder(few: Path, tmp
 
 def test_two_caches_at_once_are_one(few: Path, tmp_path: Path, fabric: Fabric):
     shipped = AutoencoderConfig(path=str(FASHION / "autoencoder"))
-    found = twice(lambda: cache(few, tmp_path / "both", autoencoder=shipped, data=DATA, fabric=fabric, flips=False))
+    found = twice(
+        lambda: cache(few, tmp_path / "both", autoencoder=shipped, data=DATA, fabric=fabric, flips=False)
+    )
     assert [len(index) for index in found] == [40, 40] and not (tmp_path / "both" / "finished").exists()
 
 
@@ -79,14 +95,20 @@ def test_images_are_read_once_each_and_statistics_say_what_they_are_of(few: Path
     assert sum(len(batch) for batch in images_of(few, DATA, 7)) == len(read_index(few)) == 40
     extractor = load_extractor("classifier", ROOT / "data/fashion/classifier.safetensors")
     found = statistics(few, tmp_path / "reference.npz", data=DATA, extractor=extractor, batch_size=7)
-    assert found.num_images == 40 and found.about["extractor"] == "classifier" and found.about["source"] == str(few)
+    assert (
+        found.num_images == 40
+        and found.about["extractor"] == "classifier"
+        and found.about["source"] == str(few)
+    )
 
 
 def test_statistics_of_other_classes_than_the_classifiers_are_refused(few: Path, tmp_path: Path):
     save_classifier(SmallClassifier(2, 32, 1), tmp_path / "judge.safetensors")
     (tmp_path / "export.json").write_text(json.dumps({"class_names": ["class-0", "class-2"]}))
     extractor = load_extractor("classifier", tmp_path / "judge.safetensors")
-    with pytest.raises(ValueError, match=r"shards: got class 1 'class-1'; allowed: 'class-2', .* of the classifier"):
+    with pytest.raises(
+        ValueError, match=r"shards: got class 1 'class-1'; allowed: 'class-2', .* of the classifier"
+    ):
         statistics(few, tmp_path / "reference.npz", data=DATA, extractor=extractor)
 
 
@@ -100,7 +122,9 @@ def test_statistics_of_something_else_are_refused(few: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"\(crop: '\w+' there, 'random' wanted\)"):
         other = dataclasses.replace(DATA, crop="random")
         check_statistics(few, tmp_path / "reference.npz", data=other, extractor=extractor)
-    save_statistics(dataclasses.replace(made, about={**made.about, "fingerprint": "other"}), tmp_path / "weights.npz")
+    save_statistics(
+        dataclasses.replace(made, about={**made.about, "fingerprint": "other"}), tmp_path / "weights.npz"
+    )
     with pytest.raises(ValueError, match="weights of the extractor: got 'other'"):
         check_statistics(few, tmp_path / "weights.npz", **check)
     np.savez(tmp_path / "public.npz", mu=made.mu, sigma=made.sigma)
@@ -110,7 +134,11 @@ def test_statistics_of_something_else_are_refused(few: Path, tmp_path: Path):
 
 def test_a_pipeline_refuses_a_reference_of_other_images(few: Path, tmp_path: Path, fabric: Fabric):
     weights = str(ROOT / "data/fashion/classifier.safetensors")
-    settings = {"extractor": "classifier", "extractor_weights": weights, "reference": str(tmp_path / "reference.npz")}
+    settings = {
+        "extractor": "classifier",
+        "extractor_weights": weights,
+        "reference": str(tmp_path / "reference.npz"),
+    }
     run = small_run(tmp_path, evaluation=settings)
     prepare_reference(str(few), run, fabric)
     before = (tmp_path / "reference.npz").stat().st_mtime_ns
@@ -127,7 +155,9 @@ def test_statistics_of_an_npz_file_of_images(tmp_path: Path):
     torch.manual_seed(0)
     save_classifier(SmallClassifier(3, 8, 3), tmp_path / "judge.safetensors")
     extractor = load_extractor("classifier", tmp_path / "judge.safetensors")
-    found = statistics(tmp_path / "images.npz", tmp_path / "reference.npz", data=DATA, extractor=extractor, batch_size=4)
+    found = statistics(
+        tmp_path / "images.npz", tmp_path / "reference.npz", data=DATA, extractor=extractor, batch_size=4
+    )
     features = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).features.double().numpy()
     np.testing.assert_allclose(found.mu, features.mean(0), **BATCHES)
     np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), **BATCHES)

@@ -51,14 +51,25 @@ def test_the_kept_sample_does_not_depend_on_the_batch_size() -> None:
     assert abs(kept[0].mean() - 500) < 100  # from the whole stream, not from its beginning
 
 
-def test_a_file_reads_back_equal_and_the_same_content_has_the_same_hash(tmp_path: Path, extractor: FeatureExtractor) -> None:
-    made = reference_statistics([random_images(20)], extractor, max_features=6, source="noise", settings={"crop": "center"})
+def test_a_file_reads_back_equal_and_the_same_content_has_the_same_hash(
+    tmp_path: Path, extractor: FeatureExtractor
+) -> None:
+    made = reference_statistics(
+        [random_images(20)], extractor, max_features=6, source="noise", settings={"crop": "center"}
+    )
     first, second = save_statistics(made, tmp_path / "a" / "x.npz"), save_statistics(made, tmp_path / "y.npz")
-    assert (first.mu == made.mu).all() and (first.sigma == made.sigma).all() and (first.features == made.features).all()
-    assert first.about == made.about and first.about["settings"]["crop"] == "center" and first.num_images == 20
+    assert (
+        (first.mu == made.mu).all()
+        and (first.sigma == made.sigma).all()
+        and (first.features == made.features).all()
+    )
+    assert (
+        first.about == made.about and first.about["settings"]["crop"] == "center" and first.num_images == 20
+    )
     assert first.features is not None and first.features.shape == (6, 64)
     assert first.hash == second.hash and first.hash is not None
-    assert [file.name for file in tmp_path.iterdir()] in (["a", "y.npz"], ["y.npz", "a"])  # no temporary file stays
+    # no temporary file stays
+    assert [file.name for file in tmp_path.iterdir()] in (["a", "y.npz"], ["y.npz", "a"])
     check_extractor(first, extractor)
 
 
@@ -74,7 +85,9 @@ def colour_images(count: int, size: int = 12) -> np.ndarray:
     return np.random.default_rng(0).integers(256, size=(count, size, size, 3), dtype=np.uint8)
 
 
-def test_a_file_with_everything_serves_each_score_its_part(tmp_path: Path, inception: FeatureExtractor) -> None:
+def test_a_file_with_everything_serves_each_score_its_part(
+    tmp_path: Path, inception: FeatureExtractor
+) -> None:
     """mu, sigma and mu_s, sigma_s are used directly, and features are computed from the images once."""
     random, pixels = np.random.default_rng(1), colour_images(9)
     given = {"mu": random.standard_normal(2048), "mu_s": random.standard_normal(2023)}
@@ -84,7 +97,11 @@ def test_a_file_with_everything_serves_each_score_its_part(tmp_path: Path, incep
     assert found.images == 9 and found.features is None and found.has_features and found.spatial is not None
     assert completed(found, inception, tmp_path, features=False, spatial=True) is found
     full = completed(found, inception, tmp_path, features=True, spatial=True)
-    assert (full.mu == given["mu"]).all() and (full.spatial.mu == given["mu_s"]).all() and (full.sigma == np.eye(2048)).all()
+    assert (
+        (full.mu == given["mu"]).all()
+        and (full.spatial.mu == given["mu_s"]).all()
+        and (full.sigma == np.eye(2048)).all()
+    )
     expected = inception(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).features
     np.testing.assert_allclose(full.features, expected.numpy(), **BATCHES)
     (cache,) = set(tmp_path.iterdir()) - {tmp_path / "adm.npz"}
@@ -108,7 +125,9 @@ def test_images_alone_are_a_reference(tmp_path: Path, inception: FeatureExtracto
     assert full.num_images == 7 and full.path == str(tmp_path / "images.npz")
 
 
-def test_spatial_statistics_are_written_and_read_in_the_public_layout(tmp_path: Path, inception: FeatureExtractor) -> None:
+def test_spatial_statistics_are_written_and_read_in_the_public_layout(
+    tmp_path: Path, inception: FeatureExtractor
+) -> None:
     images = torch.rand(6, 3, 12, 12) * 2 - 1
     made = save_statistics(reference_statistics(images.split(4), inception), tmp_path / "ours.npz")
     spatial = inception(images, spatial=True).spatial.double().numpy()
@@ -121,11 +140,15 @@ def test_spatial_statistics_are_written_and_read_in_the_public_layout(tmp_path: 
         check_extractor(dataclasses.replace(made, spatial=Gaussian(np.zeros(3), np.eye(3))), inception)
 
 
-def test_images_that_the_extractor_cannot_take_are_refused_early(tmp_path: Path, extractor: FeatureExtractor) -> None:
+def test_images_that_the_extractor_cannot_take_are_refused_early(
+    tmp_path: Path, extractor: FeatureExtractor
+) -> None:
     np.savez(tmp_path / "colour.npz", arr_0=colour_images(4))
     with pytest.raises(ValueError, match="images: got"):
         check_extractor(load_statistics(tmp_path / "colour.npz"), extractor)
-    for i, wrong in enumerate([np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((2, 3, 8, 8), np.uint8)]):
+    for i, wrong in enumerate(
+        [np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((2, 3, 8, 8), np.uint8)]
+    ):
         np.savez(tmp_path / f"{i}.npz", arr_0=wrong)
         with pytest.raises(ValueError, match=r"arr_0: got .* uint8 images of shape"):
             load_statistics(tmp_path / f"{i}.npz")
@@ -184,7 +207,9 @@ MEAN = {"mu": np.zeros(3), "sigma": COVARIANCE}
         ({"arr_0": np.zeros((1, 4, 4, 3), np.uint8)}, "arr_0: got '1 image'"),
     ],
 )
-def test_numbers_that_are_no_statistics_are_refused_with_the_file(tmp_path: Path, wrong: dict, message: str) -> None:
+def test_numbers_that_are_no_statistics_are_refused_with_the_file(
+    tmp_path: Path, wrong: dict, message: str
+) -> None:
     np.savez(tmp_path / "odd.npz", **{**MEAN, **wrong})
     with pytest.raises(ValueError, match=rf"^evaluation\.reference: {tmp_path}/odd\.npz: {message}"):
         load_statistics(tmp_path / "odd.npz")
@@ -212,7 +237,11 @@ def test_damaged_and_cut_images_are_named(tmp_path: Path, save) -> None:
     images = np.random.default_rng(0).integers(256, size=(9, 8, 8, 3), dtype=np.uint8)
     save(tmp_path / "whole.npz", arr_0=images)
     whole = (tmp_path / "whole.npz").read_bytes()
-    for content in (whole[:-200], whole[:300] + bytes(byte ^ 255 for byte in whole[300:340]) + whole[340:], b"PK"):
+    for content in (
+        whole[:-200],
+        whole[:300] + bytes(byte ^ 255 for byte in whole[300:340]) + whole[340:],
+        b"PK",
+    ):
         (tmp_path / "damaged.npz").write_bytes(content)
         with pytest.raises(ValueError, match=r"damaged\.npz is damaged"):
             list(image_batches(tmp_path / "damaged.npz", 4))
@@ -220,10 +249,14 @@ def test_damaged_and_cut_images_are_named(tmp_path: Path, save) -> None:
     with pytest.raises(ValueError, match=r"other\.npz: .*arr_0.*; allowed: images as arr_0"):
         list(image_batches(tmp_path / "other.npz", 4))
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (9, 8, 8, 3)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (9, 8, 8, 3)}
+    )
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + images[:6].tobytes())
-    with pytest.raises(ValueError, match=r"short\.npz: arr_0: got 'an end after 4 to 8 images'; allowed: 9 images"):
+    with pytest.raises(
+        ValueError, match=r"short\.npz: arr_0: got 'an end after 4 to 8 images'; allowed: 9 images"
+    ):
         list(image_batches(tmp_path / "short.npz", 4))
 
 

@@ -55,7 +55,12 @@ def test_respaced_chains(number: int):
 
 def test_strides():
     assert strided_steps(5, 1000) == [0, 200, 400, 600, 800]
-    assert even_steps(1000, 1000) == strided_steps(1000, 1000) == [0, *nonzero_steps(999, 1000)] == list(range(1000))
+    assert (
+        even_steps(1000, 1000)
+        == strided_steps(1000, 1000)
+        == [0, *nonzero_steps(999, 1000)]
+        == list(range(1000))
+    )
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -99,12 +104,19 @@ def test_the_bound_is_a_divergence_in_bits_and_is_none_for_the_truth():
     x, noise = torch.randn(2, 3, 5)
     k, x_t = chain.at(step, x), chain.noised(x, noise, step)
     truth = torch.cat([noise, -torch.ones_like(noise)], dim=1)
-    torch.testing.assert_close(variational_bound(truth, x, step, x_t, chain), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        variational_bound(truth, x, step, x_t, chain), torch.zeros(3), atol=1e-4, rtol=0
+    )
     other = noise + 0.1, torch.full_like(noise, 0.3)
     mean, log_variance = backwards(*other, x_t, k)
-    theirs = kl_divergence(Normal(k.mean(x, x_t), (k.least_log_variance / 2).exp()), Normal(mean, (log_variance / 2).exp()))
+    theirs = kl_divergence(
+        Normal(k.mean(x, x_t), (k.least_log_variance / 2).exp()), Normal(mean, (log_variance / 2).exp())
+    )
     torch.testing.assert_close(
-        variational_bound(torch.cat(other, dim=1), x, step, x_t, chain), theirs.mean(1) / math.log(2), rtol=1e-3, atol=1e-5
+        variational_bound(torch.cat(other, dim=1), x, step, x_t, chain),
+        theirs.mean(1) / math.log(2),
+        rtol=1e-3,
+        atol=1e-5,
     )
 
 
@@ -112,7 +124,9 @@ def test_the_bound_is_a_divergence_in_bits_and_is_none_for_the_truth():
 def test_the_probabilities_of_all_grey_values_add_up_to_one():
     grey = torch.linspace(-1, 1, 256)
     for mean in (-1.2, 0.0, 0.7):
-        assert log_probability(grey, torch.full((256,), mean), torch.tensor(-4.0)).exp().sum().item() == pytest.approx(1)
+        assert log_probability(
+            grey, torch.full((256,), mean), torch.tensor(-4.0)
+        ).exp().sum().item() == pytest.approx(1)
 
 
 def test_the_mean_is_trained_by_the_squared_error_alone():
@@ -127,7 +141,9 @@ def test_the_mean_is_trained_by_the_squared_error_alone():
 @pytest.mark.parametrize("grid", SPACINGS)
 @pytest.mark.parametrize("solver", CHAIN_SOLVERS)
 def test_sampling_of_known_data_ends_in_it(grid: str, solver: str):
-    """The noise that the data imply is predicted: the last state is the data itself, whatever was drawn on the way."""
+    """The noise that the data imply is predicted: the last state is the data itself, whatever was drawn on
+    the way.
+    """
     chain, data = cosine_chain(), torch.randn(4, 3)
     told = []
 
@@ -146,7 +162,9 @@ def test_the_temperature_scales_what_is_drawn():
     zero = lambda x, step: (torch.zeros(len(x), 1), torch.zeros(len(x), 1))  # noqa: E731
     config, gentle = SamplingConfig(num_steps=2, grid="uniform"), linear_chain()
     states = [
-        ancestral(zero, torch.ones(3, 1), gentle, lambda: torch.ones(3, 1), replace(config, noise_scale=scale))
+        ancestral(
+            zero, torch.ones(3, 1), gentle, lambda: torch.ones(3, 1), replace(config, noise_scale=scale)
+        )
         for scale in (0.0, 0.5, 1.0)
     ]
     torch.testing.assert_close(states[1] - states[0], (states[2] - states[0]) / 2)

@@ -25,7 +25,9 @@ def test_zero_is_data_and_one_is_noise():
 
 def test_velocity_is_the_derivative_of_the_path():
     h = 1e-3
-    difference = (path.interpolate(X, NOISE, T.double() + h) - path.interpolate(X, NOISE, T.double() - h)) / (2 * h)
+    difference = (path.interpolate(X, NOISE, T.double() + h) - path.interpolate(X, NOISE, T.double() - h)) / (
+        2 * h
+    )
     torch.testing.assert_close(difference, path.target_velocity(X, NOISE), atol=1e-3, rtol=0)
 
 
@@ -36,7 +38,9 @@ def test_a_state_and_its_velocity_imply_data_and_noise():
 
 
 def test_drift_of_the_paper_in_closed_form():
-    """v - t score, where the score is -noise / t, is (2 - t) v + x_t, of which the solver takes a plain last step."""
+    """v - t score, where the score is -noise / t, is (2 - t) v + x_t, of which the solver takes a plain last
+    step.
+    """
     x_t, v = path.interpolate(X, NOISE, T), path.target_velocity(X, NOISE)
     t = path.expand_like(T, X)
     drift = v - t * (-NOISE / t)
@@ -59,7 +63,9 @@ def test_quantiles_of_the_densities():
     probabilities = [0.5 * (1 + math.erf(z / math.sqrt(2))) for z in normal.tolist()]
     torch.testing.assert_close(draw_times(normal, FlowConfig(density="uniform")), torch.tensor(probabilities))
     ours = draw_times(normal, FlowConfig(density_mean=0.3, density_std=2.0))
-    torch.testing.assert_close(ours, torch.tensor([1 / (1 + math.exp(-(0.3 + 2 * z))) for z in normal.tolist()]))
+    torch.testing.assert_close(
+        ours, torch.tensor([1 / (1 + math.exp(-(0.3 + 2 * z))) for z in normal.tolist()])
+    )
 
 
 def test_shift_keeps_the_ends_and_moves_towards_noise():
@@ -102,14 +108,18 @@ def test_objectives_and_terms_by_their_formulas():
     cosine = (predicted * true).sum(1) / (predicted.norm(dim=1) * true.norm(dim=1))
     torch.testing.assert_close(both, error + 0.25 * (1 - cosine))
     longer = flow_loss(lambda x_t, t: 3 * (NOISE - X), X, NOISE, T, FlowConfig(loss_terms={"direction": 1.0}))
-    torch.testing.assert_close(longer, (2 * (NOISE - X)).square().flatten(1).mean(1))  # the right direction costs nothing
+    # the right direction costs nothing
+    torch.testing.assert_close(longer, (2 * (NOISE - X)).square().flatten(1).mean(1))
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"objective": "velocty"}, r"flow\.objective: 'velocty' is not known\. Did you mean 'velocity'"),
-        ({"loss_terms": {"directon": 1.0}}, r"flow\.loss_terms: 'directon' is not known\. Did you mean 'direction'"),
+        (
+            {"loss_terms": {"directon": 1.0}},
+            r"flow\.loss_terms: 'directon' is not known\. Did you mean 'direction'",
+        ),
         ({"density": "normal"}, r"flow\.density: 'normal' is not known"),
     ],
 )

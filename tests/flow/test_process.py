@@ -1,4 +1,6 @@
-"""Parts of images in a process: their noise, their times, their losses, and what a prediction of another kind implies."""
+"""Parts of images in a process: their noise, their times, their losses, and what a prediction of another kind
+implies.
+"""
 
 import pytest
 import torch
@@ -73,7 +75,9 @@ def test_a_solver_draws_with_every_kind_of_prediction(kind: str):
 
 
 def test_a_prediction_that_a_process_does_not_know_is_refused():
-    with pytest.raises(ValueError, match="prediction of Flow: got 'score'; allowed: velocity or clean or noise"):
+    with pytest.raises(
+        ValueError, match="prediction of Flow: got 'score'; allowed: velocity or clean or noise"
+    ):
         PROCESSES["flow"](FlowConfig(), "score")
     with pytest.raises(ValueError, match=r"process: 'flows' is not known\. Did you mean 'flow'"):
         process_class("flows")
@@ -81,13 +85,21 @@ def test_a_prediction_that_a_process_does_not_know_is_refused():
 
 @pytest.mark.parametrize("predicts", ["noise", "noise_and_variance"])
 def test_parts_of_several_tokens_have_the_losses_of_their_tokens(predicts: str):
-    """Variances lie behind the noise of each token, wherever the axis of its numbers is; here rows are [R, tokens, numbers]."""
+    """Variances lie behind the noise of each token, wherever the axis of its numbers is; here rows are [R,
+    tokens, numbers].
+    """
     process = PROCESSES["linear_diffusion"](FlowConfig(), predicts)
-    x, noise, output = torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.randn(3, 2, 4 if predicts == "noise" else 8)
+    x, noise, output = (
+        torch.randn(3, 2, 4),
+        torch.randn(3, 2, 4),
+        torch.randn(3, 2, 4 if predicts == "noise" else 8),
+    )
     t = torch.tensor([1, 500, 999])
     x_t = process.noised(x, noise, t)
     whole = process.losses(output, x, noise, t, x_t)
-    of_tokens = process.losses(*(z.flatten(0, 1) for z in (output, x, noise)), t.repeat_interleave(2), x_t.flatten(0, 1))
+    of_tokens = process.losses(
+        *(z.flatten(0, 1) for z in (output, x, noise)), t.repeat_interleave(2), x_t.flatten(0, 1)
+    )
     torch.testing.assert_close(whole, of_tokens.unflatten(0, (3, 2)).mean(1))
 
 
@@ -100,5 +112,9 @@ def test_guidance_grows_with_the_parts_up_to_the_whole_scale():
 def test_shared_numbers_are_those_of_all_ranks_and_of_the_step_alone():
     ranks = [GlobalBatchNormal(7, 8, rows) for rows in (torch.arange(4), torch.arange(4, 8))]
     first, second = ([normal.shared() for _ in range(3)] for normal in ranks)
-    assert first == second and len({*first}) == 3 and GlobalBatchNormal(8, 8, torch.arange(4)).shared() != first[0]
+    assert (
+        first == second
+        and len({*first}) == 3
+        and GlobalBatchNormal(8, 8, torch.arange(4)).shared() != first[0]
+    )
     assert PerImageNormal([1, 2]).shared() == PerImageNormal([3]).shared()

@@ -1,7 +1,7 @@
 """Solvers on a field whose solution is known: data N(0, s^2), for which the velocity is linear.
 
-On the linear path x_t has the variance S(t) = (1 - t)^2 s^2 + t^2, the velocity is S'(t) / (2 S(t)) x, and the flow carries
-x(1) to x(0) = s x(1).
+On the linear path x_t has the variance S(t) = (1 - t)^2 s^2 + t^2, the velocity is S'(t) / (2 S(t)) x, and
+the flow carries x(1) to x(0) = s x(1).
 """
 
 import math
@@ -48,8 +48,8 @@ def test_order_of_convergence(solver: str):
 def stochastic_variance(steps: int, **settings: float) -> float:
     """The exact variance of Euler-Maruyama's result.
 
-    The field is linear, so the state is tracked as coefficients of the independent noises: the initial one, then those of
-    the steps.
+    The field is linear, so the state is tracked as coefficients of the independent noises: the initial one,
+    then those of the steps.
     """
     drawn = iter(torch.eye(steps + 1, dtype=torch.float64)[1:])
     start = torch.eye(steps + 1, dtype=torch.float64)[0]

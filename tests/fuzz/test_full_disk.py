@@ -1,4 +1,6 @@
-"""A full disk: whoever writes and however much fits, a command ends in one line, and leaves nothing that is half written."""
+"""A full disk: whoever writes and however much fits, a command ends in one line, and leaves nothing that is
+half written.
+"""
 
 from __future__ import annotations
 
@@ -64,9 +66,14 @@ def test_a_full_disk_is_one_line(world: Path, command: str) -> None:
         assert "Traceback" not in said and status in (0, 1), f"{size}: {status}\n{said}"
         assert len(lines) == (status == 1), f"{size}: {said}"
         if status:
-            assert "File too large" in lines[0] or "No space" in lines[0] or "trials" in lines[0] or "Make room" in lines[0], (
-                lines
-            )
+            assert (
+                "File too large" in lines[0]
+                or "No space" in lines[0]
+                or "trials" in lines[0]
+                or "Make room" in lines[0]
+            ), lines
         now = picture_of(world / "work", [])
-        assert not {name for name in whole if now.get(name) != whole[name] and not name.endswith(GROWING)}, f"{size}: {said}"
+        assert not {name for name in whole if now.get(name) != whole[name] and not name.endswith(GROWING)}, (
+            f"{size}: {said}"
+        )
         assert not list(Path().rglob("*.partial-*")), f"{size}: {said}"

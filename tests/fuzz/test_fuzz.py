@@ -1,5 +1,6 @@
-"""Broken recipes, sweeps, indexes, archives and checkpoints, drawn from a grammar: whatever is given, a command ends with a
-status of its own, in one line, without a traceback, and changes nothing but the folders that it was told to write to.
+"""Broken recipes, sweeps, indexes, archives and checkpoints, drawn from a grammar: whatever is given, a
+command ends with a status of its own, in one line, without a traceback, and changes nothing but the folders
+that it was told to write to.
 
 An attempt that fails is repeated by its seed: ``FUZZ_SEED=123 FUZZ_COUNT=1 pytest tests/fuzz -m slow``.
 """
@@ -38,17 +39,27 @@ def faults_of(seed: int, world: Path) -> tuple[str, list[str]]:
     took = time.monotonic() - start
     after = picture_of(world, attempt.writes)
     changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
-    lines = [line for line in said.replace("\r", "\n").splitlines() if line.startswith(("lit-transdiff:", "lit-transdiff "))]
+    lines = [
+        line
+        for line in said.replace("\r", "\n").splitlines()
+        if line.startswith(("lit-transdiff:", "lit-transdiff "))
+    ]
     faults = []
     if status not in STATUSES:
         faults.append(f"status {status}")
     if "Traceback" in said:
         faults.append("a traceback")
-    if status in STATUSES[1:] and len([line for line in lines if not line.startswith("lit-transdiff settings")]) != 1:
+    if (
+        status in STATUSES[1:]
+        and len([line for line in lines if not line.startswith("lit-transdiff settings")]) != 1
+    ):
         faults.append(f"{len(lines)} lines of error")
     if changed:
         faults.append(f"changed {changed}")
-    told = f"seed {seed}: {attempt.kind}: {' '.join(attempt.words)!r} after {attempt.done!r} ({status}, {took:.1f} s)"
+    told = (
+        f"seed {seed}: {attempt.kind}: {' '.join(attempt.words)!r} after {attempt.done!r} ({status}, "
+        f"{took:.1f} s)"
+    )
     return told, [f"{', '.join(faults)}\n{said[-3000:]}"] if faults else []
 
 

@@ -1,1 +1,4 @@
-"""Shared code of tests; each module is named after its product. Test modules import from here, never from each other."""
+"""Shared code of tests; each module is named after its product.
+
+Test modules import from here, never from each other.
+"""

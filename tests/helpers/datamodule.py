@@ -22,7 +22,9 @@ class Recorder(pl.LightningModule):
         self.validated = []
 
     def training_step(self, batch, batch_idx):
-        self.rows.append((batch.positions.tolist(), batch.samples.tolist(), batch.values.double().sum().item()))
+        self.rows.append(
+            (batch.positions.tolist(), batch.samples.tolist(), batch.values.double().sum().item())
+        )
         return self.weight.square().sum()
 
     def validation_step(self, batch, batch_idx):
@@ -58,7 +60,9 @@ def fit(module, folder, stop_at, accumulation=1, ckpt_path=None, **options):
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[pl.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
+        callbacks=[
+            pl.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        ],
         **({"limit_val_batches": 0} | options),
     )
     with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,6 @@
-"""The numbers of the official implementations (tests/fixtures/paradigms) as tensors, and networks that carry their weights."""
+"""The numbers of the official implementations (tests/fixtures/paradigms) as tensors, and networks that carry
+their weights.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ def scalars(case: str) -> dict[str, Any]:
 
 
 def check(case: str, name: str, ours: Tensor, official: dict[str, Tensor]) -> float:
-    """Largest error relative to the largest value, within the case's tolerance; 0 is exact. Gives the error."""
+    """Largest error relative to the largest value, within the case's tolerance; 0 is exact.
+
+    Gives the error.
+    """
     reference = official[f"out/{name}"]
     assert ours.shape == reference.shape
     error = ((ours.double() - reference.double()).abs().max() / reference.double().abs().max()).item()
@@ -54,8 +59,15 @@ def sit_or_dit(case: str, **more: Any) -> SiT:
         theirs["learn_sigma"],
         dict(width="hidden_size", num_heads="num_heads", num_blocks="depth", mlp_ratio="mlp_ratio"),
     )
-    names |= dict(num_classes="num_classes", latent_channels="in_channels", latent_size="input_size", patch_size="patch_size")
-    config = (DiTConfig if learns else SiTConfig)(**{ours: theirs[name] for ours, name in names.items()}, **more)
+    names |= dict(
+        num_classes="num_classes",
+        latent_channels="in_channels",
+        latent_size="input_size",
+        patch_size="patch_size",
+    )
+    config = (DiTConfig if learns else SiTConfig)(
+        **{ours: theirs[name] for ours, name in names.items()}, **more
+    )
     net = (DiT if learns else SiT)(config).eval()
     table = position_table(config.width, config.latent_size // config.patch_size)
     net.load_state_dict(tensors(INDEX["cases"][case]["weights"]) | {"pos_embed": table[None]})
@@ -66,15 +78,27 @@ def mar() -> MAR:
     """MAR with the fixtures' weights, in evaluation mode."""
     theirs = settings("mar_transformer")
     names = dict(
-        width="encoder_embed_dim", decoder_width="decoder_embed_dim", num_heads="encoder_num_heads", mlp_ratio="mlp_ratio"
+        width="encoder_embed_dim",
+        decoder_width="decoder_embed_dim",
+        num_heads="encoder_num_heads",
+        mlp_ratio="mlp_ratio",
     )
     names |= dict(
-        encoder_blocks="encoder_depth", decoder_blocks="decoder_depth", head_width="diffloss_w", head_blocks="diffloss_d"
+        encoder_blocks="encoder_depth",
+        decoder_blocks="decoder_depth",
+        head_width="diffloss_w",
+        head_blocks="diffloss_d",
     )
     names |= dict(num_classes="class_num", num_class_tokens="buffer_size", latent_channels="vae_embed_dim")
-    names |= dict(attention_dropout="attn_dropout", projection_dropout="proj_dropout", mask_rate_min="mask_ratio_min")
+    names |= dict(
+        attention_dropout="attn_dropout", projection_dropout="proj_dropout", mask_rate_min="mask_ratio_min"
+    )
     shape = {ours: theirs[name] for ours, name in names.items()}
-    net = MAR(MARConfig(**shape, latent_size=theirs["img_size"] // theirs["vae_stride"], patch_size=theirs["patch_size"])).eval()
+    net = MAR(
+        MARConfig(
+            **shape, latent_size=theirs["img_size"] // theirs["vae_stride"], patch_size=theirs["patch_size"]
+        )
+    ).eval()
     net.load_state_dict(tensors("w_mar"))
     return net
 
@@ -82,7 +106,9 @@ def mar() -> MAR:
 def acdit() -> ACDiT:
     """ACDiT with the fixtures' weights, in evaluation mode."""
     theirs = settings("acdit_forward")
-    shape = dict(width=theirs["hidden_size"], num_blocks=theirs["depth"], latent_size=math.isqrt(theirs["spatial_len"]))
+    shape = dict(
+        width=theirs["hidden_size"], num_blocks=theirs["depth"], latent_size=math.isqrt(theirs["spatial_len"])
+    )
     shape |= {name: theirs[name] for name in ("num_heads", "mlp_ratio", "num_classes")}
     net = ACDiT(ACDiTConfig(**shape, latent_channels=16, parts_per_side=math.isqrt(theirs["ar_len"]))).eval()
     net.load_state_dict(tensors("w_acdit"))

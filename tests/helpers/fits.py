@@ -1,6 +1,7 @@
 """Started by torchrun from the tests: several fits in one pair of processes. ``python fits.py PLAN.json``.
 
-The plan is a list of [settings of a run, step at which it is broken off or null]; the last line of output says that all are done.
+The plan is a list of [settings of a run, step at which it is broken off or null]; the last line of output
+says that all are done.
 """
 
 from __future__ import annotations

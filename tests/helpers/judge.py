@@ -1,4 +1,6 @@
-"""A small model, classifier and reference, with random weights: the scores mean nothing, but must be the same each time."""
+"""A small model, classifier and reference, with random weights: the scores mean nothing, but must be the same
+each time.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,24 @@ from lit_transdiff.models.classifier import SmallClassifier, save_classifier
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.sampling.generator import Generator
 
-# float32 features of about 1, made in other batches: five layers of sums of up to 864 terms err by some sqrt(864) 2^-24 each.
+# float32 features of about 1, made in other batches: five layers of sums of up to 864 terms err by some
+# sqrt(864) 2^-24 each.
 BATCHES = {"rtol": 1e-5, "atol": 1e-5}
 SAMPLING = SamplingConfig(solver="euler", grid="uniform", num_steps=2, guidance_scale=1.5)
 
 
 def tiny_run(references: int = 1, name: str = "tiny") -> RunConfig:
-    model = dict(size="test", num_classes=3, num_class_tokens=2, latent_channels=1, latent_size=16, patch_size=4)
+    model = dict(
+        size="test", num_classes=3, num_class_tokens=2, latent_channels=1, latent_size=16, patch_size=4
+    )
     model |= dict(num_context_tokens=16, num_references=references)
     return run_from({"name": name, "data": {"image_size": 16, "image_channels": 1}, "model": model})
 
 
 class ExactGenerator(Generator):
-    """Computes in float64: in float32 the last bits, and now and then a byte of an image, depend on the batch."""
+    """Computes in float64: in float32 the last bits, and now and then a byte of an image, depend on the
+    batch.
+    """
 
     def latents(self, *arguments: Any, **named: Any) -> Tensor:
         torch.set_default_dtype(torch.float64)  # of the noise
@@ -65,7 +72,9 @@ def tiny_settings(folder: Path, **changes: object) -> EvaluationConfig:
         "feature_diversity",
     ]
     given = dict(num_images=22, batch_size=5, seed=3, extractor="classifier", metrics=metrics)
-    given |= dict(extractor_weights=str(folder / "judge.safetensors"), reference=str(folder / "reference.npz"))
+    given |= dict(
+        extractor_weights=str(folder / "judge.safetensors"), reference=str(folder / "reference.npz")
+    )
     return EvaluationConfig(**(given | changes))  # type: ignore[arg-type]
 
 

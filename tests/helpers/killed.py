@@ -1,8 +1,8 @@
 """Trains a run and kills itself on the way. ``python -m tests.helpers.killed RUN.json WHERE STEP RANK``.
 
-WHERE: nowhere, step (in the forward pass), save (files are written, the marker is not), validation, scores (of an evaluation,
-before they are logged), worker (a data worker), stuck (a data worker stops and stays), or a number of seconds after the first
-step. What each step used is written beside the run folder.
+WHERE: nowhere, step (in the forward pass), save (files are written, the marker is not), validation, scores
+(of an evaluation, before they are logged), worker (a data worker), stuck (a data worker stops and stays), or
+a number of seconds after the first step. What each step used is written beside the run folder.
 """
 
 from __future__ import annotations
@@ -64,10 +64,13 @@ def watch_steps(kill: Kill, record: Path) -> None:
                 file.write(json.dumps([self.global_step, batch.samples.flatten().tolist()]) + "\n")
             if now and kill.where == "step":
                 kill.die()
-            if now and kill.where in ("worker", "stuck") and kill.here and not kill.done:  # a step may have several passes
+            # a step may have several passes
+            if now and kill.where in ("worker", "stuck") and kill.here and not kill.done:
                 worker = multiprocessing.active_children()[0].pid or 0
                 kill.process(worker, signal.SIGKILL if kill.where == "worker" else signal.SIGSTOP)
-            if kill.where[0].isdigit() and not any(thread.name == "killer" for thread in threading.enumerate()):
+            if kill.where[0].isdigit() and not any(
+                thread.name == "killer" for thread in threading.enumerate()
+            ):
                 killer = threading.Timer(float(kill.where), kill.die)
                 killer.name = "killer"
                 killer.daemon = True
@@ -80,7 +83,9 @@ def watch_steps(kill: Kill, record: Path) -> None:
 
 
 def watch_saves(kill: Kill) -> None:
-    """Die when all files of the checkpoint of the step are there but its marker is not; on another rank, before its own file."""
+    """Die when all files of the checkpoint of the step are there but its marker is not; on another rank,
+    before its own file.
+    """
     finish, write = saving.finish_checkpoint, saving.write_rank_file
 
     def finish_checkpoint(partial: Path, *rest: Any) -> Any:

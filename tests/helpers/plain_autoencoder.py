@@ -1,4 +1,6 @@
-"""The KL autoencoder of latent diffusion, written plainly over its own state dict (that of ``kl16.ckpt``), without diffusers."""
+"""The KL autoencoder of latent diffusion, written plainly over its own state dict (that of ``kl16.ckpt``),
+without diffusers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ def make(seed: int = 0, latent: int = 4, channels: tuple[int, ...] = CHANNELS) -
     w: State = {}
 
     def conv(name: str, outputs: int, inputs: int, size: int) -> None:
-        w[f"{name}.weight"] = torch.randn(outputs, inputs, size, size, generator=generator) / (inputs * size**2) ** 0.5
+        w[f"{name}.weight"] = (
+            torch.randn(outputs, inputs, size, size, generator=generator) / (inputs * size**2) ** 0.5
+        )
         w[f"{name}.bias"] = 0.1 * torch.randn(outputs, generator=generator)
 
     def norm(name: str, width: int) -> None:
@@ -123,5 +127,7 @@ def decode(w: State, latents: Tensor) -> Tensor:
         for i in range(3):
             x = residual(w, f"decoder.up.{level}.block.{i}", x)
         if level > 0:
-            x = conv(w, f"decoder.up.{level}.upsample.conv", F.interpolate(x, scale_factor=2, mode="nearest"), 1)
+            x = conv(
+                w, f"decoder.up.{level}.upsample.conv", F.interpolate(x, scale_factor=2, mode="nearest"), 1
+            )
     return conv(w, "decoder.conv_out", swish(norm(w, "decoder.norm_out", x)), 1)

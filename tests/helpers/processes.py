@@ -1,4 +1,6 @@
-"""Processes as a user starts them: one, or several through torchrun over gloo on this machine; and what is seen of them."""
+"""Processes as a user starts them: one, or several through torchrun over gloo on this machine; and what is
+seen of them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ from tests.helpers.small import ROOT, small_run
 PROGRAM = ("-m", "lit_transdiff")
 TRAIN = (*PROGRAM, "train")
 LONG = {"max_steps": 200, "checkpoint_every": 50, "log_every": 10}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "PYTHONPATH": str(ROOT),
+    "WANDB_MODE": "offline",
+}
 ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
 
 
@@ -77,11 +85,16 @@ def background(line: list[str], log: Path, **environment: str) -> subprocess.Pop
     """Starts a command and does not wait for it; ``log`` gets its output."""
     with open(log, "w") as file:
         environment = {**ENVIRONMENT, **environment}
-        return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=file, stderr=file, preexec_fn=ignore_nothing)
+        return subprocess.Popen(
+            line, cwd=ROOT, env=environment, stdout=file, stderr=file, preexec_fn=ignore_nothing
+        )
 
 
 def ignore_nothing() -> None:
-    """These tests may themselves run under nohup or in the background. The processes make a group, as of a terminal."""
+    """These tests may themselves run under nohup or in the background.
+
+    The processes make a group, as of a terminal.
+    """
     os.setsid()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -108,7 +121,11 @@ def steps_logged(run: RunConfig, number: int = 2) -> object:
 def children(process: int) -> list[int]:
     """The processes that a process (a torchrun, a srun) has started."""
     listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
-    return sorted(int(pid) for pid, parent in (line.split() for line in listing.splitlines()[1:]) if int(parent) == process)
+    return sorted(
+        int(pid)
+        for pid, parent in (line.split() for line in listing.splitlines()[1:])
+        if int(parent) == process
+    )
 
 
 def same_weights(a: RunConfig, b: RunConfig) -> bool:

@@ -40,8 +40,9 @@ def model(case: str) -> TransDiff:
 def assert_near(case: str, name: str, ours: Tensor, reference: Tensor) -> None:
     """Largest error relative to the largest value, within the tolerance that the case states.
 
-    That is 1e-5, or 168 units of float32 rounding (2^-24): a dozen products one after the other, whose sums of up to 192 terms
-    err by some sqrt(192) units each. What depends on t needs the frequencies of ``reference_frequencies``.
+    That is 1e-5, or 168 units of float32 rounding (2^-24): a dozen products one after the other, whose sums
+    of up to 192 terms err by some sqrt(192) units each. What depends on t needs the frequencies of
+    ``reference_frequencies``.
     """
     assert ours.shape == reference.shape
     error = (ours.double() - reference.double()).abs().max() / reference.double().abs().max()
@@ -49,7 +50,9 @@ def assert_near(case: str, name: str, ours: Tensor, reference: Tensor) -> None:
 
 
 def tokens_to_latents(tokens: Tensor) -> Tensor:
-    """Row-major tokens [..., 256, 16] of the reference -> latents [..., 16, 16, 16], written out independently of ours."""
+    """Row-major tokens [..., 256, 16] of the reference -> latents [..., 16, 16, 16], written out
+    independently of ours.
+    """
     return tokens.reshape(*tokens.shape[:-2], 16, 16, 16).movedim(-1, -3)
 
 
@@ -59,16 +62,20 @@ def latents_to_tokens(latents: Tensor) -> Tensor:
 
 @cache
 def reference_frequencies() -> Tensor:
-    """The frequencies of the time features [128] as the reference's processor rounded them, read back from its features.
+    """The frequencies of the time features [128] as the reference's processor rounded them, read back from
+    its features.
 
-    float32 exp differs between processors in its last places, and 1000 rad turn these into 1e-4. Of the 41 float32 values
-    around the exact frequency, the one whose cosines and sines come closest to the reference's is taken.
+    float32 exp differs between processors in its last places, and 1000 rad turn these into 1e-4. Of the 41
+    float32 values around the exact frequency, the one whose cosines and sines come closest to the reference's
+    is taken.
     """
     case = load("onestep256_decoder")
     times = torch.cat([case["in/t_int"], case["in/t_frac"]])
     features = torch.cat([case["out/sinusoid_int"], case["out/sinusoid_frac"]])
     exact = (-math.log(10_000) * torch.arange(128).double() / 128).exp().float()
-    candidates = (exact.view(torch.int32) + torch.arange(-20, 21, dtype=torch.int32)[:, None]).view(torch.float32)
+    candidates = (exact.view(torch.int32) + torch.arange(-20, 21, dtype=torch.int32)[:, None]).view(
+        torch.float32
+    )
     found = torch.stack([features_of(times, frequencies) for frequencies in candidates])
     errors = (found - features).abs().unflatten(-1, (2, 128)).amax(dim=(1, 2))
     return candidates.gather(0, errors.argmin(dim=0, keepdim=True))[0]
@@ -80,8 +87,12 @@ def features_of(t: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def flow_loss(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, t: Tensor, config: FlowConfig) -> Tensor:
-    """The loss [B] of every row x [B, ...] on the linear path at times [B], of which ``velocity(x_t, t)`` is predicted."""
+def flow_loss(
+    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, t: Tensor, config: FlowConfig
+) -> Tensor:
+    """The loss [B] of every row x [B, ...] on the linear path at times [B], of which ``velocity(x_t, t)`` is
+    predicted.
+    """
     process = Flow(config, "velocity")
     x_t = process.noised(x, noise, t)
     return process.losses(velocity(x_t, t), x, noise, t, x_t)

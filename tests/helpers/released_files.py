@@ -16,12 +16,19 @@ from tests.helpers import plain_autoencoder
 SMALL = dict(width=32, num_heads=2, encoder_blocks=2, decoder_blocks=1, num_classes=7, latent_channels=4)
 
 
-def random_state(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def random_state(
+    config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {key: (0.05 * torch.randn(shape, generator=generator)).to(dtype) for key, shape in released_shapes(config).items()}
+    return {
+        key: (0.05 * torch.randn(shape, generator=generator)).to(dtype)
+        for key, shape in released_shapes(config).items()
+    }
 
 
-def write_checkpoint(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+def write_checkpoint(
+    folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
     """A file as the released training writes it; ``changes`` replace entries, None removes one."""
     content = {
         "model": random_state(config, 1, dtype),
@@ -31,7 +38,9 @@ def write_checkpoint(folder: Path, config: ModelConfig, dtype: torch.dtype = tor
         "args": argparse.Namespace(model="transdiff_large", blr=1e-4, resume=None, betas=[0.9, 0.95]),
     } | changes
     folder.mkdir(exist_ok=True)
-    torch.save({key: value for key, value in content.items() if value is not None}, folder / "checkpoint-last.pth")
+    torch.save(
+        {key: value for key, value in content.items() if value is not None}, folder / "checkpoint-last.pth"
+    )
     return folder / "checkpoint-last.pth"
 
 

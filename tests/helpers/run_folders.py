@@ -19,9 +19,16 @@ OLD_COLUMNS = COLUMNS[:5]  # of earlier versions
 HEAD = ",".join(OLD_COLUMNS) + "\n"
 
 
-def make_run(root: Path, name: str, score: float, *, seed: int = 0, lr: float = 1e-3, group: str = "g", **more: Any) -> Path:
+def make_run(
+    root: Path, name: str, score: float, *, seed: int = 0, lr: float = 1e-3, group: str = "g", **more: Any
+) -> Path:
     """A run folder with three logged steps, a picture and a result, written without training."""
-    changes: dict[str, Any] = {"name": name, "seed": seed, "optimizer": {"lr": lr}, "evaluation": {"num_images": 20}}
+    changes: dict[str, Any] = {
+        "name": name,
+        "seed": seed,
+        "optimizer": {"lr": lr},
+        "evaluation": {"num_images": 20},
+    }
     changes["tracking"] = {"wandb": False, "group": group, "tags": ["a"]}
     run = small_run(root, **changes, **more)
     for part in ("samples/final", "evaluations", "export"):
@@ -32,7 +39,12 @@ def make_run(root: Path, name: str, score: float, *, seed: int = 0, lr: float = 
     for step in (2, 4, 6):
         log.log_metrics({"train/loss": score / step}, step)
     log.log_metrics({"val/loss": score}, 6)
-    for file in ("samples/step-00000002.png", "samples/step-00000006.png", "samples/final/grid.png", "evaluations/r.png"):
+    for file in (
+        "samples/step-00000002.png",
+        "samples/step-00000006.png",
+        "samples/final/grid.png",
+        "evaluations/r.png",
+    ):
         Image.new("RGB", (8, 8), (color(file), 0, 0)).save(run.folder / file)
     manifest = {"run": name, "sampling": vars(run.sampling), "date": "2026", "num_images": 20, "seed": 0}
     manifest["decoder_evaluations_per_image"] = 4
@@ -57,9 +69,15 @@ def write_long(folder: Path, steps: int) -> Path:
     return folder
 
 
-def evaluate_again(folder: Path, score: float, date: str, sampling: dict[str, Any] | None = None, **manifest: Any) -> None:
+def evaluate_again(
+    folder: Path, score: float, date: str, sampling: dict[str, Any] | None = None, **manifest: Any
+) -> None:
     """Another result in a run folder."""
     content = json.loads((folder / "evaluations" / "r.json").read_text())
     content["scores"]["frechet_distance"] = score
-    content["manifest"] |= {"date": date, "sampling": content["manifest"]["sampling"] | (sampling or {}), **manifest}
+    content["manifest"] |= {
+        "date": date,
+        "sampling": content["manifest"]["sampling"] | (sampling or {}),
+        **manifest,
+    }
     (folder / "evaluations" / f"{date}.json").write_text(json.dumps(content))

@@ -1,4 +1,6 @@
-"""Two ranks that score together, each a process that can be killed on its own; forked from a server that has done the imports."""
+"""Two ranks that score together, each a process that can be killed on its own; forked from a server that has
+done the imports.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ SETTINGS = {"num_images": 43, "batch_size": 4, "label_mode": "random"}
 
 
 def score(files: Path, output: Path, pause: float, threads: int, environment: dict[str, str]) -> None:
-    """Draw and score, with so many seconds before each batch; ``output/rankN.json`` gets the number of batches and the result."""
+    """Draw and score, with so many seconds before each batch; ``output/rankN.json`` gets the number of
+    batches and the result.
+    """
     os.environ |= environment
     torch.set_num_threads(threads)
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
@@ -36,7 +40,14 @@ def score(files: Path, output: Path, pause: float, threads: int, environment: di
         return at_once(*arguments)
 
     generator.images = images  # type: ignore[method-assign]
-    result = evaluate(generator, tiny_settings(files, **SETTINGS), SAMPLING, output=output, fabric=fabric, save_images="both")
+    result = evaluate(
+        generator,
+        tiny_settings(files, **SETTINGS),
+        SAMPLING,
+        output=output,
+        fabric=fabric,
+        save_images="both",
+    )
     (output / f"rank{fabric.global_rank}.json").write_text(json.dumps([num_batches, result]))
     fabric.barrier()
     torch.distributed.destroy_process_group()
@@ -45,10 +56,17 @@ def score(files: Path, output: Path, pause: float, threads: int, environment: di
 def two_ranks(files: Path, output: Path, pause: float) -> list[BaseProcess]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
     common |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     arguments = files, output, pause, torch.get_num_threads()
-    ranks = [context.Process(target=score, args=(*arguments, {**common, "RANK": r, "LOCAL_RANK": r})) for r in "01"]
+    ranks = [
+        context.Process(target=score, args=(*arguments, {**common, "RANK": r, "LOCAL_RANK": r})) for r in "01"
+    ]
     for rank in ranks:
         rank.start()
     return ranks  # type: ignore[return-value]

@@ -18,8 +18,8 @@ from lit_transdiff.config.loading import run_from
 ROOT = Path(__file__).parents[2]
 FASHION = ROOT / "data" / "fashion"
 
-# AdamW divides each gradient by its size. Where that is all rounding (1e-9 to 1e-7 here; of the keys' biases always), any two
-# ways of computing the same run apart by whole steps, unless eps stands above it.
+# AdamW divides each gradient by its size. Where that is all rounding (1e-9 to 1e-7 here; of the keys' biases
+# always), any two ways of computing the same run apart by whole steps, unless eps stands above it.
 STEADY = {"eps": 1e-3}
 NO_DROPOUT = {"attention_dropout": 0.0, "projection_dropout": 0.0}  # dropout draws other masks on every rank
 SETTINGS: dict[str, Any] = {
@@ -43,7 +43,13 @@ SETTINGS: dict[str, Any] = {
     },
     "flow": {"num_noise_draws": 2},
     "optimizer": {"lr": 1e-3, "ema_decay": 0.9, "warmup_steps": 2},
-    "training": {"max_steps": 6, "global_batch_size": 8, "log_every": 2, "checkpoint_every": 2, "num_validation_samples": 20},
+    "training": {
+        "max_steps": 6,
+        "global_batch_size": 8,
+        "log_every": 2,
+        "checkpoint_every": 2,
+        "num_validation_samples": 20,
+    },
     "sampling": {"num_steps": 2},
     "tracking": {"wandb": False},
 }
@@ -60,20 +66,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model": {"paradigm": "acdit", **SHAPE},
         "sampling": {"solver": "dpmpp_2m", "grid": "nonzero"},
     },
-    "mar": {"stage": "pretrain", "model": {"paradigm": "mar", **SHAPE, **TOKEN_SETS}, "sampling": {"solver": "ancestral"}},
+    "mar": {
+        "stage": "pretrain",
+        "model": {"paradigm": "mar", **SHAPE, **TOKEN_SETS},
+        "sampling": {"solver": "ancestral"},
+    },
 }
 
 
 def small_run(folder: Path, **changes: Any) -> RunConfig:
-    """``SETTINGS`` with ``changes`` (nested dictionaries), writing below ``folder``; a ``model.paradigm`` has its own model."""
+    """``SETTINGS`` with ``changes`` (nested dictionaries), writing below ``folder``; a ``model.paradigm`` has
+    its own model.
+    """
     base = SETTINGS if "paradigm" not in changes.get("model", {}) else {**SETTINGS, "model": {}}
-    return run_from(OmegaConf.merge(OmegaConf.create(base), OmegaConf.create({"output_dir": str(folder), **changes})))
+    return run_from(
+        OmegaConf.merge(OmegaConf.create(base), OmegaConf.create({"output_dir": str(folder), **changes}))
+    )
 
 
 def without_checksums(*files: Path) -> None:
     """Take the checksums out of JSON files: such were written by earlier versions."""
     for file in files:
-        file.write_text(json.dumps({name: value for name, value in read_json(file).items() if name != "crc32"}))
+        file.write_text(
+            json.dumps({name: value for name, value in read_json(file).items() if name != "crc32"})
+        )
 
 
 def twice(act: Callable[[], object]) -> list[object]:

@@ -1,4 +1,6 @@
-"""Fits by Lightning's own Trainer and strategies; started by torchrun with a folder, in which ``found.json`` is left."""
+"""Fits by Lightning's own Trainer and strategies; started by torchrun with a folder, in which ``found.json``
+is left.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
 
 
 def fit(folder: Path, name: str, resume: bool) -> dict[str, Any]:
-    """Losses, and the averages at the end, of a run from the beginning or from its checkpoint of step SAVED."""
+    """Losses, and the averages at the end, of a run from the beginning or from its
+    checkpoint of step SAVED.
+    """
     pl.seed_everything(0, verbose=False)
     parts = build(small_run(folder, model=NO_DROPOUT, training={"max_steps": STEPS}))
     saves = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=SAVED, save_top_k=-1)
@@ -44,10 +48,16 @@ def fit(folder: Path, name: str, resume: bool) -> dict[str, Any]:
         accelerator="cpu",
         **several,
     )
-    trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=folder / name / f"step={SAVED}.ckpt" if resume else None)
+    trainer.fit(
+        parts.stage, datamodule=parts.data, ckpt_path=folder / name / f"step={SAVED}.ckpt" if resume else None
+    )
     averages = averages_of(trainer).averaged_state()
     norm = torch.stack([value.double().square().sum() for value in averages.values()]).sum().sqrt().item()
-    return {"step": trainer.global_step, "norm": norm, **{key: float(value) for key, value in trainer.callback_metrics.items()}}
+    return {
+        "step": trainer.global_step,
+        "norm": norm,
+        **{key: float(value) for key, value in trainer.callback_metrics.items()},
+    }
 
 
 def main(folder: Path, names: list[str]) -> None:

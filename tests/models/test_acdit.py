@@ -1,4 +1,6 @@
-"""ACDiT's network, its loss and its sampling, against the numbers of the official implementation and against itself."""
+"""ACDiT's network, its loss and its sampling, against the numbers of the official implementation and against
+itself.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from tests.helpers.families import acdit, check, same_shapes, scalars, tensors
 from tests.helpers.reference import features_of, reference_frequencies
 
 pytestmark = pytest.mark.numeric
-FOUR_CHANNELS = {"base": 130_305_028, "large": 457_851_908, "xl": 674_856_708, "huge": 950_959_620}  # published parameters
+# published parameters
+FOUR_CHANNELS = {"base": 130_305_028, "large": 457_851_908, "xl": 674_856_708, "huge": 950_959_620}
 SIXTEEN = {"base": 130_323_472, "large": 457_876_496, "xl": 674_884_368, "huge": 950_990_352}
 NONE = torch.zeros(2, dtype=torch.bool)
 
@@ -56,7 +59,9 @@ def test_order_of_tokens_and_their_angles():
 
 @torch.no_grad()
 def test_who_sees_whom():
-    """The published mask, block by block, from what a change of one part changes in the output of one layer."""
+    """The published mask, block by block, from what a change of one part changes in
+    the output of one layer.
+    """
     name = "acdit_forward"
     case, layer = tensors(name), acdit().blocks[0].attn
     angles, x = torch.zeros(64, 64), torch.randn(2, 64, 128)
@@ -75,7 +80,9 @@ def test_sampling_with_guidance():
     case, net = tensors(name), acdit()
     steps = scalars(name)["num_inference_steps"]
     assert nonzero_steps(steps, 1000)[::-1] == case["out/timesteps"].tolist()
-    sampling = SamplingConfig(solver="dpmpp_2m", grid="nonzero", num_steps=steps, guidance_scale=scalars(name)["cfg"])
+    sampling = SamplingConfig(
+        solver="dpmpp_2m", grid="nonzero", num_steps=steps, guidance_scale=scalars(name)["cfg"]
+    )
     process = PROCESSES[net.process](FlowConfig(), net.prediction)
     decoding = net.decode(case["in/labels"], sampling, None)
     problem, drawn = next(decoding), []
@@ -89,7 +96,9 @@ def test_sampling_with_guidance():
 
 def small() -> ACDiT:
     torch.manual_seed(0)
-    shape = dict(width=16, num_heads=2, num_blocks=2, num_classes=5, latent_channels=3, latent_size=8, patch_size=2)
+    shape = dict(
+        width=16, num_heads=2, num_blocks=2, num_classes=5, latent_channels=3, latent_size=8, patch_size=2
+    )
     net = ACDiT(ACDiTConfig(**shape))
     for p in net.parameters():
         nn.init.normal_(p, std=0.3)
@@ -101,7 +110,9 @@ def test_a_new_network_predicts_zero_and_each_block_leaves_noised_tokens_as_they
     torch.manual_seed(0)
     net = ACDiT(ACDiTConfig(size="test", latent_size=4, latent_channels=3))
     clean, x_t = torch.randn(2, 2, 16, 3)
-    assert torch.equal(net.predict(x_t, torch.rand(2, 4), Known(torch.tensor([0, 3]), clean)), torch.zeros(2, 16, 3))
+    assert torch.equal(
+        net.predict(x_t, torch.rand(2, 4), Known(torch.tensor([0, 3]), clean)), torch.zeros(2, 16, 3)
+    )
     x = torch.randn(3, 16, 32)
     y = net.blocks[0](x, torch.randn(2, 4, 32), torch.zeros(16, 16))
     assert torch.equal(y[1:], x[1:]) and (y[0] - x[0]).abs().min() > 0
@@ -124,7 +135,11 @@ def test_every_parameter_gets_a_gradient_from_the_loss_of_all_parts():
         for draw in range(2):
             noise = rearrange(numbers[1], "b (k m n) c -> m b (k n) c", m=2, k=4)[draw]
             each = steps[:, :, draw].repeat_interleave(4, dim=1)
-            x_t = linear_chain().noised(tokens.flatten(0, 1), noise.flatten(0, 1), each.flatten()).view_as(tokens)
+            x_t = (
+                linear_chain()
+                .noised(tokens.flatten(0, 1), noise.flatten(0, 1), each.flatten())
+                .view_as(tokens)
+            )
             alone = net.predict(x_t, steps[:, :, draw], Known(torch.tensor([5, 4, 2]), tokens))
             total += (alone - noise).square().mean().item()
     assert losses.mean().item() == pytest.approx(total / 2, rel=1e-5)
@@ -133,7 +148,9 @@ def test_every_parameter_gets_a_gradient_from_the_loss_of_all_parts():
 @pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_what_is_kept_gives_what_the_whole_pass_gives_and_later_parts_are_not_seen():
-    """Parts drawn one after the other, of kept keys and values, see what they saw in training; a class at a time, or two."""
+    """Parts drawn one after the other, of kept keys and values, see what they saw in training; a class at a
+    time, or two.
+    """
     net, labels, t = small(), torch.tensor([1, 4]), torch.tensor([[700, 3, 250, 999]])
     x, x_t = torch.randn(2, 1, 3, 8, 8), torch.randn(2, 16, 12)
     whole = net.predict(x_t, t.expand(2, -1), net.condition(labels, NONE, x, None))
@@ -144,7 +161,9 @@ def test_what_is_kept_gives_what_the_whole_pass_gives_and_later_parts_are_not_se
         for k, (part, clean) in enumerate(zip(x_t.split(4, 1), net.parts(x).split(4, 1), strict=True)):
             own = slice(4 * k, 4 * k + 4)
             torch.testing.assert_close(problem.predict(part, t[0, k].item()), whole[:, own])
-            torch.testing.assert_close(torch.stack(problem.pair(part, t[0, k].item())), torch.stack([whole, null])[:, :, own])
+            torch.testing.assert_close(
+                torch.stack(problem.pair(part, t[0, k].item())), torch.stack([whole, null])[:, :, own]
+            )
             problem = decoding.send(clean)
 
 
@@ -161,8 +180,14 @@ def test_parts_are_put_together_as_they_are_taken_apart():
 
 def test_a_grid_that_is_not_made_of_squares_is_refused():
     for changes, message in (
-        ({"parts_per_side": 3}, r"model\.parts_per_side: got 3; allowed: a divisor of 16, the tokens of a side of the latent"),
-        ({"width": 36, "num_heads": 6, "num_blocks": 1}, r"model\.num_heads: got 6; allowed: .* divisor of model\.width=36"),
+        (
+            {"parts_per_side": 3},
+            r"model\.parts_per_side: got 3; allowed: a divisor of 16, the tokens of a side of the latent",
+        ),
+        (
+            {"width": 36, "num_heads": 6, "num_blocks": 1},
+            r"model\.num_heads: got 6; allowed: .* divisor of model\.width=36",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             ACDiTConfig(**changes)

@@ -53,7 +53,12 @@ def edited(folder: Path, target: Path, **fields: object) -> Path:
 def test_posterior_is_the_reference() -> None:
     fixture = load("vae_posterior_clamp")
     mean, logvar = posterior(fixture["in/moments"])
-    ours = {"mean": mean, "logvar": logvar, "std": torch.exp(0.5 * logvar), "kl": kl_divergence(fixture["in/moments"])}
+    ours = {
+        "mean": mean,
+        "logvar": logvar,
+        "std": torch.exp(0.5 * logvar),
+        "kl": kl_divergence(fixture["in/moments"]),
+    }
     for name, value in ours.items():
         assert_near("vae_posterior_clamp", name, value, fixture[f"out/{name}"])
 
@@ -73,7 +78,9 @@ def test_sample_is_clamped_and_normalised(folder: Path) -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_every_kind_keeps_leading_dimensions(kind: str, folder: Path) -> None:
-    autoencoder = load_autoencoder(kind, folder if AUTOENCODERS[kind].has_folder else None, image_channels=1).double()
+    autoencoder = load_autoencoder(
+        kind, folder if AUTOENCODERS[kind].has_folder else None, image_channels=1
+    ).double()
     images = torch.rand(2, 3, 1, 16, 16) * 2 - 1
     moments = autoencoder.encode(images)
     latents = autoencoder.sample(moments, torch.randn(autoencoder.sample(moments).shape))
@@ -104,15 +111,26 @@ def test_identity_gives_the_images_back() -> None:
 @pytest.mark.numeric
 @pytest.mark.usefixtures("float64")
 def test_scale_changes_latents_but_not_images(folder: Path, tmp_path: Path) -> None:
-    plain = load_autoencoder("kl", edited(folder, tmp_path / "plain", latents_mean=[0.0] * 3, latents_std=[1.0] * 3), 1).double()
+    plain = load_autoencoder(
+        "kl", edited(folder, tmp_path / "plain", latents_mean=[0.0] * 3, latents_std=[1.0] * 3), 1
+    ).double()
     normalised = load_autoencoder("kl", folder, 1).double()
     moments = plain.encode(torch.rand(2, 1, 16, 16) * 2 - 1)
     assert not torch.allclose(plain.sample(moments), normalised.sample(moments))
-    torch.testing.assert_close(plain.decode(plain.sample(moments)), normalised.decode(normalised.sample(moments)))
+    torch.testing.assert_close(
+        plain.decode(plain.sample(moments)), normalised.decode(normalised.sample(moments))
+    )
 
 
 def test_scalar_scale_equals_a_constant_vector(folder: Path, tmp_path: Path) -> None:
-    scalar = edited(folder, tmp_path / "scalar", latents_mean=None, latents_std=None, scaling_factor=0.25, shift_factor=0.5)
+    scalar = edited(
+        folder,
+        tmp_path / "scalar",
+        latents_mean=None,
+        latents_std=None,
+        scaling_factor=0.25,
+        shift_factor=0.5,
+    )
     vector = edited(folder, tmp_path / "vector", latents_mean=[0.5] * 3, latents_std=[4.0] * 3)
     moments = torch.randn(2, 6, 4, 4)
     ours, theirs = load_autoencoder("kl", scalar, 1), load_autoencoder("kl", vector, 1)
@@ -147,7 +165,11 @@ def test_missing_folder_and_weights_are_refused(folder: Path, tmp_path: Path) ->
         load_autoencoder("identitty", None, 1)
     broken = edited(folder, tmp_path / "broken")
     weights = load_file(broken / WEIGHTS)
-    save_file({k: v for k, v in weights.items() if not k.startswith("quant_conv")}, broken / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if not k.startswith("quant_conv")},
+        broken / WEIGHTS,
+        metadata={"format": "pt"},
+    )
     with pytest.raises(ValueError, match=r"missing_keys.*quant_conv"):
         load_autoencoder("kl", broken, 1)
 

@@ -1,4 +1,6 @@
-"""The small classifier and the judge: their files rebuild them, and the shipped weights know the bundled clothes."""
+"""The small classifier and the judge: their files rebuild them, and the shipped weights know the bundled
+clothes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from lit_transdiff.models.autoencoder import load_autoencoder
-from lit_transdiff.models.classifier import Classifier, Judge, SmallClassifier, load_classifier, save_classifier
+from lit_transdiff.models.classifier import (
+    Classifier,
+    Judge,
+    SmallClassifier,
+    load_classifier,
+    save_classifier,
+)
 from tests.helpers.datamodule import FASHION, evaluation_batch
 
 LOST = 0.03  # accuracy that the autoencoder may cost
@@ -25,7 +33,10 @@ def test_the_file_alone_rebuilds_it(
     loaded = load_classifier(tmp_path / "weights.safetensors", network)
     images = torch.rand(4, image_channels, image_size, image_size) * 2 - 1
     assert torch.equal(loaded(images), classifier(images))
-    assert loaded(images).shape == (4, num_classes) and loaded.features(images).shape == (4, network.num_features)
+    assert loaded(images).shape == (4, num_classes) and loaded.features(images).shape == (
+        4,
+        network.num_features,
+    )
     torch.testing.assert_close(loaded.head(loaded.features(images)), loaded(images))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
@@ -45,10 +56,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_file({"head.bias": torch.zeros(10)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="header"):
         load_classifier(tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"data\.image_size: got 28; allowed: a multiple of 8 in stage judge"):
+    with pytest.raises(
+        ValueError, match=r"data\.image_size: got 28; allowed: a multiple of 8 in stage judge"
+    ):
         Judge(10, 28, 1)
     save_classifier(SmallClassifier(10, 32, 1), tmp_path / "whole.safetensors")
-    with pytest.raises(ValueError, match=r"header: got no 'judge' entry; allowed: a file that a run of stage judge exports"):
+    with pytest.raises(
+        ValueError, match=r"header: got no 'judge' entry; allowed: a file that a run of stage judge exports"
+    ):
         load_classifier(tmp_path / "whole.safetensors", Judge)
     content = (tmp_path / "whole.safetensors").read_bytes()
     for damaged in (b"", content[:100], content[:-1]):
@@ -56,14 +71,21 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"cut\.safetensors is not a whole safetensors file"):
             load_classifier(tmp_path / "cut.safetensors")
     weights = SmallClassifier(10, 32, 1).state_dict()
-    for header in ('{"num_classes": 11, "image_size": 32, "image_channels": 1}', '{"num_classes": 10}', "{", "[]"):
+    for header in (
+        '{"num_classes": 11, "image_size": 32, "image_channels": 1}',
+        '{"num_classes": 10}',
+        "{",
+        "[]",
+    ):
         save_file(weights, tmp_path / "odd.safetensors", metadata={"classifier": header})
         with pytest.raises(ValueError, match=r"odd\.safetensors: the weights do not fit the header"):
             load_classifier(tmp_path / "odd.safetensors")
 
 
 @pytest.mark.parametrize(("network", "least"), [(SmallClassifier, 0.90), (Judge, 0.86)])
-def test_the_shipped_weights_know_the_bundled_images_and_their_reconstructions(network: type[Classifier], least: float) -> None:
+def test_the_shipped_weights_know_the_bundled_images_and_their_reconstructions(
+    network: type[Classifier], least: float
+) -> None:
     classifier = load_classifier(FASHION / f"{network.kind}.safetensors", network)
     autoencoder = load_autoencoder("kl", FASHION / "autoencoder", image_channels=1)
     batch = evaluation_batch(1000)

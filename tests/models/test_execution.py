@@ -62,7 +62,9 @@ def test_recomputed_blocks_give_the_same_bits(references: int, every: int):
         recompute_blocks(part.blocks, every)
         part.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(1))
     found = step(model)
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert expected.keys() == found.keys() and all(
+        torch.equal(expected[name], found[name]) for name in expected
+    )
     assert len(calls) == 4  # forward, and again in the backward pass, of each part
 
 
@@ -83,7 +85,9 @@ def test_compiled_blocks_give_the_same_numbers(references: int):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_without_a_compiler_blocks_run_eagerly_and_say_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_without_a_compiler_blocks_run_eagerly_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     def broken(function):
         def run(*args, **settings):
             raise RuntimeError("No working C++ compiler found\nand more")
@@ -99,7 +103,10 @@ def test_without_a_compiler_blocks_run_eagerly_and_say_so(monkeypatch: pytest.Mo
         found = step(model)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     said = [record.getMessage() for record in caplog.records if "torch.compile" in record.getMessage()]
-    assert said == ["torch.compile does not work here, the blocks run eagerly: RuntimeError: No working C++ compiler found"]
+    assert said == [
+        "torch.compile does not work here, the blocks run eagerly: RuntimeError: No working C++ compiler "
+        "found"
+    ]
 
 
 def generator_of(model: TransDiff, tmp_path, **how: bool) -> Generator:
@@ -123,7 +130,8 @@ def test_rounded_weights_are_what_autocast_computes_with(references: int, tmp_pa
     other = build(**SHAPE, num_references=references).requires_grad_(False)
     torch.nn.init.zeros_(other.decoder.final.linear.weight)
     changed = generator.at("bf16").of(other)
-    assert not torch.equal(changed.latents(labels, seeds, sampling), rounded)  # the rounded weights are the new model's
+    # the rounded weights are the new model's
+    assert not torch.equal(changed.latents(labels, seeds, sampling), rounded)
 
 
 def test_cuda_graphs_need_a_gpu(tmp_path):
@@ -133,7 +141,9 @@ def test_cuda_graphs_need_a_gpu(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_a_generator_compiles_is_its_own(precision: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """The model that it was given runs as before, and its weights are kept once; nothing piles up from precision to precision."""
+    """The model that it was given runs as before, and its weights are kept once; nothing piles up from
+    precision to precision.
+    """
     made: list[int] = []
 
     def counting(function):
@@ -150,7 +160,9 @@ def test_what_a_generator_compiles_is_its_own(precision: str, tmp_path, monkeypa
     assert not made
     assert torch.equal(compiled.latents(torch.tensor([0, 1]), [1, 2], sampling), expected)
     assert len(made) == 3 * len(model.decoder.blocks)
-    assert torch.equal(generator_of(model, tmp_path).at(precision).latents(torch.tensor([0, 1]), [1, 2], sampling), expected)
+    assert torch.equal(
+        generator_of(model, tmp_path).at(precision).latents(torch.tensor([0, 1]), [1, 2], sampling), expected
+    )
     assert len(made) == 3 * len(model.decoder.blocks)
     assert compiled.network.encoder.null_class.data_ptr() == model.encoder.null_class.data_ptr()
 
@@ -171,5 +183,11 @@ def test_replayed_steps_give_the_same_latents(references: int, tmp_path):
 def test_settings_of_recomputation_that_cannot_act_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"activation_checkpointing_every: got 2; allowed: 1 when"):
         small_run(tmp_path, training={"activation_checkpointing_every": 2})
-    with pytest.raises(ValueError, match=r"activation_checkpointing: got 'all'; allowed: 'none' or 'decoder' in stage"):
-        check_run(small_run(tmp_path, stage="diffusion_head", init_from="x", training={"activation_checkpointing": "all"}))
+    with pytest.raises(
+        ValueError, match=r"activation_checkpointing: got 'all'; allowed: 'none' or 'decoder' in stage"
+    ):
+        check_run(
+            small_run(
+                tmp_path, stage="diffusion_head", init_from="x", training={"activation_checkpointing": "all"}
+            )
+        )

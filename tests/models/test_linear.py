@@ -95,7 +95,12 @@ def test_it_is_a_matter_of_the_cpu_and_of_plain_layers(monkeypatch: pytest.Monke
     assert touched(build_model(config)) == 0
     monkeypatch.setattr(linear, "mkl_lags", lambda: True)
     model = build_model(config)
-    assert touched(model) == touched(twin(model)) == sum(isinstance(module, nn.Linear) for module in model.modules()) > 10
+    assert (
+        touched(model)
+        == touched(twin(model))
+        == sum(isinstance(module, nn.Linear) for module in model.modules())
+        > 10
+    )
     own = Own(2, 2)
     use_faster_product(own)
     assert touched(own) == 0

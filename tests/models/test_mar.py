@@ -114,8 +114,12 @@ def test_training_loss_and_gradients():
     ]
     normal = Prepared(numbers, normal_of_rate(case["in/mask_rate"].item()))
     process, drop = PROCESSES[net.process](FlowConfig(), net.prediction), case["in/drop_rand"] < 0.1
-    losses, share = losses_of(net, process, case["in/labels"], drop, case["in/latents"][:, None], normal, draws)
-    assert torch.equal((share * 999).round(), rearrange(case["in/t"], "(m b n) -> (n m b)", m=draws, b=4).float())
+    losses, share = losses_of(
+        net, process, case["in/labels"], drop, case["in/latents"][:, None], normal, draws
+    )
+    assert torch.equal(
+        (share * 999).round(), rearrange(case["in/t"], "(m b n) -> (n m b)", m=draws, b=4).float()
+    )
     losses.mean().backward()
     check(name, "loss", losses.mean()[None], case)
     check_gradients(name, net, case, 10)
@@ -141,7 +145,9 @@ def test_sampling_with_a_linear_scale():
             assert problem.shape == (16, number)
             steps = iter(case[f"in/steps_{i}"][:, : 2 * number])  # without those of the null half
             draw = lambda steps=steps: rows(next(steps))  # noqa: E731
-            solution = process.solve(problem, rows(case[f"in/noise_{i}"]), draw, sampler_of(problem, sampling))
+            solution = process.solve(
+                problem, rows(case[f"in/noise_{i}"]), draw, sampler_of(problem, sampling)
+            )
             problem = decoding.send(solution)
     check(name, "latents", end.value.value[:, 0], case)
 
@@ -164,7 +170,8 @@ def test_tokens_that_are_left(parts: int, length: int):
     name = "mar_schedules"
     case = tensors(name)
     left = torch.tensor(unknown_tokens(length, parts))
-    assert torch.equal(left.clamp(min=1), case[f"out/mask_len_{parts}_of_{length}"])  # the last, 0, stands as 1 there
+    # the last, 0, stands as 1 there
+    assert torch.equal(left.clamp(min=1), case[f"out/mask_len_{parts}_of_{length}"])
     scales = 1 + (3 - 1) * (length - left.clamp(min=1)) / length
     check(name, f"cfg3_linear_{parts}_of_{length}", scales, case)
 
@@ -178,7 +185,15 @@ def test_each_iteration_draws_at_least_one_token(parts: int):
 
 def small(**more) -> MAR:
     torch.manual_seed(0)
-    shape = dict(width=16, decoder_width=24, num_heads=2, encoder_blocks=2, decoder_blocks=2, head_width=8, head_blocks=2)
+    shape = dict(
+        width=16,
+        decoder_width=24,
+        num_heads=2,
+        encoder_blocks=2,
+        decoder_blocks=2,
+        head_width=8,
+        head_blocks=2,
+    )
     shape |= dict(num_classes=5, num_class_tokens=3, latent_size=3, latent_channels=4)
     net = MAR(MARConfig(**shape, mlp_ratio=2.0, attention_dropout=0.0, projection_dropout=0.0, **more))
     for p in net.parameters():
@@ -189,9 +204,13 @@ def small(**more) -> MAR:
 def test_every_parameter_gets_a_gradient():
     net = small().train()
     known = known_tokens(torch.rand(4, 9).argsort(1), 6)
-    context = net.context(net.class_vectors(torch.arange(4), torch.arange(4) < 2), torch.randn(4, 9, 4), known)
+    context = net.context(
+        net.class_vectors(torch.arange(4), torch.arange(4) < 2), torch.randn(4, 9, 4), known
+    )
     head = net.diffloss["net"]
-    head(torch.randn(36, 4), torch.arange(36), head.cond_embed(context.flatten(0, 1))).square().mean().backward()
+    head(
+        torch.randn(36, 4), torch.arange(36), head.cond_embed(context.flatten(0, 1))
+    ).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 

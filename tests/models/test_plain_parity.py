@@ -1,4 +1,6 @@
-"""Our model, loss, gradients and samplers against the released formulation written plainly, where there are no fixtures."""
+"""Our model, loss, gradients and samplers against the released formulation written plainly, where there are
+no fixtures.
+"""
 
 import pytest
 import torch
@@ -13,12 +15,21 @@ from lit_transdiff.models.tokens import patchify
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.key_names import to_released
 from lit_transdiff.sampling.generator import generate
-from tests.helpers.reference import assert_near, features_of, flow_loss, latents_to_tokens, load, reference_frequencies
+from tests.helpers.reference import (
+    assert_near,
+    features_of,
+    flow_loss,
+    latents_to_tokens,
+    load,
+    reference_frequencies,
+)
 
 pytestmark = pytest.mark.numeric
 HEADS = 2
 SHAPE = dict(width=32, num_heads=HEADS, encoder_blocks=3, decoder_blocks=2, num_classes=6, num_class_tokens=5)
-GRIDS = dict(latent_channels=4, latent_size=8, num_context_tokens=64, attention_dropout=0.0, projection_dropout=0.0)
+GRIDS = dict(
+    latent_channels=4, latent_size=8, num_context_tokens=64, attention_dropout=0.0, projection_dropout=0.0
+)
 TIMES = 1e-6  # training times are float32, within 6e-8 of the integers of the released code
 KINDS = {"one-step": {}, "512": {"latent_size": 16}, "MRAR": {"num_references": 4}}
 
@@ -29,7 +40,9 @@ def pair(kind: str) -> tuple[TransDiff, plain.State]:
     model = TransDiff(ModelConfig(**{**SHAPE, **GRIDS, **KINDS[kind]})).eval()
     for name, p in model.named_parameters():
         nn.init.normal_(p, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.1)
-    return model, {key: value.clone() for key, value in to_released(model.state_dict(), model.config, {}).state.items()}
+    return model, {
+        key: value.clone() for key, value in to_released(model.state_dict(), model.config, {}).state.items()
+    }
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
@@ -48,7 +61,9 @@ def test_the_plain_formulation_gives_the_fixtures(monkeypatch: pytest.MonkeyPatc
     w, heads = load("w_onestep256"), 4
     case = load("onestep256_encoder")
     none = torch.zeros(len(case["in/labels"]), dtype=torch.bool)
-    assert_near("onestep256_encoder", "z", plain.encode(w, heads, case["in/labels"], none), case["out/z"][: len(none)])
+    assert_near(
+        "onestep256_encoder", "z", plain.encode(w, heads, case["in/labels"], none), case["out/z"][: len(none)]
+    )
     case = load("onestep256_decoder")
     assert_near(
         "onestep256_decoder",
@@ -60,15 +75,24 @@ def test_the_plain_formulation_gives_the_fixtures(monkeypatch: pytest.MonkeyPatc
     case = load(name)
     labels, x = case["in/labels"], latents_to_tokens(case["in/imgs"])
     z = plain.encode(w, heads, labels, torch.zeros(len(labels), dtype=torch.bool))
-    assert_near(name, "loss", plain.loss(w, heads, x, z, case["out/timestep"], case["in/noises"])[None], case["out/loss"])
+    assert_near(
+        name,
+        "loss",
+        plain.loss(w, heads, x, z, case["out/timestep"], case["in/noises"])[None],
+        case["out/loss"],
+    )
     name = "onestep256_sample_cfg1.3_s5"
     case = load(name)
     labels = case["in/labels"]
-    z, null = (plain.encode(w, heads, labels, torch.full((len(labels),), dropped)) for dropped in (False, True))
+    z, null = (
+        plain.encode(w, heads, labels, torch.full((len(labels),), dropped)) for dropped in (False, True)
+    )
     latent = plain.sample(w, heads, z, null, case["in/noise"], list(case["in/draws"]), 1.3, 0.89, 0.95)
     assert_near(name, "latent", as_latents(latent, case["out/latent"]), case["out/latent"])
     case, w = load("mrar_encoder"), load("w_mrar256")
-    z = plain.encode(w, heads, case["in/labels"], torch.zeros(2, dtype=torch.bool), case["out/tokens"][:, 64:])
+    z = plain.encode(
+        w, heads, case["in/labels"], torch.zeros(2, dtype=torch.bool), case["out/tokens"][:, 64:]
+    )
     assert_near("mrar_encoder", "z_prefix256", z - w["diffusion_pos_embed_learned"], case["out/z_prefix256"])
 
 
@@ -100,7 +124,9 @@ def test_loss_and_every_gradient(kind: str):
         theirs = plain.loss(w, HEADS, images[0], plain.encode(w, HEADS, labels, drop), whole[0], draws_of[0])
     theirs.backward()
     close(ours.detach(), theirs.detach(), TIMES)
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
+    }
     ours_named = to_released(gradients, config, {}).state
     largest = max(float(value.grad.abs().max()) for value in w.values() if value.grad is not None)
     for key, value in w.items():
@@ -114,10 +140,14 @@ def test_loss_and_every_gradient(kind: str):
 @pytest.mark.usefixtures("float64")
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "kind, scales", [(kind, [scale]) for kind in KINDS for scale in (1.0, 1.3)] + [("MRAR", [1.0, 1.3, 1.5, 2.0])], ids=str
+    "kind, scales",
+    [(kind, [scale]) for kind in KINDS for scale in (1.0, 1.3)] + [("MRAR", [1.0, 1.3, 1.5, 2.0])],
+    ids=str,
 )
 def test_samplers(kind: str, scales: list[float]):
-    """The released loop: one initial noise for all references, fresh Gaussian numbers a step, guidance by reference."""
+    """The released loop: one initial noise for all references, fresh Gaussian numbers a step, guidance by
+    reference.
+    """
     model, w = pair(kind)
     references, size = model.config.num_references, model.config.latent_size
     labels, seeds, steps = torch.tensor([1, 4]), [11, 12], 6

@@ -64,21 +64,28 @@ def test_label_drop_is_strict_and_replaces_the_class():
     case, net = load(name), model(name)
     drop = case["in/drop_rand"] < 0.1
     assert torch.equal(drop, case["out/drop_mask"])
-    assert_near(name, "z_train_dropped", net.train().encode(case["in/labels"], drop=drop), case["out/z_train_dropped"])
+    assert_near(
+        name, "z_train_dropped", net.train().encode(case["in/labels"], drop=drop), case["out/z_train_dropped"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["int", "frac"])
 def test_time_features(kind: str):
-    """Ours and the reference's are the formula's in float64, up to what the roundings of the float32 formula can add up to."""
+    """Ours and the reference's are the formula's in float64, up to what the roundings of the float32 formula
+    can add up to.
+    """
     case = load("onestep256_decoder")
     t = case[f"in/t_{kind}"]
     exponents = math.log(10_000) * torch.arange(128).double() / 128
     angles = t.double()[:, None] * torch.exp(-exponents)
-    # of the angle: two roundings of the exponent, exp to four units in the last place, three products; then the cosine to one
+    # of the angle: two roundings of the exponent, exp to four units in the last place, three products; then
+    # the cosine to one
     bound = angles * (2 * exponents + 8 + 3) * ROUNDING + 2 * ROUNDING
     for found in (time_features(t / 1000), case[f"out/sinusoid_{kind}"]):
         cosines, sines = found.double().chunk(2, dim=1)
-        assert ((cosines - angles.cos()).abs() <= bound).all() and ((sines - angles.sin()).abs() <= bound).all()
+        assert ((cosines - angles.cos()).abs() <= bound).all() and (
+            (sines - angles.sin()).abs() <= bound
+        ).all()
 
 
 @torch.no_grad()
@@ -103,7 +110,9 @@ def test_decoder_block_by_block():
     hooks |= {f"res_block{i}": block for i, block in enumerate(net.decoder.blocks)}
     for key, module in hooks.items():
         module.register_forward_hook(lambda m, i, o, key=key: seen.__setitem__(key, o))
-    net.velocity(tokens_to_latents(case["in/x"][:1]), case["in/t_frac"][:1] / 1000, net.memory(case["in/c"][:1]))
+    net.velocity(
+        tokens_to_latents(case["in/x"][:1]), case["in/t_frac"][:1] / 1000, net.memory(case["in/c"][:1])
+    )
     for key in hooks:
         assert_near(name, f"dbg_{key}", seen[key], case[f"out/dbg_{key}"])
 
@@ -125,11 +134,18 @@ def test_training_loss_and_gradients():
     loss = flow_loss(velocity_fn, x, noise, t, FlowConfig()).mean()
     loss.backward()
     assert_near(name, "loss", loss[None], case["out/loss"])
-    assert_near(name, "x_t_first_token", latents_to_tokens(interpolate(x, noise, t))[:, :2], case["out/x_t_first_token"])
+    assert_near(
+        name,
+        "x_t_first_token",
+        latents_to_tokens(interpolate(x, noise, t))[:, :2],
+        case["out/x_t_first_token"],
+    )
     assert_near(name, "v_first_token", latents_to_tokens(v[0])[:, :2], case["out/v_first_token"])
     grads = {key: p.grad for key, p in net.named_parameters()}
     names = [key for key in CASES[name]["param_names"] if not key.startswith("z_proj.")]
-    norms = torch.stack([torch.zeros(()) if grads[our_name(n)] is None else grads[our_name(n)].norm() for n in names])
+    norms = torch.stack(
+        [torch.zeros(()) if grads[our_name(n)] is None else grads[our_name(n)].norm() for n in names]
+    )
     kept = [i for i, key in enumerate(CASES[name]["param_names"]) if not key.startswith("z_proj.")]
     assert_near(name, "grad_norms", norms, case["out/grad_norms"][kept])
 
@@ -153,7 +169,9 @@ def test_paper_sampler_with_guidance():
     velocity = guide(net.at_one_time(conditional), recorded, config.guidance_scale)
     latent = solve(velocity, tokens_to_latents(case["in/noise"]), config, lambda: next(draws))
     assert_near(name, "latent", latent, case["out/latent"])
-    assert_near(name, "x_per_step", torch.stack([latents_to_tokens(x) for x, _, _ in trace]), case["out/x_per_step"])
+    assert_near(
+        name, "x_per_step", torch.stack([latents_to_tokens(x) for x, _, _ in trace]), case["out/x_per_step"]
+    )
     v = torch.stack([latents_to_tokens(torch.cat([c, u])) for _, c, u in trace])
     assert_near(name, "v_per_step", v, case["out/v_per_step"])
     assert_near(name, "t_per_step", 1000 * torch.tensor(time_grid(config)[:-1]), case["out/t_per_step"])
@@ -180,10 +198,13 @@ def test_parameter_counts(size: str, kind: str):
     family, resolution = kind.split("_")
     row = counts[f"{family}_{size}_{resolution}"]
     config = ModelConfig(
-        **SIZES[size], num_references=4 if family == "mrar" else 1, latent_size=32 if resolution == "512" else 16
+        **SIZES[size],
+        num_references=4 if family == "mrar" else 1,
+        latent_size=32 if resolution == "512" else 16,
     )
     with torch.device("meta"):
         net = TransDiff(config)
-    dead = config.width * 16 + config.width if family == "onestep" else 0  # the released one-step z_proj, which has no gradient
+    # the released one-step z_proj, which has no gradient
+    dead = config.width * 16 + config.width if family == "onestep" else 0
     assert sum(p.numel() for p in net.parameters()) == row["total"] - dead
     assert sum(p.numel() for p in net.decoder.parameters()) == row["diffdecoder"]

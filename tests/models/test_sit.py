@@ -48,7 +48,9 @@ def test_forward_and_three_guided_channels():
     none = torch.zeros(3, dtype=torch.bool)
     memory = net.condition(labels, none, x[:, None], None)
     check(name, "v", -net.predict(x[:, None], 1 - t[:, None], memory)[:, 0], case)
-    guided = torch.cat([guided_velocity(net, x[i], t[i].item(), labels[i], scalars(name)["cfg"]) for i in range(3)])
+    guided = torch.cat(
+        [guided_velocity(net, x[i], t[i].item(), labels[i], scalars(name)["cfg"]) for i in range(3)]
+    )
     check(name, "v_cfg_3_channels", -guided, case)
 
 
@@ -110,7 +112,9 @@ def test_every_parameter_but_the_fixed_table_gets_a_gradient():
         if p.requires_grad:
             nn.init.normal_(p, std=0.1)
     net(torch.randn(6, 3, 6, 6), torch.rand(6), torch.arange(6)).square().mean().backward()
-    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == ["pos_embed"]
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == [
+        "pos_embed"
+    ]
 
 
 @pytest.mark.usefixtures("float64")
@@ -122,8 +126,12 @@ def test_batch_equals_one_by_one_and_one_time_serves_for_all():
     x, labels = torch.randn(3, 3, 6, 6), torch.tensor([0, 5, 2])
     together = net(x, torch.tensor([0.3]), labels)
     for i in range(3):
-        torch.testing.assert_close(net(x[i : i + 1], torch.tensor([0.3]), labels[i : i + 1]), together[i : i + 1])
+        torch.testing.assert_close(
+            net(x[i : i + 1], torch.tensor([0.3]), labels[i : i + 1]), together[i : i + 1]
+        )
 
 
 def test_settings_of_the_cases_are_those_that_are_read():
-    assert settings("sit_forward")["learn_sigma"] is False and settings("dit_loss_train")["learn_sigma"] is True
+    assert (
+        settings("sit_forward")["learn_sigma"] is False and settings("dit_loss_train")["learn_sigma"] is True
+    )

@@ -74,7 +74,9 @@ def test_batch_equals_one_by_one(num_references: int):
 @in_float64
 @torch.no_grad()
 def test_packed_references_and_draws_equal_separate_calls():
-    """One decoder call for R references and M draws gives what R M calls with a prefix of the context give."""
+    """One decoder call for R references and M draws gives what R M calls with a
+    prefix of the context give.
+    """
     model = build(4)
     labels, x = inputs(2, 4)
     rows = repeat(x, "b r c h w -> (r m b) c h w", m=3)
@@ -134,7 +136,9 @@ class TestAdapt:
             assert torch.equal(four.state_dict()[name], value.expand_as(four.state_dict()[name]))
 
     def test_back_to_one_step_drops_the_projection_and_names_the_mask_tokens(self):
-        with pytest.raises(ValueError, match=r"encoder\.mask_tokens: \[1, 1, 16\] here, \[1, 4, 16\] in the checkpoint"):
+        with pytest.raises(
+            ValueError, match=r"encoder\.mask_tokens: \[1, 1, 16\] here, \[1, 4, 16\] in the checkpoint"
+        ):
             adapt(build(1), build(4).state_dict())
 
     def test_every_misfit_is_listed_and_nothing_is_loaded(self):
@@ -154,13 +158,17 @@ class TestAdapt:
 
     @pytest.mark.parametrize("num_references", [1, 4])
     def test_another_size_of_the_latent_is_made_anew_or_resized(self, num_references: int):
-        """Only the decoder's table depends on it and, for MRAR, the projection of the references' larger patches."""
+        """Only the decoder's table depends on it and, for MRAR, the projection of the references' larger
+        patches.
+        """
         coarse = build(num_references)
         sized = ["decoder.position"] + ["encoder.reference_projection.weight"] * (num_references > 1)
         fine = build(num_references, latent_size=8)
         fresh = {name: fine.state_dict()[name].clone() for name in sized}
         report = adapt(fine, coarse.state_dict())
-        assert [line.split()[0] for line in sorted(report.new)] == sized and "[1, 64, 16], which was [1, 16, 16]" in str(report)
+        assert [
+            line.split()[0] for line in sorted(report.new)
+        ] == sized and "[1, 64, 16], which was [1, 16, 16]" in str(report)
         assert all(torch.equal(fine.state_dict()[name], fresh[name]) for name in sized)
         report = adapt(fine, coarse.state_dict(), positions="interpolate")
         assert sorted(report.adapted) == sized and not report.new
@@ -193,7 +201,11 @@ class TestAdapt:
         for c, row in enumerate(rows):
             wanted = before[name][c] if row is None else old.state_dict()[name][row]
             assert torch.equal(new.state_dict()[name][c], wanted)
-        assert all(torch.equal(new.state_dict()[other], value) for other, value in old.state_dict().items() if other != name)
+        assert all(
+            torch.equal(new.state_dict()[other], value)
+            for other, value in old.state_dict().items()
+            if other != name
+        )
         assert name in str(report) and len(report.mapped) == len(before) - 1
 
     def test_a_report_of_other_classes_needs_no_memory(self):

@@ -11,7 +11,9 @@ from lit_transdiff.planning.doctor import CHECKS, check_clocks, check_devices, c
 from tests.helpers.small import FASHION
 
 
-def test_a_machine_is_examined(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_a_machine_is_examined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(doctor, "MIN_FREE", 0)
     assert examine(tmp_path / "shared", FASHION / "train") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -27,14 +29,18 @@ def test_a_machine_is_examined(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (check_devices, lambda value: "another GPU", "different devices"),
     ],
 )
-def test_nodes_that_differ_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Any, other: Any, problem: str):
+def test_nodes_that_differ_are_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Any, other: Any, problem: str
+):
     fabric = build_fabric()
     assert check(fabric, tmp_path).problem == ""
     monkeypatch.setattr(doctor, "gather", lambda fabric, value: [value, other(value)])
     assert problem in check(fabric, tmp_path).problem
 
 
-def test_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_little_space_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(doctor, "MIN_FREE", 1e18)
     assert examine(tmp_path, None) == 1
     assert "checkpoints will not fit" in capsys.readouterr().out

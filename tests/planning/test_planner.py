@@ -32,7 +32,9 @@ def batch_of(config: ModelConfig) -> Batch:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str):
-    """A real step: parameters, gradients, moments and averages to the byte; the peak of the passes within a tenth."""
+    """A real step: parameters, gradients, moments and averages to the byte; the peak of the passes within a
+    tenth.
+    """
     run = kind_run(tmp_path, kind)
     bf16 = run.training.precision == "bf16-mixed"
     model, cost = model_cost(run), pass_cost(run, bf16)
@@ -72,14 +74,18 @@ def test_operations_are_those_of_a_real_pass(tmp_path: Path, kind: str):
     encoder = counter.get_total_flops() - whole
     draws = run.flow.num_noise_draws
     assert row_cost(run.model, draws).flops * ROWS == pytest.approx(3 * whole, rel=1e-9)
-    assert row_cost(run.model, draws, head_alone=True).flops * ROWS == pytest.approx(3 * whole - 2 * encoder, rel=1e-9)
+    assert row_cost(run.model, draws, head_alone=True).flops * ROWS == pytest.approx(
+        3 * whole - 2 * encoder, rel=1e-9
+    )
     references, model = run.model.num_references, run.model
     decoded = references * draws * model.num_decoder_tokens
     assert row_cost(model, draws).tokens == model.num_class_tokens + model.num_context_tokens + decoded
 
 
 def test_shares_of_the_strategies(tmp_path: Path):
-    """On many GPUs, sharded memory vanishes and the rest stays; more sharding means less memory and more traffic."""
+    """On many GPUs, sharded memory vanishes and the rest stays; more sharding means less memory and more
+    traffic.
+    """
     run = kind_run(tmp_path, "one-step")
     model, cost = model_cost(run), pass_cost(run, False)
     memory = {name: memory_of(run, name, 1000, 1, model, cost, images=False) for name in STRATEGIES}
@@ -100,8 +106,11 @@ def test_a_plan_says_what_fits_and_what_does_not():
     assert "1,328,033,296" in text and "does not fit" in text and "GPU-hours" in text
     text = plan(load_run(recipe), 64, "h200", 0.35)
     assert "zero3, fsdp refuse training.precision=bf16-true" in text  # as the run would
-    weights = {line.split()[0]: float(line.split()[3]) for line in text.splitlines() if line.endswith("<- the run's")}
-    assert weights["ddp"] == 2.66 and weights["zero1"] > 5.31  # float32 in all that is counted with bf16-mixed
+    weights = {
+        line.split()[0]: float(line.split()[3]) for line in text.splitlines() if line.endswith("<- the run's")
+    }
+    # float32 in all that is counted with bf16-mixed
+    assert weights["ddp"] == 2.66 and weights["zero1"] > 5.31
     small = plan(load_run(recipe), 64, "rtx4090", 0.35)
     assert "ddp does not fit, whatever the micro-batch." in small
     with pytest.raises(ValueError, match=r"--gpu: 'h20' is not known\. Did you mean 'h200'"):
@@ -111,5 +120,7 @@ def test_a_plan_says_what_fits_and_what_does_not():
         plan(load_run(ROOT / "experiments/fashion/autoencoder.yaml"), 1, "h200", 0.35)
     with pytest.raises(ValueError, match=r"--gpus: got 0; allowed: a divisor"):
         plan(load_run(recipe), 0, "h200", 0.35)
-    with pytest.raises(ValueError, match=r"--gpus: got 3; allowed: a divisor of training\.global_batch_size=2048"):
+    with pytest.raises(
+        ValueError, match=r"--gpus: got 3; allowed: a divisor of training\.global_batch_size=2048"
+    ):
         plan(load_run(recipe), 3, "h200", 0.35)

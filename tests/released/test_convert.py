@@ -39,10 +39,14 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestTransDiff:
-    @pytest.mark.parametrize("name, config", [("onestep_base_256", {}), ("mrar_base_256", {"num_references": 4})])
+    @pytest.mark.parametrize(
+        "name, config", [("onestep_base_256", {}), ("mrar_base_256", {"num_references": 4})]
+    )
     def test_the_layout_is_the_released_one(self, name: str, config: dict[str, int]):
         ours = released_shapes(ModelConfig(**config))
-        assert [[key, list(shape)] for key, shape in ours.items()] == [list(item) for item in SHAPES[name].items()]
+        assert [[key, list(shape)] for key, shape in ours.items()] == [
+            list(item) for item in SHAPES[name].items()
+        ]
 
     @pytest.mark.parametrize("size", ["base", "large", "huge"])
     @pytest.mark.parametrize("kind", KINDS)
@@ -55,7 +59,9 @@ class TestTransDiff:
             counts = SHAPES["param_counts"][name]
             sizes = {key: torch.Size(shape).numel() for key, shape in shapes.items()}
             assert (len(shapes), sum(sizes.values())) == (counts["n_keys"], counts["total"])
-            assert sum(n for key, n in sizes.items() if key.startswith("diffdecoder")) == counts["diffdecoder"]
+            assert (
+                sum(n for key, n in sizes.items() if key.startswith("diffdecoder")) == counts["diffdecoder"]
+            )
         state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         assert ModelConfig(**read_shape(state)) == config
         with torch.device("meta"):
@@ -65,7 +71,9 @@ class TestTransDiff:
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_there_and_back_is_bit_for_bit(self, kind: str, dtype: torch.dtype, tmp_path: Path, autoencoder: Path):
+    def test_there_and_back_is_bit_for_bit(
+        self, kind: str, dtype: torch.dtype, tmp_path: Path, autoencoder: Path
+    ):
         settings, stage, resolution = KINDS[kind]
         file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL, **settings), dtype)
         report = convert(file.parent, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
@@ -76,20 +84,46 @@ class TestTransDiff:
         said = convert(tmp_path / "ours", tmp_path / "back.pth")
         before, after = (torch.load(f, weights_only=False) for f in (file, tmp_path / "back.pth"))
         assert equal(before["model"], after["model"]) and equal(before["model_ema"], after["model_ema"])
-        assert after["epoch"] == 799 and after["args"].model == "transdiff_large" and after["args"].betas == [0.9, 0.95]
+        assert (
+            after["epoch"] == 799
+            and after["args"].model == "transdiff_large"
+            and after["args"].betas == [0.9, 0.95]
+        )
         assert "back.pth: model (" in said
 
     def test_a_converted_model_draws_images_of_its_average(self, tmp_path: Path, autoencoder: Path):
         config = ModelConfig(**SMALL)
         file = write_checkpoint(tmp_path / "released", config)
-        assert main(["convert", str(file), str(tmp_path / "ours"), "--autoencoder", str(autoencoder), "--num-heads", "2"]) == 0
+        assert (
+            main(
+                [
+                    "convert",
+                    str(file),
+                    str(tmp_path / "ours"),
+                    "--autoencoder",
+                    str(autoencoder),
+                    "--num-heads",
+                    "2",
+                ]
+            )
+            == 0
+        )
         generator = load_generator(tmp_path / "ours")
         ema = torch.load(file, weights_only=False)["model_ema"]
         assert torch.equal(generator.model.encoder.null_class, ema["fake_latent"])
         raw = load_generator(tmp_path / "ours" / "raw")
         assert (generator.weights, raw.weights) == ("ema", "last")
         assert not torch.equal(raw.model.encoder.null_class, ema["fake_latent"])
-        command = ["sample", "--checkpoint", str(tmp_path / "ours"), "--classes", "6", "--per-class", "1", "sampling.num_steps=1"]
+        command = [
+            "sample",
+            "--checkpoint",
+            str(tmp_path / "ours"),
+            "--classes",
+            "6",
+            "--per-class",
+            "1",
+            "sampling.num_steps=1",
+        ]
         assert main(command) == 0
 
     def test_a_file_without_average_or_anything_else(self, tmp_path: Path, autoencoder: Path):
@@ -104,7 +138,10 @@ class TestTransDiff:
     def test_our_own_model_gets_the_released_layout(self, tmp_path: Path, autoencoder: Path):
         """Tensors without a counterpart in our one-step model are filled with zeros, and reported."""
         convert(
-            write_checkpoint(tmp_path / "released", ModelConfig(**SMALL)), tmp_path / "ours", autoencoder=autoencoder, num_heads=2
+            write_checkpoint(tmp_path / "released", ModelConfig(**SMALL)),
+            tmp_path / "ours",
+            autoencoder=autoencoder,
+            num_heads=2,
         )
         (tmp_path / "ours" / "left_over.safetensors").unlink()
         said = convert(tmp_path / "ours", tmp_path / "back.pth")
@@ -141,7 +178,9 @@ class TestTransDiff:
 
     def test_parameters_as_the_released_training_saves_its_average(self, tmp_path: Path, autoencoder: Path):
         """It puts trainable parameters among the tensors of ``model_ema``, which may be bfloat16."""
-        state = {k: torch.nn.Parameter(v.bfloat16()) for k, v in random_state(ModelConfig(**SMALL), 2).items()}
+        state = {
+            k: torch.nn.Parameter(v.bfloat16()) for k, v in random_state(ModelConfig(**SMALL), 2).items()
+        }
         file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL), model_ema=state)
         convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
         convert(tmp_path / "ours", tmp_path / "back.pth")
@@ -174,8 +213,14 @@ class TestTransDiff:
         ],
         ids=str,
     )
-    def test_files_that_are_no_such_checkpoint(self, content: Any, message: str, tmp_path: Path, autoencoder: Path):
-        whole = content if content.keys() & {"model", "model_ema"} else {"model": random_state(ModelConfig(**SMALL), 1) | content}
+    def test_files_that_are_no_such_checkpoint(
+        self, content: Any, message: str, tmp_path: Path, autoencoder: Path
+    ):
+        whole = (
+            content
+            if content.keys() & {"model", "model_ema"}
+            else {"model": random_state(ModelConfig(**SMALL), 1) | content}
+        )
         torch.save(whole, tmp_path / "odd.pth")
         with pytest.raises(ValueError, match=message):
             convert(tmp_path / "odd.pth", tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
@@ -184,7 +229,10 @@ class TestTransDiff:
     def test_a_folder_of_numbered_checkpoints_names_them(self, tmp_path: Path, autoencoder: Path):
         file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL))
         file.rename(file.with_name("checkpoint-799.pth"))
-        with pytest.raises(ValueError, match=r"the file itself, as the folder has no checkpoint-last\.pth: checkpoint-799\.pth"):
+        with pytest.raises(
+            ValueError,
+            match=r"the file itself, as the folder has no checkpoint-last\.pth: checkpoint-799\.pth",
+        ):
             convert(file.parent, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
         with pytest.raises(FileNotFoundError, match="holds no trained model"):
             convert(tmp_path, tmp_path / "ours")
@@ -197,7 +245,9 @@ class TestTransDiff:
             ({"dest": "released"}, "dest: .*does not exist yet"),
         ],
     )
-    def test_what_is_missing_is_asked_for(self, changes: dict[str, Any], message: str, tmp_path: Path, autoencoder: Path):
+    def test_what_is_missing_is_asked_for(
+        self, changes: dict[str, Any], message: str, tmp_path: Path, autoencoder: Path
+    ):
         file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL))
         options = {"autoencoder": autoencoder, "num_heads": 2, "dest": "ours"} | changes
         with pytest.raises(ValueError, match=message):
@@ -206,15 +256,26 @@ class TestTransDiff:
     def test_a_recipe_gives_the_rest_and_must_agree(self, tmp_path: Path, autoencoder: Path):
         file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL))
         recipe = tmp_path / "recipe.yaml"
-        text = "# x\nmodel: {width: 32, num_heads: 2, encoder_blocks: 2, decoder_blocks: 1, num_classes: 7, latent_channels: 4}\n"
+        text = (
+            "# x\nmodel: {width: 32, num_heads: 2, encoder_blocks: 2, decoder_blocks: 1, num_classes: 7, "
+            "latent_channels: 4}\n"
+        )
         recipe.write_text(text + "sampling: {guidance_scale: 1.3, drift_scale: 0.89}\n")
         convert(file, tmp_path / "ours", autoencoder=autoencoder, recipe=load_run(recipe))
         assert read_export(tmp_path / "ours").run.sampling.drift_scale == 0.89
-        with pytest.raises(ValueError, match=r"image size of latents of 16 x 16: got 256; allowed: data\.image_size=512"):
-            convert(file, tmp_path / "again", autoencoder=autoencoder, recipe=load_run(recipe, ["data.image_size=512"]))
+        with pytest.raises(
+            ValueError, match=r"image size of latents of 16 x 16: got 256; allowed: data\.image_size=512"
+        ):
+            convert(
+                file,
+                tmp_path / "again",
+                autoencoder=autoencoder,
+                recipe=load_run(recipe, ["data.image_size=512"]),
+            )
         other = load_run(recipe, ["model.num_classes=1000", "model.decoder_blocks=2"])
         with pytest.raises(
-            ValueError, match=r"model\.decoder_blocks: 1 in the checkpoint, 2 in the recipe; model\.num_classes: 7"
+            ValueError,
+            match=r"model\.decoder_blocks: 1 in the checkpoint, 2 in the recipe; model\.num_classes: 7",
         ):
             convert(file, tmp_path / "again", autoencoder=autoencoder, recipe=other)
 
@@ -235,7 +296,9 @@ class TestAutoencoder:
     @torch.no_grad()
     def test_it_encodes_and_decodes_as_the_plain_one(self):
         state = plain_autoencoder.make()
-        network, dropped = KLAutoencoder.from_ldm(state | {"loss.logvar": torch.zeros(())}, scaling_factor=0.2325)
+        network, dropped = KLAutoencoder.from_ldm(
+            state | {"loss.logvar": torch.zeros(())}, scaling_factor=0.2325
+        )
         assert dropped == ["loss.logvar"]
         network.freeze()
         images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -244,7 +307,8 @@ class TestAutoencoder:
         latents = moments[:, :4]
         torch.testing.assert_close(network.sample(moments), (latents * 0.2325).float())
         plainly = plain_autoencoder.decode(state, latents)
-        torch.testing.assert_close(network.reconstruct(latents * 0.2325), plainly, rtol=1e-5, atol=1e-5)  # the scale is float32
+        # the scale is float32
+        torch.testing.assert_close(network.reconstruct(latents * 0.2325), plainly, rtol=1e-5, atol=1e-5)
 
     def test_there_and_back_is_bit_for_bit(self, tmp_path: Path):
         state = plain_autoencoder.make()
@@ -252,7 +316,9 @@ class TestAutoencoder:
             k: v.shape for k, v in state.items()
         }
         torch.save({"model": state, "epoch": 3}, tmp_path / "kl.ckpt")
-        assert "latents = samples x 0.2325, 4 channels, 1/4 of the size" in convert(tmp_path / "kl.ckpt", tmp_path / "folder")
+        assert "latents = samples x 0.2325, 4 channels, 1/4 of the size" in convert(
+            tmp_path / "kl.ckpt", tmp_path / "folder"
+        )
         convert(tmp_path / "folder", tmp_path / "back.ckpt")
         back = torch.load(tmp_path / "back.ckpt")["model"]
         assert sorted(back) == sorted(state) and all(torch.equal(back[key], state[key]) for key in state)

@@ -1,4 +1,6 @@
-"""Released files that are damaged, incomplete or odd, and options that do not fit them, are refused with what is wrong."""
+"""Released files that are damaged, incomplete or odd, and options that do not fit them, are refused with what
+is wrong.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["nan", "int8", "complex", "sparse", "float8"],
 )
 @pytest.mark.parametrize("name", ["model", "model_ema"])
-def test_tensors_that_are_no_weights_are_listed(wrong: Any, message: str, name: str, tmp_path: Path, autoencoder: Path):
+def test_tensors_that_are_no_weights_are_listed(
+    wrong: Any, message: str, name: str, tmp_path: Path, autoencoder: Path
+):
     state = random_state(ModelConfig(**SMALL), 1)
     state["fake_latent"] = wrong(state["fake_latent"])
     file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL), **{name: state})
@@ -48,32 +52,46 @@ def test_tensors_that_are_no_weights_are_listed(wrong: Any, message: str, name: 
     assert not (tmp_path / "ours").exists()
 
 
-@pytest.mark.parametrize("wrapped", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}"])
-def test_what_wrappers_add_to_names_is_taken_off_and_told(wrapped: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize(
+    "wrapped", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}"]
+)
+def test_what_wrappers_add_to_names_is_taken_off_and_told(
+    wrapped: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     state = {"a.weight": torch.zeros(2), "module_list.0": torch.ones(1)}
     with caplog.at_level("INFO", logger="lit_transdiff"):
-        found = state_dict({wrapped.format(key): value for key, value in state.items()}, "model", tmp_path / "x.pth")
+        found = state_dict(
+            {wrapped.format(key): value for key, value in state.items()}, "model", tmp_path / "x.pth"
+        )
     assert list(found) == list(state) and all(found[key] is state[key] for key in state)
     assert f"{wrapped.format('a.weight')} is a.weight" in caplog.text
 
 
 def test_blocks_that_were_compiled_one_by_one_and_names_that_only_look_so(tmp_path: Path):
     one = torch.zeros(1)
-    assert list(state_dict({"blocks.0._orig_mod.w": one, "head": one}, "model", tmp_path)) == ["blocks.0.w", "head"]
+    assert list(state_dict({"blocks.0._orig_mod.w": one, "head": one}, "model", tmp_path)) == [
+        "blocks.0.w",
+        "head",
+    ]
     assert list(state_dict({"module.w": one, "head": one}, "model", tmp_path)) == ["module.w", "head"]
-    with pytest.raises(ValueError, match=r"model: got '_orig_mod\.w'; allowed: names that differ without _orig_mod"):
+    with pytest.raises(
+        ValueError, match=r"model: got '_orig_mod\.w'; allowed: names that differ without _orig_mod"
+    ):
         state_dict({"_orig_mod.w": one, "w": one}, "model", tmp_path)
 
 
 @pytest.mark.parametrize(
-    "content", [Path("x"), {"model": {"a": print}}, {"model": np.float64(3)}, {"model": torch.nn.Linear(1, 1)}]
+    "content",
+    [Path("x"), {"model": {"a": print}}, {"model": np.float64(3)}, {"model": torch.nn.Linear(1, 1)}],
 )
 def test_a_file_that_runs_code_is_refused_without_advice_to_run_it(content: Any, tmp_path: Path):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"without running code from it: .*save its tensors alone") as error:
         convert(tmp_path / "x.pth", tmp_path / "ours")
     said = str(error.value)
-    assert "weights_only" not in said and "trust" not in said and "two options" not in said and "\n" not in said
+    assert (
+        "weights_only" not in said and "trust" not in said and "two options" not in said and "\n" not in said
+    )
 
 
 def test_a_damaged_file_is_refused_by_its_checksums(tmp_path: Path, autoencoder: Path):
@@ -83,7 +101,9 @@ def test_a_damaged_file_is_refused_by_its_checksums(tmp_path: Path, autoencoder:
     content = bytearray(file.read_bytes())
     content[part.header_offset + 200] ^= 255
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{file}: .*checkpoint-last/data/3 in it differs from its checksum"):
+    with pytest.raises(
+        ValueError, match=rf"{file}: .*checkpoint-last/data/3 in it differs from its checksum"
+    ):
         convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
     assert not (tmp_path / "ours").exists()
 
@@ -134,11 +154,16 @@ VAE = plain_autoencoder.make(channels=(32, 32, 32))
             {"encoder.mid.attn_1.q.weight": torch.zeros(32, 32, 2, 2)},
             "of another shape: encoder.mid.attn_1.q.weight [32, 32, 2, 2], expected [32, 32, 1, 1]",
         ),
-        ({"encoder.down.0.block.5.conv1.weight": torch.zeros(1)}, "unexpected: encoder.down.0.block.5.conv1.weight [1]"),
+        (
+            {"encoder.down.0.block.5.conv1.weight": torch.zeros(1)},
+            "unexpected: encoder.down.0.block.5.conv1.weight [1]",
+        ),
         ({"encoder.down.9999999999.x": torch.zeros(1)}, "unexpected: encoder.down.9999999999.x [1]"),
     ],
 )
-def test_an_autoencoder_that_does_not_fit_is_told_by_its_own_names(changes: dict[str, Any], message: str, tmp_path: Path):
+def test_an_autoencoder_that_does_not_fit_is_told_by_its_own_names(
+    changes: dict[str, Any], message: str, tmp_path: Path
+):
     """``None`` removes all keys with this prefix; only wrong keys are listed."""
     gone = tuple(key for key, value in changes.items() if value is None)
     state = {key: value for key, value in VAE.items() if not key.startswith(gone)} if gone else VAE | changes
@@ -149,10 +174,14 @@ def test_an_autoencoder_that_does_not_fit_is_told_by_its_own_names(changes: dict
 
 
 def test_a_level_with_fewer_blocks_lists_its_own_keys(tmp_path: Path):
-    torch.save({k: v for k, v in VAE.items() if not k.startswith("encoder.down.0.block.1.")}, tmp_path / "kl.ckpt")
+    torch.save(
+        {k: v for k, v in VAE.items() if not k.startswith("encoder.down.0.block.1.")}, tmp_path / "kl.ckpt"
+    )
     with pytest.raises(ValueError) as error:
         convert(tmp_path / "kl.ckpt", tmp_path / "folder")
-    assert all(line.startswith("  missing: encoder.down.0.block.1.") for line in str(error.value).splitlines()[1:])
+    assert all(
+        line.startswith("  missing: encoder.down.0.block.1.") for line in str(error.value).splitlines()[1:]
+    )
     torch.save(plain_autoencoder.make(channels=(24, 24)), tmp_path / "kl.ckpt")
     with pytest.raises(ValueError, match=r"channels of the levels: got \(24, 24\); allowed: multiples of 32"):
         convert(tmp_path / "kl.ckpt", tmp_path / "folder")
@@ -162,7 +191,9 @@ def test_a_level_with_fewer_blocks_lists_its_own_keys(tmp_path: Path):
 def test_an_autoencoder_keeps_its_type(dtype: torch.dtype, tmp_path: Path):
     state = {key: value.to(dtype) for key, value in VAE.items()}
     torch.save({"model": state}, tmp_path / "kl.ckpt")
-    assert f"weights: {dtype} in the file, stored as {dtype}" in convert(tmp_path / "kl.ckpt", tmp_path / "folder")
+    assert f"weights: {dtype} in the file, stored as {dtype}" in convert(
+        tmp_path / "kl.ckpt", tmp_path / "folder"
+    )
     (weights,) = (load_file(file) for file in (tmp_path / "folder").glob("*.safetensors"))
     assert {value.dtype for value in weights.values()} == {dtype}
     assert next(KLAutoencoder.load(tmp_path / "folder", 3).parameters()).dtype == torch.float32
@@ -175,15 +206,22 @@ def test_weights_of_an_autoencoder_that_become_float32_are_reported(tmp_path: Pa
     torch.save(VAE | {"quant_conv.bias": VAE["quant_conv.bias"].double()}, tmp_path / "kl.ckpt")
     said = convert(tmp_path / "kl.ckpt", tmp_path / "folder")
     assert "weights: torch.float32, torch.float64 in the file, stored as torch.float32" in said
-    with pytest.raises(ValueError, match=r"dest: got .*back\.txt'; allowed: a file name ending in \.ckpt or \.pth"):
+    with pytest.raises(
+        ValueError, match=r"dest: got .*back\.txt'; allowed: a file name ending in \.ckpt or \.pth"
+    ):
         convert(tmp_path / "folder", tmp_path / "back.txt")
 
 
 class TestOptions:
     @pytest.mark.parametrize("heads", [1, 16])
     def test_heads_that_contradict_a_known_size(self, heads: int, tmp_path: Path, autoencoder: Path):
-        file = write_checkpoint(tmp_path / "released", ModelConfig(**SIZES["test"], num_classes=7, latent_channels=4))
-        with pytest.raises(ValueError, match=rf"model\.num_heads: got {heads}; allowed: 2, as the checkpoint is of size 'test'"):
+        file = write_checkpoint(
+            tmp_path / "released", ModelConfig(**SIZES["test"], num_classes=7, latent_channels=4)
+        )
+        with pytest.raises(
+            ValueError,
+            match=rf"model\.num_heads: got {heads}; allowed: 2, as the checkpoint is of size 'test'",
+        ):
             convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=heads)
         convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=2)
 
@@ -192,11 +230,23 @@ class TestOptions:
         with pytest.raises(ValueError, match=r"model\.num_heads: got 0; allowed: an integer of at least 1"):
             convert(file, tmp_path / "ours", autoencoder=autoencoder, num_heads=0)
 
-    def test_settings_without_a_recipe(self, tmp_path: Path, autoencoder: Path, capsys: pytest.CaptureFixture[str]):
+    def test_settings_without_a_recipe(
+        self, tmp_path: Path, autoencoder: Path, capsys: pytest.CaptureFixture[str]
+    ):
         file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL))
-        command = ["convert", str(file), str(tmp_path / "ours"), "--autoencoder", str(autoencoder), "--num-heads", "2"]
+        command = [
+            "convert",
+            str(file),
+            str(tmp_path / "ours"),
+            "--autoencoder",
+            str(autoencoder),
+            "--num-heads",
+            "2",
+        ]
         assert main([*command, "sampling.num_steps=7"]) == 2
-        assert "override: got ['sampling.num_steps=7']; allowed: only with --recipe" in capsys.readouterr().err
+        assert (
+            "override: got ['sampling.num_steps=7']; allowed: only with --recipe" in capsys.readouterr().err
+        )
         assert not (tmp_path / "ours").exists()
 
     @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
@@ -222,7 +272,9 @@ class TestOptions:
         ):
             for name in every.keys() - set(effective):
                 allowed = ", ".join(effective) or "none"
-                with pytest.raises(ValueError, match=rf"options: got \['{name}'\]; allowed: for .*{source}.*: {allowed}\.$"):
+                with pytest.raises(
+                    ValueError, match=rf"options: got \['{name}'\]; allowed: for .*{source}.*: {allowed}\.$"
+                ):
                     convert(source, tmp_path / "out", **{name: every[name]})
         assert not (tmp_path / "out").exists()
 
@@ -252,7 +304,8 @@ class TestExports:
             (
                 "config.yaml",
                 lambda b: b.replace(b"width: 32", b"width: 64"),
-                "does not belong to config.yaml: the checkpoint does not fit:\n  of another shape: encoder.null_class",
+                "does not belong to config.yaml: the checkpoint does not fit:\n  of another shape: "
+                "encoder.null_class",
             ),
             (
                 "config.yaml",
@@ -262,13 +315,24 @@ class TestExports:
         ],
     )
     def test_the_file_is_named(
-        self, name: str, change: Any, message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self,
+        name: str,
+        change: Any,
+        message: str,
+        trained: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
     ):
         shutil.copytree(trained, tmp_path / "model")
         without_checksums(tmp_path / "model" / "export.json")
         file = tmp_path / "model" / name
         file.unlink() if change is None else file.write_bytes(change(file.read_bytes()))
-        assert main(["sample", "--checkpoint", str(tmp_path / "model"), "--classes", "0", "sampling.num_steps=1"]) == 2
+        assert (
+            main(
+                ["sample", "--checkpoint", str(tmp_path / "model"), "--classes", "0", "sampling.num_steps=1"]
+            )
+            == 2
+        )
         said = capsys.readouterr().err
         assert message in said and str(tmp_path / "model") in said
 
@@ -277,8 +341,12 @@ class TestExports:
             folder = tmp_path / name
             shutil.copytree(autoencoder, folder)
             (folder / name).write_bytes(content)
-            with pytest.raises(ValueError, match=rf"{folder / name} is damaged: its CRC-32 is .*, in checksums.json it is "):
+            with pytest.raises(
+                ValueError, match=rf"{folder / name} is damaged: its CRC-32 is .*, in checksums.json it is "
+            ):
                 KLAutoencoder.load(folder, 3)
             (folder / "checksums.json").unlink()
-            with pytest.raises(ValueError, match=rf"{folder}.*(the weights are damaged|is damaged: it holds no JSON)"):
+            with pytest.raises(
+                ValueError, match=rf"{folder}.*(the weights are damaged|is damaged: it holds no JSON)"
+            ):
                 KLAutoencoder.load(folder, 3)

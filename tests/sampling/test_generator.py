@@ -74,7 +74,9 @@ def test_earlier_references_may_take_fewer_steps():
 @pytest.mark.usefixtures("float64")
 @torch.no_grad()
 @pytest.mark.parametrize("num_references", [1, 4])
-@pytest.mark.parametrize("labels", [torch.tensor([2, 0, 2]), torch.tensor([3, 3, 3]), None], ids=["two", "one", "null"])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([2, 0, 2]), torch.tensor([3, 3, 3]), None], ids=["two", "one", "null"]
+)
 @pytest.mark.parametrize("asked", [(0, 1, 2, 3), (0, 2, 3), (3,)], ids=str)
 def test_a_context_made_in_groups_is_the_one_made_at_once(
     num_references: int, labels: torch.Tensor | None, asked: tuple[int, ...]
@@ -84,18 +86,27 @@ def test_a_context_made_in_groups_is_the_one_made_at_once(
     stream = ContextStream(model, labels)
     parts = [stream.advance(images[:, :r]) for r in asked]
     drop = None if labels is not None else torch.ones(3, dtype=torch.bool)
-    whole = model.encode(torch.zeros(3, dtype=torch.long) if labels is None else labels, images[:, : asked[-1]], drop)
+    whole = model.encode(
+        torch.zeros(3, dtype=torch.long) if labels is None else labels, images[:, : asked[-1]], drop
+    )
     torch.testing.assert_close(torch.cat([part.expand(3, -1, -1) for part in parts], dim=1), whole)
 
 
 @torch.no_grad()
 def test_sampling_computes_nothing_twice():
-    """Each token of the encoder once, for each class of the batch; keys and values of the decoder once for all steps."""
+    """Each token of the encoder once, for each class of the batch; keys and values of the decoder once for
+    all steps.
+    """
     model, seen = build(4), []
-    model.encoder.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[:2])))
-    model.decoder.context_projection.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[:2])))
+    model.encoder.blocks[0].register_forward_hook(
+        lambda module, inputs, output: seen.append(tuple(output.shape[:2]))
+    )
+    model.decoder.context_projection.register_forward_hook(
+        lambda module, inputs, output: seen.append(tuple(output.shape[:2]))
+    )
     generate(model, torch.tensor([1, 1, 4]), SAMPLING, SEEDS)
-    # per reference: the encoder and the decoder's projection, with the class and without; 3 class tokens, groups of 4
+    # per reference: the encoder and the decoder's projection, with the class and without; 3 class tokens,
+    # groups of 4
     assert seen == [(2, 7), (3, 4), (1, 7), (1, 4)] + [(3, 4)] * 12
 
 
@@ -124,7 +135,13 @@ def test_unknown_names_are_refused():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("num_references", [1, 4])
 def test_semantic_features_are_those_of_the_whole_row(num_references: int, tmp_path):
-    geometry = {"latent_channels": 2, "latent_size": 4, "patch_size": 1, "num_classes": 5, "num_references": num_references}
+    geometry = {
+        "latent_channels": 2,
+        "latent_size": 4,
+        "patch_size": 1,
+        "num_classes": 5,
+        "num_references": num_references,
+    }
     run = small_run(tmp_path, model=geometry, sampling={"num_steps": 2})
     generator = Generator(build(num_references), load_autoencoder("identity", None, 2), run, list("abcde"))
     features = generator.features([0, 3])
@@ -134,9 +151,17 @@ def test_semantic_features_are_those_of_the_whole_row(num_references: int, tmp_p
 
 @pytest.mark.parametrize("num_references", [1, 4])
 def test_a_generator_begins_the_null_class_once_for_the_same_weights(num_references: int, tmp_path):
-    geometry = {"latent_channels": 2, "latent_size": 4, "patch_size": 1, "num_classes": 5, "num_references": num_references}
+    geometry = {
+        "latent_channels": 2,
+        "latent_size": 4,
+        "patch_size": 1,
+        "num_classes": 5,
+        "num_references": num_references,
+    }
     model, begun = build(num_references).requires_grad_(False), []
-    generator = Generator(model, load_autoencoder("identity", None, 2), small_run(tmp_path, model=geometry), list("abcde"))
+    generator = Generator(
+        model, load_autoencoder("identity", None, 2), small_run(tmp_path, model=geometry), list("abcde")
+    )
     model.encoder.input_norm.register_forward_hook(lambda module, inputs, output: begun.append(len(output)))
     drawn = []
     for change, times in ((1.0, 1), (1.0, 0), (1.5, 1), (1.0, 0)):
@@ -147,7 +172,11 @@ def test_a_generator_begins_the_null_class_once_for_the_same_weights(num_referen
         drawn.append(generator.latents(LABELS, SEEDS, SAMPLING))
         assert begun.count(1) == times  # one row: the null class; labels and later groups have three
         assert torch.equal(drawn[-1], generate(model, LABELS, SAMPLING, SEEDS))
-    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[2], drawn[3]) and not torch.equal(drawn[1], drawn[2])
+    assert (
+        torch.equal(drawn[0], drawn[1])
+        and torch.equal(drawn[2], drawn[3])
+        and not torch.equal(drawn[1], drawn[2])
+    )
 
 
 @torch.no_grad()
@@ -175,7 +204,9 @@ def test_generator_checks_labels_and_gives_images(tmp_path):
         generator.images([10], [1])
     with pytest.raises(ValueError, match="seeds: got 1"):
         generator.images([1, 2], [1])
-    with pytest.raises(ValueError, match=r"sampling\.precision: got 'bf16'; allowed: 'fp32', .*generator\.at\('bf16'\)"):
+    with pytest.raises(
+        ValueError, match=r"sampling\.precision: got 'bf16'; allowed: 'fp32', .*generator\.at\('bf16'\)"
+    ):
         generator.images([1], [1], SamplingConfig(precision="bf16"))
     with pytest.raises(ValueError, match=r"sampling\.precision: 'bf61' is not known\. Did you mean 'bf16'"):
         generator.at("bf61")

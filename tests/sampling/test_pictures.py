@@ -15,7 +15,9 @@ from lit_transdiff.sampling.pictures import captioned, grid, wrap
 def coloured(count: int, size: int = 8) -> torch.Tensor:
     """Images of one colour each, of which no two are alike and none is white or grey."""
     red = torch.linspace(-1, 1, count)
-    return torch.stack([red, -torch.ones(count), torch.ones(count)], 1)[:, :, None, None].expand(-1, -1, size, size)
+    return torch.stack([red, -torch.ones(count), torch.ones(count)], 1)[:, :, None, None].expand(
+        -1, -1, size, size
+    )
 
 
 def box(picture: Image.Image, colour: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -29,7 +31,11 @@ def box(picture: Image.Image, colour: tuple[int, ...]) -> tuple[int, int, int, i
 @pytest.mark.parametrize("labelled", [False, True])
 def test_images_lie_in_rows_and_columns_at_equal_distances(labelled: bool) -> None:
     labels = (
-        dict(row_labels=["a", "b"], column_labels=["first", "second column", "3"], title="A title of some length")
+        dict(
+            row_labels=["a", "b"],
+            column_labels=["first", "second column", "3"],
+            title="A title of some length",
+        )
         if labelled
         else {}
     )
@@ -54,7 +60,12 @@ def test_no_label_is_clipped(labels: dict[str, object]) -> None:
     """The margins of the picture stay white."""
     pixels = np.asarray(grid(coloured(4), 2, **labels))  # type: ignore[arg-type]
     border = np.concatenate(
-        [pixels[:4].reshape(-1, 3), pixels[-4:].reshape(-1, 3), pixels[:, :4].reshape(-1, 3), pixels[:, -4:].reshape(-1, 3)]
+        [
+            pixels[:4].reshape(-1, 3),
+            pixels[-4:].reshape(-1, 3),
+            pixels[:, :4].reshape(-1, 3),
+            pixels[:, -4:].reshape(-1, 3),
+        ]
     )
     assert (border == 255).all()
 
@@ -77,14 +88,19 @@ def test_small_images_are_enlarged_by_default_and_large_ones_are_not() -> None:
 def test_bytes() -> None:
     assert to_bytes(torch.tensor([-1.2, -1, 0, 0.5, 1, 3])).tolist() == [0, 0, 128, 191, 255, 255]
     every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_bytes(from_bytes(every)), every) and torch.equal(from_bytes(every), every.float() / 127.5 - 1)
+    assert torch.equal(to_bytes(from_bytes(every)), every) and torch.equal(
+        from_bytes(every), every.float() / 127.5 - 1
+    )
     with pytest.raises(ValueError, match="1 values that are not finite"):
         to_bytes(torch.tensor([0, float("nan")]))
 
 
 def test_pictures_beside_each_other_keep_their_order_and_shrink() -> None:
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    pictures = [Image.new("RGB", (width, 100), colour) for width, colour in zip((100, 1000, 500), colours, strict=True)]
+    pictures = [
+        Image.new("RGB", (width, 100), colour)
+        for width, colour in zip((100, 1000, 500), colours, strict=True)
+    ]
     whole = captioned(pictures, ["one", "two\nwith a second line", "three"], columns=2, max_width=500)
     boxes = [box(whole, colour) for colour in colours]
     assert [b[2:] for b in boxes] == [(100, 100), (50, 500), (100, 500)]
@@ -119,4 +135,5 @@ def test_what_cannot_be_laid_out_is_refused() -> None:
 def test_a_grid_of_many_images_shows_the_first_of_each_class(references: bool) -> None:
     few, many = (torch.zeros(2, n, 3, 3, 8, 8) for n in (IMAGES_SHOWN, 3000))
     sizes = [labelled(rows, ["shoe", "bag"], references).size for rows in (few, many)]
-    assert sizes[1][0] >= sizes[0][0] and sizes[1][1] - sizes[0][1] < 100  # as large, but for a line that says so
+    # as large, but for a line that says so
+    assert sizes[1][0] >= sizes[0][0] and sizes[1][1] - sizes[0][1] < 100

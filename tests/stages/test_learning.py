@@ -1,4 +1,6 @@
-"""A stage learns: what it draws after a short training looks like the data of the class that was asked for."""
+"""A stage learns: what it draws after a short training looks like the data of the
+class that was asked for.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ CORNERS = torch.tensor([[2.0, 2.0], [5.0, 5.0]])  # where the blob of each class
 
 
 def blobs(labels: Tensor, seed: int) -> Tensor:
-    """Images [B, 1, 8, 8] in [-1, 1]: a bright blob in the corner of its class, of a brightness and with a noise of its own."""
+    """Images [B, 1, 8, 8] in [-1, 1]: a bright blob in the corner of its class, of a brightness and with a
+    noise of its own.
+    """
     random = torch.Generator().manual_seed(seed)
     grid = torch.stack(torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij"), dim=-1)
     distance = (grid - CORNERS[labels][:, None, None]).square().sum(-1)
@@ -42,11 +46,15 @@ class Blobs(pl.LightningDataModule):
 
 
 def distances(generator: Generator) -> tuple[float, float]:
-    """Of drawn images to the mean image of their own class and of the other: root of the mean squares, averaged."""
+    """Of drawn images to the mean image of their own class and of the other: root of the mean squares,
+    averaged.
+    """
     labels = torch.arange(DRAWN) % 2
     drawn = generator.images(labels, list(range(DRAWN)))[:, -1]
     means = torch.stack([blobs(torch.full((200,), c), seed=10**6).mean(0) for c in (0, 1)])
-    own, other = ((drawn - means[which]).square().mean((1, 2, 3)).sqrt().mean().item() for which in (labels, 1 - labels))
+    own, other = (
+        (drawn - means[which]).square().mean((1, 2, 3)).sqrt().mean().item() for which in (labels, 1 - labels)
+    )
     return own, other
 
 
@@ -58,7 +66,13 @@ def test_drawn_images_approach_the_data_of_their_class(tmp_path: Path) -> None:
         data={"train": "", "evaluation": None, "image_size": SIZE},
         model=model,
         optimizer={"lr": 2e-3, "ema_decay": 0.98, "warmup_steps": 20},
-        training={"max_steps": STEPS, "global_batch_size": ROWS, "checkpoint_every": STEPS, "sample_every": 0, "log_every": 100},
+        training={
+            "max_steps": STEPS,
+            "global_batch_size": ROWS,
+            "checkpoint_every": STEPS,
+            "sample_every": 0,
+            "log_every": 100,
+        },
         sampling={"num_steps": 12},
     )
     pl.seed_everything(0, verbose=False)

@@ -1,4 +1,6 @@
-"""Muon, against its update written out in float64, against torch's own, and against AdamW where it is AdamW."""
+"""Muon, against its update written out in float64, against torch's own, and against
+AdamW where it is AdamW.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,12 @@ def plain_steps(weight: Tensor, gradients: list[Tensor], rates: list[float]) -> 
 
 
 def optimizer_of(weights: list[nn.Parameter], **settings: float) -> AveragedMuon:
-    group = {"params": weights, "shapes": [tuple(p.shape) for p in weights], "weight_decay": DECAY, "lr": RATE}
+    group = {
+        "params": weights,
+        "shapes": [tuple(p.shape) for p in weights],
+        "weight_decay": DECAY,
+        "lr": RATE,
+    }
     return AveragedMuon([group], decays={"ema": lambda update: 0.5}, **settings)
 
 
@@ -102,7 +109,10 @@ def test_the_rest_goes_by_adamw_and_each_has_its_own_rate() -> None:
     rates = {"shapes" in group: group["lr"] for group in optimizer.param_groups}
     assert rates == {True: 0.02, False: 1e-3}
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, 10, config))
-    assert {"shapes" in group: group["lr"] for group in optimizer.param_groups} == {True: 0.02 / 4, False: 1e-3 / 4}
+    assert {"shapes" in group: group["lr"] for group in optimizer.param_groups} == {
+        True: 0.02 / 4,
+        False: 1e-3 / 4,
+    }
     for group in reference.param_groups:
         group["lr"] /= 4
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -149,7 +159,9 @@ def test_a_loaded_optimizer_goes_on_in_the_same_bits() -> None:
 
 
 def test_a_rate_of_muon_without_muon_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"optimizer\.muon_lr: got 0\.1; allowed: null with optimizer\.name=adamw"):
+    with pytest.raises(
+        ValueError, match=r"optimizer\.muon_lr: got 0\.1; allowed: null with optimizer\.name=adamw"
+    ):
         check_optimizer(OptimizerConfig(muon_lr=0.1))
     with pytest.raises(ValueError, match=r"optimizer\.muon_lr: got 0; allowed: null, or above 0"):
         OptimizerConfig(name="muon", muon_lr=0)

@@ -32,7 +32,9 @@ def layers() -> tuple[nn.Linear, nn.Linear]:
 
 def test_the_weights_move_as_with_torch_and_the_average_follows_the_recursion():
     ours, theirs = layers()
-    optimizer = AveragedAdamW(ours.parameters(), decays={"ema": lambda update: 0.8}, lr=0.1, weight_decay=0.02)
+    optimizer = AveragedAdamW(
+        ours.parameters(), decays={"ema": lambda update: 0.8}, lr=0.1, weight_decay=0.02
+    )
     history = train(optimizer, ours, 5)
     expected = train(torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.02), theirs, 5)
     torch.testing.assert_close(history, expected)
@@ -45,7 +47,9 @@ def test_the_weights_move_as_with_torch_and_the_average_follows_the_recursion():
 def test_several_averages_have_their_own_decay():
     layer, _ = layers()
     optimizer = AveragedAdamW(
-        layer.parameters(), decays=average_decays(OptimizerConfig(ema_decay=0.5, more_ema_decays=[0.9])), lr=0.1
+        layer.parameters(),
+        decays=average_decays(OptimizerConfig(ema_decay=0.5, more_ema_decays=[0.9])),
+        lr=0.1,
     )
     history = train(optimizer, layer, 4)
     for name, decay in {"ema": 0.5, "ema_0.9": 0.9}.items():
@@ -59,7 +63,9 @@ def test_several_averages_have_their_own_decay():
 def test_a_power_function_average_has_the_profile_of_its_width(width: float):
     """The weights after update i count as i^(gamma + 1) - (i - 1)^(gamma + 1)."""
     layer, _ = layers()
-    optimizer = AveragedAdamW(layer.parameters(), decays=average_decays(OptimizerConfig(power_widths=[width])), lr=0.1)
+    optimizer = AveragedAdamW(
+        layer.parameters(), decays=average_decays(OptimizerConfig(power_widths=[width])), lr=0.1
+    )
     history = torch.stack(train(optimizer, layer, 40)[1:]).double()
     edges = torch.linspace(0, 1, 41, dtype=torch.float64) ** (power_of(width) + 1)
     profile = edges.diff()
@@ -72,7 +78,9 @@ def test_a_power_function_average_has_the_profile_of_its_width(width: float):
 
 def test_a_skipped_step_changes_nothing():
     layer, _ = layers()
-    optimizer = AveragedAdamW(layer.parameters(), decays={"ema": lambda update: 0.5}, lr=0.1, weight_decay=0.1)
+    optimizer = AveragedAdamW(
+        layer.parameters(), decays={"ema": lambda update: 0.5}, lr=0.1, weight_decay=0.1
+    )
     train(optimizer, layer, 2)
     before = {name: value.clone() for name, value in optimizer.state[layer.weight].items()}
     optimizer.skip_step = True
@@ -97,8 +105,15 @@ def test_groups_of_the_paper():
     assert (none["weight_decay"], decayed["weight_decay"]) == (0.0, 0.02)
     names = {id(p): name for name, p in model.named_parameters()}
     with_decay = {names[id(p)] for p in decayed["params"]}
-    assert not any(name.startswith("decoder.") or name.endswith("bias") or "norm" in name for name in with_decay)
-    assert {"encoder.class_embedding.weight", "encoder.null_class", "encoder.mask_tokens", "encoder.position"} <= with_decay
+    assert not any(
+        name.startswith("decoder.") or name.endswith("bias") or "norm" in name for name in with_decay
+    )
+    assert {
+        "encoder.class_embedding.weight",
+        "encoder.null_class",
+        "encoder.mask_tokens",
+        "encoder.position",
+    } <= with_decay
     assert "encoder.context_position" in with_decay
     assert len(none["params"]) + len(decayed["params"]) == len(names)
 
@@ -122,8 +137,12 @@ def test_learning_rate(schedule: str):
 
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_the_references_schedule_runs_within_the_passes_of_a_step(passes: int):
-    """It sets the rate before each pass, by the place of the pass in training; the last one before the step counts."""
-    config = OptimizerConfig(warmup_steps=10, schedule="cosine", lr=1.0, min_lr=0.1, warmup_offset=1 - 1 / passes)
+    """It sets the rate before each pass, by the place of the pass in training; the last one before the step
+    counts.
+    """
+    config = OptimizerConfig(
+        warmup_steps=10, schedule="cosine", lr=1.0, min_lr=0.1, warmup_offset=1 - 1 / passes
+    )
     for step in range(100):
         place = (step * passes + passes - 1) / passes
         decayed = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (place - 10) / 90))

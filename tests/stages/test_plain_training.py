@@ -1,4 +1,6 @@
-"""Five steps of training with the reference's settings against the released formulation and its optimizer, written plainly."""
+"""Five steps of training with the reference's settings against the released formulation and its optimizer,
+written plainly.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from tests.helpers.small import STEADY, small_run
 pytestmark = pytest.mark.numeric
 
 STEPS, ROWS, DRAWS = 5, 4, 2
-# What the released training does and ours does only on demand: integer times, the sum over accumulated passes, a warm-up from 0.
+# What the released training does and ours does only on demand: integer times, the sum over accumulated
+# passes, a warm-up from 0.
 SETTINGS: dict[str, Any] = {
     "data": {"image_size": 16, "crop": "center", "evaluation": None},
     "model": {
@@ -35,24 +38,43 @@ SETTINGS: dict[str, Any] = {
         "projection_dropout": 0.0,
     },
     "flow": {"num_noise_draws": DRAWS, "discretize": 1000, "label_drop_prob": 0.3},
-    "training": {"max_steps": STEPS, "global_batch_size": ROWS, "log_every": 1, "checkpoint_every": 5, "sample_every": 0},
+    "training": {
+        "max_steps": STEPS,
+        "global_batch_size": ROWS,
+        "log_every": 1,
+        "checkpoint_every": 5,
+        "sample_every": 0,
+    },
 }
 ONE_STEP = {
     **SETTINGS,
-    "optimizer": {"lr": 1e-3, "warmup_steps": 3, "warmup_offset": 0.0, "ema_decay": 0.8, "gradient_clip": 0.5, **STEADY},
+    "optimizer": {
+        "lr": 1e-3,
+        "warmup_steps": 3,
+        "warmup_offset": 0.0,
+        "ema_decay": 0.8,
+        "gradient_clip": 0.5,
+        **STEADY,
+    },
 }
 SUMMED = {
     **SETTINGS,
     "training": {**SETTINGS["training"], "micro_batch_size": 2},
     "optimizer": {**ONE_STEP["optimizer"], "warmup_offset": 0.5, "gradient_scale": 2.0, "gradient_clip": 0.7},
 }
-MRAR = {**SUMMED, "stage": "mrar_finetune", "model": {**SETTINGS["model"], "num_references": 4, "num_context_tokens": 64}}
+MRAR = {
+    **SUMMED,
+    "stage": "mrar_finetune",
+    "model": {**SETTINGS["model"], "num_references": 4, "num_context_tokens": 64},
+}
 MRAR["model"]["latent_size"] = 8
 MRAR["data"] = {**SETTINGS["data"], "image_size": 8}
 
 
 def batch_loss(w: plain.State, run: RunConfig, x: Tensor, labels: Tensor, step: int) -> Tensor:
-    """The plain loss of a whole batch x [G, R, 1, h, w], on the random numbers that the run draws for this step."""
+    """The plain loss of a whole batch x [G, R, 1, h, w], on the random numbers that the run draws for this
+    step.
+    """
     references, shape = run.model.num_references, x.shape[2:]
     normal = GlobalBatchNormal(mix(run.seed, "training", step), ROWS, torch.arange(ROWS))
     normal(references, *shape)  # the posterior's, which an identity autoencoder does not use
@@ -71,11 +93,21 @@ def test_five_steps_of_training(settings: dict[str, Any], tmp_path: Path):
     run = small_run(tmp_path, **settings)
     pl.seed_everything(run.seed, verbose=False)
     start = build(run)
-    w = {k: v.clone().requires_grad_() for k, v in to_released(start.stage.model.state_dict(), run.model, {}).state.items()}
+    w = {
+        k: v.clone().requires_grad_()
+        for k, v in to_released(start.stage.model.state_dict(), run.model, {}).state.items()
+    }
     summed = int(run.optimizer.gradient_scale)
     options = run.optimizer
     optimizer = plain.Optimizer(
-        w, options.lr, options.warmup_steps, summed, options.weight_decay, options.gradient_clip, options.ema_decay, options.eps
+        w,
+        options.lr,
+        options.warmup_steps,
+        summed,
+        options.weight_decay,
+        options.gradient_clip,
+        options.ema_decay,
+        options.eps,
     )
     norms = []
     for step in range(STEPS):
@@ -98,7 +130,9 @@ def test_five_steps_of_training(settings: dict[str, Any], tmp_path: Path):
     worst: dict[str, float] = {}
     for key, value in w.items():
         if key.endswith("wk.bias") or (key.startswith("z_proj.") and run.model.num_references == 1):
-            continue  # no gradient but rounding: softmax does not see a bias of all keys; a one-step z_proj is overwritten
+            # no gradient but rounding: softmax does not see a bias of all keys; a one-step z_proj is
+            # overwritten
+            continue
         seen = torch.ones(len(value), dtype=torch.bool)
         if key.endswith("qkv.bias"):
             seen[len(value) // 3 : 2 * len(value) // 3] = False  # the keys' part

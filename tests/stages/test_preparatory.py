@@ -1,4 +1,6 @@
-"""The stages that train the autoencoder and the classifier: they learn, they measure the scale, they export what loads."""
+"""The stages that train the autoencoder and the classifier: they learn, they measure the scale, they export
+what loads.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def test_edge_error_and_psnr_by_hand() -> None:
     step = torch.zeros(1, 1, 4, 4)
     step[..., 2:] = 2.0  # one vertical edge: 4 of 12 horizontal differences are 2
     assert edge_error(step).item() == pytest.approx(4 / 3)
-    assert psnr(torch.full((3, 1, 4, 4), 0.2), torch.zeros(3, 1, 4, 4)).item() == pytest.approx(20.0, abs=1e-4)
+    assert psnr(torch.full((3, 1, 4, 4), 0.2), torch.zeros(3, 1, 4, 4)).item() == pytest.approx(
+        20.0, abs=1e-4
+    )
 
 
 def test_export_measures_the_scale_of_the_latents(tmp_path: Path) -> None:

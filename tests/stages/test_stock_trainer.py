@@ -58,8 +58,12 @@ def assert_same(a: pl.Trainer, b: pl.Trainer) -> None:
     for mine, other in zip(a.lightning_module.parameters(), b.lightning_module.parameters(), strict=True):
         assert torch.equal(mine, other)
         states, others = a.optimizers[0].state.get(mine, {}), b.optimizers[0].state.get(other, {})
-        assert states.keys() == others.keys() and all(torch.equal(states[name], others[name]) for name in states)
-        assert {state.dtype for state in (states.get(EMA), others.get(EMA)) if state is not None} <= {torch.float32}
+        assert states.keys() == others.keys() and all(
+            torch.equal(states[name], others[name]) for name in states
+        )
+        assert {state.dtype for state in (states.get(EMA), others.get(EMA)) if state is not None} <= {
+            torch.float32
+        }
     assert a.callback_metrics["val/loss"] == b.callback_metrics["val/loss"]
 
 
@@ -70,13 +74,19 @@ def test_ten_lines_train_validate_log_and_save(tmp_path: Path) -> None:
         max_steps=20,
         callbacks=[best, LearningRateMonitor()],
         logger=CSVLogger(tmp_path),
-        **{k: v for k, v in QUIET.items() if k.startswith("enable_p") or k in ("enable_model_summary", "accelerator")},
+        **{
+            k: v
+            for k, v in QUIET.items()
+            if k.startswith("enable_p") or k in ("enable_model_summary", "accelerator")
+        },
     )
     trainer.fit(parts.stage, datamodule=parts.data)
 
     rows = list(csv.DictReader(next(tmp_path.rglob("metrics.csv")).open()))
     logged = {name: float(row[name]) for row in rows for name in ("train/loss", "val/loss") if row.get(name)}
-    assert logged == {name: pytest.approx(float(trainer.callback_metrics[name])) for name in ("train/loss", "val/loss")}
+    assert logged == {
+        name: pytest.approx(float(trainer.callback_metrics[name])) for name in ("train/loss", "val/loss")
+    }
     saved = torch.load(best.best_model_path, weights_only=True)
     assert saved["state_dict"].keys() == parts.stage.state_dict().keys()
     assert len(saved["optimizer_states"][0]["state"]) == len(list(parts.stage.parameters()))
@@ -96,12 +106,16 @@ def test_validation_is_of_the_averages(tmp_path: Path) -> None:
     other = parts_of(tmp_path, 4)
     other.stage.load_state_dict(averages_of(trainer).averaged_state())
     (expected,) = pl.Trainer(**QUIET).validate(other.stage, datamodule=other.data, verbose=False)
-    (untrained,) = pl.Trainer(**QUIET).validate(parts_of(tmp_path, 4).stage, datamodule=other.data, verbose=False)
+    (untrained,) = pl.Trainer(**QUIET).validate(
+        parts_of(tmp_path, 4).stage, datamodule=other.data, verbose=False
+    )
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(expected["val/loss"], rel=1e-6)
     assert expected["val/loss"] != pytest.approx(untrained["val/loss"], rel=1e-3)
     assert all(torch.equal(value, weights[name]) for name, value in parts.stage.state_dict().items())
     fresh = parts_of(tmp_path, 4)
-    (found,) = pl.Trainer(**QUIET).validate(fresh.stage, datamodule=fresh.data, verbose=False, ckpt_path=tmp_path / "step=4.ckpt")
+    (found,) = pl.Trainer(**QUIET).validate(
+        fresh.stage, datamodule=fresh.data, verbose=False, ckpt_path=tmp_path / "step=4.ckpt"
+    )
     assert found == expected
 
 
@@ -124,7 +138,11 @@ def test_our_single_strategy_saves_and_loads_what_lightning_s_does(tmp_path: Pat
     ours = {"strategy": Single(torch.device("cpu"))}
     whole = fitted(parts_of(tmp_path, 6), **saving(tmp_path, 3), **ours)
     saved = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
-    assert len(saved["state_dict"]) == len(saved["optimizer_states"][0]["state"]) == len(whole.lightning_module.state_dict())
+    assert (
+        len(saved["state_dict"])
+        == len(saved["optimizer_states"][0]["state"])
+        == len(whole.lightning_module.state_dict())
+    )
     for strategy in ({"strategy": Single(torch.device("cpu"))}, {}):
         assert_same(whole, fitted(parts_of(tmp_path, 6), tmp_path / "step=3.ckpt", **strategy))
 
@@ -149,7 +167,9 @@ class Seen(pl.Callback):
     def __init__(self) -> None:
         self.samples: list[list[int]] = []
 
-    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int
+    ) -> None:
         self.samples.append(batch.samples.flatten().tolist())
 
 
@@ -162,7 +182,12 @@ def test_fast_dev_run_overfit_batches_and_limits(tmp_path: Path) -> None:
     assert seen.samples[0] != seen.samples[1]
     seen = Seen()
     trainer = fitted(
-        parts_of(tmp_path, 4), max_steps=-1, max_epochs=2, limit_train_batches=2, limit_val_batches=1, callbacks=[seen]
+        parts_of(tmp_path, 4),
+        max_steps=-1,
+        max_epochs=2,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        callbacks=[seen],
     )
     assert trainer.global_step == 4 and len({tuple(samples) for samples in seen.samples}) == 4
     assert "val/loss" not in fitted(parts_of(tmp_path, 2), limit_val_batches=0).callback_metrics
@@ -175,12 +200,18 @@ def test_early_stopping(tmp_path: Path) -> None:
 
 def test_accumulated_passes_are_one_batch(tmp_path: Path) -> None:
     """In the Trainer as in the run; dropout alone draws other masks."""
-    plain = {"model": {**small_run(tmp_path).model.__dict__, "attention_dropout": 0.0, "projection_dropout": 0.0}}
+    plain = {
+        "model": {**small_run(tmp_path).model.__dict__, "attention_dropout": 0.0, "projection_dropout": 0.0}
+    }
     whole = fitted(parts_of(tmp_path, 3, **plain))
     cut = fitted(parts_of(tmp_path, 3, **plain), accumulate_grad_batches=2)
     assert cut.global_step == 3
-    assert float(cut.callback_metrics["val/loss"]) == pytest.approx(float(whole.callback_metrics["val/loss"]), rel=1e-5)
-    with pytest.raises(ValueError, match=r"Trainer\(accumulate_grad_batches\): got 3; allowed: a divisor of .*=8"):
+    assert float(cut.callback_metrics["val/loss"]) == pytest.approx(
+        float(whole.callback_metrics["val/loss"]), rel=1e-5
+    )
+    with pytest.raises(
+        ValueError, match=r"Trainer\(accumulate_grad_batches\): got 3; allowed: a divisor of .*=8"
+    ):
         fitted(parts_of(tmp_path, 3), accumulate_grad_batches=3)
 
 
@@ -192,13 +223,19 @@ def test_preparatory_stages_are_at_home_too(tmp_path: Path, name: str) -> None:
     assert {"train/loss"} < whole.callback_metrics.keys()
     assert whole.callback_metrics == again.callback_metrics
     (found,) = whole.validate(whole.lightning_module, datamodule=whole.datamodule, verbose=False)  # type: ignore[attr-defined]
-    assert found == {name: float(value) for name, value in whole.callback_metrics.items() if name.startswith("val/")} != {}
+    assert (
+        found
+        == {name: float(value) for name, value in whole.callback_metrics.items() if name.startswith("val/")}
+        != {}
+    )
     loaded = type(whole.lightning_module).load_from_checkpoint(tmp_path / "step=4.ckpt")
     assert loaded.run == whole.lightning_module.run
 
 
 class Halving(Autoencoder):
-    """Images [.., 1, 32, 32] -> moments of latents [.., 1, 4, 4], with a parameter; counts how often it moves and encodes."""
+    """Images [.., 1, 32, 32] -> moments of latents [.., 1, 4, 4], with a parameter; counts how often it moves
+    and encodes.
+    """
 
     def __init__(self) -> None:
         super().__init__(torch.zeros(1), torch.ones(1), downsampling=8)
@@ -211,7 +248,9 @@ class Halving(Autoencoder):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         self.encoded += 1
-        mean = self.scale * (0.5 + torch.nn.functional.avg_pool2d(images.flatten(0, 1), 8).unflatten(0, images.shape[:2]))
+        mean = self.scale * (
+            0.5 + torch.nn.functional.avg_pool2d(images.flatten(0, 1), 8).unflatten(0, images.shape[:2])
+        )
         return torch.cat([mean, torch.full_like(mean, -30.0)], dim=-3)
 
     def reconstruct(self, latents: torch.Tensor) -> torch.Tensor:
@@ -220,8 +259,12 @@ class Halving(Autoencoder):
 
 def test_images_are_encoded_once_a_batch_by_a_network_that_stays_where_it_is(tmp_path: Path) -> None:
     shape = {"latent_channels": 1, "latent_size": 4, "patch_size": 1, "num_references": 4}
-    run = small_run(tmp_path, stage="mrar_finetune", model={**shape, "num_classes": 10}, training={"max_steps": 4})
-    data = build(small_run(tmp_path, stage="mrar_finetune", model={"num_references": 4}, training={"max_steps": 4})).data
+    run = small_run(
+        tmp_path, stage="mrar_finetune", model={**shape, "num_classes": 10}, training={"max_steps": 4}
+    )
+    data = build(
+        small_run(tmp_path, stage="mrar_finetune", model={"num_references": 4}, training={"max_steps": 4})
+    ).data
     autoencoder = Halving().freeze()
     stage = MRARFinetune(run, autoencoder)
     trainer = pl.Trainer(**QUIET, max_steps=4, limit_val_batches=0)
@@ -229,6 +272,10 @@ def test_images_are_encoded_once_a_batch_by_a_network_that_stays_where_it_is(tmp
     assert autoencoder.encoded == 4 and autoencoder.moves == 1
     assert not any(p is autoencoder.scale for p in stage.parameters()) and autoencoder.scale == 2.0
 
-    wrong = MRARFinetune(small_run(tmp_path, stage="mrar_finetune", model={**shape, "latent_size": 8}), autoencoder)
-    with pytest.raises(ValueError, match=r"values of a batch: got \(\d, 4, 2, 4, 4\); allowed: .*\(2, 8, 8\) \(moments\)"):
+    wrong = MRARFinetune(
+        small_run(tmp_path, stage="mrar_finetune", model={**shape, "latent_size": 8}), autoencoder
+    )
+    with pytest.raises(
+        ValueError, match=r"values of a batch: got \(\d, 4, 2, 4, 4\); allowed: .*\(2, 8, 8\) \(moments\)"
+    ):
         pl.Trainer(**QUIET, max_steps=4).fit(wrong, datamodule=data)

@@ -30,7 +30,11 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in WAITING:
-            frames = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if "_python_dispatch" not in f.filename]
+            frames = [
+                f"{f.filename}:{f.lineno}"
+                for f in traceback.extract_stack()
+                if "_python_dispatch" not in f.filename
+            ]
             self.places[" < ".join(frames[-2::-1][:3])] += 1
         return func(*args, **(kwargs or {}))
 

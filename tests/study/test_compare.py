@@ -1,4 +1,6 @@
-"""Runs beside each other: which of them are averaged, which scores compare, and which differences exceed noise."""
+"""Runs beside each other: which of them are averaged, which scores compare, and which differences exceed
+noise.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
     assert by_lr.loc[1e-3, "eval/frechet_distance std"] == pytest.approx(0.2)
     verdicts = made.verdicts("eval/frechet_distance").set_index("optimizer.lr")["verdict"]
     assert verdicts.to_dict() == {1e-3: "best", 1e-2: "within noise", 1.0: "worse"}
-    assert made.verdicts("eval/precision").set_index("optimizer.lr")["verdict"][1e-3] == "best"  # higher is better
+    # higher is better
+    assert made.verdicts("eval/precision").set_index("optimizer.lr")["verdict"][1e-3] == "best"
     noise = made.verdicts("eval/frechet_distance")["noise"].iloc[0]
     assert noise == pytest.approx(2.4469 * 0.2 * (2 / 3) ** 0.5, rel=1e-3)  # t of 6 degrees of freedom
 
@@ -92,7 +95,8 @@ def test_a_runs_score_is_that_of_its_own_settings(tmp_path: Path) -> None:
     make_run(tmp_path, "b", 2.5, lr=0.1)
     made = compare(runs(tmp_path), ["eval/frechet_distance"])
     by_run = made.table.groupby("run")["eval/frechet_distance"].apply(list)
-    assert by_run["a"] == [11.0, 40.0, 30.0] and by_run["b"] == [2.5]  # seeds are averaged; other settings are rows of their own
+    # seeds are averaged; other settings are rows of their own
+    assert by_run["a"] == [11.0, 40.0, 30.0] and by_run["b"] == [2.5]
     assert made.table["judged by"][0] == "20 images, euler_maruyama 2 x 1, mean of 2 seeds"
     evaluate_again(folder, 3.0, "2030")  # the newest of those
     assert compare(runs(tmp_path), ["eval/frechet_distance"]).table["eval/frechet_distance"][0] == 11.5
@@ -114,9 +118,14 @@ def test_there_is_no_verdict_across_judges(tmp_path: Path, other: dict[str, Any]
 
 
 def test_scores_while_training_are_others_than_full_ones(tmp_path: Path) -> None:
-    MetricsCSV(make_run(tmp_path, "a", 2.0) / "metrics.csv", 8).log_metrics({"online/frechet_distance": 9.0}, 6)
+    MetricsCSV(make_run(tmp_path, "a", 2.0) / "metrics.csv", 8).log_metrics(
+        {"online/frechet_distance": 9.0}, 6
+    )
     found = runs(tmp_path)
-    assert compare(found).metrics[0] == "eval/frechet_distance" and "online/frechet_distance" not in compare(found).metrics
+    assert (
+        compare(found).metrics[0] == "eval/frechet_distance"
+        and "online/frechet_distance" not in compare(found).metrics
+    )
     made = compare(found, ["eval/frechet_distance", "online/frechet_distance"])
     assert made.table.iloc[0][["eval/frechet_distance", "online/frechet_distance"]].tolist() == [2.0, 9.0]
 
@@ -150,7 +159,9 @@ def test_only_finished_runs_of_other_seeds_are_averaged(tmp_path: Path) -> None:
 
 
 def test_a_diverged_run_is_never_the_best(tmp_path: Path) -> None:
-    MetricsCSV(make_run(tmp_path, "bad", 0.5, lr=0.1) / "metrics.csv", 8).log_metrics({"val/loss": math.nan}, 6)
+    MetricsCSV(make_run(tmp_path, "bad", 0.5, lr=0.1) / "metrics.csv", 8).log_metrics(
+        {"val/loss": math.nan}, 6
+    )
     make_run(tmp_path, "good", 1.0)
     made = compare(runs(tmp_path), ["val/loss", "eval/frechet_distance"])
     for metric in made.metrics:
@@ -172,4 +183,7 @@ def test_a_metric_that_no_run_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"metrics: 'val/lost' is not known. Did you mean 'val/loss'"):
         compare(runs(tmp_path), ["val/lost"])
     (tmp_path / "b" / "metrics.csv").write_text(f"{HEAD}6,48,1,train/loss,1\n")
-    assert list(compare(runs(tmp_path), ["val/loss"]).verdicts("val/loss")["verdict"]) == ["alone", "not measured"]
+    assert list(compare(runs(tmp_path), ["val/loss"]).verdicts("val/loss")["verdict"]) == [
+        "alone",
+        "not measured",
+    ]

@@ -1,4 +1,6 @@
-"""The command's table, Python, the sweep's summary and the page name the same best and give the same verdicts on one folder."""
+"""The command's table, Python, the sweep's summary and the page name the same best and give the same verdicts
+on one folder.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,18 @@ Verdicts = dict[tuple[str, int], str]  # by the run and its number of solver ste
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two seeds of three learning rates, repeats of an evaluation, two runs at other steps of the solver, one run unfinished.
+    """Two seeds of three learning rates, repeats of an evaluation, two runs at other steps of the solver, one
+    run unfinished.
 
-    The single best number is of a run whose settings are not the best, and so is the best of the run that is not finished.
+    The single best number is of a run whose settings are not the best, and so is the best of the run that is
+    not finished.
     """
     root = tmp_path / "runs"
-    for name, lr, scores in (("slow", 1e-3, (2.0, 2.2)), ("fast", 1e-2, (1.8, 2.6)), ("bad", 1.0, (9.0, 9.2))):
+    for name, lr, scores in (
+        ("slow", 1e-3, (2.0, 2.2)),
+        ("fast", 1e-2, (1.8, 2.6)),
+        ("bad", 1.0, (9.0, 9.2)),
+    ):
         for seed, score in enumerate(scores):
             place = make_run(root, f"{name}{seed}", score, seed=seed, lr=lr)
             if name == "slow":
@@ -50,7 +58,10 @@ EXPECTED: Verdicts = {
 def test_in_python(folder: Path) -> None:
     made = compare(runs(folder))
     words = made.verdict_of_rows(METRIC)
-    assert {(e.run.name, e.settings["sampling.num_steps"]): word for e, word in zip(made.entries, words, strict=True)} == EXPECTED
+    assert {
+        (e.run.name, e.settings["sampling.num_steps"]): word
+        for e, word in zip(made.entries, words, strict=True)
+    } == EXPECTED
     assert made.verdicts(METRIC)["verdict"].value_counts().to_dict() == {
         "best": 1,
         "within noise": 2,
@@ -62,9 +73,16 @@ def test_in_python(folder: Path) -> None:
 
 def test_in_the_table_of_the_command(folder: Path, tmp_path: Path) -> None:
     made = write_comparison(folder, tmp_path / "out")
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made.markdown.read_text().splitlines() if "|" in line]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in made.markdown.read_text().splitlines()
+        if "|" in line
+    ]
     rows = [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
-    shown = {(row["run"].split()[0], row["sampler, steps x guidance"].split()[1]): row["Frechet distance ↓"] for row in rows}
+    shown = {
+        (row["run"].split()[0], row["sampler, steps x guidance"].split()[1]): row["Frechet distance ↓"]
+        for row in rows
+    }
     assert shown == {
         ("slow0", "7"): "**1.5 ± 0.14 (n=2)**",
         ("slow0", "2"): "2.11 ± 0.14 (n=2) ≈",
@@ -72,7 +90,10 @@ def test_in_the_table_of_the_command(folder: Path, tmp_path: Path) -> None:
         ("bad0", "2"): "9.1 ± 0.14 (n=2)",
         ("lucky", "2"): "0.1",
     }
-    assert "lucky is not averaged: unfinished" in made.text and "≈ differs from the best by no more than noise" in made.text
+    assert (
+        "lucky is not averaged: unfinished" in made.text
+        and "≈ differs from the best by no more than noise" in made.text
+    )
 
 
 def test_on_the_page(folder: Path) -> None:

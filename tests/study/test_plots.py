@@ -36,7 +36,9 @@ def test_curves(found: list[Run]) -> None:
     (axes,) = figure.axes
     assert len(axes.lines) == 6 and list(axes.lines[0].get_xdata()) == [2, 4, 6]
     assert axes.lines[0].get_ydata()[0] == pytest.approx(found[0].history()["train/loss"][0])
-    assert axes.get_xlabel() == "optimizer steps" and "mine" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert axes.get_xlabel() == "optimizer steps" and "mine" in [
+        text.get_text() for text in axes.get_legend().get_texts()
+    ]
     labelled(figure)
     with pytest.raises(ValueError, match="metric: got 'no'"):
         plots.curves(found, "no")
@@ -63,7 +65,8 @@ def named(figure) -> list[str]:
 def test_parallel_coordinates_end_at_the_metric(found: list[Run]) -> None:
     figure = plots.parallel_coordinates(found, ["optimizer.lr", "seed"], "eval/frechet_distance")
     ends = [line.get_ydata()[-1] for line in figure.axes[0].lines[:6]]
-    assert ends == sorted(ends, reverse=True) and (ends[0], ends[-1]) == (1.0, 0.0)  # the best, lowest, is drawn last
+    # the best, lowest, is drawn last
+    assert ends == sorted(ends, reverse=True) and (ends[0], ends[-1]) == (1.0, 0.0)
     scores = sorted(run.evaluations[0].value("frechet_distance") for run in found)
     assert named(figure) == [f"best, {scores[0]:.4g}", f"worst, {scores[-1]:.4g}"]
     labelled(figure)
@@ -79,18 +82,25 @@ def test_the_rest_is_labelled(found: list[Run]) -> None:
     assert named(figure) == ["a run", "mean, best or within noise of it", "mean of others"]
     labelled(plots.response(found, "optimizer.lr", "eval/frechet_distance", by="seed"))
     labelled(plots.bars({"a": 1.0, "b": 2.0}, "numbers", "letters"))
-    figure = plots.side_by_side({run.name: picture for run in found for picture in run.samples().values()}, columns=2)
+    figure = plots.side_by_side(
+        {run.name: picture for run in found for picture in run.samples().values()}, columns=2
+    )
     assert [axes.get_title() for axes in figure.axes][:2] == [found[0].name, found[1].name]
 
 
 def test_pictures_side_by_side_keep_their_pixels() -> None:
     """What is written in them can be read as before; wide ones are made smaller."""
-    given = {"wide": Image.new("RGB", (400, 40)), "high": Image.new("RGB", (40, 80)), "wider": Image.new("RGB", (960, 400))}
+    given = {
+        "wide": Image.new("RGB", (400, 40)),
+        "high": Image.new("RGB", (40, 80)),
+        "wider": Image.new("RGB", (960, 400)),
+    }
     figure = plots.side_by_side(given, columns=2, title="some")
     labelled(figure)
     extents = [axes.get_window_extent() for axes in figure.axes]
     assert [(round(e.width), round(e.height)) for e in extents] == [(400, 40), (40, 80), (480, 200)]
-    assert extents[0].x1 < extents[1].x0 and extents[2].y1 < min(extents[0].y0, extents[1].y0)  # none lies on another
+    # none lies on another
+    assert extents[0].x1 < extents[1].x0 and extents[2].y1 < min(extents[0].y0, extents[1].y0)
     figure = plots.side_by_side(given, width=2.0)
     assert {round(axes.get_window_extent().width) for axes in figure.axes} == {200}
 
@@ -103,7 +113,9 @@ def test_legends_name_every_run_as_it_is_called(tmp_path: Path) -> None:
     for folder, name in (("x", "run"), ("y", "run"), ("z", "_hidden"), ("z", "formula")):
         make_run(tmp_path / folder, name, 1.0)
     found = runs(tmp_path)
-    figure = plots.curves(found, "train/loss", labels={run.where: "a$x_{$b$^" for run in found if run.name == "formula"})
+    figure = plots.curves(
+        found, "train/loss", labels={run.where: "a$x_{$b$^" for run in found if run.name == "formula"}
+    )
     assert sorted(texts(figure)) == sorted(["run (x/run)", "run (y/run)", "_hidden", "a$x_{$b$^"])
     labelled(figure)
 

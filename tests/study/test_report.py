@@ -22,7 +22,13 @@ from lit_transdiff.study.runs import archive, runs
 from lit_transdiff.tracking.loggers import MetricsCSV
 from tests.helpers.run_folders import make_run, write_long
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 
@@ -41,19 +47,24 @@ def test_the_page_of_an_archive_lies_beside_it(tmp_path: Path, monkeypatch: pyte
     assert main(["report", str(packed)]) == 0
     assert f"<h1>{packed}</h1>" in (tmp_path / "packed.html").read_text()
     monkeypatch.chdir(tmp_path)
-    assert report_file("entity/project") == Path("entity-project.html")  # a folder of the project's name would hide the project
+    # a folder of the project's name would hide the project
+    assert report_file("entity/project") == Path("entity-project.html")
     assert report_file("runs") == Path("runs/report.html")
 
 
 def test_the_file_holds_everything_and_names_nothing_outside(report: Path) -> None:
     page = report.read_text()
-    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)|@import|url\(|fetch\(|https?://(?!www\.w3\.org)""", page)
+    assert not re.findall(
+        r"""(?:src|href)\s*=\s*["'](?!data:)|@import|url\(|fetch\(|https?://(?!www\.w3\.org)""", page
+    )
     data = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
     assert [run["name"] for run in data["runs"]] == ["fast0 <b>", "fast1 <b>", "slow0", "slow1"]
     assert data["differing"] == ["optimizer.lr"] and "val/loss" in data["metrics"]
     run = data["runs"][2]
     assert run["curves"]["train/loss"]["value"] == pytest.approx([1.0, 0.5, 1 / 3])
-    assert [sample["step"] for sample in run["samples"]] == [2, 6] and run["scores"]["eval/frechet_distance"] == 2.0
+    assert [sample["step"] for sample in run["samples"]] == [2, 6] and run["scores"][
+        "eval/frechet_distance"
+    ] == 2.0
     assert run["evaluations"][0]["manifest"]["run"] == "slow0"
 
 
@@ -67,7 +78,8 @@ def test_every_name_stands_in_the_page_as_it_is(tmp_path: Path, name: str) -> No
 
 def test_a_huge_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_run(tmp_path, "a", 2.0)
-    for name, side in (("step-00000004", 10_000), ("step-00000006", 16_000)):  # Pillow warns of the first and refuses the second
+    # Pillow warns of the first and refuses the second
+    for name, side in (("step-00000004", 10_000), ("step-00000006", 16_000)):
         Image.new("1", (side, side)).save(folder / "samples" / f"{name}.png")
     (run,) = page_data(runs(tmp_path))["runs"]
     assert [sample["step"] for sample in run["samples"]] == [2]
@@ -84,14 +96,22 @@ def test_repeats_are_one_entry_and_evaluations_say_what_tells_them_apart(tmp_pat
         content["scores"]["frechet_distance"] = distance
         (folder / "evaluations" / f"{name}.json").write_text(json.dumps(content))
     a, b = page_data(runs(tmp_path))["runs"]
-    assert a["scores"]["eval/frechet_distance"] == pytest.approx(2.2) and b["scores"]["eval/frechet_distance"] == 1.9
+    assert (
+        a["scores"]["eval/frechet_distance"] == pytest.approx(2.2)
+        and b["scores"]["eval/frechet_distance"] == 1.9
+    )
     assert a["spreads"]["eval/frechet_distance"] == "± 1.3 (n=3)" and b["spreads"] == {}
-    assert (a["verdicts"]["eval/frechet_distance"], b["verdicts"]["eval/frechet_distance"]) == ("unknown", "best")
+    assert (a["verdicts"]["eval/frechet_distance"], b["verdicts"]["eval/frechet_distance"]) == (
+        "unknown",
+        "best",
+    )
     pooled, few = a["evaluations"]
     assert (pooled["shown"], few["shown"]) == (True, False) and pooled["label"] != few["label"]
     assert "20 images, seeds 0, 1, 2" in pooled["label"] and "5 images, seed 0" in few["label"]
     by_title = {score["title"]: score for score in pooled["scores"]}
-    assert by_title["Frechet distance"]["n"] == 3 and by_title["Frechet distance"]["std"] == pytest.approx(1.3115, rel=1e-3)
+    assert by_title["Frechet distance"]["n"] == 3 and by_title["Frechet distance"]["std"] == pytest.approx(
+        1.3115, rel=1e-3
+    )
     assert all(score["n"] == 1 for score in few["scores"])
 
 
@@ -120,7 +140,10 @@ def test_what_does_not_compare_has_other_judges(tmp_path: Path) -> None:
     (folder / "evaluations" / "r.json").write_text(json.dumps(content))
     MetricsCSV(folder / "metrics.csv", 8).log_metrics({"train/loss": math.nan}, 6)
     a, b = page_data(runs(tmp_path))["runs"]
-    assert (a["verdicts"]["eval/frechet_distance"], b["verdicts"]["eval/frechet_distance"]) == ("alone", "diverged")
+    assert (a["verdicts"]["eval/frechet_distance"], b["verdicts"]["eval/frechet_distance"]) == (
+        "alone",
+        "diverged",
+    )
     assert (a["verdicts"]["val/loss"], b["verdicts"]["val/loss"], b["state"]) == ("alone", "", "diverged")
     assert a["judge"].startswith("20 images") and "not the run's own: num_images 5" in b["judge"]
 
@@ -188,7 +211,9 @@ def test_it_works_in_a_browser(page: Any, tmp_path: Path) -> None:
     page.locator("#log").check()
     box = page.locator("#plot").bounding_box()
     page.mouse.move(box["x"] + 700, box["y"] + 200)
-    assert "device-hours" in page.locator("#tip").inner_text() and "slow0" in page.locator("#tip").inner_text()
+    assert (
+        "device-hours" in page.locator("#tip").inner_text() and "slow0" in page.locator("#tip").inner_text()
+    )
     before = page.locator("#samples img").first.get_attribute("src")
     page.locator("#when").fill("0")
     assert page.locator("#samples img").first.get_attribute("src") != before

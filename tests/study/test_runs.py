@@ -1,4 +1,6 @@
-"""One call for runs: folders, archives, offline logs and W&B give the same, and what is damaged takes nothing else with it."""
+"""One call for runs: folders, archives, offline logs and W&B give the same, and what is damaged takes nothing
+else with it.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,18 @@ def test_a_folder_of_runs(tmp_path: Path) -> None:
     found = runs(tmp_path)
     assert [run.name for run in found] == ["a", "b"]
     run = found[0]
-    assert (run.stage, run.group, run.tags, run.config["optimizer"]["lr"]) == ("ar_pretrain", "g", ["a"], 1e-3)
+    assert (run.stage, run.group, run.tags, run.config["optimizer"]["lr"]) == (
+        "ar_pretrain",
+        "g",
+        ["a"],
+        1e-3,
+    )
     history = run.history()
     assert list(history["step"]) == [2, 4, 6] and list(history["images_seen"]) == [16, 32, 48]
-    assert list(history["train/loss"]) == [1.0, 0.5, pytest.approx(1 / 3)] and history["device_hours"].is_monotonic_increasing
+    assert (
+        list(history["train/loss"]) == [1.0, 0.5, pytest.approx(1 / 3)]
+        and history["device_hours"].is_monotonic_increasing
+    )
     assert list(run.history(["val/loss"])["step"]) == [6]
     assert (run.summary["train/loss"], run.summary["val/loss"]) == (pytest.approx(1 / 3), 2.0)
     assert list(run.samples()) == [2, 6] and list(run.pictures()) == ["final"]
@@ -44,7 +54,9 @@ def test_a_folder_of_runs(tmp_path: Path) -> None:
     (evaluation,) = run.evaluations
     assert evaluation.value("frechet_distance") == 2.0 and evaluation.value("inception_score") == 2.0
     assert [r.name for r in runs(tmp_path, {"config.optimizer.lr": 0.1})] == ["b"]
-    assert [r.name for r in runs(tmp_path, {"summary.val/loss": lambda v: v < 2.5, "group": ["g", "h"]})] == ["a"]
+    assert [r.name for r in runs(tmp_path, {"summary.val/loss": lambda v: v < 2.5, "group": ["g", "h"]})] == [
+        "a"
+    ]
     assert runs(tmp_path, {"tags": "z"}) == []
     with pytest.raises(FileNotFoundError, match="contains no run"):
         runs(make_empty(tmp_path))
@@ -63,7 +75,11 @@ def test_an_archive_holds_what_is_read(tmp_path: Path) -> None:
     packed = archive(tmp_path / "runs", tmp_path / "runs.zip")
     (one,), (other,) = runs(tmp_path / "runs"), runs(packed)
     pd.testing.assert_frame_equal(one.history(), other.history())
-    assert (one.config, one.summary, list(one.samples())) == (other.config, other.summary, list(other.samples()))
+    assert (one.config, one.summary, list(one.samples())) == (
+        other.config,
+        other.summary,
+        list(other.samples()),
+    )
     assert one.evaluations[0].scores == other.evaluations[0].scores
     assert not list(Path(other.where).rglob("*.safetensors"))
 
@@ -71,7 +87,8 @@ def test_an_archive_holds_what_is_read(tmp_path: Path) -> None:
 def test_time_adds_up_over_restarts(tmp_path: Path) -> None:
     file = make_run(tmp_path, "a", 1.0) / "metrics.csv"
     with open(file, "w", newline="") as out:
-        rows = [(1, 8, 1800, "x", 5), (2, 16, 3600, "x", 4), (3, 24, 900, "x", 3), (4, 32, 1800, "x", 2)]  # a restart after 2
+        # a restart after 2
+        rows = [(1, 8, 1800, "x", 5), (2, 16, 3600, "x", 4), (3, 24, 900, "x", 3), (4, 32, 1800, "x", 2)]
         csv.writer(out).writerows([OLD_COLUMNS, *rows])
     (run,) = runs(tmp_path)
     assert list(run.history()["device_hours"]) == [0.5, 1.0, 1.25, 1.5]
@@ -84,7 +101,9 @@ def starts(folder: Path, *devices: int) -> None:
 def test_device_hours_are_summed_over_starts_of_other_sizes(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "a", 1.0)
     starts(folder, 64, 8)
-    (folder / "metrics.csv").write_text("step,images_seen,seconds,metric,value\n1,8,3600,x,1\n2,16,7200,x,1\n3,24,3600,x,1\n")
+    (folder / "metrics.csv").write_text(
+        "step,images_seen,seconds,metric,value\n1,8,3600,x,1\n2,16,7200,x,1\n3,24,3600,x,1\n"
+    )
     (run,) = runs(tmp_path)  # as earlier versions wrote it
     assert list(run.history()["device_hours"]) == [64, 128, 136]
     (folder / "metrics.csv").unlink()
@@ -122,7 +141,9 @@ def test_metrics_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: p
     assert run.summary["val/loss"] == 1.0 and len(run.history()) == 3 and run.step == 6 and len(read) == 1
 
 
-def test_a_line_that_was_changed_or_added_by_hand_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_that_was_changed_or_added_by_hand_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = make_run(tmp_path, "a", 1.0) / "metrics.csv"
     read_rows(file)
     assert not caplog.text
@@ -138,14 +159,18 @@ def test_a_line_that_was_changed_or_added_by_hand_is_named(tmp_path: Path, caplo
         ),
         (f"{unsealed},", [0.5, 0.125, 1 / 6], "without a checksum, but counted: line 3."),
         (unsealed, [0.5, 0.125, 1 / 6], "without a checksum, but counted: line 3."),
-        (changed.replace("4", '"', 1), [0.5, 1 / 6], "left out: line 3."),  # a quotation mark takes no other line with it
+        # a quotation mark takes no other line with it
+        (changed.replace("4", '"', 1), [0.5, 1 / 6], "left out: line 3."),
         ("\0" * 200_000, [0.5, 1 / 6], "left out: line 3."),
         (f'{unsealed}\n"', [0.5, 0.125, 1 / 6], "left out: line 4."),
     ):
         file.write_text("\n".join([names, lines[0], line, *lines[2:]]) + "\n")
         caplog.clear()
         found = read_rows(file)
-        assert found["value"][found["metric"] == "train/loss"].tolist() == pytest.approx(loss) and said in caplog.text, line
+        assert (
+            found["value"][found["metric"] == "train/loss"].tolist() == pytest.approx(loss)
+            and said in caplog.text
+        ), line
     file.write_text("\n".join([f"{names},note", *(f"{line},mine" for line in lines)]) + "\n")
     caplog.clear()
     assert len(read_rows(file)) == len(lines) and "has columns that are not read: 'note'" in caplog.text
@@ -153,7 +178,9 @@ def test_a_line_that_was_changed_or_added_by_hand_is_named(tmp_path: Path, caplo
     assert pd.read_csv(file)["checksum"].dtype == "int64"
 
 
-def test_what_was_added_by_hand_is_there_after_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_added_by_hand_is_there_after_a_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     log = MetricsCSV(tmp_path / "metrics.csv", 8)
     for step in (2, 4, 6):
         log.log_metrics({'a "b", c': step / 3}, step)
@@ -185,7 +212,11 @@ def test_links_and_loops_add_no_runs(tmp_path: Path) -> None:
     "file, content, lost",
     [
         ("metrics.csv", "", "metrics"),
-        ("metrics.csv", "step,images_seen,seconds,metric,value\n2,16,0.1,train/loss,1\n4,32,0.3,tra", "a line"),
+        (
+            "metrics.csv",
+            "step,images_seen,seconds,metric,value\n2,16,0.1,train/loss,1\n4,32,0.3,tra",
+            "a line",
+        ),
         (
             "metrics.csv",
             "step,images_seen,seconds,metric,value\n2,16,.1,train/loss,1\n4,32,.3,tra6,48,1.0,train/loss,2\n",
@@ -213,12 +244,16 @@ def test_a_damaged_file_is_left_out_with_a_warning(
     run = found[-1]
     steps = {"metrics": [], "a line": [2]}.get(lost, [2, 4, 6])
     assert list(run.history()["step"]) == steps and len(run.evaluations) == (lost != "evaluation")
-    assert list(run.samples()) == ([2] if lost == "step" else [2, 6]) and list(run.pictures()) == ["final"] * (lost != "final")
+    assert list(run.samples()) == ([2] if lost == "step" else [2, 6]) and list(run.pictures()) == [
+        "final"
+    ] * (lost != "final")
     assert str(folder / file) in caplog.text
     assert archive(tmp_path, tmp_path / "all.zip").is_file()
 
 
-@pytest.mark.parametrize("damage", [{"reference_guidance": 0.5}, {"guidance_scale": "2"}, {"guidance_interval": ["0", "1"]}])
+@pytest.mark.parametrize(
+    "damage", [{"reference_guidance": 0.5}, {"guidance_scale": "2"}, {"guidance_interval": ["0", "1"]}]
+)
 def test_a_result_whose_sampler_has_no_numbers_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: dict[str, Any]
 ) -> None:
@@ -232,10 +267,14 @@ def test_a_result_whose_sampler_has_no_numbers_is_left_out(
 
 def test_filters_say_what_they_take(tmp_path: Path) -> None:
     make_run(tmp_path, "a", 2.0)
-    found = [len(runs(tmp_path, {"tags": tags})) for tags in ("a", ["a", "b"], ["b"], lambda tags: tags == ["a"])]
+    found = [
+        len(runs(tmp_path, {"tags": tags})) for tags in ("a", ["a", "b"], ["b"], lambda tags: tags == ["a"])
+    ]
     assert found == [1, 1, 0, 1]
     for key in ("lr", "config", "history", "optimizer.lr"):
-        with pytest.raises(ValueError, match=f"filters: '{key}' is not known; allowed: id, name.*config.NAME, summary.NAME"):
+        with pytest.raises(
+            ValueError, match=f"filters: '{key}' is not known; allowed: id, name.*config.NAME, summary.NAME"
+        ):
             runs(tmp_path, {key: 1})
 
 
@@ -244,7 +283,9 @@ def test_a_folder_that_is_not_there_may_be_a_project(monkeypatch: pytest.MonkeyP
         raise wandb.errors.CommError("permission denied")
 
     monkeypatch.setattr(wandb, "Api", refuse)
-    with pytest.raises(FileNotFoundError, match=r"runz/fashion is neither a folder nor a project at W&B \(permission"):
+    with pytest.raises(
+        FileNotFoundError, match=r"runz/fashion is neither a folder nor a project at W&B \(permission"
+    ):
         runs("runz/fashion")
 
 
@@ -274,7 +315,13 @@ def log_some(root: Path, steps: int = 3) -> WandbRun:
 
 
 def check_same(run) -> None:
-    assert (run.name, run.stage, run.group, run.tags, run.state) == ("small", "ar_pretrain", "g", ["a"], "finished")
+    assert (run.name, run.stage, run.group, run.tags, run.state) == (
+        "small",
+        "ar_pretrain",
+        "g",
+        ["a"],
+        "finished",
+    )
     assert run.config["optimizer"]["lr"] == 1e-3
     assert list(run.history(["train/loss"])["train/loss"]) == pytest.approx([1, 1 / 2, 1 / 3])
     assert list(run.history()["images_seen"]) == [8, 16, 24]
@@ -284,7 +331,9 @@ def check_same(run) -> None:
     assert run.pictures()["references"].getpixel((0, 0)) == (5, 5, 5)
 
 
-def test_an_offline_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_offline_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
     log_some(tmp_path)
@@ -300,7 +349,9 @@ def test_an_offline_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog:
     assert f"{file} is damaged: W&B's reader skipped a part" in caplog.text
 
 
-def test_device_hours_of_wandb_add_up_over_restarts_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_hours_of_wandb_add_up_over_restarts_and_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The clock of a second offline start begins at zero; the run is one of four processes."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
@@ -326,11 +377,15 @@ def test_a_project_at_wandb(stub: Stub, tmp_path: Path) -> None:
     log_some(tmp_path)
     (run,) = runs("team/p")
     check_same(run)
-    assert runs("team/p", {"group": "other"}) == [] and len(runs("team/p", {"config.optimizer.lr": 1e-3})) == 1
+    assert (
+        runs("team/p", {"group": "other"}) == [] and len(runs("team/p", {"config.optimizer.lr": 1e-3})) == 1
+    )
 
 
 @pytest.mark.slow
-def test_ten_thousand_steps_of_an_offline_log_are_read_in_five_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_thousand_steps_of_an_offline_log_are_read_in_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
     log_some(tmp_path, 10_000)
@@ -347,7 +402,9 @@ def test_ten_thousand_steps_at_wandb_are_read_in_five_seconds(stub: Stub, tmp_pa
     assert len(run.history()) == 10_000 and cpu_seconds() - start < 5
 
 
-def test_the_last_start_is_the_one_that_came_furthest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_start_is_the_one_that_came_furthest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The clock went back between two starts: the folder of the second has the earlier time."""
 
     def start(steps: range, loss: float, code: int) -> list[dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""Runs at a W&B server that does not answer, or answers with an error: a bounded wait, and one line with a way on."""
+"""Runs at a W&B server that does not answer, or answers with an error: a bounded wait, and one line with a
+way on.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def kept(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> Stub:
     return stub
 
 
-@pytest.mark.parametrize("trouble", [HANGS, pytest.param(401, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "trouble", [HANGS, pytest.param(401, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.slow)]
+)
 def test_a_project_is_not_waited_for(kept: Stub, trouble: int, capsys: pytest.CaptureFixture[str]) -> None:
     kept.server.trouble = trouble
     start = time.monotonic()
@@ -38,9 +42,13 @@ def test_what_the_client_waits_for_without_end_is_one_line(kept: Stub) -> None:
     assert list(other.history()["train/loss"]) == [1.0]
     kept.server.trouble = HANGS
     start = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"W&B does not give the metrics of r \(no answer in 2 s\)\. Try again later"):
+    with pytest.raises(
+        ConnectionError, match=r"W&B does not give the metrics of r \(no answer in 2 s\)\. Try again later"
+    ):
         run.history()
-    with pytest.raises(ConnectionError, match=r"W&B does not give the picture media/images/samples\.png of r"):
+    with pytest.raises(
+        ConnectionError, match=r"W&B does not give the picture media/images/samples\.png of r"
+    ):
         other.samples()
     assert time.monotonic() - start < 60
     kept.server.trouble = None
@@ -50,5 +58,7 @@ def test_what_the_client_waits_for_without_end_is_one_line(kept: Stub) -> None:
 @pytest.mark.parametrize("said", ["abc", "0", "-1", "inf"])
 def test_a_wait_that_is_none_is_refused(kept: Stub, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", said)
-    with pytest.raises(FileNotFoundError, match=f"WANDB_HTTP_TIMEOUT: got '{said}'; allowed: seconds above 0"):
+    with pytest.raises(
+        FileNotFoundError, match=f"WANDB_HTTP_TIMEOUT: got '{said}'; allowed: seconds above 0"
+    ):
         runs("team/p")

@@ -16,7 +16,16 @@ from lit_transdiff.study.table import Written, compare_results, write_comparison
 from lit_transdiff.study.text import markdown
 
 PLAIN = dict(drift_scale=1.0, noise_scale=1.0)
-SAMPLING = dict(solver="euler", num_steps=40, guidance_scale=1.5, guidance_interval=[0.0, 1.0], reference_guidance=None) | PLAIN
+SAMPLING = (
+    dict(
+        solver="euler",
+        num_steps=40,
+        guidance_scale=1.5,
+        guidance_interval=[0.0, 1.0],
+        reference_guidance=None,
+    )
+    | PLAIN
+)
 
 MANIFEST = dict(
     stage="ar_pretrain",
@@ -49,7 +58,11 @@ def write(folder: Path, run: str, scores: dict, **changes: object) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write(tmp_path, "onestep", {"frechet_distance": 2.5, "precision": 0.7, "inception_score": {"mean": 8.1, "std": 0.2}})
+    write(
+        tmp_path,
+        "onestep",
+        {"frechet_distance": 2.5, "precision": 0.7, "inception_score": {"mean": 8.1, "std": 0.2}},
+    )
     write(
         tmp_path,
         "mrar",
@@ -64,29 +77,53 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_table_marks_the_best_of_what_is_judged_alike(folder: Path, tmp_path: Path) -> None:
     made = write_comparison(folder, tmp_path / "out")
-    table = [[cell.strip() for cell in line.split("|")] for line in made.markdown.read_text().splitlines() if "|" in line]
+    table = [
+        [cell.strip() for cell in line.split("|")]
+        for line in made.markdown.read_text().splitlines()
+        if "|" in line
+    ]
     lines = {cells[1]: cells for cells in table}
     head = lines["run"]
     column = {name.split(" ")[0]: i for i, name in enumerate(head)}
-    assert "Frechet distance ↓" in head and "precision ↑" in head and "inception score ↑" in head and "recall ↑" not in head
+    assert (
+        "Frechet distance ↓" in head
+        and "precision ↑" in head
+        and "inception score ↑" in head
+        and "recall ↑" not in head
+    )
     assert lines["mrar"][column["Frechet"]] == "**1.25**" and lines["onestep"][column["Frechet"]] == "2.5"
     assert lines["onestep"][column["precision"]] == "**0.7**" and lines["mrar"][column["precision"]] == "0.6"
     assert lines["other"][column["Frechet"]] == "0.1"  # another reference: best of nothing
     assert lines["onestep"][column["inception"]] == "8.1 ± 0.2" and lines["mrar"][column["inception"]] == "-"
     assert "64,000" in lines["onestep"] and "euler 40 x 1.5" in lines["onestep"]
-    assert "euler 40 x 1.5, scales 1 0.9" in lines["mrar"] and "classifier, real, 1,000 images, balanced" in lines["mrar"]
+    assert (
+        "euler 40 x 1.5, scales 1 0.9" in lines["mrar"]
+        and "classifier, real, 1,000 images, balanced" in lines["mrar"]
+    )
     assert "Not all rows have the same judge" in made.text and "analogues" in made.text
 
 
 def test_the_table_says_by_how_much_results_differ(tmp_path: Path) -> None:
     errors = {"frechet_distance": 0.03, "recall": 0.01}
-    write(tmp_path, "a-onestep", {"frechet_distance": 1.0, "recall": 0.6, "precision": 0.5}, standard_errors=errors)
-    write(tmp_path, "b-mrar", {"frechet_distance": 0.5, "recall": 0.61, "precision": 0.7}, standard_errors=errors)
+    write(
+        tmp_path,
+        "a-onestep",
+        {"frechet_distance": 1.0, "recall": 0.6, "precision": 0.5},
+        standard_errors=errors,
+    )
+    write(
+        tmp_path,
+        "b-mrar",
+        {"frechet_distance": 0.5, "recall": 0.61, "precision": 0.7},
+        standard_errors=errors,
+    )
     write(tmp_path, "c-earlier", {"frechet_distance": 0.9, "recall": 0.6})
     write(tmp_path, "d-other", {"frechet_distance": 0.1}, standard_errors=errors, reference_hash="another")
     text = " ".join(write_comparison(tmp_path, tmp_path / "out").markdown.read_text().split())
     # 1.96 x sqrt(2) x 0.03 = 0.083, and 0.01 + 1.96 x sqrt(2) x 0.01 = 0.038
-    assert "b-mrar against a-onestep: Frechet distance -0.5 ± 0.083, recall no difference above 0.038." in text
+    assert (
+        "b-mrar against a-onestep: Frechet distance -0.5 ± 0.083, recall no difference above 0.038." in text
+    )
     assert "95 % intervals over the images" in text and text.count("against a-onestep") == 1
 
 
@@ -97,7 +134,10 @@ def test_text_is_aligned_and_the_csv_holds_plain_numbers(folder: Path, tmp_path:
     assert all(len(line) > start and line[start - 1] == " " for line in lines for start in starts)
     with open(made.csv) as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
-    assert float(rows["onestep"]["inception_score"]) == 8.1 and float(rows["onestep"]["inception_score_std"]) == 0.2
+    assert (
+        float(rows["onestep"]["inception_score"]) == 8.1
+        and float(rows["onestep"]["inception_score_std"]) == 0.2
+    )
     assert rows["mrar"]["inception_score"] == "" and float(rows["mrar"]["frechet_distance"]) == 1.25
     assert rows["other"]["reference_hash"] == "another" and rows["other"]["file"].endswith(".json")
     with Image.open(made.picture) as picture:
@@ -129,12 +169,20 @@ def test_folders_without_results_are_refused_and_broken_files_left_out(
         assert names(folder) == ["mrar", "onestep", "other"]
         assert "x.json is " in caplog.text and "left out" in caplog.text
     with pytest.raises(ValueError, match="none of the files in evaluations/ is a result"):
-        shutil.copytree(folder / "mrar", tmp_path / "only", ignore=lambda _, names: [n for n in names if n.startswith("mrar")])
+        shutil.copytree(
+            folder / "mrar",
+            tmp_path / "only",
+            ignore=lambda _, names: [n for n in names if n.startswith("mrar")],
+        )
         write_comparison(tmp_path / "only", tmp_path / "out")
 
 
 def table_of(made: Written) -> list[dict[str, str]]:
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made.markdown.read_text().splitlines() if "|" in line]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in made.markdown.read_text().splitlines()
+        if "|" in line
+    ]
     return [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
 
 
@@ -142,14 +190,16 @@ def test_repeats_are_one_row_and_the_luckiest_is_not_the_best(tmp_path: Path) ->
     for seed, distance in enumerate((2.5, 1.0, 2.8)):
         spread = {"inception_score": {"mean": 8.0 + seed, "std": 0.0}, "precision": 0.7}
         write(tmp_path, "a", {"frechet_distance": distance} | spread, seed=seed, date=f"2026-01-0{seed + 1}")
-    write(tmp_path, "a", {"frechet_distance": 7.0}, seed=0, metrics=["frechet_distance"], date="2025-01-01")  # seed 0, earlier
+    # seed 0, earlier
+    write(tmp_path, "a", {"frechet_distance": 7.0}, seed=0, metrics=["frechet_distance"], date="2025-01-01")
     write(tmp_path, "b", {"frechet_distance": 2.0, "inception_score": {"mean": 3.0, "std": 0.0}})
     write(tmp_path, "b", {"frechet_distance": 0.5}, num_images=50_000)
     made = write_comparison(tmp_path, tmp_path / "out")
     pooled, single, many = sorted(table_of(made), key=lambda row: (row["run"], "50,000" in row["judged by"]))
     assert pooled["Frechet distance ↓"] == "2.1 ± 0.96 (n=3)" and pooled["seeds"] == "0, 1, 2"
     assert pooled["inception score ↑"] == "**9 ± 1 (n=3)**" and pooled["precision ↑"] == "0.7 ± 0 (n=3)"
-    assert single["Frechet distance ↓"] == "**2**" and single["inception score ↑"] == "3"  # one value has no spread
+    # one value has no spread
+    assert single["Frechet distance ↓"] == "**2**" and single["inception score ↑"] == "3"
     assert many["Frechet distance ↓"] == "0.5"  # of other images: best of nothing
     with open(made.csv) as file:
         assert len(list(csv.DictReader(file))) == 6  # every result
@@ -170,7 +220,9 @@ def test_repeats_are_one_row_and_the_luckiest_is_not_the_best(tmp_path: Path) ->
         ({"sampling": SAMPLING | {"temperature": 0.9}}, "result"),
     ],
 )
-def test_what_differs_between_evaluations_of_a_run_is_shown(tmp_path: Path, change: dict, column: str) -> None:
+def test_what_differs_between_evaluations_of_a_run_is_shown(
+    tmp_path: Path, change: dict, column: str
+) -> None:
     write(tmp_path, "a", {"frechet_distance": 2.0})
     write(tmp_path, "a", {"frechet_distance": 2.0}, **change)
     first, second = table_of(write_comparison(tmp_path, tmp_path / "out"))
@@ -180,7 +232,14 @@ def test_what_differs_between_evaluations_of_a_run_is_shown(tmp_path: Path, chan
 def test_the_text_fits_a_terminal(tmp_path: Path) -> None:
     scores = {name: {"mean": 0.123456, "std": 0.01} for name in METRICS}
     write(tmp_path, "guidance_scale_1.5-guidance_interval_0.2_0.7-num_steps_40-1a2b3c4d", scores)
-    write(tmp_path, "mrar", scores, num_references=4, sampling=SAMPLING | {"noise_scale": 0.9}, stage="mrar_finetune")
+    write(
+        tmp_path,
+        "mrar",
+        scores,
+        num_references=4,
+        sampling=SAMPLING | {"noise_scale": 0.9},
+        stage="mrar_finetune",
+    )
     text = write_comparison(tmp_path, tmp_path / "out").text
     assert max(map(len, text.splitlines())) <= 120 and text.count("0.1235 ± 0.01") >= 2 * len(METRICS)
     assert "num_steps_40-1a2b3c4d" in text
@@ -189,7 +248,13 @@ def test_the_text_fits_a_terminal(tmp_path: Path) -> None:
 def test_weights_are_shown_where_they_differ(folder: Path, tmp_path: Path) -> None:
     """Results of earlier versions say ema of every export; what the export says of itself is right."""
     assert "weights" not in write_comparison(folder, tmp_path / "out").markdown.read_text().splitlines()[0]
-    write(folder, "raw", {"frechet_distance": 3.0}, weights="ema", training={"images_seen": 1, "weights": "last"})
+    write(
+        folder,
+        "raw",
+        {"frechet_distance": 3.0},
+        weights="ema",
+        training={"images_seen": 1, "weights": "last"},
+    )
     made = write_comparison(folder, tmp_path / "out")
     assert "weights" in made.markdown.read_text().splitlines()[0]
     with open(made.csv) as file:
@@ -206,7 +271,10 @@ def test_a_missing_picture_is_named(folder: Path, tmp_path: Path, caplog: pytest
     assert str(picture) in caplog.text and made.picture is not None
     for picture in folder.rglob("*/evaluations/*.png"):
         picture.unlink()
-    assert write_comparison(folder, tmp_path / "none").picture is None and not (tmp_path / "none" / "comparison.png").exists()
+    assert (
+        write_comparison(folder, tmp_path / "none").picture is None
+        and not (tmp_path / "none" / "comparison.png").exists()
+    )
 
 
 def test_settings_are_text_in_markdown():

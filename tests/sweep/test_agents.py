@@ -33,11 +33,15 @@ def wandb_command(stub: Stub, folder: Path, *words: str) -> str:
     environment |= {
         "WANDB_SILENT": "false",
         "WANDB_AGENT_DISABLE_FLAPPING": "true",
-        "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1",  # seconds; by default a short run ends before the server hears of it
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the agent's ${interpreter} is "python"
+        # seconds; by default a short run ends before the server hears of it
+        "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1",
+        # the agent's ${interpreter} is "python"
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     command = [sys.executable, "-m", "wandb", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -45,7 +49,9 @@ def wandb_command(stub: Stub, folder: Path, *words: str) -> str:
 def sweep_and_agent(stub: Stub, folder: Path, **settings: Any) -> list[dict[str, Any]]:
     """Register a sweep and let one agent work until it is done; the runs at the server."""
     file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump({"project": "p", "metric": {"name": "val/loss", "goal": "minimize"}, **settings}))
+    file.write_text(
+        yaml.safe_dump({"project": "p", "metric": {"name": "val/loss", "goal": "minimize"}, **settings})
+    )
     told = wandb_command(stub, folder, "sweep", str(file))
     sweep = re.findall(r"wandb agent (\S+)", told)[-1]
     print(wandb_command(stub, folder, "agent", sweep))  # shown when the test fails
@@ -63,7 +69,8 @@ def test_an_agent_trains_with_nested_settings_and_none(stub: Stub, tmp_path: Pat
     assert {run["args"]["optimizer"]["value"]["lr"] for run in made} == {0.001, 0.01}
     for run in made:
         assert run["config"]["optimizer"]["value"]["lr"] == run["args"]["optimizer"]["value"]["lr"]
-        assert run["config"]["model"]["value"]["width"] == 32  # the whole configuration, not the swept settings alone
+        # the whole configuration, not the swept settings alone
+        assert run["config"]["model"]["value"]["width"] == 32
         assert len([row for row in run["history"] if "val/loss" in row]) == 2
     local = runs(tmp_path / "runs" / "sweeps")
     assert {run.id for run in local} == {run["name"] for run in made}
@@ -74,7 +81,9 @@ def test_an_agent_starts_torchrun_and_two_ranks_are_one_run(stub: Stub, tmp_path
     launch = ["${env}", "torchrun", "--standalone", "--nproc_per_node", "2", "-m", "lit_transdiff", "train"]
     launch[1] = str(Path(sys.executable).with_name("torchrun"))
     command = [*launch, str(write_recipe(tmp_path)), *TINY, "${args_no_hyphens}"]
-    (run,) = sweep_and_agent(stub, tmp_path, method="grid", parameters={"seed": {"values": [1]}}, command=command)
+    (run,) = sweep_and_agent(
+        stub, tmp_path, method="grid", parameters={"seed": {"values": [1]}}, command=command
+    )
     assert run["state"] == "finished" and len([row for row in run["history"] if "val/loss" in row]) == 2
 
 
@@ -85,6 +94,8 @@ def test_hyperband_at_the_server_ends_a_run(stub: Stub, tmp_path: Path) -> None:
     command = train_command(write_recipe(tmp_path), *long)
     parameters = {"training.max_steps": {"value": 400}, "optimizer.lr": {"values": [0.001, 1e-9]}}
     early = {"type": "hyperband", "min_iter": 2, "eta": 3}
-    made = sweep_and_agent(stub, tmp_path, method="grid", command=command, parameters=parameters, early_terminate=early)
+    made = sweep_and_agent(
+        stub, tmp_path, method="grid", command=command, parameters=parameters, early_terminate=early
+    )
     assert made[0]["state"] == "finished" and made[1]["stopped"]
     assert len(made[1]["history"]) < len(made[0]["history"])

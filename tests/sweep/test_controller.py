@@ -27,7 +27,8 @@ from lit_transdiff.tracking.loggers import MetricsCSV
 from tests.helpers.small import ROOT
 from tests.helpers.sweeps import TINY, train_command, write_recipe
 
-# Logs a loss that falls towards x, one value every PACE seconds, into the trial's folder, going on where it was.
+# Logs a loss that falls towards x, one value every PACE seconds, into the trial's folder, going on where it
+# was.
 PROGRAM = """
 import csv, os, sys, time
 settings = dict(word.split("=") for word in sys.argv[1:])
@@ -80,11 +81,17 @@ def quiet(text: str) -> None:
 def test_every_trial_runs_once_and_three_at_once(tmp_path: Path) -> None:
     file = write_sweep(tmp_path)
     trials = run_sweep(load_sweep(file), tmp_path / "out", agents=3, say=quiet)
-    events = [json.loads(line)["event"] for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)["event"] for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()
+    ]
     assert events == ["start", "process"] * 3 + ["end"] * 3
     assert [trial.state for trial in trials] == ["finished"] * 3
-    assert [trial.best(maximize=False) for trial in trials] == pytest.approx([3 + 1 / 9, 1 + 1 / 9, 2 + 1 / 9])
-    assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "out").glob("pace*")} == {f"pace_0.05-x_{x}" for x in (1, 2, 3)}
+    assert [trial.best(maximize=False) for trial in trials] == pytest.approx(
+        [3 + 1 / 9, 1 + 1 / 9, 2 + 1 / 9]
+    )
+    assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "out").glob("pace*")} == {
+        f"pace_0.05-x_{x}" for x in (1, 2, 3)
+    }
     assert run_sweep(load_sweep(file), tmp_path / "out", say=quiet) == trials  # all done: nothing is started
     assert len(journal(tmp_path / "out", "start")) == 3
 
@@ -119,18 +126,28 @@ def test_hyperband_ends_the_poor_ones(tmp_path: Path) -> None:
         early_terminate={"type": "hyperband", "min_iter": 2, "eta": 3},
     )
     trials = run_sweep(load_sweep(file), tmp_path / "out", agents=3, say=quiet)
-    assert [trial.state for trial in trials] == ["finished", "finished", "stopped"] or trials[2].state == "stopped"
+    assert [trial.state for trial in trials] == ["finished", "finished", "stopped"] or trials[
+        2
+    ].state == "stopped"
     assert trials[0].state == "finished" and 2 <= len(trials[2].values) < 9
 
 
 def test_a_failure_is_one_trial_and_three_at_the_start_end_the_sweep(tmp_path: Path) -> None:
     file = write_sweep(tmp_path, parameters={"x": {"values": [1, 7]}, "pace": {"value": 0.0}})
-    assert [t.state for t in run_sweep(load_sweep(file), tmp_path / "out", say=quiet)] == ["finished", "failed"]
+    assert [t.state for t in run_sweep(load_sweep(file), tmp_path / "out", say=quiet)] == [
+        "finished",
+        "failed",
+    ]
     file = write_sweep(tmp_path, parameters={"x": {"values": [7, 7, 7, 7]}, "pace": {"value": 0.0}})
-    with pytest.raises(TrialsFailed, match=r"the first 3 trials all failed.*The same command tries them again"):
+    with pytest.raises(
+        TrialsFailed, match=r"the first 3 trials all failed.*The same command tries them again"
+    ):
         run_sweep(load_sweep(file), tmp_path / "hopeless", say=quiet)
-    (tmp_path / "program.py").write_text(PROGRAM.replace("sys.exit(3)", "sys.exit(0)"))  # what was wrong is put right
-    assert [t.state for t in run_sweep(load_sweep(file), tmp_path / "hopeless", say=quiet)] == ["finished"] * 4
+    # what was wrong is put right
+    (tmp_path / "program.py").write_text(PROGRAM.replace("sys.exit(3)", "sys.exit(0)"))
+    assert [t.state for t in run_sweep(load_sweep(file), tmp_path / "hopeless", say=quiet)] == [
+        "finished"
+    ] * 4
     assert len(journal(tmp_path / "hopeless", "start")) == 4
 
 
@@ -148,15 +165,23 @@ sys.exit(5 if broken and x in (2, 3) else 0)
 """
 
 
-def test_failed_trials_are_tried_again_and_finished_ones_are_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, place, broken = write_sweep(tmp_path, parameters={"x": {"values": [1, 2, 3, 4]}}), tmp_path / "out", tmp_path / "broken"
+def test_failed_trials_are_tried_again_and_finished_ones_are_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, place, broken = (
+        write_sweep(tmp_path, parameters={"x": {"values": [1, 2, 3, 4]}}),
+        tmp_path / "out",
+        tmp_path / "broken",
+    )
     (tmp_path / "program.py").write_text(BRITTLE)
     broken.touch()
     command = ["sweep", str(file), "--output", str(place)]
     assert main(command) == 1
     told = capsys.readouterr()
     assert "4 trials: 2 finished, 2 failed" in told.out
-    assert "2 of 4 trials failed; see" in told.err and told.err.rstrip().endswith("The same command tries them again.")
+    assert "2 of 4 trials failed; see" in told.err and told.err.rstrip().endswith(
+        "The same command tries them again."
+    )
     assert main([*command, "--tries", "2"]) == 1  # the same failure again: each has had its two attempts
     assert "With --tries 3 the same command tries them again." in capsys.readouterr().err
     assert main([*command, "--tries", "2"]) == 1
@@ -165,7 +190,9 @@ def test_failed_trials_are_tried_again_and_finished_ones_are_left(tmp_path: Path
     assert main(command) == 0
     assert "4 trials: 4 finished" in capsys.readouterr().out
     done = (tmp_path / "done").read_text().split()
-    assert [(done.count(x), done.count(f"{x}")) for x in "14"] == [(1, 1)] * 2 and [done.count(x) for x in "23"] == [3, 3]
+    assert [(done.count(x), done.count(f"{x}")) for x in "14"] == [(1, 1)] * 2 and [
+        done.count(x) for x in "23"
+    ] == [3, 3]
     trials = SweepJournal(place, load_sweep(file), 0).read()
     assert [(trial.state, trial.values, trial.failures) for trial in trials] == [
         ("finished", [1.0], 0),
@@ -179,12 +206,18 @@ def test_failed_trials_are_tried_again_and_finished_ones_are_left(tmp_path: Path
         ("failed", []),  # it has logged nothing that was not there before
         ("finished", [2.0]),
     ]
-    assert len(journal(place, "start")) == 4 and len(list(place.glob("x_*"))) == 4  # each trial once, in one folder
+    # each trial once, in one folder
+    assert len(journal(place, "start")) == 4 and len(list(place.glob("x_*"))) == 4
 
 
 def test_an_attempt_that_a_signal_ends_is_none_of_the_failed_ones(tmp_path: Path) -> None:
-    """A trial that failed once and was then interrupted continues like a running one, whatever the limit of attempts."""
-    file, place = write_sweep(tmp_path, parameters={"x": {"values": [1, 7]}, "pace": {"value": 0.0}}), tmp_path / "out"
+    """A trial that failed once and was then interrupted continues like a running one, whatever the limit of
+    attempts.
+    """
+    file, place = (
+        write_sweep(tmp_path, parameters={"x": {"values": [1, 7]}, "pace": {"value": 0.0}}),
+        tmp_path / "out",
+    )
     run_sweep(load_sweep(file), place, say=quiet)
     trial = journal(place, "end")[-1]["id"]
     with open(place / "trials.jsonl", "a") as events:
@@ -198,21 +231,34 @@ def test_an_attempt_that_a_signal_ends_is_none_of_the_failed_ones(tmp_path: Path
 def test_hyperband_does_not_judge_an_attempt_by_what_the_one_before_left(tmp_path: Path) -> None:
     """A trial that diverged, failed and now starts again: until it writes, its file ends with NaN."""
     file = write_sweep(
-        tmp_path, parameters={"x": {"values": [5, 2]}}, early_terminate={"type": "hyperband", "min_iter": 1, "eta": 3}
+        tmp_path,
+        parameters={"x": {"values": [5, 2]}},
+        early_terminate={"type": "hyperband", "min_iter": 1, "eta": 3},
     )
-    (tmp_path / "program.py").write_text("import time\ntime.sleep(1.2)\n" + BRITTLE.replace("-100 if", "'nan' if"))
+    (tmp_path / "program.py").write_text(
+        "import time\ntime.sleep(1.2)\n" + BRITTLE.replace("-100 if", "'nan' if")
+    )
     (tmp_path / "broken").touch()
-    assert [trial.state for trial in run_sweep(load_sweep(file), tmp_path / "out", say=quiet)] == ["finished", "failed"]
+    assert [trial.state for trial in run_sweep(load_sweep(file), tmp_path / "out", say=quiet)] == [
+        "finished",
+        "failed",
+    ]
     (tmp_path / "broken").unlink()
-    assert [trial.state for trial in run_sweep(load_sweep(file), tmp_path / "out", say=quiet)] == ["finished"] * 2
+    assert [trial.state for trial in run_sweep(load_sweep(file), tmp_path / "out", say=quiet)] == [
+        "finished"
+    ] * 2
 
 
 @pytest.mark.parametrize("content", ["word", "nan", "-inf", "", "1.5,0\n2,2,2,loss,nan"])
 def test_what_is_no_number_does_not_end_a_sweep(tmp_path: Path, content: str) -> None:
     """A trial that finished, and logged a word, NaN, an infinity, nothing, or NaN in the end."""
     row = f"1,1,1,loss,{content},0\n"
-    program = f"import os, pathlib; pathlib.Path(os.environ['WANDB_DIR'], 'metrics.csv').write_text({HEAD + row!r})"
-    plan = load_sweep(write_sweep(tmp_path, parameters={"x": {"values": [1]}}, command=["${interpreter}", "-c", program]))
+    program = (
+        f"import os, pathlib; pathlib.Path(os.environ['WANDB_DIR'], 'metrics.csv').write_text({HEAD + row!r})"
+    )
+    plan = load_sweep(
+        write_sweep(tmp_path, parameters={"x": {"values": [1]}}, command=["${interpreter}", "-c", program])
+    )
     said: list[str] = []
     (trial,) = run_sweep(plan, tmp_path / "out", say=said.append)
     assert trial.state == "finished" and (trial.diverged or not trial.values)
@@ -222,12 +268,17 @@ def test_what_is_no_number_does_not_end_a_sweep(tmp_path: Path, content: str) ->
     assert again.values == pytest.approx(trial.values, nan_ok=True)  # as the journal keeps them
 
 
-def test_a_value_that_was_damaged_is_left_out_of_the_search(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_value_that_was_damaged_is_left_out_of_the_search(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     log = MetricsCSV(tmp_path / "metrics.csv", 8)
     for step, loss in enumerate((0.75, 0.5, 0.625)):
         log.log_metrics({"loss": loss}, step)
     log.path.write_text(log.path.read_text().replace(",0.5,", ",0.1,"))
-    assert logged_values(tmp_path, "loss") == [0.75, 0.625] and "damaged or changed, and left out: line 3." in caplog.text
+    assert (
+        logged_values(tmp_path, "loss") == [0.75, 0.625]
+        and "damaged or changed, and left out: line 3." in caplog.text
+    )
 
 
 def test_values_of_wandb_end_with_what_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,18 +294,24 @@ def test_a_sweep_of_failures_still_says_how_it_ended(tmp_path: Path) -> None:
     command = ["${interpreter}", "-c", "import sys; sys.exit(3)"]
     plan = load_sweep(write_sweep(tmp_path, parameters={"x": {"values": [1, 2]}}, command=command))
     told = outcome(plan, run_sweep(plan, tmp_path / "out", say=quiet), tmp_path / "out")
-    assert "2 trials: 2 failed" in told and f"No trial has produced a run. Their outputs: {tmp_path / 'out' / 'logs'}" in told
+    assert (
+        "2 trials: 2 failed" in told
+        and f"No trial has produced a run. Their outputs: {tmp_path / 'out' / 'logs'}" in told
+    )
 
 
 def test_a_metric_that_no_trial_logs_is_told_at_the_first_one(tmp_path: Path) -> None:
     program = tmp_path / "other.py"
     program.write_text(
         "import sys\nif '--x=1' not in sys.argv:\n    sys.exit()\n"  # the second has nothing to say
-        "import wandb\nwith wandb.init(mode='offline') as run:\n    run.log({'val/loss': 1.0, 'accuracy': 2.0})\n"
+        "import wandb\nwith wandb.init(mode='offline') as run:\n    run.log({'val/loss': 1.0, 'accuracy': "
+        "2.0})\n"
     )
     metric = {"name": "val_loss", "goal": "minimize"}
     plan = load_sweep(
-        write_sweep(tmp_path, command=None, program=str(program), metric=metric, parameters={"x": {"values": [1, 2]}})
+        write_sweep(
+            tmp_path, command=None, program=str(program), metric=metric, parameters={"x": {"values": [1, 2]}}
+        )
     )
     said: list[str] = []
     trials = run_sweep(plan, tmp_path / "out", say=said.append)
@@ -264,7 +321,9 @@ def test_a_metric_that_no_trial_logs_is_told_at_the_first_one(tmp_path: Path) ->
 
 
 def test_names_in_the_file_of_another_program_are_read(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(HEAD + "1,8,0,val/loss,1.0,0\n1,8,0,accuracy,2.0,0\n2,16,0,accuracy,2.0,0\n2,1")
+    (tmp_path / "metrics.csv").write_text(
+        HEAD + "1,8,0,val/loss,1.0,0\n1,8,0,accuracy,2.0,0\n2,16,0,accuracy,2.0,0\n2,1"
+    )
     assert logged_names(tmp_path) == ["accuracy", "val/loss"]
 
 
@@ -278,7 +337,9 @@ def test_another_sweep_does_not_go_into_the_same_folder(tmp_path: Path) -> None:
 def start_sweep(file: Path, place: Path) -> subprocess.Popen[bytes]:
     """A sweep in a separate process, whose second trial has started."""
     command = [sys.executable, "-m", "lit_transdiff", "sweep", str(file), "--output", str(place)]
-    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=ignore_nothing)
+    started = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=ignore_nothing
+    )
     while not (place / "trials.jsonl").exists() or len(journal(place, "process")) < 2:
         assert started.poll() is None, "ended before it could be killed"
         time.sleep(0.05)
@@ -300,9 +361,14 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_a_sweep_that_is_asked_to_stop_leaves_no_trial_behind(tmp_path: Path, number: signal.Signals) -> None:
-    file, place = write_sweep(tmp_path, parameters={"x": {"values": [3, 1, 2]}, "pace": {"value": 0.2}}), tmp_path / "out"
+    file, place = (
+        write_sweep(tmp_path, parameters={"x": {"values": [3, 1, 2]}, "pace": {"value": 0.2}}),
+        tmp_path / "out",
+    )
     asked = start_sweep(file, place)
     asked.send_signal(number)
     told = asked.communicate(timeout=60)[1].decode()
@@ -313,9 +379,14 @@ def test_a_sweep_that_is_asked_to_stop_leaves_no_trial_behind(tmp_path: Path, nu
     assert len(journal(place, "start")) == 3
 
 
-def test_a_signal_in_the_middle_of_a_start_leaves_no_trial_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_in_the_middle_of_a_start_leaves_no_trial_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The trial's process is there, and the controller has not yet taken it among those that it ends."""
-    file, place = write_sweep(tmp_path, parameters={"x": {"values": [1]}, "pace": {"value": 0.5}}), tmp_path / "out"
+    file, place = (
+        write_sweep(tmp_path, parameters={"x": {"values": [1]}, "pace": {"value": 0.5}}),
+        tmp_path / "out",
+    )
     write = SweepJournal.write
 
     def write_and_signal(self: SweepJournal, event: str, **content: object) -> None:
@@ -334,7 +405,9 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     file = write_sweep(tmp_path, parameters={"x": {"values": [1, 2]}, "pace": {"value": 0.0}})
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        trials = run_sweep(load_sweep(file), tmp_path / "out", say=lambda text: os.kill(os.getpid(), signal.SIGHUP))
+        trials = run_sweep(
+            load_sweep(file), tmp_path / "out", say=lambda text: os.kill(os.getpid(), signal.SIGHUP)
+        )
     finally:
         signal.signal(signal.SIGHUP, before)
     assert [trial.state for trial in trials] == ["finished"] * 2
@@ -353,21 +426,33 @@ def test_a_trial_that_someone_else_asked_to_stop_goes_on(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_the_same_trials(tmp_path: Path) -> None:
-    """SIGKILL to the controller while a trial runs: its orphan is ended, its trial goes on, none is lost or doubled."""
-    file, place = write_sweep(tmp_path, parameters={"x": {"values": [3, 1, 2]}, "pace": {"value": 0.2}}), tmp_path / "out"
+    """SIGKILL to the controller while a trial runs: its orphan is ended, its trial goes on, none is lost or
+    doubled.
+    """
+    file, place = (
+        write_sweep(tmp_path, parameters={"x": {"values": [3, 1, 2]}, "pace": {"value": 0.2}}),
+        tmp_path / "out",
+    )
     killed = start_sweep(file, place)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     orphan = journal(place, "process")[-1]["pid"]
     trials = run_sweep(load_sweep(file), place, say=quiet)
-    assert [trial.state for trial in trials] == ["finished"] * 3 and [len(trial.values) for trial in trials] == [9] * 3
+    assert [trial.state for trial in trials] == ["finished"] * 3 and [
+        len(trial.values) for trial in trials
+    ] == [9] * 3
     assert len(journal(place, "start")) == 3
     assert gone(orphan)
 
 
-def test_an_event_that_a_kill_cut_short_does_no_harm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_event_that_a_kill_cut_short_does_no_harm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The next event starts on a new line, and an event of an unknown trial is skipped."""
-    file, place = write_sweep(tmp_path, parameters={"x": {"values": [1, 2]}, "pace": {"value": 0.0}}), tmp_path / "out"
+    file, place = (
+        write_sweep(tmp_path, parameters={"x": {"values": [1, 2]}, "pace": {"value": 0.0}}),
+        tmp_path / "out",
+    )
     run_sweep(load_sweep(file), place, say=quiet)
     lines = (place / "trials.jsonl").read_text().splitlines(keepends=True)
     (place / "trials.jsonl").write_text(
@@ -383,9 +468,14 @@ def test_an_event_that_a_kill_cut_short_does_no_harm(tmp_path: Path, caplog: pyt
 
 def test_an_orphan_is_found_whose_process_was_never_written_down(tmp_path: Path) -> None:
     """The controller may be killed between the start of a trial and the line in its journal."""
-    file, place = write_sweep(tmp_path, parameters={"x": {"values": [1]}, "pace": {"value": 0.0}}), tmp_path / "out"
+    file, place = (
+        write_sweep(tmp_path, parameters={"x": {"values": [1]}, "pace": {"value": 0.0}}),
+        tmp_path / "out",
+    )
     (trial,) = run_sweep(load_sweep(file), place, say=quiet)
-    (place / "trials.jsonl").write_text("".join((place / "trials.jsonl").read_text().splitlines(keepends=True)[:1]))
+    (place / "trials.jsonl").write_text(
+        "".join((place / "trials.jsonl").read_text().splitlines(keepends=True)[:1])
+    )
     environment = {**os.environ, "WANDB_RUN_ID": trial.id, "LIT_TRANSDIFF_SWEEP_FOLDER": str(place)}
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     orphan = subprocess.Popen(sleep, env=environment, start_new_session=True)
@@ -402,7 +492,9 @@ def test_an_orphan_is_found_whose_process_was_never_written_down(tmp_path: Path)
 
 def test_a_program_that_knows_only_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "other.py"
-    program.write_text("import wandb\nwith wandb.init() as run:\n    run.log({'loss': run.config['x'] + 1.5})\n")
+    program.write_text(
+        "import wandb\nwith wandb.init() as run:\n    run.log({'loss': run.config['x'] + 1.5})\n"
+    )
     monkeypatch.setenv("WANDB_MODE", "offline")
     file = write_sweep(tmp_path, command=None, program=str(program), parameters={"x": {"values": [2]}})
     (trial,) = run_sweep(load_sweep(file), tmp_path / "out", say=quiet)
@@ -420,10 +512,14 @@ def test_trials_of_our_own_are_runs_like_any_other(tmp_path: Path, monkeypatch: 
         "training.micro_batch_size": {"value": None},
         "flow": {"parameters": {"discretize": {"value": None}}},
     }
-    file = write_sweep(tmp_path, command=command, parameters=parameters, metric={"name": "val/loss", "goal": "minimize"})
+    file = write_sweep(
+        tmp_path, command=command, parameters=parameters, metric={"name": "val/loss", "goal": "minimize"}
+    )
     trials = run_sweep(load_sweep(file), tmp_path / "out", agents=2, say=quiet)
     assert [(trial.state, len(trial.values)) for trial in trials] == [("finished", 2)] * 2
     found = runs(tmp_path / "out")
-    assert {run.id for run in found} == {trial.id for trial in trials} and {run.group for run in found} == {"small"}
+    assert {run.id for run in found} == {trial.id for trial in trials} and {run.group for run in found} == {
+        "small"
+    }
     assert {run.config["optimizer"]["lr"] for run in found} == {0.001, 0.01}
     assert all(run.config["flow"]["discretize"] is None and run.state == "finished" for run in found)

@@ -59,8 +59,13 @@ def run_all(plan: Sweep, score, count: int, seed: int = 0) -> list[Trial]:
 
 
 def test_a_grid_is_every_combination_once() -> None:
-    plan = sweep("grid", {"a": {"values": [1, 2, 3]}, "b": {"parameters": {"c": {"min": 0, "max": 1}}}, "d": {"value": None}})
-    found = [(t.settings["a"], t.settings["b"]["c"], t.settings["d"]) for t in run_all(plan, lambda s: 0.0, 100)]
+    plan = sweep(
+        "grid",
+        {"a": {"values": [1, 2, 3]}, "b": {"parameters": {"c": {"min": 0, "max": 1}}}, "d": {"value": None}},
+    )
+    found = [
+        (t.settings["a"], t.settings["b"]["c"], t.settings["d"]) for t in run_all(plan, lambda s: 0.0, 100)
+    ]
     assert found == [(a, c, None) for a, c in itertools.product([1, 2, 3], [0, 1])]
 
 
@@ -102,7 +107,9 @@ def test_bayes_finds_more_than_chance() -> None:
     parameters = {"x": {"min": -1.0, "max": 1.0}, "y": {"min": -1.0, "max": 1.0}}
     score = lambda s: (s["x"] - 0.3) ** 2 + (s["y"] + 0.4) ** 2  # noqa: E731
     best = {
-        method: sorted(min(t.values[0] for t in run_all(sweep(method, parameters), score, 30, seed)) for seed in range(5))[2]
+        method: sorted(
+            min(t.values[0] for t in run_all(sweep(method, parameters), score, 30, seed)) for seed in range(5)
+        )[2]
         for method in ("bayes", "random")
     }
     assert best["bayes"] < best["random"]
@@ -154,7 +161,9 @@ def test_bayes_leaves_the_region_where_trials_fail(how: str, goal: str) -> None:
     ],
 )
 def test_what_counts_for_a_trial_without_a_result(metric: dict[str, Any], counts: list[float | None]) -> None:
-    """Minimised: a finished trial, one that failed, one that diverged, one without a metric, one of NaN alone, a running one."""
+    """Minimised: a finished trial, one that failed, one that diverged, one without a metric, one of NaN
+    alone, a running one.
+    """
     states = ["finished", "failed", "finished", "finished", "finished", "running"]
     values = [[9.0, 2.0, 3.0], [4.0, 6.0], [1.0, math.nan], [], [math.nan], [7.0, 30.0, 8.0]]
     trials = [Trial(str(i), {}, state, v) for i, (state, v) in enumerate(zip(states, values, strict=True))]  # type: ignore[arg-type]
@@ -172,20 +181,30 @@ def test_failures_alone_tell_bayes_nothing() -> None:
 
 def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
     lr = "{distribution: log_uniform_values, min: 1e-4, max: 1E-1}"
-    text = f"method: random\nprogram: x\ncontroller: {{type: local}}\nparameters: {{lr: {lr}, b: {{values: [1e3, 5, e4]}}}}\n"
+    text = (
+        f"method: random\nprogram: x\ncontroller: {{type: local}}\nparameters: {{lr: {lr}, b: {{values: "
+        "[1e3, 5, e4]}}\n"
+    )
     (tmp_path / "sweep.yaml").write_text(text)
     found = load_sweep(tmp_path / "sweep.yaml").parameters
     assert (found["lr",]["min"], found["lr",]["max"], found["b",]["values"]) == (1e-4, 0.1, [1000.0, 5, "e4"])
 
 
-@pytest.mark.parametrize("goal, target, count", [("minimize", 2.0, 3), ("maximize", 2.0, 1), ("minimize", -1.0, 5)])
+@pytest.mark.parametrize(
+    "goal, target, count", [("minimize", 2.0, 3), ("maximize", 2.0, 1), ("minimize", -1.0, 5)]
+)
 def test_a_target_that_is_reached_ends_a_sweep(goal: str, target: float, count: int) -> None:
-    plan = sweep("grid", {"x": {"values": [4, 3, 2, 1, 0]}}, metric={"name": "loss", "goal": goal, "target": target})
+    plan = sweep(
+        "grid", {"x": {"values": [4, 3, 2, 1, 0]}}, metric={"name": "loss", "goal": goal, "target": target}
+    )
     assert len(run_all(plan, lambda s: float(s["x"]), 100)) == count
 
 
 def test_bayes_searches_between_the_bounds_of_inverse_distributions() -> None:
-    for name, low, high in (("inv_log_uniform", math.exp(-1), math.exp(2)), ("inv_log_uniform_values", 0.01, 1.0)):
+    for name, low, high in (
+        ("inv_log_uniform", math.exp(-1), math.exp(2)),
+        ("inv_log_uniform_values", 0.01, 1.0),
+    ):
         trials = run_all(sweep("bayes", {"x": EXAMPLES[name]}), lambda s: s["x"], 8)
         assert all(low <= trial.settings["x"] <= high for trial in trials)
 
@@ -198,19 +217,24 @@ def test_hyperband_ends_the_runs_that_wandbs_engine_ends() -> None:
     """60 random cases, answered by the published engine of W&B (sweeps 0.3.0)."""
     states = {"running": "running", "finished": "finished", "killed": "stopped"}
     for case in json.loads((ROOT / "tests/fixtures/hyperband.json").read_text()):
-        trials = [Trial(str(i), {}, states[run["state"]], run["values"]) for i, run in enumerate(case["runs"])]  # type: ignore[arg-type]
+        trials = [
+            Trial(str(i), {}, states[run["state"]], run["values"]) for i, run in enumerate(case["runs"])
+        ]  # type: ignore[arg-type]
         stopped = to_stop(Hyperband(**case["rule"]), trials, case["goal"] == "maximize")
         assert [int(trial.id) for trial in stopped] == case["stopped"]
 
 
 @pytest.mark.parametrize("goal", ["minimize", "maximize"])
-@pytest.mark.parametrize("rule", [{"min_iter": 2, "strict": False}, {"max_iter": 6, "s": 1}, {"min_iter": 2, "strict": True}])
+@pytest.mark.parametrize(
+    "rule", [{"min_iter": 2, "strict": False}, {"max_iter": 6, "s": 1}, {"min_iter": 2, "strict": True}]
+)
 def test_hyperband_promotes_nothing_whose_last_value_is_no_number(rule: dict[str, Any], goal: str) -> None:
     sign = -1 if goal == "maximize" else 1
     values = [[3.0, 2.0, 1.0], [0.5, 0.4, math.nan], [0.5, math.inf], [math.nan] * 3, [math.nan]]
     trials = [Trial(str(i), {}, "running", [sign * value for value in v]) for i, v in enumerate(values)]
     assert [trial.id for trial in to_stop(Hyperband(**rule), trials, goal == "maximize")] == ["1", "2", "3"]
-    assert [trial.id for trial in to_stop(Hyperband(**rule), trials[3:], goal == "maximize")] == ["3"]  # nothing to compare with
+    # nothing to compare with
+    assert [trial.id for trial in to_stop(Hyperband(**rule), trials[3:], goal == "maximize")] == ["3"]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +243,10 @@ def test_hyperband_promotes_nothing_whose_last_value_is_no_number(rule: dict[str
         ({"method": "gird"}, "Did you mean 'grid'"),
         ({"metod": 1}, "setting: 'metod' is not known. Did you mean 'method'"),
         ({"parameters": {"a": {}}}, "parameters.a: got {}"),
-        ({"parameters": {"a": {"min": 1}}}, "parameters.a: got {'min': 1}; allowed: uniform with min and max"),
+        (
+            {"parameters": {"a": {"min": 1}}},
+            "parameters.a: got {'min': 1}; allowed: uniform with min and max",
+        ),
         (
             {"parameters": {"a": {"min": 0.1, "max": 1.0}}},
             "parameters.a: got 'uniform'; allowed: value, values, or whole numbers",
@@ -232,16 +259,25 @@ def test_hyperband_promotes_nothing_whose_last_value_is_no_number(rule: dict[str
         ({"metric": "loss"}, "metric: got 'loss'; allowed: name: ..."),
         ({"metric": {"name": "loss", "goal": "small"}}, "metric.goal: got 'small'"),
         ({"metric": {"name": "loss", "target": "low"}}, "metric.target: got 'low'; allowed: a number"),
-        ({"metric": {"name": "loss", "impute": "median"}}, "metric.impute: got 'median'; allowed: worst, best, latest"),
+        (
+            {"metric": {"name": "loss", "impute": "median"}},
+            "metric.impute: got 'median'; allowed: worst, best, latest",
+        ),
         (
             {"metric": {"name": "loss", "impute_while_running": "true"}},
             "metric.impute_while_running: got 'true'; allowed: worst, best, latest, false",
         ),
         ({"metric": {"name": "loss", "inpute": "best"}}, "Did you mean 'impute'"),
         ({"controller": {"type": "cloud"}}, "controller: got {'type': 'cloud'}; allowed: type: local"),
-        ({"early_terminate": {"type": "hyperband", "min_itr": 3}}, "'min_itr' is not known. Did you mean 'min_iter'"),
+        (
+            {"early_terminate": {"type": "hyperband", "min_itr": 3}},
+            "'min_itr' is not known. Did you mean 'min_iter'",
+        ),
         ({"run_cap": "ten"}, "run_cap: got 'ten'; allowed: a whole number of at least 1"),
-        ({"parameters": {"a": {"min": 5, "max": 1}}}, "parameters.a.max: got 1; allowed: at least min, which is 5"),
+        (
+            {"parameters": {"a": {"min": 5, "max": 1}}},
+            "parameters.a.max: got 1; allowed: at least min, which is 5",
+        ),
         ({"parameters": {"a": {"min": "low", "max": 1}}}, "parameters.a.min: got 'low'; allowed: a number"),
         ({"parameters": {"a": {"parameters": 3}}}, "parameters.a.parameters: got 3"),
         (
@@ -278,19 +314,32 @@ def test_the_shipped_sweeps_are_read_and_name_real_settings(file) -> None:
     words = trial_command(plan.command, plan.program, settings, file.parent / f".{file.stem}.json")
     (file.parent / f".{file.stem}.json").unlink()
     recipe = next((word for word in words if word.endswith(".yaml")), "experiments/fashion/ar_pretrain.yaml")
-    load_run(ROOT / recipe, [word for word in words if "=" in word])  # raises for a setting that does not exist
+    # raises for a setting that does not exist
+    load_run(ROOT / recipe, [word for word in words if "=" in word])
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "'~'", "~alice", "$HOME", "' '", '"a\\nb"', "[a]", "{a: 1}"])
 def test_a_name_that_is_no_folder_is_refused(tmp_path, name) -> None:
-    (tmp_path / "sweep.yaml").write_text(f"name: {name}\nmethod: grid\nparameters: {{x: {{value: 1}}}}\ncommand: [a]\n")
+    (tmp_path / "sweep.yaml").write_text(
+        f"name: {name}\nmethod: grid\nparameters: {{x: {{value: 1}}}}\ncommand: [a]\n"
+    )
     with pytest.raises(ValueError, match=r"name: got .*; allowed: the name of one folder"):
         load_sweep(tmp_path / "sweep.yaml")
 
 
 def test_words_of_a_sweep_file_stay_as_they_are_written(tmp_path) -> None:
-    settings = "name: 010\nmethod: grid\nparameters: {seed: {values: [010, 1_000]}}\ncommand: [a, 010, 1e-4, 1_000, on, 7]\n"
+    settings = (
+        "name: 010\nmethod: grid\nparameters: {seed: {values: [010, 1_000]}}\ncommand: [a, 010, 1e-4, 1_000, "
+        "on, 7]\n"
+    )
     (tmp_path / "sweep.yaml").write_text(settings)
     sweep = load_sweep(tmp_path / "sweep.yaml")
-    assert sweep.name == "010" and list(map(str, sweep.command or [])) == ["a", "010", "1e-4", "1_000", "on", "7"]
+    assert sweep.name == "010" and list(map(str, sweep.command or [])) == [
+        "a",
+        "010",
+        "1e-4",
+        "1_000",
+        "on",
+        "7",
+    ]
     assert sweep.parameters[("seed",)]["values"] == [10, 1000]

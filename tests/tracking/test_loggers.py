@@ -77,7 +77,9 @@ def full(path: Path, *arguments: object, **keywords: object) -> object:
     return file
 
 
-def test_numbers_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_numbers_wait_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     log = MetricsCSV(tmp_path / "metrics.csv", images_per_step=1, despite_full_disk=True)
     log.log_metrics({"a": 0.5}, step=1)
     monkeypatch.setattr(loggers, "open", full, raising=False)
@@ -89,7 +91,11 @@ def test_numbers_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest
         strict.log_metrics({"a": 9.0}, step=9)
     monkeypatch.undo()
     log.finalize("success")
-    assert [(row["step"], row["value"]) for row in rows(log.path)] == [("1", "0.5"), ("2", "1.5"), ("3", "2.5")]
+    assert [(row["step"], row["value"]) for row in rows(log.path)] == [
+        ("1", "0.5"),
+        ("2", "1.5"),
+        ("3", "2.5"),
+    ]
     assert "lost" not in caplog.text
 
 
@@ -129,7 +135,9 @@ def test_a_mode_that_wandb_has_not_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("mode", ["", "onlin"])
-def test_such_a_mode_is_refused_before_anything_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str):
+def test_such_a_mode_is_refused_before_anything_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+):
     monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setattr(pipeline, "evaluate", lambda *arguments, **options: pytest.fail("scored"))
     run = small_run(tmp_path, tracking={"wandb": True})

@@ -86,7 +86,9 @@ def test_of_folders_of_earlier_versions_the_older_is_the_original(tmp_path: Path
 
 def test_a_trial_of_a_copied_sweep_is_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump({"method": "grid", "parameters": {"x": {"value": 1}}, "command": ["true"]}))
+    file.write_text(
+        yaml.safe_dump({"method": "grid", "parameters": {"x": {"value": 1}}, "command": ["true"]})
+    )
     sweep = load_sweep(file)
     with SweepJournal(tmp_path / "sweep", sweep, 0).lock:
         pass

@@ -1,4 +1,6 @@
-"""Runs in W&B, with the real client and our own server: uploaded data, local data, and the effect of an outage."""
+"""Runs in W&B, with the real client and our own server: uploaded data, local data, and the effect of an
+outage.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from tests.helpers.wandb_stub import Stub
 
 def csv_values(folder: Path, metric: str) -> dict[int, float]:
     with open(folder / "metrics.csv", newline="") as file:
-        return {int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["metric"] == metric}
+        return {
+            int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["metric"] == metric
+        }
 
 
 def test_a_run_arrives_whole_and_leaves_its_files_in_the_run_folder(
@@ -38,22 +42,46 @@ def test_a_run_arrives_whole_and_leaves_its_files_in_the_run_folder(
     run = small_run(tmp_path / "runs", tracking=TRACKED, training={"validate_every": 2, "sample_every": 2})
     train(run)
     state, seen = stub.state, stub.state.only_run()
-    assert (seen["displayName"], seen["group"], seen["jobType"], seen["tags"]) == ("small", "g", "ar_pretrain", ["t"])
+    assert (seen["displayName"], seen["group"], seen["jobType"], seen["tags"]) == (
+        "small",
+        "g",
+        "ar_pretrain",
+        ["t"],
+    )
     assert seen["state"] == "finished" and seen["config"]["optimizer"]["value"]["lr"] == 1e-3
     losses = {row["trainer/global_step"]: row["train/loss"] for row in rows_of(stub, "train/loss")}
     assert losses == pytest.approx(csv_values(run.folder, "train/loss"))
     assert all(row["images_seen"] == 8 * row["trainer/global_step"] for row in seen["history"])
-    wanted = ("train/gradient_norm", "train/lr", "train/ema_distance", "train/loss_t0.5", "throughput/images_per_second")
-    assert all(rows_of(stub, key) for key in (*wanted, "throughput/data_wait_fraction", "val/loss", "val/feature_diversity"))
+    wanted = (
+        "train/gradient_norm",
+        "train/lr",
+        "train/ema_distance",
+        "train/loss_t0.5",
+        "throughput/images_per_second",
+    )
+    assert all(
+        rows_of(stub, key)
+        for key in (*wanted, "throughput/data_wait_fraction", "val/loss", "val/feature_diversity")
+    )
     assert len(rows_of(stub, "samples")) == 3 and len(rows_of(stub, "samples_table")) == 1
     kinds = {artifact["type"]: artifact for artifact in state.artifacts.values()}
-    assert set(kinds["model"]["aliases"]) == {"latest", "best"} and "model.safetensors" in kinds["model"]["files"]
+    assert (
+        set(kinds["model"]["aliases"]) == {"latest", "best"}
+        and "model.safetensors" in kinds["model"]["files"]
+    )
     assert state.used == [(seen["name"], "data-train")]
     assert os.listdir(tmp_path) == ["runs"] and os.listdir(tmp_path / "runs") == ["small"]
 
 
 def test_the_best_model_is_kept_and_named_when_it_is_not_the_last(stub: Stub, tmp_path: Path) -> None:
-    train(small_run(tmp_path, tracking=TRACKED, training={"validate_every": 2}, optimizer={"lr": 0.5, "warmup_steps": 6}))
+    train(
+        small_run(
+            tmp_path,
+            tracking=TRACKED,
+            training={"validate_every": 2},
+            optimizer={"lr": 0.5, "warmup_steps": 6},
+        )
+    )
     folder = tmp_path / "small"
     values = csv_values(folder, "val/loss")
     best = min(values, key=values.__getitem__)
@@ -72,7 +100,9 @@ def test_a_restarted_run_is_one_run(stub: Stub, tmp_path: Path) -> None:
     assert [row["trainer/global_step"] for row in rows_of(stub, "train/loss")] == [2, 4, 6, 8, 10]
 
 
-def test_a_run_restarted_offline_is_synced_as_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_restarted_offline_is_synced_as_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
     file = MetricsCSV(tmp_path / "small" / "metrics.csv", images_per_step=8)
@@ -89,32 +119,51 @@ def test_a_run_restarted_offline_is_synced_as_one_run(tmp_path: Path, monkeypatc
         assert [summary[key] for key in ("train/loss", "val/loss", "eval/precision")] == [5.0, 1.5, 2.5]
 
 
-JUDGED = {"extractor": "classifier", "extractor_weights": str(FASHION.parent / "fashion" / "classifier.safetensors")}
+JUDGED = {
+    "extractor": "classifier",
+    "extractor_weights": str(FASHION.parent / "fashion" / "classifier.safetensors"),
+}
 JUDGED |= {"metrics": ["class_accuracy", "inception_score"], "num_images": 20}
 
 
-def test_scores_go_to_their_run_and_other_evaluations_are_runs_of_their_own(stub: Stub, tmp_path: Path) -> None:
+def test_scores_go_to_their_run_and_other_evaluations_are_runs_of_their_own(
+    stub: Stub, tmp_path: Path
+) -> None:
     """The lineage: data index -> model -> evaluation."""
     settings = small_run(tmp_path, tracking=TRACKED, evaluation=JUDGED)
     train(settings)
-    successive = tmp_path / "small" / "samples" / "references" / "grid.png"  # as the pipeline draws it for several references
+    # as the pipeline draws it for several references
+    successive = tmp_path / "small" / "samples" / "references" / "grid.png"
     successive.parent.mkdir(parents=True)
     Image.new("RGB", (4, 4), (5, 5, 5)).save(successive)
     train_and_score(settings, build_fabric())
     trained = stub.state.only_run()
-    assert 0 <= trained["summary"]["eval/class_accuracy"] <= 1 and "eval/inception_score" in trained["summary"]
+    assert (
+        0 <= trained["summary"]["eval/class_accuracy"] <= 1 and "eval/inception_score" in trained["summary"]
+    )
     assert "eval/inception_score_std" not in trained["summary"]  # of one part of the images
     assert trained["config"]["manifest"]["value"]["num_images"] == 20
     assert main(["evaluate", "--checkpoint", str(tmp_path / "small"), "sampling.num_steps=3"]) == 0
     (scored,) = [run for run in stub.state.runs.values() if run is not trained]
-    assert (scored["jobType"], scored["group"], scored["config"]["sampling"]["value"]["num_steps"]) == ("evaluate", "g", 3)
+    assert (scored["jobType"], scored["group"], scored["config"]["sampling"]["value"]["num_steps"]) == (
+        "evaluate",
+        "g",
+        3,
+    )
     until(lambda: len(stub.state.used) == 2)
-    model = next(artifact["name"] for artifact in stub.state.artifacts.values() if artifact["type"] == "model")
+    model = next(
+        artifact["name"] for artifact in stub.state.artifacts.values() if artifact["type"] == "model"
+    )
     assert stub.state.used == [(trained["name"], "data-train"), (scored["name"], model)]
-    assert len([artifact for artifact in stub.state.artifacts.values() if artifact["type"] == "evaluation"]) == 2
+    assert (
+        len([artifact for artifact in stub.state.artifacts.values() if artifact["type"] == "evaluation"]) == 2
+    )
     assert [alert["title"] for alert in stub.state.alerts] == ["small: evaluated"] * 2
     (run,) = runs(tmp_path)
-    assert len(run.evaluations) == 2 and run.summary["eval/class_accuracy"] == trained["summary"]["eval/class_accuracy"]
+    assert (
+        len(run.evaluations) == 2
+        and run.summary["eval/class_accuracy"] == trained["summary"]["eval/class_accuracy"]
+    )
     by_stage = {run.stage: run for run in runs("team/p")}
     assert set(by_stage) == {"ar_pretrain", "evaluate"}
     assert by_stage["ar_pretrain"].pictures()["references"].getpixel((0, 0)) == (5, 5, 5)
@@ -177,7 +226,9 @@ def test_a_server_that_dies_in_the_middle_costs_no_step_and_no_row(
     assert time.monotonic() - start < 20
     with Stub() as later:
         sync(later, run.folder)
-        assert [row["train/loss"] for row in rows_of(later, "train/loss")] == [float(step) for step in range(1, 101)]
+        assert [row["train/loss"] for row in rows_of(later, "train/loss")] == [
+            float(step) for step in range(1, 101)
+        ]
 
 
 def test_online_without_a_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

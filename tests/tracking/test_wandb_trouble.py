@@ -1,4 +1,6 @@
-"""W&B servers that do not answer, or answer with an error: waits are bounded, runs go on, and no number is lost."""
+"""W&B servers that do not answer, or answer with an error: waits are bounded, runs go on, and no number is
+lost.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,11 @@ def log_steps(log: WandbRun, first: int, last: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("trouble", [HANGS, 401, 500])
 def test_a_server_in_trouble_at_the_start_is_gone_without(
-    stub: Stub, tmp_path: Path, trouble: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    stub: Stub,
+    tmp_path: Path,
+    trouble: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
     stub.server.trouble = trouble
@@ -43,7 +49,11 @@ def test_a_server_in_trouble_at_the_start_is_gone_without(
 @pytest.mark.slow
 @pytest.mark.parametrize("trouble", [HANGS, 401, 500])
 def test_a_server_that_gets_into_trouble_is_not_waited_for(
-    stub: Stub, tmp_path: Path, trouble: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    stub: Stub,
+    tmp_path: Path,
+    trouble: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The client alone would wait for hours, here and again when the process ends."""
     monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "2")
@@ -63,7 +73,9 @@ def test_a_server_that_gets_into_trouble_is_not_waited_for(
     assert "does not answer and skips" in caplog.text
     with Stub() as later:
         sync(later, run.folder)
-        assert [row["train/loss"] for row in rows_of(later, "train/loss")] == [float(step) for step in range(1, 101)]
+        assert [row["train/loss"] for row in rows_of(later, "train/loss")] == [
+            float(step) for step in range(1, 101)
+        ]
     monkeypatch.setenv("WANDB_MODE", "offline")
     log_steps(log, 101, 101)  # another service
     log.finish()

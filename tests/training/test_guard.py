@@ -1,4 +1,6 @@
-"""Steps that go wrong are named, skipped or undone, up to a limit; a skipped step leaves no trace in weights and averages."""
+"""Steps that go wrong are named, skipped or undone, up to a limit; a skipped step leaves no trace in weights
+and averages.
+"""
 
 from pathlib import Path
 
@@ -26,13 +28,21 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("policy", ["skip", "roll_back"])
-def test_a_bad_step_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, policy: str):
-    """Steps 6 and 9 (from 1) are bad. Skipped or undone, what is left is the same: their batches were never used."""
+def test_a_bad_step_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, policy: str
+):
+    """Steps 6 and 9 (from 1) are bad.
+
+    Skipped or undone, what is left is the same: their batches were never used.
+    """
     run = small_run(tmp_path, name="run", training=LONGER, safety={"on_bad_step": policy})
     spoil(monkeypatch, 5, 8)
     train(run, silent)
     assert all(value.isfinite().all() for value in weights(run.folder).values())
-    assert "bad step 6 (1 so far): the loss on rank 0 is nan" in caplog.text and "bad step 9 (2 so far)" in caplog.text
+    assert (
+        "bad step 6 (1 so far): the loss on rank 0 is nan" in caplog.text
+        and "bad step 9 (2 so far)" in caplog.text
+    )
     assert "fashion-train-0" in caplog.text
     if policy == "roll_back":
         assert steps_in(run.folder / "bad_steps.json") == {6, 9}
@@ -44,7 +54,9 @@ def test_a_bad_step_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_spike_is_a_bad_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_a_spike_is_a_bad_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     run = small_run(tmp_path, training=STEPS, safety={"on_bad_step": "skip", "spike_factor": 3.0})
     spoil(monkeypatch, 24, factor=10.0)
     train(run, silent)

@@ -26,7 +26,14 @@ from lit_transdiff.training import online_evaluation as online
 from lit_transdiff.training.trainer import train
 from tests.helpers.small import FASHION, small_run
 
-METRICS = ["frechet_distance", "inception_score", "kernel_distance", "precision", "recall", "feature_diversity"]
+METRICS = [
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "precision",
+    "recall",
+    "feature_diversity",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +46,29 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_of(folder: Path, reference: Path, every: int, **changes: Any) -> RunConfig:
-    settings = {"extractor": "classifier", "extractor_weights": str(FASHION / "classifier.safetensors"), "metrics": METRICS}
-    settings |= {"reference": str(reference), "every": every, "online_images": 21, "batch_size": 8, "num_images": 50}
+    settings = {
+        "extractor": "classifier",
+        "extractor_weights": str(FASHION / "classifier.safetensors"),
+        "metrics": METRICS,
+    }
+    settings |= {
+        "reference": str(reference),
+        "every": every,
+        "online_images": 21,
+        "batch_size": 8,
+        "num_images": 50,
+    }
     return small_run(folder, name=f"every-{every}", evaluation=settings, **changes)
 
 
 def logged(run: RunConfig, prefix: str) -> list[tuple[int, str, str]]:
     """Step, metric and value as written, of the metrics that begin with ``prefix``."""
     with open(run.folder / "metrics.csv", newline="") as file:
-        return [(int(r["step"]), r["metric"], r["value"]) for r in csv.DictReader(file) if r["metric"].startswith(prefix)]
+        return [
+            (int(r["step"]), r["metric"], r["value"])
+            for r in csv.DictReader(file)
+            if r["metric"].startswith(prefix)
+        ]
 
 
 def silent(text: str) -> None:
@@ -79,14 +100,20 @@ def test_the_last_scores_are_those_of_the_exported_model(tmp_path: Path, referen
     result = train(run, silent)
     settings = dataclasses.replace(run.evaluation, num_images=21)
     expected = evaluate(load_generator(run.folder), settings, run.sampling, output=run.folder)["scores"]
-    found = {name.removeprefix("online/"): float(value) for step, name, value in logged(run, "online/") if step == 6}
+    found = {
+        name.removeprefix("online/"): float(value)
+        for step, name, value in logged(run, "online/")
+        if step == 6
+    }
     for name in METRICS:
         value = expected[name]["mean"] if isinstance(expected[name], dict) else expected[name]
         assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
         assert result.metrics[f"online/{name}"] == pytest.approx(value, rel=1e-5, abs=1e-6)
 
 
-def test_the_global_generators_are_left_as_they_were(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_global_generators_are_left_as_they_were(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even if sampling uses them; here it uses all three."""
     states: list[tuple[Any, ...]] = []
     plain_draw, plain_end = online.draw_batch, online.OnlineEvaluation.after_step
@@ -152,10 +179,14 @@ def test_a_signal_ends_the_scoring_between_two_batches_and_the_next_start_makes_
         return draw(*arguments)
 
     monkeypatch.setattr(online, "draw_batch", interrupted)
-    with pytest.raises(Preempted, match=rf"asked to stop \(SIGUSR1\): the checkpoint of step {step} is complete"):
+    with pytest.raises(
+        Preempted, match=rf"asked to stop \(SIGUSR1\): the checkpoint of step {step} is complete"
+    ):
         train(run, silent)
     assert drawn[-1] == batch
     train(run, silent)
     assert drawn[-1] == 9 if batch == 6 else drawn[-1] == 10  # a broken off evaluation is made anew
     rates = "throughput/"
-    assert [row for row in logged(run, "") if rates not in row[1]] == [row for row in logged(plain, "") if rates not in row[1]]
+    assert [row for row in logged(run, "") if rates not in row[1]] == [
+        row for row in logged(plain, "") if rates not in row[1]
+    ]

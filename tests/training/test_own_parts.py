@@ -28,7 +28,9 @@ STEPS, ROWS = 6, 8
 
 
 class Stripes(pl.LightningDataModule):
-    """Images of two classes, made of their position alone; ``broken`` is the step whose images are not numbers."""
+    """Images of two classes, made of their position alone; ``broken`` is the step whose images are not
+    numbers.
+    """
 
     def __init__(self, broken: int | None = None, batches: int = STEPS) -> None:
         super().__init__()
@@ -108,8 +110,12 @@ def silent(text: str) -> None: ...
 
 
 def own_run(folder: Path, **changes: Any) -> RunConfig:
-    changes.setdefault("training", {"max_steps": STEPS, "validate_every": 3, "log_every": 1, "checkpoint_every": 3})
-    return small_run(folder, **{"data": {"train": "", "evaluation": None}, "model": {"num_classes": 2}, **changes})
+    changes.setdefault(
+        "training", {"max_steps": STEPS, "validate_every": 3, "log_every": 1, "checkpoint_every": 3}
+    )
+    return small_run(
+        folder, **{"data": {"train": "", "evaluation": None}, "model": {"num_classes": 2}, **changes}
+    )
 
 
 def test_own_data_callback_and_logger(tmp_path: Path) -> None:
@@ -136,10 +142,15 @@ def test_own_data_callback_and_logger(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_bar_is_one_line_of_the_log_or_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_is_one_line_of_the_log_or_the_users_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(own_run(tmp_path / "ours"), silent, data=Stripes())
-    shown = [text for text in re.split(r"[\r\n]+", capsys.readouterr().err) if "step/s" in text or "s/step" in text]
-    assert len(shown) <= 6 and re.search(rf"100%.* {STEPS}/{STEPS} .*loss=\d\.\d{{4}}", shown[-1])  # begin, validations, end
+    shown = [
+        text for text in re.split(r"[\r\n]+", capsys.readouterr().err) if "step/s" in text or "s/step" in text
+    ]
+    # begin, validations, end
+    assert len(shown) <= 6 and re.search(rf"100%.* {STEPS}/{STEPS} .*loss=\d\.\d{{4}}", shown[-1])
     train(own_run(tmp_path / "own"), silent, callbacks=[TQDMProgressBar()], data=Stripes())
     both = capsys.readouterr()
     assert "Epoch 0: 100%" in both.out and "/step" not in both.err and "step/s" not in both.err
@@ -148,15 +159,23 @@ def test_the_bar_is_one_line_of_the_log_or_the_users_own(tmp_path: Path, capsys:
 def test_short_epochs_of_own_data(tmp_path: Path) -> None:
     """A loader that ends before the run does is begun again."""
     counting = Counting()
-    assert train(own_run(tmp_path), silent, callbacks=[counting], data=Stripes(batches=2)).step == STEPS == counting.steps
+    assert (
+        train(own_run(tmp_path), silent, callbacks=[counting], data=Stripes(batches=2)).step
+        == STEPS
+        == counting.steps
+    )
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_loss_that_is_no_number_is_said_so(tmp_path: Path, policy: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loss_that_is_no_number_is_said_so(
+    tmp_path: Path, policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Once ended in an AttributeError: the data module has no names for its samples."""
     run = own_run(tmp_path, safety={"on_bad_step": policy})
     if policy == "stop":
-        with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 3 .*Samples of that batch: unknown\."):
+        with pytest.raises(
+            NonFiniteLoss, match=r"the loss is nan at step 3 .*Samples of that batch: unknown\."
+        ):
             train(run, silent, data=Stripes(broken=2))
     else:
         assert train(run, silent, data=Stripes(broken=2)).step == STEPS
@@ -196,7 +215,10 @@ def test_an_own_stage_of_another_kind(tmp_path: Path) -> None:
 
 
 def test_lightning_s_callbacks(tmp_path: Path) -> None:
-    """An early stop is a result, exported; the same call goes on. ModelCheckpoint writes beside the run's own checkpoints."""
+    """An early stop is a result, exported; the same call goes on.
+
+    ModelCheckpoint writes beside the run's own checkpoints.
+    """
     said: list[str] = []
     stop = EarlyStopping("val/loss", patience=0, min_delta=100.0)
     saves = ModelCheckpoint(tmp_path / "mine", every_n_train_steps=2)

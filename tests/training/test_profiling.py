@@ -43,7 +43,9 @@ def test_a_profile_of_steps_changes_no_bit(tmp_path: Path):
 
 def test_every_step_is_recorded_once(tmp_path: Path):
     def updates(first: int, last: int) -> int:
-        run = small_run(tmp_path, name=f"from-{first}-to-{last}", training={**STEPS, "profile_steps": [first, last]})
+        run = small_run(
+            tmp_path, name=f"from-{first}-to-{last}", training={**STEPS, "profile_steps": [first, last]}
+        )
         return operations(quietly(run) / "profile" / f"steps-{first}-{last}").count("aten::_fused_adamw_")
 
     assert updates(2, 3) == 2 * updates(2, 2) > 0
@@ -56,13 +58,25 @@ def test_steps_beyond_the_end_are_cut_there(tmp_path: Path):
 
 @pytest.mark.parametrize("steps", [[3], [5, 4], [0, 2], [1, 101], [1, 2, 3]])
 def test_other_steps_are_refused(tmp_path: Path, steps: list[int]):
-    with pytest.raises(ValueError, match=r"training\.profile_steps: got .*; allowed: \[\], or the first and last of"):
+    with pytest.raises(
+        ValueError, match=r"training\.profile_steps: got .*; allowed: \[\], or the first and last of"
+    ):
         small_run(tmp_path, training={"profile_steps": steps})
 
 
 def test_sampling_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = quietly(small_run(tmp_path, training=STEPS))
-    command = ["sample", "--checkpoint", str(folder), "--per-class", "1", "--classes", "0", "--output", str(tmp_path / "drawn")]
+    command = [
+        "sample",
+        "--checkpoint",
+        str(folder),
+        "--per-class",
+        "1",
+        "--classes",
+        "0",
+        "--output",
+        str(tmp_path / "drawn"),
+    ]
     assert main([*command, "--profile", "sampling.num_steps=1"]) == 0
     assert "aten::scaled_dot_product_attention" in operations(tmp_path / "drawn" / "profile")
     assert (tmp_path / "drawn" / "grid.png").is_file()

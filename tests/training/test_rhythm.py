@@ -17,7 +17,13 @@ from lit_transdiff.training.rhythm import Rhythm, StepCallback
 from lit_transdiff.training.trainer import train
 from tests.helpers.small import small_run
 
-HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_end")
+HOOKS = (
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_end",
+    "on_train_end",
+)
 
 
 class Recorder(StepCallback):
@@ -46,7 +52,9 @@ class Recorder(StepCallback):
 def play(rhythm: Rhythm, passes: int, accumulation: int) -> SimpleNamespace:
     """Call the hooks as a Trainer does."""
     one_rank = SimpleNamespace(reduce=lambda number, reduce_op: number)
-    trainer: Any = SimpleNamespace(global_step=0, world_size=1, strategy=one_rank, accumulate_grad_batches=accumulation)
+    trainer: Any = SimpleNamespace(
+        global_step=0, world_size=1, strategy=one_rank, accumulate_grad_batches=accumulation
+    )
     stage: Any = SimpleNamespace(device="cpu")
     rhythm.on_train_start(trainer, stage)
     for i in range(passes):
@@ -67,7 +75,14 @@ def test_passes_become_steps_in_the_stated_order(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         saves = " saves" if step - 1 == 2 else ""
         expected += ["a pass", "b pass", f"a between {step - 1}{saves}", f"b between {step - 1}{saves}"]
-        expected += [f"a passed {step}", f"b passed {step}", "a pass", "b pass", f"a passed {step}", f"b passed {step}"]
+        expected += [
+            f"a passed {step}",
+            f"b passed {step}",
+            "a pass",
+            "b pass",
+            f"a passed {step}",
+            f"b passed {step}",
+        ]
         expected += [f"a over {step} {due[step]}", f"b over {step} {due[step]}"]
     assert told == [*expected, "a between 3 saves", "b between 3 saves", "a finishes", "b finishes"]
 
@@ -135,7 +150,9 @@ class PatientByName(Patient):
     """One that a recipe names."""
 
 
-def test_the_watchdog_rests_in_the_users_own_callbacks_and_in_every_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watchdog_rests_in_the_users_own_callbacks_and_in_every_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: dict[str, set[Any]] = {}
     monkeypatch.setitem(CALLBACKS, "patient", lambda run: PatientByName(told))
     save = Checkpoints.save
@@ -146,6 +163,10 @@ def test_the_watchdog_rests_in_the_users_own_callbacks_and_in_every_save(tmp_pat
 
     monkeypatch.setattr(Checkpoints, "save", watched_save)
     training = {"max_steps": 3, "checkpoint_every": 2, "validate_every": 2, "callbacks": ["patient"]}
-    train(small_run(tmp_path, training=training), lambda text: None, callbacks=[PatientSaver(told), Patient(told)])
+    train(
+        small_run(tmp_path, training=training),
+        lambda text: None,
+        callbacks=[PatientSaver(told), Patient(told)],
+    )
     kinds = [kind.__name__ for kind in (Patient, PatientSaver, PatientByName)]
     assert told == {"save": {None}} | {f"{kind} {hook}": {None} for kind in kinds for hook in HOOKS}

@@ -1,4 +1,6 @@
-"""The numbers of a run that was stopped, at whatever step and by whatever, are those of a run that never was."""
+"""The numbers of a run that was stopped, at whatever step and by whatever, are those
+of a run that never was.
+"""
 
 import os
 import signal
@@ -38,7 +40,9 @@ def run_in(folder: Path, changes: dict[str, Any]) -> RunConfig:
 def rows(run: RunConfig) -> list[tuple[str, str, str, str]]:
     """Step, images seen, metric and value of each row of the file; rates without their values."""
     lines = [line.split(",") for line in (run.folder / "metrics.csv").read_text().splitlines()]
-    return [(s, i, name, "" if name.startswith("throughput/") else value) for s, i, _, name, value, *_ in lines]
+    return [
+        (s, i, name, "" if name.startswith("throughput/") else value) for s, i, _, name, value, *_ in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,9 @@ class At(pl.Callback):
     def __init__(self, step: int, what: Callable[[], None]) -> None:
         self.step, self.what = step, what
 
-    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Any, i: int
+    ) -> None:
         if trainer.global_step == self.step:
             self.what()
 
@@ -88,7 +94,9 @@ def test_a_power_cut_in_mid_window_leaves_no_trace(
     assert [step for step, name in logged if name == validated] == ["4", "8", "12"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_a_signal_saves_at_once_and_leaves_no_trace(
     tmp_path: Path, untouched: Callable[[str], list[tuple[str, ...]]], number: signal.Signals
 ) -> None:

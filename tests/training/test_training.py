@@ -22,7 +22,12 @@ from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.trainer import train
 from tests.helpers.small import FAMILIES, FASHION, STEADY, small_run
 
-MRAR = {"stage": "mrar_finetune", "name": "mrar", "model": {"num_references": 4}, "training": {"global_batch_size": 4}}
+MRAR = {
+    "stage": "mrar_finetune",
+    "name": "mrar",
+    "model": {"num_references": 4},
+    "training": {"global_batch_size": 4},
+}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -31,7 +36,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def losses(folder: Path) -> dict[int, float]:
     with open(folder / "metrics.csv", newline="") as file:
-        return {int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "train/loss"}
+        return {
+            int(row["step"]): float(row["value"])
+            for row in csv.DictReader(file)
+            if row["metric"] == "train/loss"
+        }
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -69,7 +78,9 @@ def test_the_logged_distance_to_the_average_is_that_of_the_checkpoint(one_step: 
     apart = sum((now[name] - average[name]).double().square().sum() for name in found.shapes) ** 0.5
     size = sum(now[name].double().square().sum() for name in found.shapes) ** 0.5
     with open(one_step / "metrics.csv", newline="") as file:
-        logged = [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "train/ema_distance"]
+        logged = [
+            float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "train/ema_distance"
+        ]
     assert len(logged) == 3 and logged[-1] == pytest.approx(float(apart / size), rel=1e-5) and logged[-1] > 0
 
 
@@ -81,12 +92,19 @@ def test_a_trained_run_draws_images_in_three_lines(one_step: Path):
 
 @pytest.mark.parametrize("changes", [{}, MRAR, *FAMILIES.values()], ids=["one-step", "mrar", *FAMILIES])
 @pytest.mark.parametrize("how", ["broken off", "extended"])
-def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, how: str):
-    """Broken off in step 6 (after the checkpoint of step 4), or ended at step 4 and made longer: the same losses and weights."""
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, how: str
+):
+    """Broken off in step 6 (after the checkpoint of step 4), or ended at step 4 and made longer: the same
+    losses and weights.
+    """
     whole, part = small_run(tmp_path / "whole", **changes), small_run(tmp_path / "part", **changes)
     train(whole, say=lambda text: None)
     if how == "extended":
-        train(small_run(tmp_path / "part", **_merge(changes, {"training": {"max_steps": 4}})), say=lambda text: None)
+        train(
+            small_run(tmp_path / "part", **_merge(changes, {"training": {"max_steps": 4}})),
+            say=lambda text: None,
+        )
     else:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
             patch.setattr(TransDiffStage, "objective", power_cut_at(5))
@@ -109,10 +127,15 @@ def power_cut_at(step: int):
 
 @pytest.mark.numeric
 def test_accumulation_is_an_average(tmp_path: Path):
-    """Two passes of four rows give what one pass of eight gives: same data, noise, times and dropped labels."""
+    """Two passes of four rows give what one pass of eight gives: same data, noise,
+    times and dropped labels.
+    """
     no_dropout = {"model": {"attention_dropout": 0.0, "projection_dropout": 0.0}, "optimizer": STEADY}
     for name, micro in (("one", 8), ("two", 4)):
-        train(small_run(tmp_path, name=name, training={"micro_batch_size": micro}, **no_dropout), say=lambda text: None)
+        train(
+            small_run(tmp_path, name=name, training={"micro_batch_size": micro}, **no_dropout),
+            say=lambda text: None,
+        )
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-5
 
 
@@ -171,11 +194,15 @@ def test_a_finished_run_is_left_as_it_is(one_step: Path):
 
 def test_other_settings_do_not_continue_a_run(one_step: Path):
     run = small_run(one_step.parent, optimizer={"lr": 2e-3})
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(optimizer\.lr: 0\.001 there, 0\.002 now\)"):
+    with pytest.raises(
+        ValueError, match=r"holds a run with other settings \(optimizer\.lr: 0\.001 there, 0\.002 now\)"
+    ):
         train(run, say=lambda text: None)
 
 
-def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     original = TransDiffStage.objective
 
     def poisoned(self, batch, normal):
@@ -185,7 +212,8 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(tmp
     monkeypatch.setattr(TransDiffStage, "objective", poisoned)
     run = small_run(tmp_path)
     with pytest.raises(
-        NonFiniteLoss, match=r"the loss is nan at step 5 on rank 0\. Samples of that batch: fashion-train-\d+\.tar/"
+        NonFiniteLoss,
+        match=r"the loss is nan at step 5 on rank 0\. Samples of that batch: fashion-train-\d+\.tar/",
     ) as error:
         train(run, say=lambda text: None)
     assert str(run.folder / "checkpoints") in str(error.value)
@@ -201,23 +229,65 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(tmp
         ({"model": {"num_classes": 9}}, r"data\.train: classes in .*: got 10; allowed: model\.num_classes=9"),
         ({"model": {"latent_channels": 3}}, r"model\.latent_channels: got 3; allowed: the autoencoder's 1"),
         ({"model": {"num_references": 4}}, r"model\.num_references: got 4; allowed: 1 in stage ar_pretrain"),
-        ({"stage": "mrar_finetune"}, r"model\.num_references: got 1; allowed: at least 2 in stage mrar_finetune"),
-        ({"autoencoder": {"kind": "kl"}}, r"autoencoder\.path: got None; allowed: a folder when autoencoder\.kind is 'kl'"),
-        ({"autoencoder": {"path": "x"}}, r"autoencoder\.path: got 'x'; allowed: nothing when autoencoder\.kind is 'identity'"),
-        ({"autoencoder": {"kind": "kll", "path": "x"}}, r"autoencoder\.kind: 'kll' is not known\. Did you mean 'kl'"),
-        ({"training": {"frozen_dropout": True}}, r"frozen_dropout: got True; allowed: false in stage ar_pretrain"),
-        ({"stage": "classifier", "training": {"frozen_dropout": True}}, r"frozen_dropout: .* false in stage classifier"),
-        ({"stage": "classifier", "safety": {"spike_factor": 3}}, r"safety\.spike_factor: got 3\.0; allowed: 0 in stage"),
+        (
+            {"stage": "mrar_finetune"},
+            r"model\.num_references: got 1; allowed: at least 2 in stage mrar_finetune",
+        ),
+        (
+            {"autoencoder": {"kind": "kl"}},
+            r"autoencoder\.path: got None; allowed: a folder when autoencoder\.kind is 'kl'",
+        ),
+        (
+            {"autoencoder": {"path": "x"}},
+            r"autoencoder\.path: got 'x'; allowed: nothing when autoencoder\.kind is 'identity'",
+        ),
+        (
+            {"autoencoder": {"kind": "kll", "path": "x"}},
+            r"autoencoder\.kind: 'kll' is not known\. Did you mean 'kl'",
+        ),
+        (
+            {"training": {"frozen_dropout": True}},
+            r"frozen_dropout: got True; allowed: false in stage ar_pretrain",
+        ),
+        (
+            {"stage": "classifier", "training": {"frozen_dropout": True}},
+            r"frozen_dropout: .* false in stage classifier",
+        ),
+        (
+            {"stage": "classifier", "safety": {"spike_factor": 3}},
+            r"safety\.spike_factor: got 3\.0; allowed: 0 in stage",
+        ),
         ({"stage": "diffusion_head"}, r"init_from: got None; allowed: a trained run"),
-        ({"flow": {"density": "normal"}}, r"flow\.density: 'normal' is not known\. Did you mean 'logit_normal'"),
-        ({"optimizer": {"schedule": "cosin"}}, r"optimizer\.schedule: 'cosin' is not known\. Did you mean 'cosine'"),
+        (
+            {"flow": {"density": "normal"}},
+            r"flow\.density: 'normal' is not known\. Did you mean 'logit_normal'",
+        ),
+        (
+            {"optimizer": {"schedule": "cosin"}},
+            r"optimizer\.schedule: 'cosin' is not known\. Did you mean 'cosine'",
+        ),
         ({"training": {"micro_batch_size": 3}}, r"training\.micro_batch_size: got 3; allowed: a divisor"),
-        ({"evaluation": {"metrics": ["precison"]}}, r"evaluation\.metrics: 'precison' is not known\. Did you mean 'precision'"),
-        ({"evaluation": {"extractor": "incepton"}}, r"evaluation\.extractor: 'incepton' is not known\. Did you mean 'inception'"),
-        ({"stage": "classifier", "evaluation": {"metrics": ["fid"]}}, r"evaluation\.metrics: 'fid' is not known"),
+        (
+            {"evaluation": {"metrics": ["precison"]}},
+            r"evaluation\.metrics: 'precison' is not known\. Did you mean 'precision'",
+        ),
+        (
+            {"evaluation": {"extractor": "incepton"}},
+            r"evaluation\.extractor: 'incepton' is not known\. Did you mean 'inception'",
+        ),
+        (
+            {"stage": "classifier", "evaluation": {"metrics": ["fid"]}},
+            r"evaluation\.metrics: 'fid' is not known",
+        ),
         ({"evaluation": {"every": 2}}, r"evaluation\.extractor_weights: got None"),
-        ({"optimizer": {"muon_lr": 0.1}}, r"optimizer\.muon_lr: got 0\.1; allowed: null with optimizer\.name=adamw"),
-        ({"stage": "classifier", "optimizer": {"name": "muon"}}, r"optimizer\.name: got 'muon'; allowed: 'adamw' in stage"),
+        (
+            {"optimizer": {"muon_lr": 0.1}},
+            r"optimizer\.muon_lr: got 0\.1; allowed: null with optimizer\.name=adamw",
+        ),
+        (
+            {"stage": "classifier", "optimizer": {"name": "muon"}},
+            r"optimizer\.name: got 'muon'; allowed: 'adamw' in stage",
+        ),
         (
             {"optimizer": {"name": "muon"}, "distributed": {"strategy": "zero3"}},
             r"distributed\.strategy: got 'zero3'; allowed: single, ddp, zero1, fsdp with optimizer\.name",
@@ -226,7 +296,10 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(tmp
             {"optimizer": {"name": "muon"}, "distributed": {"strategy": "zero1", "offload": "cpu"}},
             r"distributed\.offload: got 'cpu'; allowed: 'none' with optimizer\.name=muon",
         ),
-        ({"distributed": {"strategy": "dpp"}}, r"distributed\.strategy: 'dpp' is not known\. Did you mean 'ddp'"),
+        (
+            {"distributed": {"strategy": "dpp"}},
+            r"distributed\.strategy: 'dpp' is not known\. Did you mean 'ddp'",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path, changes: dict, message: str):
@@ -244,13 +317,16 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path, changes: di
         ({"metrics": ["spatial_frechet_distance"]}, "needs spatial features"),
     ],
 )
-def test_what_a_run_cannot_be_scored_with_is_refused_only_where_it_is_scored(tmp_path: Path, scoring: dict, message: str):
+def test_what_a_run_cannot_be_scored_with_is_refused_only_where_it_is_scored(
+    tmp_path: Path, scoring: dict, message: str
+):
     settings = {"extractor": "classifier", "extractor_weights": "made/later", "reference": "made/later"}
     settings |= {"metrics": ["frechet_distance", "class_accuracy"]}
     check_run(small_run(tmp_path, evaluation=settings | {"every": 2}))
     given = settings | scoring
     check_run(small_run(tmp_path, evaluation=given))
-    check_run(small_run(tmp_path, stage="classifier", evaluation=given | {"every": 2}))  # of which no image is drawn
+    # of which no image is drawn
+    check_run(small_run(tmp_path, stage="classifier", evaluation=given | {"every": 2}))
     with pytest.raises(ValueError, match=message):
         check_run(small_run(tmp_path, evaluation=given | {"every": 2}))
     with pytest.raises(ValueError, match=message):
@@ -265,7 +341,9 @@ def test_what_a_run_cannot_be_scored_with_is_refused_only_where_it_is_scored(tmp
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, one_step: Path):
     run = small_run(tmp_path, init_from=str(one_step), model={"encoder_blocks": 3})
-    with pytest.raises(ValueError, match=r"encoder\.blocks\.2\.norm1\.weight: \[32\] here, missing in the checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"encoder\.blocks\.2\.norm1\.weight: \[32\] here, missing in the checkpoint"
+    ):
         build(run)
 
 
@@ -303,13 +381,23 @@ def test_preparatory_stages_go_on_exactly_too(tmp_path: Path, stage: str):
     """Posterior noise and dropout follow from the step; four steps and two more are six."""
     for name, lengths in (("whole", (6,)), ("part", (4, 6))):
         for steps in lengths:
-            train(small_run(tmp_path, stage=stage, name=name, training={"max_steps": steps}), say=lambda text: None)
-    whole, part = (load_file(next((tmp_path / name / "export").glob("*.safetensors"))) for name in ("whole", "part"))
+            train(
+                small_run(tmp_path, stage=stage, name=name, training={"max_steps": steps}),
+                say=lambda text: None,
+            )
+    whole, part = (
+        load_file(next((tmp_path / name / "export").glob("*.safetensors"))) for name in ("whole", "part")
+    )
     assert largest_difference(whole, part) == 0
-    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "part")) and len(losses(tmp_path / "whole")) == 3
+    assert (
+        losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "part"))
+        and len(losses(tmp_path / "whole")) == 3
+    )
 
 
-def test_a_run_broken_off_before_its_first_checkpoint_leaves_no_rows_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_broken_off_before_its_first_checkpoint_leaves_no_rows_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     run = small_run(tmp_path, training={"checkpoint_every": 6})
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         patch.setattr(TransDiffStage, "objective", power_cut_at(4))

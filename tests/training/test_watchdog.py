@@ -1,4 +1,6 @@
-"""Whatever a step waits for is watched, what may take long is not, and what is said names rank, step and samples."""
+"""Whatever a step waits for is watched, what may take long is not, and what is said names rank, step and
+samples.
+"""
 
 import json
 import os
@@ -80,7 +82,9 @@ def test_every_wait_of_a_step_is_watched(
     train(slow_run(tmp_path), lambda text: None)
     assert len(calls) >= call and endings == [EXIT_STALLED]
     said = capfd.readouterr().err
-    assert re.search(rf"rank 0 on \S+: stalled for 1 s \(safety\.stall_seconds\) while {what} in step \d", said), said
+    assert re.search(
+        rf"rank 0 on \S+: stalled for 1 s \(safety\.stall_seconds\) while {what} in step \d", said
+    ), said
     assert "fashion-train-" in said
 
 
@@ -94,7 +98,9 @@ def test_what_may_take_long_is_not_watched(
     assert len(calls) > 1 and endings == []
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=repr
+)
 def test_a_worker_lost_while_it_hands_over_a_batch_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
 ):
@@ -110,14 +116,17 @@ def test_a_worker_lost_while_it_hands_over_a_batch_is_named(
     with pytest.raises(type(error)):
         train(small_run(tmp_path), lambda text: None)
     assert re.search(
-        r"rank 0 on \S+: lost a data worker while waiting for data in step 3\. Samples .*\.tar/", capfd.readouterr().err
+        r"rank 0 on \S+: lost a data worker while waiting for data in step 3\. Samples .*\.tar/",
+        capfd.readouterr().err,
     )
 
 
 @pytest.mark.slow
 def test_a_stuck_data_worker_is_named(tmp_path: Path):
     """One of two workers stops for ever; the process says which samples it waits for and ends."""
-    run = small_run(tmp_path, data={"num_workers": 2}, safety={"stall_seconds": 8.0}, training={"max_steps": 100})
+    run = small_run(
+        tmp_path, data={"num_workers": 2}, safety={"stall_seconds": 8.0}, training={"max_steps": 100}
+    )
     file = tmp_path / "run.json"
     file.write_text(json.dumps(to_dict(run)))
     line = command_line(1, "-m", "tests.helpers.killed", str(file), "stuck", "4", "0")
@@ -127,5 +136,7 @@ def test_a_stuck_data_worker_is_named(tmp_path: Path):
     finally:
         os.kill(int(file.with_suffix(".pid").read_text()), signal.SIGKILL)
     text = (tmp_path / "log").read_text()
-    stalled = re.search(r"rank 0 on \S+: stalled for 8 s .* while waiting for data in step (\d+).*fashion-train-", text)
+    stalled = re.search(
+        r"rank 0 on \S+: stalled for 8 s .* while waiting for data in step (\d+).*fashion-train-", text
+    )
     assert stalled is not None and 4 < int(stalled[1]) < 20, text

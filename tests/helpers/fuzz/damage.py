@@ -1,4 +1,6 @@
-"""The grammar of damage: what can be wrong in nested settings, in text, in bytes, in archives and in tensors."""
+"""The grammar of damage: what can be wrong in nested settings, in text, in bytes, in
+archives and in tensors.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,26 @@ import yaml
 
 from lit_transdiff.base.files import SEAL, with_seal
 
-NUMBERS = [0, 1, -1, 2, 3, 7, 0.5, -0.0, 1e-9, 10**6, 10**12, 2**31, 2**63, 10**30, 1e308, math.inf, -math.inf, math.nan]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    0.5,
+    -0.0,
+    1e-9,
+    10**6,
+    10**12,
+    2**31,
+    2**63,
+    10**30,
+    1e308,
+    math.inf,
+    -math.inf,
+    math.nan,
+]
 WORDS = [
     "",
     " ",
@@ -93,13 +114,24 @@ def odd_value(draw: random.Random, near: Any = None) -> Any:
     """A value that a field may not expect; half of the time of the kind of the one ``near`` it."""
     if isinstance(near, list) and near and draw.random() < 0.5:
         return draw.choice(
-            [near[:-1], near * 2, [*near, odd_value(draw)], [[*near]], near[0], {str(i): x for i, x in enumerate(near)}]
+            [
+                near[:-1],
+                near * 2,
+                [*near, odd_value(draw)],
+                [[*near]],
+                near[0],
+                {str(i): x for i, x in enumerate(near)},
+            ]
         )
     if isinstance(near, int | float) and draw.random() < 0.5:
-        return draw.choice([*NUMBERS, -near, near + 1, near * 1000, float(near), str(near), [near], f"{near} "])
+        return draw.choice(
+            [*NUMBERS, -near, near + 1, near * 1000, float(near), str(near), [near], f"{near} "]
+        )
     if isinstance(near, str) and draw.random() < 0.3:
         return draw.choice([near.upper(), near + " ", near[:-1], near + "/", [near], near * 2, f"{near}\n"])
-    return draw.choice([draw.choice(NUMBERS), draw.choice(WORDS), draw.choice(WORDS), draw.choice(CONTAINERS)])
+    return draw.choice(
+        [draw.choice(NUMBERS), draw.choice(WORDS), draw.choice(WORDS), draw.choice(CONTAINERS)]
+    )
 
 
 def places(tree: Any) -> list[tuple[Any, Any]]:
@@ -119,7 +151,9 @@ def change_tree(draw: random.Random, tree: Any) -> str:
     if kind == "gone":
         del inside[key]
     elif kind == "renamed" and isinstance(inside, dict):
-        inside[draw.choice([f"{key}s", str(key)[:-1], str(key).upper(), *WORDS[:8], "base", "imports"])] = inside.pop(key)
+        inside[draw.choice([f"{key}s", str(key)[:-1], str(key).upper(), *WORDS[:8], "base", "imports"])] = (
+            inside.pop(key)
+        )
     elif kind == "twice" and isinstance(inside, list):
         inside.insert(draw.randrange(len(inside) + 1), before)
     elif kind == "moved":
@@ -173,7 +207,9 @@ def change_text(draw: random.Random, file: Path) -> str:
             (
                 "a bomb",
                 b"a: &a [1,1,1,1,1,1,1,1,1]\n"
-                + b"".join(b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(9)),
+                + b"".join(
+                    b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(9)
+                ),
             ),
             ("deep", b"[" * 5000),
             ("two documents", text + b"\n---\n" + text),
@@ -228,7 +264,12 @@ def change_bytes(draw: random.Random, file: Path) -> str:
     elif kind in ("link", "loop"):
         file.symlink_to("nowhere" if kind == "link" else file.name)
     elif kind == "other":
-        shutil.copyfile(draw.choice(sorted(path for path in file.parent.rglob("*") if path.is_file()) or [Path(__file__)]), file)
+        shutil.copyfile(
+            draw.choice(
+                sorted(path for path in file.parent.rglob("*") if path.is_file()) or [Path(__file__)]
+            ),
+            file,
+        )
     elif kind != "gone":
         file.write_bytes(draw.randbytes(200) if kind == "noise" else new.get(kind, content))
     return f"{kind} at {at}"
@@ -275,7 +316,20 @@ def change_tensors(draw: random.Random, file: Path) -> str:
     tensors = load_file(file)
     name = draw.choice(sorted(tensors))
     old = tensors.pop(name)
-    kind = draw.choice(["gone", "renamed", "one less", "flat", "half", "whole numbers", "NaN", "all gone", "extra axis", "empty"])
+    kind = draw.choice(
+        [
+            "gone",
+            "renamed",
+            "one less",
+            "flat",
+            "half",
+            "whole numbers",
+            "NaN",
+            "all gone",
+            "extra axis",
+            "empty",
+        ]
+    )
     new = {
         "renamed": old,
         "one less": old[:-1] if old.ndim else old,
@@ -349,7 +403,12 @@ def bomb() -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def tar_anew(draw: random.Random, file: Path) -> str:
@@ -357,7 +416,9 @@ def tar_anew(draw: random.Random, file: Path) -> str:
         members = [(member.name, archive.extractfile(member).read()) for member in archive if member.isfile()]  # type: ignore[union-attr]
     odd = odd_member(draw, [name for name, _ in members])
     at = draw.randrange(len(members) + 1)
-    kind = draw.choice(["added", "added", "replaced", "gone", "link", "folder", "shuffled", "compressed", "huge"])
+    kind = draw.choice(
+        ["added", "added", "replaced", "gone", "link", "folder", "shuffled", "compressed", "huge"]
+    )
     if kind == "shuffled":
         draw.shuffle(members)
     elif kind in ("gone", "replaced") and members:
@@ -395,7 +456,9 @@ def zip_anew(draw: random.Random, file: Path) -> str:
     kind = draw.choice(["added", "cut", "gone", "replaced", "all gone"])
     name, content = members.pop(at) if members and kind != "added" else odd
     if kind != "gone":
-        members.insert(at, odd if kind == "added" else (name, content[: len(content) // 2] if kind == "cut" else odd[1]))
+        members.insert(
+            at, odd if kind == "added" else (name, content[: len(content) // 2] if kind == "cut" else odd[1])
+        )
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in [] if kind == "all gone" else members:
             archive.writestr(zipfile.ZipInfo(name or "x"), content)

@@ -1,4 +1,6 @@
-"""A command in this process, with little memory, that is asked to stop when it takes long: how it ends and what it says."""
+"""A command in this process, with little memory, that is asked to stop when it takes long: how it ends and
+what it says.
+"""
 
 from __future__ import annotations
 

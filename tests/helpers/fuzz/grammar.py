@@ -26,12 +26,16 @@ from tests.helpers.fuzz.world import recipe
 
 RUN, EXPORT = "work/runs/small", "work/runs/small/export"
 CHECKPOINT = f"{RUN}/checkpoints/step-00000002"
-KL = "autoencoder.kind=kl autoencoder.path=work/autoencoder data.image_channels=3 model.latent_channels=4 model.latent_size=2"
+KL = (
+    "autoencoder.kind=kl autoencoder.path=work/autoencoder data.image_channels=3 model.latent_channels=4 "
+    "model.latent_size=2"
+)
 CACHE = f"cache work/run.yaml work/shards out/latents {KL} model.patch_size=1"
 CONVERT = "convert work/checkpoint-last.pth out/converted --autoencoder work/autoencoder --num-heads 2"
 REFERENCE = "evaluation.reference=work/statistics.npz evaluation.metrics=[frechet_distance]"
 SHARD_CHANGES = (change_bytes, change_members, change_members)
-# What is broken: files (patterns below the world), how, and the commands that read them. OUT is where the command may write.
+# What is broken: files (patterns below the world), how, and the commands that read them. OUT is where the
+# command may write.
 KINDS: dict[str, list[tuple[str, Sequence[Change], list[str]]]] = {
     "recipe": [
         (
@@ -47,7 +51,11 @@ KINDS: dict[str, list[tuple[str, Sequence[Change], list[str]]]] = {
                 f"{CONVERT} --recipe work/run.yaml",
             ],
         ),
-        ("work/pipeline.yaml", (change_settings, change_text), ["run work/pipeline.yaml --dry-run", "run work/pipeline.yaml"]),
+        (
+            "work/pipeline.yaml",
+            (change_settings, change_text),
+            ["run work/pipeline.yaml --dry-run", "run work/pipeline.yaml"],
+        ),
     ],
     "sweep": [
         (
@@ -81,9 +89,17 @@ KINDS: dict[str, list[tuple[str, Sequence[Change], list[str]]]] = {
                 "index work/shards --class-names a,b,c",
             ],
         ),
-        ("work/photos/*/*.png", (change_bytes,), ["pack work/photos out/pack --image-size 8", "pack work/photos out/pack"]),
+        (
+            "work/photos/*/*.png",
+            (change_bytes,),
+            ["pack work/photos out/pack --image-size 8", "pack work/photos out/pack"],
+        ),
         ("work/idx/*", (change_bytes,), ["pack work/idx out/pack --split train"]),
-        ("work/study.zip", (change_bytes, change_members), ["report work/study.zip --output out/report.html"]),
+        (
+            "work/study.zip",
+            (change_bytes, change_members),
+            ["report work/study.zip --output out/report.html"],
+        ),
         (
             "work/statistics.npz",
             (change_arrays, change_bytes, change_members),
@@ -143,7 +159,10 @@ KINDS: dict[str, list[tuple[str, Sequence[Change], list[str]]]] = {
         (
             "work/classifier.safetensors",
             (change_tensors, change_bytes),
-            [f"evaluate --checkpoint {RUN} --output out", "statistics work/run.yaml work/shards out/statistics.npz"],
+            [
+                f"evaluate --checkpoint {RUN} --output out",
+                "statistics work/run.yaml work/shards out/statistics.npz",
+            ],
         ),
         (
             "work/study/run0/evaluations/r.json",

@@ -1,4 +1,6 @@
-"""A small place to break things in: a healthy file of each kind that the program reads, and a picture of all that lies there."""
+"""A small place to break things in: a healthy file of each kind that the program reads, and a picture of all
+that lies there.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,27 @@ CLASSIFIER = ROOT / "data" / "fashion" / "classifier.safetensors"
 
 def recipe() -> dict:
     """A run of two steps on a few images."""
-    settings = {section: {**value} if isinstance(value, dict) else value for section, value in SETTINGS.items()}
+    settings = {
+        section: {**value} if isinstance(value, dict) else value for section, value in SETTINGS.items()
+    }
     settings["data"] |= {"train": "work/shards", "evaluation": "work/shards", "image_size": SIDE}
-    settings["model"] |= {"num_classes": CLASSES, "latent_size": SIDE, "patch_size": 16, "num_context_tokens": 4}
-    settings["training"] |= {"max_steps": 2, "global_batch_size": 2, "log_every": 1, "num_validation_samples": 4}
-    settings["evaluation"] = {"extractor": "classifier", "extractor_weights": "work/classifier.safetensors", "num_images": 6}
+    settings["model"] |= {
+        "num_classes": CLASSES,
+        "latent_size": SIDE,
+        "patch_size": 16,
+        "num_context_tokens": 4,
+    }
+    settings["training"] |= {
+        "max_steps": 2,
+        "global_batch_size": 2,
+        "log_every": 1,
+        "num_validation_samples": 4,
+    }
+    settings["evaluation"] = {
+        "extractor": "classifier",
+        "extractor_weights": "work/classifier.safetensors",
+        "num_images": 6,
+    }
     settings["evaluation"] |= {"metrics": ["class_accuracy"]}
     return settings | {"output_dir": "out"}
 
@@ -44,7 +62,9 @@ def write_yaml(path: Path, content: object) -> None:
 
 
 def build_world(root: Path) -> None:
-    """Fill ``root``: ``work`` holds what attempts break, the other folders are neighbours that nothing may touch."""
+    """Fill ``root``: ``work`` holds what attempts break, the other folders are neighbours that nothing may
+    touch.
+    """
     healthy = root / "healthy"
     healthy.mkdir()
     (root / "work").symlink_to("healthy")  # paths in files are those of a copy
@@ -76,17 +96,36 @@ def write_images(healthy: Path) -> None:
             Image.frombytes("L", (SIDE, SIDE), draw.randbytes(SIDE * SIDE)).save(folder / f"{number}.png")
     (healthy / "idx").mkdir()
     pixels = struct.pack(">IIII", 0x803, 10, SIDE, SIDE) + draw.randbytes(10 * SIDE * SIDE)
-    for name, content in (("images-idx3", pixels), ("labels-idx1", struct.pack(">II", 0x801, 10) + bytes(range(10)))):
+    for name, content in (
+        ("images-idx3", pixels),
+        ("labels-idx1", struct.pack(">II", 0x801, 10) + bytes(range(10))),
+    ):
         (healthy / "idx" / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(content))
 
 
 def write_recipes(healthy: Path) -> None:
     write_yaml(healthy / "run.yaml", recipe())
-    listed = {"output_dir": "out", "runs": [{"recipe": "run.yaml"}, {"recipe": "run.yaml", "overrides": ["name=second"]}]}
+    listed = {
+        "output_dir": "out",
+        "runs": [{"recipe": "run.yaml"}, {"recipe": "run.yaml", "overrides": ["name=second"]}],
+    }
     write_yaml(healthy / "pipeline.yaml", listed)
-    parameters = {"x": {"values": [1, 2]}, "lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}}
-    sweep = {"method": "random", "metric": {"name": "loss", "goal": "minimize"}, "parameters": parameters, "run_cap": 1}
-    command = ["${env}", "sh", "-c", "printf 'step,images_seen,seconds,metric,value\\n1,1,1,loss,2\\n' > $WANDB_DIR/metrics.csv"]
+    parameters = {
+        "x": {"values": [1, 2]},
+        "lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2},
+    }
+    sweep = {
+        "method": "random",
+        "metric": {"name": "loss", "goal": "minimize"},
+        "parameters": parameters,
+        "run_cap": 1,
+    }
+    command = [
+        "${env}",
+        "sh",
+        "-c",
+        "printf 'step,images_seen,seconds,metric,value\\n1,1,1,loss,2\\n' > $WANDB_DIR/metrics.csv",
+    ]
     write_yaml(healthy / "sweep.yaml", sweep | {"command": command})
 
 

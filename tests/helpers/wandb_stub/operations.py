@@ -25,9 +25,19 @@ class Operations:
 
     def Viewer(self, v: Variables) -> Answer:
         team = {"edges": [{"node": {"name": ENTITY}}]}
-        user = dict(id=global_id("User", "1"), entity=ENTITY, username="user", name="user", email="user@example", admin=False)
+        user = dict(
+            id=global_id("User", "1"),
+            entity=ENTITY,
+            username="user",
+            name="user",
+            email="user@example",
+            admin=False,
+        )
         return {
-            "viewer": user | dict(deletedAt=None, flags="{}", teams=team, apiKeys={"edges": []}, defaultEntity={"name": ENTITY})
+            "viewer": user
+            | dict(
+                deletedAt=None, flags="{}", teams=team, apiKeys={"edges": []}, defaultEntity={"name": ENTITY}
+            )
         }
 
     GetViewer = GetDefaultEntity = ViewerQuery = Viewer
@@ -51,7 +61,14 @@ class Operations:
         key = (v.get("project") or "uncategorized", v.get("name") or short_id())
         inserted = run is None and key not in state.runs
         run = run or state.run(*key)
-        names = dict(displayName="displayName", groupName="group", jobType="jobType", notes="notes", tags="tags", host="host")
+        names = dict(
+            displayName="displayName",
+            groupName="group",
+            jobType="jobType",
+            notes="notes",
+            tags="tags",
+            host="host",
+        )
         for theirs, ours in (names | {"sweep": "sweepName"}).items():
             if v.get(theirs) is not None:
                 run[ours] = v[theirs]
@@ -64,7 +81,9 @@ class Operations:
 
     def RunResumeStatus(self, v: Variables) -> Answer:
         run = self.state.runs.get((v["project"], v["name"]))
-        return {"model": self.state.project(v["project"]) | {"bucket": self.state.run_node(run) if run else None}}
+        return {
+            "model": self.state.project(v["project"]) | {"bucket": self.state.run_node(run) if run else None}
+        }
 
     def RunStoppedStatus(self, v: Variables) -> Answer:
         run = self.state.runs.get((v["projectName"], v["runId"]))
@@ -90,8 +109,17 @@ class Operations:
         key = global_id("Artifact", given.get("digest") or short_id(), name)
         artifact = self.state.artifacts.setdefault(
             key,
-            dict(id=key, state="PENDING", aliases=[], name=name, type=given.get("artifactTypeName"), run=given.get("runName"))
-            | dict(metadata=json.loads(given.get("metadata") or "{}"), client=given.get("clientID"), files=[]),
+            dict(
+                id=key,
+                state="PENDING",
+                aliases=[],
+                name=name,
+                type=given.get("artifactTypeName"),
+                run=given.get("runName"),
+            )
+            | dict(
+                metadata=json.loads(given.get("metadata") or "{}"), client=given.get("clientID"), files=[]
+            ),
         )
         for alias in [item["alias"] for item in given.get("aliases") or []]:
             for other in self.state.artifacts.values():
@@ -99,19 +127,29 @@ class Operations:
                     other["aliases"].remove(alias)
             artifact["aliases"].append(alias)
         sequence = dict(id=global_id("Sequence", name), latestArtifact=None)
-        return {"createArtifact": {"artifact": dict(id=key, state=artifact["state"], artifactSequence=sequence)}}
+        return {
+            "createArtifact": {"artifact": dict(id=key, state=artifact["state"], artifactSequence=sequence)}
+        }
 
     def upload(self, *path: str) -> dict[str, Any]:
-        return dict(id="file", uploadUrl="/".join([self.base, *map(urllib.parse.quote, path)]), uploadHeaders=[])
+        return dict(
+            id="file", uploadUrl="/".join([self.base, *map(urllib.parse.quote, path)]), uploadHeaders=[]
+        )
 
     def CreateArtifactManifest(self, v: Variables) -> Answer:
         file = self.upload("manifests", v["artifactID"], v["name"])
-        return {"createArtifactManifest": {"artifactManifest": dict(id=global_id("Manifest", v["artifactID"]), file=file)}}
+        return {
+            "createArtifactManifest": {
+                "artifactManifest": dict(id=global_id("Manifest", v["artifactID"]), file=file)
+            }
+        }
 
     def UpdateArtifactManifest(self, v: Variables) -> Answer:
         manifest = v.get("artifactManifestID") or ""
         return {
-            "updateArtifactManifest": {"artifactManifest": dict(id=manifest, file=self.upload("manifests", manifest, "m.json"))}
+            "updateArtifactManifest": {
+                "artifactManifest": dict(id=manifest, file=self.upload("manifests", manifest, "m.json"))
+            }
         }
 
     def CreateArtifactFiles(self, v: Variables) -> Answer:
@@ -119,8 +157,12 @@ class Operations:
         for spec in v.get("input", v)["artifactFiles"]:
             artifact, name = spec["artifactID"], spec["name"]
             self.state.artifacts[artifact]["files"].append(name)
-            node = dict(name=name, displayName=name, storagePath=f"{artifact}/{name}", uploadMultipartUrls=None)
-            nodes.append(self.upload("artifact_files", artifact, name) | node | {"artifact": {"id": artifact}})
+            node = dict(
+                name=name, displayName=name, storagePath=f"{artifact}/{name}", uploadMultipartUrls=None
+            )
+            nodes.append(
+                self.upload("artifact_files", artifact, name) | node | {"artifact": {"id": artifact}}
+            )
         return {"createArtifactFiles": {"files": page(nodes)}}
 
     def CommitArtifact(self, v: Variables) -> Answer:
@@ -128,7 +170,11 @@ class Operations:
         return {"commitArtifact": {"artifact": dict(id=v["artifactID"], digest="digest")}}
 
     def ClientIDMapping(self, v: Variables) -> Answer:
-        found = [artifact["id"] for artifact in self.state.artifacts.values() if artifact["client"] == v["clientID"]]
+        found = [
+            artifact["id"]
+            for artifact in self.state.artifacts.values()
+            if artifact["client"] == v["clientID"]
+        ]
         return {"clientIDMapping": {"serverID": found[0]} if found else None}
 
     def ArtifactType(self, v: Variables) -> Answer:
@@ -171,7 +217,9 @@ class Operations:
         return {"project": {"run": {"parquetHistory": history}}}
 
     def HistoryPage(self, v: Variables) -> Answer:
-        rows = [row for row in self.of_run(v)["history"] if v["minStep"] <= row.get("_step", 0) < v["maxStep"]]
+        rows = [
+            row for row in self.of_run(v)["history"] if v["minStep"] <= row.get("_step", 0) < v["maxStep"]
+        ]
         return {"project": {"run": {"history": [json.dumps(row) for row in rows]}}}
 
     def RunFiles(self, v: Variables) -> Answer:
@@ -179,14 +227,22 @@ class Operations:
         wanted = v.get("fileNames") or []
         nodes = [
             dict(
-                id=path, name=path.removeprefix(prefix), url=self.base + path, directUrl=self.base + path, sizeBytes=len(content)
+                id=path,
+                name=path.removeprefix(prefix),
+                url=self.base + path,
+                directUrl=self.base + path,
+                sizeBytes=len(content),
             )
             | dict(mimetype="", updatedAt=now(), md5="")
             for path, content in self.state.files.items()
             if path.startswith(prefix) and (not wanted or path.removeprefix(prefix) in wanted)
         ]
         run = self.of_run(v)
-        return {"project": {"run": dict(fileCount=len(nodes), files=page(nodes), internalId=run["id"], id=run["id"])}}
+        return {
+            "project": {
+                "run": dict(fileCount=len(nodes), files=page(nodes), internalId=run["id"], id=run["id"])
+            }
+        }
 
     # sweeps
 
@@ -196,8 +252,18 @@ class Operations:
         if sweep is None:
             name, settings = short_id(), yaml.safe_load(v["config"])
             project = v.get("projectName") or settings.get("project") or "uncategorized"
-            sweep = dict(id=global_id("Sweep", "v1", name, project, ENTITY), name=name, project=project, state="PENDING")
-            sweep |= dict(displayName=settings.get("name") or name, settings=settings, config=v["config"], createdAt=now())
+            sweep = dict(
+                id=global_id("Sweep", "v1", name, project, ENTITY),
+                name=name,
+                project=project,
+                state="PENDING",
+            )
+            sweep |= dict(
+                displayName=settings.get("name") or name,
+                settings=settings,
+                config=v["config"],
+                createdAt=now(),
+            )
             state.sweeps[name] = sweep | dict(controller=None, scheduler=None)
             sweep = state.sweeps[name]
         sweep |= {key: v[key] for key in ("state", "controller", "scheduler") if v.get(key) is not None}
@@ -205,7 +271,10 @@ class Operations:
 
     def GetSweep(self, v: Variables) -> Answer:
         sweep = self.state.sweeps.get(v.get("sweep") or v.get("name") or "")
-        return {"project": self.state.project(v["project"]) | {"sweep": self.state.sweep_node(sweep) if sweep else None}}
+        return {
+            "project": self.state.project(v["project"])
+            | {"sweep": self.state.sweep_node(sweep) if sweep else None}
+        }
 
     SweepWithRuns = GetSweepState = GetSweep
 

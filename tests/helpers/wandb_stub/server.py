@@ -107,7 +107,9 @@ class Handler(BaseHTTPRequestHandler):
         for file, part in (sent.get("files") or {}).items():
             lines = part["content"]
             if file in STREAMS:
-                run[STREAMS[file]][part["offset"] :] = [json.loads(line, parse_constant=str) for line in lines]
+                run[STREAMS[file]][part["offset"] :] = [
+                    json.loads(line, parse_constant=str) for line in lines
+                ]
             elif file == "wandb-summary.json":
                 run["summary"] = json.loads(lines[-1], parse_constant=str)
             else:
@@ -142,7 +144,9 @@ class Stub:
         self.state = State()
         self.server = Server(self.state, port)
         self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
     def __enter__(self) -> Stub:
         return self

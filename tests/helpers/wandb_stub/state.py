@@ -137,7 +137,10 @@ class State:
 
     def sweep_node(self, sweep: dict[str, Any]) -> dict[str, Any]:
         """A sweep as GraphQL shows it."""
-        nodes = [self.run_node(run) | {"sampledHistory": [run["history"]]} for run in self.runs_of_sweep(sweep["name"])]
+        nodes = [
+            self.run_node(run) | {"sampledHistory": [run["history"]]}
+            for run in self.runs_of_sweep(sweep["name"])
+        ]
         return {key: value for key, value in sweep.items() if key != "settings"} | dict(
             method=sweep["settings"].get("method"),
             description=None,
@@ -159,7 +162,9 @@ def history_keys(history: list[dict[str, Any]]) -> dict[str, Any]:
     for row in history:
         for key, value in row.items():
             kind = "number" if isinstance(value, int | float) else "string"
-            entry = keys.setdefault(key, {"typeCounts": [{"type": kind, "count": 0}], "monotonic": key == "_step"})
+            entry = keys.setdefault(
+                key, {"typeCounts": [{"type": kind, "count": 0}], "monotonic": key == "_step"}
+            )
             entry["typeCounts"][0]["count"] += 1
             entry["previousValue"] = value
     return {"lastStep": history[-1].get("_step", -1) if history else -1, "sets": [], "keys": keys}

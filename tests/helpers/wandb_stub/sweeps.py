@@ -32,7 +32,11 @@ def commands(state: State, sweep: dict[str, Any], agents_runs: dict[str, Any]) -
         lost = {trial.id for trial in to_stop(plan.early_terminate, trials, plan.maximize)}
         for run in runs:
             run["stopped"] |= run["name"] in lost
-    orders = [{"type": "stop", "run_id": run["name"]} for run in runs if run["stopped"] and run["name"] in agents_runs]
+    orders = [
+        {"type": "stop", "run_id": run["name"]}
+        for run in runs
+        if run["stopped"] and run["name"] in agents_runs
+    ]
     if agents_runs:
         return orders
     settings = next_settings(plan, trials)
@@ -41,5 +45,17 @@ def commands(state: State, sweep: dict[str, Any], agents_runs: dict[str, Any]) -
         return [*orders, {"type": "exit"}]
     sweep["state"] = "RUNNING"
     run = state.run(sweep["project"], short_id())
-    run |= dict(sweepName=sweep["name"], state="pending", args={key: {"value": value} for key, value in settings.items()})
-    return [*orders, {"type": "run", "run_id": run["name"], "args": json.loads(json.dumps(run["args"])), "program": plan.program}]
+    run |= dict(
+        sweepName=sweep["name"],
+        state="pending",
+        args={key: {"value": value} for key, value in settings.items()},
+    )
+    return [
+        *orders,
+        {
+            "type": "run",
+            "run_id": run["name"],
+            "args": json.loads(json.dumps(run["args"])),
+            "program": plan.program,
+        },
+    ]
