@@ -132,7 +132,9 @@ def check_threads(fabric: Fabric, folder: Path) -> Finding:
     cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     problem = f"{ranks} ranks share {cores} cores; leave OMP_NUM_THREADS=1" if ranks > cores else ""
     return Finding(
-        "cores", f"{cores} a node for {ranks} rank(s), {torch.get_num_threads()} thread(s) a rank", problem
+        "cores",
+        f"{cores} per node for {ranks} rank(s), {torch.get_num_threads()} thread(s) per rank",
+        problem,
     )
 
 

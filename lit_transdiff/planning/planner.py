@@ -151,7 +151,7 @@ def plan(run: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
             "",
             *describe_time(run, gpus, gpu, device, cost, mfu, model),
             "",
-            f"Memory a GPU in GB ({gpu}: {device.memory / GB:.0f} GB, of which {USABLE:.0%} count, less "
+            f"Memory per GPU in GB ({gpu}: {USABLE:.0%} of {device.memory / GB:.0f} GB, less "
             f"{OVERHEAD / GB:.1f} GB):",
             *memory_table(table, device, wanted),
             *refusals(run),
@@ -181,11 +181,11 @@ def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool)
             if run.training.precision == "bf16-true"
             else "float32"
         ),
-        f"operations     {cost.row_flops / 1e9:,.0f} GFLOP a row of {run.model.num_references}, forward and "
-        "backward; "
-        f"{cost.row_flops * run.training.global_batch_size / 1e15:,.2f} PFLOP a step of "
+        f"operations     {cost.row_flops / 1e9:,.0f} GFLOP per row of {run.model.num_references}, "
+        "forward and backward; "
+        f"{cost.row_flops * run.training.global_batch_size / 1e15:,.2f} PFLOP per step of "
         f"{run.training.global_batch_size} rows",
-        f"activations    {cost.row_bytes / GB:.3f} GB a row, {cost.fixed_bytes / GB:.2f} GB once"
+        f"activations    {cost.row_bytes / GB:.3f} GB per row, {cost.fixed_bytes / GB:.2f} GB once"
         + (
             f" ({run.training.activation_checkpointing}: recomputed in the backward pass)"
             if cost.recomputed_flops
@@ -212,7 +212,7 @@ def describe_time(
     hours = seconds * training.max_steps / 3600
     sent = communication("ddp" if gpus > 1 else "single", gpus, 1, model) / device.collective_rate(gpus)
     return [
-        f"{gpus} x {gpu} at {mfu:.0%} of {device.flops / 1e12:,.0f} TFLOP/s: {seconds:.3f} s a step, "
+        f"{gpus} x {gpu} at {mfu:.0%} of {device.flops / 1e12:,.0f} TFLOP/s: {seconds:.3f} s per step, "
         f"{images:,.0f} images/s",
         f"{training.max_steps:,} steps: {hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours (without "
         "validation, grids and saves)",
