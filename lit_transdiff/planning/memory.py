@@ -197,7 +197,7 @@ class Kept:
 
     def __init__(self, parameters: set[int]) -> None:
         self.bytes: dict[str, int] = defaultdict(int)
-        self.inputs: dict[str, int] = {}
+        self.inputs: dict[str, int] = defaultdict(int)  # in all calls of a block during a pass
         self.block = ""
         self.seen: dict[int, Any] = {}  # keeps storages alive, so that no id is reused
         self.parameters = parameters
@@ -220,7 +220,7 @@ def kept_tensors(model: Paradigm) -> Iterator[Kept]:
 
             def enter(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
                 kept.block = name
-                kept.inputs[name] = inputs[0].numel() * inputs[0].element_size()
+                kept.inputs[name] += inputs[0].numel() * inputs[0].element_size()
 
             def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
                 kept.block = ""
