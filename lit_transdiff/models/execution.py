@@ -30,7 +30,8 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     remains fast.
 
     If compilation is impossible (no C++ compiler on a CPU, no Triton on a GPU), they run eagerly with a
-    warning.
+    warning. ``forward`` is compiled, not the module (``nn.Module.compile``): hooks, by which strategies
+    gather weights, and recomputation stay outside the graph.
     """
     for block in blocks:
         block.forward = compiled(block.forward)  # type: ignore[method-assign]
