@@ -57,7 +57,7 @@ def legend(axes: Axes | Figure, handles: Sequence[Any], names: Sequence[str], **
 def curves(
     runs: Sequence[Run], metric: str, over: str = "images_seen", labels: Mapping[str, str] | None = None
 ) -> Figure:
-    """One line per run: ``metric`` over step, images_seen or device_hours; ``labels`` by ``run.where``."""
+    """One line per run: ``metric`` over step, images_seen or device_hours; ``labels`` by the run's place."""
     from matplotlib.figure import Figure
 
     require(over in AXES, "over", over, ", ".join(AXES))
