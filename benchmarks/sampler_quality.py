@@ -141,7 +141,9 @@ def main() -> None:
     torch.manual_seed(0)
     generator = load_generator(args.checkpoint, default_device())
     run = generator.run
-    base = dataclasses.replace(run.sampling, solver="euler_maruyama", grid="paper", num_steps=100)
+    base = dataclasses.replace(
+        run.sampling, solver="euler_maruyama", grid="paper", num_steps=100, guidance_interval=[0.0, 1.0]
+    )
     rows = {}
     settings = settings_of(run.model.num_references, run.sampling.guidance_scale)
     if wrong := [name for name in args.only if name not in settings]:

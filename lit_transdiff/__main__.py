@@ -344,6 +344,7 @@ def add_machine_commands(
         default="ema",
         help="ema, ema_DECAY of optimizer.more_ema_decays, or last for the weights",
     )
+    sub.add_argument("--half", action="store_true", help="in float16, which takes half the space")
     sub.add_argument("--output", help="folder; default: export-STEP in the run folder")
 
 

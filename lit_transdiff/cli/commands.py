@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from lit_transdiff.base.endings import TrialsFailed
-from lit_transdiff.config import RunConfig
+from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.classes import choose_classes, full_names
 from lit_transdiff.config.loading import load_run, override, read_yaml
 from lit_transdiff.config.paths import (
@@ -25,6 +25,7 @@ from lit_transdiff.config.paths import (
     export_folder,
     local_path,
     parse_names,
+    results_folder,
 )
 from lit_transdiff.data.index_files import index_files
 from lit_transdiff.evaluation.scores import result_files, score_in_words
@@ -210,9 +211,10 @@ def sample_command(args: argparse.Namespace) -> None:
     generator = generator.at(sampling.precision)
     common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
     classes = choose_classes(args.classes, full_names(generator.class_names, generator.run.model.num_classes))
-    if args.fuse and len(classes) != 2:
-        raise ValueError(f"--classes: got {args.classes!r}; allowed with --fuse: two classes, as in 0,7.")
-    output = fresh_folder(Path(args.output or Path(args.checkpoint) / "samples" / "drawn"))
+    require(
+        not args.fuse or len(classes) == 2, "--classes", args.classes, "with --fuse two classes, as in 0,7"
+    )
+    output = fresh_folder(Path(args.output or results_folder(args.checkpoint) / "samples" / "drawn"))
     if args.fuse:
         draw = partial(draw_fusion, generator, (classes[0], classes[1]), kind=args.fuse)
     else:
@@ -285,7 +287,7 @@ def export_command(args: argparse.Namespace) -> None:
     checkpoints_folder(args.run_folder)
     from lit_transdiff.checkpoints.export import export_run
 
-    print(export_run(Path(args.run_folder), args.step, args.average, args.output))
+    print(export_run(Path(args.run_folder), args.step, args.average, args.output, half=args.half))
 
 
 def plan_command(args: argparse.Namespace) -> None:

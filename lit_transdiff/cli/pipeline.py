@@ -29,6 +29,7 @@ from lit_transdiff.config.loading import (
     resolved,
     to_yaml,
 )
+from lit_transdiff.config.paths import results_folder
 from lit_transdiff.config.targets import below
 from lit_transdiff.config.typed import typed
 from lit_transdiff.data.index import read_index
@@ -305,7 +306,7 @@ def score_checkpoint(
     if run.tracking.wandb:
         check_mode()
     trial = trial_place() is not None
-    folder = output or (run.folder if trial else Path(checkpoint))
+    folder = output or (run.folder if trial else results_folder(checkpoint))
     if trial and fabric.is_global_zero:
         open_folder(run)
     fabric.barrier()

@@ -66,8 +66,13 @@ MADE = (
     "evaluation.reference",
     "distributed.nvme_path",
 )  # settings of output paths
-SHARED = ("data", "experiments")  # folders of the checkout that an installed package has below SHARE
-SHARE = ("share", "lit-transdiff")
+SHARED = ("data", "experiments")  # folders of the checkout that an installed package has, too
+BUNDLED = "data/fashion"  # images and trained models: nothing is written there
+
+
+def roots() -> tuple[Path, Path]:
+    """Where what comes with this program may lie: the checkout, and the place of an installed package."""
+    return Path(__file__).parents[2], Path(sys.prefix, "share", "lit-transdiff")
 
 
 def shipped(path: str) -> str:
@@ -75,7 +80,7 @@ def shipped(path: str) -> str:
     existing paths are unchanged.
     """
     if not os.path.lexists(path) and path.split("/")[0] in SHARED:
-        for root in (Path(__file__).parents[2], Path(sys.prefix, *SHARE)):
+        for root in roots():
             if (root / path).exists():
                 return str(root / path)
     return path

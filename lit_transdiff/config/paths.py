@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lit_transdiff.config import expanded, require, shipped
+from lit_transdiff.config.checks import BUNDLED, roots
 
 PATHS = (  # arguments and options in which ~ and $NAME are replaced
     *("source", "dest", "folder", "file", "run", "pipeline", "run_folder", "checkpoint", "output", "shards"),
@@ -76,6 +77,13 @@ def export_folder(path: str | Path) -> Path:
     )
     hint = f" Trained runs there: {', '.join(nearby)}." if nearby else ""
     raise FileNotFoundError(f"{path} holds no trained model (no export/model.safetensors).{hint}")
+
+
+def results_folder(checkpoint: str | Path) -> Path:
+    """Where results of a trained model go: to its folder, those of a shipped model to runs/bundled."""
+    path = Path(checkpoint)
+    bundled = any(path.resolve().is_relative_to((root / BUNDLED).resolve()) for root in roots())
+    return Path("runs", "bundled", path.name) if bundled else path
 
 
 def checkpoints_folder(run_folder: str | Path) -> Path:

@@ -20,6 +20,7 @@ from lit_transdiff.checkpoints.averages import (
 )
 from lit_transdiff.checkpoints.export import combined, read_export
 from lit_transdiff.checkpoints.format import complete_checkpoints
+from lit_transdiff.sampling.generator import load_generator
 from lit_transdiff.training.trainer import train
 from tests.helpers.small import small_run
 
@@ -120,3 +121,22 @@ def test_without_such_averages_there_is_none_to_choose(tmp_path: Path, capsys: p
     train(run, lambda text: None)
     assert main(["export", str(run.folder), "--average", "ema_power_0.1"]) == 2
     assert "a run with optimizer.power_widths" in capsys.readouterr().err
+
+
+def test_an_export_in_float16_takes_half_the_space_and_loads_as_float32(tmp_path: Path):
+    run = small_run(tmp_path)
+    train(run, lambda text: None)
+    assert main(["export", str(run.folder), "--output", str(tmp_path / "half"), "--half"]) == 0
+    whole, half = (load_generator(folder).model.state_dict() for folder in (run.folder, tmp_path / "half"))
+    assert all(
+        torch.equal(value.half(), half[name].half())
+        for name, value in whole.items()
+        if value.is_floating_point()
+    )
+    assert {name: value.dtype for name, value in whole.items()} == {
+        name: value.dtype for name, value in half.items()
+    }
+    sizes = [
+        (folder / "model.safetensors").stat().st_size for folder in (run.folder / "export", tmp_path / "half")
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
