@@ -124,7 +124,7 @@ def test_the_table_says_by_how_much_results_differ(tmp_path: Path) -> None:
     assert (
         "b-mrar against a-onestep: Frechet distance -0.5 ± 0.083, recall no difference above 0.038." in text
     )
-    assert "95 % intervals over the images" in text and text.count("against a-onestep") == 1
+    assert "95 % intervals over the sampled images" in text and text.count("against a-onestep") == 1
 
 
 def test_text_is_aligned_and_the_csv_holds_plain_numbers(folder: Path, tmp_path: Path) -> None:
