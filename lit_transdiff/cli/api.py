@@ -80,14 +80,12 @@ def signature(name: str, value: Any) -> str:
     return f"{name}(\n" + "".join(f"    {p},\n" for p in parameters) + f"){returned}"
 
 
-def parameter(found: inspect.Parameter) -> str:
+def parameter(item: inspect.Parameter) -> str:
     """One parameter as written in the source."""
-    stars: dict[Any, str] = {found.VAR_POSITIONAL: "*", found.VAR_KEYWORD: "**"}
-    star = stars.get(found.kind, "")
-    default = getattr(found.default, "__name__", repr(found.default))
-    return f"{star}{found.name}: {found.annotation}" + (
-        "" if found.default is found.empty else f" = {default}"
-    )
+    stars: dict[Any, str] = {item.VAR_POSITIONAL: "*", item.VAR_KEYWORD: "**"}
+    star = stars.get(item.kind, "")
+    default = getattr(item.default, "__name__", repr(item.default))
+    return f"{star}{item.name}: {item.annotation}" + ("" if item.default is item.empty else f" = {default}")
 
 
 def code(line: str) -> str:

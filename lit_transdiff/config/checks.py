@@ -112,21 +112,21 @@ def are_numbers(names: Sequence[str]) -> bool:
     return all(name.isascii() and name.isdecimal() for name in names)
 
 
-def require_classes(what: str, found: Sequence[str], expected: Sequence[str], whose: str) -> None:
-    """Raise ``ValueError`` unless the class names ``found`` are those ``expected``, which belong to
+def require_classes(what: str, names: Sequence[str], expected: Sequence[str], whose: str) -> None:
+    """Raise ``ValueError`` unless the class names ``names`` are those ``expected``, which belong to
     ``whose``.
 
     If one side has numbers for names and the other words, or one has no names, only the number of classes is
     compared.
     """
-    if list(found) == list(expected) or not found or not expected:
+    if list(names) == list(expected) or not names or not expected:
         return
-    if len(found) == len(expected) and are_numbers(found) != are_numbers(expected):
+    if len(names) == len(expected) and are_numbers(names) != are_numbers(expected):
         return
-    only, missing = [n for n in found if n not in expected], [n for n in expected if n not in found]
-    if len(found) != len(expected):
+    only, missing = [n for n in names if n not in expected], [n for n in expected if n not in names]
+    if len(names) != len(expected):
         got = (
-            f"{len(found)} classes"
+            f"{len(names)} classes"
             + (f", with {some(only)}" if only else "")
             + (f", without {some(missing)}" if missing else "")
         )
@@ -135,8 +135,8 @@ def require_classes(what: str, found: Sequence[str], expected: Sequence[str], wh
             "images"
         )
     else:
-        c = next(c for c, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other)
-        got = f"class {c} {found[c]!r}" + ("" if only else ", the same classes in another order")
+        c = next(c for c, (one, other) in enumerate(zip(names, expected, strict=True)) if one != other)
+        got = f"class {c} {names[c]!r}" + ("" if only else ", the same classes in another order")
         allowed = f"{expected[c]!r}, which is class {c} of {whose}; pack both from folders of the same names"
     raise ValueError(f"{what}: got {got}; allowed: {allowed}.")
 

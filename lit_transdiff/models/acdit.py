@@ -67,13 +67,13 @@ class SkipCausalAttention(nn.Module):
         return self.proj(rearrange(y, "b h n d -> b n (h d)"))
 
 
-def with_own(kept: Tensor | None, own: Tensor, number: int) -> Tensor:
+def with_own(past: Tensor | None, own: Tensor, number: int) -> Tensor:
     """Concatenate the first ``number`` clean keys or values [C, h, S, d] and those of a noised part [R, h, n,
     d].
     """
-    if kept is None or not number:
+    if past is None or not number:
         return own
-    return torch.cat([kept[:, :, :number].repeat(len(own) // len(kept), 1, 1, 1), own], dim=2)
+    return torch.cat([past[:, :, :number].repeat(len(own) // len(past), 1, 1, 1), own], dim=2)
 
 
 def turned(x: Tensor, angles: Tensor) -> Tensor:

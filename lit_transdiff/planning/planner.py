@@ -224,7 +224,7 @@ def describe_time(
     ]
 
 
-def memory_table(table: list[PlanRow], device: Device, wanted: int | None) -> list[str]:
+def memory_table(table: list[PlanRow], device: Device, micro_batch: int | None) -> list[str]:
     """One line per strategy and micro-batch: the sizes around the largest that fits, and the run's own."""
     head = f"{'strategy':9}{'rows':>5}{'passes':>8}" + "".join(
         f"{name:>13}" for name in (*vars(table[0].memory), "total")
@@ -233,7 +233,7 @@ def memory_table(table: list[PlanRow], device: Device, wanted: int | None) -> li
     for strategy in dict.fromkeys(row.strategy for row in table):
         mine = [row for row in table if row.strategy == strategy]
         largest = max((i for i, row in enumerate(mine) if row.fits), default=-1)
-        shown = {0, largest, largest + 1} | {i for i, row in enumerate(mine) if row.rows == wanted}
+        shown = {0, largest, largest + 1} | {i for i, row in enumerate(mine) if row.rows == micro_batch}
         whole = mine[-1].rows
         for i, row in enumerate(mine):
             if i not in shown:
@@ -241,7 +241,7 @@ def memory_table(table: list[PlanRow], device: Device, wanted: int | None) -> li
             numbers = "".join(
                 f"{value / GB:13.2f}" for value in (*vars(row.memory).values(), row.memory.total)
             )
-            note = ("  <- the run's" if row.rows == wanted else "") if row.fits else "  does not fit"
+            note = ("  <- the run's" if row.rows == micro_batch else "") if row.fits else "  does not fit"
             lines.append(f"{strategy:9}{row.rows:5}{whole // row.rows:8}{numbers}{row.sent / GB:10.2f}{note}")
         if largest < 0:
             lines.append(f"{strategy} does not fit, whatever the micro-batch.")

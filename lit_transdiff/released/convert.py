@@ -121,10 +121,10 @@ def convert(
     )
 
 
-def check_options(given: set[str], effective: set[str], source: str) -> None:
+def check_options(options: set[str], effective: set[str], source: str) -> None:
     """Refuse options that have no effect on ``source``."""
     allowed = ", ".join(sorted(effective)) or "none"
-    require(given <= effective, "options", sorted(given - effective), f"for {source}: {allowed}")
+    require(options <= effective, "options", sorted(options - effective), f"for {source}: {allowed}")
 
 
 def released_to_export(

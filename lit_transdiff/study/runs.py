@@ -46,9 +46,9 @@ def runs(where: str | Path, filters: Mapping[str, Any] | None = None) -> list[Ru
     return sorted((run for run in found if fits(run, filters or {})), key=lambda run: (run.group, run.name))
 
 
-def of_group(found: Sequence[Run], *groups: str) -> list[Run]:
+def of_group(candidates: Sequence[Run], *groups: str) -> list[Run]:
     """The runs of these groups (experiments or sweeps), or all runs if no run belongs to them."""
-    return [run for run in found if run.group in groups] or list(found)
+    return [run for run in candidates if run.group in groups] or list(candidates)
 
 
 def read_local(path: Path) -> list[Run]:

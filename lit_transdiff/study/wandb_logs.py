@@ -137,25 +137,25 @@ def read_server(project: str, filters: Mapping[str, Any]) -> list[Run]:
         ) from error
 
 
-def read_server_run(found: Any) -> Run:
+def read_server_run(source: Any) -> Run:
     """One run of the public API; its history is fetched once, on first use."""
-    config = dict(found.config)
-    summary = {key: number(value) for key, value in dict(found.summary).items() if not key.startswith("_")}
+    config = dict(source.config)
+    summary = {key: number(value) for key, value in dict(source.summary).items() if not key.startswith("_")}
 
     @cache
     def rows() -> list[dict[str, Any]]:
-        return list(answers(found.scan_history, f"the metrics of {found.name}"))
+        return list(answers(source.scan_history, f"the metrics of {source.name}"))
 
     @cache
     def folder() -> Path:
         return folder_of_this_process("wandb-pictures-")
 
     def fetch(path: str) -> Any:
-        place = below(folder(), path, f"{found.name}: picture")
+        place = below(folder(), path, f"{source.name}: picture")
         list(
             answers(
-                lambda: [found.file(path).download(root=str(folder()), exist_ok=True)],
-                f"the picture {path} of {found.name}",
+                lambda: [source.file(path).download(root=str(folder()), exist_ok=True)],
+                f"the picture {path} of {source.name}",
             )
         )
         return opener(place)()
@@ -166,14 +166,14 @@ def read_server_run(found: Any) -> Run:
     kept = {key: value for key, value in summary.items() if isinstance(value, int | float)}
     joined = cache(lambda: by_step(rows(), devices_of(config)))
     return Run(
-        id=found.id,
-        name=found.name,
-        stage=found.job_type or "",
-        group=found.group or "",
-        tags=list(found.tags),
-        state=found.state,
+        id=source.id,
+        name=source.name,
+        stage=source.job_type or "",
+        group=source.group or "",
+        tags=list(source.tags),
+        state=source.state,
         config=own_settings(config),
-        where=found.url,
+        where=source.url,
         read_summary=lambda: kept,
         read_history=cache(lambda: history_of_steps(joined())),
         read_step=lambda: int(kept[STEP]) if STEP in kept else max(joined(), default=None),

@@ -108,6 +108,6 @@ def drop_cut_line(file: Path) -> None:
             os.truncate(file, content.rfind(b"\n") + 1)
 
 
-def without_cap(given: dict[str, Any]) -> dict[str, Any]:
+def without_cap(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without ``run_cap``, which may change between calls."""
-    return {**given, "sweep": {key: value for key, value in given["sweep"].items() if key != "run_cap"}}
+    return {**settings, "sweep": {key: value for key, value in settings["sweep"].items() if key != "run_cap"}}

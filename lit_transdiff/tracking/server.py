@@ -68,7 +68,7 @@ def finish_timeout() -> float:
     return wait_of("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)
 
 
-def finished_within(seconds: float, opened: wandb.Run, exit_code: int) -> bool:
+def finished_within(seconds: float, run: wandb.Run, exit_code: int) -> bool:
     """Close a run, whose log is already on disk, and return whether that took at most about ``seconds``.
 
     The client ignores its ``finish_timeout`` and waits indefinitely for a server that accepts requests
@@ -77,7 +77,7 @@ def finished_within(seconds: float, opened: wandb.Run, exit_code: int) -> bool:
 
     def finish() -> None:
         with going_on_without("the end of the run"):
-            opened.finish(exit_code)
+            run.finish(exit_code)
 
     thread = threading.Thread(target=finish, name="wandb finish", daemon=True)
     thread.start()

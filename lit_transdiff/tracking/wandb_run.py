@@ -210,9 +210,9 @@ class WandbRun(Logger):
                 self._opened.summary.update(last_logged(read_rows(folder / "metrics.csv")))
         return self._opened
 
-    def adopt(self, opened: wandb.Run) -> None:
-        """Log to ``opened`` instead of the run folder's own W&B run."""
-        self._opened = opened
+    def adopt(self, run: wandb.Run) -> None:
+        """Log to ``run`` instead of the run folder's own W&B run."""
+        self._opened = run
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
