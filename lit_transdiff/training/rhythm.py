@@ -131,6 +131,7 @@ class Rhythm(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, stage: pl.LightningModule, batch: Batch, i: int
     ) -> None:
+        self.watchdog.watch("waiting for the other ranks", i)
         for callback in self.order:
             callback.before_pass(trainer, stage, batch)
         if self.is_over:

@@ -26,7 +26,7 @@ from tests.helpers.small import small_run
 
 WATCHED = [  # what takes long, in which of its calls, and what the watchdog calls it
     (PlannedDataset, "__getitem__", 2, "waiting for data"),
-    (StopOnRequest, "any_rank", 2, "waiting for data"),
+    (StopOnRequest, "any_rank", 2, "waiting for the other ranks"),
     (TransDiffStage, "objective", 2, "computing"),
     (StopOnNonFinite, "look", 3, "finishing"),  # the second is part of a save
     (LogTraining, "metrics", 2, "finishing"),
