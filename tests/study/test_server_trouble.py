@@ -18,7 +18,7 @@ HANGS = 0  # a server that takes questions and does not answer
 @pytest.fixture
 def kept(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> Stub:
     """A server with one run, which has a row and a picture."""
-    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "2")
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "6")
     run = stub.state.run("p", "r")
     picture = {"_type": "image-file", "path": "media/images/samples.png"}
     run["history"] = [{"_step": 0, "trainer/global_step": 1, "train/loss": 1.0, "samples": picture}]
@@ -43,14 +43,14 @@ def test_what_the_client_waits_for_without_end_is_one_line(kept: Stub) -> None:
     kept.server.trouble = HANGS
     start = time.monotonic()
     with pytest.raises(
-        ConnectionError, match=r"W&B does not give the metrics of r \(no answer in 2 s\)\. Try again later"
+        ConnectionError, match=r"W&B does not give the metrics of r \(no answer in 6 s\)\. Try again later"
     ):
         run.history()
     with pytest.raises(
         ConnectionError, match=r"W&B does not give the picture media/images/samples\.png of r"
     ):
         other.samples()
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 120
     kept.server.trouble = None
     assert list(runs("team/p")[0].history()["train/loss"]) == [1.0]  # the service is another
 
