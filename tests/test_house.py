@@ -31,7 +31,39 @@ ORDER = (
     ("__main__",),
 )
 LAYERS = {room: layer for layer, rooms in enumerate(ORDER) for room in rooms}
-MAX_FILE, MAX_FUNCTION = 400, 66  # lines, of at most 110 columns
+MAX_FILE, MAX_FUNCTION = 300, 45  # lines, of at most 110 columns
+# Files and functions that are longer since lines became shorter, each with its length: they may only shrink.
+LONGER = {
+    "__main__.py": 393,
+    "checkpoints/export.py": 319,
+    "checkpoints/format.py": 302,
+    "cli/commands.py": 305,
+    "cli/pipeline.py": 345,
+    "data/datamodule.py": 336,
+    "data/index.py": 347,
+    "evaluation/features.py": 319,
+    "evaluation/statistics.py": 351,
+    "flow/diffusion.py": 307,
+    "models/autoencoder.py": 337,
+    "released/convert.py": 366,
+    "study/compare.py": 330,
+    "study/plots.py": 339,
+    "study/table.py": 318,
+    "sweep/controller.py": 331,
+    "training/callbacks.py": 329,
+    "__main__.py:add_data_commands": 62,
+    "__main__.py:add_model_commands": 58,
+    "__main__.py:add_result_commands": 65,
+    "data/stream.py:__init__": 49,
+    "evaluation/job.py:prepare_job": 59,
+    "models/adapt.py:match": 56,
+    "released/convert.py:convert": 65,
+    "released/convert.py:run_of": 53,
+    "released/key_names.py:read_shape": 54,
+    "released/key_names.py:released_shapes": 48,
+    "sampling/pictures.py:grid": 50,
+    "study/plots.py:spread": 47,
+}
 DOORS = {
     "webdataset": {"data/shards.py", "data/stream.py"},
     "wandb": {"tracking/", "study/wandb_logs.py", "sweep/command.py"},
@@ -104,7 +136,7 @@ def test_models_know_no_lightning_and_flow_knows_no_network():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_public_code_is_documented_and_nothing_is_loose(path: Path):
-    text = path.read_text()
+    text, name = path.read_text(), str(path.relative_to(PACKAGE))
     tree = ast.parse(text)
     assert ast.get_docstring(tree) or path.name == "__init__.py", "no module docstring"
     for pattern in (
@@ -123,8 +155,10 @@ def test_public_code_is_documented_and_nothing_is_loose(path: Path):
             assert ast.get_docstring(node), f"class {node.name} has no docstring"
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno
-            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
-    assert text.count("\n") <= MAX_FILE
+            assert length <= LONGER.get(f"{name}:{node.name}", MAX_FUNCTION), (
+                f"{node.name} has {length} lines"
+            )
+    assert text.count("\n") <= LONGER.get(name, MAX_FILE)
 
 
 def defined(path: Path) -> set[str]:

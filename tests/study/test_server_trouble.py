@@ -50,7 +50,7 @@ def test_what_the_client_waits_for_without_end_is_one_line(kept: Stub) -> None:
         ConnectionError, match=r"W&B does not give the picture media/images/samples\.png of r"
     ):
         other.samples()
-    assert time.monotonic() - start < 120
+    assert time.monotonic() - start < 60
     kept.server.trouble = None
     assert list(runs("team/p")[0].history()["train/loss"]) == [1.0]  # the service is another
 
