@@ -97,7 +97,8 @@ def test_the_classes_of_another_model():
         (
             "same",
             ["ant", "bee"],
-            "init_classes: got 'same'; .*2 classes, class 2 is none here, and 3 classes, class 2 is cat",
+            "init_classes: got 'same'; .*2 classes, class 2 is none here, "
+            "and 3 classes, class 2 is cat there",
         ),
         (
             "same",

@@ -290,7 +290,8 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(
         ),
         (
             {"optimizer": {"name": "muon"}, "distributed": {"strategy": "zero3"}},
-            r"distributed\.strategy: got 'zero3'; allowed: single, ddp, zero1, fsdp with optimizer\.name",
+            r"distributed\.strategy: got 'zero3'; "
+            r"allowed: single, ddp, zero1, fsdp with optimizer\.name=muon",
         ),
         (
             {"optimizer": {"name": "muon"}, "distributed": {"strategy": "zero1", "offload": "cpu"}},
