@@ -218,7 +218,12 @@ def test_a_run_of_another_family_is_no_beginning(trained: Path, tmp_path: Path):
 
 OF_CLASSES = "y_embedder.embedding_table.weight"
 # of classes, and its rows
-TABLES = {"sit": (OF_CLASSES, 8), "acdit": (OF_CLASSES, 8), "mar": ("class_emb.weight", 7)}
+TABLES = {
+    "sit": (OF_CLASSES, 8),
+    "acdit": (OF_CLASSES, 8),
+    "xar": ("class_emb.weight", 8),
+    "mar": ("class_emb.weight", 7),
+}
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -55,6 +55,7 @@ NARROW_OTHERS = {
     "sit": NARROW_STACK,
     "dit": [*NARROW_STACK, "sampling.num_steps=2"],
     "acdit": [*NARROW_STACK, "sampling.num_steps=2"],
+    "xar": [*NARROW, "sampling.num_steps=2"],
     "mar": [
         *NARROW,
         "model.head_width=16",

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lit_transdiff.config.checks import require
-from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, ModelSettings, take_size
+from lit_transdiff.config.family import (
+    OF_A_TOKEN,
+    OF_SIZE,
+    ModelSettings,
+    check_counts,
+    check_patches,
+    check_transformer,
+    take_size,
+)
 
 # The paper's four sizes (arXiv 2412.07720; heads of 64 numbers), and small ones for laptops and tests.
 ACDIT_SIZES: dict[str, dict[str, int]] = {
@@ -18,16 +26,6 @@ ACDIT_SIZES: dict[str, dict[str, int]] = {
     "xl": dict(width=1152, num_heads=18, num_blocks=28),
     "huge": dict(width=1280, num_heads=20, num_blocks=32),
 }
-COUNTS_OF_ACDIT = (
-    "width",
-    "num_heads",
-    "num_blocks",
-    "num_classes",
-    "latent_channels",
-    "latent_size",
-    "patch_size",
-    "parts_per_side",
-)
 
 
 @dataclass(frozen=True)
@@ -53,24 +51,12 @@ class ACDiTConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, ACDIT_SIZES)
-        for name in COUNTS_OF_ACDIT:
-            require(
-                getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1"
-            )
-        require(
-            self.mlp_ratio * self.width >= 1,
-            "model.mlp_ratio",
-            self.mlp_ratio,
-            f"at least 1 / model.width={self.width}",
-        )
+        check_counts(self, "width", "num_heads", "num_blocks", "num_classes")
+        check_counts(self, "latent_channels", "latent_size", "patch_size", "parts_per_side")
         allowed = f"a number of which four times is a divisor of model.width={self.width}"
         require(self.width % (4 * self.num_heads) == 0, "model.num_heads", self.num_heads, allowed)
-        require(
-            self.latent_size % self.patch_size == 0,
-            "model.patch_size",
-            self.patch_size,
-            f"a divisor of {self.latent_size}",
-        )
+        check_transformer(self)
+        check_patches(self)
         allowed = f"a divisor of {self.grid}, the tokens of a side of the latent"
         require(self.grid % self.parts_per_side == 0, "model.parts_per_side", self.parts_per_side, allowed)
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lit_transdiff.config.checks import unknown
+from lit_transdiff.config.checks import require, unknown
 
 if TYPE_CHECKING:
     from lit_transdiff.config.sampling import SamplingConfig
@@ -29,6 +29,26 @@ def take_size(model: Any, sizes: Mapping[str, Mapping[str, int]]) -> None:
     for name, number in sizes[model.size].items():
         if isinstance(getattr(model, name), OfSize):
             object.__setattr__(model, name, number)
+
+
+def check_counts(model: Any, *names: str) -> None:
+    """Refuse numbers below 1."""
+    for name in names:
+        require(getattr(model, name) >= 1, f"model.{name}", getattr(model, name), "an integer of at least 1")
+
+
+def check_transformer(model: Any, heads: str = "num_heads", width: str = "width") -> None:
+    """Refuse a number of heads, or a ratio of the MLPs, that does not fit a width (names of settings)."""
+    whole, ratio = getattr(model, width), model.mlp_ratio
+    allowed = f"a divisor of model.{width}={whole}"
+    require(whole % getattr(model, heads) == 0, f"model.{heads}", getattr(model, heads), allowed)
+    require(ratio * whole >= 1, "model.mlp_ratio", ratio, f"at least 1 / model.{width}={whole}")
+
+
+def check_patches(model: Any) -> None:
+    """Refuse patches that do not fill the latent."""
+    size, patch = model.latent_size, model.patch_size
+    require(size % patch == 0, "model.patch_size", patch, f"a divisor of {size}")
 
 
 class ModelSettings:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 from lit_transdiff.config.checks import require
-from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, ModelSettings, take_size
+from lit_transdiff.config.family import (
+    OF_A_TOKEN,
+    OF_SIZE,
+    ModelSettings,
+    check_counts,
+    check_patches,
+    check_transformer,
+    take_size,
+)
 from lit_transdiff.config.sampling import SamplingConfig
 
 # The paper's three sizes (arXiv 2406.11838, section 5), and small ones for laptops and tests.
@@ -24,19 +32,6 @@ MAR_SIZES: dict[str, dict[str, int]] = {
         width=1280, num_heads=16, encoder_blocks=20, decoder_blocks=20, head_width=1536, head_blocks=12
     ),
 }
-COUNTS = (
-    *(
-        "width",
-        "num_heads",
-        "encoder_blocks",
-        "decoder_blocks",
-        "head_width",
-        "head_blocks",
-        "num_classes",
-        "num_class_tokens",
-    ),
-    *("latent_channels", "latent_size", "patch_size", "num_parts"),
-)
 
 
 @dataclass(frozen=True)
@@ -75,35 +70,13 @@ class MARConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, MAR_SIZES)
-        for name in COUNTS:
-            require(
-                getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1"
-            )
-        require(
-            self.decoder_width is None or self.decoder_width >= 1,
-            "model.decoder_width",
-            self.decoder_width,
-            "1 or more",
-        )
-        for name, width in (("width", self.width), ("decoder_width", self.width_of_decoder)):
-            require(
-                width % self.num_heads == 0,
-                "model.num_heads",
-                self.num_heads,
-                f"a divisor of model.{name}={width}",
-            )
-            require(
-                self.mlp_ratio * width >= 1,
-                "model.mlp_ratio",
-                self.mlp_ratio,
-                f"at least 1 / model.{name}={width}",
-            )
-        require(
-            self.latent_size % self.patch_size == 0,
-            "model.patch_size",
-            self.patch_size,
-            f"a divisor of {self.latent_size}",
-        )
+        check_counts(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "head_width")
+        check_counts(self, "head_blocks", "num_classes", "num_class_tokens", "latent_channels")
+        check_counts(self, "latent_size", "patch_size", "num_parts")
+        require(self.width_of_decoder >= 1, "model.decoder_width", self.decoder_width, "1 or more")
+        for width in ("width",) if self.decoder_width is None else ("width", "decoder_width"):
+            check_transformer(self, width=width)
+        check_patches(self)
         require(0 < self.mask_rate_min <= 1, "model.mask_rate_min", self.mask_rate_min, "above 0, at most 1")
         require(self.mask_rate_std > 0, "model.mask_rate_std", self.mask_rate_std, "above 0")
         for name in ("attention_dropout", "projection_dropout"):
@@ -117,7 +90,7 @@ class MARConfig(ModelSettings):
 
     @property
     def width_of_decoder(self) -> int:
-        return self.decoder_width or self.width
+        return self.width if self.decoder_width is None else self.decoder_width
 
     @property
     def num_tokens(self) -> int:

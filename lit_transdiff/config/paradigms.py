@@ -11,12 +11,14 @@ from lit_transdiff.config.family import Family, ModelSettings
 from lit_transdiff.config.mar import MARConfig
 from lit_transdiff.config.model import ModelConfig
 from lit_transdiff.config.sit import DiTConfig, SiTConfig
+from lit_transdiff.config.xar import XARConfig
 
 PARADIGMS: dict[str, Family] = {
     "transdiff": Family(ModelConfig, "lit_transdiff.models.transdiff:TransDiff"),
     "sit": Family(SiTConfig, "lit_transdiff.models.sit:SiT"),
     "dit": Family(DiTConfig, "lit_transdiff.models.sit:DiT"),
     "acdit": Family(ACDiTConfig, "lit_transdiff.models.acdit:ACDiT"),
+    "xar": Family(XARConfig, "lit_transdiff.models.xar:XAR"),
     "mar": Family(MARConfig, "lit_transdiff.models.mar:MAR"),
 }
 

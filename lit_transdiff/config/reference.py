@@ -147,6 +147,9 @@ class Ranges(ast.NodeVisitor):
             name, allowed = self.value(node.args[1]), self.value(node.args[3])
             if name and allowed:
                 self.found.setdefault(name, {})[re.sub("^(an )?integers? of ", "", allowed)] = None
+        elif ast.unparse(node.func) == "check_counts":
+            for name in map(self.value, node.args[1:]):
+                self.found.setdefault(f"model.{name}", {})["at least 1"] = None
 
     def value(self, node: ast.expr) -> Any:
         """The value of an expression of constants and known names; None for others."""

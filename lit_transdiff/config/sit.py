@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 from lit_transdiff.config.checks import require
-from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, ModelSettings, take_size
+from lit_transdiff.config.family import (
+    OF_A_TOKEN,
+    OF_SIZE,
+    ModelSettings,
+    check_counts,
+    check_patches,
+    check_transformer,
+    take_size,
+)
 
 # The papers' four sizes (arXiv 2212.09748, Table 1; arXiv 2401.08740), and small ones for laptops and tests.
 SIT_SIZES: dict[str, dict[str, int]] = {
@@ -46,37 +54,11 @@ class SiTConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, SIT_SIZES)
-        for name in (
-            "width",
-            "num_heads",
-            "num_blocks",
-            "num_classes",
-            "latent_channels",
-            "latent_size",
-            "patch_size",
-        ):
-            require(
-                getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1"
-            )
+        check_counts(self, "width", "num_heads", "num_blocks", "num_classes")
+        check_counts(self, "latent_channels", "latent_size", "patch_size")
         require(self.width % 4 == 0, "model.width", self.width, "a multiple of 4")
-        require(
-            self.mlp_ratio * self.width >= 1,
-            "model.mlp_ratio",
-            self.mlp_ratio,
-            f"at least 1 / model.width={self.width}",
-        )
-        require(
-            self.width % self.num_heads == 0,
-            "model.num_heads",
-            self.num_heads,
-            f"a divisor of model.width={self.width}",
-        )
-        require(
-            self.latent_size % self.patch_size == 0,
-            "model.patch_size",
-            self.patch_size,
-            f"a divisor of {self.latent_size}",
-        )
+        check_transformer(self)
+        check_patches(self)
         guided, channels = self.guided_channels, self.latent_channels
         allowed = f"null or 1 to model.latent_channels={channels}"
         require(guided is None or 1 <= guided <= channels, "model.guided_channels", guided, allowed)

@@ -24,6 +24,7 @@ from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, initialise_adaptive
 from lit_transdiff.models.layers import MLP, KeysValues, RMSNorm, initialise, modulate
 from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
+from lit_transdiff.models.tokens import join_squares, split_squares
 
 if TYPE_CHECKING:
     from lit_transdiff.config import SamplingConfig
@@ -190,24 +191,18 @@ class ACDiT(Paradigm):
         N, D].
         """
         config = self.config
-        angles = self.split(
-            angles_of(config.grid, config.width // config.num_heads, x.device).movedim(-1, 0), 1
-        )
+        angles = angles_of(config.grid, config.width // config.num_heads, x.device).movedim(-1, 0)
+        angles = split_squares(angles, config.parts_per_side, 1)
         h = self.x_embedder(x.to(self.x_embedder.weight.dtype))
         for i, block in enumerate(self.blocks):
             h = block(h, condition, angles[first : first + x.shape[1]], past[i] if past else None)
         return h
 
-    def split(self, x: Tensor, patch_size: int) -> Tensor:
-        """[..., c, H, W] -> [..., N, c p p], ordered by squares, row by row, and likewise within a square."""
-        side, p = self.config.parts_per_side, patch_size
-        return rearrange(x, "... c (i h p) (j w q) -> ... (i j h w) (c p q)", i=side, j=side, p=p, q=p)
-
     # --- the seam
     # --------------------------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> Tensor:
-        return self.split(x[:, 0], self.config.patch_size)
+        return split_squares(x[:, 0], self.config.parts_per_side, self.config.patch_size)
 
     def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> Known:
         return Known(labels.masked_fill(drop, self.config.num_classes), self.parts(x))
@@ -226,9 +221,10 @@ class ACDiT(Paradigm):
                 self.transform(drawn[-1], drawn[-1].new_zeros(0, 1, config.width), (k - 1) * size, past)
             problem = self.problem(labels, both, k * size, past, (k + 1) / number)
             drawn.append((yield problem))
-        side, p = config.parts_per_side, config.patch_size
-        pixels = "b (i j h w) (c p q) -> b 1 c (i h p) (j w q)"
-        return rearrange(torch.cat(drawn, dim=1), pixels, i=side, j=side, h=config.grid // side, p=p, q=p)
+        latents = join_squares(
+            torch.cat(drawn, dim=1), config.parts_per_side, config.patch_size, config.latent_size
+        )
+        return latents[:, None]
 
     def problem(
         self, labels: Tensor, both: Tensor, first: int, past: list[KeysValues], progress: float

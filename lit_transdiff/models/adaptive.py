@@ -1,10 +1,11 @@
-"""Layers modulated by a condition (adaLN-Zero, arXiv 2212.09748), used by SiT, DiT and MAR's head.
+"""Layers modulated by a condition (adaLN-Zero, arXiv 2212.09748), used by most families.
 
 The names of their weights are those of the released files. Shapes: B rows, N tokens, D width.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lit_transdiff.models import layers
@@ -21,6 +22,11 @@ class TimeMLP(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """``t`` [B] -> [B, D]."""
         return self.mlp(layers.sinusoids(t).to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
+
+
+def whole_time(t: Tensor) -> Tensor:
+    """1000 t without its fraction, as xAR and FlowAR are told the times ``t`` in [0, 1] of a flow."""
+    return torch.floor(1000.0 * t)
 
 
 class Modulation(nn.Sequential):

@@ -63,10 +63,44 @@ class KeysValues:
         self.keys, self.values = keys, values
         return keys, values
 
+    def first(self, number: int) -> KeysValues:
+        """Those of the first rows."""
+        if self.keys is None or self.values is None:
+            return KeysValues()
+        return KeysValues(self.keys[:number], self.values[:number])
+
     def take(self, rows: Tensor) -> None:
         """Replace the rows by the ones numbered ``rows`` [B]."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    isolated: bool = False,
+) -> Tensor:
+    """Attention of queries [B, h, N, d] to keys and values [B, h, S, d], the last N of which are their own.
+
+    ``groups`` are the sizes of successive groups of the queries (their sum is N): a token sees its own group
+    and all before it; with ``isolated``, its own group alone. Each group is one call without a mask, so that
+    nothing is computed to be masked and fast kernels apply; groups of one token each are one causal call.
+    """
+    number, before = q.shape[2], k.shape[2] - q.shape[2]
+    if groups is not None and len(groups) == number and not (before or isolated):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    parts = []
+    for start, end in pairwise(accumulate(groups or (number,), initial=0)):
+        seen = slice(before + start if isolated else 0, before + end)
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:end], k[:, :, seen], v[:, :, seen], dropout_p=dropout
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class SelfAttention(nn.Module):
@@ -88,24 +122,13 @@ class SelfAttention(nn.Module):
         self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None
     ) -> Tensor:
         """Attend from the tokens ``x`` [B, N, D] to each other, and to those of ``past``, which then holds
-        x's, too.
-
-        ``groups`` are the sizes of successive groups of x (their sum is N): a token sees its own group and
-        those before it. Each group is one call without a mask, so that nothing is computed to be masked and
-        fast kernels apply. Returns [B, N, D].
+        x's, too; of successive ``groups`` of x a token sees its own and those before it (see ``attend``).
+        Returns [B, N, D].
         """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         if past is not None:
             k, v = past.extend(k, v)
-        dropout = self.attention_dropout if self.training else 0.0
-        before, borders = k.shape[2] - q.shape[2], accumulate(groups or (x.shape[1],), initial=0)
-        parts = [
-            F.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, : before + end], v[:, :, : before + end], dropout_p=dropout
-            )
-            for start, end in pairwise(borders)
-        ]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        y = attend(q, k, v, groups, self.attention_dropout if self.training else 0.0)
         return self.dropout(self.proj(rearrange(y, "b h n d -> b n (h d)")))
 
 

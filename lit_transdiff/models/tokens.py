@@ -24,6 +24,21 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int) -> Tensor:
     )
 
 
+def split_squares(x: Tensor, side: int, patch_size: int) -> Tensor:
+    """Tokens as of ``patchify``, but by squares: ``side`` x ``side`` squares row by row, and within each its
+    tokens row by row: [..., C, H, W] -> [..., N, C p p].
+    """
+    return rearrange(
+        x, "... c (i h p) (j w q) -> ... (i j h w) (c p q)", i=side, j=side, p=patch_size, q=patch_size
+    )
+
+
+def join_squares(tokens: Tensor, side: int, patch_size: int, height: int) -> Tensor:
+    """The inverse of ``split_squares`` for a latent of ``height`` rows."""
+    shape = dict(i=side, j=side, p=patch_size, q=patch_size, h=height // (side * patch_size))
+    return rearrange(tokens, "... (i j h w) (c p q) -> ... c (i h p) (j w q)", **shape)
+
+
 def token_similarity(features: Tensor) -> Tensor:
     """Mean cosine similarity over all pairs of an image's tokens, the diagonal included: [B, N, D] -> [B].
 

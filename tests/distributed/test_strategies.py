@@ -39,6 +39,7 @@ KINDS = {
     "sit": FAMILIES["sit"],
     "dit": FAMILIES["dit"],
     "acdit": FAMILIES["acdit"],
+    "xar": FAMILIES["xar"],
     "mar": FAMILIES["mar"],
     "head": {"stage": "diffusion_head", "init_from": "FOLDER/plain-single"},
 }

@@ -15,9 +15,11 @@ from torch import Tensor
 from lit_transdiff.config.acdit import ACDiTConfig
 from lit_transdiff.config.mar import MARConfig
 from lit_transdiff.config.sit import DiTConfig, SiTConfig
+from lit_transdiff.config.xar import XARConfig
 from lit_transdiff.models.acdit import ACDiT
 from lit_transdiff.models.mar import MAR
 from lit_transdiff.models.sit import DiT, SiT, position_table
+from lit_transdiff.models.xar import XAR
 from tests.helpers.reference import FIXTURES
 
 FOLDER = FIXTURES / "paradigms"
@@ -113,6 +115,57 @@ def acdit() -> ACDiT:
     net = ACDiT(ACDiTConfig(**shape, latent_channels=16, parts_per_side=math.isqrt(theirs["ar_len"]))).eval()
     net.load_state_dict(tensors("w_acdit"))
     return net
+
+
+def xar() -> XAR:
+    """xAR with the fixtures' weights, in evaluation mode."""
+    theirs = settings("xar_forward")
+    shape = _halves(theirs) | dict(parts_per_side=math.isqrt(theirs["clusters"]))
+    net = XAR(XARConfig(**shape)).eval()
+    net.load_state_dict(tensors("w_xar"))
+    return net
+
+
+def _halves(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a network of two halves, from the names of the official constructor."""
+    names = dict(width="encoder_embed_dim", mlp_ratio="mlp_ratio", latent_channels="vae_embed_dim")
+    names |= dict(num_heads="encoder_num_heads", decoder_heads="decoder_num_heads", patch_size="patch_size")
+    names |= dict(encoder_blocks="encoder_depth", decoder_blocks="decoder_depth")
+    names |= dict(attention_dropout="attn_dropout", projection_dropout="proj_dropout")
+    return {ours: theirs[name] for ours, name in names.items()}
+
+
+class Prepared:
+    """A ``Normal`` that gives prepared numbers, in order."""
+
+    def __init__(self, numbers: list[Tensor], shared: float = 0.0) -> None:
+        self.numbers, self.common = iter(numbers), shared
+
+    def __call__(self, *shape: int) -> Tensor:
+        numbers = next(self.numbers)
+        assert numbers.shape[1:] == shape
+        return numbers
+
+    def shared(self) -> float:
+        return self.common
+
+
+def check_gradients(name: str, net: torch.nn.Module, case: dict[str, Tensor], number: int) -> None:
+    """Those that the case contains; ``name[1,2]`` are rows of a table."""
+    gradients = {f"grad/{key}": p.grad for key, p in net.named_parameters()}
+    names = [key.removeprefix("out/") for key in case if key.startswith("out/grad/")]
+    assert len(names) == number
+    for key in names:
+        table, _, rows = key.removesuffix("]").partition("[")
+        gradient = gradients[table]
+        assert gradient is not None
+        check(name, key, gradient[[int(row) for row in rows.split(",")]] if rows else gradient, case)
+
+
+def without_gradient(net: torch.nn.Module) -> list[str]:
+    """The trainable parameters that have none."""
+    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    return [name for name, p in named if p.grad is None or not p.grad.abs().sum() > 0]
 
 
 def as_tokens(latents: Tensor) -> Tensor:

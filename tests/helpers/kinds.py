@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "MRAR": {"stage": "mrar_finetune", "model": {**MIDDLE, "num_references": 4}},
     "SiT": FAMILIES["sit"],
     "ACDiT": FAMILIES["acdit"] | {"model": {**FAMILIES["acdit"]["model"], "width": 64, "patch_size": 4}},
+    "xAR": FAMILIES["xar"] | {"model": {**FAMILIES["xar"]["model"], "width": 64, "patch_size": 4}},
     "MAR": FAMILIES["mar"]
     | {"model": {**FAMILIES["mar"]["model"], "width": 64, "head_width": 128, "patch_size": 4}},
 }

@@ -66,6 +66,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model": {"paradigm": "acdit", **SHAPE},
         "sampling": {"solver": "dpmpp_2m", "grid": "nonzero"},
     },
+    "xar": {
+        "stage": "pretrain",
+        "model": {"paradigm": "xar", **SHAPE, **NO_DROPOUT},
+        "sampling": {"part_guidance": "growing"},
+    },
     "mar": {
         "stage": "pretrain",
         "model": {"paradigm": "mar", **SHAPE, **TOKEN_SETS},

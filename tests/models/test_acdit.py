@@ -13,8 +13,9 @@ from lit_transdiff.flow.diffusion import linear_chain, nonzero_steps
 from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.models import layers
 from lit_transdiff.models.acdit import ACDiT, Known, angles_of
+from lit_transdiff.models.tokens import split_squares
 from lit_transdiff.stages.objective import losses_of
-from tests.helpers.families import acdit, check, same_shapes, scalars, tensors
+from tests.helpers.families import acdit, check, same_shapes, scalars, tensors, without_gradient
 from tests.helpers.reference import features_of, reference_frequencies
 
 pytestmark = pytest.mark.numeric
@@ -49,10 +50,10 @@ def test_forward_over_a_clean_and_a_noised_copy():
 
 def test_order_of_tokens_and_their_angles():
     name = "acdit_forward"
-    case, net = tensors(name), acdit()
+    case = tensors(name)
     places = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"))
-    check(name, "position_ids", net.split(places[:, None], 1)[..., 0], case)
-    angles = net.split(angles_of(8, 64, torch.device("cpu")).movedim(-1, 0), 1)[[0, 1, 4, 16, 33, 63]]
+    check(name, "position_ids", split_squares(places[:, None], 2, 1)[..., 0], case)
+    angles = split_squares(angles_of(8, 64, torch.device("cpu")).movedim(-1, 0), 2, 1)[[0, 1, 4, 16, 33, 63]]
     check(name, "rope_cos", angles.cos(), case)
     check(name, "rope_sin", angles.sin(), case)
 
@@ -127,7 +128,7 @@ def test_every_parameter_gets_a_gradient_from_the_loss_of_all_parts():
     labels, drop = torch.tensor([0, 4, 2]), torch.tensor([True, False, False])
     losses, _ = losses_of(net, process, labels, drop, x, lambda *shape: next(given), 2)
     losses.mean().backward()
-    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert without_gradient(net) == []
     steps = (torch.special.ndtr(numbers[0]) * 1000).long()
     tokens = net.parts(x)
     with torch.no_grad():

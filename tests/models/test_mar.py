@@ -8,7 +8,7 @@ from statistics import NormalDist
 import pytest
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 from lit_transdiff.config import FlowConfig, SamplingConfig
 from lit_transdiff.config.mar import MARConfig
@@ -18,7 +18,18 @@ from lit_transdiff.models import layers
 from lit_transdiff.models.mar import MAR, known_tokens, number_unknown, rows_at, unknown_tokens
 from lit_transdiff.sampling.generator import sampler_of
 from lit_transdiff.stages.objective import losses_of
-from tests.helpers.families import as_tokens, check, mar, same_shapes, scalars, settings, tensors
+from tests.helpers.families import (
+    Prepared,
+    as_tokens,
+    check,
+    check_gradients,
+    mar,
+    same_shapes,
+    scalars,
+    settings,
+    tensors,
+    without_gradient,
+)
 from tests.helpers.reference import features_of, reference_frequencies
 
 pytestmark = pytest.mark.numeric
@@ -71,29 +82,6 @@ def test_head_its_loss_and_gradients():
     check(name, "vb", variational_bound(out, x, t, x_t, chain), case)
     check(name, "loss", rows, case)
     check_gradients(name, head, case, 4)
-
-
-def check_gradients(name: str, net: nn.Module, case: dict[str, Tensor], number: int) -> None:
-    gradients = {f"grad/{key}": p.grad for key, p in net.named_parameters()}
-    names = [key.removeprefix("out/") for key in case if key.startswith("out/grad/")]
-    assert len(names) == number
-    for key in names:
-        check(name, key, gradients[key], case)
-
-
-class Prepared:
-    """A ``Normal`` that gives prepared numbers, in order."""
-
-    def __init__(self, numbers: list[Tensor], shared: float = 0.0) -> None:
-        self.numbers, self.common = iter(numbers), shared
-
-    def __call__(self, *shape: int) -> Tensor:
-        numbers = next(self.numbers)
-        assert numbers.shape[1:] == shape
-        return numbers
-
-    def shared(self) -> float:
-        return self.common
 
 
 def normal_of_rate(rate: float) -> float:
@@ -211,7 +199,7 @@ def test_every_parameter_gets_a_gradient():
     head(
         torch.randn(36, 4), torch.arange(36), head.cond_embed(context.flatten(0, 1))
     ).square().mean().backward()
-    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert without_gradient(net) == []
 
 
 @pytest.mark.usefixtures("float64")

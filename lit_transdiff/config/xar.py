@@ -1,0 +1,111 @@
+"""Model settings of xAR."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+from lit_transdiff.config.checks import require
+from lit_transdiff.config.family import (
+    OF_A_TOKEN,
+    OF_SIZE,
+    ModelSettings,
+    check_counts,
+    check_patches,
+    check_transformer,
+    take_size,
+)
+
+# The three sizes of the released code (arXiv 2502.20388), and small ones for laptops and tests.
+XAR_SIZES: dict[str, dict[str, int]] = {
+    "test": dict(width=32, num_heads=2, encoder_blocks=2, decoder_blocks=2),
+    "nano": dict(width=128, num_heads=4, encoder_blocks=3, decoder_blocks=3),
+    "base": dict(width=768, num_heads=12, encoder_blocks=8, decoder_blocks=8),
+    "large": dict(width=1024, num_heads=16, encoder_blocks=16, decoder_blocks=16),
+    "huge": dict(width=1280, num_heads=16, encoder_blocks=20, decoder_blocks=20),
+}
+
+
+@dataclass(frozen=True)
+class XARConfig(ModelSettings):
+    """xAR: cells of a latent one after the other, each by flow matching given noisy ones before it (arXiv
+    2502.20388).
+    """
+
+    of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
+    paradigm: str = (
+        "xar"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    )
+    size: str = "base"  # a name in config.xar.XAR_SIZES, which sets the defaults of the next four fields
+    width: int = OF_SIZE  # D, the width of the transformer
+    num_heads: int = OF_SIZE  # number of attention heads
+    encoder_blocks: int = OF_SIZE  # number of blocks of the first half
+    decoder_blocks: int = OF_SIZE  # number of blocks of the second half, which has positions of its own
+    decoder_heads: Optional[int] = None  # number of attention heads of the second half; null: num_heads
+    mlp_ratio: float = 4.0  # 1.5 times the hidden width of an MLP, which is gated, / width
+    num_classes: int = 1000  # labels are 0 to num_classes - 1
+    latent_channels: int = 16  # channels of the autoencoder's latents
+    latent_size: int = 16  # height and width of the latent
+    patch_size: int = 1  # side length in latent pixels of a token's square
+    parts_per_side: int = 2  # an image is drawn in so many rows of so many cells
+    attention_dropout: float = 0.1  # dropout of attention weights; 0 allows fused attention on CPUs
+    projection_dropout: float = 0.1  # dropout after attention and within MLPs
+
+    def __post_init__(self) -> None:
+        take_size(self, XAR_SIZES)
+        check_counts(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "num_classes")
+        check_counts(self, "latent_channels", "latent_size", "patch_size", "parts_per_side")
+        allowed = f"a number of which four times is a divisor of model.width={self.width}"
+        for name, heads in (("num_heads", self.num_heads), ("decoder_heads", self.heads_of_decoder)):
+            require(heads >= 1 and self.width % (4 * heads) == 0, f"model.{name}", heads, allowed)
+        check_transformer(self)
+        check_patches(self)
+        for name in ("attention_dropout", "projection_dropout"):
+            require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "0 <= p < 1")
+        allowed = f"a divisor of {self.grid}, the tokens of a side of the latent"
+        require(self.grid % self.parts_per_side == 0, "model.parts_per_side", self.parts_per_side, allowed)
+
+    @property
+    def heads_of_decoder(self) -> int:
+        return self.num_heads if self.decoder_heads is None else self.decoder_heads
+
+    @property
+    def grid(self) -> int:
+        """Tokens of a side of the latent."""
+        return self.latent_size // self.patch_size
+
+    @property
+    def tokens_of_part(self) -> int:
+        return (self.grid // self.parts_per_side) ** 2
+
+    @property
+    def token_features(self) -> int:
+        return self.latent_channels * self.patch_size**2
+
+    @property
+    def num_blocks(self) -> int:
+        return self.encoder_blocks + self.decoder_blocks
+
+    def least_parameters(self) -> Mapping[tuple[str, ...], int]:
+        """The matrices of all blocks, and the tables of classes and positions."""
+        block = 10 * self.width**2 + 3 * self.width * int(self.width * self.mlp_ratio * 2 / 3)
+        tables = self.width * (self.num_classes + 2 * self.grid**2)
+        return {
+            ("width", "mlp_ratio", "encoder_blocks", "decoder_blocks"): self.num_blocks * block,
+            ("width", "num_classes", "latent_size", "patch_size"): tables,
+        }
+
+    def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
+        """The tokens in the blocks, each of which stores at least its input."""
+        stored = sum(
+            number * (1 if name in recomputed else OF_A_TOKEN)
+            for name, number in (("encoder", self.encoder_blocks), ("decoder", self.decoder_blocks))
+        )
+        return stored * draws * self.grid**2 * self.width
+
+    def least_drawn(self) -> int:
+        """Keys and values of all cells but the last one in all blocks, and the last one before and after a
+        norm.
+        """
+        return 2 * self.width * (self.num_blocks * (self.grid**2 - self.tokens_of_part) + self.tokens_of_part)
