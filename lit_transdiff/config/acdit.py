@@ -11,8 +11,8 @@ from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
     ModelSettings,
-    check_counts,
     check_patches,
+    check_positive,
     check_transformer,
     take_size,
 )
@@ -51,8 +51,8 @@ class ACDiTConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, ACDIT_SIZES)
-        check_counts(self, "width", "num_heads", "num_blocks", "num_classes")
-        check_counts(self, "latent_channels", "latent_size", "patch_size", "parts_per_side")
+        check_positive(self, "width", "num_heads", "num_blocks", "num_classes")
+        check_positive(self, "latent_channels", "latent_size", "patch_size", "parts_per_side")
         allowed = f"a number of which four times is a divisor of model.width={self.width}"
         require(self.width % (4 * self.num_heads) == 0, "model.num_heads", self.num_heads, allowed)
         check_transformer(self)

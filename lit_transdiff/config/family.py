@@ -31,7 +31,7 @@ def take_size(model: Any, sizes: Mapping[str, Mapping[str, int]]) -> None:
             object.__setattr__(model, name, number)
 
 
-def check_counts(model: Any, *names: str) -> None:
+def check_positive(model: Any, *names: str) -> None:
     """Refuse numbers below 1."""
     for name in names:
         require(getattr(model, name) >= 1, f"model.{name}", getattr(model, name), "an integer of at least 1")

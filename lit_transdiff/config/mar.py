@@ -11,8 +11,8 @@ from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
     ModelSettings,
-    check_counts,
     check_patches,
+    check_positive,
     check_transformer,
     take_size,
 )
@@ -70,9 +70,9 @@ class MARConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, MAR_SIZES)
-        check_counts(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "head_width")
-        check_counts(self, "head_blocks", "num_classes", "num_class_tokens", "latent_channels")
-        check_counts(self, "latent_size", "patch_size", "num_parts")
+        check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "head_width")
+        check_positive(self, "head_blocks", "num_classes", "num_class_tokens", "latent_channels")
+        check_positive(self, "latent_size", "patch_size", "num_parts")
         require(self.width_of_decoder >= 1, "model.decoder_width", self.decoder_width, "1 or more")
         for width in ("width",) if self.decoder_width is None else ("width", "decoder_width"):
             check_transformer(self, width=width)

@@ -147,7 +147,7 @@ class Ranges(ast.NodeVisitor):
             name, allowed = self.value(node.args[1]), self.value(node.args[3])
             if name and allowed:
                 self.found.setdefault(name, {})[re.sub("^(an )?integers? of ", "", allowed)] = None
-        elif ast.unparse(node.func) == "check_counts":
+        elif ast.unparse(node.func) == "check_positive":
             for name in map(self.value, node.args[1:]):
                 self.found.setdefault(f"model.{name}", {})["at least 1"] = None
 

@@ -11,8 +11,8 @@ from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
     ModelSettings,
-    check_counts,
     check_patches,
+    check_positive,
     check_transformer,
     take_size,
 )
@@ -54,8 +54,8 @@ class SiTConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, SIT_SIZES)
-        check_counts(self, "width", "num_heads", "num_blocks", "num_classes")
-        check_counts(self, "latent_channels", "latent_size", "patch_size")
+        check_positive(self, "width", "num_heads", "num_blocks", "num_classes")
+        check_positive(self, "latent_channels", "latent_size", "patch_size")
         require(self.width % 4 == 0, "model.width", self.width, "a multiple of 4")
         check_transformer(self)
         check_patches(self)

@@ -11,8 +11,8 @@ from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
     ModelSettings,
-    check_counts,
     check_patches,
+    check_positive,
     check_transformer,
     take_size,
 )
@@ -54,8 +54,8 @@ class XARConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, XAR_SIZES)
-        check_counts(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "num_classes")
-        check_counts(self, "latent_channels", "latent_size", "patch_size", "parts_per_side")
+        check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "num_classes")
+        check_positive(self, "latent_channels", "latent_size", "patch_size", "parts_per_side")
         allowed = f"a number of which four times is a divisor of model.width={self.width}"
         for name, heads in (("num_heads", self.num_heads), ("decoder_heads", self.heads_of_decoder)):
             require(heads >= 1 and self.width % (4 * heads) == 0, f"model.{name}", heads, allowed)

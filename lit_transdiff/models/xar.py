@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Context:
+class NoisyCells:
     """The memory of noisy cells."""
 
     labels: Tensor  # [B], ``num_classes`` is the null class
@@ -79,13 +79,13 @@ class XAR(Paradigm):
         self.pred = nn.Linear(width, features)
         self.apply(initialise)
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cells: NoisyCells) -> Tensor:
         """The velocity of cells ``x_t`` [R, n, c] at times ``t`` [R, K] or [1, 1].
 
         ``x_t`` may be more precise than the weights.
         """
-        labels = context.labels.repeat(len(x_t) // len(context.labels))
-        return self.pred(self.transform(x_t, t, labels, context.first, [*map(copy, context.past)]))
+        labels = cells.labels.repeat(len(x_t) // len(cells.labels))
+        return self.pred(self.transform(x_t, t, labels, cells.first, [*map(copy, cells.past)]))
 
     def transform(
         self, x: Tensor, t: Tensor, labels: Tensor, first: int, past: Sequence[KeysValues]
@@ -118,10 +118,10 @@ class XAR(Paradigm):
     def parts(self, x: Tensor) -> Tensor:
         return split_squares(x[:, 0], self.config.parts_per_side, self.config.patch_size)
 
-    def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> Context:
-        return Context(labels.masked_fill(drop, self.config.num_classes))
+    def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> NoisyCells:
+        return NoisyCells(labels.masked_fill(drop, self.config.num_classes))
 
-    def predict(self, x_t: Tensor, t: Tensor, memory: Context) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, memory: NoisyCells) -> Tensor:
         return self(x_t, t, memory)
 
     def decode(
@@ -137,21 +137,21 @@ class XAR(Paradigm):
                 clean = drawn[-1].repeat(times, 1, 1)
                 self.transform(clean, clean.new_zeros(1, 1), rows, (k - 1) * size, past)
             progress = k / (number - 1) if number > 1 else 1.0  # the first cell is not guided
-            drawn.append((yield self.problem(Context(rows, k * size, past), len(labels), progress)))
+            drawn.append((yield self.problem(NoisyCells(rows, k * size, past), len(labels), progress)))
         tokens = torch.cat(drawn, dim=1)
         return join_squares(tokens, config.parts_per_side, config.patch_size, config.latent_size)[:, None]
 
-    def problem(self, context: Context, num_images: int, progress: float) -> Problem:
-        """The problem of a cell; the second half of the rows of ``context`` is the null class's."""
-        alone = Context(
-            context.labels[:num_images], context.first, [past.first(num_images) for past in context.past]
+    def problem(self, cells: NoisyCells, num_images: int, progress: float) -> Problem:
+        """The problem of a cell; the second half of the rows of ``cells`` is the null class's."""
+        alone = NoisyCells(
+            cells.labels[:num_images], cells.first, [past.first(num_images) for past in cells.past]
         )
 
-        def predict(x_t: Tensor, t: float, context: Context = alone) -> Tensor:
-            return self(x_t, torch.full((1, 1), t, device=x_t.device), context).to(x_t.dtype)
+        def predict(x_t: Tensor, t: float, cells: NoisyCells = alone) -> Tensor:
+            return self(x_t, torch.full((1, 1), t, device=x_t.device), cells).to(x_t.dtype)
 
         def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            c, u = predict(torch.cat([x_t, x_t]), t, context).chunk(2)
+            c, u = predict(torch.cat([x_t, x_t]), t, cells).chunk(2)
             return c, u
 
         return Problem((self.part_sizes[0], *self.token), predict, pair, progress)

@@ -13,7 +13,7 @@ from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.models import layers
 from lit_transdiff.models.rotary import grid_places, rotary_angles
 from lit_transdiff.models.tokens import split_squares
-from lit_transdiff.models.xar import XAR, Context
+from lit_transdiff.models.xar import XAR, NoisyCells
 from lit_transdiff.sampling.generator import sampler_of
 from lit_transdiff.stages.objective import losses_of
 from tests.helpers.families import Prepared, check, same_shapes, scalars, tensors, without_gradient, xar
@@ -45,9 +45,9 @@ def test_forward_over_noisy_cells():
     case, net, encoded = tensors(name), xar(), []
     net.encoder_norm.register_forward_hook(lambda *call: encoded.append(call[-1]))
     t = ((case["in/t"] + 0.5) / 1000).T
-    check(name, "v", net.predict(case["in/x"], t, Context(case["in/labels"])), case)
+    check(name, "v", net.predict(case["in/x"], t, NoisyCells(case["in/labels"])), case)
     check(name, "encoded", encoded[0], case)
-    exact = net.predict(case["in/x"], case["in/t"].double().T / 1000, Context(case["in/labels"]))
+    exact = net.predict(case["in/x"], case["in/t"].double().T / 1000, NoisyCells(case["in/labels"]))
     check(name, "v", exact, case)
 
 
@@ -107,7 +107,7 @@ def test_every_parameter_gets_a_gradient_from_the_loss_of_all_cells():
             noise = rearrange(numbers[1], "b (k m n) c -> m b (k n) c", m=2, k=4)[draw]
             each = times[:, :, draw].repeat_interleave(4, dim=1)[..., None]
             x_t = (1 - each) * tokens + each * noise
-            alone = net.predict(x_t, times[:, :, draw], Context(torch.tensor([5, 4, 2])))
+            alone = net.predict(x_t, times[:, :, draw], NoisyCells(torch.tensor([5, 4, 2])))
             total += (alone - (noise - tokens)).square().mean().item()
     assert losses.mean().item() == pytest.approx(total / 2, rel=1e-5)
 
