@@ -165,7 +165,7 @@ def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
         (
             "sit",
             {"stage": "diffusion_head"},
-            r"model\.paradigm: got 'sit'; allowed: transdiff, mar in stage diffusion_head",
+            r"model\.paradigm: got 'sit'; allowed: transdiff, flowar, mar in stage diffusion_head",
         ),
         (
             "sit",
@@ -222,6 +222,7 @@ TABLES = {
     "sit": (OF_CLASSES, 8),
     "acdit": (OF_CLASSES, 8),
     "xar": ("class_emb.weight", 8),
+    "flowar": ("class_emb.weight", 8),
     "mar": ("class_emb.weight", 7),
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 from lit_transdiff.config.acdit import ACDiTConfig
 from lit_transdiff.config.checks import unknown
 from lit_transdiff.config.family import Family, ModelSettings
+from lit_transdiff.config.flowar import FlowARConfig
 from lit_transdiff.config.mar import MARConfig
 from lit_transdiff.config.model import ModelConfig
 from lit_transdiff.config.sit import DiTConfig, SiTConfig
@@ -19,6 +20,7 @@ PARADIGMS: dict[str, Family] = {
     "dit": Family(DiTConfig, "lit_transdiff.models.sit:DiT"),
     "acdit": Family(ACDiTConfig, "lit_transdiff.models.acdit:ACDiT"),
     "xar": Family(XARConfig, "lit_transdiff.models.xar:XAR"),
+    "flowar": Family(FlowARConfig, "lit_transdiff.models.flowar:FlowAR"),
     "mar": Family(MARConfig, "lit_transdiff.models.mar:MAR"),
 }
 

@@ -40,6 +40,7 @@ KINDS = {
     "dit": FAMILIES["dit"],
     "acdit": FAMILIES["acdit"],
     "xar": FAMILIES["xar"],
+    "flowar": FAMILIES["flowar"],
     "mar": FAMILIES["mar"],
     "head": {"stage": "diffusion_head", "init_from": "FOLDER/plain-single"},
 }

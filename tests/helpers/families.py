@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_transdiff.config.acdit import ACDiTConfig
+from lit_transdiff.config.flowar import FlowARConfig
 from lit_transdiff.config.mar import MARConfig
 from lit_transdiff.config.sit import DiTConfig, SiTConfig
 from lit_transdiff.config.xar import XARConfig
 from lit_transdiff.models.acdit import ACDiT
+from lit_transdiff.models.flowar import FlowAR
 from lit_transdiff.models.mar import MAR
 from lit_transdiff.models.sit import DiT, SiT, position_table
 from lit_transdiff.models.xar import XAR
@@ -123,6 +125,15 @@ def xar() -> XAR:
     shape = _halves(theirs) | dict(parts_per_side=math.isqrt(theirs["clusters"]))
     net = XAR(XARConfig(**shape)).eval()
     net.load_state_dict(tensors("w_xar"))
+    return net
+
+
+def flowar() -> FlowAR:
+    """FlowAR with the fixtures' weights, in evaluation mode."""
+    theirs = settings("flowar_transformer")
+    shape = _halves(theirs) | dict(head_width=theirs["diffloss_w"], head_blocks=theirs["diffloss_d"])
+    net = FlowAR(FlowARConfig(**shape, head_version=2 if theirs["cross"] else 1)).eval()
+    net.load_state_dict(tensors("w_flowar"))
     return net
 
 

@@ -71,6 +71,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model": {"paradigm": "xar", **SHAPE, **NO_DROPOUT},
         "sampling": {"part_guidance": "growing"},
     },
+    "flowar": {
+        "stage": "pretrain",
+        "model": {"paradigm": "flowar", **SHAPE, **NO_DROPOUT},
+        "sampling": {"solver": "euler", "grid": "dense_end", "part_guidance": "growing"},
+    },
     "mar": {
         "stage": "pretrain",
         "model": {"paradigm": "mar", **SHAPE, **TOKEN_SETS},
