@@ -165,7 +165,7 @@ def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
         (
             "sit",
             {"stage": "diffusion_head"},
-            r"model\.paradigm: got 'sit'; allowed: transdiff, flowar, mar in stage diffusion_head",
+            r"model\.paradigm: got 'sit'; allowed: transdiff, flowar, ardiff, mar in stage diffusion_head",
         ),
         (
             "sit",
@@ -223,6 +223,7 @@ TABLES = {
     "acdit": (OF_CLASSES, 8),
     "xar": ("class_emb.weight", 8),
     "flowar": ("class_emb.weight", 8),
+    "ardiff": ("class_emb.weight", 7),
     "mar": ("class_emb.weight", 7),
 }
 

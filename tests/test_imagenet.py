@@ -57,6 +57,7 @@ NARROW_OTHERS = {
     "acdit": [*NARROW_STACK, "sampling.num_steps=2"],
     "xar": [*NARROW, "sampling.num_steps=2"],
     "flowar": [*NARROW, "model.head_width=16", "model.head_blocks=1", "sampling.num_steps=2"],
+    "ardiff": [*NARROW_STACK, "model.head_width=16", "model.head_blocks=1", "sampling.num_steps=2"],
     "mar": [
         *NARROW,
         "model.head_width=16",

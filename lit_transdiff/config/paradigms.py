@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_transdiff.config.acdit import ACDiTConfig
+from lit_transdiff.config.ardiff import ARDiffConfig
 from lit_transdiff.config.checks import unknown
 from lit_transdiff.config.family import Family, ModelSettings
 from lit_transdiff.config.flowar import FlowARConfig
@@ -21,6 +22,7 @@ PARADIGMS: dict[str, Family] = {
     "acdit": Family(ACDiTConfig, "lit_transdiff.models.acdit:ACDiT"),
     "xar": Family(XARConfig, "lit_transdiff.models.xar:XAR"),
     "flowar": Family(FlowARConfig, "lit_transdiff.models.flowar:FlowAR"),
+    "ardiff": Family(ARDiffConfig, "lit_transdiff.models.ardiff:ARDiff"),
     "mar": Family(MARConfig, "lit_transdiff.models.mar:MAR"),
 }
 

@@ -13,15 +13,16 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor, nn
 
 from lit_transdiff.base.randomness import Normal
 from lit_transdiff.models.adapt import Adaptation
-from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, initialise_adaptive
-from lit_transdiff.models.layers import MLP, SelfAttention, initialise, layer_norm, learned, modulate
+from lit_transdiff.models.adaptive import initialise_adaptive
+from lit_transdiff.models.layers import MLP, SelfAttention, initialise, layer_norm, learned
 from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
-from lit_transdiff.models.tokens import patchify, unpatchify
+from lit_transdiff.models.token_head import TokenHead
+from lit_transdiff.models.tokens import across, patchify, rows_at, unpatchify
 
 if TYPE_CHECKING:
     from lit_transdiff.config import SamplingConfig
@@ -44,44 +45,6 @@ class MARBlock(nn.Module):
         """[B, N, D] -> [B, N, D]."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-
-class HeadBlock(nn.Module):
-    """A modulated and gated two-layer network of one row."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.in_ln = layer_norm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = Modulation(width, 3)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """[R, W] each -> [R, W]."""
-        shift, scale, gate = self.adaLN_modulation(condition)
-        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
-
-
-class TokenHead(nn.Module):
-    """Predicts noise and variance values of single tokens independently."""
-
-    def __init__(self, config: MARConfig) -> None:
-        super().__init__()
-        width = config.head_width
-        self.time_embed = TimeMLP(width)
-        self.cond_embed = nn.Linear(config.width_of_decoder, width)
-        self.input_proj = nn.Linear(config.token_features, width)
-        self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(config.head_blocks))
-        self.final_layer = AdaptiveOutput(width, 2 * config.token_features)
-
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """``x_t`` [R, C] at the steps ``t`` [R] or [1], ``condition`` [R, W] = ``cond_embed`` of the context
-        -> [R, 2 C].
-        """
-        x = self.input_proj(x_t.to(self.input_proj.weight.dtype))
-        condition = self.time_embed(t) + condition
-        for block in self.res_blocks:
-            x = block(x, condition)
-        return self.final_layer(x, condition)
 
 
 class MAR(Paradigm):
@@ -141,7 +104,8 @@ class MAR(Paradigm):
         )
         self.decoder_norm = layer_norm(decoder_width)
         self.diffusion_pos_embed_learned = learned(1, config.num_tokens, decoder_width)
-        self.diffloss = nn.ModuleDict({"net": TokenHead(config)})
+        head = TokenHead(config.token_features, decoder_width, config.head_width, config.head_blocks)
+        self.diffloss = nn.ModuleDict({"net": head})
         self.apply(initialise).apply(initialise_adaptive)
 
     # --- the transformer
@@ -209,8 +173,7 @@ class MAR(Paradigm):
         return self.evaluated.cond_embed(context), unknown
 
     def predict(self, x_t: Tensor, t: Tensor, memory: tuple[Tensor, Tensor]) -> Tensor:
-        condition = memory[0].repeat(len(x_t) // len(memory[0]), 1, 1).flatten(0, 1)
-        return self.evaluated(x_t.flatten(0, 1), t.flatten(), condition).unflatten(0, t.shape)
+        return self.evaluated.predict(x_t, t, memory[0])
 
     def weights(self, memory: tuple[Tensor, Tensor]) -> Tensor:
         return memory[1]
@@ -232,38 +195,11 @@ class MAR(Paradigm):
             places = order[:, after:left].sort(dim=1).values
             context = self.context(classes, tokens.repeat(times, 1, 1), known_tokens(order, left))
             progress = 1 - max(after, 1) / config.num_tokens
-            drawn = yield self.problem(self.evaluated.cond_embed(rows_at(context, places)), number, progress)
+            condition = self.evaluated.cond_embed(rows_at(context, places))
+            drawn = yield self.evaluated.problem(condition, number, progress)
             tokens = tokens.scatter(1, across(places[:number], tokens), drawn.transpose(1, 2))
             left = after
         return unpatchify(tokens, config.patch_size, config.latent_size)[:, None]
-
-    def problem(self, condition: Tensor, num_images: int, progress: float) -> Problem:
-        """The problem of n tokens per image, [B, c, n]; the second half of
-        ``condition`` is the null class's.
-        """
-        number, features = condition.shape[1], self.config.token_features
-        of_images, of_all = condition[:num_images].flatten(0, 1), condition.flatten(0, 1)
-
-        def predict(x_t: Tensor, t: float, condition: Tensor = of_images) -> Tensor:
-            rows = rearrange(x_t, "b c n -> (b n) c")
-            output = self.evaluated(rows, torch.full((1,), t, device=x_t.device), condition)
-            return rearrange(output, "(b n) c -> b c n", n=number).to(x_t.dtype)
-
-        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            c, u = predict(torch.cat([x_t, x_t]), t, of_all).chunk(2)
-            return c, torch.cat([u[:, :features], c[:, features:]], dim=1)  # variances are not guided
-
-        return Problem((features, number), predict, pair, progress)
-
-
-def rows_at(table: Tensor, places: Tensor) -> Tensor:
-    """Rows [B, K, D] of ``table`` [B, N, D] at ``places`` [B, K]."""
-    return table.gather(1, across(places, table))
-
-
-def across(places: Tensor, table: Tensor) -> Tensor:
-    """``places`` [B, K] for all columns of ``table`` [B, N, D]: [B, K, D]."""
-    return places[..., None].expand(-1, -1, table.shape[-1])
 
 
 def known_tokens(order: Tensor, num_unknown: int) -> Tensor:

@@ -39,6 +39,16 @@ def join_squares(tokens: Tensor, side: int, patch_size: int, height: int) -> Ten
     return rearrange(tokens, "... (i j h w) (c p q) -> ... c (i h p) (j w q)", **shape)
 
 
+def rows_at(table: Tensor, places: Tensor) -> Tensor:
+    """Rows [B, K, D] of ``table`` [B, N, D] at ``places`` [B, K]."""
+    return table.gather(1, across(places, table))
+
+
+def across(places: Tensor, table: Tensor) -> Tensor:
+    """``places`` [B, K] for all columns of ``table`` [B, N, D]: [B, K, D]."""
+    return places[..., None].expand(-1, -1, table.shape[-1])
+
+
 def token_similarity(features: Tensor) -> Tensor:
     """Mean cosine similarity over all pairs of an image's tokens, the diagonal included: [B, N, D] -> [B].
 

@@ -41,6 +41,7 @@ KINDS = {
     "acdit": FAMILIES["acdit"],
     "xar": FAMILIES["xar"],
     "flowar": FAMILIES["flowar"],
+    "ardiff": FAMILIES["ardiff"],
     "mar": FAMILIES["mar"],
     "head": {"stage": "diffusion_head", "init_from": "FOLDER/plain-single"},
 }

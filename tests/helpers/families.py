@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_transdiff.config.acdit import ACDiTConfig
+from lit_transdiff.config.ardiff import ARDiffConfig
 from lit_transdiff.config.flowar import FlowARConfig
 from lit_transdiff.config.mar import MARConfig
 from lit_transdiff.config.sit import DiTConfig, SiTConfig
 from lit_transdiff.config.xar import XARConfig
 from lit_transdiff.models.acdit import ACDiT
+from lit_transdiff.models.ardiff import ARDiff
 from lit_transdiff.models.flowar import FlowAR
 from lit_transdiff.models.mar import MAR
 from lit_transdiff.models.sit import DiT, SiT, position_table
@@ -134,6 +136,18 @@ def flowar() -> FlowAR:
     shape = _halves(theirs) | dict(head_width=theirs["diffloss_w"], head_blocks=theirs["diffloss_d"])
     net = FlowAR(FlowARConfig(**shape, head_version=2 if theirs["cross"] else 1)).eval()
     net.load_state_dict(tensors("w_flowar"))
+    return net
+
+
+def ardiff(**more: Any) -> ARDiff:
+    """ARDiff with the fixtures' weights, whose size is no published one, in evaluation mode."""
+    theirs = settings("ardiff_sample_raster_cfg3")
+    shape = dict(width=48, num_heads=4, num_blocks=2)  # "tiny"
+    shape |= dict(head_width=theirs["diffloss_w"], head_blocks=theirs["diffloss_d"])
+    shape |= {name: theirs[name] for name in ("num_classes", "order", "patch_size")}
+    shape |= dict(latent_size=theirs["img_size"] // theirs["tokenizer_patch_size"])
+    net = ARDiff(ARDiffConfig(**shape | dict(latent_channels=theirs["token_channels"]) | more)).eval()
+    net.load_state_dict(tensors("w_ardiff"))
     return net
 
 

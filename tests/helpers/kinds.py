@@ -33,6 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "xAR": FAMILIES["xar"] | {"model": {**FAMILIES["xar"]["model"], "width": 64, "patch_size": 4}},
     "FlowAR": FAMILIES["flowar"]
     | {"model": {**FAMILIES["flowar"]["model"], "width": 64, "head_width": 64, "patch_size": 4}},
+    "ARDiff": FAMILIES["ardiff"]
+    | {"model": {**FAMILIES["ardiff"]["model"], "width": 64, "head_width": 128, "patch_size": 4}},
     "MAR": FAMILIES["mar"]
     | {"model": {**FAMILIES["mar"]["model"], "width": 64, "head_width": 128, "patch_size": 4}},
 }

@@ -76,6 +76,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model": {"paradigm": "flowar", **SHAPE, **NO_DROPOUT},
         "sampling": {"solver": "euler", "grid": "dense_end", "part_guidance": "growing"},
     },
+    "ardiff": {
+        "stage": "pretrain",
+        "model": {"paradigm": "ardiff", **SHAPE, "order": "random"},
+        "sampling": {"solver": "ancestral", "part_guidance": "growing"},
+    },
     "mar": {
         "stage": "pretrain",
         "model": {"paradigm": "mar", **SHAPE, **TOKEN_SETS},

@@ -1,0 +1,79 @@
+"""A small network that denoises single tokens, given the context of each (arXiv 2406.11838, section 3), used
+by MAR and ARDiff.
+
+The names of the weights are those of the released files. Shapes: B images, L tokens of an image, n tokens of
+a part, c numbers of a token, D width of the context, R rows of the network, W its width.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP
+from lit_transdiff.models.layers import layer_norm, modulate
+from lit_transdiff.models.paradigm import Problem
+
+
+class HeadBlock(nn.Module):
+    """A modulated and gated two-layer network of one row."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_ln = layer_norm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = Modulation(width, 3)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """[R, W] each -> [R, W]."""
+        shift, scale, gate = self.adaLN_modulation(condition)
+        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
+
+
+class TokenHead(nn.Module):
+    """Predicts noise and variance values of single tokens independently."""
+
+    def __init__(self, features: int, context_width: int, width: int, num_blocks: int) -> None:
+        super().__init__()
+        self.features = features
+        self.time_embed = TimeMLP(width)
+        self.cond_embed = nn.Linear(context_width, width)
+        self.input_proj = nn.Linear(features, width)
+        self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(num_blocks))
+        self.final_layer = AdaptiveOutput(width, 2 * features)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """``x_t`` [R, c] at the steps ``t`` [R] or [1], ``condition`` [R, W] = ``cond_embed`` of the context
+        -> [R, 2 c].
+        """
+        x = self.input_proj(x_t.to(self.input_proj.weight.dtype))
+        condition = self.time_embed(t) + condition
+        for block in self.res_blocks:
+            x = block(x, condition)
+        return self.final_layer(x, condition)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """``forward`` of ``x_t`` [(M B), L, c] at ``t`` [(M B), L]; M draws share the ``condition`` [B, L, W]
+        of an image.
+        """
+        rows = condition.repeat(len(x_t) // len(condition), 1, 1).flatten(0, 1)
+        return self(x_t.flatten(0, 1), t.flatten(), rows).unflatten(0, t.shape)
+
+    def problem(self, condition: Tensor, num_images: int, progress: float) -> Problem:
+        """The problem of n tokens per image, [B, c, n], with ``condition`` [B, n, W] or [(2 B), n, W]; the
+        second half is the null class's.
+        """
+        number, features = condition.shape[1], self.features
+        of_images, of_all = condition[:num_images].flatten(0, 1), condition.flatten(0, 1)
+
+        def predict(x_t: Tensor, t: float, condition: Tensor = of_images) -> Tensor:
+            rows = rearrange(x_t, "b c n -> (b n) c")
+            output = self(rows, torch.full((1,), t, device=x_t.device), condition)
+            return rearrange(output, "(b n) c -> b c n", n=number).to(x_t.dtype)
+
+        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            c, u = predict(torch.cat([x_t, x_t]), t, of_all).chunk(2)
+            return c, torch.cat([u[:, :features], c[:, features:]], dim=1)  # variances are not guided
+
+        return Problem((features, number), predict, pair, progress)
