@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from lit_transdiff.distributed.strategies import STRATEGIES as STRATEGIES
     from lit_transdiff.distributed.strategies import StrategyKind as StrategyKind
     from lit_transdiff.evaluation.evaluate import evaluate as evaluate
+    from lit_transdiff.evaluation.extractor import FeatureExtractor as FeatureExtractor
+    from lit_transdiff.evaluation.extractor import Features as Features
     from lit_transdiff.evaluation.features import EXTRACTORS as EXTRACTORS
-    from lit_transdiff.evaluation.features import FeatureExtractor as FeatureExtractor
-    from lit_transdiff.evaluation.features import Features as Features
     from lit_transdiff.evaluation.features import load_extractor as load_extractor
     from lit_transdiff.evaluation.metrics import METRICS as METRICS
     from lit_transdiff.evaluation.metrics import Metric as Metric
@@ -100,8 +100,8 @@ PUBLIC = {
     "Averaging": "checkpoints.averages",
     "AutoencoderKind": "models.autoencoder",
     "Metric": "evaluation.metrics",
-    "FeatureExtractor": "evaluation.features",
-    "Features": "evaluation.features",
+    "FeatureExtractor": "evaluation.extractor",
+    "Features": "evaluation.extractor",
     "StrategyKind": "distributed.strategies",
     "Search": "sweep.search",
 }

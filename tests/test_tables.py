@@ -18,8 +18,10 @@ from lit_transdiff.config.model import SIZES
 from lit_transdiff.config.sampling import PRESETS
 from lit_transdiff.distributed.strategies import STRATEGIES
 from lit_transdiff.evaluation.evaluate import evaluate
-from lit_transdiff.evaluation.features import EXTRACTORS, FeatureExtractor, Features
-from lit_transdiff.evaluation.metrics import METRICS, Metric, Scored, check_evaluation
+from lit_transdiff.evaluation.extractor import FeatureExtractor, Features
+from lit_transdiff.evaluation.features import EXTRACTORS
+from lit_transdiff.evaluation.functions import Scored
+from lit_transdiff.evaluation.metrics import METRICS, Metric, check_evaluation
 from lit_transdiff.evaluation.statistics import Statistics
 from lit_transdiff.flow.guidance import GUIDANCE
 from lit_transdiff.flow.loss import DENSITIES, LOSS_TERMS, OBJECTIVES, Prediction

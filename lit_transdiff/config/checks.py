@@ -91,9 +91,15 @@ def expand(config: Any, *names: str) -> None:
     for name in names:
         field = name.rpartition(".")[2]
         value = getattr(config, field)
+
+        def path_of(text: str, name: str = name) -> str:
+            path = expanded(text, name)
+            return path if name in MADE else shipped(path)
+
         if isinstance(value, str):
-            path = expanded(value, name)
-            object.__setattr__(config, field, path if name in MADE else shipped(path))
+            object.__setattr__(config, field, path_of(value))
+        elif isinstance(value, dict):
+            object.__setattr__(config, field, {key: path_of(text) for key, text in value.items()})
 
 
 def check_finite(config: Any, prefix: str = "") -> None:

@@ -7,6 +7,8 @@ from typing import Literal, Optional
 
 from lit_transdiff.config.checks import expand, require
 
+OF_IMAGES = ("reference_images", "real_images", "training_images")
+OWN_PATHS = ("extractor_weights", "weights", "reference", *OF_IMAGES)
 MOST = 10_000_000  # images of an evaluation, whose features must fit into memory
 
 
@@ -22,7 +24,18 @@ class EvaluationConfig:
     )
     extractor: str = "inception"  # a name in evaluation.features.EXTRACTORS
     extractor_weights: Optional[str] = None  # file of its weights
-    reference: Optional[str] = None  # statistics file (.npz) of the real images
+    extractors: list[str] = field(
+        default_factory=list
+    )  # further extractors of the same images; their scores are named EXTRACTOR/METRIC
+    weights: dict[str, str] = field(default_factory=dict)  # weights files of the further extractors, by name
+    reference: Optional[str] = None  # statistics file (.npz) of the real images, for the extractor
+    reference_images: Optional[str] = (
+        None  # real images (shards or .npz): the reference of extractors without a statistics file
+    )
+    real_images: Optional[str] = (
+        None  # other real images (shards or .npz): their scores are those to reach, and 1 in ratios
+    )
+    training_images: Optional[str] = None  # images of training (shards or .npz), to find copies of them
     metrics: list[str] = field(
         default_factory=lambda: [
             *("frechet_distance", "spatial_frechet_distance", "inception_score"),
@@ -36,14 +49,29 @@ class EvaluationConfig:
     every: int = 0  # steps between evaluations of the averaged weights during training; 0: none
     online_images: int = 2000  # number of images per evaluation during training
 
+    @property
+    def all_extractors(self) -> dict[str, str | None]:
+        """The weights files of all extractors by name, the main one first."""
+        further = {name: self.weights.get(name) for name in self.extractors}
+        return {self.extractor: self.extractor_weights or further.get(self.extractor)} | {
+            name: file for name, file in further.items() if name != self.extractor
+        }
+
     def __post_init__(self) -> None:
-        expand(self, "evaluation.extractor_weights", "evaluation.reference")
+        expand(self, *(f"evaluation.{name}" for name in OWN_PATHS))
         for name in ("num_images", "online_images"):
             require(
                 2 <= getattr(self, name) <= MOST, f"evaluation.{name}", getattr(self, name), f"2 to {MOST:,}"
             )
         require(1 <= self.batch_size <= 2**16, "evaluation.batch_size", self.batch_size, "1 to 65,536")
         require(0 <= self.seed < 2**32, "evaluation.seed", self.seed, "0 to 2^32 - 1")
+        for name in self.weights:
+            allowed = "only weights of evaluation.extractors" + (
+                "; those of evaluation.extractor are evaluation.extractor_weights"
+                if name == self.extractor
+                else ""
+            )
+            require(name in self.extractors, f"evaluation.weights.{name}", self.weights[name], allowed)
         require(len(self.metrics) > 0, "evaluation.metrics", self.metrics, "at least one name")
         require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
         require(

@@ -1,43 +1,60 @@
-"""Standard errors of scores over the sampled images of one evaluation.
+"""The uncertainty of the scores of one evaluation over its sampled images.
 
-They do not include the variation between training seeds. Shapes: N images, D features.
+It does not include the variation between training seeds. Shapes: N images, K groups.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from lit_transdiff.evaluation.moments import Gaussian, frechet, gaussian_of
+from lit_transdiff.evaluation.functions import Scored
+from lit_transdiff.evaluation.groups import jackknife_error, number_of_groups
+from lit_transdiff.evaluation.measure import Measured
+from lit_transdiff.evaluation.representations import real_scores
 from lit_transdiff.evaluation.scores import Score, value
-from lit_transdiff.evaluation.statistics import Statistics
 
-GROUPS = 20  # groups of images for the jackknife
-MOST_FEATURES = 512  # with more features, each distance of the jackknife takes minutes
-OF_DRAWN, OF_REAL = ("precision", "class_accuracy"), ("recall",)  # fractions of sampled and of real images
+if TYPE_CHECKING:
+    from lit_transdiff.evaluation.job import Job
+
+OF_DRAWN, OF_REAL = ("precision", "class_accuracy"), ("recall", "coverage")  # fractions of images
+SIGNIFICANT = 8  # significant ones of the values without each group
 
 
-def standard_errors(
-    scores: Mapping[str, Score], features: Tensor, labels: Tensor, reference: Statistics | None
-) -> dict[str, float]:
-    """Standard errors of the fractions and the Frechet distance among ``scores`` of N images."""
-    counts = dict.fromkeys(OF_DRAWN, len(features))
-    if reference is not None and reference.has_features:
-        counts |= dict.fromkeys(OF_REAL, reference.num_features)
-    found = {
-        name: error_of_share(value(scores[name]), count) for name, count in counts.items() if name in scores
+def uncertainty(measured: Measured, scored: Sequence[Scored], job: Job) -> dict[str, Any]:
+    """The part of a manifest about the uncertainty of scores, and the scores of real images."""
+    group = scored[0].group
+    real: dict[str, Score] = {}
+    for one, generated in zip(job.representations, scored, strict=True):
+        real |= real_scores(one, generated, job.settings)
+    errors: dict[str, float] = {}
+    for one in job.representations:
+        counts = dict.fromkeys(OF_DRAWN, len(job.labels))
+        if one.reference is not None and one.reference.has_features:
+            counts |= dict.fromkeys(OF_REAL, one.reference.num_features)
+        errors |= standard_errors(measured, {f"{one.prefix}{name}": n for name, n in counts.items()})
+    return {
+        "standard_errors": errors,
+        "groups": None if group is None else number_of_groups(group),
+        "without_group": {name: with_few_digits(values) for name, values in measured.without.items()},
+        "parts": {name: with_few_digits(values) for name, values in measured.parts.items()},
+        "limits": measured.limits,
+        "real_scores": real,
     }
-    if (
-        "frechet_distance" in scores
-        and reference is not None
-        and features.shape[1] <= MOST_FEATURES
-        and len(features) > GROUPS
-    ):
-        found["frechet_distance"] = error_of_distance(features, labels, reference.gaussian)
-    return found
+
+
+def standard_errors(measured: Measured, counts: Mapping[str, int]) -> dict[str, float]:
+    """Standard errors of smooth scores by the jackknife, and of fractions of so many (``counts``) images."""
+    shares = {
+        name: error_of_share(value(measured.scores[name]), count)
+        for name, count in counts.items()
+        if name in measured.scores
+    }
+    smooth = {name: jackknife_error(torch.tensor(values)) for name, values in measured.without.items()}
+    return smooth | shares
 
 
 def error_of_share(share: float, count: int) -> float:
@@ -46,11 +63,6 @@ def error_of_share(share: float, count: int) -> float:
     return math.sqrt(p * (1 - p) / (count + 4))
 
 
-def error_of_distance(features: Tensor, labels: Tensor, real: Gaussian) -> float:
-    """The jackknife error over GROUPS groups of images, each with an equal part of every class."""
-    group = torch.empty_like(labels)
-    group[labels.argsort(stable=True)] = torch.arange(len(labels)) % GROUPS
-    without = torch.tensor(
-        [frechet(gaussian_of([features[group != g]]), real) for g in range(GROUPS)], dtype=torch.float64
-    )
-    return math.sqrt((GROUPS - 1) * float(without.var(correction=0)))
+def with_few_digits(values: Sequence[float]) -> list[float]:
+    """Values with SIGNIFICANT significant digits, which suffice for their differences."""
+    return [float(f"{number:.{SIGNIFICANT}g}") for number in values]

@@ -27,17 +27,18 @@ from lit_transdiff.evaluation.batch_files import (
     wait_for_batches,
     wait_for_scores,
 )
-from lit_transdiff.evaluation.errors import standard_errors
-from lit_transdiff.evaluation.features import Features
+from lit_transdiff.evaluation.errors import uncertainty
+from lit_transdiff.evaluation.extractor import Features
 from lit_transdiff.evaluation.images import write_npz, write_pngs
 from lit_transdiff.evaluation.job import (
     Job,
     draw_batch,
     images_of_a_class,
     prepare_job,
-    score,
+    scored_images,
     with_reference,
 )
+from lit_transdiff.evaluation.representations import measure_all
 from lit_transdiff.evaluation.results import manifest, result_file, write_result
 from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.pictures import grid
@@ -112,7 +113,7 @@ def evaluate(
     if save_images is not None and save_images not in SAVE_IMAGES:
         raise unknown("save_images", save_images, SAVE_IMAGES)
     job = prepare_job(generator, settings, sampling)
-    record = manifest(generator, settings, sampling, job.extractor, job.reference)
+    record = manifest(generator, settings, sampling, job.representations)
     record |= {
         "spatial_features": job.spatial,
         "images_of_a_class": images_of_a_class(job.labels, generator.run.model.num_classes),
@@ -168,12 +169,7 @@ def draw_missing(
             if "folder" in saved:
                 write_pngs(files.images, drawn.pixels, batch)
             keep = [i for i in batch if "npz" in saved or i in shown]
-            arrays = {
-                name: value.cpu().numpy()
-                for name, value in drawn.features._asdict().items()
-                if value is not None
-            }
-            arrays |= {
+            arrays = arrays_of(job, drawn.features) | {
                 "kept": np.array(keep, dtype=np.int64),
                 "pixels": drawn.pixels[[i - batch.start for i in keep]].numpy(),
             }
@@ -181,19 +177,39 @@ def draw_missing(
             bar.update(len(batch))
 
 
+def arrays_of(job: Job, features: Sequence[Features]) -> dict[str, np.ndarray]:
+    """The features of a batch as arrays, those of further extractors with the extractor in their name."""
+    return {
+        f"{one.prefix.replace('/', '-')}{name}": value.cpu().numpy()
+        for one, own in zip(job.representations, features, strict=True)
+        for name, value in own._asdict().items()
+        if value is not None
+    }
+
+
+def features_in(job: Job, files: BatchFiles) -> list[Features]:
+    """The features and logits of all batches by every extractor."""
+
+    def rows(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate(list(files.each(name))))
+
+    prefixes = [one.prefix.replace("/", "-") for one in job.representations]
+    return [
+        Features(rows(f"{prefix}features"), rows(f"{prefix}logits") if one.extractor.gives_logits else None)
+        for one, prefix in zip(job.representations, prefixes, strict=True)
+    ]
+
+
 def finish_evaluation(
     job: Job, files: BatchFiles, output: Output, record: dict[str, Any], start: float
 ) -> None:
     """Score all batches, complete ``record`` and write the result and the images. Only rank 0 does this."""
-    features = torch.from_numpy(np.concatenate(list(files.each("features"))))
-    logits = (
-        torch.from_numpy(np.concatenate(list(files.each("logits")))) if job.extractor.gives_logits else None
-    )
     job = with_reference(job, output.file.parent)
-    scores = score(job, Features(features, logits), map(torch.from_numpy, files.each("spatial")))
+    scored = scored_images(job, features_in(job, files), map(torch.from_numpy, files.each("spatial")))
+    measured = measure_all(job.representations, scored, job.settings)
     seconds, evaluations = np.stack(list(files.each("cost"))).sum(axis=0).tolist()
     record |= {
-        "standard_errors": standard_errors(scores, features, job.labels, job.reference),
+        **uncertainty(measured, scored, job),
         "images_per_second": job.settings.num_images / seconds,  # per device
         "decoder_evaluations_per_image": evaluations / job.settings.num_images,
         "wall_seconds": time.time() - start,  # of the whole command
@@ -202,7 +218,7 @@ def finish_evaluation(
     picture = sample_picture(
         drawn_images(files, shown), job.labels[shown], job.generator.class_names, output.file.stem
     )
-    write_result(output.file, scores, record, picture)
+    write_result(output.file, measured.scores, record, picture)
     if "npz" in output.saved:
         write_npz(output.places["npz"], files.each("pixels"), job.labels.numpy())
     files.publish_images()

@@ -19,47 +19,63 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_transdiff.config import EvaluationConfig, SamplingConfig, require, require_classes
+from lit_transdiff.config import EvaluationConfig, SamplingConfig, require
 from lit_transdiff.data.pixels import to_bytes
-from lit_transdiff.evaluation.features import FeatureExtractor, Features, load_extractor
-from lit_transdiff.evaluation.metrics import Scored, check_metrics, compute_scores, needed_by, there
-from lit_transdiff.evaluation.moments import gaussian_of
-from lit_transdiff.evaluation.scores import Score
-from lit_transdiff.evaluation.statistics import Statistics, check_extractor, completed, load_statistics
+from lit_transdiff.evaluation.extractor import FeatureExtractor, Features
+from lit_transdiff.evaluation.functions import Scored
+from lit_transdiff.evaluation.groups import groups_of
+from lit_transdiff.evaluation.measure import Measured
+from lit_transdiff.evaluation.representations import (
+    Representation,
+    measure_all,
+    representations_of,
+    scored_of,
+    with_images,
+)
+from lit_transdiff.evaluation.statistics import Statistics
 from lit_transdiff.models.sizes import FLOAT_BYTES, least_of_drawing, room_here
 from lit_transdiff.sampling.generator import Generator, check_sampling
 
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation, loaded and checked: generator, extractor, reference and settings."""
+    """One evaluation, loaded and checked: generator, representations and settings."""
 
     generator: Generator
     settings: EvaluationConfig
     sampling: SamplingConfig
-    extractor: FeatureExtractor
-    reference: Statistics | None
+    representations: list[Representation]  # of every extractor; the main one first
     labels: Tensor  # [N]
     images_of_row: int  # number of scored images per row
-    needs: set[str]  # requirements of the metrics, as in metrics.NEEDS
+
+    @property
+    def extractor(self) -> FeatureExtractor:
+        """The main extractor."""
+        return self.representations[0].extractor
+
+    @property
+    def reference(self) -> Statistics | None:
+        """The reference of the main extractor."""
+        return self.representations[0].reference
 
     @property
     def spatial(self) -> bool:
-        return "spatial features" in self.needs
+        """Whether any score needs spatial features."""
+        return any(one.spatial for one in self.representations)
 
 
 @dataclass(frozen=True)
 class DrawnBatch:
-    """Sampled images with their features and timing."""
+    """Sampled images with their features by every extractor, and timing."""
 
-    features: Features
+    features: list[Features]
     pixels: Tensor  # [B, C, H, W] uint8, as in files
     seconds: float  # for sampling and decoding
     evaluations: int  # number of images evaluated by the network in the solver
 
 
 def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: SamplingConfig) -> Job:
-    """Load the extractor and the reference, and refuse settings under which scoring would fail later."""
+    """Load the extractors and the reference, and refuse settings under which scoring would fail later."""
     shape = generator.model.condition_shape
     require(shape is None, "a model with conditions of shape", shape, "class labels, which scores need")
     check_sampling(sampling, generator.run.model)
@@ -68,36 +84,13 @@ def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: Samp
     room_here(generator.device.type).require(
         least_of_drawing(generator.run, at_once), evaluation__batch_size=settings.batch_size
     )
-    extractor = load_extractor(settings.extractor, settings.extractor_weights, generator.device)
-    features = settings.num_images * extractor.num_features * FLOAT_BYTES
+    semantic = generator.model.has_features
+    found = representations_of(settings, generator.run, generator.class_names, semantic, generator.device)
+    features = settings.num_images * sum(one.extractor.num_features for one in found) * FLOAT_BYTES
     room_here("cpu").require(
         features, evaluation__num_images=settings.num_images, evaluation__extractor=settings.extractor
     )
-    reference = load_statistics(settings.reference) if settings.reference else None
-    if reference is not None:
-        check_extractor(reference, extractor)
-    num_classes = generator.run.model.num_classes
-    have = there(
-        reference,
-        logits=extractor.gives_logits,
-        class_logits=extractor.num_classes == num_classes,
-        semantic=generator.model.has_features,
-        spatial=extractor.num_spatial is not None,
-    )
-    check_metrics(settings.metrics, have)
-    if "class logits" in needed_by(settings.metrics):
-        where = f"evaluation.extractor_weights: {settings.extractor_weights}"
-        require_classes(where, extractor.class_names, generator.class_names, "the trained run")
-    neighbours = settings.num_neighbours
-    if reference is not None and {"precision", "recall"} & set(settings.metrics):
-        where = f"evaluation.num_neighbours: features of {settings.reference}"
-        require(neighbours < reference.num_features, where, reference.num_features, f"more than {neighbours}")
-    require(
-        neighbours < settings.num_images,
-        "evaluation.num_neighbours",
-        neighbours,
-        f"less than num_images={settings.num_images}",
-    )
+    check_neighbours(settings, found[0].reference)
     of_row = generator.run.model.num_references if settings.keep == "all" else 1
     for name in ("num_images", "batch_size"):
         value = getattr(settings, name)
@@ -107,16 +100,22 @@ def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: Samp
             value,
             f"a multiple of the {of_row} images of a row that are kept",
         )
-    rows = choose_labels(dataclasses.replace(settings, num_images=settings.num_images // of_row), num_classes)
-    return Job(
-        generator,
-        settings,
-        sampling,
-        extractor,
-        reference,
-        rows.repeat_interleave(of_row),
-        of_row,
-        needed_by(settings.metrics),
+    rows = dataclasses.replace(settings, num_images=settings.num_images // of_row)
+    labels = choose_labels(rows, generator.run.model.num_classes).repeat_interleave(of_row)
+    return Job(generator, settings, sampling, found, labels, of_row)
+
+
+def check_neighbours(settings: EvaluationConfig, reference: Statistics | None) -> None:
+    """Refuse more neighbours than there are images."""
+    neighbours = settings.num_neighbours
+    if reference is not None and {"precision", "recall"} & set(settings.metrics):
+        where = f"evaluation.num_neighbours: features of {settings.reference}"
+        require(neighbours < reference.num_features, where, reference.num_features, f"more than {neighbours}")
+    require(
+        neighbours < settings.num_images,
+        "evaluation.num_neighbours",
+        neighbours,
+        f"less than num_images={settings.num_images}",
     )
 
 
@@ -129,30 +128,34 @@ def draw_batch(job: Job, batch: Sequence[int]) -> DrawnBatch:
         drawn = generator.images(job.labels[list(first)], image_seeds(job.settings, first), job.sampling)
         images = drawn[:, -job.images_of_row :].flatten(0, 1)  # [B, C, H, W]
         seconds = clock(generator.device) - started
-    return DrawnBatch(job.extractor(images, spatial=job.spatial), to_bytes(images).cpu(), seconds, sum(rows))
+    features = [one.extractor(images, spatial=one.spatial) for one in job.representations]
+    return DrawnBatch(features, to_bytes(images).cpu(), seconds, sum(rows))
 
 
 def with_reference(job: Job, folder: Path) -> Job:
-    """``job`` with all statistics that its metrics need from the reference's images (see ``completed``)."""
-    if job.reference is None:
-        return job
-    features = "reference features" in job.needs
-    reference = completed(job.reference, job.extractor, folder, features=features, spatial=job.spatial)
-    return dataclasses.replace(job, reference=reference)
+    """``job`` with all features of real images that its metrics need, stored in ``folder`` if need be."""
+    run = job.generator.run
+    found = [with_images(one, job.settings, run, folder) for one in job.representations]
+    return dataclasses.replace(job, representations=found)
 
 
-def score(job: Job, features: Features, spatial: Iterable[Tensor]) -> dict[str, Score]:
-    """All scores of sampled images; ``spatial`` yields chunks [B, S] of spatial features, read if needed."""
-    generator = job.generator
-    scored = Scored(
-        features.features.to(generator.device),
-        job.labels,
-        features.logits,
-        job.extractor.num_classes == generator.run.model.num_classes,
-        partial(generator.features, sampling=job.sampling),
-        gaussian_of(spatial) if job.spatial else None,
-    )
-    return compute_scores(scored, job.reference, job.settings)
+def scored_images(job: Job, features: Sequence[Features], spatial: Iterable[Tensor]) -> list[Scored]:
+    """Sampled images as every representation sees them; ``spatial`` yields chunks [B, S], read if needed."""
+    semantic = partial(job.generator.features, sampling=job.sampling)
+    balanced = job.settings.label_mode == "balanced"
+    group = groups_of(job.labels, balanced=balanced, rows=job.images_of_row)
+    found = []
+    for one, own in zip(job.representations, features, strict=True):
+        scored = scored_of(one, own, job.labels, spatial if one.spatial else ())
+        found.append(
+            dataclasses.replace(scored, group=group, semantic_features=None if one.prefix else semantic)
+        )
+    return found
+
+
+def score(job: Job, features: Sequence[Features], spatial: Iterable[Tensor]) -> Measured:
+    """All scores of sampled images, with the values for their uncertainty."""
+    return measure_all(job.representations, scored_images(job, features, spatial), job.settings)
 
 
 def choose_labels(settings: EvaluationConfig, num_classes: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Mean and covariance of features in float64, and the Frechet distance between two Gaussians.
 
-Shapes: N rows, B rows of a chunk, D numbers per row.
+Shapes: N rows, B rows of a chunk, D numbers per row, K groups.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_transdiff.config import require
 
 CHUNK = 4096  # rows converted to float64 at a time
+SIGMA_TOLERANCE = 1e-6  # tolerance for asymmetry and negative eigenvalues of sigma, relative to its largest
 
 
 class Gaussian(NamedTuple):
@@ -87,8 +88,61 @@ def frechet(first: Gaussian, second: Gaussian) -> float:
     )
 
 
+def frechet_by_group(x: Tensor, group: Tensor, real: Gaussian, root: Tensor | None = None) -> Tensor:
+    """The Frechet distances of the rows ``x`` [N, D] without each ``group`` [N] of them: [K].
+
+    The traces are sums of square roots of eigenvalues of A^T sigma A with the factor A of the real
+    covariance (``root`` if it is known), which is computed only once. Sums of groups give all covariances.
+    """
+    count = int(group.max()) + 1
+    root = (factor(real.sigma) if root is None else root).to(x.device)
+    wide, group = x.double(), group.to(x.device)
+    centre = wide.mean(dim=0)
+    parts = [(wide - centre)[group == g] for g in range(count)]
+    scatter, total = sum(part.T @ part for part in parts), sum(part.sum(dim=0) for part in parts)
+    gap = centre - torch.from_numpy(real.mu).to(x.device)
+    found = []
+    for part in parts:
+        kept = len(x) - len(part)
+        mean = (total - part.sum(dim=0)) / kept
+        sigma = (scatter - part.T @ part - kept * torch.outer(mean, mean)) / (kept - 1)
+        values = torch.linalg.eigvalsh(root.T @ sigma @ root).clip(min=0)
+        found.append((gap + mean).square().sum() + sigma.trace() - 2 * values.sqrt().sum())
+    return torch.stack(found).cpu() + float(np.trace(real.sigma))
+
+
 def factor(sigma: np.ndarray) -> Tensor:
     """A [D, rank] with A A^T = ``sigma``; eigenvalues at rounding level, also negative ones, count as 0."""
     values, vectors = torch.linalg.eigh(torch.from_numpy(np.asarray(sigma, dtype=np.float64)))
     kept = values > max(float(values[-1]), 0.0) * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
+
+
+def check_gaussian(mu: np.ndarray, sigma: np.ndarray, names: tuple[str, str]) -> None:
+    """Refuse shapes that do not fit a mean and covariance, and non-finite numbers."""
+    size = mu.size
+    require(mu.ndim == 1, names[0], mu.shape, "[D]")
+    require(sigma.shape == (size, size), names[1], sigma.shape, f"[D, D] with D = {size}")
+    finite = bool(np.isfinite(mu).all() and np.isfinite(sigma).all())
+    require(finite, " and ".join(names), "NaN or Inf", "finite numbers")
+
+
+def check_covariance(sigma: np.ndarray, name: str) -> None:
+    """Refuse a finite matrix [D, D] that is not symmetric or has eigenvalues well below 0."""
+    largest = float(np.abs(sigma).max(initial=0))
+    symmetric = np.allclose(sigma, sigma.T, rtol=10 * SIGMA_TOLERANCE, atol=SIGMA_TOLERANCE * largest)
+    require(symmetric, name, "a matrix that is not symmetric", "a covariance")
+    if sigma.size and not is_positive(sigma, SIGMA_TOLERANCE * float(np.diagonal(sigma).max())):
+        values = torch.linalg.eigvalsh(torch.from_numpy(sigma))
+        lowest, highest = float(values[0]), float(values[-1])
+        require(
+            lowest >= -SIGMA_TOLERANCE * highest,
+            name,
+            f"eigenvalues from {lowest:.3g} to {highest:.3g}",
+            "none below 0",
+        )
+
+
+def is_positive(sigma: np.ndarray, shift: float) -> bool:
+    """Whether ``sigma`` plus ``shift`` on its diagonal has a Cholesky factor; faster than eigenvalues."""
+    return int(torch.linalg.cholesky_ex(torch.from_numpy(sigma + shift * np.eye(len(sigma)))).info) == 0

@@ -17,7 +17,7 @@ from lit_transdiff.config import AutoencoderConfig, DataConfig, require, require
 from lit_transdiff.data.datamodule import Batch, DataModule
 from lit_transdiff.data.index import ShardIndex, read_index
 from lit_transdiff.data.latents import LatentCache, latent_info
-from lit_transdiff.evaluation.features import FeatureExtractor
+from lit_transdiff.evaluation.extractor import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
 from lit_transdiff.evaluation.statistics import (
     Statistics,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,12 @@ from lit_transdiff.checkpoints.run_folder import git_commit, package_versions
 from lit_transdiff.checkpoints.version import read_starts, read_versioned
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
 from lit_transdiff.config.paths import export_folder
-from lit_transdiff.evaluation.metrics import INCEPTION_PART
-from lit_transdiff.evaluation.scores import DECIDING, FOLDER, Score
+from lit_transdiff.evaluation.functions import INCEPTION_PART
+from lit_transdiff.evaluation.references import images_hash
+from lit_transdiff.evaluation.scores import DECIDING, DECIDING_IF_SET, FOLDER, Score
 
 if TYPE_CHECKING:
-    from lit_transdiff.evaluation.features import FeatureExtractor
-    from lit_transdiff.evaluation.statistics import Statistics
+    from lit_transdiff.evaluation.representations import Representation
     from lit_transdiff.sampling.generator import Generator
 
 
@@ -33,11 +34,12 @@ def manifest(
     generator: Generator,
     settings: EvaluationConfig,
     sampling: SamplingConfig,
-    extractor: FeatureExtractor,
-    reference: Statistics | None,
+    representations: Sequence[Representation],
 ) -> dict[str, Any]:
     """All conditions of the scores, and their origin."""
     run, device = generator.run, generator.device
+    first, *further = representations
+    reference = first.reference
     return {
         "run": run.name,
         "stage": run.stage,
@@ -59,13 +61,14 @@ def manifest(
         "matmul_precision": torch.get_float32_matmul_precision(),
         "batch_size": settings.batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "extractor": extractor.name,
+        "extractor": first.extractor.name,
         "extractor_weights": settings.extractor_weights,
-        "extractor_fingerprint": extractor.fingerprint,
-        "num_features": extractor.num_features,
-        "reference": reference.path if reference else None,
-        "reference_hash": reference.hash if reference else None,
-        "reference_images": reference.num_images if reference else None,
+        "reference": reference.path if reference else settings.reference_images,
+        **first.identity(),
+        "extractors": {one.extractor.name: one.identity() for one in further},
+        "real_images": settings.real_images,
+        "real_images_hash": images_hash(settings.real_images, run.data),
+        "training_images": settings.training_images,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "evaluation_commit": git_commit(),
         "versions": package_versions(),
@@ -95,7 +98,9 @@ def origin(checkpoint: str) -> dict[str, Any]:
 
 def result_name(record: dict[str, Any]) -> str:
     """The run's name and 8 digits of the hash of the settings that affect the scores."""
-    deciding = json.dumps({key: record[key] for key in DECIDING}, sort_keys=True)
+    known = {key: record[key] for key in DECIDING}
+    known |= {key: record[key] for key in DECIDING_IF_SET if record.get(key)}
+    deciding = json.dumps(known, sort_keys=True)
     return f"{record['run']}-{hashlib.sha256(deciding.encode()).hexdigest()[:8]}"
 
 

@@ -38,7 +38,10 @@ DECIDING = [
         "reference_hash",
     ),
 ]
+# The part that earlier results do not have; unset, it does not affect the names of results.
+DECIDING_IF_SET = ("extractors", "real_images_hash")
 
+RATIO = "ratio"  # in the names of scores relative to those of other real images
 NO_SPREAD = 1e-9  # relative to the value; a smaller spread counts as none
 Score = float | dict[str, float]  # a number, or mean and std
 
@@ -60,9 +63,18 @@ def score_in_words(score: Score) -> str:
     return f"{value(score)}" + ("" if std is None else f" ± {std:.2g}")
 
 
-def judged_by(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The conditions that two results must share for comparable scores."""
-    return tuple(manifest.get(name) for name in JUDGED_BY)
+def judged_by(manifest: Mapping[str, Any], score: str = "") -> tuple[Any, ...]:
+    """The conditions that two results must share for comparable values of a score, by its name.
+
+    Scores of further extractors are named EXTRACTOR/METRIC; those with RATIO in their names are relative to
+    other real images, and a mean is over all extractors.
+    """
+    extractor, _, metric = score.rpartition("/")
+    further = (manifest.get("extractors") or {}).get(extractor, {})
+    known = {**manifest, **further, **({"extractor": extractor} if extractor else {})}
+    more = [manifest.get("real_images_hash")] if RATIO in metric else []
+    more += [repr(manifest.get("extractors"))] if metric.startswith("mean_") else []
+    return (*(known.get(name) for name in JUDGED_BY), *more)
 
 
 def result_files(folder: str | Path) -> list[Path]:

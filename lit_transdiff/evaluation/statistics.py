@@ -6,7 +6,8 @@ Shapes: N images, D features, S spatial features. A file may contain:
 - ``mu_s`` [S], ``sigma_s`` [S, S]: those of Inception's spatial features (the ADM evaluator's layout);
 - ``arr_0`` [N, H, W, 3], uint8: the images themselves (the ADM evaluator's layout). Their features and
   statistics are computed once if the file lacks them, and stored in a file beside it;
-- in our files also ``num_images``, ``features`` [n, D] float32 of n sampled images, and ``about`` (JSON).
+- in our files also ``num_images``, ``features`` [n, D] float32 of n sampled images, their ``labels`` [n] and
+  ``places`` [n] in the source, and ``about`` (JSON).
 """
 
 from __future__ import annotations
@@ -28,12 +29,11 @@ from tqdm import tqdm
 from lit_transdiff.base.arrays import read_arrays, zip_of_arrays
 from lit_transdiff.base.files import Damaged, check_zip, json_of, short_hash, whole
 from lit_transdiff.config import require
-from lit_transdiff.evaluation.features import FeatureExtractor
+from lit_transdiff.evaluation.extractor import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
-from lit_transdiff.evaluation.moments import Gaussian, Moments
+from lit_transdiff.evaluation.moments import Gaussian, Moments, check_covariance, check_gaussian
 
-NAMES = ("mu", "sigma", "mu_s", "sigma_s", "num_images", "features", "about")
-SIGMA_TOLERANCE = 1e-6  # tolerance for asymmetry and negative eigenvalues of sigma, relative to its largest
+NAMES = ("mu", "sigma", "mu_s", "sigma_s", "num_images", "features", "labels", "places", "about")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Statistics:
     hash: str | None = None  # hash of the file
     spatial: Gaussian | None = None  # statistics of the spatial features
     images: int = 0  # number of images in the file
+    labels: np.ndarray | None = None  # [n] classes of the features' images
+    places: np.ndarray | None = None  # [n] places of these images in the source
 
     def __post_init__(self) -> None:
         check_gaussian(self.mu, self.sigma, ("mu", "sigma"))
@@ -64,6 +66,10 @@ class Statistics:
         if self.features is not None:
             require(len(self.features) >= 2, "features", shape, "at least 2 rows")
             require(bool(np.isfinite(self.features).all()), "features", "NaN or Inf", "finite numbers")
+            for name in ("labels", "places"):
+                of = self.features[:, 0].astype(int) if getattr(self, name) is None else getattr(self, name)
+                ok = of.shape == (len(self.features),) and of.dtype.kind in "iu"
+                require(ok, name, f"{of.dtype} of shape {of.shape}", "one integer per row of features")
         require(self.images != 1, "arr_0", "1 image", "at least 2")
 
     @property
@@ -86,36 +92,6 @@ class Statistics:
         return self.spatial is not None or self.images > 0
 
 
-def check_gaussian(mu: np.ndarray, sigma: np.ndarray, names: tuple[str, str]) -> None:
-    """Refuse shapes that do not fit a mean and covariance, and non-finite numbers."""
-    size = mu.size
-    require(mu.ndim == 1, names[0], mu.shape, "[D]")
-    require(sigma.shape == (size, size), names[1], sigma.shape, f"[D, D] with D = {size}")
-    finite = bool(np.isfinite(mu).all() and np.isfinite(sigma).all())
-    require(finite, " and ".join(names), "NaN or Inf", "finite numbers")
-
-
-def check_covariance(sigma: np.ndarray, name: str) -> None:
-    """Refuse a finite matrix [D, D] that is not symmetric or has eigenvalues well below 0."""
-    largest = float(np.abs(sigma).max(initial=0))
-    symmetric = np.allclose(sigma, sigma.T, rtol=10 * SIGMA_TOLERANCE, atol=SIGMA_TOLERANCE * largest)
-    require(symmetric, name, "a matrix that is not symmetric", "a covariance")
-    if sigma.size and not is_positive(sigma, SIGMA_TOLERANCE * float(np.diagonal(sigma).max())):
-        values = torch.linalg.eigvalsh(torch.from_numpy(sigma))
-        lowest, highest = float(values[0]), float(values[-1])
-        require(
-            lowest >= -SIGMA_TOLERANCE * highest,
-            name,
-            f"eigenvalues from {lowest:.3g} to {highest:.3g}",
-            "none below 0",
-        )
-
-
-def is_positive(sigma: np.ndarray, shift: float) -> bool:
-    """Whether ``sigma`` plus ``shift`` on its diagonal has a Cholesky factor; faster than eigenvalues."""
-    return int(torch.linalg.cholesky_ex(torch.from_numpy(sigma + shift * np.eye(len(sigma)))).info) == 0
-
-
 class Reservoir:
     """A uniform sample of at most ``size`` rows of a stream, determined by ``seed`` and their number."""
 
@@ -136,9 +112,13 @@ class Reservoir:
     def stacked(self) -> np.ndarray:
         return np.stack([row for _, row in sorted(self.rows, key=lambda item: item[0])]).astype(np.float32)
 
+    def places(self) -> np.ndarray:
+        """The positions of the rows in the stream."""
+        return np.array(sorted(place for place, _ in self.rows))
+
 
 def reference_statistics(
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | tuple[Tensor, Tensor]],
     extractor: FeatureExtractor,
     *,
     max_features: int = 10_000,
@@ -148,12 +128,16 @@ def reference_statistics(
 ) -> Statistics:
     """Statistics of images [B, C, H, W] in [-1, 1], in float64; with Inception also the spatial ones.
 
-    Features of a uniform sample of ``max_features`` images (0: none) are included for metrics that need them.
+    Features of a uniform sample of ``max_features`` images (0: none) are included for metrics that need them,
+    with their labels and places if the batches are images with labels [B].
     """
     with_spatial = extractor.num_spatial is not None
     require(max_features != 1, "max_features", max_features, "0 or at least 2")
     moments, spatial, kept = Moments(), Moments(), Reservoir(max_features, seed)
-    for images in batches:
+    labels: list[Tensor] = []
+    for batch in batches:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        labels += [] if isinstance(batch, Tensor) else [batch[1]]
         found = extractor(images.to(extractor.device), spatial=with_spatial)
         moments.add(found.features)
         if found.spatial is not None:
@@ -172,6 +156,8 @@ def reference_statistics(
         features=kept.stacked() if max_features else None,
         about=about,
         spatial=spatial.gaussian() if with_spatial else None,
+        labels=torch.cat(labels).numpy()[kept.places()] if labels else None,
+        places=kept.places() if labels else None,
     )
 
 
@@ -204,8 +190,9 @@ def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
         arrays |= {"mu_s": statistics.spatial.mu, "sigma_s": statistics.spatial.sigma}
     if statistics.num_images is not None:
         arrays["num_images"] = np.array(statistics.num_images)
-    if statistics.features is not None:
-        arrays["features"] = statistics.features
+    for name in ("features", "labels", "places"):
+        if (array := getattr(statistics, name)) is not None:
+            arrays[name] = array
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -262,7 +249,7 @@ def statistics_of(arrays: dict[str, np.ndarray], path: Path, images: int) -> Sta
         mu=wide.get("mu", np.zeros(0)),
         sigma=wide.get("sigma", np.zeros((0, 0))),
         num_images=None if num_images is None else int(num_images),
-        features=arrays.get("features"),
+        **{name: arrays.get(name) for name in ("features", "labels", "places")},
         about=about,
         path=str(path),
         hash=short_hash(path),

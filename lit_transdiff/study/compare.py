@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.config import require, unknown
+from lit_transdiff.evaluation.groups import student
 from lit_transdiff.study.records import Run
 from lit_transdiff.study.repeats import Pooled, over
 from lit_transdiff.study.scored import FULL, Entry, default_metrics, entries_of, higher_is_better, title_of
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 SEEDS = ("seed", "evaluation.seed")  # runs that differ only in these are repeats
 NOT_SETTINGS = ("name", "output_dir", "tracking.")  # names and paths do not affect results
-CONFIDENCE = 0.95
 MAX_NOTES = 10  # the most notes to print
 MAX_IN_LABEL = 6  # the most settings in a label
 
@@ -214,15 +214,6 @@ def verdict(gap: float, noise: float) -> str:
     if noise != noise:
         return "unknown"
     return "within noise" if abs(gap) <= noise else "worse"
-
-
-def student(freedom: int) -> float:
-    """The two-sided critical value of Student's t at CONFIDENCE; NaN without a degree of freedom."""
-    if freedom == 0:
-        return float("nan")
-    from scipy.stats import t
-
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 def compare(

@@ -18,10 +18,15 @@ ONLINE_JUDGES = ("extractor", "reference", "online_images", "label_mode", "num_n
 
 
 def metric_of(key: str) -> str | None:
-    """The metric of a score ``eval/NAME`` or ``online/NAME``; None for other keys."""
+    """The metric of a score ``eval/NAME``, ``eval/EXTRACTOR/NAME`` or ``online/NAME``; None for other keys."""
     prefix = next((prefix for prefix in (FULL, ONLINE) if key.startswith(prefix)), None)
-    name = key.removeprefix(prefix) if prefix else ""
+    name = key.removeprefix(prefix).rpartition("/")[2] if prefix else ""
     return name if name in METRICS else None
+
+
+def extractor_of(key: str) -> str:
+    """The extractor in the name of a score ``eval/EXTRACTOR/NAME``; empty for those of the main one."""
+    return key.removeprefix(FULL).rpartition("/")[0] if key.startswith(FULL) else ""
 
 
 def higher_is_better(key: str) -> bool:
@@ -33,7 +38,10 @@ def higher_is_better(key: str) -> bool:
 def title_of(key: str) -> str:
     """The title of a score in a table, or the name of another metric."""
     name = metric_of(key)
-    return key if name is None else METRICS[name].title + (", online" if key.startswith(ONLINE) else "")
+    if name is None:
+        return key
+    by = f" by {extractor_of(key)}" if extractor_of(key) else ""
+    return METRICS[name].title + by + (", online" if key.startswith(ONLINE) else "")
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class Entry:
             return tuple(str(self.run.settings.get(f"evaluation.{name}")) for name in ONLINE_JUDGES)
         if not key.startswith(FULL):
             return (self.run.stage,)
-        return judged_by(self.manifest) if self.repeats else ("unknown",)
+        return judged_by(self.manifest, key.removeprefix(FULL)) if self.repeats else ("unknown",)
 
     def judge_in_words(self) -> str:
         """Judge, sampler, number of seeds, and the settings that are not the run's own, as text."""
@@ -135,9 +143,9 @@ def pooled_scores(repeats: Sequence[Evaluation]) -> dict[str, Pooled]:
 
 def default_metrics(there: Collection[str]) -> list[str]:
     """The available scores in the order of their table, and the losses; online scores only without others."""
-    scores = [
-        f"{prefix}{name}" for prefix in (FULL, ONLINE) for name in METRICS if f"{prefix}{name}" in there
-    ]
+    extractors = sorted({extractor_of(key) for key in there if metric_of(key)})  # the main one, "", is first
+    prefixes = [*(f"{FULL}{name}/" if name else FULL for name in extractors), ONLINE]
+    scores = [f"{prefix}{name}" for prefix in prefixes for name in METRICS if f"{prefix}{name}" in there]
     full = [key for key in scores if key.startswith(FULL)]
     return (full or scores) + [name for name in ("val/loss", "train/loss") if name in there]
 

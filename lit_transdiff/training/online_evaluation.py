@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.evaluation.features import Features
+from lit_transdiff.evaluation.extractor import Features
 from lit_transdiff.evaluation.job import Job, draw_batch, prepare_job, score, with_reference
 from lit_transdiff.evaluation.scores import FOLDER, value
 from lit_transdiff.sampling.generator import Generator
@@ -42,7 +42,9 @@ class OnlineEvaluation(StepCallback):
 
     def __init__(self, generator: Generator, run: RunConfig) -> None:
         self.folder = run.folder / FOLDER
-        settings = dataclasses.replace(run.evaluation, num_images=run.evaluation.online_images)
+        settings = dataclasses.replace(
+            run.evaluation, num_images=run.evaluation.online_images, extractors=[], weights={}
+        )
         self.job = prepare_job(generator, settings, run.sampling)
         self.postponed = False  # scores of the last step were left to the next start
 
@@ -91,7 +93,7 @@ class OnlineEvaluation(StepCallback):
         for turn in range(math.ceil(len(batches) / world)):  # the same number on all ranks
             if trainer.global_step < trainer.max_steps and self.rhythm.asked_to_stop(trainer):
                 return None
-            drawn += [draw_batch(job, batch).features for batch in mine[turn : turn + 1]]
+            drawn += [draw_batch(job, batch).features[0] for batch in mine[turn : turn + 1]]
 
         def all_ranks(rows: list[Tensor | None]) -> Tensor | None:
             present = [part for part in rows if part is not None]
@@ -103,8 +105,8 @@ class OnlineEvaluation(StepCallback):
 
         features, logits, spatial = map(all_ranks, map(list, zip(*drawn, strict=True)))
         assert features is not None
-        scores = score(job, Features(features, logits), [] if spatial is None else [spatial])
-        return {name: value(score) for name, score in scores.items()}
+        measured = score(job, [Features(features, logits)], [] if spatial is None else [spatial])
+        return {name: value(score) for name, score in measured.scores.items()}
 
 
 def gathered(rows: list[Tensor], batch_size: int, num_batches: int, trainer: pl.Trainer) -> Tensor:

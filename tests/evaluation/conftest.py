@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from lit_transdiff.evaluation.features import FeatureExtractor, load_extractor
+from lit_transdiff.evaluation.extractor import FeatureExtractor
+from lit_transdiff.evaluation.features import load_extractor
 from tests.helpers.judge import tiny_files
 
 

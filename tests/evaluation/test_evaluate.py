@@ -17,9 +17,8 @@ from lit_transdiff.base.files import read_json, short_hash
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
 from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.evaluation.evaluate import choose_shown, evaluate
-from lit_transdiff.evaluation.features import FeatureExtractor
+from lit_transdiff.evaluation.extractor import FeatureExtractor
 from lit_transdiff.evaluation.job import choose_labels, draw_batch, image_seeds, prepare_job
-from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.results import result_name, said
 from lit_transdiff.evaluation.statistics import Statistics, load_statistics, save_statistics
 from tests.helpers.judge import SAMPLING, tiny_generator, tiny_settings
@@ -38,7 +37,7 @@ def test_the_result_file_holds_all_scores_and_what_decided_them(files: Path, tmp
     result = evaluate(generator, settings, SAMPLING, output=tmp_path)
     written = read_json(Path(result["file"]))
     assert written == {"scores": result["scores"], "manifest": result["manifest"]}
-    assert set(written["scores"]) == set(METRICS) - {"spatial_frechet_distance"}
+    assert set(written["scores"]) == set(settings.metrics)
     manifest = written["manifest"]
     assert manifest["sampling"] == said(SAMPLING)
     assert manifest["weights_fingerprint"] == generator.fingerprint and manifest["extractor"] == "classifier"
@@ -125,8 +124,9 @@ def test_all_scores_of_the_adm_evaluator_from_a_file_in_its_layout(
     assert set(result["scores"]) == set(names) and result["manifest"]["spatial_features"] is True
 
     without = dataclasses.replace(settings, reference=None, metrics=["inception_score"])
-    job = dataclasses.replace(prepare_job(generator, without, SAMPLING), needs={"spatial features"})
-    found = draw_batch(job, range(8)).features
+    job = prepare_job(generator, without, SAMPLING)
+    spatial = dataclasses.replace(job.representations[0], metrics=["spatial_frechet_distance"])
+    found = draw_batch(dataclasses.replace(job, representations=[spatial]), range(8)).features[0]
     for name, rows, mu, scale in [
         ("frechet_distance", found.features, 0.0, 1.0),
         ("spatial_frechet_distance", found.spatial, 1.0, 2.0),
@@ -203,7 +203,7 @@ def test_an_evaluation_that_failed_while_scoring_draws_nothing_again(
 ) -> None:
     generator, settings = tiny_generator(), tiny_settings(files, metrics=["class_accuracy", "precision"])
     with monkeypatch.context() as patch:
-        patch.setattr("lit_transdiff.evaluation.job.compute_scores", lambda *_: 1 / 0)
+        patch.setattr("lit_transdiff.evaluation.evaluate.measure_all", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             evaluate(generator, settings, SAMPLING, output=tmp_path, save_images="folder")
     (parts,) = (tmp_path / "evaluations").iterdir()
@@ -222,7 +222,7 @@ def test_the_last_image_of_a_row_is_scored(files: Path, tmp_path: Path, extracto
     images = generator.images(job.labels, image_seeds(settings, range(6)), SAMPLING)
     assert images.shape[1] == 4
     drawn = draw_batch(job, range(2, 6))
-    assert torch.allclose(drawn.features.features, extractor(images[2:, 3]).features, atol=1e-5)
+    assert torch.allclose(drawn.features[0].features, extractor(images[2:, 3]).features, atol=1e-5)
     assert torch.equal(
         drawn.pixels,
         to_bytes(generator.images(job.labels[2:], image_seeds(settings, range(2, 6)), SAMPLING)[:, 3]),
@@ -243,7 +243,7 @@ def test_all_images_of_a_row_are_scored_for_the_work_of_one(
     rows = generator.images(job.labels[::4], image_seeds(settings, range(0, 16, 4)), SAMPLING)
     drawn = draw_batch(job, range(8, 16))
     assert torch.equal(drawn.pixels, to_bytes(rows[2:].flatten(0, 1)))
-    assert torch.allclose(drawn.features.features, extractor(rows[2:].flatten(0, 1)).features, atol=1e-5)
+    assert torch.allclose(drawn.features[0].features, extractor(rows[2:].flatten(0, 1)).features, atol=1e-5)
     assert all(len(set(labels)) == 1 for labels in job.labels.reshape(-1, 4).tolist())
     manifest = evaluate(generator, settings, SAMPLING, output=tmp_path)["manifest"]
     assert manifest["scored_reference"] == "all" and manifest["decoder_evaluations_per_image"] == 4

@@ -14,13 +14,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from lit_transdiff.evaluation.features import (
-    EXTRACTORS,
-    FeatureExtractor,
-    dino_network,
-    load_extractor,
-    resampled,
-)
+from lit_transdiff.evaluation.backbones import dino_network, resampled
+from lit_transdiff.evaluation.extractor import FeatureExtractor
+from lit_transdiff.evaluation.features import EXTRACTORS, load_extractor
 from lit_transdiff.models.classifier import load_classifier
 from tests.helpers.judge import random_images
 

@@ -14,9 +14,11 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from lit_transdiff.config import EvaluationConfig
-from lit_transdiff.evaluation import metrics
-from lit_transdiff.evaluation.metrics import METRICS, NEEDS, Scored, check_metrics, covered
+from lit_transdiff.evaluation import functions
+from lit_transdiff.evaluation.functions import Scored
+from lit_transdiff.evaluation.metrics import METRICS, NEEDS, check_metrics
 from lit_transdiff.evaluation.moments import Gaussian
+from lit_transdiff.evaluation.neighbours import covered
 from lit_transdiff.evaluation.statistics import Statistics
 
 pytestmark = pytest.mark.numeric
@@ -116,7 +118,7 @@ def test_kernel_distance_of_whole_sets_is_the_unbiased_estimate() -> None:
 def test_scores_with_random_parts_repeat_and_leave_the_global_generator(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "INCEPTION_PART", 50)
+    monkeypatch.setattr(functions, "INCEPTION_PART", 50)
     fake, real = torch.randn(200, 4), torch.randn(300, 4)
     given = scored(fake, logits=fake), statistics(real)
     before = torch.random.get_rng_state()
@@ -209,7 +211,8 @@ def test_scores_are_plain_numbers() -> None:
         lambda labels: torch.randn(len(labels), 4, 2),
         spatial,
     )
-    reference = dataclasses.replace(statistics(features), spatial=spatial)
+    given = dataclasses.replace(given, held_out=features + 1, training=features)
+    reference = dataclasses.replace(statistics(features), spatial=spatial, labels=np.zeros(20, int))
     for metric in METRICS.values():
         score = metric(given, reference, SETTINGS)
         numbers = score.values() if isinstance(score, dict) else [score]

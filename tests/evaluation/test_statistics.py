@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_transdiff.evaluation.features import FeatureExtractor
+from lit_transdiff.evaluation.extractor import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches
 from lit_transdiff.evaluation.moments import Gaussian
 from lit_transdiff.evaluation.statistics import (
