@@ -18,7 +18,7 @@ ONLINE_JUDGES = ("extractor", "reference", "online_images", "label_mode", "num_n
 
 
 def metric_of(key: str) -> str | None:
-    """The metric of a score ``eval/NAME``, ``eval/EXTRACTOR/NAME`` or ``online/NAME``; None for other keys."""
+    """The metric of a score ``eval/NAME``, ``eval/EXTRACTOR/NAME`` or ``online/NAME``, or None."""
     prefix = next((prefix for prefix in (FULL, ONLINE) if key.startswith(prefix)), None)
     name = key.removeprefix(prefix).rpartition("/")[2] if prefix else ""
     return name if name in METRICS else None
