@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from lit_transdiff.config.checks import require
 from lit_transdiff.config.family import (
@@ -43,6 +43,9 @@ class ACDiTConfig(ModelSettings):
     num_heads: int = OF_SIZE  # of attention
     num_blocks: int = OF_SIZE  # of the transformer
     mlp_ratio: float = 4.0  # hidden width of an MLP / width
+    process: Literal["linear_diffusion", "flow"] = (
+        "linear_diffusion"  # the family's own diffusion in discrete steps, or TransDiff's flow matching
+    )
     num_classes: int = 1000  # labels are 0 to num_classes - 1
     latent_channels: int = 16  # of the autoencoder's latents
     latent_size: int = 16  # height and width of the latent

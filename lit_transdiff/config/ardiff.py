@@ -47,6 +47,9 @@ class ARDiffConfig(ModelSettings):
     head_blocks: int = OF_SIZE  # number of blocks of that network
     order: Literal["raster", "random"] = "raster"  # of the tokens: row by row, or a new one for each image
     mlp_ratio: float = 4.0  # hidden width of an MLP / width
+    process: Literal["cosine_diffusion", "flow"] = (
+        "cosine_diffusion"  # the family's own diffusion in discrete steps, or TransDiff's flow matching
+    )
     num_classes: int = 1000  # labels are 0 to num_classes - 1
     latent_channels: int = 16  # channels of the autoencoder's latents
     latent_size: int = 16  # height and width of the latent

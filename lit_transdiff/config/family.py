@@ -64,6 +64,8 @@ class ModelSettings:
     latent_size: int
     of_a_row: ClassVar[tuple[str, ...]] = ("latent_size",)  # settings that determine the memory of a row
     num_references: int = 1  # images per row; a field of families with several
+    # of noise, where it is not that of the family's class; a field of families with a choice
+    process: str | None = None
 
     @classmethod
     def has_references(cls) -> bool:

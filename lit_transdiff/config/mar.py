@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import ClassVar, Literal, Optional
 
 from lit_transdiff.config.checks import require
 from lit_transdiff.config.family import (
@@ -53,6 +53,9 @@ class MARConfig(ModelSettings):
     head_blocks: int = OF_SIZE  # number of blocks of that network
     decoder_width: Optional[int] = None  # width of the decoder; null: width
     mlp_ratio: float = 4.0  # hidden width of an MLP / width
+    process: Literal["cosine_diffusion", "flow"] = (
+        "cosine_diffusion"  # the family's own diffusion in discrete steps, or TransDiff's flow matching
+    )
     num_classes: int = 1000  # labels are 0 to num_classes - 1
     num_class_tokens: int = 64  # number of copies of the class embedding at the start of the sequence
     latent_channels: int = 16  # channels of the autoencoder's latents

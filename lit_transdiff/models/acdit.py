@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from lit_transdiff.base.randomness import Normal
 from lit_transdiff.models.adapt import Adaptation
-from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, initialise_adaptive
+from lit_transdiff.models.adaptive import (
+    AdaptiveOutput,
+    Modulation,
+    TimeMLP,
+    initialise_adaptive,
+    scale_of_time,
+)
 from lit_transdiff.models.layers import MLP, KeysValues, RMSNorm, initialise, modulate
 from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
 from lit_transdiff.models.tokens import join_squares, split_squares
@@ -161,7 +167,7 @@ class ACDiT(Paradigm):
         self.config, width, features = config, config.width, config.token_features
         self.part_sizes, self.token = (config.tokens_of_part,) * config.parts_per_side**2, (features,)
         self.x_embedder = nn.Linear(features, width, bias=False)
-        self.t_embedder = TimeMLP(width)
+        self.t_embedder = TimeMLP(width, scale_of_time(config.process))
         self.y_embedder = nn.ModuleDict(
             {"embedding_table": nn.Embedding(config.num_classes + 1, width)}
         )  # the last: the null class
@@ -172,8 +178,8 @@ class ACDiT(Paradigm):
         self.apply(initialise).apply(initialise_adaptive)
 
     def forward(self, x_t: Tensor, t: Tensor, known: Known) -> Tensor:
-        """The noise in parts ``x_t`` [R, N, c] at the steps ``t`` [R, K] or [1, 1]; the clean image passes
-        beside them.
+        """The noise, or velocity, of parts ``x_t`` [R, N, c] at ``t`` [R, K] or [1, 1]; the clean image
+        passes beside them.
 
         ``x_t`` may be more precise than the weights.
         """

@@ -13,15 +13,21 @@ from lit_transdiff.models.layers import TIME_FEATURES, layer_norm, modulate
 
 
 class TimeMLP(nn.Module):
-    """A two-layer network on sinusoidal features of an unscaled number."""
+    """A two-layer network on sinusoidal features of a number, which is multiplied by ``scale``."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         """``t`` [B] -> [B, D]."""
-        return self.mlp(layers.sinusoids(t).to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
+        return self.mlp(layers.sinusoids(self.scale * t).to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
+
+
+def scale_of_time(process: str) -> float:
+    """The factor of times of a process that makes them the numbers up to 1000 of discrete steps."""
+    return 1000.0 if process == "flow" else 1.0
 
 
 def whole_time(t: Tensor) -> Tensor:

@@ -106,8 +106,8 @@ class ARDiff(Paradigm):
         blocks = (CausalBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks))
         self.transformer = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
         self.final_layer = AdaptiveNorm(width)
-        head = TokenHead(config.token_features, width, config.head_width, config.head_blocks)
-        self.diffloss = nn.ModuleDict({"net": head})
+        shape = config.token_features, width, config.head_width, config.head_blocks
+        self.diffloss = nn.ModuleDict({"net": TokenHead(*shape, config.process)})
         self.apply(initialise).apply(initialise_adaptive)
 
     # --- the transformer

@@ -104,8 +104,8 @@ class MAR(Paradigm):
         )
         self.decoder_norm = layer_norm(decoder_width)
         self.diffusion_pos_embed_learned = learned(1, config.num_tokens, decoder_width)
-        head = TokenHead(config.token_features, decoder_width, config.head_width, config.head_blocks)
-        self.diffloss = nn.ModuleDict({"net": head})
+        shape = config.token_features, decoder_width, config.head_width, config.head_blocks
+        self.diffloss = nn.ModuleDict({"net": TokenHead(*shape, config.process)})
         self.apply(initialise).apply(initialise_adaptive)
 
     # --- the transformer

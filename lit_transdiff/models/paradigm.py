@@ -85,6 +85,15 @@ class Paradigm(nn.Module, ABC):
     condition_shape: tuple[int, ...] | None = None  # of what a row is drawn of, where that is no label
 
     @classmethod
+    def process_of(cls, config: ModelSettings) -> tuple[str, str]:
+        """The names of process and prediction for these settings: those of the class, or a flow of which the
+        network predicts the velocity.
+        """
+        if config.process in (None, cls.process):
+            return cls.process, cls.prediction
+        return config.process, "velocity"
+
+    @classmethod
     def check(cls, config: Any) -> None:
         """Refuse settings of the family that name what is in no table of its own."""
 

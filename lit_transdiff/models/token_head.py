@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP
+from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, scale_of_time
 from lit_transdiff.models.layers import layer_norm, modulate
 from lit_transdiff.models.paradigm import Problem
 
@@ -32,20 +32,20 @@ class HeadBlock(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Predicts noise and variance values of single tokens independently."""
+    """Predicts noise and variance values of single tokens independently, or for a flow their velocities."""
 
-    def __init__(self, features: int, context_width: int, width: int, num_blocks: int) -> None:
+    def __init__(self, features: int, context_width: int, width: int, num_blocks: int, process: str) -> None:
         super().__init__()
         self.features = features
-        self.time_embed = TimeMLP(width)
+        self.time_embed = TimeMLP(width, scale_of_time(process))
         self.cond_embed = nn.Linear(context_width, width)
         self.input_proj = nn.Linear(features, width)
         self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(num_blocks))
-        self.final_layer = AdaptiveOutput(width, 2 * features)
+        self.final_layer = AdaptiveOutput(width, features if process == "flow" else 2 * features)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """``x_t`` [R, c] at the steps ``t`` [R] or [1], ``condition`` [R, W] = ``cond_embed`` of the context
-        -> [R, 2 c].
+        """``x_t`` [R, c] at the times ``t`` [R] or [1], ``condition`` [R, W] = ``cond_embed`` of the context
+        -> [R, 2 c] or [R, c].
         """
         x = self.input_proj(x_t.to(self.input_proj.weight.dtype))
         condition = self.time_embed(t) + condition

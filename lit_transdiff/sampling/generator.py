@@ -30,7 +30,7 @@ from lit_transdiff.models.state_dicts import check_layout
 def check_sampling(sampling: SamplingConfig, model: ModelSettings) -> None:
     """Refuse an unknown sampler, or one that does not fit such a model."""
     kind = network_class(model)
-    process_class(kind.process).check_sampling(sampling)
+    process_class(kind.process_of(model)[0]).check_sampling(sampling)
     model.check_sampling(sampling)
     if sampling.part_guidance not in PART_GUIDANCE:
         raise unknown("sampling.part_guidance", sampling.part_guidance, PART_GUIDANCE)
@@ -59,7 +59,8 @@ def generate(
     ``contexts`` replace the model's encoding of the labels (see ``Paradigm.fusion``), and ``kept`` is its
     cache (see ``Paradigm.keep``).
     """
-    process = process_class(model.process)(FlowConfig(), model.prediction)
+    name, prediction = model.process_of(model.config)
+    process = process_class(name)(FlowConfig(), prediction)
     draw = PerImageNormal(seeds, labels.device)
     decoding = model.decode(labels, sampling, draw, kept, contexts)
     noise: Tensor | None = None

@@ -90,7 +90,8 @@ class TransDiffStage(Stage):
         self.keep(autoencoder)
         self.latents_are_checked = False
         self.model = build_model(run.model)
-        self.process = process_class(self.model.process)(run.flow, self.model.prediction)
+        process, prediction = self.model.process_of(run.model)
+        self.process = process_class(process)(run.flow, prediction)
         stacks = self.model.block_lists()
         if run.training.compile:
             compile_blocks(block for blocks in stacks.values() for block in blocks)
@@ -106,7 +107,7 @@ class TransDiffStage(Stage):
         super().check(run)
         model, again = network_class(run.model), run.training.activation_checkpointing
         model.check(run.model)
-        process_class(model.process).check(run.flow)
+        process_class(model.process_of(run.model)[0]).check(run.flow)
         frozen, allowed = run.training.frozen_dropout, f"false in stage {run.stage}, which freezes nothing"
         require(not frozen or cls.head_alone, "training.frozen_dropout", frozen, allowed)
         in_head = [name for name, stack in model.stacks.items() if stack.path.startswith(model.head_prefixes)]
