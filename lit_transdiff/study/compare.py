@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.config import require, unknown
-from lit_transdiff.evaluation.groups import student
 from lit_transdiff.study.records import Run
-from lit_transdiff.study.repeats import Pooled, over
+from lit_transdiff.study.repeats import Pooled
 from lit_transdiff.study.scored import FULL, Entry, default_metrics, entries_of, higher_is_better, title_of
+from lit_transdiff.study.spread import moments, seed_spread, tukey, verdict, with_verdict
 from lit_transdiff.study.text import frame
 
 if TYPE_CHECKING:
@@ -103,10 +103,11 @@ class Comparison:
     def verdicts(self, metric: str) -> pd.DataFrame:
         """The difference of each group to the best one in ``metric``, its noise, and a verdict.
 
-        The noise is Fisher's least significant difference at 95 %: t s sqrt(1/n_1 + 1/n_2), where s is the
-        standard deviation over seeds, pooled over all groups with several. If no group has two seeds, the
-        verdict is "unknown". Groups are compared only with groups of the same judge; a group without any is
-        "alone", and groups with equal means are "equal".
+        The noise is Tukey's honestly significant difference at 95 %, which holds for all pairs of groups at
+        once: q s sqrt((1/n_1 + 1/n_2) / 2), where s is the standard deviation over seeds, pooled over all
+        groups with several. If all have the same seeds, only what differs between groups within a seed
+        counts. If no group has two seeds, the verdict is "unknown". Groups are compared only with groups of
+        the same judge; a group without any is "alone", and groups with equal means are "equal".
         """
         require(metric in self.metrics, "metric", metric, ", ".join(self.metrics))
         mean, count = (self.groups[f"{metric} {part}"] for part in ("mean", "n"))
@@ -147,11 +148,16 @@ class Comparison:
 
     def differences(self, metric: str, among: Sequence[int]) -> list[list[float]]:
         """The differences of groups to the best of them, and the noise of each difference."""
-        mean, std, count = (self.groups[f"{metric} {part}"].loc[list(among)] for part in ("mean", "std", "n"))
-        best, free = mean.idxmax() if self.higher[metric] else mean.idxmin(), (count - 1).clip(lower=0)
-        pooled = ((std.fillna(0) ** 2 * free).sum() / free.sum()) ** 0.5 if free.sum() else math.nan
-        noise = student(int(free.sum())) * pooled * (1 / count + 1 / count[best]) ** 0.5
+        mean, count = (self.groups[f"{metric} {part}"].loc[list(among)] for part in ("mean", "n"))
+        best = mean.idxmax() if self.higher[metric] else mean.idxmin()
+        spread, free = seed_spread([self.by_seed(metric, k) for k in among])
+        noise = tukey(len(among), free) * spread * (1 / count + 1 / count[best]) ** 0.5
         return [[gap, size] for gap, size in zip(mean - mean[best], noise, strict=True)]
+
+    def by_seed(self, metric: str, group: int) -> dict[Hashable, float]:
+        """The values of a group's runs by their seeds, or by their rows if they have no known seed."""
+        rows = [i for i in self.members[group] if metric in self.scores[i]]
+        return {seed_of(self.entries[i], i): self.scores[i][metric].mean for i in rows}
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -159,9 +165,10 @@ class Comparison:
         keys = self.settings or ["first run"]
         shown = self.groups[[*keys, "runs"]].copy()
         for metric in self.metrics:
-            verdicts = self.verdicts(metric)["verdict"]
-            parts = zip(self.groups[f"{metric} mean"], self.groups[f"{metric} std"], verdicts, strict=True)
-            shown[metric] = [with_verdict(mean, std, word) for mean, std, word in parts]
+            found, std = self.verdicts(metric), self.groups[f"{metric} std"]
+            bounds = found["difference"].abs() + found["noise"]
+            parts = zip(found["mean"], std, found["verdict"], bounds, strict=True)
+            shown[metric] = [with_verdict(*part) for part in parts]
         return shown
 
     def shown(self) -> tuple[list[pd.DataFrame], list[str]]:
@@ -199,21 +206,6 @@ class Comparison:
         tables, notes = self.shown()
         texts = [table.to_html(index=False, float_format=lambda value: f"{value:.4g}") for table in tables]
         return "".join([*texts, *(f"<div>{html.escape(note)}</div>" for note in notes)])
-
-
-def with_verdict(mean: float, std: float, verdict: str) -> str:
-    """Format a mean, as in ``10.5 ± 0.2, within noise``."""
-    score = Pooled(mean, std if math.isfinite(std) else None, 1)
-    return f"{score}, {verdict}" if math.isfinite(mean) else verdict
-
-
-def verdict(gap: float, noise: float) -> str:
-    """The verdict on a difference to the best group."""
-    if gap == 0:
-        return "best"
-    if noise != noise:
-        return "unknown"
-    return "within noise" if abs(gap) <= noise else "worse"
 
 
 def compare(
@@ -276,6 +268,12 @@ def row_of(
     return row | {"judged by": entry.judge_in_words()}
 
 
+def seed_of(entry: Entry, row: int) -> Hashable:
+    """The seeds of a run; its row if they are not known."""
+    settings = entry.run.settings
+    return tuple(settings.get(name) for name in SEEDS) if "seed" in settings else row
+
+
 def averaged(entries: Sequence[Entry], group: Sequence[int]) -> tuple[list[int], list[str]]:
     """Select the runs of a group to average: finished, same step, each seed once. Notes cover the others."""
     finished = [i for i in group if entries[i].run.state == "finished"]
@@ -284,7 +282,7 @@ def averaged(entries: Sequence[Entry], group: Sequence[int]) -> tuple[list[int],
     notes = []
     for i in group:
         run = entries[i].run
-        seed: Hashable = tuple(run.settings.get(name) for name in SEEDS) if "seed" in run.settings else i
+        seed = seed_of(entries[i], i)
         if i not in finished:
             notes.append(f"{run.name} is not averaged: {run.state} at step {run.step}")
         elif (run.step or 0) != last:
@@ -307,13 +305,6 @@ def one_judge(
     """The common judge of the ``kept`` entries in ``metric``, or None if they have different ones."""
     judges = {entries[i].judge(metric) for i in kept if metric in scores[i]}
     return None if len(judges) > 1 else next(iter(judges), ())
-
-
-def moments(metric: str, values: Sequence[float]) -> dict[str, float]:
-    """The columns for the mean, standard deviation and number of values."""
-    score = over(values) or Pooled(math.nan, None, 0)
-    std = math.nan if score.std is None else score.std
-    return {f"{metric} mean": score.mean, f"{metric} std": std, f"{metric} n": score.n}
 
 
 def groupable(value: Any) -> Any:

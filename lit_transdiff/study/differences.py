@@ -1,23 +1,59 @@
-"""Differences between results as text, with confidence intervals over the sampled images."""
+"""Differences between results as text, with confidence intervals over the sampled images, and warnings."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
+
+from lit_transdiff.evaluation.groups import CONFIDENCE, jackknife_error, mean_error, student
 from lit_transdiff.evaluation.scores import value
 from lit_transdiff.study.records import Evaluation
-from lit_transdiff.study.scored import FULL, Entry, title_of
+from lit_transdiff.study.scored import FULL, Entry, extractor_of, higher_is_better, metric_of, title_of
 
-NORMAL = 1.96  # standard errors on each side of a 95 % interval
 MOST_COMPARED = 5  # the most entries to compare with the first
-HOW = "These are 95 % intervals over the sampled images; they do not cover other training seeds."
+MANY = 1000  # degrees of freedom of an error without groups: a normal distribution
+HOW = (
+    "These are 95 % intervals over the sampled images of these checkpoints; they do not cover other training "
+    "seeds."
+)
+# The conditions under which image i of two results has the same label, noise and group.
+PAIRED_BY = ("num_images", "label_mode", "seed", "images_of_a_class", "groups")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A difference of a score with the half width of its interval, and whether a higher score is better."""
+
+    size: float
+    half: float
+    higher: bool
+
+    @property
+    def word(self) -> str:
+        """better, worse, or nothing if the interval contains 0."""
+        if abs(self.size) <= self.half:
+            return ""
+        return "better" if (self.size > 0) == self.higher else "worse"
+
+    def __str__(self) -> str:
+        if not self.word:
+            return f"no difference above {abs(self.size) + self.half:.2g}"
+        return f"{self.word} by {abs(self.size):.2g} ± {self.half:.2g}"
+
+
+def notes_on_scores(entries: Sequence[Entry], keys: Sequence[str]) -> list[str]:
+    """The differences of the entries from the first, and warnings about their scores."""
+    return gaps_in_words(entries, keys) + below_real(entries, keys)
 
 
 def gaps_in_words(entries: Sequence[Entry], keys: Sequence[str]) -> list[str]:
-    """The differences of a few entries from the first in those scores ``keys`` that have standard errors.
+    """The differences of a few entries from the first in those scores ``keys`` that have uncertainties.
 
-    Entries of several seeds are left out, because their spread is more informative.
+    The intervals hold for all of these entries at once. Entries of several seeds are left out, because their
+    spread is more informative.
     """
     single = [entry for entry in entries if len(entry.repeats) == 1]
     if not 1 < len(single) <= MOST_COMPARED:
@@ -25,22 +61,47 @@ def gaps_in_words(entries: Sequence[Entry], keys: Sequence[str]) -> list[str]:
     first, *others = single
     told = []
     for other in others:
-        found = [text for key in keys if (text := gap_in_words(first, other, key))]
-        told += [f"{other.run.name} against {first.run.name}: {', '.join(found)}."] if found else []
+        gaps = {key: gap_of(first, other, key, 1 - (1 - CONFIDENCE) / len(others)) for key in keys}
+        found = {key: gap for key, gap in gaps.items() if gap is not None}
+        words = ", ".join(f"{title_of(key)} {gap}" for key, gap in found.items())
+        told += [f"{other.run.name} against {first.run.name}: {words}."] if found else []
+        told += disagreements(other.run.name, first.run.name, found)
     return [*told, HOW] if told else []
 
 
-def gap_in_words(first: Entry, other: Entry, key: str) -> str | None:
-    """``recall +0.12 ± 0.03``, or a bound on the difference; None without errors or a common judge."""
+def gap_of(first: Entry, other: Entry, key: str, confidence: float = CONFIDENCE) -> Gap | None:
+    """The difference of ``other`` from ``first`` in a score; None without uncertainties or a common judge.
+
+    Results of the same labels and noise are compared image by image: the values without each group of images,
+    or on disjoint parts of them, are subtracted before their spread is measured.
+    """
     name = key.removeprefix(FULL)
-    errors = [standard_error(entry.repeats[0], name) for entry in (first, other)]
-    if first.judge(key) != other.judge(key) or not all(map(math.isfinite, errors)):
+    if first.judge(key) != other.judge(key):
         return None
-    gap = value(other.repeats[0].scores[name]) - value(first.repeats[0].scores[name])
-    size = NORMAL * math.hypot(*errors)
-    if abs(gap) <= size:
-        return f"{title_of(key)} no difference above {abs(gap) + size:.2g}"
-    return f"{title_of(key)} {gap:+.2g} ± {size:.2g}"
+    pair = first.repeats[0], other.repeats[0]
+    if not all(name in one.scores for one in pair):
+        return None
+    sizes = [value(one.scores[name]) for one in pair]
+    size, half = sizes[1] - sizes[0], math.nan
+    paired = all(pair[0].manifest.get(by) == pair[1].manifest.get(by) for by in PAIRED_BY)
+    without, parts = (
+        paired_values(pair, kind, name) if paired else None for kind in ("without_group", "parts")
+    )
+    if without is not None:
+        half = student(len(without) - 1, confidence) * jackknife_error(without)
+    elif parts is not None:
+        size, half = float(parts.mean()), student(len(parts) - 1, confidence) * mean_error(parts)
+    else:
+        half = student(MANY, confidence) * math.hypot(*(standard_error(one, name) for one in pair))
+    return Gap(size, half, higher_is_better(key)) if math.isfinite(half) else None
+
+
+def paired_values(pair: Sequence[Evaluation], kind: str, name: str) -> torch.Tensor | None:
+    """The differences of the values by group (or by part) of two results; None if one has none."""
+    first, other = ((one.manifest.get(kind) or {}).get(name) for one in pair)
+    if not isinstance(first, list) or not isinstance(other, list) or not 1 < len(first) == len(other):
+        return None
+    return torch.tensor(other, dtype=torch.float64) - torch.tensor(first, dtype=torch.float64)
 
 
 def standard_error(result: Evaluation, name: str) -> float:
@@ -48,3 +109,33 @@ def standard_error(result: Evaluation, name: str) -> float:
     errors = result.manifest.get("standard_errors")
     error = errors.get(name) if isinstance(errors, dict) and name in result.scores else None
     return float(error) if isinstance(error, int | float) else math.nan
+
+
+def disagreements(other: str, first: str, gaps: dict[str, Gap]) -> list[str]:
+    """A warning for every metric by which one extractor calls a result better and another worse."""
+    told = []
+    for metric in dict.fromkeys(metric_of(key) for key in gaps):
+        clear = {key: gap.word for key, gap in gaps.items() if metric_of(key) == metric and gap.word}
+        words = {extractor_of(key): word for key, word in clear.items()}
+        if len(set(words.values())) > 1:
+            by = ", ".join(f"{word} by {name or 'the main extractor'}" for name, word in words.items())
+            told.append(f"Representations disagree about {other} against {first}: {metric} is {by}.")
+    return told
+
+
+def below_real(entries: Sequence[Entry], keys: Sequence[str]) -> list[str]:
+    """A warning for every distance that is smaller than that of as many real images."""
+    told = []
+    for entry in entries:
+        for key in keys:
+            name = key.removeprefix(FULL)
+            result = entry.repeats[0] if entry.repeats else None
+            if result is None or name not in result.scores or higher_is_better(key):
+                continue
+            real = (result.manifest.get("real_scores") or {}).get(name)
+            if real is not None and value(result.scores[name]) < value(real):
+                told.append(
+                    f"{entry.run.name}: {title_of(key)} {value(result.scores[name]):.3g} is below the "
+                    f"{value(real):.3g} of real images: the model was tuned on this score, or has copies."
+                )
+    return told

@@ -18,7 +18,7 @@ from lit_transdiff.config.targets import check_replaces, contents
 from lit_transdiff.evaluation.scores import result_files, value
 from lit_transdiff.sampling.pictures import captioned
 from lit_transdiff.study.compare import Comparison, compare
-from lit_transdiff.study.differences import gaps_in_words
+from lit_transdiff.study.differences import notes_on_scores
 from lit_transdiff.study.records import opened_pictures
 from lit_transdiff.study.repeats import Pooled, over, seeds
 from lit_transdiff.study.runs import runs
@@ -258,7 +258,7 @@ def footnotes(lines: Sequence[TableRow], shared: dict[str, str], compared: Compa
         notes.append(
             f"Scores by {name!r} are analogues on its features: they do not compare with FID, IS or KID."
         )
-    notes += gaps_in_words([line.entries[0] for line in lines if len(line.entries) == 1], compared.metrics)
+    notes += notes_on_scores([line.entries[0] for line in lines if len(line.entries) == 1], compared.metrics)
     notes += compared.shown_notes()
     return (
         "\n".join(

@@ -20,7 +20,7 @@ from tests.helpers.run_folders import HEAD, evaluate_again, make_run
 def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
     for seed, score in enumerate((2.0, 2.2, 2.4)):
         make_run(tmp_path, f"slow{seed}", score, seed=seed)
-        make_run(tmp_path, f"fast{seed}", score + 0.1, seed=seed, lr=1e-2)
+        make_run(tmp_path, f"fast{seed}", score + 0.1 + (0.2, -0.1, -0.1)[seed], seed=seed, lr=1e-2)
         make_run(tmp_path, f"bad{seed}", score + 5, seed=seed, lr=1.0)
     made = compare(runs(tmp_path))
     assert made.settings == ["optimizer.lr"] and len(made.table) == 9 and len(made.groups) == 3
@@ -32,7 +32,18 @@ def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
     # higher is better
     assert made.verdicts("eval/precision").set_index("optimizer.lr")["verdict"][1e-3] == "best"
     noise = made.verdicts("eval/frechet_distance")["noise"].iloc[0]
-    assert noise == pytest.approx(2.4469 * 0.2 * (2 / 3) ** 0.5, rel=1e-3)  # t of 6 degrees of freedom
+    # What a seed adds to all groups does not count: of the deviations 0.2, -0.1, -0.1 of one of three groups,
+    # 2/3 remain in it and -1/3 in each other. q of three groups with 4 degrees of freedom is 5.040.
+    rest = (0.04 + 0.01 + 0.01) * (4 / 9 + 2 / 9) / 4
+    assert noise == pytest.approx(5.040 * (rest / 3) ** 0.5, rel=1e-3)
+
+
+def test_groups_of_other_seeds_are_not_paired(tmp_path: Path) -> None:
+    for seed, score in enumerate((2.0, 2.2, 2.4)):
+        make_run(tmp_path, f"slow{seed}", score, seed=seed)
+        make_run(tmp_path, f"fast{seed}", score + 0.1, seed=seed + 1, lr=1e-2)
+    noise = compare(runs(tmp_path)).verdicts("eval/frechet_distance")["noise"]
+    assert list(noise) == pytest.approx([2.7764 * 0.2 * (2 / 3) ** 0.5] * 2, rel=1e-3)  # t of 4
 
 
 def test_none_is_a_setting_like_any_other(tmp_path: Path) -> None:
@@ -81,10 +92,11 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_group(tmp_path: Path) -> 
 def test_what_is_printed_says_mean_spread_and_verdict(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path, f"a{seed}", 2.0 + seed / 10, seed=seed)
-        make_run(tmp_path, f"b{seed}", 2.05 + seed / 10, seed=seed, lr=0.1)
+        make_run(tmp_path, f"b{seed}", 2.04 + 0.14 * seed, seed=seed, lr=0.1)
     made = compare(runs(tmp_path), ["val/loss"])
     for text in (repr(made), made._repr_html_()):
-        assert "2.05 ± 0.071, best" in text and "2.1 ± 0.071, within noise" in text
+        # s^2 = 0.02^2 / 2; t of one degree of freedom is 12.7: 0.06 + 12.7 x 0.02
+        assert "2.05 ± 0.071, best" in text and "2.11 ± 0.099, no difference above 0.31" in text
 
 
 def test_a_runs_score_is_that_of_its_own_settings(tmp_path: Path) -> None:

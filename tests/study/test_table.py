@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -120,11 +122,56 @@ def test_the_table_says_by_how_much_results_differ(tmp_path: Path) -> None:
     write(tmp_path, "c-earlier", {"frechet_distance": 0.9, "recall": 0.6})
     write(tmp_path, "d-other", {"frechet_distance": 0.1}, standard_errors=errors, reference_hash="another")
     text = " ".join(write_comparison(tmp_path, tmp_path / "out").markdown.read_text().split())
-    # 1.96 x sqrt(2) x 0.03 = 0.083, and 0.01 + 1.96 x sqrt(2) x 0.01 = 0.038
+    # For three others at once, t of 1 - 0.05 / 3 is 2.40: times sqrt(2) x 0.03 = 0.10, and 0.01 + 0.034.
     assert (
-        "b-mrar against a-onestep: Frechet distance -0.5 ± 0.083, recall no difference above 0.038." in text
+        "b-mrar against a-onestep: Frechet distance better by 0.5 ± 0.1, recall no difference above 0.044."
+        in text
     )
     assert "95 % intervals over the sampled images" in text and text.count("against a-onestep") == 1
+
+
+def with_groups(scores: dict[str, float], noise: float) -> dict[str, object]:
+    """Twenty values without a group whose errors are mostly common to all results, and parts."""
+    wiggles = [math.sin(g) + noise * math.cos(3 * g) for g in range(20)]
+    values = {name: [score + 0.01 * wiggle for wiggle in wiggles] for name, score in scores.items()}
+    return {
+        "standard_errors": dict.fromkeys(scores, 0.2),
+        "groups": 20,
+        "without_group": {name: rows for name, rows in values.items() if name != "recall"},
+        "parts": {name: rows[:10] for name, rows in values.items() if name == "recall"},
+    }
+
+
+def test_results_of_the_same_images_are_compared_pair_by_pair(tmp_path: Path) -> None:
+    for name, scores, noise in (
+        ("a", {"frechet_distance": 1.0, "recall": 0.60, "judge/frechet_distance": 2.0}, 0.0),
+        ("b", {"frechet_distance": 0.9, "recall": 0.70, "judge/frechet_distance": 2.2}, 0.1),
+    ):
+        judge = {"judge": {"extractor_fingerprint": "f", "reference_hash": "r"}}
+        write(tmp_path, name, scores, **with_groups(scores, noise), extractors=judge)
+    text = " ".join(write_comparison(tmp_path, tmp_path / "out").markdown.read_text().split())
+    gaps = [0.001 * math.cos(3 * g) for g in range(20)]
+    half = 2.093 * math.sqrt(19 * statistics.pvariance(gaps))  # t of 19 degrees of freedom
+    assert f"Frechet distance better by 0.1 ± {half:.2g}" in text
+    parts = 0.1 + statistics.mean(gaps[:10]), 2.262 * statistics.stdev(gaps[:10]) / math.sqrt(10)
+    assert f"recall better by {parts[0]:.2g} ± {parts[1]:.2g}" in text
+    assert f"Frechet distance by judge worse by 0.2 ± {half:.2g}" in text
+    assert (
+        "Representations disagree about b against a: frechet_distance is better by the main extractor, "
+        "worse by judge." in text
+    )
+
+
+def test_other_noise_is_not_paired_and_scores_below_those_of_real_images_warn(tmp_path: Path) -> None:
+    scores = {"frechet_distance": 1.0, "precision": 0.9}
+    write(tmp_path, "a", scores, **with_groups(scores, 0.0), seed=1)
+    real = {"frechet_distance": 0.95, "precision": 0.8}
+    lower = {"frechet_distance": 0.9, "precision": 0.9}
+    write(tmp_path, "b", lower, **with_groups(lower, 0.1), seed=2, real_scores=real)
+    text = " ".join(write_comparison(tmp_path, tmp_path / "out").markdown.read_text().split())
+    assert "b against a: Frechet distance no difference above 0.66" in text  # 0.1 + 1.96 sqrt(2) 0.2
+    assert "b: Frechet distance 0.9 is below the 0.95 of real images" in text
+    assert "precision 0.9 is below" not in text
 
 
 def test_text_is_aligned_and_the_csv_holds_plain_numbers(folder: Path, tmp_path: Path) -> None:
