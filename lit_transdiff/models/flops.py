@@ -33,10 +33,13 @@ class RowCost:
 
 
 class Zeros:
-    """A ``Normal`` of one row, all zeros, on the current device."""
+    """A ``Normal`` of a few rows, all zeros, on the current device."""
+
+    def __init__(self, rows: int = 1) -> None:
+        self.rows = rows
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.zeros(1, *shape)
+        return torch.zeros(self.rows, *shape)
 
     def shared(self) -> float:
         """The mean."""

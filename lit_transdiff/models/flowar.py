@@ -28,7 +28,7 @@ from lit_transdiff.models.rotary import (
     RotaryBlock,
     grid_places,
     plain_rms_norm,
-    rotary_angles,
+    rotary_turns,
     rotated,
 )
 from lit_transdiff.models.tokens import patchify, unpatchify
@@ -72,12 +72,12 @@ class FlowBlock(nn.Module):
         self.mlp = GatedMLP(width, 4.0)
         self.ada_lin = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, times: Tensor, condition: Tensor, scales: Scales, angles: Tensor) -> Tensor:
+    def forward(self, x: Tensor, times: Tensor, condition: Tensor, scales: Scales, turns: Tensor) -> Tensor:
         """``x`` [R, n, W] with ``times`` [R or 1, K, W] and ``condition`` [R, n, W] -> [R, n, W]."""
         steering = self.ada_lin(F.silu(condition)).chunk(6, dim=-1)
         gate_attention, gate_mlp, scale_attention, scale_mlp, shift_attention, shift_mlp = steering
         h = modulate(self.norm(x), shift_attention, scale_attention)
-        x = x + gate_attention * self.attn(h, angles, scales.sizes, isolated=True)
+        x = x + gate_attention * self.attn(h, turns, scales.sizes, isolated=True)
         return x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
 
@@ -91,11 +91,11 @@ class RotaryCrossAttention(nn.Module):
         self.kv = nn.Linear(context_width, 2 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor, angles: Tensor, sizes: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, turns: Tensor, sizes: Sequence[int]) -> Tensor:
         """``x`` [R, n, W], ``context`` [B, n, D], of which all draws of an image share a row -> [R, n, W]."""
         q = rearrange(self.q(x), "r n (h d) -> r h n d", h=self.num_heads)
         k, v = rearrange(self.kv(context), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
-        q, k = (rotated(z, angles).to(v.dtype) for z in (q, k))
+        q, k = (rotated(z, turns).to(v.dtype) for z in (q, k))
         k, v = (z.repeat(len(x) // len(context), 1, 1, 1) for z in (k, v))
         y = attend(q, k, v, sizes, isolated=True)
         return self.proj(rearrange(y, "r h n d -> r n (h d)"))
@@ -113,12 +113,12 @@ class CrossFlowBlock(nn.Module):
         self.mlp = GatedMLP(width, 4.0)
         self.ada_lin_attn, self.ada_lin_mlp = (nn.Linear(width, 3 * width) for _ in range(2))
 
-    def forward(self, x: Tensor, times: Tensor, condition: Tensor, scales: Scales, angles: Tensor) -> Tensor:
+    def forward(self, x: Tensor, times: Tensor, condition: Tensor, scales: Scales, turns: Tensor) -> Tensor:
         """As that of ``FlowBlock``."""
         gate, scale, shift = to_tokens(self.ada_lin_attn(F.silu(times)), scales.sizes).chunk(3, dim=-1)
-        h = self.attn(modulate(self.norm(x), shift, scale), angles, scales.sizes, isolated=True)
+        h = self.attn(modulate(self.norm(x), shift, scale), turns, scales.sizes, isolated=True)
         x = x + gate * h
-        x = x + self.crossattn(self.norm2_1(x), self.norm2_2(scales.context), angles, scales.sizes)
+        x = x + self.crossattn(self.norm2_1(x), self.norm2_2(scales.context), turns, scales.sizes)
         gate, scale, shift = self.ada_lin_mlp(F.silu(condition)).chunk(3, dim=-1)
         return x + gate * self.mlp(modulate(self.norm(x), shift, scale))
 
@@ -149,10 +149,10 @@ class FlowNet(nn.Module):
             len(x_t) // len(scales.embedded), 1, 1
         )
         places = places_of(scales.sides, config.grid, x_t.device)
-        angles = rotary_angles(places, config.head_width // config.heads_of_head)
+        turns = rotary_turns(places, config.head_width // config.heads_of_head)
         x = self.input_proj(x_t.to(self.input_proj.weight.dtype))
         for block in self.res_blocks:
-            x = block(x, times, condition, scales, angles)
+            x = block(x, times, condition, scales, turns)
         return self.final_layer(x, condition)
 
 
@@ -209,9 +209,9 @@ class FlowAR(Paradigm):
         at, places = slice(first, first + x.shape[1]), places_of(sides, config.grid, x.device)
 
         def through(blocks: nn.ModuleList, x: Tensor, heads: int, past: Sequence[KeysValues]) -> Tensor:
-            angles = rotary_angles(places, config.width // heads)
+            turns = rotary_turns(places, config.width // heads)
             for i, block in enumerate(blocks):
-                x = block(x, classes[:, None], angles, sizes, past[i] if past else None)
+                x = block(x, classes[:, None], turns, sizes, past[i] if past else None)
             return x
 
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned[:, at])

@@ -28,19 +28,21 @@ def grid_places(side: int, extent: int, device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(line, line, indexing="ij"), dim=-1)
 
 
-def rotary_angles(places: Tensor, numbers: int) -> Tensor:
-    """The angles of tokens at ``places`` [N, 2] for heads of d = ``numbers``: [N, d / 2].
+def rotary_turns(places: Tensor, numbers: int) -> Tensor:
+    """Cosines and sines of the angles of tokens at ``places`` [N, 2], for heads of d = ``numbers``: [2, N, d
+    / 2].
 
     The first half of a head turns with the row, the other one with the column.
     """
     exponents = torch.arange(numbers // 4, dtype=torch.float32, device=places.device) / (numbers // 4)
-    return (places[..., None] * 10_000.0**-exponents).flatten(1)
+    angles = (places[..., None] * 10_000.0**-exponents).flatten(1)
+    return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """Pairs of successive numbers of ``x`` [..., N, d] turned by ``angles`` [N, d / 2]."""
+def rotated(x: Tensor, turns: Tensor) -> Tensor:
+    """Pairs of successive numbers of ``x`` [..., N, d] turned by ``turns`` [2, N, d / 2], in float32."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = turns
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
 
 
@@ -65,17 +67,17 @@ class RotaryAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        angles: Tensor,
+        turns: Tensor,
         groups: Sequence[int] | None = None,
         past: KeysValues | None = None,
         isolated: bool = False,
     ) -> Tensor:
-        """``x`` [B, N, D] with ``angles`` [N, d / 2] -> [B, N, D]; groups as in ``attend``.
+        """``x`` [B, N, D] with ``turns`` [2, N, d / 2] -> [B, N, D]; groups as in ``attend``.
 
         Those of ``past`` are seen, too, and it then holds x's.
         """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        q, k = (rotated(z, angles).to(v.dtype) for z in (q, k))
+        q, k = (rotated(z, turns).to(v.dtype) for z in (q, k))
         if past is not None:
             k, v = past.extend(k, v)
         y = attend(q, k, v, groups, self.attention_dropout if self.training else 0.0, isolated)
@@ -119,17 +121,17 @@ class RotaryBlock(nn.Module):
         self,
         x: Tensor,
         condition: Tensor,
-        angles: Tensor,
+        turns: Tensor,
         groups: Sequence[int] | None = None,
         past: KeysValues | None = None,
     ) -> Tensor:
-        """``x`` [B, N, D] of K equal parts with ``condition`` [B, K, D], ``angles`` [N, d / 2] -> [B, N,
+        """``x`` [B, N, D] of K equal parts with ``condition`` [B, K, D], ``turns`` [2, N, d / 2] -> [B, N,
         D].
         """
         steering = (z[:, :, None] for z in self.ada_lin(condition))
         gate_attention, gate_mlp, scale_attention, scale_mlp, shift_attention, shift_mlp = steering
         x = rearrange(x, "b (k n) d -> b k n d", k=condition.shape[1])
         h = modulate(self.norm(x), shift_attention, scale_attention).flatten(1, 2)
-        x = x + gate_attention * self.attn(h, angles, groups, past).view_as(x)
+        x = x + gate_attention * self.attn(h, turns, groups, past).view_as(x)
         x = x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
         return x.flatten(1, 2)

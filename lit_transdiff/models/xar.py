@@ -20,7 +20,7 @@ from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import TimeMLP, whole_time
 from lit_transdiff.models.layers import KeysValues, RMSNorm, initialise, learned
 from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
-from lit_transdiff.models.rotary import RotaryBlock, grid_places, rotary_angles
+from lit_transdiff.models.rotary import RotaryBlock, grid_places, rotary_turns
 from lit_transdiff.models.tokens import join_squares, split_squares
 
 if TYPE_CHECKING:
@@ -101,9 +101,9 @@ class XAR(Paradigm):
         places = split_squares(places[:, None], config.parts_per_side, 1)[:, at, 0].T
 
         def through(blocks: nn.ModuleList, x: Tensor, heads: int, past: Sequence[KeysValues]) -> Tensor:
-            angles = rotary_angles(places, config.width // heads)
+            turns = rotary_turns(places, config.width // heads)
             for i, block in enumerate(blocks):
-                x = block(x, condition, angles, groups, past[i] if past else None)
+                x = block(x, condition, turns, groups, past[i] if past else None)
             return x
 
         x = self.z_proj(x.to(self.z_proj.weight.dtype)) + self.encoder_pos_embed_learned[:, at]

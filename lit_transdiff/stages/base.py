@@ -22,6 +22,7 @@ from lit_transdiff.flow.processes import process_class
 from lit_transdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, check_latents, load_autoencoder
 from lit_transdiff.models.execution import compile_blocks, recompute_blocks
 from lit_transdiff.models.paradigm import Paradigm, build_model, network_class
+from lit_transdiff.stages.contract import check_family_class
 from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.stages.objective import losses_of
 from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor
@@ -105,6 +106,7 @@ class TransDiffStage(Stage):
     def check(cls, run: RunConfig) -> None:
         """Refuse invalid settings before anything expensive starts."""
         super().check(run)
+        check_family_class(run.model)
         model, again = network_class(run.model), run.training.activation_checkpointing
         model.check(run.model)
         process_class(model.process_of(run.model)[0]).check(run.flow)

@@ -35,6 +35,7 @@ from lit_transdiff.models.paradigm import Paradigm, network_class
 from lit_transdiff.sampling.generator import check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.base import Stage, TransDiffStage
+from lit_transdiff.stages.contract import check_family
 from lit_transdiff.training.callbacks import CALLBACKS
 from lit_transdiff.training.checkpointing import layout
 
@@ -90,6 +91,8 @@ def check_run(
     check_distributed(run)
     if own_stage is None:
         check_sizes(run, outline)
+    if own_stage is None and run.stage in STAGES:
+        check_family(run.model)
 
 
 def build(

@@ -14,7 +14,7 @@ from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.flow.solvers import dense_end_grid
 from lit_transdiff.models import layers
 from lit_transdiff.models.flowar import CrossFlowBlock, FlowAR, Scales, places_of
-from lit_transdiff.models.rotary import rotary_angles
+from lit_transdiff.models.rotary import rotary_turns
 from lit_transdiff.sampling.generator import sampler_of
 from lit_transdiff.stages.objective import losses_of
 from tests.helpers.families import (
@@ -189,8 +189,8 @@ def test_attention_to_the_context_written_out():
     for p in block.parameters():
         nn.init.normal_(p, std=0.5)
     x, times = torch.randn(2, 2, 4, 8).unbind()
-    angles, te = rotary_angles(places_of((2,), 4, torch.device("cpu")), 4), times[:, :1]
-    found = block(x, te, te + scales.embedded, scales, angles)
+    turns, te = rotary_turns(places_of((2,), 4, torch.device("cpu")), 4), times[:, :1]
+    found = block(x, te, te + scales.embedded, scales, turns)
 
     def normed(z: Tensor) -> Tensor:
         return z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()

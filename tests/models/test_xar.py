@@ -11,7 +11,7 @@ from lit_transdiff.config import FlowConfig, SamplingConfig
 from lit_transdiff.config.xar import XARConfig
 from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.models import layers
-from lit_transdiff.models.rotary import grid_places, rotary_angles
+from lit_transdiff.models.rotary import grid_places, rotary_turns
 from lit_transdiff.models.tokens import split_squares
 from lit_transdiff.models.xar import XAR, NoisyCells
 from lit_transdiff.sampling.generator import sampler_of
@@ -56,9 +56,9 @@ def test_order_of_cells_and_their_angles():
     case, places = tensors(name), grid_places(16, 16, torch.device("cpu"))
     cells = split_squares(places.movedim(-1, 0)[:, None], 2, 1)[..., 0]
     check(name, "cell_order", (16 * cells[0] + cells[1]).long(), case)
-    angles = rotary_angles(cells.T, 12)[[0, 1, 7, 8, 64, 65, 128, 192, 255]].repeat_interleave(2, dim=1)
-    check(name, "rope_cos", angles.cos(), case)
-    check(name, "rope_sin", angles.sin(), case)
+    cos, sin = rotary_turns(cells.T, 12)[:, [0, 1, 7, 8, 64, 65, 128, 192, 255]].repeat_interleave(2, dim=2)
+    check(name, "rope_cos", cos, case)
+    check(name, "rope_sin", sin, case)
 
 
 @torch.no_grad()
