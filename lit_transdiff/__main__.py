@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from lit_transdiff import __version__
 from lit_transdiff.base.endings import STOP_SIGNALS, ending_when_asked, leave, leave_undone
-from lit_transdiff.cli import commands
+from lit_transdiff.cli import commands, studies
 from lit_transdiff.cli.errors import ENDINGS, status_of
 from lit_transdiff.config import BACKGROUNDS, PRESETS
 from lit_transdiff.config.imports import import_modules
@@ -27,7 +27,8 @@ RESUMABLE = (
     commands.reproduce_command,
     commands.cache_command,
     commands.pack_command,
-    commands.sweep_command,
+    studies.sweep_command,
+    studies.study_command,
 )
 EXIF = "turn images upright by EXIF orientation, or not (as ADM); for files kept unchanged, set data.exif too"
 QUIET = (  # loggers whose information does not help users; cuda logs LOCAL_RANK at every start of a Trainer
@@ -289,19 +290,18 @@ def add_result_commands(
 
 def add_study_commands(command: AddCommand) -> None:
     """The commands for many runs: sweeps and reports."""
-    text = (
-        "run a W&B sweep file on this machine, without a server; the same command continues it and tries "
-        "failed trials again"
-    )
-    sub = command(commands.sweep_command, text)
-    sub.add_argument("file", help="the sweep's YAML")
-    sub.add_argument("--output", help="folder of the trials; default: runs/sweeps/NAME")
-    sub.add_argument(
-        "--agents", type=int, help="trials at once; default: as many as the GPUs allow, or one on CPUs"
-    )
-    sub.add_argument("--devices-per-run", type=int, default=1, help="GPUs per trial, for torchrun")
-    sub.add_argument("--seed", type=int, default=0, help="seed of random and bayes")
-    sub.add_argument("--tries", type=int, default=3, help="attempts of a trial; default: %(default)s")
+    again = "the same command continues it and tries failed trials again"
+    sweep = command(studies.sweep_command, f"run a W&B sweep file on this machine, without a server; {again}")
+    study = command(studies.study_command, f"run arms and seeds until a claim is settled; {again}")
+    for sub, where in ((sweep, "runs/sweeps"), (study, "runs/studies")):
+        sub.add_argument("file", help="its YAML")
+        sub.add_argument("--output", help=f"folder of the trials; default: {where}/NAME")
+        trials = "trials at once; default: as many as the GPUs allow, or one on CPUs"
+        sub.add_argument("--agents", type=int, help=trials)
+        sub.add_argument("--devices-per-run", type=int, default=1, help="GPUs per trial, for torchrun")
+        sub.add_argument("--tries", type=int, default=3, help="attempts of a trial; default: %(default)s")
+    sweep.add_argument("--seed", type=int, default=0, help="seed of random and bayes")
+    study.set_defaults(seed=0)
 
     sub = command(
         commands.report_command,

@@ -21,12 +21,13 @@ import pytest
 from lit_transdiff import train
 from lit_transdiff.__main__ import parse
 from lit_transdiff.base.files import read_json
-from lit_transdiff.cli import commands
+from lit_transdiff.cli import commands, studies
 from lit_transdiff.cli.own_package import write_package
 from lit_transdiff.cli.pipeline import load_pipeline
 from lit_transdiff.config.loading import load_run
 from lit_transdiff.config.reference import all_settings, family_settings
 from lit_transdiff.sweep.file import load_sweep
+from lit_transdiff.sweep.study import load_study
 from tests.helpers.run_folders import make_run
 from tests.helpers.small import ROOT, small_run
 
@@ -37,7 +38,8 @@ DOCUMENTS = [
 ]
 RECIPES = [file for file in sorted((ROOT / "experiments").rglob("*.yaml")) if file.parent.name != "launch"]
 CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which names what has gone, too
-COMMANDS = [function.removesuffix("_command") for function in vars(commands) if function.endswith("_command")]
+FUNCTIONS = [name for name in {**vars(commands), **vars(studies)} if name.endswith("_command")]
+COMMANDS = [function.removesuffix("_command") for function in FUNCTIONS]
 OF_OTHERS = ("--max_restarts", "--nproc_per_node", "--array")  # options of torchrun and sbatch
 SUFFIXES = (
     "py",
@@ -160,7 +162,7 @@ def check_command(args: argparse.Namespace) -> None:
         recipe = given.get("run") or given.get("recipe") or "RUN.yaml"
         load_run(PLACEHOLDER if recipe == "RUN.yaml" else recipe, args.overrides, args.imports)
     elif "file" in given:
-        load_sweep(args.file)
+        (load_study if args.function is studies.study_command else load_sweep)(args.file)
     if "row" in given:
         assert args.row in read_json(ROOT / "experiments/baselines.json")["rows"]
 

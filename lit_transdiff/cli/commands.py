@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from lit_transdiff.base.endings import TrialsFailed
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.classes import choose_classes, full_names
 from lit_transdiff.config.loading import load_run, override, read_yaml
@@ -258,21 +257,6 @@ def compare_command(args: argparse.Namespace) -> None:
     from lit_transdiff.study.table import write_comparison
 
     print(write_comparison(args.folder, args.output or args.folder))
-
-
-def sweep_command(args: argparse.Namespace) -> None:
-    from lit_transdiff.sweep.file import load_sweep
-
-    sweep = load_sweep(args.file)
-    from lit_transdiff.sweep.controller import run_sweep
-    from lit_transdiff.sweep.report import failures, outcome
-
-    folder = Path(args.output or Path("runs") / "sweeps" / sweep.name)
-    how = dict(agents=args.agents, devices_per_run=args.devices_per_run, seed=args.seed, tries=args.tries)
-    trials = run_sweep(sweep, folder, **how)
-    print(outcome(sweep, trials, folder))
-    if failed := failures(trials, folder, args.tries):
-        raise TrialsFailed(failed)
 
 
 def report_command(args: argparse.Namespace) -> None:

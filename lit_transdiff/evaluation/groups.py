@@ -7,6 +7,7 @@ resample has the bias of fewer images on top of that of the original. Shapes: N 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ def mean_error(parts: Tensor) -> float:
     return float(parts.double().std()) / math.sqrt(len(parts))
 
 
+@cache
 def student(freedom: float, confidence: float = CONFIDENCE) -> float:
     """The two-sided critical value of Student's t; NaN without a degree of freedom."""
     if freedom <= 0:

@@ -22,6 +22,7 @@ from lit_transdiff.config import require
 from lit_transdiff.config.targets import check_replaces
 from lit_transdiff.sampling.pictures import narrowed
 from lit_transdiff.study.compare import Comparison, compare, differing
+from lit_transdiff.study.differences import notes_on_scores
 from lit_transdiff.study.records import AXES, Run, opened_pictures
 from lit_transdiff.study.repeats import Pooled
 from lit_transdiff.study.scored import FULL, evaluation_in_words, higher_is_better, pooled_scores, title_of
@@ -29,6 +30,7 @@ from lit_transdiff.study.scored import FULL, evaluation_in_words, higher_is_bett
 TEMPLATE = Path(__file__).with_name("report.html")
 # The marks of our pages; the second one is from earlier versions.
 PAGE_SIGNS = ('<meta name="generator" content="lit-transdiff">', ":root { --ink: #1c1e22;")
+CLAIMS = "study.md"  # the claims of a study, in its folder
 MAX_POINTS = 500  # per curve; longer curves are thinned evenly
 MAX_GRIDS = 12  # per run, evenly over training
 WIDEST = 520  # the largest width of a picture in pixels
@@ -38,12 +40,19 @@ def write_report(runs: Sequence[Run], file: Path, title: str = "Runs") -> Path:
     """Write the page about ``runs`` to ``file``."""
     require(len(runs) > 0, "runs", len(runs), "at least one")
     check_replaces(file, PAGE_SIGNS, "a report")
+    content = page_data(runs) | {"claims": claims_in(file.parent)}
     # "<" is escaped so that no text of a run can open or close a script.
-    data = json.dumps(page_data(runs), allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text().replace("{{title}}", html.escape(title)).replace("{{data}}", data)
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, page.encode())
     return file
+
+
+def claims_in(folder: Path) -> list[str]:
+    """The claims of the study whose folder this is; empty for other folders."""
+    file = folder / CLAIMS
+    return [line.removeprefix("- ") for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def report_file(where: str) -> Path:
@@ -64,6 +73,7 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
         "scores": [
             {"key": key, "title": title_of(key), "higher": higher_is_better(key)} for key in compared.metrics
         ],
+        "notes": notes_on_scores([entry for entry in compared.entries if entry.repeats], compared.metrics),
         "metrics": sorted({str(column) for run in runs for column in run.history() if column not in AXES}),
     }
 

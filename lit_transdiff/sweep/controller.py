@@ -10,6 +10,7 @@ attempts in total.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import secrets
 import signal
@@ -26,13 +27,13 @@ from lit_transdiff.config import require
 from lit_transdiff.sweep.command import trial_command, write_parameters
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.journal import SweepJournal
+from lit_transdiff.sweep.processes import KILL_AFTER, end_orphans, signal_group, wait_or_kill
 from lit_transdiff.sweep.search import next_settings, to_stop
 from lit_transdiff.sweep.trial import Trial, TrialState
 from lit_transdiff.sweep.values import logged_names, logged_values
 from lit_transdiff.tracking.place import SWEEP_FOLDER, TrialPlace
 
 POLL = 0.5  # seconds between checks of the trials
-KILL_AFTER = 60.0  # seconds for a trial to end after SIGTERM
 TRIES = 3  # attempts of a trial, over all calls of the command
 HOPELESS = 3  # this many failures without any success end the sweep
 Slot = tuple[int, ...]  # GPUs of one trial; empty on CPUs
@@ -83,8 +84,10 @@ class Controller:
         slots: list[Slot],
         say: Callable[[str], None],
         tries: int = TRIES,
+        hours: float = math.inf,
     ) -> None:
         self.sweep = sweep
+        self.deadline = time.monotonic() + 3600 * hours  # no trial starts after it
         self.folder = folder.resolve()
         self.seed = seed
         self.free = list(slots)
@@ -140,7 +143,7 @@ class Controller:
     def fill(self) -> bool:
         """Start trials on free slots and return whether one was started."""
         started = False
-        while self.free:
+        while self.free and time.monotonic() < self.deadline:
             if self.again:
                 trial = self.again.pop(0)
             else:
@@ -282,50 +285,11 @@ def run_sweep(
     devices_per_run: int = 1,
     seed: int = 0,
     tries: int = TRIES,
+    hours: float = math.inf,
     say: Callable[[str], None] = print,
 ) -> list[Trial]:
-    """Run or continue a sweep to its end; the trials are run folders in ``folder``."""
-    require(tries >= 1, "--tries", tries, "at least 1")
-    return Controller(sweep, folder, seed, slots_of(agents, devices_per_run), say, tries).run()
-
-
-def end_orphans(trials: set[str], folder: Path) -> None:
-    """End the trials of this sweep that outlived their controller.
-
-    They are recognised by their environment, because a killed controller may not have recorded their
-    processes.
+    """Run or continue a sweep to its end, or for so many ``hours``; the trials are run folders in
+    ``folder``.
     """
-    import psutil
-
-    found = []
-    for process in psutil.process_iter():
-        try:
-            environment = process.environ()
-            ours = environment.get("WANDB_RUN_ID") in trials and environment.get(SWEEP_FOLDER) == str(folder)
-            if ours and os.getpgid(process.pid) == process.pid:  # the trial itself, not a child process
-                found.append(process)
-        except (psutil.Error, ProcessLookupError, PermissionError):
-            continue
-    for process in found:
-        signal_group(process.pid, signal.SIGTERM)
-    _, alive = psutil.wait_procs(found, KILL_AFTER)
-    for process in alive:
-        signal_group(process.pid, signal.SIGKILL)
-    psutil.wait_procs(alive, KILL_AFTER)
-
-
-def signal_group(pid: int, number: signal.Signals) -> None:
-    """Send a signal to a trial and all its children, if it still exists."""
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        return
-
-
-def wait_or_kill(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a trial to end, and kill it if it does not."""
-    try:
-        process.wait(KILL_AFTER)
-    except subprocess.TimeoutExpired:
-        signal_group(process.pid, signal.SIGKILL)
-        process.wait()
+    require(tries >= 1, "--tries", tries, "at least 1")
+    return Controller(sweep, folder, seed, slots_of(agents, devices_per_run), say, tries, hours).run()

@@ -65,6 +65,7 @@ class Sweep:
     project: str | None = None
     run_cap: int | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    study: Any = None  # a sweep.study.Study, for method "study"
 
     def nested(self, values: dict[Path_, Any]) -> dict[str, Any]:
         """Nest parameter values as in the file."""

@@ -17,6 +17,7 @@ from lit_transdiff.sweep.trial import Trial
 from lit_transdiff.tracking.origin import COPIED_FROM, is_copy, keep_record, read_record
 from lit_transdiff.tracking.place import SWEEP_SIGN
 
+CAPS = ("run_cap", "budget")
 log = logging.getLogger(__name__)
 
 
@@ -109,5 +110,5 @@ def drop_cut_line(file: Path) -> None:
 
 
 def without_cap(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without ``run_cap``, which may change between calls."""
-    return {**settings, "sweep": {key: value for key, value in settings["sweep"].items() if key != "run_cap"}}
+    """The settings without ``run_cap`` and ``budget``, which may change between calls."""
+    return {**settings, "sweep": {key: value for key, value in settings["sweep"].items() if key not in CAPS}}

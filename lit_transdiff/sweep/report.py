@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lit_transdiff.base.files import replace_file
 from lit_transdiff.study.compare import compare
+from lit_transdiff.study.report import CLAIMS, report_file, write_report
 from lit_transdiff.study.runs import runs
 from lit_transdiff.study.scored import entries_of
 from lit_transdiff.study.text import frame
 from lit_transdiff.sweep.definition import Sweep
+from lit_transdiff.sweep.study import study_in_words
 from lit_transdiff.sweep.trial import Trial
 
 if TYPE_CHECKING:
@@ -44,6 +47,18 @@ def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
     return told_of(
         head, table.sort_values(["mean", metric], ascending=not sweep.maximize).drop(columns="mean"), folder
     )
+
+
+def write_claims(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
+    """The claims of a study as text, also written to ``study.md`` and shown on the page ``report.html``."""
+    told = study_in_words(sweep, trials)
+    replace_file(folder / CLAIMS, "".join(f"- {line}\n" for line in told).encode())
+    text = "\n".join(["", *told, ""])
+    try:
+        page = write_report(runs(folder), report_file(str(folder)), title=sweep.name)
+    except FileNotFoundError:
+        return f"{text}\nNo trial has produced a run. Their outputs: {folder / 'logs'}"
+    return f"{text}\n{page}"
 
 
 def told_of(head: str, table: pd.DataFrame, folder: Path) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.sweep.definition import Hyperband, Sweep
 from lit_transdiff.sweep.distributions import DISTRIBUTIONS, for_optuna, name_of
+from lit_transdiff.sweep.study import next_of_study
 from lit_transdiff.sweep.trial import Trial
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ SEARCHES: dict[str, Search] = {
 
 def next_settings(sweep: Sweep, trials: Sequence[Trial], seed: int = 0) -> dict[str, Any] | None:
     """The settings of the next trial, or None if the sweep is complete."""
+    if sweep.study is not None:
+        return next_of_study(sweep, trials, seed)
     if sweep.run_cap is not None and len(trials) >= sweep.run_cap:
         return None
     if sweep.target is not None and any(reached(sweep, sweep.target, trial) for trial in trials):

@@ -1,0 +1,42 @@
+"""The commands of many trials: sweeps and studies."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lit_transdiff.base.endings import TrialsFailed
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that sweeps and studies share."""
+    return dict(agents=args.agents, devices_per_run=args.devices_per_run, seed=args.seed, tries=args.tries)
+
+
+def sweep_command(args: argparse.Namespace) -> None:
+    from lit_transdiff.sweep.file import load_sweep
+
+    sweep = load_sweep(args.file)
+    from lit_transdiff.sweep.controller import run_sweep
+    from lit_transdiff.sweep.report import failures, outcome
+
+    folder = Path(args.output or Path("runs") / "sweeps" / sweep.name)
+    trials = run_sweep(sweep, folder, **options(args))
+    print(outcome(sweep, trials, folder))
+    if failed := failures(trials, folder, args.tries):
+        raise TrialsFailed(failed)
+
+
+def study_command(args: argparse.Namespace) -> None:
+    from lit_transdiff.sweep.study import load_study
+
+    sweep = load_study(args.file)
+    from lit_transdiff.sweep.controller import run_sweep
+    from lit_transdiff.sweep.report import failures, write_claims
+
+    folder = Path(args.output or Path("runs") / "studies" / sweep.name)
+    trials = run_sweep(sweep, folder, hours=sweep.study.budget, **options(args))
+    print(write_claims(sweep, trials, folder))
+    if failed := failures(trials, folder, args.tries):
+        raise TrialsFailed(failed)
