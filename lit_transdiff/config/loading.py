@@ -46,12 +46,12 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), imports: Sequence[
     return run_from(settings, source=str(path))
 
 
-def merge(*settings: Any) -> DictConfig:
+def merge(*settings: Any) -> dict[str, Any]:
     """Merge nested settings, later ones over earlier ones; values other than sections are replaced."""
     merged: dict[str, Any] = {}
     for each in settings:
-        merged = laid_over(merged, OmegaConf.to_container(each) if OmegaConf.is_config(each) else each)
-    return OmegaConf.create(merged)
+        merged = laid_over(merged, plain_settings(each))
+    return merged
 
 
 def laid_over(below: Any, above: Any) -> Any:
@@ -64,7 +64,7 @@ def laid_over(below: Any, above: Any) -> Any:
 def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") -> RunConfig:
     """A checked ``RunConfig`` from nested settings (of a YAML file, a checkpoint, or written in Python)."""
     with refusing(source):
-        given = of_environment(OmegaConf.create(settings))
+        given = readable(plain_settings(settings))
         check_keys(given, RunConfig, "", source)
         imports, asked = (plain_settings(given).get(name) for name in ("imports", "model"))
     try:
@@ -77,15 +77,30 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
     check_keys(given, RunConfig, "", source, NESTED | {"model": schema})
     try:
         with refusing():
-            size = OmegaConf.select(given, "model.size")
+            size = given["model"].get("size") if "model" in given else None
             model = schema(size=typed(size, str, "model.size")) if size else schema()  # type: ignore[call-arg]
-            whole = OmegaConf.to_container(merge(to_dict(RunConfig(model=model)), given), resolve=True)
-            assert isinstance(whole, dict)
+            whole = readable(merge(to_dict(RunConfig(model=model)), given))
+            if isinstance(whole, DictConfig):
+                whole = OmegaConf.to_container(whole, resolve=True)  # type: ignore[assignment]
             run = typed(whole | {"model": typed(whole["model"], schema, "model")}, RunConfig, "")
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     assert isinstance(run, RunConfig)
     return run
+
+
+def readable(settings: dict[str, Any]) -> Any:
+    """The settings in which each ``${key}`` reads as the value of that setting; unchanged without any."""
+    return OmegaConf.create(of_environment(settings)) if refers(settings) else settings
+
+
+def refers(value: Any) -> bool:
+    """Whether nested settings contain a ``${key}``, or anything but the values of a YAML file."""
+    if type(value) is dict:
+        return any(type(key) is not str or refers(item) for key, item in value.items())
+    if type(value) is list:
+        return any(map(refers, value))
+    return "${" in value if type(value) is str else type(value) not in (bool, int, float, type(None))
 
 
 @contextmanager
@@ -100,7 +115,7 @@ def refusing(source: str = "") -> Iterator[None]:
         raise ValueError(f"{name}: {reason}; allowed: {allowed}.") from error
 
 
-def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> DictConfig:
+def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> dict[str, Any]:
     """The settings of a YAML file merged over those of its ``base:`` (a path relative to the file).
 
     ``above`` are the files with this base. Raises ``ValueError`` for a cycle.
@@ -122,22 +137,20 @@ def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> DictConfig:
         )
     base = given.pop("base", None)
     with refusing(str(path)):
-        settings = OmegaConf.create(given)
-        if base is None:
-            return settings
-        require(
-            isinstance(base, str) and base != "",
-            f"{path}: base",
-            base,
-            "the path of one YAML file, relative to this one",
-        )
-        return merge(read_yaml(path.parent / expanded(base, f"{path}: base"), chain), settings)
+        readable(given)
+    if base is None:
+        return given
+    require(
+        isinstance(base, str) and base != "",
+        f"{path}: base",
+        base,
+        "the path of one YAML file, relative to this one",
+    )
+    return merge(read_yaml(path.parent / expanded(base, f"{path}: base"), chain), given)
 
 
 def of_environment(settings: Any) -> Any:
     """Rewrite ``${NAME}`` of the environment for OmegaConf, where ``${name}`` is another setting."""
-    if isinstance(settings, DictConfig):
-        return OmegaConf.create(of_environment(OmegaConf.to_container(settings, resolve=False)))
     if isinstance(settings, dict):
         return {key: of_environment(value) for key, value in settings.items()}
     if isinstance(settings, list):
@@ -145,9 +158,9 @@ def of_environment(settings: Any) -> Any:
     return ENVIRONMENT.sub(r"${oc.env:\1}", settings) if isinstance(settings, str) else settings
 
 
-def parse_overrides(overrides: Sequence[str]) -> DictConfig:
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """``["model.width=192", ...]`` as nested settings; the word None (sent by W&B sweeps) becomes None."""
-    settings = OmegaConf.create({})
+    settings: dict[str, Any] = {}
     for item in overrides:
         key, sign, text = item.partition("=")
         words = key.split(".")
@@ -156,7 +169,8 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
         for word in reversed(words):
             value = {word: value}
         with refusing(f"override {item}"):
-            settings = merge(settings, value)
+            readable(value)
+        settings = merge(settings, value)
     return settings
 
 
@@ -203,7 +217,7 @@ def save_yaml(config: Any, path: str | Path) -> None:
 
 def plain_settings(settings: Any) -> dict[str, Any]:
     """Nested settings as plain dictionaries and lists."""
-    result = OmegaConf.to_container(settings)
+    result = OmegaConf.to_container(settings) if OmegaConf.is_config(settings) else settings
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}
 
@@ -215,15 +229,14 @@ def setting(settings: Mapping[str, Any], name: str) -> Any:
     return settings
 
 
-def resolved(settings: DictConfig, names: Sequence[str]) -> dict[str, Any]:
+def resolved(settings: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The settings with these ``names``, with each ``${key}`` replaced by its value.
 
     Raises ``ValueError`` for an undefined ``${key}``.
     """
     with refusing():
-        result = OmegaConf.to_container(
-            OmegaConf.masked_copy(of_environment(settings), list(names)), resolve=True
-        )
+        whole = OmegaConf.create(of_environment(settings))
+        result = OmegaConf.to_container(OmegaConf.masked_copy(whole, list(names)), resolve=True)
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}
 
@@ -239,4 +252,4 @@ def override(run: RunConfig, overrides: Sequence[str], sections: Sequence[str]) 
     for key in changes:
         allowed = ", ".join(f"{name}.*" for name in sections)
         require(str(key) in sections, "override", str(key), f"{allowed} for a trained model")
-    return run_from(merge(OmegaConf.create(to_dict(run)), changes), source="overrides")
+    return run_from(merge(to_dict(run), changes), source="overrides")

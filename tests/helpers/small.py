@@ -9,11 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from lit_transdiff.base.files import read_json
 from lit_transdiff.config import RunConfig
-from lit_transdiff.config.loading import run_from
+from lit_transdiff.config.loading import merge, run_from
 
 ROOT = Path(__file__).parents[2]
 FASHION = ROOT / "data" / "fashion"
@@ -94,9 +92,7 @@ def small_run(folder: Path, **changes: Any) -> RunConfig:
     its own model.
     """
     base = SETTINGS if "paradigm" not in changes.get("model", {}) else {**SETTINGS, "model": {}}
-    return run_from(
-        OmegaConf.merge(OmegaConf.create(base), OmegaConf.create({"output_dir": str(folder), **changes}))
-    )
+    return run_from(merge(base, {"output_dir": str(folder), **changes}))
 
 
 def without_checksums(*files: Path) -> None:
