@@ -3,9 +3,6 @@
 import csv
 import io
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 from lit_transdiff.__main__ import main
 from lit_transdiff.data.index import read_index
 from lit_transdiff.data.shards import ShardReader
+from tests.helpers.forks import PROGRAM, Forked, forked
 from tests.helpers.small import ROOT
 
 LITTLE = (
@@ -203,23 +201,22 @@ def test_a_pipeline_killed_in_its_second_stage_ends_in_the_same_weights(tmp_path
     if nothing had happened.
     """
     settings = [*LITTLE, "training.max_steps=20", "tracking.wandb=false", "evaluation.num_images=20"]
-    command = [sys.executable, "-m", "lit_transdiff", "run", "experiments/fashion/pipeline.yaml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def start(folder: Path) -> subprocess.Popen:
-        line = [*command, f"output_dir={tmp_path / folder}", *settings]
-        return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def start(name: str) -> Forked:
+        place = f"output_dir={tmp_path / name}"
+        pipeline = "experiments/fashion/pipeline.yaml"
+        return forked(1, PROGRAM, "run", pipeline, place, *settings, log=tmp_path / f"{name}.log")
 
-    assert start(Path("whole")).wait(timeout=600) == 0
-    killed = start(Path("killed"))
+    assert start("whole").wait(600) == 0
+    killed = start("killed")
     checkpoints = tmp_path / "killed" / "diffusion_head" / "checkpoints"
     while not list(checkpoints.glob("step-*/COMPLETE.json")):
         assert killed.poll() is None, "ended before it could be killed"
         time.sleep(0.02)
     killed.kill()
-    killed.wait()
+    killed.join()
     assert not (tmp_path / "killed" / "diffusion_head" / "export").exists()
-    assert start(Path("killed")).wait(timeout=600) == 0
+    assert start("killed").wait(600) == 0
     for stage in STAGES:
         whole, resumed = (
             load_file(tmp_path / name / stage / "export/model.safetensors") for name in ("whole", "killed")

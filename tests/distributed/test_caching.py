@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from lit_transdiff.data.verify import verify
-from tests.helpers.processes import PROGRAM, command_line, start
+from tests.helpers.forks import PROGRAM, forked, run_forked
 from tests.helpers.small import FASHION, ROOT
 
 RECIPE = str(ROOT / "experiments/fashion/ar_pretrain.yaml")
@@ -17,22 +16,20 @@ RECIPE = str(ROOT / "experiments/fashion/ar_pretrain.yaml")
 
 @pytest.mark.slow
 def test_killed_and_continued_is_as_uninterrupted(tmp_path: Path):
+    images = str(FASHION / "train")
     options = ["data.num_workers=1", "--flips", "--batch-size", "16"]
-    start(1, *PROGRAM, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "whole"), *options)
-    line = command_line(
-        2, *PROGRAM, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "part"), *options
-    )
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(line, cwd=ROOT, start_new_session=True, stdout=quiet, stderr=quiet)
+    run_forked(1, PROGRAM, "cache", RECIPE, images, str(tmp_path / "whole"), *options)
+    part = ["cache", RECIPE, images, str(tmp_path / "part"), *options]
+    process = forked(2, PROGRAM, *part, log=tmp_path / "log")
     end = time.monotonic() + 120
     while not list((tmp_path / "part").glob("finished/*.npz")):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.tar")}
     assert before and not (tmp_path / "part/index.json").exists()
-    start(3, *PROGRAM, "cache", RECIPE, str(FASHION / "train"), str(tmp_path / "part"), *options)
+    run_forked(3, PROGRAM, *part)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "part").glob("*.tar")}
     recorded = [name for name in before if before[name] == after[name]]
     assert recorded and len(after) > len(before)

@@ -11,8 +11,8 @@ import pytest
 
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.evaluation.evaluate import evaluate
+from tests.helpers.forks import PROGRAM, run_forked
 from tests.helpers.judge import SAMPLING, tiny_files, tiny_generator, tiny_settings
-from tests.helpers.processes import TRAIN, start
 from tests.helpers.scoring_ranks import SETTINGS, two_ranks
 from tests.helpers.small import FASHION, NO_DROPOUT, STEADY, small_run
 
@@ -78,7 +78,7 @@ def test_two_processes_score_while_they_train_as_one_does(tmp_path: Path) -> Non
             tmp_path, name=f"on-{processes}", model=NO_DROPOUT, evaluation=evaluation, optimizer=STEADY
         )
         save_yaml(run, tmp_path / "run.yaml")
-        start(processes, *TRAIN, str(tmp_path / "run.yaml"))
+        run_forked(processes, PROGRAM, "train", str(tmp_path / "run.yaml"))
 
     def scores(folder: Path) -> list[float]:
         with open(folder / "metrics.csv", newline="") as file:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from lit_transdiff.base.endings import EXIT_REQUEUE, EXIT_STALLED, code_of
 from lit_transdiff.checkpoints.format import complete_checkpoints
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import save_yaml
+from tests.helpers.forks import PROGRAM, forked, run_forked
 from tests.helpers.processes import (
-    ENVIRONMENT,
     LONG,
     TRAIN,
     background,
@@ -28,7 +29,7 @@ from tests.helpers.processes import (
     until,
     values,
 )
-from tests.helpers.small import ROOT, small_run
+from tests.helpers.small import small_run
 
 
 @pytest.mark.slow
@@ -47,10 +48,7 @@ def test_a_signal_saves_and_asks_for_a_requeue(tmp_path: Path, number: signal.Si
     (checkpoint,) = complete_checkpoints(run.folder / "checkpoints")
     text = (tmp_path / "log").read_text()
     assert f"asked to stop ({number.name}): the checkpoint of step {checkpoint.step} is complete" in text
-    again = subprocess.run(
-        [sys.executable, *TRAIN, file], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200
-    )
-    assert again.returncode == 0 and f"continuing from {checkpoint.folder}" in again.stdout
+    assert f"continuing from {checkpoint.folder}" in run_forked(1, PROGRAM, "train", file)
     assert len(values(run.folder)) == 20
 
 
@@ -68,39 +66,52 @@ def test_one_signalled_rank_of_two_stops_both(tmp_path: Path):
     assert len(re.findall(rf"exitcode\s*: {EXIT_REQUEUE}", text)) >= 1
 
 
+def run_with_workers(folder: Path, name: str) -> tuple[RunConfig, str]:
+    """A run of 60 steps with data workers, and its file."""
+    rhythm = {
+        "max_steps": 60,
+        "checkpoint_every": 1000,
+        "log_every": 7,
+        "validate_every": 0,
+        "sample_every": 0,
+    }
+    run = small_run(folder, name=name, training=rhythm, data={"num_workers": 2})
+    save_yaml(run, folder / f"{name}.yaml")
+    return run, str(folder / f"{name}.yaml")
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], RunConfig]:
+    """The run that no signal reached, on a number of processes; made once."""
+    folder = tmp_path_factory.mktemp("untouched")
+
+    def of(processes: int) -> RunConfig:
+        run, file = run_with_workers(folder, f"on-{processes}")
+        if not run.folder.exists():
+            run_forked(processes, PROGRAM, "train", file)
+        return run
+
+    return of
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_of_a_run_leaves_no_trace(
-    tmp_path: Path, number: signal.Signals, processes: int
+    tmp_path: Path, untouched: Callable[[int], RunConfig], number: signal.Signals, processes: int
 ):
     """As from a terminal or torchrun: data workers get it too, in the middle of a metrics window."""
-    runs = {}
-    for name in ("whole", "run"):
-        rhythm = {
-            "max_steps": 60,
-            "checkpoint_every": 1000,
-            "log_every": 7,
-            "validate_every": 0,
-            "sample_every": 0,
-        }
-        runs[name] = small_run(tmp_path, name=name, training=rhythm, data={"num_workers": 2})
-        save_yaml(runs[name], tmp_path / f"{name}.yaml")
-    line = command_line(processes, *TRAIN, str(tmp_path / "run.yaml"))
-    process = background(line, tmp_path / "log")
-    until(steps_logged(runs["run"]), process)
+    run, file = run_with_workers(tmp_path, "run")
+    process = background(command_line(processes, *TRAIN, file), tmp_path / "log")
+    until(steps_logged(run), process)
     os.killpg(process.pid, number)
     code = process.wait(100)
     text = (tmp_path / "log").read_text()
     assert code == code_of(number) if processes == 1 else code != 0, text
-    checkpoint = complete_checkpoints(runs["run"].folder / "checkpoints")[-1]
+    checkpoint = complete_checkpoints(run.folder / "checkpoints")[-1]
     assert f"asked to stop ({number.name}): the checkpoint of step {checkpoint.step} is complete" in text
-    for name in ("run", "whole"):
-        done = background(
-            command_line(processes, *TRAIN, str(tmp_path / f"{name}.yaml")), tmp_path / f"{name}.log"
-        )
-        assert done.wait(200) == 0, (tmp_path / f"{name}.log").read_text()
-    assert numbers(runs["run"]) == numbers(runs["whole"])
+    run_forked(processes, PROGRAM, "train", file)
+    assert numbers(run) == numbers(untouched(processes))
 
 
 def numbers(run: RunConfig) -> list[tuple[str, str, str]]:
@@ -117,9 +128,9 @@ def test_torchrun_starts_again_what_lost_a_rank(tmp_path: Path):
     the same bits.
     """
     whole, whole_file = run_in(tmp_path, "whole")
-    assert background(command_line(2, *TRAIN, whole_file), tmp_path / "whole.log").wait(200) == 0
+    run_forked(2, PROGRAM, "train", whole_file)
     run, file = run_in(tmp_path, "run")
-    process = background(command_line(2, *TRAIN, file, elastic=("--max_restarts", "2")), tmp_path / "log")
+    process = forked(2, PROGRAM, "train", file, elastic=("--max_restarts", "2"), log=tmp_path / "log")
     until(lambda: complete_checkpoints(run.folder / "checkpoints"), process)
     until(steps_logged(run, 7), process)
     ranks, killed = children(process.pid), time.monotonic()
@@ -139,7 +150,7 @@ def test_a_stuck_rank_ends_and_says_where(tmp_path: Path):
     """
     run = small_run(tmp_path, name="run", training=LONG, safety={"stall_seconds": 5.0})
     save_yaml(run, tmp_path / "run.yaml")
-    process = background(command_line(2, *TRAIN, str(tmp_path / "run.yaml")), tmp_path / "log")
+    process = forked(2, PROGRAM, "train", str(tmp_path / "run.yaml"), log=tmp_path / "log")
     until(steps_logged(run), process)
     stuck = children(process.pid)[-1]
     os.kill(stuck, signal.SIGSTOP)
@@ -171,9 +182,9 @@ def test_a_really_full_disk(tmp_path: Path):
     try:
         run = small_run(disk, name="run", training={"sample_every": 0})
         save_yaml(run, tmp_path / "run.yaml")
-        line = [sys.executable, *TRAIN, str(tmp_path / "run.yaml")]
-        done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1 and "no checkpoint could be written" in done.stderr, done.stderr
+        process = forked(1, PROGRAM, "train", str(tmp_path / "run.yaml"), log=tmp_path / "log")
+        code, text = process.wait(120), (tmp_path / "log").read_text()
+        assert code == 1 and "no checkpoint could be written" in text, text
         assert [c.step for c in complete_checkpoints(run.folder / "checkpoints")] == [2]
         assert not list((run.folder / "checkpoints").glob("*.partial"))
     finally:

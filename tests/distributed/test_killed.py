@@ -3,9 +3,7 @@ epoch once.
 """
 
 import json
-import multiprocessing
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,10 +21,10 @@ from lit_transdiff.distributed import build_fabric
 from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.prepare import cache
 from lit_transdiff.evaluation.statistics import reference_statistics, save_statistics
-from tests.helpers import killed
-from tests.helpers.processes import ENVIRONMENT, command_line, values
+from tests.helpers.forks import forked
+from tests.helpers.processes import values
 from tests.helpers.shards import CLASSES, PER_CLASS, write_image_folder
-from tests.helpers.small import FASHION, ROOT, small_run
+from tests.helpers.small import FASHION, small_run
 
 TIMES = {"max_steps": 18, "global_batch_size": 4, "checkpoint_every": 3, "validate_every": 6, "log_every": 1}
 STAGES: dict[str, dict[str, Any]] = {
@@ -110,29 +108,13 @@ def case_run(folder: Path, name: str, shards: Path, workers: int, stage: str, ki
     return small_run(folder, name=name, **changes)
 
 
-def command(arguments: tuple[str, ...], output: str) -> int:
-    """Two processes through torchrun; the exit code."""
-    with open(output, "w") as log:
-        line = command_line(2, "-m", "tests.helpers.killed", *arguments)
-        return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, timeout=300).returncode
-
-
 def start(run: RunConfig, processes: int, where: str = "nowhere", step: int = 0, rank: int = 0) -> int:
     """The exit code; a kill of one of two ranks must end the job within 45 seconds."""
     file = Path(run.output_dir) / f"{run.name}.json"
     file.write_text(json.dumps(to_dict(run)))
-    arguments, output = (str(file), where, str(step), str(rank)), str(file.with_suffix(".log"))
-    if processes > 1:
-        code = command(arguments, output)
-    else:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([killed.__name__])
-        process = context.Process(target=killed.alone, args=(arguments, output))
-        process.start()
-        process.join(200)
-        assert process.exitcode is not None, Path(output).read_text()
-        code = process.exitcode
-    text = Path(output).read_text()
+    log = file.with_suffix(".log")
+    process = forked(processes, "tests.helpers.killed", str(file), where, str(step), str(rank), log=log)
+    code, text = process.wait(300), log.read_text()
     if where == "nowhere":
         assert code == 0, text
     else:

@@ -15,11 +15,10 @@ from torch.distributed import HashStore, Store
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed.restarts import agree
+from tests.helpers.forks import PROGRAM, run_forked
 from tests.helpers.processes import (
-    TRAIN,
     background,
     children,
-    command_line,
     free_port,
     run_in,
     same_weights,
@@ -42,9 +41,7 @@ def one_node(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """The same run in two processes of one node."""
     folder = tmp_path_factory.mktemp("one")
     run, file = run_in(folder, "one")
-    assert background(command_line(2, *TRAIN, file), folder / "log").wait(200) == 0, (
-        folder / "log"
-    ).read_text()
+    run_forked(2, PROGRAM, "train", file)
     return run
 
 

@@ -85,7 +85,7 @@ def test_slurm_requeues_until_the_run_is_done(tmp_path: Path, script: str, tasks
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {requeued}\n"
     assert background(line, tmp_path / "second.log", **environment, SLURM_RESTART_COUNT="1").wait(200) == 0
     assert "continuing from" in (tmp_path / "second.log").read_text()
-    assert json.loads((run.folder / "export" / "export.json").read_text())["step"] == 200
+    assert json.loads((run.folder / "export" / "export.json").read_text())["step"] == 100
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {requeued}\n" and len(
         values(run.folder)
     ) == 20
@@ -193,6 +193,6 @@ def test_kubernetes_evicts_a_pod_and_starts_it_again(tmp_path: Path):
         time.sleep(0.5)
     assert f"continuing from {checkpoint.folder}" in pods.logs()
     assert (
-        json.loads((run.folder / "export" / "export.json").read_text())["step"] == 200
+        json.loads((run.folder / "export" / "export.json").read_text())["step"] == 100
         and len(values(run.folder)) == 20
     )

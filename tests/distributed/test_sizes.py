@@ -2,10 +2,7 @@
 possible ones are accepted.
 """
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,9 @@ from lit_transdiff.distributed.sizes import check_sizes
 from lit_transdiff.models.sizes import Room, least_of_row
 from lit_transdiff.planning.memory import model_cost, pass_cost
 from lit_transdiff.stages import STAGES
+from tests.helpers.forks import PROGRAM, forked
 from tests.helpers.kinds import KINDS, kind_run
-from tests.helpers.small import ROOT, small_run
+from tests.helpers.small import small_run
 
 CANNOT_WORK: list[tuple[str, dict[str, Any]]] = [
     ("training.global_batch_size", {"training": {"global_batch_size": 10**8}}),
@@ -97,16 +95,13 @@ def test_the_largest_batch_that_is_allowed_answers_a_signal(tmp_path: Path, numb
         tmp_path, training={"global_batch_size": 40_000, "micro_batch_size": 1, "checkpoint_every": 1}
     )
     save_yaml(run, tmp_path / "run.yaml")
-    command = [sys.executable, "-m", "lit_transdiff", "train", str(tmp_path / "run.yaml")]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+    process = forked(1, PROGRAM, "train", str(tmp_path / "run.yaml"), log=tmp_path / "log")
     deadline = time.monotonic() + 90
     while not (run.folder / "environment.json").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(2)
     process.send_signal(number)
     asked = time.monotonic()
-    _, err = process.communicate(timeout=60)
+    code = process.wait(60)
     assert time.monotonic() - asked < 45
-    assert process.returncode == (130 if number == signal.SIGINT else 75), err
+    assert code == (130 if number == signal.SIGINT else 75), (tmp_path / "log").read_text()

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.processes import start
+from tests.helpers.forks import run_forked
 from tests.helpers.stock import SAVED, STEPS, STRATEGIES, fit
 
 
 @pytest.mark.slow
 def test_they_train_save_and_resume_as_one_device_does(tmp_path: Path) -> None:
-    start(2, "-m", "tests.helpers.stock", str(tmp_path))
+    run_forked(2, "tests.helpers.stock", str(tmp_path))
     expected = fit(tmp_path, "one", resume=False)
     for name, (whole, resumed) in json.loads((tmp_path / "found.json").read_text()).items():
         assert whole["step"] == resumed["step"] == STEPS

@@ -17,7 +17,8 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed import STRATEGIES
 from lit_transdiff.models.execution import can_compile
 from lit_transdiff.training.trainer import train
-from tests.helpers.processes import fit_all, values
+from tests.helpers.forks import fit_all
+from tests.helpers.processes import values
 from tests.helpers.small import FAMILIES, NO_DROPOUT, STEADY, small_run
 
 SEVERAL = [name for name in STRATEGIES if name != "single"]

@@ -1,4 +1,4 @@
-"""Whole commands in two processes over gloo, started by torchrun as a user would; training itself is in
+"""Whole commands in several processes over gloo, started by torchrun; training itself is in
 ``test_strategies``.
 """
 
@@ -8,21 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import forks
+from tests.helpers.forks import run_forked
 from tests.helpers.processes import PROGRAM, start
 from tests.helpers.small import ROOT
 
 
 @pytest.mark.slow
 def test_several_processes_cache_as_one(tmp_path: Path):
-    recipe = str(ROOT / "experiments/fashion/ar_pretrain.yaml")
+    recipe, images = ROOT / "experiments/fashion/ar_pretrain.yaml", ROOT / "data/fashion/evaluation"
     for processes in (1, 2, 5):  # five: one more than there are shards
-        start(
-            processes,
-            *PROGRAM,
-            "cache",
-            recipe,
-            str(ROOT / "data/fashion/evaluation"),
-            str(tmp_path / f"on-{processes}"),
+        run_forked(
+            processes, forks.PROGRAM, "cache", str(recipe), str(images), str(tmp_path / f"on-{processes}")
         )
     names = sorted(p.name for p in (tmp_path / "on-1").glob("*.tar"))
     assert len(names) == 4

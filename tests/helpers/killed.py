@@ -114,7 +114,8 @@ def watch_scores(kill: Kill) -> None:
     online.OnlineEvaluation.scores = scores  # type: ignore[method-assign]
 
 
-def main(file: str, where: str, step: str, rank: str) -> None:
+def main() -> None:
+    file, where, step, rank = sys.argv[1:]
     faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
     run = run_from(json.loads(Path(file).read_text()))
@@ -127,15 +128,5 @@ def main(file: str, where: str, step: str, rank: str) -> None:
     train(run)
 
 
-def alone(arguments: tuple[str, ...], output: str) -> None:
-    """One process, forked from a server that has done the imports."""
-    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    faulthandler.enable(sys.stderr)
-    main(*arguments)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

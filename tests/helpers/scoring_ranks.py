@@ -5,7 +5,6 @@ done the imports.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 from multiprocessing.process import BaseProcess
@@ -16,6 +15,7 @@ import torch
 from lightning.fabric import Fabric
 
 from lit_transdiff.evaluation.evaluate import evaluate
+from tests.helpers.forks import CONTEXT
 from tests.helpers.judge import SAMPLING, tiny_generator, tiny_settings
 from tests.helpers.processes import free_port
 
@@ -54,8 +54,6 @@ def score(files: Path, output: Path, pause: float, threads: int, environment: di
 
 
 def two_ranks(files: Path, output: Path, pause: float) -> list[BaseProcess]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
@@ -65,7 +63,7 @@ def two_ranks(files: Path, output: Path, pause: float) -> list[BaseProcess]:
     common |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     arguments = files, output, pause, torch.get_num_threads()
     ranks = [
-        context.Process(target=score, args=(*arguments, {**common, "RANK": r, "LOCAL_RANK": r})) for r in "01"
+        CONTEXT.Process(target=score, args=(*arguments, {**common, "RANK": r, "LOCAL_RANK": r})) for r in "01"
     ]
     for rank in ranks:
         rank.start()

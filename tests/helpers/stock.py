@@ -60,12 +60,13 @@ def fit(folder: Path, name: str, resume: bool) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main() -> None:
     warnings.filterwarnings("ignore")
-    found = {name: [fit(folder, name, resume) for resume in (False, True)] for name in names}
+    folder = Path(sys.argv[1])
+    found = {name: [fit(folder, name, resume) for resume in (False, True)] for name in STRATEGIES}
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [*STRATEGIES])
+    main()

@@ -21,7 +21,7 @@ from lit_transdiff.training.callbacks import LogTraining, SampleGrids, StopOnNon
 from lit_transdiff.training.checkpointing import Checkpoints
 from lit_transdiff.training.preemption import StopOnRequest
 from lit_transdiff.training.trainer import train
-from tests.helpers.processes import background, command_line
+from tests.helpers.forks import forked
 from tests.helpers.small import small_run
 
 WATCHED = [  # what takes long, in which of its calls, and what the watchdog calls it
@@ -129,8 +129,7 @@ def test_a_stuck_data_worker_is_named(tmp_path: Path):
     )
     file = tmp_path / "run.json"
     file.write_text(json.dumps(to_dict(run)))
-    line = command_line(1, "-m", "tests.helpers.killed", str(file), "stuck", "4", "0")
-    process = background(line, tmp_path / "log")  # a stopped worker would hold a pipe open
+    process = forked(1, "tests.helpers.killed", str(file), "stuck", "4", "0", log=tmp_path / "log")
     try:
         assert process.wait(200) == EXIT_STALLED
     finally:
