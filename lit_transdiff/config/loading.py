@@ -64,7 +64,7 @@ def laid_over(below: Any, above: Any) -> Any:
 def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") -> RunConfig:
     """A checked ``RunConfig`` from nested settings (of a YAML file, a checkpoint, or written in Python)."""
     with refusing(source):
-        given = readable(plain_settings(settings))
+        given = interpolated(plain_settings(settings))
         check_keys(given, RunConfig, "", source)
         imports, asked = (plain_settings(given).get(name) for name in ("imports", "model"))
     try:
@@ -79,7 +79,7 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
         with refusing():
             size = given["model"].get("size") if "model" in given else None
             model = schema(size=typed(size, str, "model.size")) if size else schema()  # type: ignore[call-arg]
-            whole = readable(merge(to_dict(RunConfig(model=model)), given))
+            whole = interpolated(merge(to_dict(RunConfig(model=model)), given))
             if isinstance(whole, DictConfig):
                 whole = OmegaConf.to_container(whole, resolve=True)  # type: ignore[assignment]
             run = typed(whole | {"model": typed(whole["model"], schema, "model")}, RunConfig, "")
@@ -89,7 +89,7 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
     return run
 
 
-def readable(settings: dict[str, Any]) -> Any:
+def interpolated(settings: dict[str, Any]) -> Any:
     """The settings in which each ``${key}`` reads as the value of that setting; unchanged without any."""
     return OmegaConf.create(of_environment(settings)) if refers(settings) else settings
 
@@ -137,7 +137,7 @@ def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> dict[str, Any]:
         )
     base = given.pop("base", None)
     with refusing(str(path)):
-        readable(given)
+        interpolated(given)
     if base is None:
         return given
     require(
@@ -169,7 +169,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         for word in reversed(words):
             value = {word: value}
         with refusing(f"override {item}"):
-            readable(value)
+            interpolated(value)
         settings = merge(settings, value)
     return settings
 
