@@ -153,10 +153,9 @@ def add_trained(sub: argparse.ArgumentParser) -> None:
     """The options that choose a trained model, its sampler and its speed."""
     sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
     sub.add_argument("--preset", choices=PRESETS, help="named sampler settings; key=value overrides them")
-    sub.add_argument(
-        "--compile", action="store_true", help="run decoder blocks and autoencoder through torch.compile"
-    )
-    sub.add_argument("--cuda-graphs", action="store_true", help="run the decoder's steps as CUDA graphs")
+    choice = argparse.BooleanOptionalAction
+    sub.add_argument("--compile", action=choice, help="torch.compile; by default for many images on a GPU")
+    sub.add_argument("--cuda-graphs", action=choice, help="CUDA graphs of the solver; by default on a GPU")
 
 
 def add_model_commands(

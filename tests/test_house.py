@@ -41,7 +41,6 @@ LONGER = {
     "data/datamodule.py": 336,
     "data/index.py": 347,
     "evaluation/statistics.py": 338,
-    "flow/diffusion.py": 307,
     "models/autoencoder.py": 337,
     "released/convert.py": 366,
     "study/compare.py": 312,

@@ -6,11 +6,17 @@ Shapes: B rows, G rows of the global batch.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+BLOCK = 16  # torch draws so many numbers at a time: of multiples, several tensors are one sequence
+FEW_NUMBERS = 500_000  # below, threads are not worth their start
 
 
 def mix(*parts: int | str) -> int:
@@ -40,7 +46,25 @@ class PerImageNormal:
         self.device = torch.device(device)
 
     def __call__(self, *shape: int) -> Tensor:
-        numbers = torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+        return self.on_device(torch.stack([torch.randn(shape, generator=g) for g in self.generators]))
+
+    def several(self, count: int, *shape: int) -> Tensor:
+        """As many calls at once: [count, B, *shape]."""
+
+        def rows(generator: torch.Generator) -> Tensor:
+            if prod(shape) % BLOCK == 0:
+                return torch.randn(count, *shape, generator=generator)
+            numbers = [torch.randn(shape, generator=generator) for _ in range(count)]
+            return torch.stack(numbers) if numbers else torch.empty(0, *shape)
+
+        if count * prod(shape) * len(self.generators) < FEW_NUMBERS or self.device.type == "cpu":
+            drawn = [rows(generator) for generator in self.generators]
+        else:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                drawn = [*pool.map(rows, self.generators)]
+        return self.on_device(torch.stack(drawn, dim=1))
+
+    def on_device(self, numbers: Tensor) -> Tensor:
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()  # otherwise the copy waits for the device
         return numbers.to(self.device, non_blocking=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -102,6 +102,7 @@ def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: Samp
         )
     rows = dataclasses.replace(settings, num_images=settings.num_images // of_row)
     labels = choose_labels(rows, generator.run.model.num_classes).repeat_interleave(of_row)
+    generator = generator.for_images(rows.num_images, sampling)
     return Job(generator, settings, sampling, found, labels, of_row)
 
 
@@ -123,13 +124,13 @@ def draw_batch(job: Job, batch: Sequence[int]) -> DrawnBatch:
     """Sample the images of the indices ``batch`` and extract their features."""
     generator = job.generator
     first = batch[:: job.images_of_row]  # one per row
-    with counted_rows(generator.network.evaluated) as rows:
+    with counted_rows(generator) as rows:
         started = clock(generator.device)
         drawn = generator.images(job.labels[list(first)], image_seeds(job.settings, first), job.sampling)
         images = drawn[:, -job.images_of_row :].flatten(0, 1)  # [B, C, H, W]
         seconds = clock(generator.device) - started
     features = [one.extractor(images, spatial=one.spatial) for one in job.representations]
-    return DrawnBatch(features, to_bytes(images).cpu(), seconds, sum(rows))
+    return DrawnBatch(features, to_bytes(images).cpu(), seconds, rows())
 
 
 def with_reference(job: Job, folder: Path) -> Job:
@@ -186,11 +187,16 @@ def clock(device: torch.device) -> float:
 
 
 @contextmanager
-def counted_rows(module: torch.nn.Module) -> Iterator[list[int]]:
-    """A list that records the batch size of every call of ``module`` within the context."""
+def counted_rows(generator: Generator) -> Iterator[Callable[[], int]]:
+    """A function that says how many rows the solver's network had within the context."""
+    network, graphs = generator.network, generator.graphs
+    if graphs is not None:  # which do not call a module
+        before = graphs.rows
+        yield lambda: graphs.rows - before
+        return
     rows: list[int] = []
-    handle = module.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    handle = network.evaluated.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     try:
-        yield rows
+        yield lambda: sum(rows)
     finally:
         handle.remove()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from lit_transdiff.config import FlowConfig, SamplingConfig, require, unknown
 from lit_transdiff.flow.guidance import GUIDANCE, guide
 from lit_transdiff.flow.process import Process, Unsolved
 from lit_transdiff.flow.solvers import DrawNoise
+from lit_transdiff.flow.spacings import SPACINGS
 
 StepPrediction = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # x_t, step -> noise and variance values
 BIN = 1 / 255  # half the width of a grey value in [-1, 1]
@@ -101,26 +102,16 @@ def linear_chain(num_steps: int = 1000) -> Chain:
     return Chain(torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64), tuple(range(num_steps)))
 
 
-def even_steps(num_steps: int, length: int) -> list[int]:
-    """n equidistant steps from the first to the last (the spacing of MAR's and DiT's released samplers)."""
-    return [round(i * (length - 1) / (num_steps - 1)) for i in range(num_steps)]
+@lru_cache
+def spaced(chain: Chain, spacing: str, num_steps: int) -> Chain:
+    """The chain of a sampler's steps."""
+    return chain.respaced(SPACINGS[spacing](num_steps, len(chain)))
 
 
-def strided_steps(num_steps: int, length: int) -> list[int]:
-    """n equidistant steps from the first on; the last is one stride before the end."""
-    return [i * length // num_steps for i in range(num_steps)]
-
-
-def nonzero_steps(num_steps: int, length: int) -> list[int]:
-    """n steps after the first, to the last, at equal distances (the spacing of ACDiT's released sampler)."""
-    return even_steps(num_steps + 1, length)[1:]
-
-
-SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
-    "paper": even_steps,
-    "uniform": strided_steps,
-    "nonzero": nonzero_steps,
-}
+@lru_cache
+def table_on(chain: Chain, device: torch.device) -> Tensor:
+    """The ``Coefficients`` of a chain, which are copied to a device once: a copy waits for it."""
+    return chain.table.to(device)
 
 
 def draw_steps(normal: Tensor, chain: Chain) -> Tensor:
@@ -192,8 +183,8 @@ def ancestral(
     ``predict`` receives the step's number in the training chain; ``draw()`` returns Gaussian noise of x's
     shape.
     """
-    chain = chain.respaced(SPACINGS[config.grid](config.num_steps, len(chain)))
-    table = chain.table.to(x.device)
+    chain = spaced(chain, config.grid, config.num_steps)
+    table = table_on(chain, x.device)
     for i, step in reversed([*enumerate(chain.steps)]):
         noise, values = predict(x, step)
         mean, log_variance = backwards(noise, values, x, Coefficients(*table[:, i]))
@@ -210,7 +201,7 @@ def dpmpp_2m(
     Steps are taken in log(signal / sigma). The first one and the last one, which ends in the data, are of
     first order.
     """
-    chain = chain.respaced(SPACINGS[config.grid](config.num_steps, len(chain)))
+    chain = spaced(chain, config.grid, config.num_steps)
     signal, sigma = chain.alphas_cumprod.sqrt().tolist(), (1 - chain.alphas_cumprod).sqrt().tolist()
     x_0_before, distance_before = x, math.inf
     for i, step in reversed([*enumerate(chain.steps)]):

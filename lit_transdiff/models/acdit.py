@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,7 +30,7 @@ from lit_transdiff.models.adaptive import (
     scale_of_time,
 )
 from lit_transdiff.models.layers import MLP, KeysValues, RMSNorm, initialise, modulate
-from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
 from lit_transdiff.models.tokens import join_squares, split_squares
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class ACDiT(Paradigm):
 
     process = "linear_diffusion"
     prediction = "noise"
+    static = ("extend",)
     stacks: ClassVar = {"blocks": Stack("blocks", "num_blocks")}
     adaptation = Adaptation(
         classes="y_embedder.embedding_table.weight",
@@ -224,13 +226,19 @@ class ACDiT(Paradigm):
         both = torch.cat([labels, torch.full_like(labels, config.num_classes)])
         for k in range(number):
             if drawn:
-                self.transform(drawn[-1], drawn[-1].new_zeros(0, 1, config.width), (k - 1) * size, past)
+                past = self.extend(past, drawn[-1], (k - 1) * size)
             problem = self.problem(labels, both, k * size, past, (k + 1) / number)
             drawn.append((yield problem))
         latents = join_squares(
             torch.cat(drawn, dim=1), config.parts_per_side, config.patch_size, config.latent_size
         )
         return latents[:, None]
+
+    def extend(self, past: list[KeysValues], drawn: Tensor, first: int) -> list[KeysValues]:
+        """``past`` and the keys and values of a ``drawn`` part [B, n, c], whose first token is ``first``."""
+        longer = [replace(block) for block in past]
+        self.transform(drawn, drawn.new_zeros(0, 1, self.config.width), first, longer)
+        return longer
 
     def problem(
         self, labels: Tensor, both: Tensor, first: int, past: list[KeysValues], progress: float
@@ -240,11 +248,9 @@ class ACDiT(Paradigm):
         none = torch.zeros(0, *shape, device=labels.device)
         alone, guided = (Known(rows, none, first, past) for rows in (labels, both))
 
-        def predict(x_t: Tensor, t: float, known: Known = alone) -> Tensor:
-            return self(x_t, torch.full((1, 1), t, device=x_t.device), known).to(x_t.dtype)
+        pair = partial(in_one_pass, self.at_one_time, guided)
+        return Problem(shape, partial(self.at_one_time, alone), pair, progress)
 
-        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            c, u = predict(torch.cat([x_t, x_t]), t, guided).chunk(2)
-            return c, u
-
-        return Problem(shape, predict, pair, progress)
+    def at_one_time(self, known: Known, x_t: Tensor, t: float) -> Tensor:
+        """The noise at a step shared by all rows, in the precision of the state."""
+        return self(x_t, torch.full((1, 1), t, device=x_t.device), known).to(x_t.dtype)

@@ -68,7 +68,7 @@ class ContextStream:
             else:
                 if self.groups == 1:
                     self.spread_past(len(images))
-                features = encoder.extend(self.past, images[:, self.groups - 1])
+                features, self.past = encoder.extend(self.past, images[:, self.groups - 1])
             start = self.groups * encoder.tokens_per_reference
             parts.append(features + encoder.context_position[:, start : start + features.shape[1]])
             self.groups += 1
@@ -107,6 +107,6 @@ class Remembered:
 
     def after(self, images: Tensor) -> Memory:
         """The memory of the image after ``images`` [B, r, C, H, W]; to be asked for with a growing r."""
-        new = self.model.memory(self.contexts.advance(images))
-        self.memory = new if self.memory is None else self.memory.join(new)
+        new = self.contexts.advance(images)
+        self.memory = self.model.memory(new) if self.memory is None else self.model.longer(self.memory, new)
         return self.memory

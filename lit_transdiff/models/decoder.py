@@ -61,6 +61,18 @@ class Memory:
         """The memory for the rows of this one followed by as many rows of the ``other``."""
         return Memory(tuple(mine + its for mine, its in zip(self.blocks, other.blocks, strict=True)))
 
+    def stacked(self, other: Memory) -> Memory:
+        """The same of one context each, with a row for each row of the decoder: as one context."""
+        pairs = zip(self.blocks, other.blocks, strict=True)
+        return Memory(
+            tuple(((torch.cat([k, its_k]), torch.cat([v, its_v])),) for ((k, v),), ((its_k, its_v),) in pairs)
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the first context."""
+        return len(self.blocks[0][0][0])
+
 
 def append(old: Tensor, new: Tensor) -> Tensor:
     """Concatenate ``old`` and ``new`` [B or 1, h, S, d]."""

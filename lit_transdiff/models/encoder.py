@@ -6,6 +6,7 @@ Shapes: B batch, K class tokens, R references, L tokens per reference, D width, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -133,11 +134,12 @@ class ARTransformer(nn.Module):
         past = [KeysValues() for _ in self.blocks]
         return self._transform(self._first(classes, None), past)[:, self.num_class_tokens :], past
 
-    def extend(self, past: list[KeysValues], reference: Tensor) -> Tensor:
-        """Features [B, L, D] of the next group after ``past`` (which is extended),
-        given its ``reference``.
+    def extend(self, past: list[KeysValues], reference: Tensor) -> tuple[Tensor, list[KeysValues]]:
+        """Features [B, L, D] of the next group after ``past``, given its ``reference``, and what the next
+        call needs.
         """
-        return self._transform(self._project(reference[:, None]), past)
+        longer = [replace(block) for block in past]
+        return self._transform(self._project(reference[:, None]), longer), longer
 
     def forward(self, classes: Tensor, references: Tensor | None = None) -> Tensor:
         """Features plus their position embedding: the context [B, (n + 1) L, D] that

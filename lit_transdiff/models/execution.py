@@ -1,4 +1,4 @@
-"""Execution of a model: compilation, recomputation, sharding, bfloat16 weights and CUDA graphs.
+"""Execution of a model: compilation, recomputation, sharding and bfloat16 weights.
 
 Each replaces the ``forward`` of single modules or the weights of linear layers. The names of the weights are
 unchanged, and so are hooks, such as those by which strategies gather weights.
@@ -35,6 +35,15 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """
     for block in blocks:
         block.forward = compiled(block.forward)  # type: ignore[method-assign]
+
+
+def compile_evaluated(model: Paradigm) -> None:
+    """Compile the blocks that a solver evaluates, and the layers around them that are more than a product."""
+    blocks = {block for stack in model.block_lists().values() for block in stack}
+    simple = (nn.Linear, nn.ModuleList, nn.ModuleDict)
+    around = {part for part in model.evaluated.children() if not isinstance(part, simple)}
+    whole = {part for part in around if not blocks & {*part.modules()}}
+    compile_blocks(part for part in model.evaluated.modules() if part in blocks | whole)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -97,57 +106,3 @@ def round_linear(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.to(torch.bfloat16)
-
-
-def replay(model: Paradigm) -> None:
-    """Run the solver's network as CUDA graphs if no gradients are needed."""
-    model.evaluated.forward = Replayed(model.evaluated.forward)
-
-
-class Replayed:
-    """A network's ``forward`` (see ``Paradigm.evaluated``) as CUDA graphs, which nearly eliminate the host's
-    work per step.
-
-    A graph is captured at the first call for each memory and shape and then replayed; graphs of two memories
-    are kept (guided and unguided steps). On CPUs, or if gradients are needed, the network runs as before.
-    """
-
-    KEPT = 2
-
-    def __init__(self, forward: Callable[[Tensor, Tensor, Any], Tensor]) -> None:
-        self.forward = forward
-        self.graphs: dict[tuple[int, torch.Size], Graph] = {}
-
-    def __call__(self, x_t: Tensor, t: Tensor, memory: Any) -> Tensor:
-        if x_t.device.type != "cuda" or torch.is_grad_enabled():
-            return self.forward(x_t, t, memory)
-        key = (id(memory), x_t.shape)
-        if key not in self.graphs:
-            while len(self.graphs) >= self.KEPT:
-                del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = Graph(self.forward, x_t, t, memory)
-        return self.graphs[key].replay(x_t, t)
-
-
-class Graph:
-    """A captured call; it keeps ``memory`` alive, so that its id remains unique."""
-
-    def __init__(
-        self, forward: Callable[[Tensor, Tensor, Any], Tensor], x_t: Tensor, t: Tensor, memory: Any
-    ) -> None:
-        self.x_t, self.t, self.memory = x_t.clone(), t.clone(), memory
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries initialise at the first calls, which cannot be captured
-            for _ in range(2):
-                forward(self.x_t, self.t, memory)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = forward(self.x_t, self.t, memory)
-
-    def replay(self, x_t: Tensor, t: Tensor) -> Tensor:
-        self.x_t.copy_(x_t)
-        self.t.copy_(t)
-        self.graph.replay()
-        return self.output.clone()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +22,7 @@ from lit_transdiff.base.randomness import Normal
 from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import AdaptiveOutput, TimeMLP, whole_time
 from lit_transdiff.models.layers import KeysValues, RMSNorm, attend, initialise, learned, modulate
-from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
 from lit_transdiff.models.rotary import (
     GatedMLP,
     RotaryAttention,
@@ -283,12 +284,9 @@ class FlowAR(Paradigm):
     def problem(self, scales: Scales, num_images: int, progress: float) -> Problem:
         """The problem of a scale; the second half of the rows of ``scales`` is the null class's."""
         alone = Scales(scales.context[:num_images], scales.embedded[:num_images], scales.sides)
+        pair = partial(in_one_pass, self.at_one_time, scales)
+        return Problem((scales.sizes[0], *self.token), partial(self.at_one_time, alone), pair, progress)
 
-        def predict(x_t: Tensor, t: float, scales: Scales = alone) -> Tensor:
-            return self.flownet(x_t, torch.full((1, 1), t, device=x_t.device), scales).to(x_t.dtype)
-
-        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            c, u = predict(torch.cat([x_t, x_t]), t, scales).chunk(2)
-            return c, u
-
-        return Problem((scales.sizes[0], *self.token), predict, pair, progress)
+    def at_one_time(self, scales: Scales, x_t: Tensor, t: float) -> Tensor:
+        """The velocity at a time shared by all rows, in the precision of the state."""
+        return self.flownet(x_t, torch.full((1, 1), t, device=x_t.device), scales).to(x_t.dtype)

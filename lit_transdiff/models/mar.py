@@ -65,6 +65,7 @@ class MAR(Paradigm):
     head_prefixes = ("diffloss.",)
     undecayed = ("diffloss.",)
     parts_are_free = True
+    static = ("context",)
     adaptation = Adaptation(
         classes="class_emb.weight",
         shaped=(

@@ -37,6 +37,9 @@ PredictPair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 class Problem:
     """A part that is to be drawn, given everything that was drawn before it; the answer is a tensor [B,
     *shape].
+
+    Where ``predict`` and ``pair`` are each a ``functools.partial`` of a function of the weights and of its
+    arguments alone, the solver's whole loop can become one CUDA graph for all batches of a form.
     """
 
     shape: tuple[int, ...]  # of a row
@@ -47,6 +50,14 @@ class Problem:
     scale: float | None = None  # of the guidance, in place of the sampler's
     num_steps: int | None = None  # of the solver, in place of the sampler's
     reuses_noise: bool = False  # begins with the noise of the part before, not with new noise
+
+
+def in_one_pass(
+    predict: Callable[[Any, Tensor, float], Tensor], both: Any, x_t: Tensor, t: float
+) -> tuple[Tensor, Tensor]:
+    """What ``predict`` says of all rows with the first half of a memory, and with the second."""
+    c, u = predict(both, torch.cat([x_t, x_t]), t).chunk(2)
+    return c, u
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,9 @@ class Paradigm(nn.Module, ABC):
     undecayed: ClassVar[tuple[str, ...]] = ()  # prefixes of the names of weights that have no weight decay
     # that read weights and are called from outside
     methods: ClassVar[tuple[str, ...]] = ("condition", "predict")
+    # called while an image is drawn, besides ``evaluated``: functions of weights and arguments alone, which
+    # change no argument and wait for no number, so that each may become a CUDA graph
+    static: ClassVar[tuple[str, ...]] = ()
     adaptation: ClassVar[Adaptation] = Adaptation()  # how a model starts from one of another shape
     parts_are_free: ClassVar[bool] = False  # sampling.num_parts says in how many an image is drawn
     has_features: ClassVar[bool] = False  # gives ``features``, of which there are metrics and fusions

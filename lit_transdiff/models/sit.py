@@ -7,6 +7,7 @@ p patch size.
 from __future__ import annotations
 
 from collections.abc import Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from lit_transdiff.base.randomness import Normal
 from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, initialise_adaptive
 from lit_transdiff.models.layers import MLP, SelfAttention, initialise, layer_norm, modulate
-from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
 
 if TYPE_CHECKING:
     from lit_transdiff.config import ModelSettings, SamplingConfig
@@ -130,18 +131,18 @@ class SiT(Paradigm):
         self, labels: Tensor, sampling: SamplingConfig, normal: Normal, kept: Any = None, contexts: Any = None
     ) -> Generator[Problem, Tensor, Tensor]:
         both = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
-
-        def predict(x_t: Tensor, t: float, labels: Tensor = labels) -> Tensor:
-            return self.prediction_of(
-                x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), labels
-            ).to(x_t.dtype)
-
-        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            c, u = predict(torch.cat([x_t, x_t]), t, both).chunk(2)
-            return c, torch.cat([u[:, : self.num_guided], c[:, self.num_guided :]], dim=1)
-
-        image = yield Problem(self.token, predict, pair)
+        image = yield Problem(self.token, partial(self.at_one_time, labels), partial(self.guided, both))
         return image[:, None]
+
+    def at_one_time(self, labels: Tensor, x_t: Tensor, t: float) -> Tensor:
+        """The prediction at a time shared by all rows, in the precision of the state."""
+        times = torch.full((1,), t, dtype=torch.float32, device=x_t.device)
+        return self.prediction_of(x_t, times, labels).to(x_t.dtype)
+
+    def guided(self, both: Tensor, x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """The predictions for the classes of ``both`` and for the null class, which stands after them."""
+        c, u = in_one_pass(self.at_one_time, both, x_t, t)
+        return c, torch.cat([u[:, : self.num_guided], c[:, self.num_guided :]], dim=1)
 
     @property
     def num_guided(self) -> int:

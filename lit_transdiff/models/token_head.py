@@ -7,13 +7,15 @@ a part, c numbers of a token, D width of the context, R rows of the network, W i
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, scale_of_time
 from lit_transdiff.models.layers import layer_norm, modulate
-from lit_transdiff.models.paradigm import Problem
+from lit_transdiff.models.paradigm import Problem, in_one_pass
 
 
 class HeadBlock(nn.Module):
@@ -64,16 +66,17 @@ class TokenHead(nn.Module):
         """The problem of n tokens per image, [B, c, n], with ``condition`` [B, n, W] or [(2 B), n, W]; the
         second half is the null class's.
         """
-        number, features = condition.shape[1], self.features
         of_images, of_all = condition[:num_images].flatten(0, 1), condition.flatten(0, 1)
+        predict, pair = partial(self.at_one_time, of_images), partial(self.guided, of_all)
+        return Problem((self.features, condition.shape[1]), predict, pair, progress)
 
-        def predict(x_t: Tensor, t: float, condition: Tensor = of_images) -> Tensor:
-            rows = rearrange(x_t, "b c n -> (b n) c")
-            output = self(rows, torch.full((1,), t, device=x_t.device), condition)
-            return rearrange(output, "(b n) c -> b c n", n=number).to(x_t.dtype)
+    def at_one_time(self, condition: Tensor, x_t: Tensor, t: float) -> Tensor:
+        """The prediction for ``x_t`` [B, c, n] at a time that all share, in the precision of the state."""
+        rows, times = rearrange(x_t, "b c n -> (b n) c"), torch.full((1,), t, device=x_t.device)
+        output = self(rows, times, condition)
+        return rearrange(output, "(b n) c -> b c n", n=x_t.shape[-1]).to(x_t.dtype)
 
-        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            c, u = predict(torch.cat([x_t, x_t]), t, of_all).chunk(2)
-            return c, torch.cat([u[:, :features], c[:, features:]], dim=1)  # variances are not guided
-
-        return Problem((features, number), predict, pair, progress)
+    def guided(self, of_all: Tensor, x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """The predictions with and without the classes; variances are not guided."""
+        c, u = in_one_pass(self.at_one_time, of_all, x_t, t)
+        return c, torch.cat([u[:, : self.features], c[:, self.features :]], dim=1)

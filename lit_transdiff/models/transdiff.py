@@ -7,6 +7,7 @@ times draws), C H W a latent, which is one token of the seam: the decoder cuts p
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from lit_transdiff.models.context import ContextFn, Contexts, ContextStream, Rem
 from lit_transdiff.models.decoder import DECODERS, Memory
 from lit_transdiff.models.encoder import ENCODERS
 from lit_transdiff.models.fusion import fused, fusion_pattern
-from lit_transdiff.models.paradigm import Paradigm, Predict, PredictPair, Problem, Stack
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
 
 if TYPE_CHECKING:
     from lit_transdiff.config import ModelConfig, SamplingConfig
@@ -40,6 +41,7 @@ class TransDiff(Paradigm):
     head_prefixes = ("decoder.",)
     undecayed = ("decoder.",)
     methods = ("condition", "predict", "encode", "memory", "velocity")
+    static = ("encoder.begin", "encoder.extend", "memory", "longer", "stacked")
     has_features = True
     adaptation = Adaptation(
         classes="encoder.class_embedding.weight",
@@ -104,6 +106,19 @@ class TransDiff(Paradigm):
             context, tuple(range(length, size + 1, length)) if every_reference else (size,)
         )
 
+    def longer(self, memory: Memory, context: Tensor) -> Memory:
+        """``memory`` with the keys and values of the next tokens of its context, [B or 1, L, D]."""
+        return memory.join(self.memory(context))
+
+    def both(self, memory: Memory, other: Memory, rows: int) -> Memory:
+        """Two memories for twice as many ``rows`` of the decoder: one context, if each has all its rows."""
+        whole = memory.num_rows == other.num_rows == rows
+        return self.stacked(memory, other) if whole else memory.beside(other)
+
+    def stacked(self, memory: Memory, other: Memory) -> Memory:
+        """Two memories of one context each, with a row for each row of the decoder, as one context."""
+        return memory.stacked(other)
+
     def velocity(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
         """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or
         [1].
@@ -143,10 +158,11 @@ class TransDiff(Paradigm):
         for r in range(self.config.num_references):
             scale = sampling.reference_guidance[r] if sampling.reference_guidance else sampling.guidance_scale
             memory = conditional.after(images)
+            both = self.both(memory, unconditional.after(images), len(labels)) if scale > 1 else memory
             image = yield Problem(
                 self.token,
-                self.at_one_time(memory),
-                self.in_one_pass(memory, unconditional.after(images) if scale > 1 else memory),
+                partial(self.at_one_time, memory),
+                partial(in_one_pass, self.at_one_time, both),
                 progress=(r + 1) / self.config.num_references,
                 scale=scale if sampling.reference_guidance else None,
                 num_steps=sampling.reference_steps[r] if sampling.reference_steps else None,
@@ -155,25 +171,10 @@ class TransDiff(Paradigm):
             images = torch.cat([images, image[:, None]], dim=1)
         return images
 
-    def at_one_time(self, memory: Memory) -> Predict:
+    def at_one_time(self, memory: Memory, x_t: Tensor, t: float) -> Tensor:
         """The velocity at a time shared by all rows, in the precision of the state."""
-
-        def predict(x_t: Tensor, t: float) -> Tensor:
-            return self.velocity(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device), memory).to(
-                x_t.dtype
-            )
-
-        return predict
-
-    def in_one_pass(self, conditional: Memory, unconditional: Memory) -> PredictPair:
-        """The velocities of both memories, in one pass of the decoder."""
-        predict = self.at_one_time(conditional.beside(unconditional))
-
-        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            c, u = predict(torch.cat([x_t, x_t]), t).chunk(2)
-            return c, u
-
-        return pair
+        times = torch.full((1,), t, dtype=torch.float32, device=x_t.device)
+        return self.velocity(x_t, times, memory).to(x_t.dtype)
 
     def keep(self) -> Callable[[], Contexts]:
         return null_contexts(self)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from lit_transdiff.base.randomness import Normal
 from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import TimeMLP, whole_time
 from lit_transdiff.models.layers import KeysValues, RMSNorm, initialise, learned
-from lit_transdiff.models.paradigm import Paradigm, Problem, Stack
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
 from lit_transdiff.models.rotary import RotaryBlock, grid_places, rotary_turns
 from lit_transdiff.models.tokens import join_squares, split_squares
 
@@ -146,12 +147,9 @@ class XAR(Paradigm):
         alone = NoisyCells(
             cells.labels[:num_images], cells.first, [past.first(num_images) for past in cells.past]
         )
+        pair = partial(in_one_pass, self.at_one_time, cells)
+        return Problem((self.part_sizes[0], *self.token), partial(self.at_one_time, alone), pair, progress)
 
-        def predict(x_t: Tensor, t: float, cells: NoisyCells = alone) -> Tensor:
-            return self(x_t, torch.full((1, 1), t, device=x_t.device), cells).to(x_t.dtype)
-
-        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            c, u = predict(torch.cat([x_t, x_t]), t, cells).chunk(2)
-            return c, u
-
-        return Problem((self.part_sizes[0], *self.token), predict, pair, progress)
+    def at_one_time(self, cells: NoisyCells, x_t: Tensor, t: float) -> Tensor:
+        """The velocity at a time shared by all rows, in the precision of the state."""
+        return self(x_t, torch.full((1, 1), t, device=x_t.device), cells).to(x_t.dtype)

@@ -40,6 +40,7 @@ def draw_samples(
     """
     check_number(generator, per_class, len(classes))
     labels = [c for c in classes for _ in range(per_class)]
+    generator = generator.for_images(len(labels), sampling or generator.run.sampling)
     numbers = list(range(per_class)) * len(classes)
     rows = images_in_batches(
         generator,

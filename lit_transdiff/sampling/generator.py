@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,11 +20,17 @@ from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.config import FlowConfig, ModelSettings, RunConfig, SamplingConfig, require, unknown
 from lit_transdiff.config.sampling import Precision
 from lit_transdiff.flow.guidance import PART_GUIDANCE
+from lit_transdiff.flow.process import Process
 from lit_transdiff.flow.processes import process_class
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
-from lit_transdiff.models.execution import compile_blocks, replay, round_linear, twin
+from lit_transdiff.models.execution import compile_evaluated, round_linear, twin
+from lit_transdiff.models.flops import row_cost
+from lit_transdiff.models.linear import pack_products
 from lit_transdiff.models.paradigm import Paradigm, Problem, build_model, network_class
 from lit_transdiff.models.state_dicts import check_layout
+from lit_transdiff.sampling.graphs import CUDARecorder, Graphs, replay, solve_eagerly
+
+MANY_FLOPS = 3e16  # of the solver's network: a GPU needs 100 s for them, and compilation 20 s
 
 
 def check_sampling(sampling: SamplingConfig, model: ModelSettings) -> None:
@@ -52,15 +58,16 @@ def generate(
     seeds: Sequence[int],
     contexts: Any = None,
     kept: Any = None,
+    graphs: Graphs | None = None,
 ) -> Tensor:
     """Sample latents [B, R, c, h, w] for rows of ``labels`` [B] part by part, each given the parts before it.
 
     All random numbers of a row come from its own seed, so that it does not depend on the rest of the batch.
     ``contexts`` replace the model's encoding of the labels (see ``Paradigm.fusion``), and ``kept`` is its
-    cache (see ``Paradigm.keep``).
+    cache (see ``Paradigm.keep``). ``graphs`` make one of the solver's steps.
     """
-    name, prediction = model.process_of(model.config)
-    process = process_class(name)(FlowConfig(), prediction)
+    process = process_of(*model.process_of(model.config))
+    solution = solve_eagerly if graphs is None else graphs.solve
     draw = PerImageNormal(seeds, labels.device)
     decoding = model.decode(labels, sampling, draw, kept, contexts)
     noise: Tensor | None = None
@@ -69,10 +76,15 @@ def generate(
         while True:
             if noise is None or not problem.reuses_noise:
                 noise = draw(*problem.shape)
-            again = partial(draw, *problem.shape)
-            problem = decoding.send(process.solve(problem, noise, again, sampler_of(problem, sampling)))
+            problem = decoding.send(solution(process, problem, noise, draw, sampler_of(problem, sampling)))
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
+
+
+@lru_cache
+def process_of(name: str, prediction: str) -> Process:
+    """The process of a family, one object for all batches."""
+    return process_class(name)(FlowConfig(), prediction)
 
 
 def sampler_of(problem: Problem, sampling: SamplingConfig) -> SamplingConfig:
@@ -84,13 +96,21 @@ def sampler_of(problem: Problem, sampling: SamplingConfig) -> SamplingConfig:
     )
 
 
+def flops_of_row(model: Paradigm, sampling: SamplingConfig) -> float:
+    """About the floating-point operations of the solver's network for a row of images."""
+    inside, cost = {*model.evaluated.modules()}, row_cost(model.config, draws=1).stacks
+    once = sum(cost[name] for name, blocks in model.block_lists().items() if blocks[0] in inside)
+    return once * sampling.num_steps * (2 if sampling.guidance_scale > 1 else 1)
+
+
 @dataclass(eq=False)
 class Generator:
     """A trained model for sampling images: ``load_generator("runs/x").images(labels, seeds)``.
 
     It samples in the precision of its run's ``sampling``, with the weights at its first use: values derived
     from them (rounded weights, the prefix of the null class) are cached. For other or changed weights, ``of``
-    makes another generator; for another precision, ``at`` does.
+    makes another generator; for another precision, ``at`` does. CUDA graphs are kept, too: only the first
+    calls of a number of rows and a sampler record them.
     """
 
     model: Paradigm  # in float32
@@ -100,8 +120,9 @@ class Generator:
     checkpoint: str = ""
     fingerprint: str = ""
     weights: str = "in memory"  # the kind of weights: "last", or "ema" and the decay
-    compile: bool = False  # torch.compile for the blocks that a solver evaluates; a failure is logged
-    cuda_graphs: bool = False  # CUDA graphs for the network that a solver evaluates
+    # torch.compile for the blocks that a solver evaluates (a failure is logged); None: for many images
+    compile: bool | None = False
+    cuda_graphs: bool | None = False  # CUDA graphs of the solver's steps; None: on GPUs
 
     def __post_init__(self) -> None:
         require(not self.cuda_graphs or self.device.type == "cuda", "CUDA graphs", str(self.device), "a GPU")
@@ -118,6 +139,13 @@ class Generator:
             return self
         return replace(self, run=replace(self.run, sampling=replace(self.run.sampling, precision=precision)))
 
+    def for_images(self, rows: int, sampling: SamplingConfig) -> Generator:
+        """The generator for so many rows of images: where ``compile`` is None, many are worth its start."""
+        if self.compile is not None:
+            return self
+        many = self.device.type == "cuda" and rows * flops_of_row(self.model, sampling) >= MANY_FLOPS
+        return replace(self, compile=many)
+
     @property
     def precision(self) -> Precision:
         return self.run.sampling.precision
@@ -125,17 +153,24 @@ class Generator:
     @cached_property
     def network(self) -> Paradigm:
         """The network for sampling: ``model`` or its weights, in the requested precision and speed."""
-        if self.precision == "fp32" and not (self.compile or self.cuda_graphs):
+        if self.precision == "fp32" and not self.compile and self.graphs is None:
             return self.model
         network = twin(self.model)
-        blocks = {block for stack in network.block_lists().values() for block in stack}
         if self.precision == "bf16":
             round_linear(network)
+            if self.device.type == "cpu" and not self.compile:
+                pack_products(network)
         if self.compile:
-            compile_blocks(block for block in network.evaluated.modules() if block in blocks)
-        if self.cuda_graphs:
-            replay(network)
+            compile_evaluated(network)
+        if self.graphs is not None:
+            replay(network, self.graphs)
         return network
+
+    @cached_property
+    def graphs(self) -> Graphs | None:
+        """The CUDA graphs of this generator, kept for all its batches."""
+        wanted = self.device.type == "cuda" if self.cuda_graphs is None else self.cuda_graphs
+        return Graphs(CUDARecorder(self.device)) if wanted else None
 
     @cached_property
     def kept(self) -> Any:
@@ -190,7 +225,7 @@ class Generator:
         allowed = f"{self.precision!r}, the precision of this generator; use generator.at({asked!r})"
         require(asked == self.precision, "sampling.precision", asked, allowed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=asked == "bf16", cache_enabled=False):
-            return generate(self.network, labels, sampling, seeds, contexts, self.kept)
+            return generate(self.network, labels, sampling, seeds, contexts, self.kept, self.graphs)
 
     @torch.no_grad()
     def features(self, labels: Sequence[int] | Tensor, sampling: SamplingConfig | None = None) -> Tensor:
@@ -213,15 +248,15 @@ def load_generator(
     *,
     autoencoder: str | None = None,
     precision: Precision | None = None,
-    compile: bool = False,
-    cuda_graphs: bool = False,
+    compile: bool | None = None,
+    cuda_graphs: bool | None = None,
 ) -> Generator:
     """Load the trained model of a run folder or export folder, with its autoencoder, to ``device``.
 
     ``precision`` is ``fp32`` or ``bf16`` (default: that of the run's ``sampling``). ``autoencoder`` is the
     new folder of the same autoencoder, if it has moved. ``compile`` and ``cuda_graphs`` increase the speed
-    (see ``Generator``) and change numbers by rounding only. Raises ``ValueError`` for files that are damaged
-    or do not belong together.
+    and change numbers by rounding only; by default, a GPU has graphs, and compiles for many images. Raises
+    ``ValueError`` for files that are damaged or do not belong together.
     """
     export = read_export(checkpoint)
     model = build_model(export.run.model).eval().requires_grad_(False)

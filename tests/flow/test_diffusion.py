@@ -11,20 +11,17 @@ from torch.distributions import Normal, kl_divergence
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.flow.diffusion import (
     CHAIN_SOLVERS,
-    SPACINGS,
     Chain,
     ancestral,
     backwards,
     cosine_chain,
     diffusion_loss,
     draw_steps,
-    even_steps,
     linear_chain,
     log_probability,
-    nonzero_steps,
-    strided_steps,
     variational_bound,
 )
+from lit_transdiff.flow.spacings import SPACINGS, even_steps, nonzero_steps, strided_steps
 from tests.helpers.families import check, tensors
 
 pytestmark = pytest.mark.numeric

@@ -9,8 +9,9 @@ from torch import nn
 
 from lit_transdiff.config import FlowConfig, SamplingConfig
 from lit_transdiff.config.acdit import ACDiTConfig
-from lit_transdiff.flow.diffusion import linear_chain, nonzero_steps
+from lit_transdiff.flow.diffusion import linear_chain
 from lit_transdiff.flow.processes import PROCESSES
+from lit_transdiff.flow.spacings import nonzero_steps
 from lit_transdiff.models import layers
 from lit_transdiff.models.acdit import ACDiT, Known, angles_of
 from lit_transdiff.models.tokens import split_squares

@@ -159,25 +159,13 @@ def test_what_a_generator_compiles_is_its_own(precision: str, tmp_path, monkeypa
     expected = plain.latents(torch.tensor([0, 1]), [1, 2], sampling)
     assert not made
     assert torch.equal(compiled.latents(torch.tensor([0, 1]), [1, 2], sampling), expected)
-    assert len(made) == 3 * len(model.decoder.blocks)
+    parts = len(model.decoder.blocks) + 2  # and the embedding of the time, and the last layer
+    assert len(made) == 3 * parts
     assert torch.equal(
         generator_of(model, tmp_path).at(precision).latents(torch.tensor([0, 1]), [1, 2], sampling), expected
     )
-    assert len(made) == 3 * len(model.decoder.blocks)
+    assert len(made) == 3 * parts
     assert compiled.network.encoder.null_class.data_ptr() == model.encoder.null_class.data_ptr()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("references", [1, 4])
-def test_replayed_steps_give_the_same_latents(references: int, tmp_path):
-    model = build(**SHAPE, num_references=references)
-    model = model.to("cuda")
-    sampling = SamplingConfig(num_steps=4, guidance_scale=1.5, guidance_interval=[0.3, 0.8])
-    labels, seeds = torch.tensor([0, 1], device="cuda"), [1, 2]
-    expected = generator_of(model, tmp_path).latents(labels, seeds, sampling)
-    generator = generator_of(model, tmp_path, cuda_graphs=True)
-    for _ in range(2):
-        torch.testing.assert_close(generator.latents(labels, seeds, sampling), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_settings_of_recomputation_that_cannot_act_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lit_transdiff.flow.path import interpolate
 from lit_transdiff.flow.solvers import solve, time_grid
 from lit_transdiff.models import layers
 from lit_transdiff.models.layers import time_features
+from lit_transdiff.models.paradigm import in_one_pass
 from lit_transdiff.models.tokens import patchify, token_similarity, unpatchify
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.key_names import our_name
@@ -158,7 +160,7 @@ def test_paper_sampler_with_guidance():
     everything_dropped = torch.ones(len(labels), dtype=torch.bool)
     conditional, unconditional = (net.memory(net.encode(labels, drop=d)) for d in (None, everything_dropped))
 
-    pair = net.in_one_pass(conditional, unconditional)
+    pair = partial(in_one_pass, net.at_one_time, conditional.beside(unconditional))
 
     def recorded(x_t, t):
         trace.append((x_t, *pair(x_t, t)))
@@ -166,7 +168,7 @@ def test_paper_sampler_with_guidance():
 
     draws = iter(tokens_to_latents(case["in/draws"]))
     config = SamplingConfig(num_steps=5, guidance_scale=1.3, drift_scale=0.89, noise_scale=0.95)
-    velocity = guide(net.at_one_time(conditional), recorded, config.guidance_scale)
+    velocity = guide(partial(net.at_one_time, conditional), recorded, config.guidance_scale)
     latent = solve(velocity, tokens_to_latents(case["in/noise"]), config, lambda: next(draws))
     assert_near(name, "latent", latent, case["out/latent"])
     assert_near(
