@@ -1,7 +1,7 @@
 """The time that images take: families, sizes, batches, solver steps, with and without graphs and compilation.
 
     python benchmarks/latency.py --output latency.jsonl          # on a GPU, about 4 minutes
-    python benchmarks/latency.py --tables latency.jsonl > benchmarks/latency.md
+    python benchmarks/latency.py --tables latency.jsonl > benchmarks/latency.md    # of all that was measured
 
 Latents of 256 pixels (16 x 16 x 16) from random weights, bfloat16, guidance 1.3. The first calls of a
 shape compile and record graphs: ``first, s`` is the time of three. Of the calls after them, the table has the
@@ -51,6 +51,8 @@ FAMILIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "MAR, 16 parts": (MARConfig, {**CHAIN, "num_parts": 16}),
 }
 WAYS = ("eager", "graphs", "compiled", "compiled, graphs")
+KEYS = ("family", "size", "batch", "steps")
+QUALITY = Path(__file__).parent / "latency_quality.md"  # the end of the page
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,50 @@ def profile(case: Case, way: str, device: torch.device, precision: str, most: in
     return "\n".join(lines)
 
 
+def tables(file: Path) -> str:
+    """The page of all cases, with what is in a file of measurements; the last one of a row counts."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    found = {(*(row[key] for key in KEYS), row["way"]): row for row in rows}
+    made = dict.fromkeys(f"{row['machine']}, {row['precision']}, {row['date']}" for row in rows)
+    lines = [
+        "# The time that images take",
+        "",
+        "`benchmarks/latency.py` makes this page and says how it measures. Measured on:",
+        "",
+        *(f"- {machine}" for machine in made),
+        "",
+        "Milliseconds of a batch, with those of an image behind them (for MRAR: of a row of four images):",
+        "",
+        "| family | size | images | steps | " + " | ".join(WAYS) + " |",
+        "|---" * (4 + len(WAYS)) + "|",
+    ]
+    for case in PLAN:
+        key = tuple(getattr(case, name) for name in KEYS)
+        cells = [cell(found.get((*key, way)), case.batch) for way in WAYS]
+        lines.append("| " + " | ".join([*map(str, key), *cells]) + " |")
+    return "\n".join([*lines, "", *notes(rows), QUALITY.read_text().rstrip()])
+
+
+def cell(row: dict[str, Any] | None, batch: int) -> str:
+    if row is None:
+        return "not measured"
+    return f"{row['ms']:.1f}" if batch == 1 else f"{row['ms']:.0f} ({row['ms'] / batch:.2f})"
+
+
+def notes(rows: list[dict[str, Any]]) -> list[str]:
+    """What else the rows say."""
+    apart = {way: max((r["difference"] for r in rows if r["way"] == way), default=None) for way in WAYS[1:]}
+    said = ", ".join(f"{way} {value:.0e}" for way, value in apart.items() if value is not None)
+    most = {way: max((r["memory_gb"] or 0 for r in rows if r["way"] == way), default=0) for way in WAYS}
+    memory = ", ".join(f"{way} {value:.0f} GB" for way, value in most.items() if value)
+    return [
+        f"Largest difference from the eager latents, as a share of their largest value: {said}.",
+        "",
+        f"Most memory of any row: {memory}.",
+        "",
+    ]
+
+
 def run(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     start, plan = time.monotonic(), TINY if args.tiny else PLAN
@@ -214,7 +260,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="the kernels of the first two rows")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run(parser.parse_args())
+    parser.add_argument("--tables", type=Path, help="print the page of a file of measurements instead")
+    args = parser.parse_args()
+    print(tables(args.tables)) if args.tables else run(args)
 
 
 if __name__ == "__main__":
