@@ -19,7 +19,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "lit_transdiff"
-ONEDNN = {"_linear_pointwise"}  # used where torch has it: models/linear.py asks first
+ONEDNN = {"_linear_pointwise", "_reorder_linear_weight"}  # used where torch has it: models/linear.py asks first
 PROTOCOLS = {"_asdict", "_exit", "_repr_html_"}  # documented names of Python and IPython
 
 # What holds the name: a module, or a class after the colon. "in" means that its source sets or reads the name
@@ -44,8 +44,10 @@ PRIVATE = [
     ),
     ("in deepspeed.utils.mixed_precision_linkage", "_hp_mapping"),
     ("in torch.amp.grad_scaler", "_step_supports_amp_scaling"),
+    ("torch", "_foreach_copy_"),
     ("torch", "_foreach_lerp_"),
     ("torch", "_subclasses"),
+    ("torch:Tensor", "_version"),
     ("torch:UntypedStorage", "_cdata"),
     ("torch.cuda.memory", "_dump_snapshot"),
     ("torch.cuda.memory", "_record_memory_history"),
