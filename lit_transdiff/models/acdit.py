@@ -60,7 +60,8 @@ class SkipCausalAttention(nn.Module):
         q, k = (turned(z, angles).to(v.dtype) for z in (self.q_norm(q), self.k_norm(k)))
         past = KeysValues() if past is None else past
         before = 0 if past.keys is None else past.keys.shape[2]
-        of_clean, of_noised = list[Tensor](), list[Tensor]()
+        of_clean: list[Tensor] = []
+        of_noised: list[Tensor] = []
         if clean:
             keys, values = past.extend(k[:clean], v[:clean])
         for i, j in pairwise(range(0, x.shape[1] + 1, x.shape[1] // parts)):
