@@ -110,6 +110,10 @@ def check_structure(model: Paradigm) -> None:
         number = len(blocks) if isinstance(blocks, nn.ModuleList) else type(blocks).__name__
         allowed = f"an nn.ModuleList with {stack.depth} blocks: one for {stack.depth}=1"
         require(fits, f"{name}: the stack {stack.path!r}", number, allowed)
+    for method in (*model.methods, *model.static):
+        owner, _, last = method.rpartition(".")
+        fits = owner in modules and callable(getattr(modules[owner], last, None))
+        require(fits, f"{name}: a name of a method", method, "a method of the model, or of a module in it")
     weights = list(model.state_dict())
     for prefix in (*model.head_prefixes, *model.undecayed, model.adaptation.classes):
         found = any(key.startswith(prefix) for key in weights)

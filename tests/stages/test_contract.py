@@ -138,6 +138,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
         type("Broken", (Plain,), {"prediction": "x"}),
         "Broken.prediction: got 'x'; allowed: velocity or clean or noise with the process 'flow'",
     ),
+    "method": (
+        type("Broken", (Plain,), {"methods": ("condition", "predict", "blocks.predict")}),
+        "Broken: a name of a method: got 'blocks.predict'; allowed: a method of the model",
+    ),
     "head": (
         type("Broken", (Plain,), {"head_prefixes": ("head.",)}),
         "Broken: a name of weights: got 'head.'; allowed: the beginning of the name",
