@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -130,6 +131,12 @@ def has_fast_bfloat16() -> bool:
         return False
     rate = {kind: measured_rate(kind) for kind in (torch.float32, torch.bfloat16)}
     return rate[torch.bfloat16] >= FAST_BFLOAT16 * rate[torch.float32]
+
+
+def fast_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+    """The precision in which a device is fastest, at little cost of accuracy."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_fast_bfloat16()
+    return "bf16" if fast else "fp32"
 
 
 @torch.no_grad()

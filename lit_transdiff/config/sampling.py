@@ -7,7 +7,7 @@ from typing import Any, Literal, Optional
 
 from lit_transdiff.config.checks import require
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "auto"]
 
 # Named sampler settings (``--preset``), between those of a run and single overrides.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,7 +58,9 @@ class SamplingConfig:
     num_parts: Optional[int] = (
         None  # number of parts of an image, for families with a free number; null: the family's default
     )
-    precision: Precision = "fp32"  # precision of the model in sampling; the solver's state is float32
+    precision: Precision = "fp32"
+    # of the model in sampling; the solver's state is float32. auto: bf16 on GPUs that have it, and on CPUs
+    # where its products are measured to be 2.5 times as fast, else fp32
 
     def __post_init__(self) -> None:
         steps = [self.num_steps, *(self.reference_steps or [])]

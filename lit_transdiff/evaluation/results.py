@@ -57,7 +57,7 @@ def manifest(
         "num_neighbours": settings.num_neighbours,
         "inception_score_part": INCEPTION_PART,
         "sampling": said(sampling),
-        "precision": {"fp32": "float32", "bf16": "bfloat16"}[sampling.precision],
+        "precision": {"fp32": "float32", "bf16": "bfloat16"}[generator.chosen(sampling.precision)],
         "matmul_precision": torch.get_float32_matmul_precision(),
         "batch_size": settings.batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from lit_transdiff.base.hardware import fast_precision
 from lit_transdiff.base.randomness import PerImageNormal, mix
 from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.config import FlowConfig, ModelSettings, RunConfig, SamplingConfig, require, unknown
@@ -132,9 +133,12 @@ class Generator:
         return replace(self, model=model)
 
     def at(self, precision: Precision) -> Generator:
-        """The generator of these weights in a precision, ``fp32`` or ``bf16``: itself, if it has this one."""
+        """The generator of these weights in a precision, ``fp32``, ``bf16`` or ``auto``: itself, if it has
+        this one.
+        """
         if precision not in get_args(Precision):
             raise unknown("sampling.precision", precision, get_args(Precision))
+        precision = self.chosen(precision)
         if precision == self.precision:
             return self
         return replace(self, run=replace(self.run, sampling=replace(self.run.sampling, precision=precision)))
@@ -148,7 +152,11 @@ class Generator:
 
     @property
     def precision(self) -> Precision:
-        return self.run.sampling.precision
+        return self.chosen(self.run.sampling.precision)
+
+    def chosen(self, precision: Precision) -> Precision:
+        """A precision, or the fastest of this device for ``auto``."""
+        return fast_precision(self.device) if precision == "auto" else precision
 
     @cached_property
     def network(self) -> Paradigm:
@@ -221,7 +229,7 @@ class Generator:
         self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: Any = None
     ) -> Tensor:
         """``generate`` in this generator's precision. Raises ``ValueError`` for ``sampling`` in another."""
-        asked = sampling.precision
+        asked = self.chosen(sampling.precision)
         allowed = f"{self.precision!r}, the precision of this generator; use generator.at({asked!r})"
         require(asked == self.precision, "sampling.precision", asked, allowed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=asked == "bf16", cache_enabled=False):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lit_transdiff.base import hardware
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.config.sit import SiTConfig
 from lit_transdiff.models import execution
@@ -14,6 +16,7 @@ from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.execution import can_compile, compile_blocks, recompute_blocks
 from lit_transdiff.models.sit import SiT
 from lit_transdiff.models.transdiff import TransDiff
+from lit_transdiff.sampling import generator as generator_module
 from lit_transdiff.sampling.generator import Generator, generate
 from lit_transdiff.training.build import check_run
 from tests.helpers.small import small_run
@@ -132,6 +135,28 @@ def test_rounded_weights_are_what_autocast_computes_with(references: int, tmp_pa
     changed = generator.at("bf16").of(other)
     # the rounded weights are the new model's
     assert not torch.equal(changed.latents(labels, seeds, sampling), rounded)
+
+
+@pytest.mark.parametrize("fast", ["fp32", "bf16"])
+def test_the_precision_auto_is_the_fast_one(fast: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(generator_module, "fast_precision", lambda device: fast)
+    generator = generator_of(build(**SHAPE), tmp_path)
+    automatic, sampling = generator.at("auto"), SamplingConfig(num_steps=2)
+    assert automatic.precision == fast and automatic.at("auto") is automatic is automatic.at(fast)
+    labels, seeds = torch.tensor([0, 1]), [1, 2]
+    expected = generator.at(fast).latents(labels, seeds, replace(sampling, precision=fast))
+    assert torch.equal(automatic.latents(labels, seeds, replace(sampling, precision="auto")), expected)
+    other = generator.at("bf16" if fast == "fp32" else "fp32")
+    with pytest.raises(ValueError, match=r"sampling.precision: got '(fp32|bf16)'; allowed"):
+        other.latents(labels, seeds, replace(sampling, precision="auto"))
+
+
+def test_cpus_are_fast_in_bfloat16_where_its_products_are(monkeypatch: pytest.MonkeyPatch):
+    for rate, precision in ((1.5, "fp32"), (8.0, "bf16")):
+        monkeypatch.setattr(hardware, "measured_rate", {torch.float32: 1.0, torch.bfloat16: rate}.get)
+        hardware.has_fast_bfloat16.cache_clear()
+        assert hardware.fast_precision(torch.device("cpu")) == precision
+    hardware.has_fast_bfloat16.cache_clear()
 
 
 def test_cuda_graphs_need_a_gpu(tmp_path):

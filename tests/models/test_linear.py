@@ -114,3 +114,27 @@ def test_torchs_counter_counts_it():
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 10 * 12 * 9
+
+
+@pytest.mark.skipif(not linear.HAS_PACKING, reason="this build of torch packs no weights")
+@pytest.mark.parametrize("tanh", [False, True])
+def test_packed_weights_give_the_products_of_bfloat16(tanh: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(linear, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(linear, "WORTHWHILE", 100)
+    torch.manual_seed(0)
+    mlp, x = MLP(32, 2.0, 0.0, tanh).bfloat16(), torch.randn(2, 20, 32)
+    names, exact = list(mlp.state_dict()), MLP(32, 2.0, 0.0, tanh).double()
+    exact.load_state_dict(mlp.state_dict())
+    with torch.no_grad():
+        plain = mlp(x.bfloat16())
+        linear.pack_products(mlp)
+        found, few = mlp(x), mlp(x[:1, :0].bfloat16())
+        expected = exact(x.bfloat16().double())
+        # with other weights, the copies would be those of the old ones: they are only for models that draw
+        assert torch.equal(
+            mlp.fc2(x.repeat(1, 1, 2)),
+            nn.functional.linear(x.repeat(1, 1, 2).bfloat16(), mlp.fc2.weight, mlp.fc2.bias),
+        )
+    assert found.dtype == torch.bfloat16 and few.shape == (1, 0, 32) and list(mlp.state_dict()) == names
+    assert (found - expected).abs().max() <= 1.1 * (plain - expected).abs().max() + 1e-3
+    assert mlp(x.bfloat16()).requires_grad  # as before
