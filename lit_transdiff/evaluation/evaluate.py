@@ -38,10 +38,12 @@ from lit_transdiff.evaluation.job import (
     scored_images,
     with_reference,
 )
+from lit_transdiff.evaluation.memorisation import nearest_training_images
 from lit_transdiff.evaluation.representations import measure_all
 from lit_transdiff.evaluation.results import manifest, result_file, write_result
+from lit_transdiff.evaluation.scores import nearest_file
 from lit_transdiff.sampling.generator import Generator
-from lit_transdiff.sampling.pictures import grid
+from lit_transdiff.sampling.pictures import grid, save_picture
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -207,9 +209,11 @@ def finish_evaluation(
     job = with_reference(job, output.file.parent)
     scored = scored_images(job, features_in(job, files), map(torch.from_numpy, files.each("spatial")))
     measured = measure_all(job.representations, scored, job.settings)
+    memorised, pairs = nearest_training_images(job, scored[0], output.file.parent)
     seconds, evaluations = np.stack(list(files.each("cost"))).sum(axis=0).tolist()
     record |= {
         **uncertainty(measured, scored, job),
+        "nearest_training_images": memorised,
         "images_per_second": job.settings.num_images / seconds,  # per device
         "decoder_evaluations_per_image": evaluations / job.settings.num_images,
         "wall_seconds": time.time() - start,  # of the whole command
@@ -218,6 +222,8 @@ def finish_evaluation(
     picture = sample_picture(
         drawn_images(files, shown), job.labels[shown], job.generator.class_names, output.file.stem
     )
+    if pairs is not None:
+        save_picture(pairs, nearest_file(output.file))
     write_result(output.file, measured.scores, record, picture)
     if "npz" in output.saved:
         write_npz(output.places["npz"], files.each("pixels"), job.labels.numpy())

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.image.kid import poly_mmd
 
 from lit_transdiff.config import EvaluationConfig
 from lit_transdiff.evaluation import kernels, sliced
 from lit_transdiff.evaluation.moments import Gaussian, frechet, frechet_by_group, gaussian_of
-from lit_transdiff.evaluation.neighbours import covered, density_of, is_authentic, is_reached
+from lit_transdiff.evaluation.neighbours import Manifold, covered, density_of, is_authentic, is_reached
 from lit_transdiff.evaluation.scores import Score
 from lit_transdiff.evaluation.statistics import Statistics, reference_tensor
 from lit_transdiff.models.tokens import token_similarity
@@ -39,7 +38,7 @@ class Scored:
     spatial: Gaussian | None = None  # statistics of the spatial features
     group: Tensor | None = None  # [N], groups of images for the jackknife
     held_out: Tensor | None = None  # [H, D], features of other real images, in order of class
-    training: Tensor | None = None  # [T, D], features of training images
+    training: Manifold | None = None  # features of training images
 
 
 def frechet_distance(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> Tensor:
@@ -114,7 +113,7 @@ def kernel_distance(generated: Scored, reference: Statistics, settings: Evaluati
     def some(rows: Tensor) -> Tensor:
         return rows[torch.randperm(len(rows), generator=order)[:size]]
 
-    values = torch.stack([poly_mmd(some(real), some(fake)) for _ in range(100)])
+    values = torch.cat([kernels.kid_values(some(real), some(fake)) for _ in range(100)])
     return {"mean": float(values.mean()), "std": float(values.std(correction=0))}
 
 
@@ -146,24 +145,33 @@ def real_features(generated: Scored, reference: Statistics) -> Tensor:
     return reference_tensor(reference).to(generated.features.device)
 
 
+def real_manifold(generated: Scored, reference: Statistics) -> Manifold:
+    """The features of the reference with balls around them."""
+    device = generated.features.device
+    if device not in reference.manifolds:
+        reference.manifolds[device] = Manifold(real_features(generated, reference))
+    return reference.manifolds[device]
+
+
 def precision(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
     """The fraction of generated images in the manifold of the real ones (arXiv 1904.06991)."""
-    return covered(generated.features, real_features(generated, reference), settings.num_neighbours)
+    return covered(generated.features, real_manifold(generated, reference), settings.num_neighbours)
 
 
 def recall(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
     """The fraction of real images in the manifold of the generated ones (arXiv 1904.06991)."""
-    return covered(real_features(generated, reference), generated.features, settings.num_neighbours)
+    real = real_manifold(generated, reference)
+    return covered(real.points, Manifold(generated.features), settings.num_neighbours)
 
 
 def density(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
     """How many real images a generated one is near to, relative to k (arXiv 2002.09797)."""
-    return density_of(generated.features, real_features(generated, reference), settings.num_neighbours)
+    return density_of(generated.features, real_manifold(generated, reference), settings.num_neighbours)
 
 
 def coverage(generated: Scored, reference: Statistics, settings: EvaluationConfig) -> float:
     """The fraction of real images with a generated one near them (arXiv 2002.09797)."""
-    real = real_features(generated, reference)
+    real = real_manifold(generated, reference)
     return float(is_reached(generated.features, real, settings.num_neighbours).double().mean())
 
 
@@ -173,11 +181,10 @@ def class_coverage(generated: Scored, reference: Statistics, settings: Evaluatio
     real, of_real = real_features(generated, reference), torch.from_numpy(reference.labels)
     found = []
     for c in of_real.unique():
-        images, own = generated.features[generated.labels == c], real[of_real == c]
-        reached = len(images) > 0 and len(own) > settings.num_neighbours
-        found.append(
-            float(is_reached(images, own, settings.num_neighbours).double().mean()) if reached else 0
-        )
+        images, own = generated.features[generated.labels == c], Manifold(real[of_real == c])
+        enough = len(images) > 0 and len(own.points) > settings.num_neighbours
+        reached = is_reached(images, own, settings.num_neighbours) if enough else torch.zeros(1)
+        found.append(float(reached.double().mean()))
     return min(found)
 
 

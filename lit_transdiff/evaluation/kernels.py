@@ -21,7 +21,8 @@ Kernel = Callable[[Tensor], Tensor]  # inner products -> values
 
 def cubic(products: Tensor, size: int) -> Tensor:
     """KID's kernel (x y / D + 1)^3 (arXiv 1801.01401)."""
-    return (products / size + 1) ** 3
+    base = products / size + 1
+    return base * base * base  # several times as fast as a power
 
 
 def gaussian_of_units(products: Tensor) -> Tensor:

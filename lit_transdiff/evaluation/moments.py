@@ -1,4 +1,4 @@
-"""Mean and covariance of features in float64, and the Frechet distance between two Gaussians.
+"""Mean, covariance and a sample of features, and the Frechet distance between two Gaussians.
 
 Shapes: N rows, B rows of a chunk, D numbers per row, K groups.
 """
@@ -56,6 +56,31 @@ class Moments:
         """The result so far. Raises ``ValueError`` for fewer than two rows, which have no covariance."""
         require(self.count >= 2, "images", self.count, "at least 2")
         return Gaussian(self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy())
+
+
+class Reservoir:
+    """A uniform sample of at most ``size`` rows of a stream, determined by ``seed`` and their number."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seen = size, 0
+        self.random = np.random.default_rng(seed)
+        self.rows: list[tuple[int, np.ndarray]] = []  # position in the stream, row
+
+    def add(self, rows: np.ndarray) -> None:
+        for row in rows:
+            slot = self.seen if self.seen < self.size else int(self.random.integers(self.seen + 1))
+            if slot < len(self.rows):
+                self.rows[slot] = (self.seen, row.copy())  # a view would keep its whole batch in memory
+            elif slot < self.size:
+                self.rows.append((self.seen, row.copy()))
+            self.seen += 1
+
+    def stacked(self) -> np.ndarray:
+        return np.stack([row for _, row in sorted(self.rows, key=lambda item: item[0])]).astype(np.float32)
+
+    def places(self) -> np.ndarray:
+        """The positions of the rows in the stream."""
+        return np.array(sorted(place for place, _ in self.rows))
 
 
 def gaussian_of(chunks: Iterable[Tensor]) -> Gaussian:

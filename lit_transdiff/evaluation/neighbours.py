@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_transdiff.config import require
 
 DISTANCES = 1 << 26  # the most distances in memory at a time
-EXACT = 1 << 31  # up to so many differences of numbers, distances are exact; else by inner products
+EXACT = 1 << 29  # up to so many differences of numbers, distances are exact; else by inner products
 
 
 def distances(points: Tensor, others: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
@@ -32,35 +32,45 @@ def distances(points: Tensor, others: Tensor, chunk: int | None = None) -> Itera
         yield torch.cdist(rows, others, compute_mode=mode)
 
 
-def radii(manifold: Tensor, neighbours: int, chunk: int | None = None) -> Tensor:
-    """The distance [M] of each row to its ``neighbours``-th nearest other row."""
-    require(
-        len(manifold) > neighbours,
-        "evaluation.num_neighbours",
-        neighbours,
-        f"fewer than the {len(manifold)} images of a set",
-    )
-    found = [part.kthvalue(neighbours + 1).values for part in distances(manifold, manifold, chunk)]
-    return torch.cat(found)
+class Manifold:
+    """Points [M, D] with balls around them, whose radii are computed once for each number of neighbours."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = points
+        self.known: dict[int, Tensor] = {}
+
+    def radii(self, neighbours: int, chunk: int | None = None) -> Tensor:
+        """The distance [M] of each point to its ``neighbours``-th nearest other one."""
+        require(
+            len(self.points) > neighbours,
+            "evaluation.num_neighbours",
+            neighbours,
+            f"fewer than the {len(self.points)} images of a set",
+        )
+        if neighbours not in self.known:
+            parts = distances(self.points, self.points, chunk)
+            nearest_ones = [part.topk(neighbours + 1, largest=False).values[:, -1] for part in parts]
+            self.known[neighbours] = torch.cat(nearest_ones)
+        return self.known[neighbours]
 
 
-def covered(points: Tensor, manifold: Tensor, neighbours: int, chunk: int | None = None) -> float:
-    """The fraction of ``points`` [N, D] inside or on a ball around any row of ``manifold`` [M, D]."""
-    reach = radii(manifold, neighbours, chunk)
-    inside = [(part <= reach).any(dim=1) for part in distances(points, manifold, chunk)]
+def covered(points: Tensor, manifold: Manifold, neighbours: int, chunk: int | None = None) -> float:
+    """The fraction of ``points`` [N, D] inside or on a ball around any point of ``manifold``."""
+    reach = manifold.radii(neighbours, chunk)
+    inside = [(part <= reach).any(dim=1) for part in distances(points, manifold.points, chunk)]
     return float(torch.cat(inside).double().mean())
 
 
-def density_of(points: Tensor, manifold: Tensor, neighbours: int) -> float:
+def density_of(points: Tensor, manifold: Manifold, neighbours: int) -> float:
     """The mean number of balls around a point, relative to k (arXiv 2002.09797)."""
-    reach = radii(manifold, neighbours)
-    counts = [(part < reach).sum(dim=1) for part in distances(points, manifold)]
+    reach = manifold.radii(neighbours)
+    counts = [(part < reach).sum(dim=1) for part in distances(points, manifold.points)]
     return float(torch.cat(counts).double().mean()) / neighbours
 
 
-def is_reached(points: Tensor, manifold: Tensor, neighbours: int) -> Tensor:
-    """Whether each ball [M] around a row of ``manifold`` has a point inside (coverage, arXiv 2002.09797)."""
-    return nearest(manifold, points)[0] < radii(manifold, neighbours)
+def is_reached(points: Tensor, manifold: Manifold, neighbours: int) -> Tensor:
+    """Whether each ball [M] of ``manifold`` has one of ``points`` inside (coverage, arXiv 2002.09797)."""
+    return nearest(manifold.points, points)[0] < manifold.radii(neighbours)
 
 
 def nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,10 +79,10 @@ def nearest(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
-def is_authentic(points: Tensor, training: Tensor) -> Tensor:
+def is_authentic(points: Tensor, training: Manifold) -> Tensor:
     """Whether each point [N] is further from its nearest training image than that is from its own nearest.
 
     Their fraction is AuthPct (arXiv 2102.08921); copies of training images are not authentic.
     """
-    away, place = nearest(points, training)
-    return away > radii(training, 1)[place]
+    away, place = nearest(points, training.points)
+    return away > training.radii(1)[place]

@@ -21,6 +21,7 @@ from lit_transdiff.evaluation.functions import Scored, evenly_spread
 from lit_transdiff.evaluation.measure import Measured, measure
 from lit_transdiff.evaluation.metrics import METRICS, check_metrics, needed_by, there
 from lit_transdiff.evaluation.moments import gaussian_of
+from lit_transdiff.evaluation.neighbours import Manifold
 from lit_transdiff.evaluation.prepare import made_of
 from lit_transdiff.evaluation.references import (
     check_seen,
@@ -170,7 +171,7 @@ def scored_of(
         representation.same_classes,
         spatial=gaussian_of(spatial) if representation.spatial else None,
         held_out=rows(representation.real),
-        training=None if training is None else torch.from_numpy(training.features).to(device),
+        training=None if training is None else Manifold(torch.from_numpy(training.features).to(device)),
     )
 
 

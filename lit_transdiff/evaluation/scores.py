@@ -77,6 +77,11 @@ def judged_by(manifest: Mapping[str, Any], score: str = "") -> tuple[Any, ...]:
     return (*(known.get(name) for name in JUDGED_BY), *more)
 
 
+def nearest_file(result: Path) -> Path:
+    """The picture of samples beside their nearest training images, beside a result file."""
+    return result.with_name(f"{result.stem}-nearest.png")
+
+
 def result_files(folder: str | Path) -> list[Path]:
     """All result files at or below ``folder``, sorted. Raises ``FileNotFoundError`` if there is none."""
     if not Path(folder).exists():

@@ -18,6 +18,7 @@ import os
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from lit_transdiff.base.files import Damaged, check_zip, json_of, short_hash, wh
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.extractor import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
-from lit_transdiff.evaluation.moments import Gaussian, Moments, check_covariance, check_gaussian
+from lit_transdiff.evaluation.moments import Gaussian, Moments, Reservoir, check_covariance, check_gaussian
+from lit_transdiff.evaluation.neighbours import Manifold
 
 NAMES = ("mu", "sigma", "mu_s", "sigma_s", "num_images", "features", "labels", "places", "about")
 
@@ -72,6 +74,11 @@ class Statistics:
                 require(ok, name, f"{of.dtype} of shape {of.shape}", "one integer per row of features")
         require(self.images != 1, "arr_0", "1 image", "at least 2")
 
+    @cached_property
+    def manifolds(self) -> dict[torch.device, Manifold]:
+        """The features with balls around them by device, once they are used."""
+        return {}
+
     @property
     def gaussian(self) -> Gaussian:
         return Gaussian(self.mu, self.sigma)
@@ -90,31 +97,6 @@ class Statistics:
     def has_spatial(self) -> bool:
         """Whether spatial statistics are stored, or can be computed from the file's images."""
         return self.spatial is not None or self.images > 0
-
-
-class Reservoir:
-    """A uniform sample of at most ``size`` rows of a stream, determined by ``seed`` and their number."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seen = size, 0
-        self.random = np.random.default_rng(seed)
-        self.rows: list[tuple[int, np.ndarray]] = []  # position in the stream, row
-
-    def add(self, rows: np.ndarray) -> None:
-        for row in rows:
-            slot = self.seen if self.seen < self.size else int(self.random.integers(self.seen + 1))
-            if slot < len(self.rows):
-                self.rows[slot] = (self.seen, row.copy())  # a view would keep its whole batch in memory
-            elif slot < self.size:
-                self.rows.append((self.seen, row.copy()))
-            self.seen += 1
-
-    def stacked(self) -> np.ndarray:
-        return np.stack([row for _, row in sorted(self.rows, key=lambda item: item[0])]).astype(np.float32)
-
-    def places(self) -> np.ndarray:
-        """The positions of the rows in the stream."""
-        return np.array(sorted(place for place, _ in self.rows))
 
 
 def reference_statistics(

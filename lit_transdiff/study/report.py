@@ -20,7 +20,8 @@ from PIL import Image
 from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import require
 from lit_transdiff.config.targets import check_replaces
-from lit_transdiff.sampling.pictures import narrowed
+from lit_transdiff.evaluation.scores import nearest_file
+from lit_transdiff.sampling.pictures import narrowed, opener
 from lit_transdiff.study.compare import Comparison, compare, differing
 from lit_transdiff.study.differences import notes_on_scores
 from lit_transdiff.study.records import AXES, Run, opened_pictures
@@ -140,8 +141,18 @@ def evaluation_data(
         "label": evaluation_in_words(group),
         "manifest": as_json(newest.manifest),
         "picture": embedded(picture) if picture else None,
+        "nearest": nearest_pairs(newest.where),
         "shown": shown,
     }
+
+
+def nearest_pairs(where: str) -> str | None:
+    """The picture of samples beside their nearest training images as a data URI, if a result has one."""
+    file = nearest_file(Path(where))
+    if not where or not file.is_file():
+        return None
+    found = opened_pictures({"nearest": opener(file)}).get("nearest")
+    return embedded(found) if found else None
 
 
 def spread_in_words(score: Pooled) -> str:

@@ -21,7 +21,7 @@ from lit_transdiff.evaluation.groups import (
 )
 from lit_transdiff.evaluation.measure import measure
 from lit_transdiff.evaluation.moments import Gaussian, frechet, frechet_by_group, gaussian_of
-from lit_transdiff.evaluation.neighbours import covered
+from lit_transdiff.evaluation.neighbours import Manifold, covered
 from lit_transdiff.evaluation.statistics import Statistics
 
 REAL = Gaussian(np.zeros(4), np.eye(4))
@@ -105,7 +105,7 @@ def test_scores_of_neighbours_are_measured_on_disjoint_parts_and_others_without_
     assert np.mean(found.parts["precision"]) == pytest.approx(found.scores["precision"])
     assert scored.group is not None and reference.features is not None
     part = scored.features[scored.group % DISJOINT_PARTS == 3]
-    assert found.parts["recall"][3] == covered(torch.from_numpy(reference.features), part, 3)
+    assert found.parts["recall"][3] == covered(torch.from_numpy(reference.features), Manifold(part), 3)
     of_images = math.sqrt(0.25 / 200)
     assert 0 < mean_error(torch.tensor(found.parts["precision"])) < 3 * of_images
 

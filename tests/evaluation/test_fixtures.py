@@ -18,7 +18,7 @@ from lit_transdiff.evaluation import kernels
 from lit_transdiff.evaluation.groups import jackknife_error, jackknife_limit
 from lit_transdiff.evaluation.kernels import cmmd_values, kid_values
 from lit_transdiff.evaluation.moments import frechet, frechet_by_group, gaussian_of
-from lit_transdiff.evaluation.neighbours import covered, density_of, is_authentic, is_reached
+from lit_transdiff.evaluation.neighbours import Manifold, covered, density_of, is_authentic, is_reached
 from lit_transdiff.evaluation.sliced import directions, mind_values
 from tests.helpers.small import ROOT
 
@@ -121,10 +121,10 @@ def test_precision_recall_density_coverage(arrays: dict[str, Tensor], k: int) ->
 
 def prdc(points: Tensor, real: Tensor, k: int) -> dict[str, float]:
     return {
-        "precision": covered(points, real, k),
-        "recall": covered(real, points, k),
-        "density": density_of(points, real, k),
-        "coverage": float(is_reached(points, real, k).double().mean()),
+        "precision": covered(points, Manifold(real), k),
+        "recall": covered(real, Manifold(points), k),
+        "density": density_of(points, Manifold(real), k),
+        "coverage": float(is_reached(points, Manifold(real), k).double().mean()),
     }
 
 
@@ -147,7 +147,7 @@ def test_authentic_images(arrays: dict[str, Tensor]) -> None:
         "self": real,
         "far": real + 1e3,
     }.items():
-        assert 100 * float(is_authentic(points, real).double().mean()) == EXPECTED["authpct"][name]
+        assert 100 * float(is_authentic(points, Manifold(real)).double().mean()) == EXPECTED["authpct"][name]
 
 
 def test_values_without_a_group_are_those_of_the_other_rows(

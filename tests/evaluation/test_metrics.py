@@ -18,7 +18,7 @@ from lit_transdiff.evaluation import functions
 from lit_transdiff.evaluation.functions import Scored
 from lit_transdiff.evaluation.metrics import METRICS, NEEDS, check_metrics
 from lit_transdiff.evaluation.moments import Gaussian
-from lit_transdiff.evaluation.neighbours import covered
+from lit_transdiff.evaluation.neighbours import Manifold, covered
 from lit_transdiff.evaluation.statistics import Statistics
 
 pytestmark = pytest.mark.numeric
@@ -151,7 +151,7 @@ def test_covered_as_a_loop_computes_it() -> None:
     inside = [any(float((p - m).norm()) <= r for m, r in zip(manifold, radii, strict=True)) for p in points]
     assert 0 < sum(inside) < len(inside)
     for chunk in (4, 4096):
-        assert covered(points, manifold, neighbours=3, chunk=chunk) == pytest.approx(
+        assert covered(points, Manifold(manifold), neighbours=3, chunk=chunk) == pytest.approx(
             sum(inside) / len(inside)
         )
 
@@ -211,7 +211,7 @@ def test_scores_are_plain_numbers() -> None:
         lambda labels: torch.randn(len(labels), 4, 2),
         spatial,
     )
-    given = dataclasses.replace(given, held_out=features + 1, training=features)
+    given = dataclasses.replace(given, held_out=features + 1, training=Manifold(features))
     reference = dataclasses.replace(statistics(features), spatial=spatial, labels=np.zeros(20, int))
     for metric in METRICS.values():
         score = metric(given, reference, SETTINGS)

@@ -9,16 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lit_transdiff.base.files import read_json
 from lit_transdiff.config import EvaluationConfig
 from lit_transdiff.config.loading import run_from
+from lit_transdiff.data.pixels import to_bytes
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.extractor import FeatureExtractor, Features
 from lit_transdiff.evaluation.features import EXTRACTORS
+from lit_transdiff.evaluation.job import draw_batch, prepare_job
+from lit_transdiff.evaluation.memorisation import SHOWN_PAIRS, probability_of_less, redrawn
 from lit_transdiff.evaluation.references import features_of, images_at, in_order_of_class
+from lit_transdiff.evaluation.scores import nearest_file
 from lit_transdiff.evaluation.statistics import load_statistics
+from lit_transdiff.study.report import page_data
+from lit_transdiff.study.runs import runs
 from tests.helpers.judge import SAMPLING, random_images, tiny_generator, tiny_settings
 
 METRICS = ["frechet_distance", "mind", "cmmd", "whole_kernel_distance", "recall", "coverage"]
@@ -74,7 +81,7 @@ def test_one_pass_gives_the_scores_of_every_extractor(
     made = type(generator).images
     monkeypatch.setattr(type(generator), "images", lambda self, *a: drawn.append(len(a[0])) or made(self, *a))
     result = evaluate(generator, settings, SAMPLING, output=images)
-    assert sum(drawn) == 48
+    assert sum(drawn) == 48 + SHOWN_PAIRS  # the pairs in the picture are drawn again
     scores, manifest = result["scores"], result["manifest"]
     of_both = [*METRICS, "frechet_ratio", "sliced_ratio", "authenticity"]
     of_network = ["class_accuracy", "feature_diversity", "mean_frechet_ratio"]
@@ -108,6 +115,35 @@ def test_features_of_real_images_are_stored_under_a_fingerprint(
     )
     again = evaluate(tiny_generator(), settings, SAMPLING, output=images / "again")
     assert again["scores"] == first["scores"]
+
+
+def test_copies_of_training_images_are_found_and_shown(
+    files: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First training images of the same distribution as the held-out ones, then the samples themselves."""
+    settings = several(files, images, extractors=[], weights={}, metrics=["authenticity"])
+    first = evaluate(tiny_generator(), settings, SAMPLING, output=images, save_images="npz")
+    told = first["manifest"]["nearest_training_images"]
+    assert told["held_out_images"] == settings.real_images and 0 <= told["closer"] <= 1
+    samples = Path(first["file"]).with_suffix(".npz")
+    copied = dataclasses.replace(settings, training_images=str(samples))
+    again = evaluate(tiny_generator(), copied, SAMPLING, output=images / "again")
+    told = again["manifest"]["nearest_training_images"]
+    assert told["closer"] == 1 and told["samples"][1] < 1e-6 < told["held_out"][0]
+    assert again["scores"]["authenticity"] == 0
+    with Image.open(nearest_file(Path(again["file"]))) as picture:
+        tiles = np.asarray(picture.convert("L"), dtype=int)
+    assert tiles.std() > 10
+
+    job = prepare_job(tiny_generator(), copied, SAMPLING)
+    drawn = redrawn(job, [3, 40])
+    assert torch.equal(to_bytes(drawn), draw_batch(job, [3, 40]).pixels)
+    page = page_data(runs(images / "again"))["runs"][0]["evaluations"][0]
+    assert page["nearest"].startswith("data:image/webp")
+
+
+def test_memorisation_by_hand() -> None:
+    assert probability_of_less(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])) == (0.5 + 1 + 1 + 0) / 4
 
 
 def test_settings_of_several_extractors_name_the_result_and_earlier_names_stay(
