@@ -115,12 +115,13 @@ class Graphs:
     """Calls of functions of weights and tensors, each as a graph from its second call of one form on.
 
     The first call runs as it is, so that nothing is lost on a form that does not return. A call also runs as
-    it is within a recorded one, with gradients, or on another device; and where its arguments have no form or
-    it cannot be recorded.
+    it is within a recorded one, with gradients, or on another device; where its arguments have no form or it
+    cannot be recorded; and all do once the memory did not suffice.
     """
 
     def __init__(self, recorder: Any) -> None:
         self.recorder, self.recording = recorder, False
+        self.closed = False  # for good, where the memory does not suffice
         # without a graph: called once, or not to be recorded
         self.known: OrderedDict[Call, Graph | None] = OrderedDict()
         self.refused: set[Call] = set()
@@ -134,7 +135,7 @@ class Graphs:
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(*arguments)``."""
-        if self.recording or torch.is_grad_enabled():
+        if self.recording or self.closed or torch.is_grad_enabled():
             return function(*arguments)
         try:
             form, tensors = take_apart(arguments)
@@ -144,11 +145,27 @@ class Graphs:
             return function(*arguments)
         mode = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self.recorder.device_type)
         key = (function, form, mode)
-        graph = self.graph(key, tensors)
-        if graph is None:
-            return function(*arguments)
-        self.rows += graph.rows
-        return graph(tensors)
+        rows = self.rows
+        try:
+            graph = self.graph(key, tensors)
+            if graph is None:
+                return function(*arguments)
+            self.rows += graph.rows
+            return graph(tensors)
+        except torch.OutOfMemoryError:
+            if not self.number:
+                raise
+        self.rows = rows
+        self.close()
+        return function(*arguments)
+
+    def close(self) -> None:
+        """Free the memory of all graphs, and record none from now on."""
+        log.warning("the device's memory is too small for the CUDA graphs of sampling, which goes on without")
+        self.closed = True
+        self.known.clear()
+        if self.recorder.device_type == "cuda":
+            torch.cuda.empty_cache()
 
     def graph(self, key: Call, tensors: list[Tensor]) -> Graph | None:
         """The graph of a call, recorded now if it is the second one."""
@@ -169,6 +186,8 @@ class Graphs:
             graph = Graph(key[0], key[1], tensors, self.recorder)
             graph.rows = self.rows - rows
             return graph
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, FormlessError) as error:  # of CUDA, which names no narrower class
             self.refused.add(key)
             reason = str(error).strip().splitlines()[:1]

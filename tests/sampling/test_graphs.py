@@ -180,6 +180,28 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(caplog: pytest.L
     assert graphs.number == 0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("recording", [True, False])
+def test_without_memory_for_graphs_sampling_goes_on_without(
+    recording: bool, caplog: pytest.LogCaptureFixture
+):
+    graphs, failures = Graphs(CPURecorder()), ["full"]
+
+    def full(x: Tensor) -> Tensor:
+        if failures and graphs.recording == recording:
+            raise torch.OutOfMemoryError(failures.pop())
+        return x / 2
+
+    for _ in range(2):
+        assert graphs(torch.neg, torch.ones(1)).tolist() == [-1.0]
+    for i in range(4):
+        assert graphs(full, torch.full((2,), float(i))).tolist() == [i / 2] * 2
+    assert graphs.closed and not graphs.number and graphs.recorder.recorded == 1
+    assert [r.getMessage() for r in caplog.records] == [
+        "the device's memory is too small for the CUDA graphs of sampling, which goes on without"
+    ]
+
+
 def shifted(x: Tensor, memory: KeysValues) -> Tensor:
     return x + memory.keys
 
