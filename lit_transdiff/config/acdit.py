@@ -13,6 +13,7 @@ from lit_transdiff.config.family import (
     ModelSettings,
     check_patches,
     check_positive,
+    check_rotary_heads,
     check_transformer,
     take_size,
 )
@@ -56,8 +57,7 @@ class ACDiTConfig(ModelSettings):
         take_size(self, ACDIT_SIZES)
         check_positive(self, "width", "num_heads", "num_blocks", "num_classes")
         check_positive(self, "latent_channels", "latent_size", "patch_size", "parts_per_side")
-        allowed = f"a number of which four times is a divisor of model.width={self.width}"
-        require(self.width % (4 * self.num_heads) == 0, "model.num_heads", self.num_heads, allowed)
+        check_rotary_heads(self, num_heads=self.num_heads)
         check_transformer(self)
         check_patches(self)
         allowed = f"a divisor of {self.grid}, the tokens of a side of the latent"

@@ -45,6 +45,15 @@ def check_transformer(model: Any, heads: str = "num_heads", width: str = "width"
     require(ratio * whole >= 1, "model.mlp_ratio", ratio, f"at least 1 / model.{width}={whole}")
 
 
+def check_rotary_heads(model: Any, **heads: int) -> None:
+    """Refuse numbers of heads (by the names of settings) whose width is no multiple of 4, as rotary positions
+    of rows and columns need it.
+    """
+    allowed = f"a number of which four times is a divisor of model.width={model.width}"
+    for name, number in heads.items():
+        require(number >= 1 and model.width % (4 * number) == 0, f"model.{name}", number, allowed)
+
+
 def check_patches(model: Any) -> None:
     """Refuse patches that do not fill the latent."""
     size, patch = model.latent_size, model.patch_size

@@ -14,6 +14,7 @@ from lit_transdiff.config.family import (
     ModelSettings,
     check_patches,
     check_positive,
+    check_rotary_heads,
     check_transformer,
     take_size,
 )
@@ -68,9 +69,7 @@ class FlowARConfig(ModelSettings):
         check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "head_width")
         check_positive(self, "head_blocks", "num_classes", "latent_channels", "latent_size", "patch_size")
         require(self.head_version in (1, 2), "model.head_version", self.head_version, "1 or 2")
-        allowed = f"a number of which four times is a divisor of model.width={self.width}"
-        for name, heads in (("num_heads", self.num_heads), ("decoder_heads", self.heads_of_decoder)):
-            require(heads >= 1 and self.width % (4 * heads) == 0, f"model.{name}", heads, allowed)
+        check_rotary_heads(self, num_heads=self.num_heads, decoder_heads=self.heads_of_decoder)
         allowed = f"a multiple of {HEAD_DIM}, or below that a multiple of 4"
         fits = self.head_width % (HEAD_DIM if self.head_width > HEAD_DIM else 4) == 0
         require(fits, "model.head_width", self.head_width, allowed)

@@ -13,6 +13,7 @@ from lit_transdiff.config.family import (
     ModelSettings,
     check_patches,
     check_positive,
+    check_rotary_heads,
     check_transformer,
     take_size,
 )
@@ -56,9 +57,7 @@ class XARConfig(ModelSettings):
         take_size(self, XAR_SIZES)
         check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "num_classes")
         check_positive(self, "latent_channels", "latent_size", "patch_size", "parts_per_side")
-        allowed = f"a number of which four times is a divisor of model.width={self.width}"
-        for name, heads in (("num_heads", self.num_heads), ("decoder_heads", self.heads_of_decoder)):
-            require(heads >= 1 and self.width % (4 * heads) == 0, f"model.{name}", heads, allowed)
+        check_rotary_heads(self, num_heads=self.num_heads, decoder_heads=self.heads_of_decoder)
         check_transformer(self)
         check_patches(self)
         for name in ("attention_dropout", "projection_dropout"):

@@ -260,8 +260,8 @@ class FlowAR(Paradigm):
         return self.flownet(x_t, t, memory)
 
     def weights(self, memory: Scales) -> Tensor:
-        """All tokens count the same."""
-        return torch.tensor(memory.sizes, dtype=torch.float32, device=memory.context.device)
+        """All tokens count the same; made where the context is, without a copy from the host."""
+        return torch.cat([torch.full((1,), float(n), device=memory.context.device) for n in memory.sizes])
 
     def decode(
         self, labels: Tensor, sampling: SamplingConfig, normal: Normal, kept: Any = None, contexts: Any = None
