@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from lit_transdiff.base import hardware
 from lit_transdiff.config import SamplingConfig
@@ -204,3 +206,26 @@ def test_settings_of_recomputation_that_cannot_act_are_refused(tmp_path):
                 tmp_path, stage="diffusion_head", init_from="x", training={"activation_checkpointing": "all"}
             )
         )
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_the_work_of_a_row_of_images_is_about_what_is_counted(guidance: float):
+    model = SiT(SiTConfig(size="test", latent_size=8)).eval()  # all of which a solver evaluates
+    sampling = SamplingConfig(num_steps=3, guidance_scale=guidance)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        generate(model, torch.tensor([0, 1]), sampling, [1, 2])
+    expected = counter.get_total_flops() / 2
+    assert 0.8 < generator_module.flops_of_row(model, sampling) / expected < 1.05  # its blocks
+
+
+def test_many_images_on_a_gpu_are_worth_a_compilation(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    sampling = SamplingConfig(num_steps=3)
+    generator = generator_of(build(**SHAPE), tmp_path, compile=None)
+    many = int(generator_module.MANY_FLOPS / generator_module.flops_of_row(generator.model, sampling)) + 1
+    assert generator.for_images(many, sampling).compile is False  # on a CPU
+    monkeypatch.setattr(Generator, "device", torch.device("cuda"))
+    assert generator.for_images(many, sampling).compile is True
+    assert generator.for_images(many - 2, sampling).compile is False
+    for wish in (True, False):
+        chosen = replace(generator, compile=wish)
+        assert chosen.for_images(many, sampling) is chosen is chosen.for_images(1, sampling)
