@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lit_transdiff.config.checks import require
-from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, ModelSettings, take_size
+from lit_transdiff.config.family import (
+    OF_A_TOKEN,
+    OF_SIZE,
+    ModelSettings,
+    check_patches,
+    check_positive,
+    check_transformer,
+    take_size,
+)
 
 # Table of sizes: the paper's three (arXiv 2506.09482, Table 1) and small ones for laptops and tests.
 # encoder_blocks is the real number of blocks; the reference code counts pairs of them.
@@ -21,20 +29,6 @@ SIZES: dict[str, dict[str, int]] = {
     "large": dict(width=1024, num_heads=16, encoder_blocks=32, decoder_blocks=16),
     "huge": dict(width=1280, num_heads=16, encoder_blocks=40, decoder_blocks=20),
 }
-
-COUNTS_OF_MODEL = (
-    "width",
-    "num_heads",
-    "encoder_blocks",
-    "decoder_blocks",
-    "num_classes",
-    "num_class_tokens",
-    "latent_channels",
-    "latent_size",
-    "patch_size",
-    "num_context_tokens",
-    "num_references",
-)
 
 
 @dataclass(frozen=True)
@@ -68,24 +62,13 @@ class ModelConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, SIZES)
-        for name in COUNTS_OF_MODEL:
-            require(
-                getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer of at least 1"
-            )
-        hidden = self.mlp_ratio * self.width
-        require(hidden >= 1, "model.mlp_ratio", self.mlp_ratio, f"at least 1 / model.width={self.width}")
-        require(
-            self.width % self.num_heads == 0,
-            "model.num_heads",
-            self.num_heads,
-            f"a divisor of model.width={self.width}",
+        check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks")
+        check_positive(
+            self, "num_classes", "num_class_tokens", "latent_channels", "latent_size", "patch_size"
         )
-        require(
-            self.latent_size % self.patch_size == 0,
-            "model.patch_size",
-            self.patch_size,
-            f"a divisor of {self.latent_size}",
-        )
+        check_positive(self, "num_context_tokens", "num_references")
+        check_transformer(self)
+        check_patches(self)
         for name in ("attention_dropout", "projection_dropout"):
             require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "0 <= p < 1")
         require(

@@ -15,7 +15,7 @@ import yaml
 
 from lit_transdiff.__main__ import main
 from lit_transdiff.base import locks
-from lit_transdiff.base.endings import EXIT_REQUEUE, STOP_SIGNALS, Preempted, TrialsFailed, code_of
+from lit_transdiff.base.endings import EXIT_REQUEUE, Preempted, TrialsFailed, code_of
 from lit_transdiff.study.runs import runs
 from lit_transdiff.study.wandb_logs import log_files, read_log
 from lit_transdiff.sweep.controller import run_sweep, slots_of
@@ -24,6 +24,8 @@ from lit_transdiff.sweep.journal import SweepJournal
 from lit_transdiff.sweep.report import failures, outcome
 from lit_transdiff.sweep.values import logged_names, logged_values
 from lit_transdiff.tracking.loggers import MetricsCSV
+from tests.helpers import forks
+from tests.helpers.forks import Forked, forked
 from tests.helpers.small import ROOT
 from tests.helpers.sweeps import TINY, train_command, write_recipe
 
@@ -334,22 +336,14 @@ def test_another_sweep_does_not_go_into_the_same_folder(tmp_path: Path) -> None:
         run_sweep(load_sweep(write_sweep(tmp_path)), tmp_path / "out", say=quiet)
 
 
-def start_sweep(file: Path, place: Path) -> subprocess.Popen[bytes]:
+def start_sweep(file: Path, place: Path) -> Forked:
     """A sweep in a separate process, whose second trial has started."""
-    command = [sys.executable, "-m", "lit_transdiff", "sweep", str(file), "--output", str(place)]
-    started = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=ignore_nothing
-    )
+    log = place.with_suffix(".log")
+    started = forked(1, forks.PROGRAM, "sweep", str(file), "--output", str(place), log=log)
     while not (place / "trials.jsonl").exists() or len(journal(place, "process")) < 2:
         assert started.poll() is None, "ended before it could be killed"
         time.sleep(0.05)
     return started
-
-
-def ignore_nothing() -> None:
-    """These tests may themselves run under nohup or in the background."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
 
 
 def gone(pid: int) -> bool:
@@ -371,8 +365,8 @@ def test_a_sweep_that_is_asked_to_stop_leaves_no_trial_behind(tmp_path: Path, nu
     )
     asked = start_sweep(file, place)
     asked.send_signal(number)
-    told = asked.communicate(timeout=60)[1].decode()
-    assert asked.returncode == code_of(number) and number.name in told and "Traceback" not in told
+    code, told = asked.wait(60), place.with_suffix(".log").read_text()
+    assert code == code_of(number) and number.name in told and "Traceback" not in told
     assert gone(journal(place, "process")[-1]["pid"])
     trials = run_sweep(load_sweep(file), place, say=quiet)
     assert [(trial.state, len(trial.values)) for trial in trials] == [("finished", 9)] * 3
@@ -435,7 +429,7 @@ def test_a_killed_sweep_goes_on_with_the_same_trials(tmp_path: Path) -> None:
     )
     killed = start_sweep(file, place)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.join()
     orphan = journal(place, "process")[-1]["pid"]
     trials = run_sweep(load_sweep(file), place, say=quiet)
     assert [trial.state for trial in trials] == ["finished"] * 3 and [
