@@ -18,7 +18,7 @@ from lit_transdiff.data.pack import pack
 from lit_transdiff.tracking.place import flattened
 from tests.helpers.small import ROOT, small_run
 
-OTHERS = ("launch", "sweeps")  # files of Kubernetes and of W&B; sweeps have a test of their own
+OTHERS = ("launch", "studies", "sweeps")  # these files have tests of their own
 YAML = sorted(file for file in (ROOT / "experiments").rglob("*.yaml") if file.parent.name not in OTHERS)
 PIPELINES = [path for path in YAML if "runs" in read_yaml(path)]
 RECIPES = [path for path in YAML if path not in PIPELINES]
