@@ -31,7 +31,8 @@ $(READY): requirements.txt setup.py
 	@echo "Setting up $(VENV) (PyTorch and its friends: several GB, some minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[dev]"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; pip has one, and some templates are no Python
 	@touch $@
 
 demo: install
