@@ -178,6 +178,23 @@ def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
             r"got 1000; allowed: 2 to 999, the steps",
         ),
         (
+            "xar",
+            {"sampling": {"num_parts": 2}},
+            r"got 2; allowed: null with model\.paradigm xar, whose parts are",
+        ),
+        ("xar", {"stage": "diffusion_head"}, r"got 'xar'; allowed: transdiff, flowar, ardiff, mar in stage"),
+        ("flowar", {"sampling": {"solver": "ancestral"}}, r"sampling\.solver: 'ancestral' is not known"),
+        (
+            "flowar",
+            {"model": {"scales": [1, 2]}},
+            r"scales: got \[1, 2\]; allowed: .* the 4 tokens of a side",
+        ),
+        (
+            "ardiff",
+            {"flow": {"density": "uniform"}},
+            r"flow\.density: got 'uniform'; allowed: 'logit_normal'",
+        ),
+        (
             "sit",
             {"stage": "mrar_finetune"},
             r"model\.paradigm: got 'sit'; allowed: transdiff in stage mrar_finetune",
