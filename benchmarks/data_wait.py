@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +46,9 @@ def make_data(root: Path) -> None:
     write_shards(root / "latents", LATENTS, "bin", latent, info, classes=1000)
 
 
-def run_of(root: Path, recipe: str, workers: int, steps: int, batch: int) -> RunConfig:
+def run_of(
+    root: Path, recipe: str, workers: int, steps: int, batch: int, more: Sequence[str] = ()
+) -> RunConfig:
     changes = [
         f"output_dir={root}",
         f"name=workers-{workers}",
@@ -64,7 +67,7 @@ def run_of(root: Path, recipe: str, workers: int, steps: int, batch: int) -> Run
     ]
     changes += ["optimizer.warmup_steps=0", "training.sample_every=0", "evaluation.every=0"]
     precision = [] if torch.cuda.is_available() else ["training.precision=fp32"]
-    return load_run(ROOT / "experiments" / recipe, [*changes, *precision])
+    return load_run(ROOT / "experiments" / recipe, [*changes, *precision, *more])
 
 
 def measure(run: RunConfig) -> dict[str, list[float]]:

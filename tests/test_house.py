@@ -17,7 +17,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # A room may import from rooms of earlier lines, and from itself; rooms of one line do not see each other.
 ORDER = (
     ("base",),
-    ("config",),
+    ("config", "kernels"),
     ("data", "models", "flow"),
     ("checkpoints",),
     ("sampling",),
@@ -67,6 +67,7 @@ DOORS = {
     "torch_fidelity": {"evaluation/"},
     "diffusers": {"models/autoencoder.py"},
     "omegaconf": {"config/loading.py"},
+    "triton": {"kernels/"},
     "yaml": {"config/yaml_text.py"},
 }
 TWICE = {"log"}  # names that may be defined in two files: the logger of a module

@@ -60,7 +60,10 @@ FREE = (
     "training.profile_steps",
     "training.micro_batch_size",
     "training.precision",
+    "training.kernels",
+    "training.residual_dtype",
     "training.compile",
+    "training.cuda_graphs",
     "training.activation_checkpointing",
     "training.activation_checkpointing_every",
 )

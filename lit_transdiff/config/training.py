@@ -145,9 +145,16 @@ class TrainingConfig:
     profile_steps: list[int] = field(default_factory=list)
     # first and last step of which a profile is written to the run folder (profile/), as in [100, 110]; []:
     # none
-    compile: bool = (
-        False  # torch.compile of the blocks; if it fails, the run continues without it, with a warning
-    )
+    kernels: Literal["auto", True, False] = "auto"
+    # Triton kernels between the matrix products of the blocks that have them (docs/performance.md), on GPUs
+    # in bf16 or fp16; auto: yes, except with zero3
+    residual_dtype: Literal["fp32", "bf16"] = "fp32"
+    # the sum of the layers' outputs, with mixed precision; bf16 is faster on GPUs and rounds it at every layer
+    compile: Literal["auto", True, False] = "auto"
+    # torch.compile of the blocks; auto: on GPUs, of blocks without kernels. If it fails, the run continues without
+    # it, with a warning
+    cuda_graphs: Literal["auto", True, False] = "auto"
+    # forward and backward pass as one CUDA graph; auto: on a GPU, with single and ddp, without recomputation
     activation_checkpointing: str = "none"
     # "all", or one of the model's stacks of blocks (encoder, decoder), recomputed in the backward pass
     activation_checkpointing_every: int = 1  # recompute every n-th of those blocks
@@ -182,10 +189,23 @@ class TrainingConfig:
             f"a divisor of training.global_batch_size={self.global_batch_size}",
         )
         require(
+            self.cuda_graphs is not True or self.activation_checkpointing == "none",
+            "training.cuda_graphs",
+            self.cuda_graphs,
+            "auto or false when blocks are recomputed (training.activation_checkpointing)",
+        )
+        require(
             self.activation_checkpointing_every == 1 or self.activation_checkpointing != "none",
             "training.activation_checkpointing_every",
             self.activation_checkpointing_every,
             "1 when training.activation_checkpointing is 'none'",
+        )
+
+    @property
+    def takes_graphs(self) -> bool:
+        """Whether the passes are to be CUDA graphs, where the device and the strategy allow it."""
+        return self.cuda_graphs is True or (
+            self.cuda_graphs == "auto" and self.activation_checkpointing == "none"
         )
 
     def recomputed(self, stacks: Iterable[str]) -> list[str]:

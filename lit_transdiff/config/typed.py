@@ -21,7 +21,7 @@ MAX_SHOWN = 80  # characters of a refused value in a message
 
 
 def quoted(names: Iterable[object]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    return ", ".join(f"`{as_text(name) or name}`" for name in names)
 
 
 def type_in_words(hint: Any) -> str:
@@ -71,7 +71,7 @@ def typed_or_refused(value: Any, kind: Any, name: str, hint: Any) -> Any:
         return {str(key): typed(item, parts[1], f"{name}.{key}") for key, item in value.items()}
     result = None
     if origin is Literal:
-        result = next((part for part in parts if part == as_text(value)), None)
+        result = next((part for part in parts if as_text(part) == as_text(value)), None)
     elif kind in READERS:
         result = READERS[kind](value)
     if result is None:

@@ -7,7 +7,7 @@ unchanged, and so are hooks, such as those by which strategies gather weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Run each block through ``torch.compile``; blocks of one class share one compilation, so that starting
-    remains fast.
+def compile_blocks(blocks: Iterable[nn.Module], devices: Sequence[str] = ("cpu", "cuda")) -> None:
+    """Run each block through ``torch.compile`` on types of ``devices``; blocks of one class share one
+    compilation, so that starting remains fast.
 
     If compilation is impossible (no C++ compiler on a CPU, no Triton on a GPU), they run eagerly with a
     warning. ``forward`` is compiled, not the module (``nn.Module.compile``): hooks, by which strategies
     gather weights, and recomputation stay outside the graph.
     """
     for block in blocks:
-        block.forward = compiled(block.forward)  # type: ignore[method-assign]
+        block.forward = compiled(block.forward, devices)  # type: ignore[method-assign]
 
 
 def compile_evaluated(model: Paradigm) -> None:
@@ -46,13 +46,14 @@ def compile_evaluated(model: Paradigm) -> None:
     compile_blocks(part for part in model.evaluated.modules() if part in blocks | whole)
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``function`` of a tensor and more, compiled if its device supports that."""
+def compiled(function: Callable[..., Tensor], devices: Sequence[str]) -> Callable[..., Tensor]:
+    """``function`` of a tensor and more, compiled for a tensor on one of ``devices`` that supports it."""
     fast = torch.compile(function)
 
     @wraps(function)
     def run(x: Tensor, *more: Any, **settings: Any) -> Tensor:
-        return (fast if can_compile(x.device.type) else function)(x, *more, **settings)
+        kind = x.device.type
+        return (fast if kind in devices and can_compile(kind) else function)(x, *more, **settings)
 
     return run
 
@@ -76,6 +77,18 @@ def recompute_blocks(blocks: Iterable[nn.Module], every: int = 1) -> None:
     for i, block in enumerate(blocks):
         if i % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def round_stream(blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Give each block its input, the residual stream, in ``dtype`` where autocast is on."""
+    for block in blocks:
+        block.forward = partial(rounded, block.forward, dtype)  # type: ignore[method-assign]
+
+
+def rounded(
+    forward: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, *more: Any, **settings: Any
+) -> Tensor:
+    return forward(x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x, *more, **settings)
 
 
 def shard_blocks(model: Paradigm, mesh: DeviceMesh) -> None:

@@ -64,6 +64,7 @@ def fake_stage(run: RunConfig) -> TransDiffStage:
     model = without_attention_dropout(run.model)
     training = replace(
         run.training,
+        kernels=False,
         compile=False,
         activation_checkpointing="none",
         activation_checkpointing_every=1,

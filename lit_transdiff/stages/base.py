@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from lit_transdiff.base.randomness import GlobalBatchNormal, Normal, PerImageNormal, mix
@@ -20,9 +22,11 @@ from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.flow.processes import process_class
 from lit_transdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, check_latents, load_autoencoder
-from lit_transdiff.models.execution import compile_blocks, recompute_blocks
+from lit_transdiff.models.execution import compile_blocks, recompute_blocks, round_stream
+from lit_transdiff.models.kernel_blocks import has_kernels, use_kernels
 from lit_transdiff.models.paradigm import Paradigm, build_model, network_class
 from lit_transdiff.stages.contract import check_family_class
+from lit_transdiff.stages.graph import GraphedObjective
 from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.stages.objective import losses_of
 from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor
@@ -73,6 +77,30 @@ class Stage(pl.LightningModule):
             self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=batch_size)
 
 
+def conditions_of(batch: Batch) -> Tensor:
+    """Labels [B], or the conditions that replace them."""
+    return batch.labels if batch.conditions is None else batch.conditions
+
+
+def arrange_blocks(model: Paradigm, run: RunConfig) -> None:
+    """Let the blocks of a model run as the settings of training say."""
+    training, stacks = run.training, model.block_lists()
+    blocks = [block for stack in stacks.values() for block in stack]
+    kernels = training.kernels is True or (
+        training.kernels == "auto" and run.distributed.strategy != "zero3"  # which gathers layer by layer
+    )
+    if training.compile is True:
+        compile_blocks(blocks)
+    elif training.compile == "auto":
+        compile_blocks((block for block in blocks if not (kernels and has_kernels(block))), ["cuda"])
+    if kernels:
+        use_kernels(model)
+    if training.residual_dtype == "bf16":
+        round_stream(blocks, torch.bfloat16)
+    for name in training.recomputed(stacks):
+        recompute_blocks(stacks[name], training.activation_checkpointing_every)
+
+
 class TransDiffStage(Stage):
     """The base class of the stages that train a generator; subclasses define ``prepare``, ``head_alone`` and
     ``check``.
@@ -84,6 +112,7 @@ class TransDiffStage(Stage):
     # True: no gradient reaches the networks that compute an image's memory
     head_alone: ClassVar[bool] = False
     autoencoder: Autoencoder | None
+    graphs: GraphedObjective | None
 
     def __init__(self, run: RunConfig | Mapping[str, Any], autoencoder: Autoencoder | None = None) -> None:
         super().__init__(run)
@@ -93,13 +122,10 @@ class TransDiffStage(Stage):
         self.model = build_model(run.model)
         process, prediction = self.model.process_of(run.model)
         self.process = process_class(process)(run.flow, prediction)
-        stacks = self.model.block_lists()
-        if run.training.compile:
-            compile_blocks(block for blocks in stacks.values() for block in blocks)
-        for name in run.training.recomputed(stacks):
-            recompute_blocks(stacks[name], run.training.activation_checkpointing_every)
+        arrange_blocks(self.model, run)
         if run.training.precision == "bf16-true":
             self.model.to(torch.bfloat16)
+        vars(self)["graphs"] = None  # of the objective, made when training starts
         self.prepare()
 
     @classmethod
@@ -136,6 +162,11 @@ class TransDiffStage(Stage):
 
     def on_fit_start(self) -> None:
         self.place_autoencoder()
+        strategy, setting = self.trainer.strategy, self.run.training.cuda_graphs
+        whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+        if self.device.type == "cuda" and whole and self.run.training.takes_graphs:
+            graphs = GraphedObjective(self.losses, self.model, required=setting is True)
+            vars(self)["graphs"] = graphs
 
     def on_validation_start(self) -> None:
         self.place_autoencoder()
@@ -191,11 +222,14 @@ class TransDiffStage(Stage):
 
     def objective(self, batch: Batch, normal: Normal) -> tuple[Tensor, Tensor]:
         """The loss of each part and draw, and its noise level, both [K M B] (see ``losses_of``)."""
+        return self.losses(batch.values, conditions_of(batch), normal)
+
+    def losses(self, moments: Tensor, conditions: Tensor, normal: Normal) -> tuple[Tensor, Tensor]:
+        """``objective`` of moments [B, R, 2c, h, w], and of labels [B] or other conditions."""
         flow, model = self.run.flow, self.run.model
         size = model.latent_size
-        x = self.latents(batch.values, normal(model.num_references, model.latent_channels, size, size))
+        x = self.latents(moments, normal(model.num_references, model.latent_channels, size, size))
         drop = torch.special.ndtr(normal()) < flow.label_drop_prob
-        conditions = batch.labels if batch.conditions is None else batch.conditions
         return losses_of(self.model, self.process, conditions, drop, x, normal, flow.num_noise_draws)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -203,8 +237,15 @@ class TransDiffStage(Stage):
         # Only dropout reads the global generator; this seed makes it a function of the step as well.
         micro_step = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(mix(self.run.seed, "dropout", step, micro_step, self.global_rank))
-        normal = GlobalBatchNormal(mix(self.run.seed, "training", step), size, batch.positions % size)
-        rows, t = self.objective(batch, normal)
+        numbers = partial(
+            GlobalBatchNormal, mix(self.run.seed, "training", step), size, batch.positions % size
+        )
+        if self.graphs is None:
+            rows, t = self.objective(batch, numbers())
+        else:
+            if micro_step == 1:
+                self.graphs.keep_gradients()
+            rows, t = self.graphs(batch.values, conditions_of(batch), numbers)
         self.log_loss(rows.mean(), len(batch.labels))
         return {"loss": rows.mean() * self.run.optimizer.gradient_scale, "rows": rows.detach(), "t": t}
 

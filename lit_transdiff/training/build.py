@@ -109,7 +109,7 @@ def build(
     if stage is not None and not isinstance(stage, TransDiffStage):
         return Parts(run, stage, data or build_data(run), None, "")
     autoencoder = build_autoencoder(run)
-    if run.training.compile:
+    if run.training.compile is True:
         autoencoder.compile_parts()
     data = data or build_data(run, autoencoder)
     stage = stage or STAGES[run.stage](run)

@@ -1,0 +1,195 @@
+"""Attention with dropout inside, gradients in place of the projections, and two patterns of visible keys.
+
+Shapes: B rows of keys, V views (rows of queries that attend to one row of keys), N queries, S keys, h heads,
+d head dimension (D = h d). Rows of queries are ordered (view, row of keys).
+
+A query sees the first ``visible`` keys: block-causal attention has a number for each query [1, N], contexts
+of successive lengths have one for each row of queries [V B, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lit_transdiff.kernels.attention_passes import (
+    TILE_SIZE,
+    attention_forward,
+    attention_of_keys,
+    attention_of_queries,
+)
+from lit_transdiff.kernels.dropout import keep_mask, threshold_of
+
+WARPS, STAGES, STAGES_OF_KEYS = 4, 3, 2  # the fastest on an H100 at 256 tokens and 64 dimensions of a head
+
+
+def self_attention(
+    x: Tensor, weight: Tensor, bias: Tensor, heads: int, seed: Tensor, p: float, visible: Tensor | None = None
+) -> Tensor:
+    """Attention of tokens ``x`` [B, N, D] to each other -> [B, N, D].
+
+    ``weight`` [3 D, D] and ``bias`` [3 D] project them to [q | k | v].
+    """
+    return SelfAttend.apply(x, weight.to(x.dtype), bias, heads, seed, p, visible)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def cross_attention(
+    x: Tensor, weight: Tensor, bias: Tensor, k: Tensor, v: Tensor, heads: int, seed: Tensor, p: float,
+    visible: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of ``x`` [(V B), N, D] to ``k`` and ``v`` [B, S, D] -> [(V B), N, D].
+
+    ``weight`` [D, D] and ``bias`` [D] project ``x`` to queries.
+    """
+    return CrossAttend.apply(x, weight.to(x.dtype), bias, k, v, heads, seed, p, visible)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def plain_self_attention(
+    x: Tensor, weight: Tensor, bias: Tensor, heads: int, seed: Tensor, p: float, visible: Tensor | None = None
+) -> Tensor:
+    """The plain form of ``self_attention``."""
+    q, k, v = F.linear(x, weight.to(x.dtype), bias.to(x.dtype)).chunk(3, dim=-1)
+    return plain_attention(q, k, v, heads, seed, p, visible)
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, seed: Tensor, p: float, visible: Tensor | None = None
+) -> Tensor:
+    """Attention of given queries, as in ``cross_attention``, in float32."""
+    views = len(q) // len(k)
+    k, v = (rearrange(z.repeat(views, 1, 1).float(), "b s (h d) -> b h s d", h=heads) for z in (k, v))
+    query = rearrange(q.float(), "b n (h d) -> b h n d", h=heads)
+    scores = query @ k.mT / math.sqrt(query.shape[-1])
+    if visible is not None:
+        keys = torch.arange(k.shape[2], device=q.device)
+        scores = scores.masked_fill(keys >= visible[:, None, :, None], -math.inf)
+    shares = scores.softmax(-1)
+    if p > 0:
+        rows = torch.arange(shares[..., 0].numel(), device=q.device).view(shares.shape[:-1])
+        shares = shares * keep_mask(seed, rows, shares.shape[-1], p) / (1 - p)
+    return rearrange(shares @ v, "b h n d -> b n (h d)").to(q.dtype)
+
+
+class SelfAttend(torch.autograd.Function):
+    """``self_attention`` and its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, heads: int, seed: Tensor, p: float,
+        visible: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        qkv = F.linear(x, weight, bias.to(x.dtype))
+        out, sums = attend(*qkv.chunk(3, dim=-1), heads, seed, p, visible)
+        ctx.save_for_backward(x, weight, qkv, out, sums, seed, visible)
+        ctx.settings = heads, p, bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, qkv, out, sums, seed, visible = ctx.saved_tensors
+        of_qkv, (heads, p, dtype) = torch.empty_like(qkv), ctx.settings
+        of_biases = differentiate(
+            gradient, *qkv.chunk(3, dim=-1), out, sums, *of_qkv.chunk(3, dim=-1), heads, seed, p, visible
+        )
+        of_bias = torch.cat([tiles.sum(0) for tiles in of_biases]).to(dtype)
+        return *of_product(of_qkv, x, weight), of_bias, None, None, None, None
+
+
+class CrossAttend(torch.autograd.Function):
+    """``cross_attention`` and its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, k: Tensor, v: Tensor, heads: int, seed: Tensor,
+        p: float, visible: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        q = F.linear(x, weight, bias.to(x.dtype))
+        out, sums = attend(q, k, v, heads, seed, p, visible)
+        ctx.save_for_backward(x, weight, q, k, v, out, sums, seed, visible)
+        ctx.settings = heads, p, bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, q, k, v, out, sums, seed, visible = ctx.saved_tensors
+        of_q, of_k, of_v = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k, v))
+        heads, p, dtype = ctx.settings
+        of_bias, *_ = differentiate(gradient, q, k, v, out, sums, of_q, of_k, of_v, heads, seed, p, visible)
+        return *of_product(of_q, x, weight), of_bias.sum(0).to(dtype), of_k, of_v, None, None, None, None
+
+
+def of_product(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``x`` and ``weight`` in x W^T."""
+    return gradient @ weight, gradient.flatten(0, 1).mT @ x.flatten(0, 1)
+
+
+def numbers(*tensors: Tensor) -> tuple[int, ...]:
+    """The steps from row to row and from token to token of tensors [B, N, D] with adjacent channels."""
+    for tensor in tensors:
+        assert tensor.stride(-1) == 1
+    return tuple(step for tensor in tensors for step in tensor.stride()[:2])
+
+
+def settings_of(q: Tensor, keys: int, heads: int, p: float, visible: Tensor | None) -> dict[str, Any]:
+    """The constants of the kernels."""
+    d = q.shape[-1] // heads
+    return dict(
+        D=d,
+        FACTOR=1 / math.sqrt(d),
+        THRESHOLD=threshold_of(p),
+        SCALE=1 / (1 - p),
+        MASKED=visible is not None,
+        WHOLE=visible is None and q.shape[1] % TILE_SIZE == 0 and keys % TILE_SIZE == 0,
+        num_warps=WARPS,
+    )
+
+
+def steps_of(visible: Tensor | None) -> tuple[int, int]:
+    """The steps of ``visible`` from row to row and from query to query; 0 where it has only one."""
+    return (0, 0) if visible is None else (int(visible.shape[0] > 1), int(visible.shape[1] > 1))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, seed: Tensor, p: float, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The output [(V B), N, D] and the logarithm (base 2) of each query's sum of exponentials."""
+    rows, queries, width = q.shape
+    out = torch.empty(rows, queries, width, dtype=q.dtype, device=q.device)
+    sums = torch.empty(rows, heads, queries, device=q.device)
+    attention_forward[(triton.cdiv(queries, TILE_SIZE), heads, rows)](
+        q, k, v, out, sums, seed, visible, len(k), queries, k.shape[1], *numbers(q, k, v), *steps_of(visible),
+        **settings_of(q, k.shape[1], heads, p, visible), num_stages=STAGES,
+    )  # fmt: skip
+    return out, sums
+
+
+def differentiate(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, of_q: Tensor, of_k: Tensor,
+    of_v: Tensor, heads: int, seed: Tensor, p: float, visible: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Write the gradients of ``q``, ``k`` and ``v``; return their sums over each tile's tokens [tiles, D]."""
+    gradient = gradient.contiguous()
+    (rows, queries, width), keys = q.shape, k.shape[1]
+    inner = torch.empty_like(sums)  # of each query, the product of output and gradient
+    settings, sizes = settings_of(q, keys, heads, p, visible), (len(k), queries, keys)
+    tiles, tiles_of_keys = triton.cdiv(queries, TILE_SIZE), triton.cdiv(keys, TILE_SIZE)
+    of_q_bias = torch.empty(rows * tiles, width, device=q.device)
+    of_k_bias, of_v_bias = torch.empty(2, len(k) * tiles_of_keys, width, device=q.device)
+    attention_of_queries[tiles, heads, rows](
+        q, k, v, out, gradient, sums, inner, of_q, of_q_bias, seed, visible, *sizes, *numbers(q, k, v, of_q),
+        *steps_of(visible), **settings, num_stages=STAGES,
+    )  # fmt: skip
+    attention_of_keys[tiles_of_keys, heads, len(k)](
+        q, k, v, gradient, sums, inner, of_k, of_v, of_k_bias, of_v_bias, seed, visible, rows // len(k), *sizes,
+        *numbers(q, k, v, of_k, of_v), *steps_of(visible), **settings, num_stages=STAGES_OF_KEYS,
+    )  # fmt: skip
+    return of_q_bias, of_k_bias, of_v_bias

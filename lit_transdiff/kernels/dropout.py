@@ -1,0 +1,72 @@
+"""Dropout masks as a function of a seed, a row and a column, cheap enough for use within other kernels.
+
+A row is hashed once with both halves of the seed; its columns then cost two multiplications each. The
+constants are those of Wellons' search for 32-bit mixers (https://github.com/skeeto/hash-prospector).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FIRST, SECOND, COLUMN = 0x21F0AAAD, 0xD35A2D97, 0x9E3779B9
+_FIRST, _SECOND, _COLUMN = tl.constexpr(FIRST), tl.constexpr(SECOND), tl.constexpr(COLUMN)
+WORD = 0xFFFFFFFF
+
+
+def threshold_of(p: float) -> int:
+    """Hashes below this number are dropped: a share ``p`` of 2^32."""
+    return round(p * 2**32)
+
+
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """Seeds [count] of dropout masks, from the device's generator and without waiting for the device."""
+    return torch.empty(count, dtype=torch.int64, device=device).random_()
+
+
+@triton.jit
+def row_keys(seed, row):  # type: ignore[no-untyped-def]
+    """The hash of each row, uint32."""
+    x = row.to(tl.uint32) ^ seed.to(tl.uint32)
+    x = (x ^ (x >> 16)) * _FIRST
+    x = x ^ (seed >> 32).to(tl.uint32)
+    x = (x ^ (x >> 15)) * _SECOND
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def column_keys(column):  # type: ignore[no-untyped-def]
+    """The hash of each column, uint32."""
+    return column.to(tl.uint32) * _COLUMN
+
+
+@triton.jit
+def kept(rows, columns, THRESHOLD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether an element is kept, from the keys of its row and column, which broadcast."""
+    x = (rows ^ columns) * _FIRST
+    x = (x ^ (x >> 15)) * _SECOND
+    return x >= tl.full([], THRESHOLD, tl.uint32)
+
+
+def keep_mask(seed: Tensor, rows: Tensor, columns: int, p: float) -> Tensor:
+    """The plain form of ``kept`` for every element of ``rows`` [...] x ``columns``: bool [..., columns]."""
+    low, high = seed & WORD, (seed >> 32) & WORD
+    x = rows.to(torch.int64) ^ low
+    x = ((x ^ (x >> 16)) * FIRST) & WORD
+    x = x ^ high
+    x = ((x ^ (x >> 15)) * SECOND) & WORD
+    x = x ^ (x >> 15)
+    y = (torch.arange(columns, device=rows.device) * COLUMN) & WORD
+    z = ((x[..., None] ^ y) * FIRST) & WORD
+    z = ((z ^ (z >> 15)) * SECOND) & WORD
+    return z >= threshold_of(p)
+
+
+def drop(y: Tensor, seed: Tensor, p: float) -> Tensor:
+    """The plain form of dropout for ``y`` [..., D], whose rows are numbered in order."""
+    if p == 0:
+        return y
+    rows = torch.arange(y[..., 0].numel(), device=y.device).view(y.shape[:-1])
+    return torch.where(keep_mask(seed, rows, y.shape[-1], p), y / (1 - p), torch.zeros((), dtype=y.dtype))
