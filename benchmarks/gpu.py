@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import data_wait
 from lit_transdiff.base.hardware import GB, measure_flops, peak_flops, peak_memory, wait_for
@@ -107,7 +107,7 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-# --- ceilings and kernels ------------------------------------------------------------------------------------
+# --- ceilings and kernels --------------------------------------------------------------------------------
 
 
 def copy_rate(device: torch.device, tiny: bool) -> float:
@@ -129,7 +129,7 @@ def kernels(bench: Bench) -> None:
     """Each kernel at the shapes of 32 rows of base, with dropout 0.1, and the time to move its bytes."""
     from lit_transdiff.kernels.attention import cross_attention, self_attention
     from lit_transdiff.kernels.gelu import gelu_dropout
-    from lit_transdiff.kernels.norm import Branch, Norm, add_norm
+    from lit_transdiff.kernels.norm import LayerOutput, Norm, add_norm
 
     rows, tokens, width, heads, rate = 128, 256, 768, 12, copy_rate(bench.device, bench.tiny)
     if bench.tiny:
@@ -145,7 +145,7 @@ def kernels(bench: Bench) -> None:
     vectors = [numbers(width, like=torch.float32) for _ in range(3)]
     modulation = [numbers(rows, width, like=torch.float32) for _ in range(3)]
     stream = partial(
-        add_norm, x, Branch(y, vectors[0], modulation[0], 0.1, seed), Norm(*vectors[1:], *modulation[1:])
+        add_norm, x, LayerOutput(y, vectors[0], modulation[0], 0.1, seed), Norm(*vectors[1:], *modulation[1:])
     )
     bias = numbers(4 * width, like=torch.float32)
     qkv, query = ((numbers(n * width, width), numbers(n * width, like=torch.float32)) for n in (3, 1))
@@ -198,7 +198,7 @@ def graph_of(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     return graph.replay
 
 
-# --- steps ---------------------------------------------------------------------------------------------------
+# --- steps -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class Steps:
         torch.manual_seed(0)
         run, self.device, self.count = case.run, device, 0
         self.stage: TransDiffStage = STAGES[run.stage](run, IdentityAutoencoder(run.model.latent_channels))
-        torch.nn.init.normal_(self.stage.model.decoder.final.linear.weight, std=0.02)  # type: ignore[union-attr, arg-type]
+        torch.nn.init.normal_(self.stage.model.get_parameter("decoder.final.linear.weight"), std=0.02)
         self.stage.to(device).train()
         self.optimizer = build_optimizer(self.stage.model, run.optimizer)
         size = run.model.latent_size
@@ -343,7 +343,8 @@ def measure_case(bench: Bench, case: Case, peak: float) -> None:
     images = case.rows * case.references * 1e3 / ms
     memory = peak_memory(bench.device) / GB
     bench.row(
-        name, case.rows, case.dropout, case.label, f"{ms:.1f}", f"{images:.0f}", f"{work / ms / peak * 1e5:.1f}%",
+        name, case.rows, case.dropout, case.label, f"{ms:.1f}", f"{images:.0f}",
+        f"{work / ms / peak * 1e5:.1f}%",
         f"{memory:.1f}", f"{first:.1f}", f"{loss:.4f}",
     )  # fmt: skip
 
@@ -369,7 +370,7 @@ def profile(bench: Bench) -> None:
         bench.row(e.key[:110].replace("|", "/"), e.count, f"{getattr(e, time_of) / 1e3:.2f}")
 
 
-# --- equality ------------------------------------------------------------------------------------------------
+# --- equality --------------------------------------------------------------------------------------------
 
 
 def equality(bench: Bench) -> None:
@@ -408,7 +409,7 @@ def losses_of(case: Case, device: torch.device, steps: int) -> tuple[list[float]
     return losses, torch.cat([p.detach().flatten() for p in step.stage.model.parameters()])
 
 
-# --- the whole loop ------------------------------------------------------------------------------------------
+# --- the whole loop --------------------------------------------------------------------------------------
 
 
 def loop(bench: Bench) -> None:

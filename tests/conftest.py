@@ -23,6 +23,8 @@ import lit_transdiff
 from tests.helpers.wandb_stub import Stub
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if not torch.cuda.is_available():  # read when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tests that are started in the background, or under nohup, inherit ignored signals, which the program leaves
 # ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

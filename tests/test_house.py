@@ -195,6 +195,7 @@ def test_dependencies_stand_in_one_list():
     listed = {re.split(r"[><=;]", line)[0].strip().lower() for line in lines}
     names = {"PIL": "pillow", "yaml": "pyyaml", "torch_fidelity": "torch-fidelity"}
     standard = set(__import__("sys").stdlib_module_names) | {"lit_transdiff"}
+    standard.add("triton")  # comes with torch where there is a GPU; without it the kernels are not used
     used = {name.split(".")[0] for path in FILES for name in imported(path)} - standard
     missing = {names.get(name, name) for name in used} - listed
     assert not missing, missing

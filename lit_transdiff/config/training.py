@@ -149,10 +149,10 @@ class TrainingConfig:
     # Triton kernels between the matrix products of the blocks that have them (docs/performance.md), on GPUs
     # in bf16 or fp16; auto: yes, except with zero3
     residual_dtype: Literal["fp32", "bf16"] = "fp32"
-    # the sum of the layers' outputs, with mixed precision; bf16 is faster on GPUs and rounds it at every layer
+    # the sum of the layers' outputs, with mixed precision; bf16 is faster on GPUs, and rounds at every layer
     compile: Literal["auto", True, False] = "auto"
-    # torch.compile of the blocks; auto: on GPUs, of blocks without kernels. If it fails, the run continues without
-    # it, with a warning
+    # torch.compile of the blocks; auto: on GPUs, of blocks without kernels. If it fails, the run continues
+    # without it, with a warning
     cuda_graphs: Literal["auto", True, False] = "auto"
     # forward and backward pass as one CUDA graph; auto: on a GPU, with single and ddp, without recomputation
     activation_checkpointing: str = "none"

@@ -7,6 +7,9 @@ A query sees the first ``visible`` keys: block-causal attention has a number for
 of successive lengths have one for each row of queries [V B, 1].
 """
 
+# Triton's functions have no types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
 from __future__ import annotations
 
 import math
@@ -27,7 +30,11 @@ from lit_transdiff.kernels.attention_passes import (
 )
 from lit_transdiff.kernels.dropout import keep_mask, threshold_of
 
-WARPS, STAGES, STAGES_OF_KEYS = 4, 3, 2  # the fastest on an H100 at 256 tokens and 64 dimensions of a head
+WARPS, ATTENTION_STAGES, STAGES_OF_KEYS = (
+    4,
+    3,
+    2,
+)  # the fastest on an H100 at 256 tokens and 64 dimensions of a head
 
 
 def self_attention(
@@ -37,7 +44,7 @@ def self_attention(
 
     ``weight`` [3 D, D] and ``bias`` [3 D] project them to [q | k | v].
     """
-    return SelfAttend.apply(x, weight.to(x.dtype), bias, heads, seed, p, visible)  # type: ignore[no-any-return, no-untyped-call]
+    return SelfAttend.apply(x, weight.to(x.dtype), bias, heads, seed, p, visible)  # type: ignore[no-any-return]
 
 
 def cross_attention(
@@ -48,7 +55,7 @@ def cross_attention(
 
     ``weight`` [D, D] and ``bias`` [D] project ``x`` to queries.
     """
-    return CrossAttend.apply(x, weight.to(x.dtype), bias, k, v, heads, seed, p, visible)  # type: ignore[no-any-return, no-untyped-call]
+    return CrossAttend.apply(x, weight.to(x.dtype), bias, k, v, heads, seed, p, visible)  # type: ignore[no-any-return]
 
 
 def plain_self_attention(
@@ -86,7 +93,8 @@ class SelfAttend(torch.autograd.Function):
         visible: Tensor | None,
     ) -> Tensor:  # fmt: skip
         qkv = F.linear(x, weight, bias.to(x.dtype))
-        out, sums = attend(*qkv.chunk(3, dim=-1), heads, seed, p, visible)
+        q, k, v = qkv.chunk(3, dim=-1)
+        out, sums = attention(q, k, v, heads, seed, p, visible)
         ctx.save_for_backward(x, weight, qkv, out, sums, seed, visible)
         ctx.settings = heads, p, bias.dtype
         return out
@@ -96,9 +104,8 @@ class SelfAttend(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, qkv, out, sums, seed, visible = ctx.saved_tensors
         of_qkv, (heads, p, dtype) = torch.empty_like(qkv), ctx.settings
-        of_biases = differentiate(
-            gradient, *qkv.chunk(3, dim=-1), out, sums, *of_qkv.chunk(3, dim=-1), heads, seed, p, visible
-        )
+        (q, k, v), (of_q, of_k, of_v) = qkv.chunk(3, dim=-1), of_qkv.chunk(3, dim=-1)
+        of_biases = gradients_of(gradient, q, k, v, out, sums, of_q, of_k, of_v, heads, seed, p, visible)
         of_bias = torch.cat([tiles.sum(0) for tiles in of_biases]).to(dtype)
         return *of_product(of_qkv, x, weight), of_bias, None, None, None, None
 
@@ -112,7 +119,7 @@ class CrossAttend(torch.autograd.Function):
         p: float, visible: Tensor | None,
     ) -> Tensor:  # fmt: skip
         q = F.linear(x, weight, bias.to(x.dtype))
-        out, sums = attend(q, k, v, heads, seed, p, visible)
+        out, sums = attention(q, k, v, heads, seed, p, visible)
         ctx.save_for_backward(x, weight, q, k, v, out, sums, seed, visible)
         ctx.settings = heads, p, bias.dtype
         return out
@@ -123,7 +130,7 @@ class CrossAttend(torch.autograd.Function):
         x, weight, q, k, v, out, sums, seed, visible = ctx.saved_tensors
         of_q, of_k, of_v = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k, v))
         heads, p, dtype = ctx.settings
-        of_bias, *_ = differentiate(gradient, q, k, v, out, sums, of_q, of_k, of_v, heads, seed, p, visible)
+        of_bias, *_ = gradients_of(gradient, q, k, v, out, sums, of_q, of_k, of_v, heads, seed, p, visible)
         return *of_product(of_q, x, weight), of_bias.sum(0).to(dtype), of_k, of_v, None, None, None, None
 
 
@@ -132,7 +139,7 @@ def of_product(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     return gradient @ weight, gradient.flatten(0, 1).mT @ x.flatten(0, 1)
 
 
-def numbers(*tensors: Tensor) -> tuple[int, ...]:
+def row_and_token_steps(*tensors: Tensor) -> tuple[int, ...]:
     """The steps from row to row and from token to token of tensors [B, N, D] with adjacent channels."""
     for tensor in tensors:
         assert tensor.stride(-1) == 1
@@ -158,7 +165,7 @@ def steps_of(visible: Tensor | None) -> tuple[int, int]:
     return (0, 0) if visible is None else (int(visible.shape[0] > 1), int(visible.shape[1] > 1))
 
 
-def attend(
+def attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, seed: Tensor, p: float, visible: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The output [(V B), N, D] and the logarithm (base 2) of each query's sum of exponentials."""
@@ -166,13 +173,14 @@ def attend(
     out = torch.empty(rows, queries, width, dtype=q.dtype, device=q.device)
     sums = torch.empty(rows, heads, queries, device=q.device)
     attention_forward[(triton.cdiv(queries, TILE_SIZE), heads, rows)](
-        q, k, v, out, sums, seed, visible, len(k), queries, k.shape[1], *numbers(q, k, v), *steps_of(visible),
-        **settings_of(q, k.shape[1], heads, p, visible), num_stages=STAGES,
+        q, k, v, out, sums, seed, visible, len(k), queries, k.shape[1], *row_and_token_steps(q, k, v),
+        *steps_of(visible),
+        **settings_of(q, k.shape[1], heads, p, visible), num_stages=ATTENTION_STAGES,
     )  # fmt: skip
     return out, sums
 
 
-def differentiate(
+def gradients_of(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, of_q: Tensor, of_k: Tensor,
     of_v: Tensor, heads: int, seed: Tensor, p: float, visible: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -185,11 +193,13 @@ def differentiate(
     of_q_bias = torch.empty(rows * tiles, width, device=q.device)
     of_k_bias, of_v_bias = torch.empty(2, len(k) * tiles_of_keys, width, device=q.device)
     attention_of_queries[tiles, heads, rows](
-        q, k, v, out, gradient, sums, inner, of_q, of_q_bias, seed, visible, *sizes, *numbers(q, k, v, of_q),
-        *steps_of(visible), **settings, num_stages=STAGES,
+        q, k, v, out, gradient, sums, inner, of_q, of_q_bias, seed, visible, *sizes,
+        *row_and_token_steps(q, k, v, of_q),
+        *steps_of(visible), **settings, num_stages=ATTENTION_STAGES,
     )  # fmt: skip
     attention_of_keys[tiles_of_keys, heads, len(k)](
-        q, k, v, gradient, sums, inner, of_k, of_v, of_k_bias, of_v_bias, seed, visible, rows // len(k), *sizes,
-        *numbers(q, k, v, of_k, of_v), *steps_of(visible), **settings, num_stages=STAGES_OF_KEYS,
+        q, k, v, gradient, sums, inner, of_k, of_v, of_k_bias, of_v_bias, seed, visible, rows // len(k),
+        *sizes,
+        *row_and_token_steps(q, k, v, of_k, of_v), *steps_of(visible), **settings, num_stages=STAGES_OF_KEYS,
     )  # fmt: skip
     return of_q_bias, of_k_bias, of_v_bias

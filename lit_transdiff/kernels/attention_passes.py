@@ -5,6 +5,9 @@ queries) with the scores in registers, as FlashAttention does (arXiv 2307.08691)
 log2(e) with their factor, because the processor has an instruction for powers of 2.
 """
 
+# Triton's functions have no types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
 from __future__ import annotations
 
 import triton
@@ -18,7 +21,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def tile_of(pointer, row, row_step, token, token_step, head, tokens, D: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile_of(pointer, row, row_step, token, token_step, head, tokens, D: tl.constexpr, WHOLE: tl.constexpr):
     """A tile [tokens, D] of one row and head; zero beyond the last token, unless all tiles are ``WHOLE``."""
     at = row.to(tl.int64) * row_step + token[:, None] * token_step + head * D + tl.arange(0, D)[None, :]
     if WHOLE:
@@ -29,21 +32,21 @@ def tile_of(pointer, row, row_step, token, token_step, head, tokens, D: tl.const
 
 
 @triton.jit
-def put_tile(pointer, value, row, row_step, token, token_step, head, tokens, D: tl.constexpr):  # type: ignore[no-untyped-def]
+def put_tile(pointer, value, row, row_step, token, token_step, head, tokens, D: tl.constexpr):
     """Write a tile [tokens, D] of one row and head."""
     at = row.to(tl.int64) * row_step + token[:, None] * token_step + head * D + tl.arange(0, D)[None, :]
     tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=token[:, None] < tokens)
 
 
 @triton.jit
-def put_sum(pointer, value, row, head, D: tl.constexpr):  # type: ignore[no-untyped-def]
+def put_sum(pointer, value, row, head, D: tl.constexpr):
     """Write the sum over the tokens of a tile to its place in [rows x tiles, heads x D]."""
     at = (row * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * tl.num_programs(1) * D + head * D
     tl.store(pointer + at + tl.arange(0, D), tl.sum(value, axis=0))
 
 
 @triton.jit
-def seen_keys(visible_ptr, row, row_step, query, query_step, queries, keys, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+def seen_keys(visible_ptr, row, row_step, query, query_step, queries, keys, MASKED: tl.constexpr):
     """The number of keys that each query sees, int32."""
     if MASKED:
         seen = tl.load(visible_ptr + row * row_step + query * query_step, mask=query < queries, other=0)
@@ -53,7 +56,7 @@ def seen_keys(visible_ptr, row, row_step, query, query_step, queries, keys, MASK
 
 
 @triton.jit
-def attention_forward(  # type: ignore[no-untyped-def]
+def attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, sums_ptr, seed_ptr, visible_ptr, key_rows, queries, keys,
     q_row, q_token, k_row, k_token, v_row, v_token, seen_row, seen_query,
     D: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, MASKED: tl.constexpr,
@@ -93,9 +96,11 @@ def attention_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attention_of_queries(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, out_ptr, gradient_ptr, sums_ptr, inner_ptr, of_q_ptr, of_bias_ptr, seed_ptr, visible_ptr,
-    key_rows, queries, keys, q_row, q_token, k_row, k_token, v_row, v_token, of_row, of_token, seen_row, seen_query,
+def attention_of_queries(
+    q_ptr, k_ptr, v_ptr, out_ptr, gradient_ptr, sums_ptr, inner_ptr, of_q_ptr, of_bias_ptr, seed_ptr,
+    visible_ptr,
+    key_rows, queries, keys, q_row, q_token, k_row, k_token, v_row, v_token, of_row, of_token, seen_row,
+    seen_query,
     D: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, MASKED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +138,7 @@ def attention_of_queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attention_of_keys(  # type: ignore[no-untyped-def]
+def attention_of_keys(
     q_ptr, k_ptr, v_ptr, gradient_ptr, sums_ptr, inner_ptr, of_k_ptr, of_v_ptr, of_k_bias_ptr,
     of_v_bias_ptr, seed_ptr, visible_ptr,
     views, key_rows, queries, keys, q_row, q_token, k_row, k_token, v_row, v_token,
@@ -147,8 +152,7 @@ def attention_of_keys(  # type: ignore[no-untyped-def]
     k = tile_of(k_ptr, key_row, k_row, key, k_token, head, keys, D, WHOLE)
     v = tile_of(v_ptr, key_row, v_row, key, v_token, head, keys, D, WHOLE)
     columns, seed = column_keys(key), tl.load(seed_ptr)
-    of_k = tl.zeros([TILE, D], dtype=tl.float32)
-    of_v = tl.zeros([TILE, D], dtype=tl.float32)
+    of_k, of_v = tl.zeros([TILE, D], dtype=tl.float32), tl.zeros([TILE, D], dtype=tl.float32)
     tiles = tl.cdiv(queries, TILE)
     for tile in range(
         views * tiles
@@ -156,9 +160,7 @@ def attention_of_keys(  # type: ignore[no-untyped-def]
         row = key_row + (tile // tiles) * key_rows
         query = (tile % tiles) * TILE + tl.arange(0, TILE)
         seen = seen_keys(visible_ptr, row, seen_row, query, seen_query, queries, keys, MASKED)
-        used = True
-        if MASKED:
-            used = tl.max(seen) > first
+        used = tl.max(seen) > first if MASKED else True
         if used:
             q = tile_of(q_ptr, row, q_row, query, q_token, head, queries, D, WHOLE)
             gradient = tile_of(gradient_ptr, row, queries * width, query, width, head, queries, D, WHOLE)

@@ -4,6 +4,9 @@ A row is hashed once with both halves of the seed; its columns then cost two mul
 constants are those of Wellons' search for 32-bit mixers (https://github.com/skeeto/hash-prospector).
 """
 
+# Triton's functions have no types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
 from __future__ import annotations
 
 import torch
@@ -27,7 +30,7 @@ def draw_seeds(count: int, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def row_keys(seed, row):  # type: ignore[no-untyped-def]
+def row_keys(seed, row):
     """The hash of each row, uint32."""
     x = row.to(tl.uint32) ^ seed.to(tl.uint32)
     x = (x ^ (x >> 16)) * _FIRST
@@ -37,13 +40,13 @@ def row_keys(seed, row):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def column_keys(column):  # type: ignore[no-untyped-def]
+def column_keys(column):
     """The hash of each column, uint32."""
     return column.to(tl.uint32) * _COLUMN
 
 
 @triton.jit
-def kept(rows, columns, THRESHOLD: tl.constexpr):  # type: ignore[no-untyped-def]
+def kept(rows, columns, THRESHOLD: tl.constexpr):
     """Whether an element is kept, from the keys of its row and column, which broadcast."""
     x = (rows ^ columns) * _FIRST
     x = (x ^ (x >> 15)) * _SECOND

@@ -3,6 +3,9 @@
 Shapes: M rows, N columns.
 """
 
+# Triton's functions have no types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,14 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from lit_transdiff.kernels.dropout import column_keys, drop, kept, row_keys, threshold_of
 
-ROWS, COLUMNS = 4, 1024  # elements of a tile
-STAGES = 3  # tiles in flight; with the sizes above and below the fastest on an H100
-TILES = 16  # tiles of rows that one program of the backward pass adds up
+GELU_ROWS, GELU_COLUMNS = 4, 1024  # elements of a tile
+GELU_STAGES = 3  # tiles in flight; with the sizes above and below the fastest on an H100
+GELU_TILES = 16  # tiles of rows that one program of the backward pass adds up
 
 
 def gelu_dropout(h: Tensor, bias: Tensor, seed: Tensor, p: float) -> Tensor:
     """``dropout(gelu(h + bias))`` of ``h`` [..., N] and ``bias`` [N], in float32 within and in h's dtype."""
-    return GeluDropout.apply(h, bias, seed, p)  # type: ignore[no-any-return, no-untyped-call]
+    return GeluDropout.apply(h, bias, seed, p)  # type: ignore[no-any-return]
 
 
 def plain_gelu_dropout(h: Tensor, bias: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -39,9 +42,9 @@ class GeluDropout(torch.autograd.Function):
         h = h.contiguous()
         y = torch.empty_like(h)
         rows, columns = h.numel() // h.shape[-1], h.shape[-1]
-        grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS))
+        grid = (triton.cdiv(columns, GELU_COLUMNS), triton.cdiv(rows, GELU_ROWS))
         dropout = dict(THRESHOLD=threshold_of(p), SCALE=1 / (1 - p))
-        gelu_forward[grid](h, bias, seed, y, rows, columns, **dropout, R=ROWS, C=COLUMNS)
+        gelu_forward[grid](h, bias, seed, y, rows, columns, **dropout, R=GELU_ROWS, C=GELU_COLUMNS)
         ctx.save_for_backward(h, bias, seed)
         ctx.dropout = dropout
         return y
@@ -51,19 +54,19 @@ class GeluDropout(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         h, bias, seed = ctx.saved_tensors
         rows, columns = h.numel() // h.shape[-1], h.shape[-1]
-        strips = triton.cdiv(rows, ROWS * TILES)
+        strips = triton.cdiv(rows, GELU_ROWS * GELU_TILES)
         of_h = torch.empty_like(h)
         sums = torch.empty(strips, columns, dtype=torch.float32, device=h.device)
-        grid = (triton.cdiv(columns, COLUMNS), strips)
+        grid = (triton.cdiv(columns, GELU_COLUMNS), strips)
         gelu_backward[grid](
-            gradient.contiguous(), h, bias, seed, of_h, sums, rows, columns, **ctx.dropout, R=ROWS, C=COLUMNS,
-            TILES=TILES, STAGES=STAGES,
+            gradient.contiguous(), h, bias, seed, of_h, sums, rows, columns, **ctx.dropout, R=GELU_ROWS,
+            C=GELU_COLUMNS, TILES=GELU_TILES, STAGES=GELU_STAGES,
         )  # fmt: skip
         return of_h, sums.sum(0).to(bias.dtype), None, None
 
 
 @triton.jit
-def cumulative(x, bell):  # type: ignore[no-untyped-def]
+def cumulative(x, bell):
     """The normal distribution function of ``x``, from ``bell`` = exp(-x^2 / 2), to 7.5e-8.
 
     Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 7.1.26: half as many operations as erf.
@@ -78,7 +81,7 @@ def cumulative(x, bell):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gelu_forward(  # type: ignore[no-untyped-def]
+def gelu_forward(
     h_ptr, bias_ptr, seed_ptr, y_ptr, rows, columns,
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -96,9 +99,10 @@ def gelu_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gelu_backward(  # type: ignore[no-untyped-def]
+def gelu_backward(
     gradient_ptr, h_ptr, bias_ptr, seed_ptr, of_h_ptr, sums_ptr, rows, columns,
-    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     strip = tl.program_id(1)
     column = tl.program_id(0) * C + tl.arange(0, C)

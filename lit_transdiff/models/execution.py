@@ -82,10 +82,10 @@ def recompute_blocks(blocks: Iterable[nn.Module], every: int = 1) -> None:
 def round_stream(blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
     """Give each block its input, the residual stream, in ``dtype`` where autocast is on."""
     for block in blocks:
-        block.forward = partial(rounded, block.forward, dtype)  # type: ignore[method-assign]
+        block.forward = partial(forward_rounded, block.forward, dtype)  # type: ignore[method-assign]
 
 
-def rounded(
+def forward_rounded(
     forward: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, *more: Any, **settings: Any
 ) -> Tensor:
     return forward(x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x, *more, **settings)

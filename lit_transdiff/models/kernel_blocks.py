@@ -24,7 +24,7 @@ from lit_transdiff.models.encoder import EncoderBlock
 from lit_transdiff.models.layers import MLP, KeysValues, SelfAttention
 
 if TYPE_CHECKING:
-    from lit_transdiff.kernels.norm import Branch, Norm
+    from lit_transdiff.kernels.norm import LayerOutput, Norm
 
 HAS_TRITON = find_spec("triton") is not None
 HEAD_DIMENSIONS = (16, 32, 64, 128)  # those of the attention kernel
@@ -65,9 +65,11 @@ def encoder_block(
 
     seeds = seeds_of(4, x)
     visible = None if groups is None else keys_of_queries(groups, x.device)
-    x, z = add_norm(x, None, norm(block.norm1))
+    x, z = add_norm(x, None, norm_of(block.norm1))
     y = attended(block.attention, z, seeds[0], visible)
-    x, z = add_norm(x, branch(block.attention.proj, y, block.attention.dropout, seeds[1]), norm(block.norm2))
+    x, z = add_norm(
+        x, branch(block.attention.proj, y, block.attention.dropout, seeds[1]), norm_of(block.norm2)
+    )
     return add_norm(x, mlp(block.mlp, z, seeds[2:]), None)[0]
 
 
@@ -87,11 +89,11 @@ def decoder_block(
     seeds, across = seeds_of(6, x), block.cross_attention
     rows = (block.scale_shift_table + modulation).float().unbind(1)
     shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = rows
-    x, z = add_norm(x, None, norm(block.norm1, shift_attention, scale_attention))
+    x, z = add_norm(x, None, norm_of(block.norm1, shift_attention, scale_attention))
     y = attended(block.self_attention, z, seeds[0])
     dropout = block.self_attention.dropout
     x, z = add_norm(
-        x, branch(block.self_attention.proj, y, dropout, seeds[1], gate_attention), norm(block.norm2)
+        x, branch(block.self_attention.proj, y, dropout, seeds[1], gate_attention), norm_of(block.norm2)
     )
     k, v = (rearrange(z, "b h s d -> b s (h d)") for z in keys_values[-1])
     visible = keys_of_rows(tuple(key.shape[2] for key, _ in keys_values), len(x), x.device)
@@ -99,7 +101,7 @@ def decoder_block(
     query = across.query
     y = cross_attention(z, query.weight, query.bias, k, v, across.num_heads, seeds[2], p, visible)
     x, z = add_norm(
-        x, branch(across.proj, y, across.dropout, seeds[3]), norm(block.norm3, shift_mlp, scale_mlp)
+        x, branch(across.proj, y, across.dropout, seeds[3]), norm_of(block.norm3, shift_mlp, scale_mlp)
     )
     return add_norm(x, mlp(block.mlp, z, seeds[4:], gate_mlp), None)[0]
 
@@ -123,7 +125,7 @@ def seeds_of(count: int, x: Tensor) -> tuple[Tensor, ...]:
     return draw_seeds(count, x.device).split(1)
 
 
-def norm(layer: nn.LayerNorm, shift: Tensor | None = None, scale: Tensor | None = None) -> Norm:
+def norm_of(layer: nn.LayerNorm, shift: Tensor | None = None, scale: Tensor | None = None) -> Norm:
     from lit_transdiff.kernels.norm import Norm
 
     return Norm(layer.weight, layer.bias, shift, scale, layer.eps)
@@ -131,14 +133,16 @@ def norm(layer: nn.LayerNorm, shift: Tensor | None = None, scale: Tensor | None 
 
 def branch(
     layer: nn.Linear, x: Tensor, dropout: nn.Dropout, seed: Tensor, gate: Tensor | None = None
-) -> Branch:
+) -> LayerOutput:
     """A layer's product with ``x``, to which the stream adds its bias, dropout and gate."""
-    from lit_transdiff.kernels.norm import Branch
+    from lit_transdiff.kernels.norm import LayerOutput
 
-    return Branch(F.linear(x, layer.weight), layer.bias, gate, dropout.p if dropout.training else 0.0, seed)
+    return LayerOutput(
+        F.linear(x, layer.weight), layer.bias, gate, dropout.p if dropout.training else 0.0, seed
+    )
 
 
-def mlp(layers: MLP, z: Tensor, seeds: tuple[Tensor, ...], gate: Tensor | None = None) -> Branch:
+def mlp(layers: MLP, z: Tensor, seeds: tuple[Tensor, ...], gate: Tensor | None = None) -> LayerOutput:
     """The branch of an MLP, with the ``seeds`` of its two dropouts."""
     from lit_transdiff.kernels.gelu import gelu_dropout
 

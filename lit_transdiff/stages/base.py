@@ -22,9 +22,8 @@ from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.flow.processes import process_class
 from lit_transdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, check_latents, load_autoencoder
-from lit_transdiff.models.execution import compile_blocks, recompute_blocks, round_stream
-from lit_transdiff.models.kernel_blocks import has_kernels, use_kernels
 from lit_transdiff.models.paradigm import Paradigm, build_model, network_class
+from lit_transdiff.stages.blocks import arrange_blocks
 from lit_transdiff.stages.contract import check_family_class
 from lit_transdiff.stages.graph import GraphedObjective
 from lit_transdiff.stages.holders import averages_of
@@ -80,25 +79,6 @@ class Stage(pl.LightningModule):
 def conditions_of(batch: Batch) -> Tensor:
     """Labels [B], or the conditions that replace them."""
     return batch.labels if batch.conditions is None else batch.conditions
-
-
-def arrange_blocks(model: Paradigm, run: RunConfig) -> None:
-    """Let the blocks of a model run as the settings of training say."""
-    training, stacks = run.training, model.block_lists()
-    blocks = [block for stack in stacks.values() for block in stack]
-    kernels = training.kernels is True or (
-        training.kernels == "auto" and run.distributed.strategy != "zero3"  # which gathers layer by layer
-    )
-    if training.compile is True:
-        compile_blocks(blocks)
-    elif training.compile == "auto":
-        compile_blocks((block for block in blocks if not (kernels and has_kernels(block))), ["cuda"])
-    if kernels:
-        use_kernels(model)
-    if training.residual_dtype == "bf16":
-        round_stream(blocks, torch.bfloat16)
-    for name in training.recomputed(stacks):
-        recompute_blocks(stacks[name], training.activation_checkpointing_every)
 
 
 class TransDiffStage(Stage):

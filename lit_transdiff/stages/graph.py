@@ -81,7 +81,7 @@ def capture(once: nn.Module, sample: tuple[Tensor, ...]) -> PassFn:
     """``once`` as CUDA graphs on the memory of ``sample``."""
     with warnings.catch_warnings():  # the warm-up passes, on a stream of their own, are alive at the capture
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-        return torch.cuda.make_graphed_callables(once, sample, allow_unused_input=True)  # type: ignore[no-any-return]
+        return torch.cuda.make_graphed_callables(once, sample, allow_unused_input=True)  # type: ignore[return-value]
 
 
 @contextmanager

@@ -72,10 +72,10 @@ def test_seeds_follow_the_generator_of_the_device():
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes milliseconds for each operation on a tile."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(gelu, "ROWS", 16)
-        monkeypatch.setattr(gelu, "TILES", 2)
-        monkeypatch.setattr(norm, "TOKENS", 16)
-        monkeypatch.setattr(norm, "TILES", 1)
+        monkeypatch.setattr(gelu, "GELU_ROWS", 16)
+        monkeypatch.setattr(gelu, "GELU_TILES", 2)
+        monkeypatch.setattr(norm, "NORM_TOKENS", 16)
+        monkeypatch.setattr(norm, "NORM_TILES", 1)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_the_residual_stream(stream: torch.dtype, p: float, rows: int):
     bias, weight, norm_bias = (numbers(width) for _ in range(3))
     modulation = numbers(3, max(rows, 1), 2 * width)[..., :width].detach().requires_grad_()
     gate, shift, scale = modulation if rows else [None] * 3
-    branch, after = norm.Branch(y, bias, gate, p, SEED), norm.Norm(weight, norm_bias, shift, scale)
+    branch, after = norm.LayerOutput(y, bias, gate, p, SEED), norm.Norm(weight, norm_bias, shift, scale)
     inputs = [z for z in (x, y, bias, weight, norm_bias, gate, shift, scale) if z is not None]
     mine, plain = norm.add_norm(x, branch, after), norm.plain_add_norm(x, branch, after, dtype)
     compare(list(mine), list(plain), inputs, dtype)
@@ -114,7 +114,7 @@ def test_the_residual_stream(stream: torch.dtype, p: float, rows: int):
 def test_one_half_of_the_residual_stream(only: str):
     x, y, bias, weight, norm_bias = numbers(1, 3, 8), numbers(1, 3, 8), numbers(8), numbers(8), numbers(8)
     if only == "branch":
-        branch, after, inputs = norm.Branch(y, bias, None, 0.3, SEED), None, [x, y, bias]
+        branch, after, inputs = norm.LayerOutput(y, bias, None, 0.3, SEED), None, [x, y, bias]
     else:
         branch, after, inputs = None, norm.Norm(weight, norm_bias), [x, weight, norm_bias]
     with torch.autocast(DEVICE.type, torch.bfloat16):

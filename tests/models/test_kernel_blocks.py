@@ -21,10 +21,10 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes milliseconds for each operation on a tile."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(gelu, "ROWS", 16)
-        monkeypatch.setattr(gelu, "TILES", 2)
-        monkeypatch.setattr(norm, "TOKENS", 16)
-        monkeypatch.setattr(norm, "TILES", 1)
+        monkeypatch.setattr(gelu, "GELU_ROWS", 16)
+        monkeypatch.setattr(gelu, "GELU_TILES", 2)
+        monkeypatch.setattr(norm, "NORM_TOKENS", 16)
+        monkeypatch.setattr(norm, "NORM_TILES", 1)
 
 
 def build(references: int, dropout: float) -> torch.nn.Module:

@@ -137,7 +137,7 @@ def test_a_family_that_decides_on_the_host_runs_as_it_is(tmp_path: Path, caplog:
     torch.manual_seed(0)
     assert rows.equal(stage.losses(moments, labels, normal())[0])
     assert "the passes run without graphs: this family computes other things at every pass" in caplog.text
-    with pytest.raises(ValueError, match="training.cuda_graphs: got True; allowed: 'auto' or false, as"):
+    with pytest.raises(ValueError, match=r"training\.cuda_graphs: got True; allowed: 'auto' or false, as"):
         graphed(stage)(moments, labels, normal)
 
 

@@ -1,0 +1,29 @@
+"""How the blocks of a model run in training: by kernels, compiled, with a rounded stream, recomputed."""
+
+from __future__ import annotations
+
+import torch
+
+from lit_transdiff.config import RunConfig
+from lit_transdiff.models.execution import compile_blocks, recompute_blocks, round_stream
+from lit_transdiff.models.kernel_blocks import has_kernels, use_kernels
+from lit_transdiff.models.paradigm import Paradigm
+
+
+def arrange_blocks(model: Paradigm, run: RunConfig) -> None:
+    """Let the blocks of a model run as the settings of training say."""
+    training, stacks = run.training, model.block_lists()
+    blocks = [block for stack in stacks.values() for block in stack]
+    kernels = training.kernels is True or (
+        training.kernels == "auto" and run.distributed.strategy != "zero3"  # which gathers layer by layer
+    )
+    if training.compile is True:
+        compile_blocks(blocks)
+    elif training.compile == "auto":
+        compile_blocks((block for block in blocks if not (kernels and has_kernels(block))), ["cuda"])
+    if kernels:
+        use_kernels(model)
+    if training.residual_dtype == "bf16":
+        round_stream(blocks, torch.bfloat16)
+    for name in training.recomputed(stacks):
+        recompute_blocks(stacks[name], training.activation_checkpointing_every)
