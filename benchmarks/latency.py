@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "FlowAR": (FlowARConfig, FLOW),
     "MAR, 16 parts": (MARConfig, {**CHAIN, "num_parts": 16}),
 }
-WAYS = ("eager", "graphs", "compiled", "compiled, graphs")
+WAYS = ("eager", "graphs", "compiled", "compiled, graphs", "kernels", "kernels, graphs")
 KEYS = ("family", "size", "batch", "steps")
 QUALITY = Path(__file__).parent / "latency_quality.md"  # the end of the page
 
@@ -66,19 +66,20 @@ class Case:
     ways: tuple[str, ...] = ("eager", "graphs")
 
 
+ALL = ("kernels, graphs", "graphs", "compiled, graphs")
 # The most important first: what is left when the time is over is not measured.
 PLAN = (
-    Case("TransDiff", "base", 1, 12, WAYS),
-    Case("TransDiff", "base", 64, 12, WAYS),
-    Case("MRAR, 4 images", "base", 1, 12, ("eager", "graphs", "compiled, graphs")),
-    Case("MRAR, 4 images", "base", 64, 12, ("eager", "graphs", "compiled, graphs")),
-    Case("TransDiff", "base", 1, 50),
-    Case("TransDiff", "base", 1, 100),
-    Case("TransDiff", "base", 8, 12, ("eager", "graphs", "compiled, graphs")),
-    Case("TransDiff", "small", 1, 12),
-    Case("TransDiff", "small", 64, 12),
-    Case("TransDiff", "large", 1, 12, ("eager", "graphs", "compiled, graphs")),
-    Case("TransDiff", "large", 64, 12, ("eager", "graphs", "compiled, graphs")),
+    Case("TransDiff", "base", 1, 12, ("eager", *ALL)),
+    Case("TransDiff", "base", 64, 12, ("eager", *ALL, "compiled", "kernels")),
+    Case("MRAR, 4 images", "base", 1, 12, ("eager", *ALL)),
+    Case("MRAR, 4 images", "base", 64, 12, ("eager", *ALL)),
+    Case("TransDiff", "base", 8, 12, ("eager", *ALL)),
+    Case("TransDiff", "base", 1, 50, ("eager", "kernels, graphs")),
+    Case("TransDiff", "base", 1, 100, ("eager", "kernels, graphs")),
+    Case("TransDiff", "small", 1, 12, ("eager", "kernels, graphs")),
+    Case("TransDiff", "small", 64, 12, ("eager", "kernels, graphs")),
+    Case("TransDiff", "large", 1, 12, ("eager", "kernels, graphs")),
+    Case("TransDiff", "large", 64, 12, ("eager", "kernels, graphs")),
     Case("SiT", "base", 1, 12),
     Case("SiT", "base", 64, 12),
     Case("DiT", "base", 1, 12),
@@ -104,6 +105,12 @@ def generator_of(case: Case, device: torch.device, precision: str) -> Generator:
     return Generator(model, autoencoder, RunConfig(model=config), []).at(precision)  # type: ignore[arg-type]
 
 
+def made(plain: Generator, way: str) -> Generator:
+    """The generator that draws in this way."""
+    compile, graphs, kernels = (word in way for word in ("compiled", "graphs", "kernels"))
+    return replace(plain, compile=compile, cuda_graphs=graphs, kernels=kernels)
+
+
 def settings_of(case: Case, precision: str) -> SamplingConfig:
     return SamplingConfig(num_steps=case.steps, precision=precision, **FAMILIES[case.family][1])  # type: ignore[arg-type]
 
@@ -118,14 +125,7 @@ def measured(
     expected: Tensor | None = None
     for way in ways:
         free(device)
-        generator = Generator(
-            plain.model,
-            plain.autoencoder,
-            plain.run,
-            [],
-            compile="compiled" in way,
-            cuda_graphs="graphs" in way,
-        )
+        generator = made(plain, way)
 
         def draw(generator: Generator = generator) -> Tensor:
             return generator.latents(labels, seeds, sampling)
@@ -157,9 +157,7 @@ def free(device: torch.device) -> None:
 def profile(case: Case, way: str, device: torch.device, precision: str, most: int = 25) -> str:
     """The kernels of one call that take the most time."""
     plain = generator_of(case, device, precision)
-    generator = Generator(
-        plain.model, plain.autoencoder, plain.run, [], compile="compiled" in way, cuda_graphs="graphs" in way
-    )
+    generator = made(plain, way)
     labels, seeds = torch.arange(case.batch, device=device) % 10, list(range(case.batch))
     for _ in range(4):
         generator.latents(labels, seeds, settings_of(case, precision))
@@ -229,7 +227,7 @@ def run(args: argparse.Namespace) -> None:
     about = {"machine": machine(device), "precision": args.precision, "date": time.strftime("%d %B %Y")}
     print(f"{about}\n| family | size | images | steps | way | ms | ms an image | first, s | difference |")
     for case in plan:
-        ways = [way for way in case.ways if device.type == "cuda" or "graphs" not in way]
+        ways = [way for way in case.ways if device.type == "cuda" or way in ("eager", "compiled")]
         if time.monotonic() - start > args.budget:
             print(f"left out, no time: {case}", flush=True)
             continue
@@ -247,7 +245,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"FAILED {case}: {type(error).__name__}: {error}", flush=True)
     if device.type == "cuda" and args.profile:
         for case in PLAN[:2]:
-            for way in ("graphs", "compiled, graphs"):
+            for way in ("kernels, graphs", "compiled, graphs"):
                 print(profile(case, way, device, args.precision), flush=True)
 
 

@@ -24,6 +24,7 @@ from lit_transdiff.kernels.norm_passes import add_norm_backward, add_norm_forwar
 NORM_TOKENS = 1  # tokens of a tile
 NORM_TILES = 16  # tiles that one program computes one after the other
 NORM_STAGES, NORM_STAGES_BACK = 2, 3  # tiles in flight; the fastest on an H100 at widths of 768 and 1024
+NORM_MANY = 8192  # tokens from which all processors have programs of so many tiles; of fewer, of one
 NORM_COLUMNS = 256  # columns that one program adds up over the tiles of a row
 
 
@@ -97,12 +98,13 @@ class AddNorm(torch.autograd.Function):
         out = x if y is None else torch.empty_like(x)
         z = torch.empty(x.shape, dtype=dtype, device=x.device) if normal else None
         moments = torch.empty(2, rows * tokens, device=x.device) if normal else None
+        tiles = NORM_TILES if rows * tokens >= NORM_MANY else 1
         ctx.settings = dict(
             THRESHOLD=threshold_of(p) if seed is not None else 0, SCALE=1 / (1 - p),
             BRANCH=y is not None, GATE=gate is not None, NORM=normal, MODULATION=shift is not None,
-            W=triton.next_power_of_2(width), T=NORM_TOKENS, TILES=NORM_TILES,
+            W=triton.next_power_of_2(width), T=NORM_TOKENS, TILES=tiles,
         )  # fmt: skip
-        ctx.grid = (triton.cdiv(tokens, NORM_TOKENS * NORM_TILES), rows)
+        ctx.grid = (triton.cdiv(tokens, NORM_TOKENS * tiles), rows)
         add_norm_forward[ctx.grid](
             x, y, bias, gate, weight, norm_bias, shift, scale, seed, out, z, moments, tokens, width,
             rows * tokens, eps, stride(gate), stride(shift), stride(scale), **ctx.settings,

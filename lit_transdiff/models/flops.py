@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_transdiff.models.paradigm import Paradigm, build_model, network_class
 
 if TYPE_CHECKING:
-    from lit_transdiff.config import ModelSettings
+    from lit_transdiff.config import ModelSettings, SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,13 @@ def row_cost(config: ModelSettings, draws: int, head_alone: bool = False) -> Row
             each[name] = number * base.stacks[name]
         COUNTED[key] = RowCost(base.flops + flops, base.tokens, each)
     return COUNTED[key]
+
+
+def flops_of_row(model: Paradigm, sampling: SamplingConfig) -> float:
+    """About the floating-point operations of the solver's network for a row of images."""
+    inside, cost = {*model.evaluated.modules()}, row_cost(model.config, draws=1).stacks
+    once = sum(cost[name] for name, blocks in model.block_lists().items() if blocks[0] in inside)
+    return once * sampling.num_steps * (2 if sampling.guidance_scale > 1 else 1)
 
 
 def count_row(config: ModelSettings, blocks: Mapping[str, int], draws: int, head_alone: bool) -> RowCost:

@@ -125,11 +125,17 @@ class SelfAttention(nn.Module):
         x's, too; of successive ``groups`` of x a token sees its own and those before it (see ``attend``).
         Returns [B, N, D].
         """
+        return self.dropout(self.proj(self.heads(x, groups, past)))
+
+    def heads(
+        self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None
+    ) -> Tensor:
+        """The outputs [B, N, D] of the heads, before their projection."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         if past is not None:
             k, v = past.extend(k, v)
         y = attend(q, k, v, groups, self.attention_dropout if self.training else 0.0)
-        return self.dropout(self.proj(rearrange(y, "b h n d -> b n (h d)")))
+        return rearrange(y, "b h n d -> b n (h d)")
 
 
 class CrossAttention(nn.Module):
@@ -161,13 +167,17 @@ class CrossAttention(nn.Module):
         A share's rows are ordered (draw, image) over the rows of its keys and values. All draws of an image
         share them: their queries stand in one row. Returns [(V B), N, D].
         """
+        return self.dropout(self.proj(self.heads(x, keys_values)))
+
+    def heads(self, x: Tensor, keys_values: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The outputs [(V B), N, D] of the heads, before their projection."""
         dropout = self.attention_dropout if self.training else 0.0
         shares = []
         for rows, (k, v) in zip(self.query(x).chunk(len(keys_values)), keys_values, strict=True):
             q = rearrange(rows, "(m b) n (h d) -> b h (m n) d", b=len(k), h=self.num_heads)
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
             shares.append(rearrange(y, "b h (m n) d -> (m b) n (h d)", n=x.shape[1]))
-        return self.dropout(self.proj(shares[0] if len(shares) == 1 else torch.cat(shares)))
+        return shares[0] if len(shares) == 1 else torch.cat(shares)
 
 
 class TimeEmbedding(nn.Module):

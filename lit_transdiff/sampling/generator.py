@@ -24,8 +24,9 @@ from lit_transdiff.flow.guidance import PART_GUIDANCE
 from lit_transdiff.flow.process import Process
 from lit_transdiff.flow.processes import process_class
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
+from lit_transdiff.models.drawing_blocks import has_drawing_kernels, use_drawing_kernels
 from lit_transdiff.models.execution import compile_evaluated, round_linear, twin
-from lit_transdiff.models.flops import row_cost
+from lit_transdiff.models.flops import flops_of_row
 from lit_transdiff.models.linear import pack_products
 from lit_transdiff.models.paradigm import Paradigm, Problem, build_model, network_class
 from lit_transdiff.models.state_dicts import check_layout
@@ -97,13 +98,6 @@ def sampler_of(problem: Problem, sampling: SamplingConfig) -> SamplingConfig:
     )
 
 
-def flops_of_row(model: Paradigm, sampling: SamplingConfig) -> float:
-    """About the floating-point operations of the solver's network for a row of images."""
-    inside, cost = {*model.evaluated.modules()}, row_cost(model.config, draws=1).stacks
-    once = sum(cost[name] for name, blocks in model.block_lists().items() if blocks[0] in inside)
-    return once * sampling.num_steps * (2 if sampling.guidance_scale > 1 else 1)
-
-
 @dataclass(eq=False)
 class Generator:
     """A trained model for sampling images: ``load_generator("runs/x").images(labels, seeds)``.
@@ -124,6 +118,7 @@ class Generator:
     # torch.compile for the blocks that a solver evaluates (a failure is logged); None: for many images
     compile: bool | None = False
     cuda_graphs: bool | None = False  # CUDA graphs of the solver's steps; None: on GPUs
+    kernels: bool = True  # Triton kernels in blocks that have them, in bfloat16 on a GPU, unless compiled
 
     def __post_init__(self) -> None:
         require(not self.cuda_graphs or self.device.type == "cuda", "CUDA graphs", str(self.device), "a GPU")
@@ -147,8 +142,14 @@ class Generator:
         """The generator for so many rows of images: where ``compile`` is None, many are worth its start."""
         if self.compile is not None:
             return self
-        many = self.device.type == "cuda" and rows * flops_of_row(self.model, sampling) >= MANY_FLOPS
-        return replace(self, compile=many)
+        slow = self.device.type == "cuda" and not (self.takes_kernels and has_drawing_kernels(self.model))
+        return replace(self, compile=slow and rows * flops_of_row(self.model, sampling) >= MANY_FLOPS)
+
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether blocks use the kernels that they have."""
+        fits = self.device.type == "cuda" and self.precision == "bf16"
+        return fits and self.kernels and not self.compile
 
     @property
     def precision(self) -> Precision:
@@ -168,6 +169,8 @@ class Generator:
             round_linear(network)
             if self.device.type == "cpu" and not self.compile:
                 pack_products(network)
+        if self.takes_kernels:
+            use_drawing_kernels(network)
         if self.compile:
             compile_evaluated(network)
         if self.graphs is not None:

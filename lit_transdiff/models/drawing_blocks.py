@@ -1,0 +1,141 @@
+"""The blocks of encoder and decoder in sampling on GPUs, by the kernels of ``lit_transdiff.kernels``.
+
+What stands between the matrix products and torch's attention, which has no dropout here, is one kernel each:
+bias, gate, residual stream and the next normalisation; bias and GELU. The stream stays in float32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_transdiff.models.decoder import DecoderBlock, FinalLayer, KeysValuesPair
+from lit_transdiff.models.encoder import EncoderBlock
+from lit_transdiff.models.kernel_blocks import HAS_TRITON, norm_of
+from lit_transdiff.models.layers import MLP, KeysValues
+
+if TYPE_CHECKING:
+    from lit_transdiff.kernels.norm import LayerOutput
+
+log = logging.getLogger(__name__)
+
+
+def use_drawing_kernels(model: nn.Module) -> None:
+    """Let the modules of a model that only draws use their kernels wherever they apply."""
+    for module in model.modules() if HAS_TRITON else ():
+        kernels = DRAWING.get(type(module))
+        if kernels is not None:
+            module.forward = partial(kernels, module, module.forward)  # type: ignore[method-assign]
+
+
+def has_drawing_kernels(model: nn.Module) -> bool:
+    """Whether there are kernels for blocks of a model."""
+    return HAS_TRITON and any(type(module) in DRAWING for module in model.modules())
+
+
+def draws_by_kernels(x: Tensor) -> bool:
+    """Whether kernels apply: without gradients, in autocast's precision, on a GPU on which they work."""
+    kind = x.device.type
+    wanted = kind == "cuda" and not torch.is_grad_enabled() and torch.is_autocast_enabled(kind)
+    return wanted and kernels_work(x.device, torch.get_autocast_dtype(kind))
+
+
+@cache
+def kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton compiles the kernels for a device; if not, log why."""
+    try:
+        from lit_transdiff.kernels.norm import LayerOutput, Norm, add_norm
+
+        x, ones = torch.ones(1, 1, 16, device=device), torch.ones(16, device=device)
+        add_norm(x, LayerOutput(x.to(dtype), ones), Norm(ones, ones))
+    except Exception as error:  # compilers and their tools have no common error class
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        log.warning("the kernels for sampling do not work here, its blocks run without: %s", reason)
+        return False
+    return True
+
+
+def draw_encoder_block(
+    block: EncoderBlock,
+    plain: Callable[..., Tensor],
+    x: Tensor,
+    groups: tuple[int, ...] | None = None,
+    past: KeysValues | None = None,
+) -> Tensor:
+    """``EncoderBlock.forward``; ``plain`` is that of the block."""
+    if not draws_by_kernels(x):
+        return plain(x, groups, past)
+    from lit_transdiff.kernels.norm import add_norm
+
+    x, z = add_norm(x, None, norm_of(block.norm1))
+    y = block.attention.heads(z, groups, past)
+    x, z = add_norm(x, added(y, block.attention.proj), norm_of(block.norm2))
+    return add_norm(x, mlp_of(block.mlp, z), None)[0]
+
+
+def draw_decoder_block(
+    block: DecoderBlock,
+    plain: Callable[..., Tensor],
+    x: Tensor,
+    modulation: Tensor,
+    keys_values: tuple[KeysValuesPair, ...],
+) -> Tensor:
+    """``DecoderBlock.forward``; ``plain`` is that of the block."""
+    if not draws_by_kernels(x):
+        return plain(x, modulation, keys_values)
+    from lit_transdiff.kernels.norm import add_norm
+
+    rows = (block.scale_shift_table + modulation).float().unbind(1)
+    shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = rows
+    within, across = block.self_attention, block.cross_attention
+    x, z = add_norm(x, None, norm_of(block.norm1, shift_attention, scale_attention))
+    x, z = add_norm(x, added(within.heads(z), within.proj, gate_attention), norm_of(block.norm2))
+    y = across.heads(z, keys_values)
+    x, z = add_norm(x, added(y, across.proj), norm_of(block.norm3, shift_mlp, scale_mlp))
+    return add_norm(x, mlp_of(block.mlp, z, gate_mlp), None)[0]
+
+
+def draw_final_layer(layer: FinalLayer, plain: Callable[..., Tensor], x: Tensor, embedding: Tensor) -> Tensor:
+    """``FinalLayer.forward``; ``plain`` is that of the layer."""
+    if not draws_by_kernels(x):
+        return plain(x, embedding)
+    from lit_transdiff.kernels.norm import Norm, add_norm
+
+    shift, scale = (layer.scale_shift_table + embedding[:, None]).float().unbind(1)
+    ones = torch.ones(x.shape[-1], device=x.device)
+    _, z = add_norm(x, None, Norm(ones, torch.zeros_like(ones), shift, scale, layer.norm.eps))
+    return layer.linear(z)  # type: ignore[no-any-return]
+
+
+def added(x: Tensor, layer: nn.Linear, gate: Tensor | None = None) -> LayerOutput:
+    """A layer's product with ``x``, to which the stream adds its bias and gate."""
+    from lit_transdiff.kernels.norm import LayerOutput
+
+    return LayerOutput(F.linear(x, layer.weight), layer.bias, gate)
+
+
+def mlp_of(layers: MLP, z: Tensor, gate: Tensor | None = None) -> LayerOutput:
+    """The branch of an MLP."""
+    from lit_transdiff.kernels.gelu import gelu_dropout
+
+    inner = gelu_dropout(F.linear(z, layers.fc1.weight), layers.fc1.bias, no_seed(z.device), 0.0)
+    return added(inner, layers.fc2, gate)
+
+
+@cache  # captured graphs read it
+def no_seed(device: torch.device) -> Tensor:
+    """A seed of masks that drop nothing."""
+    return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+DRAWING: dict[type[nn.Module], Callable[..., Tensor]] = {
+    EncoderBlock: draw_encoder_block,
+    DecoderBlock: draw_decoder_block,
+    FinalLayer: draw_final_layer,
+}
