@@ -118,7 +118,8 @@ class Generator:
     # torch.compile for the blocks that a solver evaluates (a failure is logged); None: for many images
     compile: bool | None = False
     cuda_graphs: bool | None = False  # CUDA graphs of the solver's steps; None: on GPUs
-    kernels: bool = True  # Triton kernels in blocks that have them, in bfloat16 on a GPU, unless compiled
+    # Triton kernels in blocks that have them, in bfloat16 on a GPU, unless compiled; not yet run on a GPU
+    kernels: bool = False
 
     def __post_init__(self) -> None:
         require(not self.cuda_graphs or self.device.type == "cuda", "CUDA graphs", str(self.device), "a GPU")
