@@ -118,8 +118,7 @@ class Generator:
     # torch.compile for the blocks that a solver evaluates (a failure is logged); None: for many images
     compile: bool | None = False
     cuda_graphs: bool | None = False  # CUDA graphs of the solver's steps; None: on GPUs
-    # Triton kernels in blocks that have them, in bfloat16 on a GPU, unless compiled; not yet run on a GPU
-    kernels: bool = False
+    kernels: bool = False  # Triton kernels in bfloat16 on a GPU, unless compiled; no GPU has run them yet
 
     def __post_init__(self) -> None:
         require(not self.cuda_graphs or self.device.type == "cuda", "CUDA graphs", str(self.device), "a GPU")
