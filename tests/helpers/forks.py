@@ -27,7 +27,8 @@ from tests.helpers.processes import ENVIRONMENT, free_port
 from tests.helpers.small import ROOT
 
 PROGRAM = "lit_transdiff.__main__"
-FORKED_RANKS = ("--start_method", "fork", "--run_path", __file__)  # options of torchrun
+# Options of torchrun, which looks so often (in seconds) that it sees which rank ended first.
+FORKED_RANKS = ("--monitor_interval", "0.01", "--start_method", "fork", "--run_path", __file__)
 # A process has one server, which also forks its data workers.
 PRELOAD.extend([PROGRAM, "lit_transdiff.cli.pipeline", "torch.distributed.run", __name__])
 CONTEXT = clean_context()
