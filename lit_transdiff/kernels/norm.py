@@ -88,9 +88,8 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, bias: Tensor | None, gate: Tensor | None,
-        weight: Tensor | None,
-        norm_bias: Tensor | None, shift: Tensor | None, scale: Tensor | None, seed: Tensor | None, p: float,
-        eps: float, dtype: torch.dtype,
+        weight: Tensor | None, norm_bias: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+        seed: Tensor | None, p: float, eps: float, dtype: torch.dtype,
     ) -> Any:  # fmt: skip
         x = x.contiguous()
         y = None if y is None else y.contiguous()

@@ -4,6 +4,7 @@ epoch once.
 
 import json
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from lit_transdiff.distributed import build_fabric
 from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.prepare import cache
 from lit_transdiff.evaluation.statistics import reference_statistics, save_statistics
-from tests.helpers.forks import forked
-from tests.helpers.processes import values
+from tests.helpers.forks import Forked, forked
+from tests.helpers.processes import background, command_line, values
 from tests.helpers.shards import CLASSES, PER_CLASS, write_image_folder
 from tests.helpers.small import FASHION, small_run
 
@@ -113,7 +114,11 @@ def start(run: RunConfig, processes: int, where: str = "nowhere", step: int = 0,
     file = Path(run.output_dir) / f"{run.name}.json"
     file.write_text(json.dumps(to_dict(run)))
     log = file.with_suffix(".log")
-    process = forked(processes, "tests.helpers.killed", str(file), where, str(step), str(rank), log=log)
+    program = ("tests.helpers.killed", str(file), where, str(step), str(rank))
+    if processes == 1 or where == "nowhere":
+        process: Forked | subprocess.Popen = forked(processes, *program, log=log)
+    else:  # of ranks that it forks, torchrun may name the one that lost the other
+        process = background(command_line(processes, "-m", *program), log)
     code, text = process.wait(300), log.read_text()
     if where == "nowhere":
         assert code == 0, text
