@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_transdiff.base.student import student
 from lit_transdiff.evaluation.functions import frechet_values
-from lit_transdiff.evaluation.groups import checked_limit, groups_of, jackknife_error, student
+from lit_transdiff.evaluation.groups import checked_limit, groups_of, jackknife_error
 from lit_transdiff.evaluation.kernels import cmmd_values
 from lit_transdiff.evaluation.moments import Gaussian
 from lit_transdiff.evaluation.sliced import directions, mind_values

@@ -52,15 +52,16 @@ class ShardJournal:
             present = [
                 name for name in contents(self.folder) if not name.startswith((".", f"{self.plan_file}."))
             ]
-            # just created
-            present = [] if present == [RECORDS] and contents(self.folder / RECORDS) == [LOCK] else present
-            if present:
+            if present == [RECORDS] and set(contents(self.folder / RECORDS)) <= {LOCK}:  # just created
+                present = []
+            if present and not path.exists():  # another process may have written it since
                 raise ValueError(
                     f"{self.folder} already holds {present[0]} ({len(present)} files and folders) but no "
                     f"{self.plan_file}, which "
                     f"says how shards in it were made; choose an empty folder."
                 )
-            return
+            if not path.exists():
+                return
         before, now = read_json(path), json.loads(json.dumps(plan))
         different = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
         unknown = [name for name in different if name in NEWER and name not in before]

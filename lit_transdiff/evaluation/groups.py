@@ -7,14 +7,12 @@ resample has the bias of fewer images on top of that of the original. Shapes: N 
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
 
 GROUPS = (20, 30, 40, 50)  # numbers of groups, the first that divides the images of a class
 DISJOINT_PARTS = 10  # disjoint parts of the images, each of whole groups
-CONFIDENCE = 0.95
 
 
 def groups_of(labels: Tensor, *, balanced: bool = True, rows: int = 1) -> Tensor | None:
@@ -63,13 +61,3 @@ def checked_limit(values: Tensor, half: Tensor) -> float | None:
 def mean_error(parts: Tensor) -> float:
     """The standard error of the mean of a score's values on disjoint parts."""
     return float(parts.double().std()) / math.sqrt(len(parts))
-
-
-@cache
-def student(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """The two-sided critical value of Student's t; NaN without a degree of freedom."""
-    if freedom <= 0:
-        return math.nan
-    from scipy.stats import t
-
-    return float(t.ppf((1 + confidence) / 2, freedom))

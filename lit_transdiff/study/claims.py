@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from statistics import mean, stdev
 
-from lit_transdiff.evaluation.groups import CONFIDENCE, student
+from lit_transdiff.base.student import CONFIDENCE, student
 
 FEWEST = 6  # seeds: if all agree, the sign test's p is 2 / 2^6 = 0.03; with five it is 0.06
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lit_transdiff.evaluation.groups import CONFIDENCE, jackknife_error, mean_error, student
+from lit_transdiff.base.student import CONFIDENCE, student
+from lit_transdiff.evaluation.groups import jackknife_error, mean_error
 from lit_transdiff.evaluation.scores import value
 from lit_transdiff.study.records import Evaluation
 from lit_transdiff.study.scored import FULL, Entry, extractor_of, higher_is_better, metric_of, title_of

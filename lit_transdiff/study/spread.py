@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from lit_transdiff.evaluation.groups import CONFIDENCE
+from lit_transdiff.base.student import CONFIDENCE
 from lit_transdiff.study.repeats import Pooled, over
 
 
