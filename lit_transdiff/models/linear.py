@@ -13,7 +13,7 @@ then of sums that were not rounded before.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -27,7 +27,6 @@ from lit_transdiff.base.hardware import has_fast_bfloat16, mkl_lags
 from lit_transdiff.models.layers import MLP
 
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-HAS_PACKING = HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 WORTHWHILE = 8e6  # multiply-adds of a product from which oneDNN's longer call pays
 
 
@@ -39,12 +38,22 @@ def use_faster_product(model: nn.Module) -> None:
 
 def pack_products(model: nn.Module) -> None:
     """Keep the bfloat16 weights of a model that only draws in oneDNN's order, too, on CPUs with bfloat16."""
-    if not HAS_PACKING or not has_fast_bfloat16():
+    if not has_fast_bfloat16() or not packs():
         return
     choose_product(model)
     for module in model.modules():
         if isinstance(module, nn.Linear) and "forward" in vars(module):
             module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+
+
+@cache
+def packs() -> bool:
+    """Whether oneDNN orders bfloat16 weights here, which its own settings can forbid, too."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.ones(2, 2, dtype=torch.bfloat16))
+    except (AttributeError, RuntimeError):  # no such operation; not on this processor
+        return False
+    return True
 
 
 def choose_product(model: nn.Module) -> None:

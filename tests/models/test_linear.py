@@ -116,7 +116,7 @@ def test_torchs_counter_counts_it():
     assert counter.get_total_flops() == 3 * 2 * 10 * 12 * 9
 
 
-@pytest.mark.skipif(not linear.HAS_PACKING, reason="this build of torch packs no weights")
+@pytest.mark.skipif(not linear.packs(), reason="no packed bfloat16 weights on this processor")
 @pytest.mark.parametrize("tanh", [False, True])
 def test_packed_weights_give_the_products_of_bfloat16(tanh: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(linear, "has_fast_bfloat16", lambda: True)
