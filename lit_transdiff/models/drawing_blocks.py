@@ -6,7 +6,6 @@ bias, gate, residual stream and the next normalisation; bias and GELU. The strea
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -17,13 +16,11 @@ from torch import Tensor, nn
 
 from lit_transdiff.models.decoder import DecoderBlock, FinalLayer, KeysValuesPair
 from lit_transdiff.models.encoder import EncoderBlock
-from lit_transdiff.models.kernel_blocks import HAS_TRITON, norm_of
+from lit_transdiff.models.kernel_blocks import HAS_TRITON, final_norm, kernels_work, norm_of
 from lit_transdiff.models.layers import MLP, KeysValues
 
 if TYPE_CHECKING:
     from lit_transdiff.kernels.norm import LayerOutput
-
-log = logging.getLogger(__name__)
 
 
 def use_drawing_kernels(model: nn.Module) -> None:
@@ -44,21 +41,6 @@ def draws_by_kernels(x: Tensor) -> bool:
     kind = x.device.type
     wanted = kind == "cuda" and not torch.is_grad_enabled() and torch.is_autocast_enabled(kind)
     return wanted and kernels_work(x.device, torch.get_autocast_dtype(kind))
-
-
-@cache
-def kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton compiles the kernels for a device; if not, log why."""
-    try:
-        from lit_transdiff.kernels.norm import LayerOutput, Norm, add_norm
-
-        x, ones = torch.ones(1, 1, 16, device=device), torch.ones(16, device=device)
-        add_norm(x, LayerOutput(x.to(dtype), ones), Norm(ones, ones))
-    except Exception as error:  # compilers and their tools have no common error class
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        log.warning("the kernels for sampling do not work here, its blocks run without: %s", reason)
-        return False
-    return True
 
 
 def draw_encoder_block(
@@ -105,12 +87,7 @@ def draw_final_layer(layer: FinalLayer, plain: Callable[..., Tensor], x: Tensor,
     """``FinalLayer.forward``; ``plain`` is that of the layer."""
     if not draws_by_kernels(x):
         return plain(x, embedding)
-    from lit_transdiff.kernels.norm import Norm, add_norm
-
-    shift, scale = (layer.scale_shift_table + embedding[:, None]).float().unbind(1)
-    ones = torch.ones(x.shape[-1], device=x.device)
-    _, z = add_norm(x, None, Norm(ones, torch.zeros_like(ones), shift, scale, layer.norm.eps))
-    return layer.linear(z)  # type: ignore[no-any-return]
+    return layer.linear(final_norm(layer, x, embedding))  # type: ignore[no-any-return]
 
 
 def added(x: Tensor, layer: nn.Linear, gate: Tensor | None = None) -> LayerOutput:

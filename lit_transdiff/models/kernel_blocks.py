@@ -8,6 +8,7 @@ use wherever they do not apply: on CPUs, in float32, without gradients, and with
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ from lit_transdiff.models.layers import MLP, KeysValues, SelfAttention
 if TYPE_CHECKING:
     from lit_transdiff.kernels.norm import LayerOutput, Norm
 
+log = logging.getLogger(__name__)
 HAS_TRITON = find_spec("triton") is not None
 HEAD_DIMENSIONS = (16, 32, 64, 128)  # those of the attention kernel
 
@@ -46,9 +48,25 @@ def use_kernels(model: nn.Module) -> None:
 
 
 def takes_kernels(x: Tensor) -> bool:
-    """Whether kernels apply: with gradients, on a GPU, in autocast's bfloat16 or float16."""
-    device = x.device.type
-    return device == "cuda" and torch.is_grad_enabled() and torch.is_autocast_enabled(device)
+    """Whether kernels apply: with gradients, in autocast's bfloat16 or float16, on a GPU where they work."""
+    kind = x.device.type
+    wanted = kind == "cuda" and torch.is_grad_enabled() and torch.is_autocast_enabled(kind)
+    return wanted and kernels_work(x.device, torch.get_autocast_dtype(kind))
+
+
+@cache
+def kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton compiles the kernels for a device; if not, log why."""
+    try:
+        from lit_transdiff.kernels.norm import LayerOutput, Norm, add_norm
+
+        x, ones = torch.ones(1, 1, 16, device=device), torch.ones(16, device=device)
+        add_norm(x, LayerOutput(x.to(dtype), ones), Norm(ones, ones))
+    except Exception as error:  # compilers and their tools have no common error class
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        log.warning("the Triton kernels do not work here, the blocks run without: %s", reason)
+        return False
+    return True
 
 
 def encoder_block(
@@ -110,12 +128,16 @@ def final_layer(layer: FinalLayer, plain: Callable[..., Tensor], x: Tensor, embe
     """``FinalLayer.forward``; ``plain`` is that of the layer."""
     if not takes_kernels(x):
         return plain(x, embedding)
+    return F.linear(final_norm(layer, x, embedding), layer.linear.weight, layer.linear.bias)
+
+
+def final_norm(layer: FinalLayer, x: Tensor, embedding: Tensor) -> Tensor:
+    """The modulated normalisation of a final layer."""
     from lit_transdiff.kernels.norm import Norm, add_norm
 
     shift, scale = (layer.scale_shift_table + embedding[:, None]).float().unbind(1)
     ones = torch.ones(x.shape[-1], device=x.device)
-    _, z = add_norm(x, None, Norm(ones, torch.zeros_like(ones), shift, scale, layer.norm.eps))
-    return F.linear(z, layer.linear.weight, layer.linear.bias)
+    return add_norm(x, None, Norm(ones, torch.zeros_like(ones), shift, scale, layer.norm.eps))[1]
 
 
 def seeds_of(count: int, x: Tensor) -> tuple[Tensor, ...]:

@@ -351,6 +351,12 @@ def test_safety_that_cannot_act_is_refused(tmp_path: Path):
         check_run(small_run(tmp_path, stage="autoencoder", safety={"on_bad_step": "skip"}))
 
 
+def test_kernels_are_refused_where_weights_are_gathered_layer_by_layer(tmp_path: Path):
+    run = small_run(tmp_path, training={"kernels": True}, distributed={"strategy": "zero3"})
+    with pytest.raises(ValueError, match=r"training\.kernels: got True; allowed: 'auto' or false with"):
+        check_run(run)
+
+
 def test_offload_to_disk_that_is_not_possible_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Before anything is built: another stage of ZeRO ignores it, and without
     asynchronous I/O it fails late.

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 from lit_transdiff.config import ModelConfig, SamplingConfig
 from lit_transdiff.kernels import gelu, norm
-from lit_transdiff.models import drawing_blocks
+from lit_transdiff.models import drawing_blocks, kernel_blocks
 from lit_transdiff.models.execution import twin
 from lit_transdiff.models.paradigm import build_model
 from lit_transdiff.sampling.generator import generate
@@ -61,10 +61,10 @@ def test_kernels_that_do_not_work_are_not_used(
         raise RuntimeError("no C compiler\nand more")
 
     monkeypatch.setattr(norm, "add_norm", broken)
-    drawing_blocks.kernels_work.cache_clear()
-    assert not drawing_blocks.kernels_work(torch.device("cpu"), torch.bfloat16)
-    assert not drawing_blocks.kernels_work(torch.device("cpu"), torch.bfloat16)
+    kernel_blocks.kernels_work.cache_clear()
+    assert not kernel_blocks.kernels_work(torch.device("cpu"), torch.bfloat16)
+    assert not kernel_blocks.kernels_work(torch.device("cpu"), torch.bfloat16)
     assert [r.getMessage() for r in caplog.records] == [
-        "the kernels for sampling do not work here, its blocks run without: RuntimeError: no C compiler"
+        "the Triton kernels do not work here, the blocks run without: RuntimeError: no C compiler"
     ]
-    drawing_blocks.kernels_work.cache_clear()
+    kernel_blocks.kernels_work.cache_clear()
