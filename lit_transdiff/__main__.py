@@ -230,14 +230,12 @@ def add_result_commands(
     sub.add_argument(
         "--classes", help="names or numbers, as in sneaker,bag or 0,7 or 0-3; default: the first ten"
     )
-    sub.add_argument("--per-class", type=int, default=8)
+    sub.add_argument("--per-class", type=int, help="images of a class; default: 8, or 1 with --film")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument(
-        "--references", action="store_true", help="show the row of successive images of an MRAR run"
-    )
-    sub.add_argument(
-        "--fuse", choices=("halves", "random"), help="splice the semantic features of two classes"
-    )
+    kinds = sub.add_mutually_exclusive_group()
+    kinds.add_argument("--film", action="store_true", help="show the images part by part, or step by step")
+    kinds.add_argument("--references", action="store_true", help="show the row of successive images of MRAR")
+    kinds.add_argument("--fuse", choices=("halves", "random"), help="splice the features of two classes")
     sub.add_argument(
         "--profile", action="store_true", help="also write a profile of the sampling to the output folder"
     )

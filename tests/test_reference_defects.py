@@ -20,7 +20,7 @@ from lit_transdiff.flow.loss import draw_times
 from lit_transdiff.flow.solvers import time_grid
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.key_names import read_shape, released_shapes
-from lit_transdiff.sampling.generator import generate
+from lit_transdiff.sampling.loop import generate
 from lit_transdiff.stages.optim import lr_factor
 from lit_transdiff.training.trainer import train
 from tests.helpers.small import small_run

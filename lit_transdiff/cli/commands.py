@@ -204,6 +204,7 @@ def sample_command(args: argparse.Namespace) -> None:
     from lit_transdiff.config.targets import fresh_folder
     from lit_transdiff.distributed import default_device
     from lit_transdiff.sampling.draw import draw_fusion, draw_samples
+    from lit_transdiff.sampling.film import draw_film
 
     generator, overrides = trained_generator(args, default_device())
     sampling = override(generator.run, overrides, CHANGEABLE).sampling
@@ -214,12 +215,15 @@ def sample_command(args: argparse.Namespace) -> None:
         not args.fuse or len(classes) == 2, "--classes", args.classes, "with --fuse two classes, as in 0,7"
     )
     output = fresh_folder(Path(args.output or results_folder(args.checkpoint) / "samples" / "drawn"))
-    if args.fuse:
+    per_class = (1 if args.film else 8) if args.per_class is None else args.per_class
+    if args.film:
+        draw = partial(draw_film, generator, classes)
+    elif args.fuse:
         draw = partial(draw_fusion, generator, (classes[0], classes[1]), kind=args.fuse)
     else:
         draw = partial(draw_samples, generator, classes, references=args.references)
     with Profile(output / "profile") if args.profile else nullcontext():
-        print(draw(args.per_class, output, **common))
+        print(draw(per_class, output, **common))
 
 
 def evaluate_command(args: argparse.Namespace) -> None:

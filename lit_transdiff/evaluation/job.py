@@ -34,7 +34,8 @@ from lit_transdiff.evaluation.representations import (
 )
 from lit_transdiff.evaluation.statistics import Statistics
 from lit_transdiff.models.sizes import FLOAT_BYTES, least_of_drawing, room_here
-from lit_transdiff.sampling.generator import Generator, check_sampling
+from lit_transdiff.sampling.generator import Generator
+from lit_transdiff.sampling.loop import check_sampling
 
 
 @dataclass(frozen=True)

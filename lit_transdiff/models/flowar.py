@@ -7,6 +7,7 @@ of all scales, K scales, n tokens of some of them, c numbers of a token, D width
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -280,6 +281,11 @@ class FlowAR(Paradigm):
             if k + 1 < number:
                 x = self.embed(self.enlarged(drawn, config.sides[k + 1])).repeat(times, 1, 1)
         return drawn[:, None]
+
+    def stand_in(self, latest: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The scale before, enlarged."""
+        patch, side = self.config.patch_size, math.isqrt(latest.shape[1])
+        return self.enlarged(unpatchify(latest, patch, side * patch), math.isqrt(shape[0]))
 
     def problem(self, scales: Scales, num_images: int, progress: float) -> Problem:
         """The problem of a scale; the second half of the rows of ``scales`` is the null class's."""

@@ -157,6 +157,10 @@ class Paradigm(nn.Module, ABC):
         yield from ()
         raise AssertionError
 
+    def stand_in(self, latest: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """What a film shows for a part [B, *shape] that is not drawn yet, after ``latest``: zeros."""
+        return latest.new_zeros(len(latest), *shape)
+
     def keep(self) -> Any:
         """What is made once for all images that this model draws (the null class), for ``decode``."""
         return None

@@ -176,6 +176,10 @@ class TransDiff(Paradigm):
         times = torch.full((1,), t, dtype=torch.float32, device=x_t.device)
         return self.velocity(x_t, times, memory).to(x_t.dtype)
 
+    def stand_in(self, latest: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The image of the row before."""
+        return latest
+
     def keep(self) -> Callable[[], Contexts]:
         return null_contexts(self)
 

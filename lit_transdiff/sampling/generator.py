@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,86 +16,21 @@ from einops import rearrange
 from torch import Tensor
 
 from lit_transdiff.base.hardware import fast_precision
-from lit_transdiff.base.randomness import PerImageNormal, mix
+from lit_transdiff.base.randomness import mix
 from lit_transdiff.checkpoints.export import read_export
-from lit_transdiff.config import FlowConfig, ModelSettings, RunConfig, SamplingConfig, require, unknown
+from lit_transdiff.config import RunConfig, SamplingConfig, require, unknown
 from lit_transdiff.config.sampling import Precision
-from lit_transdiff.flow.guidance import PART_GUIDANCE
-from lit_transdiff.flow.process import Process
-from lit_transdiff.flow.processes import process_class
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
 from lit_transdiff.models.drawing_blocks import has_drawing_kernels, use_drawing_kernels
 from lit_transdiff.models.execution import compile_evaluated, round_linear, twin
 from lit_transdiff.models.flops import flops_of_row
 from lit_transdiff.models.linear import pack_products
-from lit_transdiff.models.paradigm import Paradigm, Problem, build_model, network_class
+from lit_transdiff.models.paradigm import Paradigm, build_model
 from lit_transdiff.models.state_dicts import check_layout
-from lit_transdiff.sampling.graphs import CUDARecorder, Graphs, replay, solve_eagerly
+from lit_transdiff.sampling.graphs import CUDARecorder, Graphs, replay
+from lit_transdiff.sampling.loop import Solving, check_sampling, generate
 
 MANY_FLOPS = 3e16  # of the solver's network: a GPU needs 100 s for them, and compilation 20 s
-
-
-def check_sampling(sampling: SamplingConfig, model: ModelSettings) -> None:
-    """Refuse an unknown sampler, or one that does not fit such a model."""
-    kind = network_class(model)
-    process_class(kind.process_of(model)[0]).check_sampling(sampling)
-    model.check_sampling(sampling)
-    if sampling.part_guidance not in PART_GUIDANCE:
-        raise unknown("sampling.part_guidance", sampling.part_guidance, PART_GUIDANCE)
-    allowed = f"null with model.paradigm {model.paradigm}, whose parts are given"
-    require(
-        sampling.num_parts is None or kind.parts_are_free, "sampling.num_parts", sampling.num_parts, allowed
-    )
-    allowed = f"null with model.paradigm {model.paradigm}, which has no references"
-    for name in ("reference_guidance", "reference_steps"):
-        value = getattr(sampling, name)
-        require(value is None or model.has_references(), f"sampling.{name}", value, allowed)
-
-
-@torch.no_grad()
-def generate(
-    model: Paradigm,
-    labels: Tensor,
-    sampling: SamplingConfig,
-    seeds: Sequence[int],
-    contexts: Any = None,
-    kept: Any = None,
-    graphs: Graphs | None = None,
-) -> Tensor:
-    """Sample latents [B, R, c, h, w] for rows of ``labels`` [B] part by part, each given the parts before it.
-
-    All random numbers of a row come from its own seed, so that it does not depend on the rest of the batch.
-    ``contexts`` replace the model's encoding of the labels (see ``Paradigm.fusion``), and ``kept`` is its
-    cache (see ``Paradigm.keep``). ``graphs`` make one of the solver's steps.
-    """
-    process = process_of(*model.process_of(model.config))
-    solution = solve_eagerly if graphs is None else graphs.solve
-    draw = PerImageNormal(seeds, labels.device)
-    decoding = model.decode(labels, sampling, draw, kept, contexts)
-    noise: Tensor | None = None
-    try:
-        problem = next(decoding)
-        while True:
-            if noise is None or not problem.reuses_noise:
-                noise = draw(*problem.shape)
-            problem = decoding.send(solution(process, problem, noise, draw, sampler_of(problem, sampling)))
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-
-
-@lru_cache
-def process_of(name: str, prediction: str) -> Process:
-    """The process of a family, one object for all batches."""
-    return process_class(name)(FlowConfig(), prediction)
-
-
-def sampler_of(problem: Problem, sampling: SamplingConfig) -> SamplingConfig:
-    """The sampler of a part, with its guidance and number of steps."""
-    grown = PART_GUIDANCE[sampling.part_guidance](sampling.guidance_scale, problem.progress)
-    scale, steps = problem.scale, problem.num_steps
-    return replace(
-        sampling, guidance_scale=grown if scale is None else scale, num_steps=steps or sampling.num_steps
-    )
 
 
 @dataclass(eq=False)
@@ -229,14 +164,21 @@ class Generator:
         return rearrange(images, "(b r) c h w -> b r c h w", b=len(labels))
 
     def latents(
-        self, labels: Tensor, seeds: Sequence[int], sampling: SamplingConfig, contexts: Any = None
+        self,
+        labels: Tensor,
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        contexts: Any = None,
+        solving: Solving | None = None,
     ) -> Tensor:
         """``generate`` in this generator's precision. Raises ``ValueError`` for ``sampling`` in another."""
         asked = self.chosen(sampling.precision)
         allowed = f"{self.precision!r}, the precision of this generator; use generator.at({asked!r})"
         require(asked == self.precision, "sampling.precision", asked, allowed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=asked == "bf16", cache_enabled=False):
-            return generate(self.network, labels, sampling, seeds, contexts, self.kept, self.graphs)
+            return generate(
+                self.network, labels, sampling, seeds, contexts, self.kept, solving or self.graphs
+            )
 
     @torch.no_grad()
     def features(self, labels: Sequence[int] | Tensor, sampling: SamplingConfig | None = None) -> Tensor:

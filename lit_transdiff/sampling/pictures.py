@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
@@ -20,6 +21,7 @@ from lit_transdiff.data.pixels import to_bytes
 
 BACKGROUND, INK, FAINT = (255, 255, 255), (28, 30, 34), (110, 114, 122)
 SHOWN_PIXELS = 96  # the approximate smallest width of an image in a grid
+MILLISECONDS = 250  # of a picture of a film
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -178,11 +180,19 @@ def save_png(pixels: Tensor, path: Path) -> None:
     save_picture(as_image(rearrange(pixels, "c h w -> h w c")), path)
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture; a full disk leaves no partial file."""
+def save_film(pictures: Sequence[Image.Image], path: Path) -> None:
+    """Write pictures of one size as an animation without end, which rests on the last one."""
+    times = [MILLISECONDS] * (len(pictures) - 1) + [6 * MILLISECONDS]
+    save_picture(
+        pictures[0], path, save_all=True, append_images=pictures[1:], duration=times, loop=0, lossless=True
+    )
+
+
+def save_picture(picture: Image.Image, path: Path, **settings: Any) -> None:
+    """Write a picture, with settings of its format; a full disk leaves no partial file."""
     try:
         with naming_full(path):
-            picture.save(path)
+            picture.save(path, **settings)
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -32,7 +32,7 @@ from lit_transdiff.evaluation.metrics import check_evaluation
 from lit_transdiff.models.adapt import match
 from lit_transdiff.models.autoencoder import Autoencoder, autoencoder_kind, load_autoencoder
 from lit_transdiff.models.paradigm import Paradigm, network_class
-from lit_transdiff.sampling.generator import check_sampling
+from lit_transdiff.sampling.loop import check_sampling
 from lit_transdiff.stages import PREPARATORY, STAGES
 from lit_transdiff.stages.base import Stage, TransDiffStage
 from lit_transdiff.stages.contract import check_family

@@ -17,7 +17,7 @@ from lit_transdiff.config import (
     check_effects,
 )
 from lit_transdiff.config.loading import load_run, override, parse_overrides, preset, run_from, save_yaml
-from lit_transdiff.sampling.generator import check_sampling
+from lit_transdiff.sampling.loop import check_sampling
 
 
 def write(folder: Path, name: str, text: str) -> Path:

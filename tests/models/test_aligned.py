@@ -11,7 +11,7 @@ from lit_transdiff.config import SamplingConfig
 from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.models.adaptive import TimeMLP
 from lit_transdiff.models.paradigm import build_model
-from lit_transdiff.sampling.generator import generate
+from lit_transdiff.sampling.loop import generate
 from lit_transdiff.stages.objective import losses_of
 from lit_transdiff.training.build import check_run
 from tests.helpers.families import without_gradient

@@ -13,7 +13,7 @@ from lit_transdiff.config.ardiff import ARDiffConfig
 from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.models import layers
 from lit_transdiff.models.ardiff import ARDiff
-from lit_transdiff.sampling.generator import sampler_of
+from lit_transdiff.sampling.loop import sampler_of
 from lit_transdiff.stages.objective import losses_of
 from tests.helpers.families import (
     Prepared,

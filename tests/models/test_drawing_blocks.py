@@ -11,7 +11,7 @@ from lit_transdiff.kernels import gelu, norm
 from lit_transdiff.models import drawing_blocks, kernel_blocks
 from lit_transdiff.models.execution import twin
 from lit_transdiff.models.paradigm import build_model
-from lit_transdiff.sampling.generator import generate
+from lit_transdiff.sampling.loop import generate
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

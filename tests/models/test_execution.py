@@ -19,7 +19,8 @@ from lit_transdiff.models.execution import can_compile, compile_blocks, recomput
 from lit_transdiff.models.sit import SiT
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.sampling import generator as generator_module
-from lit_transdiff.sampling.generator import Generator, generate
+from lit_transdiff.sampling.generator import Generator
+from lit_transdiff.sampling.loop import generate
 from lit_transdiff.training.build import check_run
 from tests.helpers.small import small_run
 from tests.helpers.small_model import build

@@ -15,7 +15,7 @@ from lit_transdiff.flow.solvers import dense_end_grid
 from lit_transdiff.models import layers
 from lit_transdiff.models.flowar import CrossFlowBlock, FlowAR, Scales, places_of
 from lit_transdiff.models.rotary import rotary_turns
-from lit_transdiff.sampling.generator import sampler_of
+from lit_transdiff.sampling.loop import sampler_of
 from lit_transdiff.stages.objective import losses_of
 from tests.helpers.families import (
     Prepared,

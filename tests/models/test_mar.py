@@ -17,7 +17,7 @@ from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.models import layers
 from lit_transdiff.models.mar import MAR, known_tokens, number_unknown, unknown_tokens
 from lit_transdiff.models.tokens import rows_at
-from lit_transdiff.sampling.generator import sampler_of
+from lit_transdiff.sampling.loop import sampler_of
 from lit_transdiff.stages.objective import losses_of
 from tests.helpers.families import (
     Prepared,

@@ -14,7 +14,7 @@ from lit_transdiff.flow.loss import draw_times
 from lit_transdiff.models.tokens import patchify
 from lit_transdiff.models.transdiff import TransDiff
 from lit_transdiff.released.key_names import to_released
-from lit_transdiff.sampling.generator import generate
+from lit_transdiff.sampling.loop import generate
 from tests.helpers.reference import (
     assert_near,
     features_of,

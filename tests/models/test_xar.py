@@ -14,7 +14,7 @@ from lit_transdiff.models import layers
 from lit_transdiff.models.rotary import grid_places, rotary_turns
 from lit_transdiff.models.tokens import split_squares
 from lit_transdiff.models.xar import XAR, NoisyCells
-from lit_transdiff.sampling.generator import sampler_of
+from lit_transdiff.sampling.loop import sampler_of
 from lit_transdiff.stages.objective import losses_of
 from tests.helpers.families import Prepared, check, same_shapes, scalars, tensors, without_gradient, xar
 from tests.helpers.reference import features_of, reference_frequencies

@@ -12,7 +12,8 @@ from lit_transdiff.config import ModelConfig, SamplingConfig
 from lit_transdiff.models.autoencoder import load_autoencoder
 from lit_transdiff.models.context import ContextStream, null_contexts
 from lit_transdiff.models.fusion import fused, fusion_pattern
-from lit_transdiff.sampling.generator import Generator, check_sampling, generate
+from lit_transdiff.sampling.generator import Generator
+from lit_transdiff.sampling.loop import check_sampling, generate
 from tests.helpers.small import small_run
 from tests.helpers.small_model import build
 

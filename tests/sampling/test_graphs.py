@@ -25,8 +25,8 @@ from lit_transdiff.models.layers import KeysValues
 from lit_transdiff.models.paradigm import Paradigm, build_model
 from lit_transdiff.sampling import graphs as graphs_file
 from lit_transdiff.sampling.forms import FormlessError, put_together, take_apart
-from lit_transdiff.sampling.generator import generate
 from lit_transdiff.sampling.graphs import CUDARecorder, Graphs, replay
+from lit_transdiff.sampling.loop import generate
 from tests.helpers.recorder import CPURecorder
 from tests.helpers.small_model import SMALL, build
 

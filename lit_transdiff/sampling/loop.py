@@ -1,0 +1,98 @@
+"""The loop over the parts of images, which knows the problem of each part and no family.
+
+Shapes: B rows, R references of a row, c h w a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lit_transdiff.base.randomness import PerImageNormal
+from lit_transdiff.config import FlowConfig, ModelSettings, SamplingConfig, require, unknown
+from lit_transdiff.flow.guidance import PART_GUIDANCE
+from lit_transdiff.flow.process import Process
+from lit_transdiff.flow.processes import process_class
+from lit_transdiff.models.paradigm import Paradigm, Problem, network_class
+from lit_transdiff.sampling.graphs import solve_eagerly
+
+
+def check_sampling(sampling: SamplingConfig, model: ModelSettings) -> None:
+    """Refuse an unknown sampler, or one that does not fit such a model."""
+    kind = network_class(model)
+    process_class(kind.process_of(model)[0]).check_sampling(sampling)
+    model.check_sampling(sampling)
+    if sampling.part_guidance not in PART_GUIDANCE:
+        raise unknown("sampling.part_guidance", sampling.part_guidance, PART_GUIDANCE)
+    allowed = f"null with model.paradigm {model.paradigm}, whose parts are given"
+    require(
+        sampling.num_parts is None or kind.parts_are_free, "sampling.num_parts", sampling.num_parts, allowed
+    )
+    allowed = f"null with model.paradigm {model.paradigm}, which has no references"
+    for name in ("reference_guidance", "reference_steps"):
+        value = getattr(sampling, name)
+        require(value is None or model.has_references(), f"sampling.{name}", value, allowed)
+
+
+class Solving(Protocol):
+    """What solves the problems of the parts, one after the other, as ``Process.solve`` does."""
+
+    def solve(
+        self,
+        process: Process,
+        problem: Problem,
+        noise: Tensor,
+        draw: PerImageNormal,
+        sampling: SamplingConfig,
+    ) -> Tensor: ...
+
+
+@torch.no_grad()
+def generate(
+    model: Paradigm,
+    labels: Tensor,
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    contexts: Any = None,
+    kept: Any = None,
+    graphs: Solving | None = None,
+) -> Tensor:
+    """Sample latents [B, R, c, h, w] for rows of ``labels`` [B] part by part, each given the parts before it.
+
+    All random numbers of a row come from its own seed, so that it does not depend on the rest of the batch.
+    ``contexts`` replace the model's encoding of the labels (see ``Paradigm.fusion``), and ``kept`` is its
+    cache (see ``Paradigm.keep``). ``graphs`` solve the parts in another way: the solver's steps as one graph.
+    """
+    process = process_of(*model.process_of(model.config))
+    solution = solve_eagerly if graphs is None else graphs.solve
+    draw = PerImageNormal(seeds, labels.device)
+    decoding = model.decode(labels, sampling, draw, kept, contexts)
+    noise: Tensor | None = None
+    try:
+        problem = next(decoding)
+        while True:
+            if noise is None or not problem.reuses_noise:
+                noise = draw(*problem.shape)
+            problem = decoding.send(solution(process, problem, noise, draw, sampler_of(problem, sampling)))
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+@lru_cache
+def process_of(name: str, prediction: str) -> Process:
+    """The process of a family, one object for all batches."""
+    return process_class(name)(FlowConfig(), prediction)
+
+
+def sampler_of(problem: Problem, sampling: SamplingConfig) -> SamplingConfig:
+    """The sampler of a part, with its guidance and number of steps."""
+    grown = PART_GUIDANCE[sampling.part_guidance](sampling.guidance_scale, problem.progress)
+    scale, steps = problem.scale, problem.num_steps
+    return replace(
+        sampling, guidance_scale=grown if scale is None else scale, num_steps=steps or sampling.num_steps
+    )
