@@ -68,6 +68,10 @@ class Memory:
             tuple(((torch.cat([k, its_k]), torch.cat([v, its_v])),) for ((k, v),), ((its_k, its_v),) in pairs)
         )
 
+    def rows(self, index: Tensor) -> Memory:
+        """The memory whose row b is row ``index`` [B] of this one."""
+        return Memory(tuple(tuple((k[index], v[index]) for k, v in block) for block in self.blocks))
+
     @property
     def num_rows(self) -> int:
         """Rows of the first context."""

@@ -75,6 +75,7 @@ class ARTransformer(nn.Module):
         self.num_references = num_references
         self.tokens_per_reference = tokens_per_reference
         self.reference_patch_size = reference_patch_size
+        self.has_dropout = attention_dropout > 0 or projection_dropout > 0
         multi = num_references > 1
         num_tokens = num_references * tokens_per_reference
 
@@ -111,6 +112,12 @@ class ARTransformer(nn.Module):
             attention_dropout=config.attention_dropout,
             projection_dropout=config.projection_dropout,
         )
+
+    @property
+    def has_one_context_a_class(self) -> bool:
+        """Whether rows of one class have one context: labels as conditions, no references, no dropout."""
+        labels_alone = isinstance(self.class_embedding, nn.Embedding) and self.num_references == 1
+        return labels_alone and not (self.training and self.has_dropout)
 
     def class_vectors(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         """Embeddings [B, D] of ``labels`` [B] or other ``CONDITIONS``; the null class where ``drop`` [B]."""

@@ -8,7 +8,9 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from lit_transdiff.base.randomness import PerImageNormal
 from lit_transdiff.models.adapt import AdaptReport, match
+from lit_transdiff.models.decoder import Memory
 from lit_transdiff.models.tokens import patchify, token_similarity, unpatchify
 from lit_transdiff.models.transdiff import TransDiff
 from tests.helpers.small_model import build
@@ -98,6 +100,32 @@ def test_one_time_for_all_rows_equals_a_time_each():
     memory = model.memory(model.encode(labels))
     each = model.velocity(x[:, 0], torch.full((3,), 0.3), memory)
     torch.testing.assert_close(model.velocity(x[:, 0], torch.tensor([0.3]), memory), each)
+
+
+@in_float64
+@pytest.mark.parametrize("rows", [20, 4])  # more than the five classes and the null class, and fewer
+def test_few_contexts_give_the_velocities_and_gradients_of_a_context_for_each_row(rows: int):
+    model = build(1)
+    model.encoder.has_dropout = False
+    labels, x = inputs(rows, 1)
+    drop, t = torch.arange(rows) % 3 == 1, torch.rand(rows)
+    assert model.train().has_few_contexts(labels) == (rows == 20)
+
+    def gradients(memory: Memory) -> Tensor:
+        velocity = model.velocity(x[:, 0], t, memory)
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(velocity.square().sum(), list(model.parameters()))]
+        )
+
+    by_class = gradients(model.condition(labels, drop, x, PerImageNormal([0] * rows)))
+    by_row = gradients(model.memory(model.encode(labels, x[:, :-1], drop), every_reference=True))
+    torch.testing.assert_close(by_class, by_row)
+
+
+@pytest.mark.parametrize("references, dropout", [(4, 0.0), (1, 0.1)])
+def test_contexts_that_differ_within_a_class_are_made_for_each_row(references: int, dropout: float):
+    model = build(references, projection_dropout=dropout).train()
+    assert not model.has_few_contexts(torch.arange(20) % 5)
 
 
 def test_too_many_references_are_refused():
