@@ -24,7 +24,8 @@ from lit_transdiff.evaluation.groups import checked_limit, groups_of, jackknife_
 from lit_transdiff.evaluation.kernels import cmmd_values
 from lit_transdiff.evaluation.moments import Gaussian
 from lit_transdiff.evaluation.sliced import directions, mind_values
-from lit_transdiff.study.claims import StudyRule, claim
+from lit_transdiff.study.claims import OPEN, StudyRule, claim
+from lit_transdiff.study.verdicts import NO_DIFFERENCE
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ def is_claimed(differences: np.ndarray, rule: StudyRule) -> bool:
     """Whether the study of an arm ends with a difference, looking after every seed."""
     for count in range(2, rule.seeds + 1):
         word = claim(differences[:count].tolist(), rule).word
-        if word != "open":
-            return word != "the same"
+        if word != OPEN:
+            return word != NO_DIFFERENCE
     return False
 
 

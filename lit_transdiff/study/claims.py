@@ -12,7 +12,9 @@ from functools import cache
 from statistics import mean, stdev
 
 from lit_transdiff.base.student import CONFIDENCE, student
+from lit_transdiff.study.verdicts import BETTER, NO_DIFFERENCE, WORSE, in_words, word_for
 
+OPEN = "open"  # not settled
 FEWEST = 6  # seeds: if all agree, the sign test's p is 2 / 2^6 = 0.03; with five it is 0.06
 
 
@@ -47,35 +49,35 @@ class Claim:
     half: float
     p: float
     seeds: int
-    word: str  # better, worse, the same (no difference worth knowing), or open
+    word: str  # BETTER, WORSE, NO_DIFFERENCE (worth knowing), or OPEN
 
     def __str__(self) -> str:
         if self.seeds < 2:
             return f"open: {self.seeds} of at least {FEWEST} seeds"
-        if self.word in ("better", "worse"):
-            seeds = f"{self.seeds} seeds, sign test p = {self.p:.2g}"
-            return f"{self.word} by {abs(self.size):.3g} ± {self.half:.2g} ({seeds})"
-        bound = f"no difference above {abs(self.size) + self.half:.2g} ({self.seeds} seeds)"
-        return bound if self.word == "the same" else f"open: {self.size:+.3g} ± {self.half:.2g}, {bound}"
+        told = in_words(self.word, self.size, self.half)
+        if self.word in (BETTER, WORSE):
+            return f"{told} ({self.seeds} seeds, sign test p = {self.p:.2g})"
+        told = f"{told} ({self.seeds} seeds)"
+        return f"open: {self.size:+.3g} ± {self.half:.2g}, {told}" if self.word == OPEN else told
 
 
 def claim(differences: Sequence[float], rule: StudyRule) -> Claim:
     """The claim that the differences by seed allow.
 
-    ``better`` and ``worse`` need the t interval over seeds and the sign test to agree; ``the same`` needs an
+    BETTER and WORSE need the t interval over seeds and the sign test to agree; NO_DIFFERENCE needs an
     interval within the smallest difference worth knowing, and comes first. All need FEWEST seeds.
     """
     count = len(differences)
     if count < 2:
-        return Claim(mean(differences) if count else math.nan, math.inf, 1.0, count, "open")
+        return Claim(mean(differences) if count else math.nan, math.inf, 1.0, count, OPEN)
     size = mean(differences)
     half = student(count - 1, rule.confidence) * stdev(differences) / math.sqrt(count)
     p = sign_test(differences)
-    word = "open"
+    word = OPEN
     if count >= FEWEST and abs(size) + half <= rule.smallest:
-        word = "the same"
-    elif count >= FEWEST and abs(size) > half and p <= 1 - CONFIDENCE:
-        word = "better" if (size > 0) == rule.higher else "worse"
+        word = NO_DIFFERENCE
+    elif count >= FEWEST and p <= 1 - CONFIDENCE and abs(size) > half:
+        word = word_for(size, half, rule.higher)
     return Claim(size, half, p, count, word)
 
 

@@ -14,8 +14,9 @@ from lit_transdiff.config import require, unknown
 from lit_transdiff.study.records import Run
 from lit_transdiff.study.repeats import Pooled
 from lit_transdiff.study.scored import FULL, Entry, default_metrics, entries_of, higher_is_better, title_of
-from lit_transdiff.study.spread import moments, seed_spread, tukey, verdict, with_verdict
+from lit_transdiff.study.spread import moments, seed_spread, tukey, with_verdict
 from lit_transdiff.study.text import frame
+from lit_transdiff.study.verdicts import BEST, word_against_best
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +124,7 @@ class Comparison:
                 result.loc[among, ["difference", "noise"]] = found
                 equal = all(gap == 0 for gap, _ in found)
                 result.loc[among, "verdict"] = [
-                    "equal" if equal else verdict(gap, noise) for gap, noise in found
+                    "equal" if equal else word_against_best(gap, noise) for gap, noise in found
                 ]
         return result
 
@@ -166,8 +167,9 @@ class Comparison:
         shown = self.groups[[*keys, "runs"]].copy()
         for metric in self.metrics:
             found, std = self.verdicts(metric), self.groups[f"{metric} std"]
-            bounds = found["difference"].abs() + found["noise"]
-            parts = zip(found["mean"], std, found["verdict"], bounds, strict=True)
+            parts = zip(
+                found["mean"], std, *(found[of] for of in ("verdict", "difference", "noise")), strict=True
+            )
             shown[metric] = [with_verdict(*part) for part in parts]
         return shown
 
@@ -185,7 +187,7 @@ class Comparison:
             return [table, self.summary], notes
         for metric in self.metrics:
             best = [
-                self.table["run"][i] for i, word in enumerate(self.verdict_of_rows(metric)) if word == "best"
+                self.table["run"][i] for i, word in enumerate(self.verdict_of_rows(metric)) if word == BEST
             ]
             notes += [f"best {title_of(metric)}: {', '.join(best)}"] if best else []
         return [table], [*notes, "noise is unknown: no settings have two finished runs with different seeds"]

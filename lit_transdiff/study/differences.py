@@ -13,6 +13,7 @@ from lit_transdiff.evaluation.groups import jackknife_error, mean_error
 from lit_transdiff.evaluation.scores import value
 from lit_transdiff.study.records import Evaluation
 from lit_transdiff.study.scored import FULL, Entry, extractor_of, higher_is_better, metric_of, title_of
+from lit_transdiff.study.verdicts import NO_DIFFERENCE, in_words, word_for
 
 MOST_COMPARED = 5  # the most entries to compare with the first
 MANY = 1000  # degrees of freedom of an error without groups: a normal distribution
@@ -34,15 +35,11 @@ class Gap:
 
     @property
     def word(self) -> str:
-        """better, worse, or nothing if the interval contains 0."""
-        if abs(self.size) <= self.half:
-            return ""
-        return "better" if (self.size > 0) == self.higher else "worse"
+        """BETTER, WORSE or NO_DIFFERENCE."""
+        return word_for(self.size, self.half, self.higher)
 
     def __str__(self) -> str:
-        if not self.word:
-            return f"no difference above {abs(self.size) + self.half:.2g}"
-        return f"{self.word} by {abs(self.size):.2g} ± {self.half:.2g}"
+        return in_words(self.word, self.size, self.half)
 
 
 def notes_on_scores(entries: Sequence[Entry], keys: Sequence[str]) -> list[str]:
@@ -116,8 +113,8 @@ def disagreements(other: str, first: str, gaps: dict[str, Gap]) -> list[str]:
     """A warning for every metric by which one extractor calls a result better and another worse."""
     told = []
     for metric in dict.fromkeys(metric_of(key) for key in gaps):
-        clear = {key: gap.word for key, gap in gaps.items() if metric_of(key) == metric and gap.word}
-        words = {extractor_of(key): word for key, word in clear.items()}
+        words = {extractor_of(key): gap.word for key, gap in gaps.items() if metric_of(key) == metric}
+        words = {name: word for name, word in words.items() if word != NO_DIFFERENCE}
         if len(set(words.values())) > 1:
             by = ", ".join(f"{word} by {name or 'the main extractor'}" for name, word in words.items())
             told.append(f"Representations disagree about {other} against {first}: {metric} is {by}.")

@@ -14,6 +14,7 @@ from lit_transdiff.study.compare import MAX_IN_LABEL, Comparison, distinct, labe
 from lit_transdiff.study.records import AXES, Run
 from lit_transdiff.study.repeats import pooled, repeats
 from lit_transdiff.study.scored import Entry, entries_of, higher_is_better, metric_of, title_of
+from lit_transdiff.study.verdicts import BEST, NO_DIFFERENCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +80,7 @@ def curves(
 
 
 def spread(compared: Comparison, metric: str) -> Figure:
-    """Mean and spread over seeds, with a dot per averaged run; groups within noise of the best are filled."""
+    """Mean and spread over seeds, with a dot per run; filled: the best, and no difference from it."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -98,7 +99,7 @@ def spread(compared: Comparison, metric: str) -> Figure:
     ):
         axes.plot(compared.table[metric].iloc[rows], [i] * len(rows), "o", color=GREY, markersize=4)
         if math.isfinite(mean):
-            filled = "full" if verdict in ("best", "within noise") else "none"
+            filled = "full" if verdict in (BEST, NO_DIFFERENCE) else "none"
             axes.plot(mean, i, "D", color="C0", fillstyle=filled, markersize=9)
             axes.annotate(
                 verdict, (mean, i), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8
@@ -121,7 +122,7 @@ def spread(compared: Comparison, metric: str) -> Figure:
     legend(
         figure,
         handles,
-        ["a run", "mean, best or within noise of it", "mean of others"],
+        ["a run", "mean, best or no difference from it", "mean of others"],
         loc="outside lower center",
         ncols=3,
     )

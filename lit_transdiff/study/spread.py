@@ -1,4 +1,4 @@
-"""The spread of a score over training seeds, the critical values of its differences, and verdicts on them.
+"""The spread of a score over training seeds, and the critical values of its differences.
 
 Shapes: G groups of runs, S seeds.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 from lit_transdiff.base.student import CONFIDENCE
 from lit_transdiff.study.repeats import Pooled, over
+from lit_transdiff.study.verdicts import NO_DIFFERENCE, in_words
 
 
 def seed_spread(groups: Sequence[Mapping[Hashable, float]]) -> tuple[float, int]:
@@ -45,20 +46,11 @@ def tukey(groups: int, freedom: int, confidence: float = CONFIDENCE) -> float:
     return float(studentized_range.ppf(confidence, groups, freedom)) / math.sqrt(2)
 
 
-def with_verdict(mean: float, std: float, verdict: str, bound: float) -> str:
+def with_verdict(mean: float, std: float, verdict: str, gap: float, noise: float) -> str:
     """Format a mean, as in ``10.5 ± 0.2, no difference above 0.3``."""
     score = Pooled(mean, std if math.isfinite(std) else None, 1)
-    word = f"no difference above {bound:.2g}" if verdict == "within noise" else verdict
+    word = in_words(verdict, gap, noise) if verdict == NO_DIFFERENCE else verdict
     return f"{score}, {word}" if math.isfinite(mean) else word
-
-
-def verdict(gap: float, noise: float) -> str:
-    """The verdict on a difference to the best group."""
-    if gap == 0:
-        return "best"
-    if noise != noise:
-        return "unknown"
-    return "within noise" if abs(gap) <= noise else "worse"
 
 
 def moments(metric: str, values: Sequence[float]) -> dict[str, float]:

@@ -32,6 +32,7 @@ from lit_transdiff.study.scored import (
     title_of,
 )
 from lit_transdiff.study.text import WIDTH, aligned, markdown
+from lit_transdiff.study.verdicts import BEST, NO_DIFFERENCE
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +135,7 @@ class TableRow:
         count = max(len(self.entries), *(len(entry.repeats) for entry in self.entries))
         text = f"{score} (n={score.n})" if count > 1 else str(score)
         verdict = self.verdicts.get(name) if mark else None
-        return (
-            f"{mark}{text}{mark}" if verdict == "best" else f"{text} ≈" if verdict == "within noise" else text
-        )
+        return f"{mark}{text}{mark}" if verdict == BEST else text + " ≈" * (verdict == NO_DIFFERENCE)
 
 
 def lines_of(compared: Comparison, names: Sequence[str]) -> list[TableRow]:
@@ -244,8 +243,8 @@ def footnotes(lines: Sequence[TableRow], shared: dict[str, str], compared: Compa
     notes = [f"All rows: {told}."] if told else []
     notes.append("↑ higher is better, ↓ lower is better; the best row of each judge is marked.")
     verdicts = {verdict for line in lines for verdict in line.verdicts.values()}
-    if "within noise" in verdicts:
-        notes.append("≈ differs from the best by no more than noise (95 %, from the spread over seeds).")
+    if NO_DIFFERENCE in verdicts:
+        notes.append("≈ no difference from the best (95 %, from the spread over seeds).")
     if any(len(line.entries) > 1 or len(line.entries[0].repeats) > 1 for line in lines):
         notes.append(
             "Results that differ only in their seed are one row: mean ± standard deviation over n seeds."

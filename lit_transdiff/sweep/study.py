@@ -26,7 +26,7 @@ from typing import Any
 from lit_transdiff.config import is_folder_name, require, unknown
 from lit_transdiff.config.checks import FOLDER_NAME
 from lit_transdiff.config.yaml_text import read_file
-from lit_transdiff.study.claims import FEWEST, Claim, StudyRule, claim
+from lit_transdiff.study.claims import FEWEST, OPEN, Claim, StudyRule, claim
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.distributions import is_number
 from lit_transdiff.sweep.trial import Trial
@@ -80,11 +80,11 @@ class Study:
         both = sorted(set(ours) & set(theirs))
         differences = [ours[seed] - theirs[seed] for seed in both]
         looks = (claim(differences[:count], self.rule) for count in range(FEWEST, len(differences) + 1))
-        return next((found for found in looks if found.word != "open"), claim(differences, self.rule))
+        return next((found for found in looks if found.word != OPEN), claim(differences, self.rule))
 
     def open_arms(self, trials: Sequence[Trial]) -> list[str]:
         """The arms that are not settled, with the baseline first; empty if all are settled."""
-        left = [arm for arm, found in self.claims(trials).items() if found.word == "open"]
+        left = [arm for arm, found in self.claims(trials).items() if found.word == OPEN]
         return [self.baseline, *left] if left else []
 
     def missing(self, trials: Sequence[Trial], arm: str) -> list[dict[str, Any]]:
@@ -201,7 +201,7 @@ def study_in_words(sweep: Sweep, trials: Sequence[Trial]) -> list[str]:
     ]
     for arm, found in study.claims(trials).items():
         text = f"{arm}: {found}."
-        if found.word == "open":
+        if found.word == OPEN:
             left = study.missing(trials, arm)
             of = ", ".join(" ".join(f"{key}={value}" for key, value in seed.items()) for seed in left)
             text += f" Seeds missing: {of}." if left else " All seeds are run."

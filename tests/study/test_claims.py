@@ -28,7 +28,7 @@ def test_intervals_and_the_sign_test_by_hand() -> None:
     [
         ([-0.5] * 3 + [-0.4] * 2, "open"),  # five seeds: p of the sign test is 0.06
         ([-0.5, -0.4, -0.6, -0.5, -0.4, 0.01], "open"),  # one seed disagrees: p is 0.22
-        ([0.01, -0.01, 0.02, -0.02, 0.0, 0.01], "the same"),
+        ([0.01, -0.01, 0.02, -0.02, 0.0, 0.01], "no difference"),
         ([0.2, -0.2, 0.3, -0.1, 0.2, 0.1], "open"),
         ([], "open"),
         ([0.3], "open"),

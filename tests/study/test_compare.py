@@ -28,7 +28,7 @@ def test_only_what_differs_and_the_spread_over_seeds(tmp_path: Path) -> None:
     assert by_lr.loc[1e-3, "eval/frechet_distance mean"] == pytest.approx(2.2)
     assert by_lr.loc[1e-3, "eval/frechet_distance std"] == pytest.approx(0.2)
     verdicts = made.verdicts("eval/frechet_distance").set_index("optimizer.lr")["verdict"]
-    assert verdicts.to_dict() == {1e-3: "best", 1e-2: "within noise", 1.0: "worse"}
+    assert verdicts.to_dict() == {1e-3: "best", 1e-2: "no difference", 1.0: "worse"}
     # higher is better
     assert made.verdicts("eval/precision").set_index("optimizer.lr")["verdict"][1e-3] == "best"
     noise = made.verdicts("eval/frechet_distance")["noise"].iloc[0]
@@ -158,7 +158,7 @@ def test_only_finished_runs_of_other_seeds_are_averaged(tmp_path: Path) -> None:
     assert made.table.set_index("run").loc["0.2-1", ["state", "step"]].tolist() == ["unfinished", 2]
     assert made.groups.set_index("optimizer.lr")["runs"].to_dict() == {0.1: 2, 0.2: 1, 0.3: 0}
     assert made.verdicts("val/loss").set_index("optimizer.lr")["verdict"].to_dict() == {
-        0.1: "within noise",
+        0.1: "no difference",
         0.2: "best",
         0.3: "no finished run",
     }

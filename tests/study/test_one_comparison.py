@@ -48,8 +48,8 @@ def folder(tmp_path: Path) -> Path:
 
 EXPECTED: Verdicts = {
     **{(f"slow{seed}", 7): "best" for seed in (0, 1)},
-    **{(f"slow{seed}", 2): "within noise" for seed in (0, 1)},
-    **{(f"fast{seed}", 2): "within noise" for seed in (0, 1)},
+    **{(f"slow{seed}", 2): "no difference" for seed in (0, 1)},
+    **{(f"fast{seed}", 2): "no difference" for seed in (0, 1)},
     **{(f"bad{seed}", 2): "worse" for seed in (0, 1)},
     ("lucky", 2): "",
 }
@@ -64,7 +64,7 @@ def test_in_python(folder: Path) -> None:
     } == EXPECTED
     assert made.verdicts(METRIC)["verdict"].value_counts().to_dict() == {
         "best": 1,
-        "within noise": 2,
+        "no difference": 2,
         "worse": 1,
         "no finished run": 1,
     }
@@ -90,10 +90,7 @@ def test_in_the_table_of_the_command(folder: Path, tmp_path: Path) -> None:
         ("bad0", "2"): "9.1 ± 0.14 (n=2)",
         ("lucky", "2"): "0.1",
     }
-    assert (
-        "lucky is not averaged: unfinished" in made.text
-        and "≈ differs from the best by no more than noise" in made.text
-    )
+    assert "lucky is not averaged: unfinished" in made.text and "≈ no difference from the best" in made.text
 
 
 def test_on_the_page(folder: Path) -> None:
@@ -109,8 +106,8 @@ def test_on_the_page(folder: Path) -> None:
 def test_in_the_summary_of_a_sweep(folder: Path) -> None:
     sweep = Sweep("s", "grid", {}, metric=METRIC)
     text = outcome(sweep, [Trial("a", {}, "finished")], folder)
-    found = re.findall(r"(slow\d|fast\d|bad\d|lucky) .*?(best|within noise|worse|$)", text, re.MULTILINE)
-    assert [word for _, word in found if word] == ["best"] * 2 + ["within noise"] * 4 + ["worse"] * 2
+    found = re.findall(r"(slow\d|fast\d|bad\d|lucky) .*?(best|no difference|worse|$)", text, re.MULTILINE)
+    assert [word for _, word in found if word] == ["best"] * 2 + ["no difference"] * 4 + ["worse"] * 2
     assert [name[:-1] for name, word in found if word] == ["slow"] * 4 + ["fast"] * 2 + ["bad"] * 2
 
 

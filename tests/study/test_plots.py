@@ -79,7 +79,7 @@ def test_words_are_spaced_evenly_and_wide_numbers_by_logarithm() -> None:
 
 def test_the_rest_is_labelled(found: list[Run]) -> None:
     labelled(figure := plots.spread(compare(found), "eval/frechet_distance"))
-    assert named(figure) == ["a run", "mean, best or within noise of it", "mean of others"]
+    assert named(figure) == ["a run", "mean, best or no difference from it", "mean of others"]
     labelled(plots.response(found, "optimizer.lr", "eval/frechet_distance", by="seed"))
     labelled(plots.bars({"a": 1.0, "b": 2.0}, "numbers", "letters"))
     figure = plots.side_by_side(

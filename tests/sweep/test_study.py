@@ -70,7 +70,7 @@ def test_seeds_come_one_after_the_other_and_settled_arms_stop() -> None:
     claims = sweep.study.claims(trials)
     assert {arm: found.word for arm, found in claims.items()} == {
         "fast": "better",
-        "same": "the same",
+        "same": "no difference",
         "noisy": "open",
     }
     text = "\n".join(study_in_words(sweep, trials))
