@@ -166,10 +166,8 @@ class Comparison:
         keys = self.settings or ["first run"]
         shown = self.groups[[*keys, "runs"]].copy()
         for metric in self.metrics:
-            found, std = self.verdicts(metric), self.groups[f"{metric} std"]
-            parts = zip(
-                found["mean"], std, *(found[of] for of in ("verdict", "difference", "noise")), strict=True
-            )
+            found = self.verdicts(metric).assign(std=self.groups[f"{metric} std"])
+            parts = found[["mean", "std", "verdict", "difference", "noise"]].itertuples(index=False)
             shown[metric] = [with_verdict(*part) for part in parts]
         return shown
 
