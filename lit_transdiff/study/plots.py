@@ -87,13 +87,9 @@ def spread(compared: Comparison, metric: str) -> Figure:
     verdicts = compared.verdicts(metric)
     figure = Figure(figsize=(6.4, 0.5 * len(verdicts) + 1.4), layout="constrained")
     axes = figure.subplots()
-    few = len(compared.settings) <= MAX_IN_LABEL
-    keys = compared.settings or ["first run"]
-    names = (
-        [label(row) for row in compared.groups[keys].to_dict("records")]
-        if few
-        else list(compared.groups["first run"])
-    )
+    names, keys = list(compared.groups["first run"]), compared.settings or ["first run"]
+    if len(compared.settings) <= MAX_IN_LABEL:
+        names = [label(row) for row in compared.groups[keys].to_dict("records")]
     for i, (verdict, mean, rows) in enumerate(
         zip(verdicts["verdict"], verdicts["mean"], compared.members, strict=True)
     ):
