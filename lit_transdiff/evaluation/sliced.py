@@ -16,7 +16,7 @@ from lit_transdiff.evaluation.groups import number_of_groups
 
 DIRECTIONS, SEED = 1000, 2020  # those of torch-fidelity for sets of one size
 PROJECTIONS = 1 << 17  # projections at a time: few enough for a processor's cache
-Gap = Callable[[np.ndarray], np.ndarray]  # sorted rows [u, n] -> their squared distances [u] from fixed ones
+OfSorted = Callable[[np.ndarray], np.ndarray]  # sorted rows [u, n] -> their squared distances [u] from fixed ones
 
 
 @cache
@@ -55,7 +55,7 @@ def sums_of_gaps(x: np.ndarray, y: np.ndarray, group: np.ndarray, count: int) ->
     return np.array([gap(rows).sum() for rows in (x, *without)])
 
 
-def gap_from(y: np.ndarray) -> Gap:
+def gap_from(y: np.ndarray) -> OfSorted:
     """The function that gives the squared Wasserstein distances [u] of sorted rows [u, n] from ``y`` [u, M].
 
     It is the integral of the squared difference of two quantile functions. Over the step of a value of x,
