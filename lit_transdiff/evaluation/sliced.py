@@ -16,7 +16,7 @@ from lit_transdiff.evaluation.groups import number_of_groups
 
 DIRECTIONS, SEED = 1000, 2020  # those of torch-fidelity for sets of one size
 PROJECTIONS = 1 << 17  # projections at a time: few enough for a processor's cache
-OfSorted = Callable[[np.ndarray], np.ndarray]  # sorted rows [u, n] -> their squared distances [u] from fixed ones
+OfSorted = Callable[[np.ndarray], np.ndarray]  # sorted rows [u, n] -> their squared distances [u]
 
 
 @cache
