@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from lit_transdiff.models.autoencoder import AUTOENCODERS as AUTOENCODERS
     from lit_transdiff.models.autoencoder import AutoencoderKind as AutoencoderKind
     from lit_transdiff.models.conditions import CONDITIONS as CONDITIONS
-    from lit_transdiff.models.decoder import DECODERS as DECODERS
     from lit_transdiff.models.decoder import DiffusionDecoder as DiffusionDecoder
+    from lit_transdiff.models.decoders import DECODERS as DECODERS
     from lit_transdiff.models.encoder import ENCODERS as ENCODERS
     from lit_transdiff.models.encoder import ARTransformer as ARTransformer
     from lit_transdiff.models.paradigm import Paradigm as Paradigm
@@ -110,7 +110,7 @@ TABLES = {
     "STAGES": "stages",
     "PARADIGMS": "config.paradigms",
     "ENCODERS": "models.encoder",
-    "DECODERS": "models.decoder",
+    "DECODERS": "models.decoders",
     "CONDITIONS": "models.conditions",
     "PROCESSES": "flow.processes",
     "OBJECTIVES": "flow.loss",

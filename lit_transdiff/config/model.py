@@ -30,6 +30,8 @@ SIZES: dict[str, dict[str, int]] = {
     "huge": dict(width=1280, num_heads=16, encoder_blocks=40, decoder_blocks=20),
 }
 
+CLASS_ALONE = "class_alone"  # the encoder without a transformer
+
 
 @dataclass(frozen=True)
 class ModelConfig(ModelSettings):
@@ -45,7 +47,7 @@ class ModelConfig(ModelSettings):
     encoder_blocks: int = OF_SIZE  # number of blocks of the autoregressive transformer
     decoder_blocks: int = OF_SIZE  # number of blocks of the diffusion decoder
     encoder: str = "ar_transformer"  # a name in models.encoder.ENCODERS
-    decoder: str = "cross_attention"  # a name in models.decoder.DECODERS
+    decoder: str = "cross_attention"  # a name in models.decoders.DECODERS: how the decoder knows the context
     condition: str = "class"  # a name in models.conditions.CONDITIONS: the condition of an image
     mlp_ratio: float = 4.0  # hidden width of an MLP / width
     num_classes: int = 1000  # labels are 0 to num_classes - 1
@@ -62,10 +64,9 @@ class ModelConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, SIZES)
-        check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks")
-        check_positive(
-            self, "num_classes", "num_class_tokens", "latent_channels", "latent_size", "patch_size"
-        )
+        check_positive(self, "width", "num_heads", "decoder_blocks")
+        check_positive(self, "num_classes", "latent_channels", "latent_size", "patch_size")
+        self.check_encoder()
         check_positive(self, "num_context_tokens", "num_references")
         check_transformer(self)
         check_patches(self)
@@ -87,6 +88,16 @@ class ModelConfig(ModelSettings):
                 "divides "
                 f"the {self.latent_size} x {self.latent_size} latent",
             )
+
+    def check_encoder(self) -> None:
+        """Refuse an encoder without blocks, and what has no effect in the one that needs none."""
+        names = ("encoder_blocks", "num_class_tokens")
+        if self.encoder != CLASS_ALONE:
+            return check_positive(self, *names)
+        allowed = f"%s with model.encoder={CLASS_ALONE}, which gives the decoder the class alone"
+        for name in names:
+            require(getattr(self, name) == 0, f"model.{name}", getattr(self, name), allowed % 0)
+        require(self.num_references == 1, "model.num_references", self.num_references, allowed % 1)
 
     @property
     def tokens_per_reference(self) -> int:

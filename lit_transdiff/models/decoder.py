@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,8 @@ class FinalLayer(nn.Module):
 class DiffusionDecoder(nn.Module):
     """Flow-matching decoder of TransDiff (arXiv 2506.09482, section 3)."""
 
+    block: ClassVar[Callable[..., nn.Module]] = DecoderBlock
+
     def __init__(
         self,
         *,
@@ -154,7 +156,7 @@ class DiffusionDecoder(nn.Module):
         self.context_projection = nn.Linear(width, width)
         self.input_projection = nn.Linear(token_features, width)
         self.blocks = nn.ModuleList(
-            DecoderBlock(width, num_heads, mlp_ratio, attention_dropout, projection_dropout)
+            self.block(width, num_heads, mlp_ratio, attention_dropout, projection_dropout)
             for _ in range(num_blocks)
         )
         self.final = FinalLayer(width, token_features)
@@ -204,7 +206,3 @@ class DiffusionDecoder(nn.Module):
         for block, keys_values in zip(self.blocks, memory.blocks, strict=True):
             x = block(x, modulation, keys_values)
         return unpatchify(self.final(x, embedding), self.patch_size, x_t.shape[-2])
-
-
-# An entry creates a subclass of ``DiffusionDecoder``, or a module with the same interface.
-DECODERS: dict[str, Callable[[ModelConfig], DiffusionDecoder]] = {"cross_attention": DiffusionDecoder.of}

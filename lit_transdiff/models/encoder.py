@@ -13,6 +13,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from lit_transdiff.config.model import CLASS_ALONE
 from lit_transdiff.models.conditions import CONDITIONS
 from lit_transdiff.models.layers import MLP, KeysValues, SelfAttention, initialise, layer_norm, learned
 from lit_transdiff.models.tokens import patchify
@@ -176,7 +177,7 @@ class ARTransformer(nn.Module):
 
     def _transform(self, tokens: Tensor, past: list[KeysValues] | None = None) -> Tensor:
         """Apply the blocks to input ``tokens`` [B, N, D] (whole groups), which follow those of ``past``."""
-        done = 0 if past is None or past[0].keys is None else past[0].keys.shape[2]
+        done = 0 if not past or past[0].keys is None else past[0].keys.shape[2]
         n = tokens.shape[1]
         x = self.input_norm(tokens + self.position[:, done : done + n])
         groups = None
@@ -190,5 +191,15 @@ class ARTransformer(nn.Module):
         return self.norm(x)
 
 
+class ClassAlone(ARTransformer):
+    """No transformer: the context is the class vector at L learned positions. The decoder works alone."""
+
+    def _first(self, classes: Tensor, references: Tensor | None) -> Tensor:
+        return classes[:, None] + self.mask_tokens.expand(len(classes), self.tokens_per_reference, -1)
+
+
 # An entry creates a subclass of ``ARTransformer``, or a module with the same interface.
-ENCODERS: dict[str, Callable[[ModelConfig], ARTransformer]] = {"ar_transformer": ARTransformer.of}
+ENCODERS: dict[str, Callable[[ModelConfig], ARTransformer]] = {
+    "ar_transformer": ARTransformer.of,
+    CLASS_ALONE: ClassAlone.of,
+}

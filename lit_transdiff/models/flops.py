@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_transdiff.models.paradigm import Paradigm, build_model, network_class
+from lit_transdiff.models.paradigm import Paradigm, build_model, network_class, stacks_of
 
 if TYPE_CHECKING:
     from lit_transdiff.config import ModelSettings, SamplingConfig
@@ -72,10 +72,10 @@ def row_cost(config: ModelSettings, draws: int, head_alone: bool = False) -> Row
     """
     key = (repr(config), draws, head_alone)
     if key not in COUNTED:
-        stacks, ones = network_class(config).stacks, dict.fromkeys(network_class(config).stacks, 1)
+        stacks = stacks_of(config)
+        ones = dict.fromkeys(stacks, 1)
         base, flops, each = count_row(config, ones, draws, head_alone), 0.0, {}
-        for name, stack in stacks.items():
-            number = getattr(config, stack.depth)
+        for name, number in stacks.items():
             flops += (number - 1) * (
                 count_row(config, ones | {name: 2}, draws, head_alone).flops - base.flops
             )

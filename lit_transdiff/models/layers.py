@@ -194,8 +194,14 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``t`` [B] in [0, 1] -> embedding [B, D] and block modulation [B, 6, D]."""
-        embedding = self.linear_2(F.silu(self.linear_1(time_features(t).to(self.linear_1.weight.dtype))))
-        return embedding, rearrange(self.modulation(F.silu(embedding)), "b (six d) -> b six d", six=6)
+        embedding = self.embedding(t)
+        return embedding, self.modulations(embedding)
+
+    def embedding(self, t: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(time_features(t).to(self.linear_1.weight.dtype))))  # type: ignore[no-any-return]
+
+    def modulations(self, embedding: Tensor) -> Tensor:
+        return rearrange(self.modulation(F.silu(embedding)), "b (six d) -> b six d", six=6)
 
 
 def time_features(t: Tensor) -> Tensor:

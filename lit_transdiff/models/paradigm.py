@@ -194,12 +194,18 @@ class Paradigm(nn.Module, ABC):
 
     def block_lists(self) -> dict[str, nn.ModuleList]:
         """The blocks of each stack."""
-        return {name: self.get_submodule(stack.path) for name, stack in self.stacks.items()}  # type: ignore[misc]
+        return {name: self.get_submodule(self.stacks[name].path) for name in stacks_of(self.config)}  # type: ignore[misc]
 
     def units(self) -> Iterator[nn.Module | list[nn.Module]]:
         """What a strategy that cuts weights gathers together, in order; the rest is one more."""
         for blocks in self.block_lists().values():
             yield from blocks
+
+
+def stacks_of(settings: ModelSettings) -> dict[str, int]:
+    """The number of blocks of each stack that a model of these settings has."""
+    numbers = {name: getattr(settings, stack.depth) for name, stack in network_class(settings).stacks.items()}
+    return {name: number for name, number in numbers.items() if number > 0}
 
 
 def network_class(settings: ModelSettings) -> type[Paradigm]:

@@ -19,7 +19,8 @@ from lit_transdiff.config import unknown
 from lit_transdiff.models.adapt import Adaptation, broadcast_mask_tokens, resize_positions, spread_patch
 from lit_transdiff.models.conditions import CONDITIONS
 from lit_transdiff.models.context import ContextFn, Contexts, ContextStream, Remembered, null_contexts
-from lit_transdiff.models.decoder import DECODERS, DiffusionDecoder, Memory
+from lit_transdiff.models.decoder import DiffusionDecoder, Memory
+from lit_transdiff.models.decoders import DECODERS
 from lit_transdiff.models.encoder import ENCODERS, ARTransformer
 from lit_transdiff.models.fusion import fused, fusion_pattern
 from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass

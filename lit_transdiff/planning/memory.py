@@ -21,7 +21,7 @@ from lit_transdiff.config import ModelSettings, RunConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.flops import row_cost
-from lit_transdiff.models.paradigm import Paradigm, network_class
+from lit_transdiff.models.paradigm import Paradigm, network_class, stacks_of
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.stages.optim import build_optimizer
@@ -118,24 +118,23 @@ def count_moments(run: RunConfig) -> int:
 
 def pass_cost(run: RunConfig, bf16: bool) -> PassCost:
     """Measure passes of one and two rows with one and two blocks per stack; all costs are linear in both."""
-    stacks, training = network_class(run.model).stacks, run.training
-    number = {name: getattr(run.model, stack.depth) for name, stack in stacks.items()}
+    stacks, training = stacks_of(run.model), run.training
     base = count_passes(run, dict.fromkeys(stacks, 1), bf16)  # rows of the batch x counts
     # The increments for one more block in each stack.
     more = {name: count_passes(run, dict.fromkeys(stacks, 1) | {name: 2}, bf16) - base for name in stacks}
     cost = row_cost(run.model, run.flow.num_noise_draws, STAGES[run.stage].head_alone)
-    kept, again = base[:, 0] + sum((number[name] - 1) * more[name][:, 0] for name in stacks), 0.0
+    kept, again = base[:, 0] + sum((stacks[name] - 1) * more[name][:, 0] for name in stacks), 0.0
     blocks: list[tuple[float, float]] = []  # bytes per row kept by a block and made in its backward pass
     for name, count in more.items():
         _, whole, inputs = (count[1] - count[0]).tolist()
         chosen = range(
             0,
-            number[name] if name in training.recomputed(stacks) else 0,
+            stacks[name] if name in training.recomputed(stacks) else 0,
             training.activation_checkpointing_every,
         )
-        blocks += [(inputs, whole) if i in chosen else (whole, whole / 8) for i in range(number[name])]
+        blocks += [(inputs, whole) if i in chosen else (whole, whole / 8) for i in range(stacks[name])]
         kept = kept - len(chosen) * (count[:, 1] - count[:, 2])
-        again += cost.stacks[name] * len(chosen) / number[name]
+        again += cost.stacks[name] * len(chosen) / stacks[name]
     row = float(kept[1] - kept[0])
     return PassCost(float(kept[0]) - row, row, worst_moment(blocks), cost.flops, again)
 

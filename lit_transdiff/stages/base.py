@@ -22,7 +22,7 @@ from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.flow.processes import process_class
 from lit_transdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, check_latents, load_autoencoder
-from lit_transdiff.models.paradigm import Paradigm, build_model, network_class
+from lit_transdiff.models.paradigm import Paradigm, build_model, network_class, stacks_of
 from lit_transdiff.stages.blocks import arrange_blocks
 from lit_transdiff.stages.contract import check_family_class
 from lit_transdiff.stages.graph import GraphedObjective
@@ -118,8 +118,9 @@ class TransDiffStage(Stage):
         process_class(model.process_of(run.model)[0]).check(run.flow)
         frozen, allowed = run.training.frozen_dropout, f"false in stage {run.stage}, which freezes nothing"
         require(not frozen or cls.head_alone, "training.frozen_dropout", frozen, allowed)
-        in_head = [name for name, stack in model.stacks.items() if stack.path.startswith(model.head_prefixes)]
-        names = ["none", *in_head] if cls.head_alone else ["none", "all", *model.stacks]
+        stacks = stacks_of(run.model)
+        in_head = [name for name in stacks if model.stacks[name].path.startswith(model.head_prefixes)]
+        names = ["none", *in_head] if cls.head_alone else ["none", "all", *stacks]
         allowed = (
             f"{' or '.join(map(repr, names))} in stage {run.stage} with model.paradigm {run.model.paradigm}"
         )
