@@ -24,6 +24,7 @@ from lit_transdiff.study.records import Run, check_filters, fits, opened_picture
 from lit_transdiff.study.wandb_logs import log_files, read_log, read_server
 
 KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run, in archives
+JOURNAL = ("sweep.yaml", "trials.jsonl")  # of a sweep or study, which continues where an archive is unpacked
 RESULTS, PICTURES = (f"{FOLDER}/*.json",), (f"{FOLDER}/*.png", "samples/*.png", "samples/*/*.png")
 # Width of a picture in an archive, but at least a fraction of its own at which labels are legible.
 SHRUNK, READABLE = 320, 0.45
@@ -98,7 +99,8 @@ def unpacked(file: Path, changed: float) -> Path:
 def archive(
     folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path], bool] = lambda run: True
 ) -> Path:
-    """Write the run folders below ``folder`` to a small ``.zip`` for ``runs``, without any weights.
+    """Write the run folders below ``folder`` to a small ``.zip`` for ``runs``, without any weights, and the
+    journals of sweeps.
 
     Pictures are reduced in size, and included only for run folders for which ``pictures_of`` is true.
     """
@@ -106,7 +108,11 @@ def archive(
     require(file.suffix == ".zip", "file", str(file), "a name ending in .zip")
     check_replaces(file, [KEPT[0]], "an archive of runs")
     with whole(file) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
-        for run in run_folders(folder):
+        found = list(run_folders(folder))
+        journals = {run.parent / name for run in found for name in JOURNAL}
+        for file_of_sweep in sorted(path for path in journals if path.is_file()):
+            packed.write(file_of_sweep, file_of_sweep.relative_to(folder))
+        for run in found:
             for part in [run / name for name in KEPT] + [
                 f for pattern in RESULTS for f in sorted(run.glob(pattern))
             ]:

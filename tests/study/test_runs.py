@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def make_empty(folder: Path) -> Path:
 def test_an_archive_holds_what_is_read(tmp_path: Path) -> None:
     make_run(tmp_path / "runs", "a", 2.0)
     (tmp_path / "runs" / "a" / "export" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "runs" / "trials.jsonl").write_text("{}")
     packed = archive(tmp_path / "runs", tmp_path / "runs.zip")
+    assert "trials.jsonl" in zipfile.ZipFile(packed).namelist()
     (one,), (other,) = runs(tmp_path / "runs"), runs(packed)
     pd.testing.assert_frame_equal(one.history(), other.history())
     assert (one.config, one.summary, list(one.samples())) == (
