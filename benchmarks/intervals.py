@@ -32,8 +32,8 @@ from lit_transdiff.study.verdicts import NO_DIFFERENCE
 class Case:
     """Images of a Gaussian with mean ``shift`` and ``scale`` times the standard deviations of the reference.
 
-    The reference has variances 1, 1/2, 1/3, ... if ``power_law``, else 1. Each of ``classes`` has its own
-    mean, and the groups hold equal parts of each.
+    ``along`` adds a shift in units of these. The reference has variances 1, 1/2, 1/3, ... if ``power_law``,
+    else 1. Each of ``classes`` has its own mean, and the groups hold equal parts of each.
     """
 
     name: str
@@ -44,10 +44,14 @@ class Case:
     scale: float = 1.0
     power_law: bool = False
     classes: int = 1
+    along: float = 0.0
 
     def deviations(self) -> Tensor:
         order = torch.arange(1, self.size + 1, dtype=torch.float64)
         return 1 / order.sqrt() if self.power_law else torch.ones_like(order)
+
+    def mean(self) -> Tensor:
+        return self.shift + self.along * self.deviations()
 
     def centres(self) -> Tensor:
         """The means [C, D] of the classes, whose average is 0."""
@@ -65,13 +69,13 @@ class Case:
 
         between = self.centres().T @ self.centres() / self.classes
         own = between + (self.scale * self.deviations()).square().diag()
-        return frechet(Gaussian(np.full(self.size, self.shift), own.numpy()), self.reference())
+        return frechet(Gaussian(self.mean().numpy(), own.numpy()), self.reference())
 
     def draw(self, seed: int) -> tuple[Tensor, Tensor]:
         """Images [N, D] and their labels [N], in order of class."""
         labels = torch.arange(self.images) * self.classes // self.images
         noise = torch.randn(self.images, self.size, generator=torch.Generator().manual_seed(seed)).double()
-        return self.shift + self.centres()[labels] + self.scale * self.deviations() * noise, labels
+        return self.mean() + self.centres()[labels] + self.scale * self.deviations() * noise, labels
 
 
 CASES = (
@@ -81,6 +85,8 @@ CASES = (
     Case("50 classes", 32, 2000, 400, shift=0.05, scale=0.95, classes=50),
     Case("power law, identical", 256, 2000, 150, power_law=True),
     Case("power law, near", 256, 2000, 150, shift=0.01, power_law=True),
+    Case("power law, near in large variances", 256, 2000, 40, along=0.0583, power_law=True),
+    Case("power law, far in large variances", 256, 2000, 40, along=0.357, scale=0.97, power_law=True),
     Case("power law, near, N = 2 D", 256, 512, 150, shift=0.01, power_law=True),
     Case("power law, far, N = 2 D", 256, 512, 150, shift=0.05, scale=0.95, power_law=True),
 )

@@ -298,6 +298,8 @@ def add_study_commands(command: AddCommand) -> None:
         sub.add_argument("--devices-per-run", type=int, default=1, help="GPUs per trial, for torchrun")
         sub.add_argument("--tries", type=int, default=3, help="attempts of a trial; default: %(default)s")
     sweep.add_argument("--seed", type=int, default=0, help="seed of random and bayes")
+    kept = "also write the results to an archive beside FILE, from which this command continues anywhere"
+    study.add_argument("--keep", action="store_true", help=kept)
     study.set_defaults(seed=0)
 
     sub = command(

@@ -24,7 +24,8 @@ from lit_transdiff.study.records import Run, check_filters, fits, opened_picture
 from lit_transdiff.study.wandb_logs import log_files, read_log, read_server
 
 KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run, in archives
-JOURNAL = ("sweep.yaml", "trials.jsonl")  # of a sweep or study, which continues where an archive is unpacked
+# Of a sweep or study, which continues where an archive is unpacked.
+JOURNAL = ("sweep.yaml", "trials.jsonl", "inputs.json")
 RESULTS, PICTURES = (f"{FOLDER}/*.json",), (f"{FOLDER}/*.png", "samples/*.png", "samples/*/*.png")
 # Width of a picture in an archive, but at least a fraction of its own at which labels are legible.
 SHRUNK, READABLE = 320, 0.45
@@ -106,7 +107,7 @@ def archive(
     """
     folder, file = Path(folder), Path(file)
     require(file.suffix == ".zip", "file", str(file), "a name ending in .zip")
-    check_replaces(file, [KEPT[0]], "an archive of runs")
+    check_replaces(file, [KEPT[0], *JOURNAL], "an archive of runs")
     with whole(file) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
         found = list(run_folders(folder))
         journals = {run.parent / name for run in found for name in JOURNAL}

@@ -13,6 +13,7 @@ from lit_transdiff.study.runs import runs
 from lit_transdiff.study.scored import entries_of
 from lit_transdiff.study.text import frame
 from lit_transdiff.sweep.definition import Sweep
+from lit_transdiff.sweep.results import inputs_in_words
 from lit_transdiff.sweep.study import study_in_words
 from lit_transdiff.sweep.trial import Trial
 
@@ -51,7 +52,7 @@ def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
 
 def write_claims(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
     """The claims of a study as text, also written to ``study.md`` and shown on the page ``report.html``."""
-    told = study_in_words(sweep, trials)
+    told = study_in_words(sweep, trials) + inputs_in_words(folder)
     replace_file(folder / CLAIMS, "".join(f"- {line}\n" for line in told).encode())
     text = "\n".join(["", *told, ""])
     try:

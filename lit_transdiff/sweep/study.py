@@ -13,13 +13,14 @@ A study's file has ``arms`` and ``seeds`` in place of ``method`` and ``parameter
 
 Every seed runs all arms that are not settled yet (see ``study.claims``), so arms are compared seed by seed.
 Settings of ``seeds`` vary together. ``budget`` (hours) may change between calls; all else is fixed.
+``inputs`` are files on which the results depend, as a checkpoint (see ``sweep.results``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ KEYS_OF_STUDIES = (
     "baseline",
     "seeds",
     "budget",
+    "inputs",
     "command",
     "program",
 )
@@ -55,6 +57,7 @@ class Study:
     seeds: list[dict[str, Any]]
     rule: StudyRule
     budget: float = math.inf  # hours of one call of the command
+    inputs: list[str] = field(default_factory=list)
 
     def settings(self, arm: str, seed: int) -> dict[str, Any]:
         """The settings of the trial of an arm with the seed of this number."""
@@ -129,6 +132,9 @@ def study_from(given: Any, name: str) -> Sweep:
     seeds = seeds_from(given.get("seeds"))
     budget, baseline = given.get("budget"), given.get("baseline")
     require(budget is None or (is_number(budget) and budget > 0), "budget", budget, "hours above 0")
+    inputs = given.get("inputs") or []
+    texts = isinstance(inputs, list) and all(isinstance(each, str) for each in inputs)
+    require(texts, "inputs", inputs, "a list of files")
     require(
         baseline in arms, "baseline", baseline, f"the arm that others are compared with: {', '.join(arms)}"
     )
@@ -147,7 +153,7 @@ def study_from(given: Any, name: str) -> Sweep:
         program=program,
         project=given.get("project"),
         source=given,
-        study=Study(arms, str(baseline), seeds, rule, float(budget or math.inf)),
+        study=Study(arms, str(baseline), seeds, rule, float(budget or math.inf), inputs),
     )
 
 

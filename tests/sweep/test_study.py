@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import pytest
 import yaml
 
 from lit_transdiff.__main__ import main
+from lit_transdiff.base.files import short_hash
 from lit_transdiff.config.loading import load_run
 from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.evaluation.metrics import check_evaluation
 from lit_transdiff.stages import STAGES
 from lit_transdiff.sweep import controller
 from lit_transdiff.sweep.definition import Sweep
+from lit_transdiff.sweep.journal import SweepJournal
+from lit_transdiff.sweep.results import check_inputs, keep_results
 from lit_transdiff.sweep.search import next_settings
 from lit_transdiff.sweep.study import load_study, study_from, study_in_words
 from lit_transdiff.sweep.trial import Trial
+from tests.helpers.run_folders import make_run
 from tests.helpers.small import ROOT
 
 # Logs one value that depends on the arm's x and the seed, as a run's score would.
@@ -142,6 +147,37 @@ def test_a_study_of_a_program_from_the_command_line(
     main(["study", "study.yaml"])
     assert '"start"' in journal.read_text() and journal.read_text().count('"event": "start"') == 12
     assert "fast: better" in (tmp_path / "runs/studies/small/study.md").read_text()
+
+
+def test_kept_results_continue_elsewhere_and_belong_to_their_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A study without its folder continues from the archive beside its file; a changed input is refused."""
+    monkeypatch.chdir(tmp_path)
+    weights, file, folder = tmp_path / "model.bin", tmp_path / "study.yaml", tmp_path / "runs/studies/small"
+    weights.write_text("weights")
+    sweep = study_from(SETTINGS | {"inputs": ["model.bin"]}, "s")
+    file.write_text(yaml.safe_dump(sweep.source))
+    check_inputs(sweep, file, folder)
+    journal = SweepJournal(folder, sweep, 0)
+    with journal.lock:
+        for i, trial in enumerate(play(sweep, lambda settings: settings["x"] + settings["seed"] % 3)):
+            journal.write("start", id=f"t{i}", settings=trial.settings)
+            journal.write("end", id=f"t{i}", state="finished", values=trial.values)
+    make_run(folder, "trial", 1.0)
+    keep_results(folder, file)
+    shutil.rmtree(folder)
+    main(["study", "study.yaml"])
+    said = capsys.readouterr().out
+    assert "continues the results of study.zip" in said and "fast: better by 0.5" in said
+    assert f"For model.bin ({short_hash(weights)})." in said
+    weights.write_text("others")
+    assert main(["study", "study.yaml"]) == 2
+    assert "inputs: model.bin: got" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    file.write_text(yaml.safe_dump(sweep.source | {"baseline": "fast"}))
+    assert main(["study", "study.yaml"]) == 2
+    assert "study.zip has the results of another version of study.yaml" in capsys.readouterr().err
 
 
 SHIPPED = sorted((ROOT / "experiments/studies").glob("*.yaml"))
