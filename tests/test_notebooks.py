@@ -110,7 +110,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 def test_one_line_makes_them_show_other_runs(path: Path, source: str, tmp_path: Path) -> None:
     book = nbformat.read(path, as_version=4)
     for cell in book.cells:
-        cell.source = cell.source.replace('SOURCE = "results.zip"', f'SOURCE = "{source}"')
+        cell.source = re.sub(r"SOURCE = \"\S+\"", f'SOURCE = "{source}"', cell.source)
     changed = tmp_path / path.name
     nbformat.write(book, changed)
     assert source in changed.read_text()
@@ -131,7 +131,7 @@ def test_runs_without_scores_are_told_what_is_missing(path: Path, tmp_path: Path
         )
     book = nbformat.read(path, as_version=4)
     for cell in book.cells:
-        cell.source = cell.source.replace('SOURCE = "results.zip"', f'SOURCE = "{tmp_path / "runs"}"')
+        cell.source = re.sub(r"SOURCE = \"\S+\"", f'SOURCE = "{tmp_path / "runs"}"', cell.source)
     nbformat.write(book, tmp_path / path.name)
     assert "lit-transdiff evaluate --checkpoint RUN" in " ".join(
         texts(execute(tmp_path / path.name, ROOT / "notebooks"))
