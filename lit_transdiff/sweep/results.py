@@ -42,7 +42,7 @@ def bring_results(sweep: Sweep, file: str | Path, folder: Path) -> bool:
     return True
 
 
-def check_inputs(sweep: Sweep, file: str | Path, folder: Path) -> None:
+def check_same_inputs(sweep: Sweep, file: str | Path, folder: Path) -> None:
     """Keep the hashes of a study's inputs in ``folder``; refuse inputs other than those of its results."""
     now = hashes(sweep.study.inputs)
     if (folder / SWEEP_SIGN).exists():

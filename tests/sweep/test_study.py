@@ -20,7 +20,7 @@ from lit_transdiff.stages import STAGES
 from lit_transdiff.sweep import controller
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.journal import SweepJournal
-from lit_transdiff.sweep.results import check_inputs, keep_results
+from lit_transdiff.sweep.results import check_same_inputs, keep_results
 from lit_transdiff.sweep.search import next_settings
 from lit_transdiff.sweep.study import load_study, study_from, study_in_words
 from lit_transdiff.sweep.trial import Trial
@@ -158,7 +158,7 @@ def test_kept_results_continue_elsewhere_and_belong_to_their_inputs(
     weights.write_text("weights")
     sweep = study_from(SETTINGS | {"inputs": ["model.bin"]}, "s")
     file.write_text(yaml.safe_dump(sweep.source))
-    check_inputs(sweep, file, folder)
+    check_same_inputs(sweep, file, folder)
     journal = SweepJournal(folder, sweep, 0)
     with journal.lock:
         for i, trial in enumerate(play(sweep, lambda settings: settings["x"] + settings["seed"] % 3)):
