@@ -50,8 +50,10 @@ if TYPE_CHECKING:
     from lit_transdiff.models.paradigm import Problem as Problem
     from lit_transdiff.models.paradigm import Stack as Stack
     from lit_transdiff.models.transdiff import TransDiff as TransDiff
+    from lit_transdiff.publish.push import push as push
     from lit_transdiff.sampling.generator import load_generator as load_generator
     from lit_transdiff.sampling.pictures import grid as grid
+    from lit_transdiff.sampling.pipeline import TransDiffPipeline as TransDiffPipeline
     from lit_transdiff.stages import STAGES as STAGES
     from lit_transdiff.stages.base import TransDiffStage as TransDiffStage
     from lit_transdiff.stages.optim import OPTIMIZERS as OPTIMIZERS
@@ -81,6 +83,8 @@ PUBLIC = {
     "statistics": "evaluation.prepare",
     "load_extractor": "evaluation.features",
     "load_generator": "sampling.generator",
+    "TransDiffPipeline": "sampling.pipeline",
+    "push": "publish.push",
     "evaluate": "evaluation.evaluate",
     "build_fabric": "distributed",
     "runs": "study.runs",

@@ -103,9 +103,7 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     sub.add_argument("--background", default="white", help="colour behind transparent pixels: " + BACKGROUNDS)
     sub.add_argument("--limit", type=int, help="pack only so many, evenly over the classes")
     sub.add_argument("--class-names", help="names, with commas, or a file of names or folders and names")
-    sub.add_argument(
-        "--workers", type=int, default=0, help="processes that write shards; default: this one alone"
-    )
+    add_workers(sub, "write")
 
     sub = command(commands.index_command, "write the index of webdataset shards that you already have")
     sub.add_argument("folder")
@@ -115,15 +113,11 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
         default="cls",
         help="member with the class number or name: cls, txt, or json:FIELD; default: cls",
     )
-    sub.add_argument(
-        "--workers", type=int, default=0, help="processes that read shards; default: this one alone"
-    )
+    add_workers(sub, "read")
 
     sub = command(commands.verify_command, "check the SHA-256 of every shard against the index")
     sub.add_argument("folder")
-    sub.add_argument(
-        "--workers", type=int, default=0, help="processes that read shards; default: this one alone"
-    )
+    add_workers(sub, "read")
 
     sub = command(
         commands.cache_command,
@@ -149,9 +143,20 @@ def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.Ar
     with_overrides(sub)
 
 
+def add_workers(sub: argparse.ArgumentParser, what: str) -> None:
+    text = f"processes that {what} shards; default: this one alone"
+    sub.add_argument("--workers", type=int, default=0, help=text)
+
+
+def add_starting(sub: argparse.ArgumentParser) -> None:
+    dry, pipe = "print configuration, parameters and steps; write nothing", "permit data.train=pipe:COMMAND"
+    sub.add_argument("--dry-run", action="store_true", help=dry)
+    sub.add_argument("--allow-pipe", action="store_true", help=f"{pipe}, which runs that command")
+
+
 def add_trained(sub: argparse.ArgumentParser) -> None:
     """The options that choose a trained model, its sampler and its speed."""
-    sub.add_argument("--checkpoint", required=True, help="run folder or export folder")
+    sub.add_argument("--checkpoint", required=True, help="run folder, export folder, or hf://OWNER/NAME")
     sub.add_argument("--preset", choices=PRESETS, help="named sampler settings; key=value overrides them")
     choice = argparse.BooleanOptionalAction
     sub.add_argument("--compile", action=choice, help="torch.compile; by default for many images on a GPU")
@@ -164,12 +169,7 @@ def add_model_commands(
     """The commands that train or convert models."""
     sub = command(commands.train_command, "train one run; the same command again continues it")
     sub.add_argument("run", help="the run's YAML")
-    sub.add_argument(
-        "--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing"
-    )
-    sub.add_argument(
-        "--allow-pipe", action="store_true", help="permit data.train=pipe:COMMAND, which runs that command"
-    )
+    add_starting(sub)
     sub.add_argument(
         "--evaluate", action="store_true", help="score the trained model; the scores go to the same run"
     )
@@ -178,12 +178,7 @@ def add_model_commands(
     text = "train, sample and score a list of runs and compare them; the same command again continues it"
     sub = command(commands.run_command, text)
     sub.add_argument("pipeline", help="the pipeline's YAML")
-    sub.add_argument(
-        "--dry-run", action="store_true", help="print configuration, parameters and steps; write nothing"
-    )
-    sub.add_argument(
-        "--allow-pipe", action="store_true", help="permit data.train=pipe:COMMAND, which runs that command"
-    )
+    add_starting(sub)
     with_overrides(sub)
 
     sub = command(
@@ -345,6 +340,12 @@ def add_machine_commands(
     )
     sub.add_argument("--half", action="store_true", help="in float16, which takes half the space")
     sub.add_argument("--output", help="folder; default: export-STEP in the run folder")
+    sub.add_argument("--hub", metavar="OWNER/NAME", help="also upload the trained model to this repository")
+    sub.add_argument("--private", action="store_true", help="make the repository private")
+    sub.add_argument("--revision", metavar="BRANCH", help="of the repository; default: main")
+    sub.add_argument(
+        "--license", default="mit", help="that of the weights, as the Hub names it; default: mit"
+    )
 
 
 def quiet_libraries() -> None:

@@ -73,12 +73,12 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def python_blocks() -> Iterator[object]:
-    """But those of ``extending.md``, which have a test of their own, and the signatures of ``api.md``, which
-    are no programs.
+    """But those of ``extending.md`` and ``hub.md``, which have tests of their own, and the signatures of
+    ``api.md``, which are no programs.
     """
     for path in DOCUMENTS:
         for number, code in enumerate(blocks(path, "python")):
-            if path.name != "extending.md" and (path.name != "api.md" or "import " in code):
+            if path.name not in ("extending.md", "hub.md") and (path.name != "api.md" or "import " in code):
                 yield pytest.param(code, id=f"{name(path)}-{number}")
 
 

@@ -25,7 +25,7 @@ ORDER = (
     ("distributed", "evaluation"),
     ("released", "tracking", "planning"),
     ("study",),
-    ("training",),
+    ("training", "publish"),
     ("sweep",),
     ("cli",),
     ("__main__",),
@@ -35,14 +35,14 @@ MAX_FILE, MAX_FUNCTION = 300, 45  # lines, of at most 110 columns
 # Files and functions that are longer since lines became shorter, each with its length: they may only shrink.
 LONGER = {
     "__main__.py": 393,
-    "checkpoints/export.py": 319,
+    "checkpoints/export.py": 317,
     "checkpoints/format.py": 302,
     "cli/pipeline.py": 345,
     "data/datamodule.py": 336,
     "data/index.py": 347,
     "evaluation/statistics.py": 320,
     "models/autoencoder.py": 337,
-    "released/convert.py": 366,
+    "released/convert.py": 364,
     "study/compare.py": 312,
     "study/plots.py": 336,
     "study/table.py": 318,
@@ -65,7 +65,8 @@ DOORS = {
     "deepspeed": {"distributed/"},
     "torchmetrics": {"evaluation/"},
     "torch_fidelity": {"evaluation/"},
-    "diffusers": {"models/autoencoder.py"},
+    "diffusers": {"models/autoencoder.py", "sampling/pipeline.py"},
+    "huggingface_hub": {"base/hub.py", "publish/"},
     "omegaconf": {"config/loading.py"},
     "triton": {"kernels/"},
     "yaml": {"config/yaml_text.py"},
@@ -193,7 +194,8 @@ def test_tests_share_nothing_but_helpers(path: Path):
 def test_dependencies_stand_in_one_list():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     listed = {re.split(r"[><=;]", line)[0].strip().lower() for line in lines}
-    names = {"PIL": "pillow", "yaml": "pyyaml", "torch_fidelity": "torch-fidelity"}
+    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    names |= {name: name.replace("_", "-") for name in ("torch_fidelity", "huggingface_hub")}
     standard = set(__import__("sys").stdlib_module_names) | {"lit_transdiff"}
     standard.add("triton")  # comes with torch where there is a GPU; without it the kernels are not used
     used = {name.split(".")[0] for path in FILES for name in imported(path)} - standard

@@ -42,6 +42,10 @@ class CheckpointError(OSError):
     """A checkpoint could not be written."""
 
 
+class HubError(OSError):
+    """The Hugging Face Hub did not answer, or could not."""
+
+
 class RankFailed(RuntimeError):
     """A collective operation did not complete: another rank failed or is too slow."""
 

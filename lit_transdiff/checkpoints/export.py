@@ -29,6 +29,7 @@ from lit_transdiff.base.files import (
 )
 from lit_transdiff.checkpoints.averages import EMA, POWER, combination, width_of
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
+from lit_transdiff.checkpoints.portable import INFO, OF_DIFFUSERS, write_generator
 from lit_transdiff.checkpoints.version import read_versioned, versioned
 from lit_transdiff.config import RunConfig, require, unknown
 from lit_transdiff.config.loading import load_run, run_from, save_yaml, setting, to_dict
@@ -40,14 +41,12 @@ from lit_transdiff.config.targets import (
     files_in,
     put_files,
     refuse_foreign,
-    save_tensors,
 )
 
-INFO = "export.json"  # describes the folder and marks it as an export
 # The possible files of an export of an earlier version, which does not list them.
 FILES = (
     *("config.yaml", INFO, "model.safetensors", "left_over.safetensors"),
-    *("config.json", "diffusion_pytorch_model.safetensors", "classifier.safetensors"),
+    *("config.json", "diffusion_pytorch_model.safetensors", "classifier.safetensors", *OF_DIFFUSERS),
 )
 # Path settings that a trained model needs; an export also stores them relative to its folder.
 EXPORT_PLACES = (
@@ -95,14 +94,15 @@ def paths_from(folder: Path, run: RunConfig) -> dict[str, str]:
 
 
 def with_valid_paths(run: RunConfig, folder: Path, info: Mapping[str, Any]) -> RunConfig:
-    """The run of the export in ``folder``; paths that no longer exist are resolved relative to the export.
+    """The run of the export in ``folder``; paths in it, and those that no longer exist, are relative to it.
 
     An export of an earlier version has no relative paths; it lies in its run's folder.
     """
     settings, known = to_dict(run), info.get("paths")
     for name, path in (known if isinstance(known, dict) else paths_from(run.folder / "export", run)).items():
         there = folder / str(path)
-        if name in EXPORT_PLACES and there.exists() and not Path(setting(settings, name) or "").exists():
+        lost = not str(path).startswith("..") or not Path(setting(settings, name) or "").exists()
+        if name in EXPORT_PLACES and there.exists() and lost:
             section, field = name.split(".")
             settings[section][field] = str(there.resolve())
     return run_from(settings, source=str(folder / "config.yaml"))
@@ -201,9 +201,7 @@ def export_checkpoint(
         "images_seen": checkpoint.manifest["images_seen"],
         "weights": origin,
     }
-    write_export(
-        folder, run, info, lambda partial: save_tensors(state, partial / "model.safetensors"), own=own
-    )
+    write_export(folder, run, info, lambda partial: write_generator(state, partial), own=own)
 
 
 def combined(checkpoints: Sequence[Checkpoint], width: float) -> tuple[dict[str, Tensor], float]:

@@ -202,15 +202,18 @@ def last_checkpoint(run: RunConfig) -> Checkpoint | None:
     return max(checkpoints, key=lambda checkpoint: checkpoint.step, default=None)
 
 
-def open_folder(run: RunConfig, num_processes: int | None = None) -> None:
+def open_folder(
+    run: RunConfig, num_processes: int | None = None, places: Mapping[str, str] | None = None
+) -> None:
     """Make the folder and write the resolved configuration and the environment of this start.
 
-    ``num_processes`` counts all nodes; by default it is ``WORLD_SIZE``.
+    ``num_processes`` counts all nodes; by default it is ``WORLD_SIZE``. ``places`` on the Hub have commits.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     save_yaml(run, run.folder / "config.yaml")
     file, earlier = run.folder / "environment.json", starts(run.folder)
     this = versioned(environment()) | ({"num_processes": num_processes} if num_processes else {})
+    this |= {"hub": dict(places)} if places else {}
     this["config_crc32"] = crc32_of(run.folder / "config.yaml")
     replace_file(file, json.dumps([with_seal(start) for start in [*earlier, this]], indent=2).encode())
 

@@ -12,6 +12,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from lit_transdiff.base.hub import local
+from lit_transdiff.cli.exports import exported
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.classes import choose_classes, full_names
 from lit_transdiff.config.loading import load_run, override, read_yaml
@@ -20,11 +22,11 @@ from lit_transdiff.config.paths import (
     check_pack_source,
     check_pipe,
     check_source,
-    checkpoints_folder,
     export_folder,
     local_path,
     parse_names,
     results_folder,
+    trained_place,
 )
 from lit_transdiff.data.index_files import index_files
 from lit_transdiff.evaluation.scores import result_files, score_in_words
@@ -183,13 +185,14 @@ def convert_command(args: argparse.Namespace) -> None:
             f"override: got {args.overrides}; allowed: only with --recipe, whose settings they change."
         )
     recipe = load_run(args.recipe, args.overrides, args.imports) if args.recipe else None
-    check_source(Path(args.source))
+    source, autoencoder = local(args.source), args.autoencoder and local(args.autoencoder)
+    check_source(source)
     from lit_transdiff.released.convert import convert
 
     report = convert(
-        args.source,
+        source,
         args.dest,
-        autoencoder=args.autoencoder,
+        autoencoder=autoencoder,
         recipe=recipe,
         num_heads=args.num_heads,
         scaling_factor=args.scaling_factor,
@@ -198,7 +201,7 @@ def convert_command(args: argparse.Namespace) -> None:
 
 
 def sample_command(args: argparse.Namespace) -> None:
-    export_folder(args.checkpoint)
+    args.checkpoint = trained_place(args.checkpoint)
     from lit_transdiff.base.profile import Profile
     from lit_transdiff.cli.trained import trained_generator
     from lit_transdiff.config.targets import fresh_folder
@@ -227,14 +230,16 @@ def sample_command(args: argparse.Namespace) -> None:
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    export_folder(args.checkpoint)
+    args.checkpoint = trained_place(args.checkpoint)
+    from lit_transdiff.checkpoints.places import pinned_run
     from lit_transdiff.cli.pipeline import score_checkpoint
     from lit_transdiff.cli.trained import trained_generator
     from lit_transdiff.distributed import build_fabric
 
     fabric = build_fabric()
+    args.checkpoint = fabric.broadcast(args.checkpoint)  # the same commit on all ranks
     generator, overrides = trained_generator(args, fabric.device)
-    settings = override(generator.run, overrides, (*CHANGEABLE, "tracking"))
+    settings, _ = pinned_run(override(generator.run, overrides, (*CHANGEABLE, "tracking")))
     output = Path(args.output) if args.output else None
     result = score_checkpoint(generator, settings, output, fabric, save_images=args.save_images)
     for name, score in result["scores"].items():
@@ -243,12 +248,12 @@ def evaluate_command(args: argparse.Namespace) -> None:
 
 
 def reproduce_command(args: argparse.Namespace) -> None:
-    given = {name: Path(getattr(args, name)) for name in ("weights", "vae", "inception", "reference")}
+    given = {name: local(getattr(args, name)) for name in ("weights", "vae", "inception", "reference")}
     check_files({name: path for name, path in given.items() if not path.is_dir()})
     from lit_transdiff.distributed import build_fabric
     from lit_transdiff.released.reproduce import Files, reproduce
 
-    files = Files(Path(args.weights), Path(args.vae), Path(args.inception), Path(args.reference))
+    files = Files(**given)
     fabric = build_fabric()
     output, experiments = Path(args.output), Path(args.experiments)
     fabric.print(
@@ -272,10 +277,12 @@ def report_command(args: argparse.Namespace) -> None:
 
 
 def export_command(args: argparse.Namespace) -> None:
-    checkpoints_folder(args.run_folder)
-    from lit_transdiff.checkpoints.export import export_run
+    folder = exported(args)
+    print(folder)
+    if args.hub is not None:
+        from lit_transdiff.publish.push import push
 
-    print(export_run(Path(args.run_folder), args.step, args.average, args.output, half=args.half))
+        print(push(folder, args.hub, private=args.private, revision=args.revision, licence=args.license))
 
 
 def plan_command(args: argparse.Namespace) -> None:

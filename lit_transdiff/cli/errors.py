@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 
-from lit_transdiff.base.endings import CheckpointError, Preempted, RankFailed, TrialsFailed
+from lit_transdiff.base.endings import CheckpointError, HubError, Preempted, RankFailed, TrialsFailed
 from lit_transdiff.base.files import is_full
 
 # A path that cannot be meant.
@@ -20,7 +20,13 @@ NOT_HERE = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
-FAILURES = (FloatingPointError, CheckpointError, TrialsFailed, RankFailed)  # their message is the whole line
+FAILURES = (
+    FloatingPointError,
+    CheckpointError,
+    HubError,
+    TrialsFailed,
+    RankFailed,
+)  # their message is the whole line
 ENDINGS = (ValueError, OSError, Preempted, *FAILURES)  # the errors that ``status_of`` handles
 
 

@@ -12,6 +12,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_transdiff.base.hub import hub_place, is_on_hub
+
 
 def unknown(what: str, value: object, allowed: Iterable[str]) -> ValueError:
     """The error for a name that is not in a table: field, value, nearest match, allowed names."""
@@ -46,8 +48,10 @@ def expanded(path: str, what: str) -> str:
     Raises ``ValueError`` for undefined variables and unknown users.
 
     An existing path with a ``$`` in its name stays unchanged, and so does a ``pipe:`` command, which has its
-    own shell.
+    own shell. Raises ``ValueError`` also for ``hf://`` without the name of a repository.
     """
+    if is_on_hub(path):
+        return str(hub_place(os.path.expandvars(path), what))
     if path.startswith("pipe:") or ("$" in path and os.path.lexists(path)):
         return path
     result = os.path.expanduser(os.path.expandvars(path))

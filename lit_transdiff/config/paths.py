@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from lit_transdiff.base.hub import hub_place, is_on_hub, local, pinned
 from lit_transdiff.config import expanded, require, shipped
 from lit_transdiff.config.checks import BUNDLED, roots
 
@@ -14,13 +15,19 @@ PATHS = (  # arguments and options in which ~ and $NAME are replaced
     *("autoencoder", "recipe", "weights", "vae", "inception", "reference", "experiments"),
 )
 
+MADE_HERE = ("dest", "output", "folder")  # those that are written to
+# Where the export lies in a run folder, and in a repository of the Hub; and the files that it may have.
+OF_RUN = ("", "export/", "run/export/")
+OF_EXPORT = ("model.safetensors", "config.yaml", "export.json", "autoencoder/*")
+
 
 def expand_paths(args: argparse.Namespace) -> None:
     """Expand paths that the shell has not expanded, as after ``--output=``, and find shipped files."""
     for name, value in vars(args).items():
         if name in PATHS and isinstance(value, str):
             path = expanded(value, name.replace("_", "-"))
-            setattr(args, name, path if name in ("dest", "output", "folder") else shipped(path))
+            require(name not in MADE_HERE or not is_on_hub(path), name, path, "a path of this machine")
+            setattr(args, name, path if name in MADE_HERE else shipped(path))
 
 
 def check_files(files: Mapping[str, Path]) -> None:
@@ -63,12 +70,12 @@ def check_pipe(source: str, permitted: bool) -> None:
 
 
 def export_folder(path: str | Path) -> Path:
-    """The export folder of ``path``, a run folder or an export folder.
+    """The export folder of ``path``, a run folder or an export folder, also on the Hub.
 
     Raises ``FileNotFoundError`` with the trained runs nearby if there is none.
     """
-    path = Path(path)
-    for candidate in (path, path / "export"):
+    asked, path = path, local(path, [f"{folder}{name}" for folder in OF_RUN for name in OF_EXPORT])
+    for candidate in (path / folder for folder in OF_RUN):
         if (candidate / "model.safetensors").is_file():
             return candidate
     root = path if path.is_dir() else path.parent
@@ -76,11 +83,22 @@ def export_folder(path: str | Path) -> Path:
         sorted(str(p.parent.parent) for p in root.glob("*/export/model.safetensors")) if root.is_dir() else []
     )
     hint = f" Trained runs there: {', '.join(nearby)}." if nearby else ""
-    raise FileNotFoundError(f"{path} holds no trained model (no export/model.safetensors).{hint}")
+    raise FileNotFoundError(f"{asked} holds no trained model (no export/model.safetensors).{hint}")
+
+
+def trained_place(checkpoint: str) -> str:
+    """Where a trained model is, on the Hub with its commit. Raises ``FileNotFoundError`` if there is none."""
+    place = pinned(checkpoint)
+    export_folder(place)
+    return place
 
 
 def results_folder(checkpoint: str | Path) -> Path:
-    """Where results of a trained model go: to its folder, those of a shipped model to runs/bundled."""
+    """Where results of a trained model go: to its folder, those of a shipped model to runs/bundled, and those
+    of one on the Hub to runs/hub.
+    """
+    if is_on_hub(checkpoint):
+        return Path("runs", "hub", *hub_place(str(checkpoint)).repo.split("/"))
     path = Path(checkpoint)
     bundled = any(path.resolve().is_relative_to((root / BUNDLED).resolve()) for root in roots())
     return Path("runs", "bundled", path.name) if bundled else path

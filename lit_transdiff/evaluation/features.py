@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from lit_transdiff.base.files import short_hash
+from lit_transdiff.base.hub import local
 from lit_transdiff.checkpoints.version import read_versioned
 from lit_transdiff.config import require, unknown
 from lit_transdiff.data.pixels import from_bytes
@@ -165,13 +166,14 @@ def check_name(name: str) -> None:
 def load_extractor(
     name: str, weights: str | Path | None, device: torch.device | str = "cpu", main: str | None = None
 ) -> FeatureExtractor:
-    """Load the extractor ``name`` with the weights of a file to ``device``, without any download.
+    """Load the extractor ``name`` with the weights of a file to ``device``; only ``hf://`` is downloaded.
 
     Raises ``ValueError`` for an unknown name and a missing or wrong file argument, and ``FileNotFoundError``
     if the file does not exist. ``main`` is the evaluation's main extractor, if it has several.
     """
     check_extractor_weights(name, weights, main)
-    if not Path(str(weights)).is_file():
+    path = local(str(weights))
+    if not path.is_file():
         expected, setting = EXTRACTORS[name].weights_file, weights_setting(name, main)
         raise FileNotFoundError(f"{setting}: {weights} does not exist; expected {expected}.")
-    return EXTRACTORS[name](str(weights)).to(device)
+    return EXTRACTORS[name](str(path)).to(device)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from lit_transdiff.base.files import replace_file, sealed, whole
+from lit_transdiff.base.hub import is_on_hub
 from lit_transdiff.checkpoints.run_folder import git_commit, package_versions
 from lit_transdiff.checkpoints.version import read_starts, read_versioned
 from lit_transdiff.config import EvaluationConfig, SamplingConfig
@@ -87,7 +88,7 @@ def said(sampling: SamplingConfig) -> dict[str, Any]:
 
 def origin(checkpoint: str) -> dict[str, Any]:
     """The export's training record and the git commit of the run's last start; empty for models in memory."""
-    if not Path(checkpoint).exists():
+    if not is_on_hub(checkpoint) and not Path(checkpoint).exists():
         return {"training": None, "training_commit": None}
     folder = export_folder(checkpoint)
     environment = folder.parent / "environment.json"

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from lit_transdiff.base.arrays import read_arrays, zip_of_arrays
 from lit_transdiff.base.files import Damaged, check_zip, json_of, short_hash, whole
+from lit_transdiff.base.hub import local
 from lit_transdiff.config import require
 from lit_transdiff.evaluation.extractor import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
@@ -185,10 +186,9 @@ def load_statistics(path: str | Path) -> Statistics:
     """Read a statistics file in our layout or a public one; images in it are counted but not read.
 
     Raises ``FileNotFoundError`` if the file does not exist, and ``ValueError`` that names it if its content
-    is not valid. This includes the check that sigma is a covariance, which takes about a second at 2048
-    features.
+    is not valid, including sigma, whose check takes about a second at 2048 features.
     """
-    path = Path(path)
+    path = local(path)
     if not path.is_file():
         raise FileNotFoundError(f"evaluation.reference: {path} does not exist.")
     try:

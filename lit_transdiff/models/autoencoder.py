@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lit_transdiff.base.files import check_file, read_json
+from lit_transdiff.base.hub import local
 from lit_transdiff.config import AutoencoderTraining, require, unknown
 from lit_transdiff.config.targets import follow_umask
 from lit_transdiff.models.execution import compile_blocks
@@ -63,10 +64,10 @@ def check_latents(latents: Tensor) -> None:
 def load_autoencoder(kind: str, path: Optional[str | Path], image_channels: int) -> Autoencoder:
     """The frozen autoencoder of a run, in float32 and evaluation mode.
 
-    Raises ``ValueError`` for an unknown kind or a folder that does not fit, ``FileNotFoundError`` for a
-    missing folder.
+    Raises ``ValueError`` for an unknown kind or another folder, ``FileNotFoundError`` for a missing one.
     """
-    return autoencoder_kind(kind, path).load(path or "", image_channels).freeze()
+    entry = autoencoder_kind(kind, path)
+    return entry.load(local(path, entry.files) if path else "", image_channels).freeze()
 
 
 def autoencoder_kind(kind: str, path: Optional[str | Path]) -> AutoencoderKind:
@@ -327,11 +328,10 @@ class AutoencoderKind:
 
     load: Callable[[str | Path, int], Autoencoder]
     has_folder: bool = True  # whether it has a folder of weights; otherwise ``load`` gets an empty path
+    files: tuple[str, ...] = ("*",)  # patterns of those that are downloaded of a place on the Hub
 
 
 AUTOENCODERS: dict[str, AutoencoderKind] = {
-    "kl": AutoencoderKind(KLAutoencoder.load),
-    "identity": AutoencoderKind(
-        lambda path, image_channels: IdentityAutoencoder(image_channels), has_folder=False
-    ),
+    "kl": AutoencoderKind(KLAutoencoder.load, files=("*.json", "*.safetensors")),
+    "identity": AutoencoderKind(lambda path, channels: IdentityAutoencoder(channels), has_folder=False),
 }

@@ -22,6 +22,7 @@ from torch import Tensor
 from lit_transdiff.base.files import CHECKSUMS, crc32_of_files, json_of, replace_file, sealed, whole
 from lit_transdiff.checkpoints.export import read_export, read_weights, unshared, write_export
 from lit_transdiff.checkpoints.format import save_pickled
+from lit_transdiff.checkpoints.portable import write_generator
 from lit_transdiff.config import ModelConfig, ModelSettings, RunConfig, require
 from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.config.paths import check_source, export_folder
@@ -87,11 +88,8 @@ def convert(
     if file.is_dir():
         check_options(given, set(), f"{file}, which becomes a file again")
         dest.parent.mkdir(parents=True, exist_ok=True)
-        return (
-            autoencoder_to_ldm(file, dest)
-            if (file / CONFIG_FILE).is_file()
-            else export_to_released(file, dest)
-        )
+        write = autoencoder_to_ldm if (file / CONFIG_FILE).is_file() else export_to_released
+        return write(file, dest)
     content = read_torch_file(file)
     bare = not KNOWN & content.keys()
     require("model" in content or bare, f"{file}: entries", sorted(content), "model, and beside it model_ema")
@@ -183,7 +181,7 @@ def map_state(kind: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
 
 def write_weights(mapped: Mapped, folder: Path) -> None:
     """Write ``model.safetensors`` in the dtype of the file, and the tensors without a place in our model."""
-    save_tensors(unshared(mapped.state), folder / "model.safetensors")
+    write_generator(unshared(mapped.state), folder)
     if mapped.left_over:
         save_tensors(unshared(mapped.left_over), folder / LEFT_OVER)
 

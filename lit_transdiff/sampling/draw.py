@@ -38,27 +38,38 @@ def draw_samples(
     The grid shows the first ``IMAGES_SHOWN`` images of each class, with ``references`` all R successive
     images of each. An image depends only on ``seed``, its class and its number.
     """
-    check_number(generator, per_class, len(classes))
-    labels = [c for c in classes for _ in range(per_class)]
-    generator = generator.for_images(len(labels), sampling or generator.run.sampling)
-    numbers = list(range(per_class)) * len(classes)
-    rows = images_in_batches(
-        generator,
-        labels,
-        [mix(seed, c, n) for c, n in zip(labels, numbers, strict=True)],
-        sampling,
-        batch_size,
-    )
-    for row, label, number in zip(rows, labels, numbers, strict=True):
+    rows = rows_of_classes(generator, classes, per_class, sampling, seed, batch_size)
+    for label, of_class in zip(classes, rows, strict=True):
         folder = output / f"class-{label:04d}"
         folder.mkdir(parents=True, exist_ok=True)
-        for r, image in enumerate(row if references else row[-1:]):
-            suffix = f"-reference-{r}" if references and r < len(row) - 1 else ""
-            save_image(image, folder / f"seed-{number:04d}{suffix}.png")
+        for number, row in enumerate(of_class):
+            for r, image in enumerate(row if references else row[-1:]):
+                suffix = f"-reference-{r}" if references and r < len(row) - 1 else ""
+                save_image(image, folder / f"seed-{number:04d}{suffix}.png")
     names = [class_names[c] if class_names else str(c) for c in classes]
-    result = labelled(rearrange(rows, "(k n) r c h w -> k n r c h w", n=per_class), names, references)
+    result = labelled(rows, names, references)
     save_picture(result, output / "grid.png")
     return output / "grid.png"
+
+
+def rows_of_classes(
+    generator: Generator,
+    classes: Sequence[int],
+    per_class: int,
+    sampling: SamplingConfig | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Tensor:
+    """Sample the images [K, N, R, C, H, W] of K classes, N rows of each, on the CPU.
+
+    An image depends only on ``seed``, its class and its number.
+    """
+    check_number(generator, per_class, len(classes))
+    labels = [c for c in classes for _ in range(per_class)]
+    seeds = [mix(seed, c, n) for c in classes for n in range(per_class)]
+    generator = generator.for_images(len(labels), sampling or generator.run.sampling)
+    rows = images_in_batches(generator, labels, seeds, sampling, batch_size)
+    return rearrange(rows, "(k n) r c h w -> k n r c h w", n=per_class)
 
 
 def check_number(generator: Generator, per_class: int, num_classes: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_transdiff.checkpoints.export import read_export
+from lit_transdiff.checkpoints.places import pinned_run
 from lit_transdiff.checkpoints.run_folder import check_folder
 from lit_transdiff.config import RunConfig, check_effects, require, unknown
 from lit_transdiff.config.classes import embedding_rows, full_names
@@ -49,6 +50,7 @@ class Parts:
     data: pl.LightningDataModule
     autoencoder: Autoencoder | None
     report: str
+    places: Mapping[str, str] = field(default_factory=dict)  # on the Hub, as they were named, with commits
 
 
 def check_run(
@@ -72,7 +74,7 @@ def check_run(
         (STAGES | PREPARATORY)[run.stage].check(run)
     elif isinstance(own_stage, Stage):
         require(
-            own_stage.run == run,
+            pinned_run(own_stage.run)[0] == pinned_run(run)[0],
             "stage: its run",
             own_stage.run.name,
             "the run that is trained, with all its settings",
@@ -101,8 +103,17 @@ def build(
     """The stage, data and autoencoder of a run; any mismatch between them is reported here.
 
     Any Lightning Trainer can fit the stage to the data. ``data`` (any data module that yields ``Batch``) and
-    ``stage`` replace those that the run's settings name.
+    ``stage`` replace those that the run's settings name. Places on the Hub have commits in the run of the
+    parts.
     """
+    run, places = pinned_run(run)
+    return replace(build_pinned(run, data, stage), places=places)
+
+
+def build_pinned(
+    run: RunConfig, data: pl.LightningDataModule | None, stage: pl.LightningModule | None
+) -> Parts:
+    """``build`` a run whose places on the Hub have commits."""
     check_run(run, own_stage=stage, own_data=data is not None)
     if stage is None and run.stage in PREPARATORY:
         return Parts(run, PREPARATORY[run.stage](run), data or build_data(run), None, "")

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.base.endings import CheckpointError
+from lit_transdiff.base.hub import is_on_hub
 from lit_transdiff.checkpoints.averages import parameter_shapes
 from lit_transdiff.checkpoints.format import (
     PARTIAL,
@@ -113,12 +114,13 @@ class Checkpoints(StepCallback):
         self.metrics: dict[str, float] = {}  # from the checkpoint
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """End the attempt if ranks saw different checkpoints; the next attempt agrees on one."""
-        steps: list[Any] = [self.start] * trainer.world_size
+        """End the attempt if ranks saw different checkpoints, or commits of the Hub; the next one agrees."""
+        mine = (self.start, *filter(is_on_hub, (self.run.init_from, self.run.autoencoder.path)))
+        starts: list[Any] = [mine] * trainer.world_size
         if torch.distributed.is_initialized():
-            torch.distributed.all_gather_object(steps, self.start)
-        if len(set(steps)) > 1:
-            raise TryAgain(f"ranks saw different last checkpoints (steps {steps}); they agree now")
+            torch.distributed.all_gather_object(starts, mine)
+        if len(set(starts)) > 1:
+            raise TryAgain(f"ranks saw different last checkpoints or commits ({starts}); they agree now")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, stage: pl.LightningModule, checkpoint: dict[str, Any]

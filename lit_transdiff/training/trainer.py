@@ -21,6 +21,8 @@ from lit_transdiff.base.files import unless_full
 from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.checkpoints.export import export_checkpoint, write_export
 from lit_transdiff.checkpoints.format import Checkpoint
+from lit_transdiff.checkpoints.places import pinned_run
+from lit_transdiff.checkpoints.portable import write_generator
 from lit_transdiff.checkpoints.run_folder import (
     check_checkpoint,
     check_folder,
@@ -160,7 +162,7 @@ def train(
     """
     say = rank_zero_only(say)
     if trained_steps(run) >= run.training.max_steps:
-        check_folder(run)
+        check_folder(pinned_run(run)[0])
         step = trained_steps(run)
         say(f"{run.name}: already trained to step {step} in {run.folder}")
         return TrainResult(run.folder, step, {})
@@ -172,7 +174,7 @@ def train(
             say(describe_parts(parts))
             rank_zero_only(lock.take)()
             try:
-                all_loggers = [*build_loggers(run), *loggers]
+                all_loggers = [*build_loggers(parts.run), *loggers]
                 with stop_request() as request:
                     result = fit(parts, agreed_checkpoint(run), request, all_loggers, say, callbacks)
                 break
@@ -182,7 +184,7 @@ def train(
                     stage.load_state_dict(untrained)
         rank_zero_only(write_model)(parts)
         if (tracker := wandb_of(all_loggers)) is not None:
-            log_models(tracker, run, result.metrics.get(WATCHED))
+            log_models(tracker, parts.run, result.metrics.get(WATCHED))
             tracker.finish()
         wait_for_export(run, result.step)
     return result
@@ -201,7 +203,7 @@ def fit(
     start = checkpoint.step if checkpoint else 0
     if checkpoint is not None:
         rank_zero_only(check_checkpoint)(run, checkpoint)
-    rank_zero_only(open_folder)(run, world_size(run))
+    rank_zero_only(open_folder)(run, world_size(run), parts.places)
     if checkpoint is not None and start >= run.training.max_steps:
         return TrainResult(run.folder, start, dict(checkpoint.manifest["metrics"]))
     trainer = build_trainer(
@@ -266,9 +268,7 @@ def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[
             **more,
         }
         with unless_full(folder, run.checkpoint.on_error == "continue"):
-            write_export(
-                folder, run, info, lambda path: save_tensors(state, path / "model.safetensors"), own=True
-            )
+            write_export(folder, run, info, lambda path: write_generator(state, path), own=True)
 
 
 def wait_for_export(run: RunConfig, step: int) -> None:

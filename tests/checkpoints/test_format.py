@@ -250,7 +250,7 @@ def test_a_full_disk_costs_pictures_and_the_best_model_but_no_step(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("PIL.Image.Image.save", no_picture)
-    monkeypatch.setattr(trainer, "save_tensors", no_weights)
+    monkeypatch.setattr(trainer, "write_generator", no_weights)
     often = {"sample_every": 2, "validate_every": 2}
     run = small_run(tmp_path, checkpoint={"on_error": "continue"}, training=often)
     assert train(run, silent).step == 6
