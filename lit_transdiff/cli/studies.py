@@ -34,12 +34,12 @@ def study_command(args: argparse.Namespace) -> None:
     sweep = load_study(args.file)
     from lit_transdiff.sweep.controller import run_sweep
     from lit_transdiff.sweep.report import failures, write_claims
-    from lit_transdiff.sweep.results import bring_results, check_same_inputs, keep_results, results_file
+    from lit_transdiff.sweep.results import bring_results, check_same_inputs, keep_results
 
     folder = Path(args.output or Path("runs") / "studies" / sweep.name)
-    if bring_results(sweep, args.file, folder):
-        print(f"continues the results of {results_file(args.file)}", flush=True)
-    check_same_inputs(sweep, args.file, folder)
+    if told := bring_results(sweep, args.file, folder):
+        print(told, flush=True)
+    check_same_inputs(sweep, folder)
     trials = run_sweep(sweep, folder, hours=sweep.study.budget, **options(args))
     print(write_claims(sweep, trials, folder))
     if args.keep:

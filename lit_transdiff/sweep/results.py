@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from lit_transdiff.base.files import read_json, replace_file, short_hash
 from lit_transdiff.config import require
@@ -26,41 +25,47 @@ def results_file(file: str | Path) -> Path:
     return Path(file).with_suffix(".zip")
 
 
-def bring_results(sweep: Sweep, file: str | Path, folder: Path) -> bool:
+def bring_results(sweep: Sweep, file: str | Path, folder: Path) -> str | None:
     """Copy the kept results of a study's ``file`` to ``folder``, unless there are none or it has its own.
 
-    Raises ``ValueError`` if they are of another version of the file.
+    Returns a sentence about them. Results for other inputs than today's are left where they are. Raises
+    ``ValueError`` if they are of another version of the file.
     """
     kept = results_file(file)
     if (folder / SWEEP_SIGN).exists() or not kept.is_file():
-        return False
+        return None
     found = unpacked(kept.resolve(), kept.stat().st_mtime)
     there, given = settings_in(found / SWEEP_SIGN), {"seed": 0, "sweep": sweep.source}
     if without_cap(there) != without_cap(given):
         raise ValueError(f"{kept} has the results of another version of {file}. Rename one of them.")
+    if hashes(sweep.study.inputs) != known_inputs(found):
+        return f"{kept} has results for other inputs; this begins anew."
     shutil.copytree(found, folder, dirs_exist_ok=True)
-    return True
+    return f"This continues the results of {kept}."
 
 
-def check_same_inputs(sweep: Sweep, file: str | Path, folder: Path) -> None:
+def check_same_inputs(sweep: Sweep, folder: Path) -> None:
     """Keep the hashes of a study's inputs in ``folder``; refuse inputs other than those of its results."""
     now = hashes(sweep.study.inputs)
     if (folder / SWEEP_SIGN).exists():
-        before: dict[str, Any] = read_json(folder / INPUTS) if (folder / INPUTS).is_file() else {}
+        before = known_inputs(folder)
         for path, own in now.items():
-            where = f"results in {folder}: inputs: {path}"
-            again = f"move this folder and {results_file(file)} away to begin anew"
-            require(
-                before.get(path) == own, where, own, f"{before.get(path)}, as when they began; or {again}"
-            )
+            allowed = f"{before.get(path)}, as when they began; or move this folder away to begin anew"
+            require(before.get(path) == own, f"results in {folder}: inputs: {path}", own, allowed)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / INPUTS, json.dumps(now, indent=1).encode())
 
 
+def known_inputs(folder: Path) -> dict[str, str]:
+    """The hashes of the input files of the results in ``folder``."""
+    known: dict[str, str] = read_json(folder / INPUTS) if (folder / INPUTS).is_file() else {}
+    return known
+
+
 def inputs_in_words(folder: Path) -> list[str]:
     """A sentence about the input files of the results in ``folder``, if any."""
-    known = read_json(folder / INPUTS) if (folder / INPUTS).is_file() else {}
+    known = known_inputs(folder)
     return [f"For {', '.join(f'{path} ({own})' for path, own in known.items())}."] if known else []
 
 

@@ -20,7 +20,7 @@ from lit_transdiff.stages import STAGES
 from lit_transdiff.sweep import controller
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.journal import SweepJournal
-from lit_transdiff.sweep.results import check_same_inputs, keep_results
+from lit_transdiff.sweep.results import bring_results, check_same_inputs, keep_results
 from lit_transdiff.sweep.search import next_settings
 from lit_transdiff.sweep.study import load_study, study_from, study_in_words
 from lit_transdiff.sweep.trial import Trial
@@ -158,7 +158,7 @@ def test_kept_results_continue_elsewhere_and_belong_to_their_inputs(
     weights.write_text("weights")
     sweep = study_from(SETTINGS | {"inputs": ["model.bin"]}, "s")
     file.write_text(yaml.safe_dump(sweep.source))
-    check_same_inputs(sweep, file, folder)
+    check_same_inputs(sweep, folder)
     journal = SweepJournal(folder, sweep, 0)
     with journal.lock:
         for i, trial in enumerate(play(sweep, lambda settings: settings["x"] + settings["seed"] % 3)):
@@ -169,12 +169,14 @@ def test_kept_results_continue_elsewhere_and_belong_to_their_inputs(
     shutil.rmtree(folder)
     main(["study", "study.yaml"])
     said = capsys.readouterr().out
-    assert "continues the results of study.zip" in said and "fast: better by 0.5" in said
+    assert "continues the results of study.zip." in said and "fast: better by 0.5" in said
     assert f"For model.bin ({short_hash(weights)})." in said
     weights.write_text("others")
     assert main(["study", "study.yaml"]) == 2
     assert "inputs: model.bin: got" in capsys.readouterr().err
     shutil.rmtree(folder)
+    found = bring_results(sweep, file, folder)
+    assert found == f"{file.with_suffix('.zip')} has results for other inputs; this begins anew."
     file.write_text(yaml.safe_dump(sweep.source | {"baseline": "fast"}))
     assert main(["study", "study.yaml"]) == 2
     assert "study.zip has the results of another version of study.yaml" in capsys.readouterr().err
