@@ -301,8 +301,11 @@ def add_study_commands(command: AddCommand) -> None:
         commands.report_command,
         "one HTML page of all runs below a folder: curves, samples, scores, differences",
     )
-    sub.add_argument("folder", help="a folder of runs, an archive of them, or entity/project at W&B")
-    sub.add_argument("--output", help="the file; default: report.html in the folder, or beside the archive")
+    where = "folders of runs (such as sweeps), archives of them, or entity/project at W&B"
+    sub.add_argument("folder", nargs="+", help=where)
+    sub.add_argument(
+        "--output", help="the file; default: report.html in a folder, or beside archives or several"
+    )
 
 
 def add_machine_commands(

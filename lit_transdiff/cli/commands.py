@@ -269,11 +269,12 @@ def compare_command(args: argparse.Namespace) -> None:
 
 
 def report_command(args: argparse.Namespace) -> None:
-    local_path(args.folder)
-    from lit_transdiff.study.report import report_file, write_report
-    from lit_transdiff.study.runs import runs
+    for place in args.folder:
+        local_path(place)
+    from lit_transdiff.study.report import read_sets, report_file, write_report
 
-    print(write_report(runs(args.folder), Path(args.output or report_file(args.folder)), title=args.folder))
+    file = Path(args.output or report_file(*args.folder))
+    print(write_report(read_sets(args.folder), file, title=", ".join(args.folder)))
 
 
 def export_command(args: argparse.Namespace) -> None:

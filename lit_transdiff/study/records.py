@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.evaluation.scores import value
@@ -102,7 +103,7 @@ class Run:
         made |= flattened({"sampling": manifest.get("sampling") or {}})
         return {name: value for name, value in made.items() if name in own and own[name] != value}
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """The configuration, flattened to dotted names."""
         return flattened(self.config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lit_transdiff.base.files import replace_file
 from lit_transdiff.study.compare import compare
-from lit_transdiff.study.report import CLAIMS, report_file, write_report
+from lit_transdiff.study.report import CLAIMS, read_sets, report_file, write_report
 from lit_transdiff.study.runs import runs
 from lit_transdiff.study.scored import entries_of
 from lit_transdiff.study.text import frame
@@ -56,7 +56,7 @@ def write_claims(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
     replace_file(folder / CLAIMS, "".join(f"- {line}\n" for line in told).encode())
     text = "\n".join(["", *told, ""])
     try:
-        page = write_report(runs(folder), report_file(str(folder)), title=sweep.name)
+        page = write_report(read_sets([str(folder)]), report_file(str(folder)), title=sweep.name)
     except FileNotFoundError:
         return f"{text}\nNo trial has produced a run. Their outputs: {folder / 'logs'}"
     return f"{text}\n{page}"

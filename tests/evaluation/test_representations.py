@@ -24,9 +24,9 @@ from lit_transdiff.evaluation.memorisation import SHOWN_PAIRS, probability_of_le
 from lit_transdiff.evaluation.references import features_of, images_at, in_order_of_class
 from lit_transdiff.evaluation.scores import nearest_file
 from lit_transdiff.evaluation.statistics import load_statistics
-from lit_transdiff.study.report import page_data
 from lit_transdiff.study.runs import runs
 from tests.helpers.judge import SAMPLING, random_images, tiny_generator, tiny_settings
+from tests.helpers.run_folders import on_the_page
 
 METRICS = ["frechet_distance", "mind", "cmmd", "whole_kernel_distance", "recall", "coverage"]
 OF_REAL = ["frechet_ratio", "sliced_ratio", "mean_frechet_ratio", "authenticity"]
@@ -138,7 +138,7 @@ def test_copies_of_training_images_are_found_and_shown(
     job = prepare_job(tiny_generator(), copied, SAMPLING)
     drawn = redrawn(job, [3, 40])
     assert torch.equal(to_bytes(drawn), draw_batch(job, [3, 40]).pixels)
-    page = page_data(runs(images / "again"))["runs"][0]["evaluations"][0]
+    page = on_the_page(runs(images / "again"))[0]["evaluations"][0]
     assert page["nearest"].startswith("data:image/webp")
 
 

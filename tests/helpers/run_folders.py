@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from lit_transdiff.config.loading import save_yaml
+from lit_transdiff.study.records import Run
+from lit_transdiff.study.report import RunSet, page_data
 from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.metrics_file import COLUMNS
 from tests.helpers.small import small_run
@@ -81,3 +84,9 @@ def evaluate_again(
         **manifest,
     }
     (folder / "evaluations" / f"{date}.json").write_text(json.dumps(content))
+
+
+def on_the_page(found: Sequence[Run]) -> list[dict[str, Any]]:
+    """What the page about these runs says of each of them."""
+    page = page_data([RunSet(found)])
+    return [run | row for run, row in zip(page["runs"], page["views"][0]["rows"], strict=True)]

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from lit_transdiff.study.compare import compare
-from lit_transdiff.study.report import page_data
 from lit_transdiff.study.runs import runs
 from lit_transdiff.study.table import write_comparison
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.report import outcome
 from lit_transdiff.sweep.trial import Trial
-from tests.helpers.run_folders import evaluate_again, make_run
+from tests.helpers.run_folders import evaluate_again, make_run, on_the_page
 
 METRIC = "eval/frechet_distance"
 Verdicts = dict[tuple[str, int], str]  # by the run and its number of solver steps
@@ -95,10 +94,9 @@ def test_in_the_table_of_the_command(folder: Path, tmp_path: Path) -> None:
 
 def test_on_the_page(folder: Path) -> None:
     found: Verdicts = {}
-    for run in page_data(runs(folder))["runs"]:
-        for evaluation in run["evaluations"]:
-            (score,) = (score for score in evaluation["scores"] if score["title"] == "Frechet distance")
-            found[run["name"], evaluation["manifest"]["sampling"]["num_steps"]] = score["verdict"]
+    for run in on_the_page(runs(folder)):
+        for evaluation, verdicts in zip(run["evaluations"], run["of_evaluations"], strict=True):
+            found[run["name"], evaluation["manifest"]["sampling"]["num_steps"]] = verdicts.get(METRIC, "")
         assert run["verdicts"][METRIC] == EXPECTED[run["name"], 2]
     assert found == EXPECTED
 

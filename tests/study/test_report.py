@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import math
 import os
@@ -17,10 +19,12 @@ import yaml
 from PIL import Image
 
 from lit_transdiff.__main__ import main
-from lit_transdiff.study.report import MAX_POINTS, page_data, report_file, write_report
+from lit_transdiff.study.page import ALL_POINTS, MAX_POINTS, NARROWEST, Limits, content_of, limits_for
+from lit_transdiff.study.records import Run
+from lit_transdiff.study.report import RunSet, page_data, read_sets, report_file, write_report
 from lit_transdiff.study.runs import archive, runs
 from lit_transdiff.tracking.loggers import MetricsCSV
-from tests.helpers.run_folders import make_run, write_long
+from tests.helpers.run_folders import make_run, on_the_page, write_long
 
 FLAGS = [
     "--no-sandbox",
@@ -59,19 +63,18 @@ def test_the_file_holds_everything_and_names_nothing_outside(report: Path) -> No
     )
     data = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
     assert [run["name"] for run in data["runs"]] == ["fast0 <b>", "fast1 <b>", "slow0", "slow1"]
-    assert data["differing"] == ["optimizer.lr"] and "val/loss" in data["metrics"]
+    assert data["views"][0]["differing"] == ["optimizer.lr"] and "val/loss" in data["metrics"]
     run = data["runs"][2]
     assert run["curves"]["train/loss"]["value"] == pytest.approx([1.0, 0.5, 1 / 3])
-    assert [sample["step"] for sample in run["samples"]] == [2, 6] and run["scores"][
-        "eval/frechet_distance"
-    ] == 2.0
+    assert [sample["step"] for sample in run["samples"]] == [2, 6]
+    assert data["views"][0]["rows"][2]["scores"]["eval/frechet_distance"] == 2.0
     assert run["evaluations"][0]["manifest"]["run"] == "slow0"
 
 
 @pytest.mark.parametrize("name", ["x<!--<script>", "</script>", "<b>b & 'c'\"", "_hidden", "a$x_{$b$^"])
 def test_every_name_stands_in_the_page_as_it_is(tmp_path: Path, name: str) -> None:
     (run,) = runs(make_run(tmp_path, "a", 1.0))
-    page = write_report([dataclasses.replace(run, name=name)], tmp_path / "page.html").read_text()
+    page = write_report([RunSet([dataclasses.replace(run, name=name)])], tmp_path / "page.html").read_text()
     (embedded,) = re.findall(r'type="application/json">(.*?)</script>', page, re.DOTALL)
     assert "<" not in embedded and json.loads(embedded)["runs"][0]["name"] == name
 
@@ -81,7 +84,7 @@ def test_a_huge_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
     # Pillow warns of the first and refuses the second
     for name, side in (("step-00000004", 10_000), ("step-00000006", 16_000)):
         Image.new("1", (side, side)).save(folder / "samples" / f"{name}.png")
-    (run,) = page_data(runs(tmp_path))["runs"]
+    (run,) = on_the_page(runs(tmp_path))
     assert [sample["step"] for sample in run["samples"]] == [2]
     assert caplog.text.count("is too large to be shown") == 2
 
@@ -95,7 +98,7 @@ def test_repeats_are_one_entry_and_evaluations_say_what_tells_them_apart(tmp_pat
         content["manifest"] |= {"seed": seed, "num_images": images}
         content["scores"]["frechet_distance"] = distance
         (folder / "evaluations" / f"{name}.json").write_text(json.dumps(content))
-    a, b = page_data(runs(tmp_path))["runs"]
+    a, b = on_the_page(runs(tmp_path))
     assert (
         a["scores"]["eval/frechet_distance"] == pytest.approx(2.2)
         and b["scores"]["eval/frechet_distance"] == 1.9
@@ -125,7 +128,7 @@ def test_an_odd_file_takes_only_itself_from_the_page(tmp_path: Path) -> None:
         (folder / picture).write_bytes(b"")
     whole = (folder / "samples" / "step-00000006.png").read_bytes()
     (folder / "samples" / "step-00000006.png").write_bytes(whole[: len(whole) // 2])
-    (run,) = page_data(runs(tmp_path))["runs"]
+    (run,) = on_the_page(runs(tmp_path))
     assert [sample["step"] for sample in run["samples"]] == [2] and run["pictures"] == []
     (evaluation,) = run["evaluations"]
     assert evaluation["picture"] is None and evaluation["manifest"]["images_per_second"] is None
@@ -139,7 +142,7 @@ def test_what_does_not_compare_has_other_judges(tmp_path: Path) -> None:
     content["manifest"]["num_images"] = 5
     (folder / "evaluations" / "r.json").write_text(json.dumps(content))
     MetricsCSV(folder / "metrics.csv", 8).log_metrics({"train/loss": math.nan}, 6)
-    a, b = page_data(runs(tmp_path))["runs"]
+    a, b = on_the_page(runs(tmp_path))
     assert (a["verdicts"]["eval/frechet_distance"], b["verdicts"]["eval/frechet_distance"]) == (
         "alone",
         "diverged",
@@ -150,8 +153,66 @@ def test_what_does_not_compare_has_other_judges(tmp_path: Path) -> None:
 
 def test_long_runs_make_small_pages(tmp_path: Path) -> None:
     found = runs(write_long(tmp_path, 10_000))
-    assert len(page_data(found)["runs"][0]["curves"]["a"]["value"]) <= MAX_POINTS
-    assert write_report(found, tmp_path / "page.html").stat().st_size < 1_000_000
+    assert len(on_the_page(found)[0]["curves"]["a"]["value"]) <= MAX_POINTS
+    assert write_report([RunSet(found)], tmp_path / "page.html").stat().st_size < 1_000_000
+
+
+@pytest.fixture
+def sweeps(tmp_path: Path) -> list[str]:
+    """Two sweeps that each have a run of the same name; one is a study with a claim."""
+    for sweep, lr in (("first", 0.1), ("second", 0.2)):
+        make_run(tmp_path / sweep, "same", 2.0, lr=lr)
+    make_run(tmp_path / "second", "other", 1.0, lr=0.4, group="h")
+    (tmp_path / "second" / "study.md").write_text("- other is better\n")
+    return [str(tmp_path / "first"), str(tmp_path / "second")]
+
+
+def test_several_sweeps_are_compared_together_and_each_by_itself(sweeps: list[str], tmp_path: Path) -> None:
+    data = page_data(read_sets(sweeps))
+    assert [run["name"] for run in data["runs"]] == ["same (first)", "same (second)", "other"]
+    together, first, second = data["views"]
+    assert [view["name"] for view in data["views"]] == ["all", "first", "second"]
+    assert [view["runs"] for view in data["views"]] == [[0, 1, 2], [0], [1, 2]]
+    assert (first["differing"], second["differing"]) == ([], ["optimizer.lr"])
+    assert together["remarks"][0] == "second: other is better" and second["remarks"][0] == "other is better"
+    words = [row["verdicts"]["eval/frechet_distance"] for view in data["views"] for row in view["rows"]]
+    assert words == ["unknown", "unknown", "best", "alone", "unknown", "best"]
+    assert main(["report", *sweeps]) == 0 and (tmp_path / "report.html").is_file()
+
+
+def test_names_of_sweeps_are_told_apart_and_no_run_counts_twice(sweeps: list[str], tmp_path: Path) -> None:
+    again = shutil.copytree(sweeps[0], tmp_path / "more" / "first")
+    data = page_data(read_sets([sweeps[0], str(again)]))
+    assert [run["set"] for run in data["runs"]] == [sweeps[0], str(again)]
+    assert len({run["name"] for run in data["runs"]}) == 2
+    with pytest.raises(ValueError, match="first/same is also one of"):
+        read_sets([str(tmp_path), sweeps[0]])
+
+
+def copies(root: Path, count: int) -> list[Run]:
+    """Many copies of a run."""
+    (run,) = runs(make_run(root, "one", 1.0))
+    return [dataclasses.replace(run, name=f"run-{i}", where=f"{run.where}-{i}") for i in range(count)]
+
+
+def test_a_page_of_many_runs_holds_less_of_each(tmp_path: Path) -> None:
+    assert limits_for(copies(tmp_path, 2)) == Limits()
+    limits = limits_for(copies(tmp_path / "many", 600))
+    assert limits == Limits(ALL_POINTS // (600 * 4), 1, NARROWEST)
+    (run,) = runs(write_long(tmp_path / "long", MAX_POINTS))
+    Image.new("RGB", (1000, 1000)).save(Path(run.where) / "samples" / "step-00000006.png")
+    content = content_of(run, limits)
+    (axes,) = content["axes"]  # of all metrics
+    assert (
+        {len(curve["value"]) for curve in content["curves"].values()}
+        == {limits.points}
+        == {len(axes["step"])}
+    )
+    assert (axes["step"][0], axes["step"][-1]) == (1, MAX_POINTS)
+    (grid,) = content["samples"]
+    assert grid["step"] == 6
+    with Image.open(io.BytesIO(base64.b64decode(grid["picture"].partition(",")[2]))) as picture:
+        assert picture.width == NARROWEST
 
 
 @pytest.fixture
@@ -187,7 +248,7 @@ def test_nothing_of_the_demo_is_outside_a_window_of_1280(page: Any, tmp_path: Pa
         scores = ["kernel_distance", "precision", "recall", "class_accuracy", "feature_similarity"]
         result["scores"] |= {score: 0.01234 * at for score in scores}
         (folder / "evaluations" / "r.json").write_text(json.dumps(result))
-    page.goto(write_report(runs(tmp_path / "demo"), tmp_path / "demo.html").as_uri())
+    page.goto(write_report(read_sets([str(tmp_path / "demo")]), tmp_path / "demo.html").as_uri())
     assert page.locator("#runs th").count() == 18  # with the tick
     places = "[document.documentElement, ...document.querySelectorAll('.scroll')]"
     boxes = page.evaluate(f"{places}.map(place => [place.scrollWidth, place.clientWidth])")
@@ -223,3 +284,31 @@ def test_it_works_in_a_browser(page: Any, tmp_path: Path) -> None:
     assert "optimizer.lr" in page.locator("#differences").inner_text()
     page.locator("details summary").first.click()
     assert '"guidance_scale"' in page.locator("details pre").first.inner_text()
+
+
+def test_a_chooser_shows_one_of_several_sweeps(page: Any, sweeps: list[str], tmp_path: Path) -> None:
+    assert not page.locator("#view").is_visible()
+    page.goto(write_report(read_sets(sweeps), tmp_path / "sweeps.html").as_uri())
+    assert page.locator("#runs tr").count() == 4 and "from" in page.locator("#runs th").all_inner_texts()
+    page.locator("#tick").select_option(label="from first")
+    assert page.locator("#plot .curve").count() == 1
+    page.locator("#view").select_option(label="second")
+    assert page.locator("#runs tr").count() == 3 and page.locator("#plot .curve").count() == 2
+    assert page.locator("#remarks").inner_text() == "other is better"
+    assert page.locator("#scores .evaluation").count() == 2
+    assert "from second" in page.locator("#alike").inner_text()
+
+
+def test_the_page_of_many_runs_draws_only_the_first_of_each_list(page: Any, tmp_path: Path) -> None:
+    found = RunSet(copies(tmp_path / "many", 150))
+    page.goto(write_report([found], tmp_path / "many.html").as_uri())
+    assert page.locator("#runs tr").count() == 101
+    assert page.evaluate("document.querySelectorAll('*').length") < 10_000
+    page.locator("#tick").select_option(label="all")
+    assert page.locator("#plot .curve").count() == 150 and page.locator("#legend span.swatch").count() == 40
+    page.locator("#plot").hover()
+    assert "and 138 others" in page.locator("#tip").inner_text()
+    page.locator("#more-runs button").click()
+    assert page.locator("#runs tr").count() == 151 and page.locator("#more-runs button").count() == 0
+    page.locator("#more-samples button").click()
+    assert page.locator("#samples .card").count() == 48
