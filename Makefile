@@ -5,6 +5,7 @@
 # make test-numeric  the tests that compare numbers, as an older processor with two cores would run them
 # make test-lowest  the tests with the lowest versions that requirements.txt allows;  make test-newest: with the newest
 # make lint      ruff and mypy
+# make constraints  constraints.txt anew from the versions in the environment, when it has passed the tests
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,16 +23,16 @@ OTHER_CPU ?= ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_M
 # The dependencies of requirements.txt, each at its lowest version.
 LOWEST := sed -n 's/^\([A-Za-z0-9-]*\)>=\([0-9.]*\).*/\1==\2/p' requirements.txt
 
-.PHONY: demo demo-fast picture test test-numeric test-slow test-all test-lowest test-newest lint install clean
+.PHONY: demo demo-fast picture test test-numeric test-slow test-all test-lowest test-newest constraints lint install clean
 
 install: $(READY)
 
-$(READY): requirements.txt setup.py
+$(READY): requirements.txt constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "lit_transdiff needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
 	@echo "Setting up $(VENV) (PyTorch and its friends: several GB, some minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[dev]" --constraint constraints.txt
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; pip has one, and some templates are no Python
 	@touch $@
 
@@ -65,6 +66,13 @@ test-lowest test-newest: test-%:
 	{ [ $* = newest ] || $(LOWEST); } > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet --upgrade --editable ".[dev]" --constraint .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+# uv keeps the versions of the file that it is given where a Python allows them, and finds others for that Python.
+constraints:
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
+	$(BIN)/uv pip compile setup.py --all-extras --universal --python-version 3.10 --no-annotate --quiet \
+	  --custom-compile-command "make constraints" --output-file constraints.txt
 
 lint: install
 	$(BIN)/ruff check .

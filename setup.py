@@ -49,6 +49,7 @@ setup(
             "ipykernel",
             "jsonschema",
             "playwright",
+            "submitit",
             "ruff",
             "mypy",
             "pre-commit",
