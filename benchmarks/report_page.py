@@ -2,7 +2,7 @@
 
     python benchmarks/report_page.py --runs 500 --folder /tmp/many
 
-Makes two sweeps of run folders with long histories (seven metrics, thousands of steps), sample grids and
+Makes two sweeps of run folders with histories of seven metrics (3,000 values), sample grids and
 scores, writes their page, and opens it in a headless Chromium. ``ready`` is the time from the start of
 the navigation until the page has drawn and answers its first click; ``all ticked`` the time to draw every
 curve; ``next metric`` the time to change to a metric that was not shown before.
@@ -46,9 +46,9 @@ BROWSER = ("chromium-headless-shell", "chromium", "chromium-browser", "google-ch
 def write_run(folder: Path, index: int, steps: int, pictures: list[bytes]) -> None:
     """A run folder as training leaves it, with ``steps`` logged steps and a sample grid for each picture."""
     rng = np.random.default_rng(index)
-    lr, width = 10 ** rng.uniform(-4, -2), int(rng.choice([64, 128, 256]))
+    lr = 10 ** rng.uniform(-4, -2)
     changes = {
-        "name": f"lr-{lr:.1e}-width-{width}-seed-{index % 3}",
+        "name": f"{index:03d}-lr-{lr:.1e}-seed-{index % 3}",
         "output_dir": str(folder),
         "stage": "ar_pretrain",
         "seed": index % 3,
@@ -124,7 +124,7 @@ def opened(page: Any, file: Path, runs: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=2000, help="logged steps of each run")
+    parser.add_argument("--steps", type=int, default=500, help="logged steps of each run")
     parser.add_argument("--grids", type=int, default=10, help="sample grids of each run")
     parser.add_argument(
         "--folder", required=True, help="for the runs; those of an earlier call are used again"

@@ -97,16 +97,13 @@ def curves_of(run: Run, points: int) -> dict[str, Any]:
     """The curves of all metrics, thinned to ``points``; metrics logged at the same steps share their axes."""
     history = run.history()
     numbered = history[list(AXES)].notna().all(axis=1)
-    places: dict[bytes, int] = {}
-    axes, curves = [], {}
+    places: dict[tuple[int, ...], int] = {}
+    curves = {}
     for metric in metrics_of(run):
-        logged = np.flatnonzero(numbered & history[metric].notna())
-        kept = np.array(evenly(logged, points), dtype=int)
-        if kept.tobytes() not in places:
-            places[kept.tobytes()] = len(axes)
-            axes.append({axis: shortened(history[axis].iloc[kept]) for axis in AXES})
-        values = shortened(history[metric].iloc[kept])
-        curves[metric] = {"axes": places[kept.tobytes()], "value": values}
+        kept = evenly(np.flatnonzero(numbered & history[metric].notna()).tolist(), points)
+        place = places.setdefault(tuple(kept), len(places))
+        curves[metric] = {"axes": place, "value": shortened(history[metric].iloc[kept])}
+    axes = [{axis: shortened(history[axis].iloc[[*kept]]) for axis in AXES} for kept in places]
     return {"axes": axes, "curves": curves}
 
 
