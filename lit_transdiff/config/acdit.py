@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lit_transdiff.config.checks import require
 from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
-    ModelSettings,
+    CellSettings,
+    check_cells,
     check_patches,
     check_positive,
     check_rotary_heads,
@@ -30,7 +30,7 @@ ACDIT_SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class ACDiTConfig(ModelSettings):
+class ACDiTConfig(CellSettings):
     """ACDiT: squares of a latent one after the other, each by diffusion given the clean ones before it (arXiv
     2412.07720).
     """
@@ -56,25 +56,10 @@ class ACDiTConfig(ModelSettings):
     def __post_init__(self) -> None:
         take_size(self, ACDIT_SIZES)
         check_positive(self, "width", "num_heads", "num_blocks", "num_classes")
-        check_positive(self, "latent_channels", "latent_size", "patch_size", "parts_per_side")
         check_rotary_heads(self, num_heads=self.num_heads)
         check_transformer(self)
         check_patches(self)
-        allowed = f"a divisor of {self.grid}, the tokens of a side of the latent"
-        require(self.grid % self.parts_per_side == 0, "model.parts_per_side", self.parts_per_side, allowed)
-
-    @property
-    def grid(self) -> int:
-        """Tokens of a side of the latent."""
-        return self.latent_size // self.patch_size
-
-    @property
-    def tokens_of_part(self) -> int:
-        return (self.grid // self.parts_per_side) ** 2
-
-    @property
-    def token_features(self) -> int:
-        return self.latent_channels * self.patch_size**2
+        check_cells(self)
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """The matrices that all blocks have, and the table of classes."""
@@ -89,10 +74,4 @@ class ACDiTConfig(ModelSettings):
         more.
         """
         kept = 1 if "blocks" in recomputed else OF_A_TOKEN
-        return self.num_blocks * (1 + draws) * self.grid**2 * self.width * kept
-
-    def least_drawn(self) -> int:
-        """Keys and values of all parts but the last one in all blocks, and the last one before and after a
-        norm.
-        """
-        return 2 * self.width * (self.num_blocks * (self.grid**2 - self.tokens_of_part) + self.tokens_of_part)
+        return self.num_blocks * (1 + draws) * self.num_tokens * self.width * kept

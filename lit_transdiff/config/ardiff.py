@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
-    ModelSettings,
+    PatchSettings,
     check_patches,
     check_positive,
     check_transformer,
@@ -28,7 +28,7 @@ ARDIFF_SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class ARDiffConfig(ModelSettings):
+class ARDiffConfig(PatchSettings):
     """ARDiff: one token after the other by a causal transformer, each by a small diffusion network (arXiv
     2406.11838, 2412.01827).
     """
@@ -58,17 +58,9 @@ class ARDiffConfig(ModelSettings):
     def __post_init__(self) -> None:
         take_size(self, ARDIFF_SIZES)
         check_positive(self, "width", "num_heads", "num_blocks", "head_width", "head_blocks")
-        check_positive(self, "num_classes", "latent_channels", "latent_size", "patch_size")
+        check_positive(self, "num_classes")
         check_transformer(self)
         check_patches(self)
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.latent_size // self.patch_size) ** 2
-
-    @property
-    def token_features(self) -> int:
-        return self.latent_channels * self.patch_size**2
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """The matrices of all blocks, and the tables of classes and positions."""

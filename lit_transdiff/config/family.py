@@ -56,8 +56,22 @@ def check_rotary_heads(model: Any, **heads: int) -> None:
 
 def check_patches(model: Any) -> None:
     """Refuse patches that do not fill the latent."""
+    check_positive(model, "latent_channels", "latent_size", "patch_size")
     size, patch = model.latent_size, model.patch_size
     require(size % patch == 0, "model.patch_size", patch, f"a divisor of {size}")
+
+
+def check_cells(model: CellSettings) -> None:
+    """Refuse cells that do not fill the latent."""
+    check_positive(model, "parts_per_side")
+    allowed = f"a divisor of {model.grid}, the tokens of a side of the latent"
+    require(model.grid % model.parts_per_side == 0, "model.parts_per_side", model.parts_per_side, allowed)
+
+
+def check_dropout(model: Any) -> None:
+    """Refuse rates of dropout outside of [0, 1)."""
+    for name in ("attention_dropout", "projection_dropout"):
+        require(0 <= getattr(model, name) < 1, f"model.{name}", getattr(model, name), "0 <= p < 1")
 
 
 class ModelSettings:
@@ -98,6 +112,45 @@ class ModelSettings:
     def least_drawn(self) -> int:
         """A lower bound of a row's activations in sampling."""
         return 0
+
+
+class PatchSettings(ModelSettings):
+    """The base of settings of families whose tokens are squares of latent pixels."""
+
+    patch_size: int
+
+    @property
+    def grid(self) -> int:
+        """Tokens of a side of the latent."""
+        return self.latent_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid**2
+
+    @property
+    def token_features(self) -> int:
+        return self.latent_channels * self.patch_size**2
+
+
+class CellSettings(PatchSettings):
+    """The base of settings of families that draw rows of square cells of tokens, and keep keys and values."""
+
+    width: int
+    num_blocks: int
+    parts_per_side: int
+
+    @property
+    def tokens_of_part(self) -> int:
+        return (self.grid // self.parts_per_side) ** 2
+
+    def least_drawn(self) -> int:
+        """Keys and values of all cells but the last one in all blocks, and the last one before and after a
+        norm.
+        """
+        return (
+            2 * self.width * (self.num_blocks * (self.num_tokens - self.tokens_of_part) + self.tokens_of_part)
+        )
 
 
 @dataclass(frozen=True)

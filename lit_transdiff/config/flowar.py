@@ -11,7 +11,8 @@ from lit_transdiff.config.checks import require
 from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
-    ModelSettings,
+    PatchSettings,
+    check_dropout,
     check_patches,
     check_positive,
     check_rotary_heads,
@@ -35,7 +36,7 @@ FLOWAR_SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class FlowARConfig(ModelSettings):
+class FlowARConfig(PatchSettings):
     """FlowAR: scales of a latent from coarse to fine, each by flow matching in a network of its own (arXiv
     2412.15205).
     """
@@ -67,7 +68,7 @@ class FlowARConfig(ModelSettings):
     def __post_init__(self) -> None:
         take_size(self, FLOWAR_SIZES)
         check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "head_width")
-        check_positive(self, "head_blocks", "num_classes", "latent_channels", "latent_size", "patch_size")
+        check_positive(self, "head_blocks", "num_classes")
         require(self.head_version in (1, 2), "model.head_version", self.head_version, "1 or 2")
         check_rotary_heads(self, num_heads=self.num_heads, decoder_heads=self.heads_of_decoder)
         allowed = f"a multiple of {HEAD_DIM}, or below that a multiple of 4"
@@ -81,8 +82,7 @@ class FlowARConfig(ModelSettings):
         )
         rising = bool(sides) and sides[0] >= 1 and all(a < b for a, b in pairwise(sides))
         require(rising and sides[-1] == self.grid, "model.scales", self.scales, allowed)
-        for name in ("attention_dropout", "projection_dropout"):
-            require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "0 <= p < 1")
+        check_dropout(self)
 
     @property
     def heads_of_decoder(self) -> int:
@@ -91,11 +91,6 @@ class FlowARConfig(ModelSettings):
     @property
     def heads_of_head(self) -> int:
         return max(1, self.head_width // HEAD_DIM)
-
-    @property
-    def grid(self) -> int:
-        """Tokens of a side of the latent."""
-        return self.latent_size // self.patch_size
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -108,10 +103,6 @@ class FlowARConfig(ModelSettings):
     def num_tokens(self) -> int:
         """Tokens of all scales together."""
         return sum(side**2 for side in self.sides)
-
-    @property
-    def token_features(self) -> int:
-        return self.latent_channels * self.patch_size**2
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """The matrices of all blocks, and the tables of classes and positions."""

@@ -10,7 +10,8 @@ from lit_transdiff.config.checks import require
 from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
-    ModelSettings,
+    PatchSettings,
+    check_dropout,
     check_patches,
     check_positive,
     check_transformer,
@@ -35,7 +36,7 @@ MAR_SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class MARConfig(ModelSettings):
+class MARConfig(PatchSettings):
     """MAR: random sets of tokens by a masked transformer, each token by a small diffusion network (arXiv
     2406.11838).
     """
@@ -74,16 +75,14 @@ class MARConfig(ModelSettings):
     def __post_init__(self) -> None:
         take_size(self, MAR_SIZES)
         check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "head_width")
-        check_positive(self, "head_blocks", "num_classes", "num_class_tokens", "latent_channels")
-        check_positive(self, "latent_size", "patch_size", "num_parts")
+        check_positive(self, "head_blocks", "num_classes", "num_class_tokens", "num_parts")
         require(self.width_of_decoder >= 1, "model.decoder_width", self.decoder_width, "1 or more")
         for width in ("width",) if self.decoder_width is None else ("width", "decoder_width"):
             check_transformer(self, width=width)
         check_patches(self)
         require(0 < self.mask_rate_min <= 1, "model.mask_rate_min", self.mask_rate_min, "above 0, at most 1")
         require(self.mask_rate_std > 0, "model.mask_rate_std", self.mask_rate_std, "above 0")
-        for name in ("attention_dropout", "projection_dropout"):
-            require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "0 <= p < 1")
+        check_dropout(self)
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
         allowed = f"null, or 1 to {self.num_tokens}, the tokens of an image"
@@ -94,14 +93,6 @@ class MARConfig(ModelSettings):
     @property
     def width_of_decoder(self) -> int:
         return self.width if self.decoder_width is None else self.decoder_width
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.latent_size // self.patch_size) ** 2
-
-    @property
-    def token_features(self) -> int:
-        return self.latent_channels * self.patch_size**2
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """The matrices of all blocks, and the tables of classes and positions."""

@@ -11,7 +11,8 @@ from lit_transdiff.config.checks import require
 from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
-    ModelSettings,
+    PatchSettings,
+    check_dropout,
     check_patches,
     check_positive,
     check_transformer,
@@ -34,7 +35,7 @@ CLASS_ALONE = "class_alone"  # the encoder without a transformer
 
 
 @dataclass(frozen=True)
-class ModelConfig(ModelSettings):
+class ModelConfig(PatchSettings):
     """One TransDiff for every number of references: R = 1 is one-step AR, R > 1 is MRAR."""
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "num_context_tokens")
@@ -64,14 +65,18 @@ class ModelConfig(ModelSettings):
 
     def __post_init__(self) -> None:
         take_size(self, SIZES)
+<<<<<<< HEAD
         check_positive(self, "width", "num_heads", "decoder_blocks")
         check_positive(self, "num_classes", "latent_channels", "latent_size", "patch_size")
         self.check_encoder()
         check_positive(self, "num_context_tokens", "num_references")
+=======
+        check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks")
+        check_positive(self, "num_classes", "num_class_tokens", "num_context_tokens", "num_references")
+>>>>>>> 4f1101a (Settings of families whose tokens are squares share what they compute; the page of settings follows their checks)
         check_transformer(self)
         check_patches(self)
-        for name in ("attention_dropout", "projection_dropout"):
-            require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "0 <= p < 1")
+        check_dropout(self)
         require(
             self.num_context_tokens % self.num_references == 0,
             "model.num_references",
@@ -110,15 +115,11 @@ class ModelConfig(ModelSettings):
         """
         return self.latent_size // math.isqrt(self.tokens_per_reference)
 
-    @property
-    def num_decoder_tokens(self) -> int:
-        return (self.latent_size // self.patch_size) ** 2
-
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """The matrices of all blocks, and the tables of classes and positions."""
         hidden = int(self.mlp_ratio * self.width)
         blocks = (self.encoder_blocks + self.decoder_blocks) * (4 * self.width**2 + 2 * self.width * hidden)
-        tokens = self.num_class_tokens + self.num_context_tokens + self.num_decoder_tokens
+        tokens = self.num_class_tokens + self.num_context_tokens + self.num_tokens
         tables = self.width * (self.num_classes + tokens)
         return {
             ("width", "mlp_ratio", "encoder_blocks", "decoder_blocks"): blocks,
@@ -136,11 +137,9 @@ class ModelConfig(ModelSettings):
         """The tokens in the blocks, each of which stores at least its input."""
         stored = {name: 1 if name in recomputed else OF_A_TOKEN for name in ("encoder", "decoder")}
         encoder = self.encoder_blocks * (self.num_class_tokens + self.num_context_tokens) * stored["encoder"]
-        decoder = (
-            self.decoder_blocks * self.num_references * draws * self.num_decoder_tokens * stored["decoder"]
-        )
+        decoder = self.decoder_blocks * self.num_references * draws * self.num_tokens * stored["decoder"]
         return self.width * ((0 if head_alone else encoder) + decoder)
 
     def least_drawn(self) -> int:
         """The tokens in the decoder, before and after a norm."""
-        return 2 * self.num_decoder_tokens * self.width
+        return 2 * self.num_tokens * self.width

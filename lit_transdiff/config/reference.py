@@ -123,8 +123,8 @@ def comments(cls: type, tree: ast.ClassDef) -> dict[str, str]:
 
 
 class Ranges(ast.NodeVisitor):
-    """Visits the checks of a class; ``found``: dotted name -> ranges that ``require`` allows, if they are
-    constant text.
+    """Visits the checks of a class and of the functions that it calls for them; ``found``: dotted name ->
+    ranges that ``require`` allows, if they are constant text.
 
     ``known`` are the names defined in its module; names that the checks assign or loop over are added.
     """
@@ -143,13 +143,16 @@ class Ranges(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
-        if ast.unparse(node.func) == "require":
+        called = ast.unparse(node.func)
+        if called == "require":
             name, allowed = self.value(node.args[1]), self.value(node.args[3])
             if name and allowed:
                 self.found.setdefault(name, {})[re.sub("^(an )?integers? of ", "", allowed)] = None
-        elif ast.unparse(node.func) == "check_positive":
+        elif called == "check_positive":
             for name in map(self.value, node.args[1:]):
                 self.found.setdefault(f"model.{name}", {})["at least 1"] = None
+        elif called.startswith("check_") and inspect.isfunction(self.known.get(called)):
+            self.visit(ast.parse(inspect.getsource(self.known[called])))
 
     def value(self, node: ast.expr) -> Any:
         """The value of an expression of constants and known names; None for others."""

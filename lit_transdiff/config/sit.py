@@ -10,7 +10,7 @@ from lit_transdiff.config.checks import require
 from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
-    ModelSettings,
+    PatchSettings,
     check_patches,
     check_positive,
     check_transformer,
@@ -29,7 +29,7 @@ SIT_SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class SiTConfig(ModelSettings):
+class SiTConfig(PatchSettings):
     """SiT: one transformer over all patches of a noisy latent, and no autoregression (arXiv 2401.08740)."""
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
@@ -55,17 +55,12 @@ class SiTConfig(ModelSettings):
     def __post_init__(self) -> None:
         take_size(self, SIT_SIZES)
         check_positive(self, "width", "num_heads", "num_blocks", "num_classes")
-        check_positive(self, "latent_channels", "latent_size", "patch_size")
         require(self.width % 4 == 0, "model.width", self.width, "a multiple of 4")
         check_transformer(self)
         check_patches(self)
         guided, channels = self.guided_channels, self.latent_channels
         allowed = f"null or 1 to model.latent_channels={channels}"
         require(guided is None or 1 <= guided <= channels, "model.guided_channels", guided, allowed)
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.latent_size // self.patch_size) ** 2
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """The matrices of all blocks, and the tables of classes and positions."""

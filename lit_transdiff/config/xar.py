@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Optional
 
-from lit_transdiff.config.checks import require
 from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
-    ModelSettings,
+    CellSettings,
+    check_cells,
+    check_dropout,
     check_patches,
     check_positive,
     check_rotary_heads,
@@ -29,7 +30,7 @@ XAR_SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class XARConfig(ModelSettings):
+class XARConfig(CellSettings):
     """xAR: cells of a latent one after the other, each by flow matching given noisy ones before it (arXiv
     2502.20388).
     """
@@ -56,40 +57,24 @@ class XARConfig(ModelSettings):
     def __post_init__(self) -> None:
         take_size(self, XAR_SIZES)
         check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "num_classes")
-        check_positive(self, "latent_channels", "latent_size", "patch_size", "parts_per_side")
         check_rotary_heads(self, num_heads=self.num_heads, decoder_heads=self.heads_of_decoder)
         check_transformer(self)
         check_patches(self)
-        for name in ("attention_dropout", "projection_dropout"):
-            require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "0 <= p < 1")
-        allowed = f"a divisor of {self.grid}, the tokens of a side of the latent"
-        require(self.grid % self.parts_per_side == 0, "model.parts_per_side", self.parts_per_side, allowed)
+        check_dropout(self)
+        check_cells(self)
 
     @property
     def heads_of_decoder(self) -> int:
         return self.num_heads if self.decoder_heads is None else self.decoder_heads
 
     @property
-    def grid(self) -> int:
-        """Tokens of a side of the latent."""
-        return self.latent_size // self.patch_size
-
-    @property
-    def tokens_of_part(self) -> int:
-        return (self.grid // self.parts_per_side) ** 2
-
-    @property
-    def token_features(self) -> int:
-        return self.latent_channels * self.patch_size**2
-
-    @property
-    def num_blocks(self) -> int:
+    def num_blocks(self) -> int:  # type: ignore[override]
         return self.encoder_blocks + self.decoder_blocks
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """The matrices of all blocks, and the tables of classes and positions."""
         block = 10 * self.width**2 + 3 * self.width * int(self.width * self.mlp_ratio * 2 / 3)
-        tables = self.width * (self.num_classes + 2 * self.grid**2)
+        tables = self.width * (self.num_classes + 2 * self.num_tokens)
         return {
             ("width", "mlp_ratio", "encoder_blocks", "decoder_blocks"): self.num_blocks * block,
             ("width", "num_classes", "latent_size", "patch_size"): tables,
@@ -101,10 +86,4 @@ class XARConfig(ModelSettings):
             number * (1 if name in recomputed else OF_A_TOKEN)
             for name, number in (("encoder", self.encoder_blocks), ("decoder", self.decoder_blocks))
         )
-        return stored * draws * self.grid**2 * self.width
-
-    def least_drawn(self) -> int:
-        """Keys and values of all cells but the last one in all blocks, and the last one before and after a
-        norm.
-        """
-        return 2 * self.width * (self.num_blocks * (self.grid**2 - self.tokens_of_part) + self.tokens_of_part)
+        return stored * draws * self.num_tokens * self.width

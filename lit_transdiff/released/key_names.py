@@ -194,7 +194,7 @@ def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes |= linear(name + part, *shape)
     shapes |= norm("encoder_norm", d)
     net = "diffdecoder.net."
-    shapes[f"{net}diffusion_pos_embed_learned"] = (1, config.num_decoder_tokens, d)
+    shapes[f"{net}diffusion_pos_embed_learned"] = (1, config.num_tokens, d)
     shapes |= linear(f"{net}time_embed.time_embedder.linear_1", d, 256) | linear(
         f"{net}time_embed.time_embedder.linear_2", d, d
     )

@@ -238,8 +238,8 @@ def test_a_preset_is_a_sampler_and_single_settings_go_over_it(name: str):
 
 def test_geometry_of_the_paper():
     mrar, large = ModelConfig(num_references=4), ModelConfig(num_references=4, latent_size=32)
-    assert (mrar.tokens_per_reference, mrar.reference_patch_size, mrar.num_decoder_tokens) == (64, 2, 256)
-    assert (large.reference_patch_size, large.num_decoder_tokens) == (4, 1024)
+    assert (mrar.tokens_per_reference, mrar.reference_patch_size, mrar.num_tokens) == (64, 2, 256)
+    assert (large.reference_patch_size, large.num_tokens) == (4, 1024)
 
 
 def test_a_command_in_a_recipe_needs_a_permission_that_no_file_holds(

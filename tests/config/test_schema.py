@@ -18,7 +18,14 @@ from lit_transdiff.config.reference import all_settings
 from lit_transdiff.config.schema import bounds, recipe_schema, schema_as_json
 from tests.helpers.small import ROOT
 
-OTHER = {"runs", "parameters", "arms", "apiVersion", "overrides"}  # of pipelines, sweeps, studies and jobs
+OTHER = {
+    "runs",
+    "parameters",
+    "arms",
+    "apiVersion",
+    "resources",
+    "overrides",
+}  # of pipelines, sweeps, studies and jobs
 RECIPES = [
     path
     for path in sorted((ROOT / "experiments").rglob("*.yaml"))

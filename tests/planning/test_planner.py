@@ -78,7 +78,7 @@ def test_operations_are_those_of_a_real_pass(tmp_path: Path, kind: str):
         3 * whole - 2 * encoder, rel=1e-9
     )
     references, model = run.model.num_references, run.model
-    decoded = references * draws * model.num_decoder_tokens
+    decoded = references * draws * model.num_tokens
     assert row_cost(model, draws).tokens == model.num_class_tokens + model.num_context_tokens + decoded
 
 
