@@ -65,15 +65,9 @@ class ModelConfig(PatchSettings):
 
     def __post_init__(self) -> None:
         take_size(self, SIZES)
-<<<<<<< HEAD
-        check_positive(self, "width", "num_heads", "decoder_blocks")
-        check_positive(self, "num_classes", "latent_channels", "latent_size", "patch_size")
+        check_positive(self, "width", "num_heads", "decoder_blocks", "num_classes")
         self.check_encoder()
         check_positive(self, "num_context_tokens", "num_references")
-=======
-        check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks")
-        check_positive(self, "num_classes", "num_class_tokens", "num_context_tokens", "num_references")
->>>>>>> 4f1101a (Settings of families whose tokens are squares share what they compute; the page of settings follows their checks)
         check_transformer(self)
         check_patches(self)
         check_dropout(self)
