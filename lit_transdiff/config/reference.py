@@ -186,7 +186,7 @@ def table_keys(module: str, table: str) -> list[str]:
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == table:
             assert isinstance(node.value, ast.Dict)
-            return [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
+            return [str(ast.literal_eval(key)) for key in node.value.keys if key is not None]
     raise ValueError(f"{file}: has no table {table}.")
 
 

@@ -13,7 +13,6 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from lit_transdiff.config.model import CLASS_ALONE
 from lit_transdiff.models.conditions import CONDITIONS
 from lit_transdiff.models.layers import MLP, KeysValues, SelfAttention, initialise, layer_norm, learned
 from lit_transdiff.models.tokens import patchify
@@ -201,5 +200,5 @@ class ClassAlone(ARTransformer):
 # An entry creates a subclass of ``ARTransformer``, or a module with the same interface.
 ENCODERS: dict[str, Callable[[ModelConfig], ARTransformer]] = {
     "ar_transformer": ARTransformer.of,
-    CLASS_ALONE: ClassAlone.of,
+    "class_alone": ClassAlone.of,
 }
