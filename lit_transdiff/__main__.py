@@ -297,15 +297,11 @@ def add_study_commands(command: AddCommand) -> None:
     study.add_argument("--keep", action="store_true", help=kept)
     study.set_defaults(seed=0)
 
-    sub = command(
-        commands.report_command,
-        "one HTML page of all runs below a folder: curves, samples, scores, differences",
-    )
+    told = "one HTML page of all runs below folders: curves, samples, scores, differences"
+    sub = command(commands.report_command, told)
     where = "folders of runs (such as sweeps), archives of them, or entity/project at W&B"
     sub.add_argument("folder", nargs="+", help=where)
-    sub.add_argument(
-        "--output", help="the file; default: report.html in a folder, or beside archives or several"
-    )
+    sub.add_argument("--output", help="the file; default: report.html in the folder, or beside the others")
 
 
 def add_machine_commands(
