@@ -269,8 +269,7 @@ def compare_command(args: argparse.Namespace) -> None:
 
 
 def report_command(args: argparse.Namespace) -> None:
-    for place in args.folder:
-        local_path(place)
+    _ = [local_path(place) for place in args.folder]
     from lit_transdiff.study.report import read_sets, report_file, write_report
 
     file = Path(args.output or report_file(*args.folder))
