@@ -102,12 +102,12 @@ def curves_of(run: Run, points: int) -> dict[str, Any]:
     for metric in metrics_of(run):
         kept = evenly(np.flatnonzero(numbered & history[metric].notna()).tolist(), points)
         place = places.setdefault(tuple(kept), len(places))
-        curves[metric] = {"axes": place, "value": shortened(history[metric].iloc[kept])}
-    axes = [{axis: shortened(history[axis].iloc[[*kept]]) for axis in AXES} for kept in places]
+        curves[metric] = {"axes": place, "value": seven_digits(history[metric].iloc[kept])}
+    axes = [{axis: seven_digits(history[axis].iloc[[*kept]]) for axis in AXES} for kept in places]
     return {"axes": axes, "curves": curves}
 
 
-def shortened(values: pd.Series) -> list[float | None]:
+def seven_digits(values: pd.Series) -> list[float | None]:
     """Numbers with seven significant digits, integers as they are; non-finite ones become null."""
     if values.dtype.kind in "iu":
         return values.tolist()
