@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.base.files import short_hash
 from lit_transdiff.checkpoints.version import read_versioned
+from lit_transdiff.config.targets import files_in
 from lit_transdiff.tracking.server import going_on_without
 from lit_transdiff.tracking.wandb_run import WandbRun
 
@@ -47,11 +48,11 @@ def model_artifact(run_name: str, run_id: str, export: Path, *, upload: bool) ->
 
     about = read_versioned(export / "export.json") | {"folder": str(export)}
     artifact = wandb.Artifact(artifact_name("model", run_name, run_id), type="model", metadata=about)
-    for file in sorted(export.iterdir()):
+    for name in files_in(export):
         if upload:
-            artifact.add_file(str(file), skip_cache=True, policy="immutable")
+            artifact.add_file(str(export / name), name, skip_cache=True, policy="immutable")
         else:
-            artifact.add_reference(file.resolve().as_uri())
+            artifact.add_reference((export / name).resolve().as_uri(), name)
     return artifact
 
 
