@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from lit_transdiff import __version__
-from lit_transdiff.base.endings import STOP_SIGNALS, ending_when_asked, leave, leave_undone
+from lit_transdiff.base.endings import STOP_SIGNALS, Preempted, ending_when_asked, leave, leave_undone
 from lit_transdiff.cli import commands, studies
 from lit_transdiff.cli.errors import ENDINGS, status_of
+from lit_transdiff.cli.studies import AddCommand
 from lit_transdiff.config import BACKGROUNDS, PRESETS
 from lit_transdiff.config.imports import import_modules
 from lit_transdiff.config.paths import expand_paths
+from lit_transdiff.tracking.preempted import mark_preempting
 
 # These continue where they were stopped. The others begin again: Ctrl-C leaves no partial output of them.
 RESUMABLE = (
@@ -36,7 +38,6 @@ QUIET = (  # loggers whose information does not help users; cuda logs LOCAL_RANK
     "lightning.fabric.utilities.rank_zero",
     "lightning.pytorch.accelerators.cuda",
 )
-AddCommand = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_commands(command, with_overrides)
     add_model_commands(command, with_overrides)
     add_result_commands(command, with_overrides)
-    add_study_commands(command)
+    studies.add_study_commands(command)
     add_machine_commands(command, with_overrides)
     return parser
 
@@ -280,30 +281,6 @@ def add_result_commands(
     sub.add_argument("--output", help="folder; default: the same")
 
 
-def add_study_commands(command: AddCommand) -> None:
-    """The commands for many runs: sweeps and reports."""
-    again = "the same command continues it and tries failed trials again"
-    sweep = command(studies.sweep_command, f"run a W&B sweep file on this machine, without a server; {again}")
-    study = command(studies.study_command, f"run arms and seeds until a claim is settled; {again}")
-    for sub, where in ((sweep, "runs/sweeps"), (study, "runs/studies")):
-        sub.add_argument("file", help="its YAML")
-        sub.add_argument("--output", help=f"folder of the trials; default: {where}/NAME")
-        trials = "trials at once; default: as many as the GPUs allow, or one on CPUs"
-        sub.add_argument("--agents", type=int, help=trials)
-        sub.add_argument("--devices-per-run", type=int, default=1, help="GPUs per trial, for torchrun")
-        sub.add_argument("--tries", type=int, default=3, help="attempts of a trial; default: %(default)s")
-    sweep.add_argument("--seed", type=int, default=0, help="seed of random and bayes")
-    kept = "also write the results to an archive beside FILE, from which this command continues anywhere"
-    study.add_argument("--keep", action="store_true", help=kept)
-    study.set_defaults(seed=0)
-
-    told = "one HTML page of all runs below folders: curves, samples, scores, differences"
-    sub = command(commands.report_command, told)
-    where = "folders of runs (such as sweeps), archives of them, or entity/project at W&B"
-    sub.add_argument("folder", nargs="+", help=where)
-    sub.add_argument("--output", help="the file; default: report.html in the folder, or beside the others")
-
-
 def add_machine_commands(
     command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]
 ) -> None:
@@ -383,6 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import_modules(args.imports)
             args.function(args)
     except ENDINGS as error:
+        if isinstance(error, Preempted):
+            mark_preempting(error)
         return status_of(error)
     atexit.register(end_process_group)
     return 0

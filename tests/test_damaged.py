@@ -14,8 +14,8 @@ from lit_transdiff.__main__ import main
 from lit_transdiff.base.files import read_json, replace_file
 from lit_transdiff.checkpoints.format import MARKER, TRAINING, complete_checkpoints
 from lit_transdiff.config import RunConfig
+from lit_transdiff.tracking.identity import run_id
 from lit_transdiff.tracking.loggers import MetricsCSV
-from lit_transdiff.tracking.wandb_run import run_id
 from lit_transdiff.training.trainer import train
 from tests.helpers.small import small_run, without_checksums
 

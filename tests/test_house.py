@@ -34,7 +34,7 @@ LAYERS = {room: layer for layer, rooms in enumerate(ORDER) for room in rooms}
 MAX_FILE, MAX_FUNCTION = 300, 45  # lines, of at most 110 columns
 # Files and functions that are longer since lines became shorter, each with its length: they may only shrink.
 LONGER = {
-    "__main__.py": 393,
+    "__main__.py": 371,
     "checkpoints/export.py": 317,
     "checkpoints/format.py": 302,
     "cli/pipeline.py": 345,

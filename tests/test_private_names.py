@@ -47,6 +47,8 @@ PRIVATE = [
     ("torch", "_foreach_copy_"),
     ("torch", "_foreach_lerp_"),
     ("torch", "_subclasses"),
+    ("torch", "_C"),
+    ("torch._C", "_distributed_c10d"),
     ("torch:Tensor", "_version"),
     ("torch:UntypedStorage", "_cdata"),
     ("torch.cuda.memory", "_dump_snapshot"),
@@ -56,6 +58,7 @@ PRIVATE = [
 PROMISELESS = [
     ("wandb.sdk.launch.sweeps.utils", "create_sweep_command"),
     ("wandb.sdk.launch.sweeps.utils", "create_sweep_command_args"),
+    ("wandb.sdk.launch.api", "LaunchApi"),
 ]
 BOUNDED = ("torch", "lightning", "deepspeed", "wandb")
 

@@ -17,6 +17,22 @@ class TrackingConfig:
     group: Optional[str] = None  # group of runs in W&B; that of a trial is its sweep
     tags: list[str] = field(default_factory=list)  # tags of the run in W&B
     upload_models: bool = True  # upload weights as artifacts; false: artifacts only refer to the files
+    registry: Optional[str] = (
+        None  # REGISTRY/COLLECTION in W&B that the best model is linked to, as model/fashion
+    )
+    every_node: bool = (
+        True  # with several nodes: system metrics of each (W&B's shared mode); false: of the first
+    )
+
+    def __post_init__(self) -> None:
+        parts = [] if self.registry is None else self.registry.split("/")
+        allowed = "a registry and a collection, as in model/fashion"
+        require(
+            self.registry is None or (len(parts) == 2 and all(parts)),
+            "tracking.registry",
+            self.registry,
+            allowed,
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,9 @@ class SafetyConfig:
     stall_seconds: float = (
         600.0  # seconds without a step (stuck worker, lost rank) after which the process ends; 0: never
     )
+    slow_rank: float = (
+        1.5  # a rank whose own work takes this multiple of the ranks' median is named; 0: never
+    )
 
     def __post_init__(self) -> None:
         require(
@@ -109,3 +128,5 @@ class SafetyConfig:
         require(self.max_bad_steps >= 1, "safety.max_bad_steps", self.max_bad_steps, "at least 1")
         allowed = "0 (off) or more, at most a year (31536000)"
         require(0 <= self.stall_seconds <= 31_536_000, "safety.stall_seconds", self.stall_seconds, allowed)
+        allowed = "0 (off) or above 1"
+        require(self.slow_rank == 0 or self.slow_rank > 1, "safety.slow_rank", self.slow_rank, allowed)

@@ -13,6 +13,7 @@ from lit_transdiff.distributed.world import (
     compute_dtype,
     default_device,
     micro_batch_size,
+    num_nodes,
     precision_of,
     world_size,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "compute_dtype",
     "default_device",
     "micro_batch_size",
+    "num_nodes",
     "precision_of",
     "strategy_name",
     "trainer_settings",

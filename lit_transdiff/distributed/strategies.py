@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 
 from lit_transdiff.config import RunConfig, require, unknown
+from lit_transdiff.distributed.flight_recorder import record_collectives
 from lit_transdiff.distributed.restarts import join
 from lit_transdiff.distributed.sharding import Sharding
 from lit_transdiff.distributed.world import (
@@ -197,6 +198,8 @@ def trainer_settings(run: RunConfig) -> dict[str, Any]:
     """The device-dependent arguments of the Trainer."""
     accelerator, devices = accelerator_and_devices(run)
     kind = STRATEGIES[strategy_name(run)]
+    if accelerator == "gpu" and world_size(run) > 1:
+        record_collectives(run.folder)
     join("nccl" if accelerator == "gpu" else "gloo", timeout_of(run))
     plain_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return dict(

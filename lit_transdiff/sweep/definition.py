@@ -7,6 +7,7 @@ from typing import Any
 
 from lit_transdiff.config import require
 from lit_transdiff.sweep.distributions import Spec
+from lit_transdiff.sweep.launching import LauncherConfig
 
 Path_ = tuple[str, ...]  # the nested keys of a parameter
 
@@ -64,6 +65,7 @@ class Sweep:
     program: str | None = None
     project: str | None = None
     run_cap: int | None = None
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)  # where trials run
     source: dict[str, Any] = field(default_factory=dict)
     study: Any = None  # a sweep.study.Study, for method "study"
 

@@ -2,7 +2,7 @@
 
 The format is W&B's own: ``method``, ``metric``, ``parameters`` (also nested), ``early_terminate``,
 ``command``, ``program``, ``name``, ``project``, ``run_cap``. The same file works with ``wandb sweep`` and
-``lit-transdiff sweep``.
+``lit-transdiff sweep``, which also reads ``launcher``: where trials run.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lit_transdiff.config.checks import FOLDER_NAME
 from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.sweep.definition import Hyperband, Path_, Sweep
 from lit_transdiff.sweep.distributions import DISTRIBUTIONS, Spec, check, is_number, name_of
+from lit_transdiff.sweep.launching import launcher_from
 from lit_transdiff.sweep.search import SEARCHES
 
 KEYS = (
@@ -32,6 +33,7 @@ KEYS = (
         "run_cap",
     ),
     *("description", "entity", "controller"),
+    "launcher",  # ours; W&B ignores it
 )
 AS_WRITTEN = ("name", "project", "program", "command")  # read as text: 010 stays 010
 METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
@@ -106,6 +108,7 @@ def sweep_from(settings: Any, name: str) -> Sweep:
         program=settings.get("program"),
         project=settings.get("project"),
         run_cap=cap,
+        launcher=launcher_from(settings.get("launcher", {})),
         source=settings,
     )
     check_search(sweep)

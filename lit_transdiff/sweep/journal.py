@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lit_transdiff.sweep.trial import Trial
 from lit_transdiff.tracking.origin import COPIED_FROM, is_copy, keep_record, read_record
 from lit_transdiff.tracking.place import SWEEP_SIGN
 
-CAPS = ("run_cap", "budget")
+CAPS = ("run_cap", "budget", "launcher")
 log = logging.getLogger(__name__)
 
 
@@ -61,20 +62,34 @@ class SweepJournal:
         whose start was in a damaged line.
         """
         past: dict[str, Trial] = {}
-        for line in self.file.read_text(errors="replace").splitlines() if self.file.exists() else []:
-            if not (event := event_in(line, self.file)):
-                continue
-            kind, id_ = event.get("event"), str(event.get("id"))
-            require(is_folder_name(id_), f"{self.file}: id", id_, "the id of a trial")
+        for event in self.events():
+            kind, id_ = event.get("event"), event["id"]
             if kind == "start" and "settings" in event:
                 past[id_] = Trial(id_, event["settings"])
             elif id_ not in past:
-                log.warning("%s: an event of a trial without a start: %s", self.file, line)
+                log.warning("%s: an event of a trial without a start: %s", self.file, json.dumps(event))
             elif kind == "end" and "state" in event:
                 past[id_].end(event["state"], event.get("values", []))
             elif kind == "again":
                 past[id_].begin_again()
         return list(past.values())
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The record of the process or job of every attempt that has not ended, by trial."""
+        found: dict[str, dict[str, Any]] = {}
+        for event in self.events():
+            found.pop(event["id"], None)
+            if event.get("event") == "process":
+                found[event["id"]] = event
+        return found
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The events in their order."""
+        for line in self.file.read_text(errors="replace").splitlines() if self.file.exists() else []:
+            if event := event_in(line, self.file):
+                id_ = str(event.get("id"))
+                require(is_folder_name(id_), f"{self.file}: id", id_, "the id of a trial")
+                yield {**event, "id": id_}
 
 
 def event_in(line: str, file: Path) -> dict[str, Any]:
@@ -110,5 +125,5 @@ def drop_cut_line(file: Path) -> None:
 
 
 def without_cap(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without ``run_cap`` and ``budget``, which may change between calls."""
+    """The settings without those that may change between calls: ``run_cap``, ``budget`` and ``launcher``."""
     return {**settings, "sweep": {key: value for key, value in settings["sweep"].items() if key not in CAPS}}

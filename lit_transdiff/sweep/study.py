@@ -9,11 +9,11 @@ A study's file has ``arms`` and ``seeds`` in place of ``method`` and ``parameter
       fast: {sampling.num_steps: 10, sampling.solver: heun}
     baseline: paper
     seeds: {evaluation.seed: [10, 11, 12, 13, 14, 15, 16, 17]}
-    command: [...]                     # as in a sweep's file
+    command: [...]                     # as in a sweep's file, which may also have a launcher: section
 
 Every seed runs all arms that are not settled yet (see ``study.claims``), so arms are compared seed by seed.
-Settings of ``seeds`` vary together. ``budget`` (hours) may change between calls; all else is fixed.
-``inputs`` are files on which the results depend, as a checkpoint (see ``sweep.results``).
+Settings of ``seeds`` vary together. ``budget`` (hours) and ``launcher`` may change between calls; all else is
+fixed. ``inputs`` are files on which the results depend, as a checkpoint (see ``sweep.results``).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.study.claims import FEWEST, OPEN, Claim, StudyRule, claim
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.distributions import is_number
+from lit_transdiff.sweep.launching import launcher_from
 from lit_transdiff.sweep.trial import Trial
 
 KEYS_OF_STUDIES = (
@@ -44,6 +45,7 @@ KEYS_OF_STUDIES = (
     "inputs",
     "command",
     "program",
+    "launcher",
 )
 SCORE_KEYS = ("name", "goal", "smallest")
 
@@ -152,6 +154,7 @@ def study_from(given: Any, name: str) -> Sweep:
         command=command,
         program=program,
         project=given.get("project"),
+        launcher=launcher_from(given.get("launcher", {})),
         source=given,
         study=Study(arms, str(baseline), seeds, rule, float(budget or math.inf), inputs),
     )

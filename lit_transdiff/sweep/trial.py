@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+HOPELESS = 3  # this many failures without any success end a sweep
 TrialState = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -44,3 +46,9 @@ class Trial:
     def begin_again(self) -> None:
         """Begin another attempt, which discards the values of the last one."""
         self.state, self.values = "running", []
+
+
+def hopeless(trials: Sequence[Trial]) -> bool:
+    """Whether at least ``HOPELESS`` trials have failed and none has ended in another way."""
+    ended = [trial.state for trial in trials if trial.state != "running"]
+    return len(ended) >= HOPELESS and set(ended) == {"failed"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from pathlib import Path
 
 from lit_transdiff.checkpoints.format import warn_once
 from lit_transdiff.study.runs import read_local
 from lit_transdiff.study.wandb_logs import log_files, read_log
+from lit_transdiff.sweep.definition import Sweep
+from lit_transdiff.sweep.trial import Trial
 from lit_transdiff.tracking.metrics_file import changed_in_words, read_lines
 
 
@@ -67,3 +70,14 @@ def logged_names(folder: Path) -> list[str]:
         return sorted({name for run in read_local(folder) for name in run.summary})
     except FileNotFoundError:
         return []
+
+
+def no_value(trial: Trial, folder: Path, sweep: Sweep) -> str | None:
+    """What is wrong if a finished trial has logged no usable value of the sweep's metric, else None."""
+    if sweep.metric is None or trial.finite():
+        return None
+    if trial.values:
+        return f"the trial has logged no finite value of {sweep.metric!r}"
+    names = logged_names(folder)
+    near = difflib.get_close_matches(sweep.metric, names, n=3, cutoff=0.3) or names
+    return f"the trial has not logged {sweep.metric!r}, but {', '.join(near) or 'nothing'}"

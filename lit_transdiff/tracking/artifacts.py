@@ -82,6 +82,14 @@ def use(tracker: WandbRun, artifact: wandb.Artifact) -> None:
     threading.Thread(target=tell, name="wandb lineage", daemon=True).start()
 
 
+def register(tracker: WandbRun, artifact: wandb.Artifact, place: str) -> None:
+    """Link an output of the run to ``place``, a registry and a collection of W&B's model registry."""
+    if tracker.experiment.offline:
+        return log.warning("tracking.registry: W&B is offline, and links no model to %s", place)
+    with going_on_without(f"the link of {artifact.name} to the registry {place}"):
+        tracker.experiment.link_artifact(artifact, f"wandb-registry-{place}")
+
+
 def make(tracker: WandbRun, artifact: wandb.Artifact, aliases: Sequence[str] = ()) -> None:
     """Record ``artifact`` as an output of the run; W&B gives the newest version the alias ``latest``."""
     with going_on_without(artifact.name):

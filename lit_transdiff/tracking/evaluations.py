@@ -13,9 +13,10 @@ from lit_transdiff.config.paths import export_folder
 from lit_transdiff.evaluation.scores import EVALUATE, measured_std, value
 from lit_transdiff.sampling.pictures import opener
 from lit_transdiff.tracking.artifacts import evaluation_artifact, make, model_artifact, use
+from lit_transdiff.tracking.identity import run_id
 from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.metrics_file import last_logged, read_rows
-from lit_transdiff.tracking.wandb_run import WandbRun, open_run, run_id
+from lit_transdiff.tracking.wandb_run import WandbRun, open_run
 
 REFERENCES = "references"  # name of the picture of an MRAR run's successive images
 

@@ -127,11 +127,18 @@ class MetricsCSV(Logger):
             log.warning(text, self.path, len(self.waiting))
 
     @rank_zero_only
-    def drop_after(self, step: int) -> None:
-        """Drop the rows after ``step``, and lines truncated by a kill or a damaged disk."""
+    def drop_after(self, step: int) -> int:
+        """Drop the rows after ``step``, and lines truncated by a kill or a damaged disk.
+
+        Returns the number of rows.
+        """
         self.resumed = step
-        if self.path.exists():
-            self.replace([row for row in self.rows() if int(row[0]) <= step])
+        if not self.path.exists():
+            return 0
+        rows = self.rows()
+        kept = [row for row in rows if int(row[0]) <= step]
+        self.replace(kept)
+        return len(rows) - len(kept)
 
     def insert(self, rows: Sequence[Sequence[Any]]) -> None:
         """Insert rows of the step at which the run was stopped before the others of that step."""

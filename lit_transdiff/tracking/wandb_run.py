@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -27,16 +26,12 @@ from PIL import Image
 from lit_transdiff.base.files import replace_file
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import to_dict
+from lit_transdiff.distributed import num_nodes
+from lit_transdiff.tracking.identity import run_id
 from lit_transdiff.tracking.metrics_file import device_count, last_logged, read_rows
-from lit_transdiff.tracking.origin import (
-    COPIED_FROM,
-    RECORD,
-    has_older_sibling,
-    is_copy,
-    keep_record,
-    read_record,
-)
-from lit_transdiff.tracking.place import SWEEP_SIGN, trial_place
+from lit_transdiff.tracking.nodes import node_label
+from lit_transdiff.tracking.origin import COPIED_FROM, read_record
+from lit_transdiff.tracking.rewind import rewind_point, rewound
 from lit_transdiff.tracking.server import (
     finish_timeout,
     finished_within,
@@ -55,29 +50,66 @@ NUM_DEVICES = "num_devices"  # on all nodes; stored beside the settings in the c
 log = logging.getLogger(__name__)
 
 
-def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str) -> wandb.Run:
-    """Start or resume the W&B run ``id_`` with all its local files in ``folder``."""
-    import wandb
+def open_run(
+    run: RunConfig,
+    id_: str,
+    *,
+    folder: Path,
+    name: str,
+    job_type: str,
+    shared: bool = False,
+    rewind_to: int | None = None,
+) -> wandb.Run:
+    """Start or resume the W&B run ``id_`` with all its local files in ``folder``.
 
+    If it is ``shared``, clients of other nodes can write to it, too. With ``rewind_to`` the server is asked
+    to drop its points after this optimizer step.
+    """
     keep_below(folder)
     mode = wandb_mode()
-    settings = wandb.Settings(
-        silent=mode == "offline" or os.environ.get("WANDB_SILENT") == "true",
-        init_timeout=wait_of("WANDB_INIT_TIMEOUT", INIT_TIMEOUT),
-        finish_timeout=finish_timeout(),
-    )
+    if shared and mode == "offline":
+        log.info("W&B is offline, and gets the system metrics of the first node only")
+    mode = "shared" if shared and mode == "online" else mode
     given: dict[str, Any] = dict(
+        id=id_,
         project=run.tracking.project,
         group=run.tracking.group,
         tags=run.tracking.tags,
+        name=name,
+        job_type=job_type,
         dir=str(folder),
         config=to_dict(run) | {NUM_DEVICES: device_count(run.folder)} | origin_of(folder),
+        reinit="finish_previous",
     )
-    given |= dict(
-        id=id_, name=name, job_type=job_type, resume="allow", settings=settings, reinit="finish_previous"
+    opened = None
+    if rewind_to is not None and mode in ("online", "shared"):
+        moment = rewind_point(run.tracking.project, id_, STEP, rewind_to)
+        opened = rewound(moment, {**given, "mode": mode, "settings": client_settings(mode)})
+    opened = opened or resumed(mode, given, folder)
+    opened.define_metric(STEP)
+    opened.define_metric(IMAGES_SEEN)
+    opened.define_metric("*", step_metric=IMAGES_SEEN)
+    return opened
+
+
+def client_settings(mode: str) -> wandb.Settings:
+    """The client's settings, new ones for each start, because it notes there how the run is resumed."""
+    import wandb
+
+    return wandb.Settings(
+        silent=mode == "offline" or os.environ.get("WANDB_SILENT") == "true",
+        init_timeout=wait_of("WANDB_INIT_TIMEOUT", INIT_TIMEOUT),
+        finish_timeout=finish_timeout(),
+        x_label=node_label(0) if mode == "shared" else None,
     )
+
+
+def resumed(mode: Any, given: dict[str, Any], folder: Path) -> wandb.Run:
+    """Start or resume a run at its end; offline, with a warning, if the server cannot be reached."""
+    import wandb
+
     try:
-        opened = wandb.init(mode=mode, **given)
+        return wandb.init(mode=mode, resume="allow", settings=client_settings(mode), **given)
     except wandb.errors.UsageError as error:
         raise ValueError(f"WANDB_MODE: got {mode!r}; {error}") from error
     except wandb.errors.CommError as error:
@@ -87,11 +119,7 @@ def open_run(run: RunConfig, id_: str, *, folder: Path, name: str, job_type: str
             folder / "wandb",
         )
         wandb.teardown()  # the service still has the run that could not start
-        opened = wandb.init(mode="offline", **given)
-    opened.define_metric(STEP)
-    opened.define_metric(IMAGES_SEEN)
-    opened.define_metric("*", step_metric=IMAGES_SEEN)
-    return opened
+        return wandb.init(mode="offline", resume="allow", settings=client_settings(mode), **given)
 
 
 def origin_of(folder: Path) -> dict[str, Any]:
@@ -130,49 +158,6 @@ def keep_below(folder: Path) -> None:
         os.environ[variable] = str(place)
 
 
-def run_id(folder: Path) -> str:
-    """The W&B id of a run folder: the id of the sweep's trial, or one generated once.
-
-    A lost id is recovered from W&B's last local files. A copy of a run folder gets a new id, and its record
-    names the run that it is a copy of.
-    """
-    with writing_below(folder / "wandb"):
-        return known_id(folder, folder.resolve() / "wandb" / "run_id")
-
-
-def known_id(folder: Path, file: Path) -> str:
-    """The id of a run folder, stored in ``file``."""
-    known = file.read_text().strip("\0\n ") if file.exists() else ""
-    record = read_record(file)
-    if not known:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        known = first_id(file.parent)
-        replace_file(file, known.encode())
-    elif is_copy(file) or (not record and has_older_sibling(file)):
-        origin = {"run": known, "folder": str(Path(record.get("folder", "")).parent) if record else None}
-        known = secrets.token_hex(4)
-        log.warning(
-            "%s is a copy of %s, which is the W&B run %s: this one continues as run %s. If no other folder "
-            "writes "
-            "to the first (after a move from another disk), write its id into %s and remove %s beside it.",
-            *(folder, origin["folder"] or "another folder", origin["run"], known, file, RECORD),
-        )
-        replace_file(file, known.encode())
-        record = {COPIED_FROM: origin}
-    keep_record(file, record.get(COPIED_FROM))
-    return known
-
-
-def first_id(wandb_folder: Path) -> str:
-    """The W&B id of a folder that has no id yet, or has lost it."""
-    earlier = sorted(wandb_folder.glob("*run-*_*-*"), key=lambda place: place.name.split("run-")[-1])
-    trial = trial_place()
-    # The trials of a copied sweep have the ids of the original's.
-    if trial and not (trial.folder and read_record(trial.folder / SWEEP_SIGN).get(COPIED_FROM)):
-        return trial.id
-    return earlier[-1].name.rpartition("-")[2] if earlier else secrets.token_hex(4)
-
-
 def keep_linked(folder: Path) -> None:
     """Replace links by files: W&B's cache is removed, and other links break if the run is moved."""
     for link in [
@@ -190,6 +175,7 @@ class WandbRun(Logger):
         super().__init__()
         check_mode()
         self.run = run
+        self.rewind_to: int | None = None  # the step of the checkpoint, if later ones were logged before
         self._opened: wandb.Run | None = None
 
     @property
@@ -205,10 +191,24 @@ class WandbRun(Logger):
     def experiment(self) -> wandb.Run:
         if self._opened is None:
             run, folder = self.run, self.run.folder
-            self._opened = open_run(run, run_id(folder), folder=folder, name=run.name, job_type=run.stage)
+            shared = run.tracking.every_node and num_nodes(run) > 1
+            self._opened = open_run(
+                run,
+                run_id(folder),
+                folder=folder,
+                name=run.name,
+                job_type=run.stage,
+                shared=shared,
+                rewind_to=self.rewind_to,
+            )
             if self._opened.offline:  # its summary replaces that of earlier starts
                 self._opened.summary.update(last_logged(read_rows(folder / "metrics.csv")))
         return self._opened
+
+    def shared_id(self) -> str | None:
+        """The id of the run, which starts here, if clients of other nodes can write to it."""
+        opened = self.experiment
+        return opened.id if opened.settings.mode == "shared" else None
 
     def adopt(self, run: wandb.Run) -> None:
         """Log to ``run`` instead of the run folder's own W&B run."""

@@ -87,7 +87,7 @@ class Rhythm(pl.Callback):
         self.max_steps = run.training.max_steps
         self.order = list(order)
         self.stop = StopOnRequest(request or StopRequest())
-        self.watchdog = Watchdog(run.safety.stall_seconds)
+        self.watchdog = Watchdog(run.safety.stall_seconds, run.folder)
         self.step = 0  # number of the current step, from 1
         self.is_over = True  # whether the current step is complete
         self.leaving = False  # training ends after it: the last step, or a request to stop

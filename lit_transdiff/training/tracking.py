@@ -10,11 +10,15 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_transdiff.base.endings import Preempted
 from lit_transdiff.checkpoints.version import read_number
 from lit_transdiff.config import RunConfig
 from lit_transdiff.data.datamodule import DataModule
-from lit_transdiff.tracking.artifacts import data_artifact, make, model_artifact, use
-from lit_transdiff.tracking.wandb_run import WandbRun, run_id
+from lit_transdiff.tracking.artifacts import data_artifact, make, model_artifact, register, use
+from lit_transdiff.tracking.identity import run_id
+from lit_transdiff.tracking.nodes import NodeClient
+from lit_transdiff.tracking.preempted import mark_preempting
+from lit_transdiff.tracking.wandb_run import WandbRun
 from lit_transdiff.training.callbacks import NonFiniteLoss
 from lit_transdiff.training.guard import GuardSteps, RollBack
 from lit_transdiff.training.rhythm import StepCallback
@@ -89,10 +93,39 @@ class Track(StepCallback):
 
     @rank_zero_only
     def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, NonFiniteLoss):
+        if isinstance(exception, Preempted):
+            mark_preempting(exception)
+        elif isinstance(exception, NonFiniteLoss):
             self.tracker.alert(f"{self.run.name}: the loss is not finite", str(exception), bad=True)
         elif isinstance(exception, RollBack):
             self.tracker.alert(f"{self.run.name}: a bad step", str(exception), bad=True)
+
+
+class EveryNode(StepCallback):
+    """Send the system metrics of all nodes to the run, by one client on each node."""
+
+    def __init__(self, tracker: WandbRun) -> None:
+        self.tracker = tracker
+        self.client: NodeClient | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        """All ranks call this: the first rank's run must be there before the others join it."""
+        shared = self.tracker.shared_id() if trainer.is_global_zero else None
+        id_ = trainer.strategy.broadcast(shared)
+        if id_ is not None and trainer.local_rank == 0 and trainer.node_rank > 0:
+            with self.rhythm.resting():
+                self.client = NodeClient(self.tracker.run.tracking.project, id_, trainer.node_rank)
+
+    def finish(self, trainer: pl.Trainer) -> None:
+        self.close()
+
+    def on_exception(self, trainer: pl.Trainer, stage: pl.LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.client is not None:
+            self.client.close()
+            self.client = None
 
 
 def left_out(trainer: pl.Trainer) -> int:
@@ -110,10 +143,9 @@ def log_models(tracker: WandbRun, run: RunConfig, last_loss: float | None) -> No
     """
     upload, id_, best = run.tracking.upload_models, run_id(run.folder), best_loss(run.folder / "best")
     earlier = best is not None and last_loss is not None and best < last_loss
-    if earlier:
-        make(tracker, model_artifact(run.name, id_, run.folder / "best", upload=upload), ["best"])
-    make(
-        tracker,
-        model_artifact(run.name, id_, run.folder / "export", upload=upload),
-        [] if earlier else ["best"],
-    )
+    for folder in ("best", "export") if earlier else ("export",):
+        artifact = model_artifact(run.name, id_, run.folder / folder, upload=upload)
+        is_best = folder == "best" or not earlier
+        make(tracker, artifact, ["best"] if is_best else [])
+        if is_best and run.tracking.registry is not None:
+            register(tracker, artifact, run.tracking.registry)

@@ -38,6 +38,7 @@ from lit_transdiff.distributed import (
     STRATEGIES,
     accumulation,
     compute_dtype,
+    num_nodes,
     strategy_name,
     trainer_settings,
     world_size,
@@ -62,7 +63,8 @@ from lit_transdiff.training.online_evaluation import OnlineEvaluation
 from lit_transdiff.training.preemption import StopRequest, stop_request
 from lit_transdiff.training.profiling import ProfileSteps
 from lit_transdiff.training.rhythm import Rhythm, StepCallback, due_times
-from lit_transdiff.training.tracking import WATCHED, BestModel, Track, log_models
+from lit_transdiff.training.slow_ranks import SlowRanks
+from lit_transdiff.training.tracking import WATCHED, BestModel, EveryNode, Track, log_models
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[S
         callbacks.append(ProfileSteps(run.training.profile_steps, folder / "profile"))
     if tracker is not None:
         callbacks.append(Track(tracker, run, parts.data))
+        if num_nodes(run) > 1:
+            callbacks.append(EveryNode(tracker))
     if autoencoder is not None and isinstance(stage, TransDiffStage):
         names = class_names(parts.data, run.model.num_classes)
         if run.evaluation.every:
@@ -113,6 +117,8 @@ def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[S
             SampleGrids(autoencoder, names, folder / "samples", tracker, despite_full_disk=go_on)
         )
         callbacks.append(BestModel(folder / "best", partial(export_model, parts)))
+    if run.safety.slow_rank and world_size(run) > 1:
+        callbacks.append(SlowRanks(run, tracker))
     return callbacks
 
 
@@ -214,7 +220,9 @@ def fit(
         say(f"continuing from {checkpoint.folder}" + (f"; {changes}" if changes else ""))
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
-            logger.drop_after(checkpoint.step if checkpoint else -1)
+            dropped = logger.drop_after(checkpoint.step if checkpoint else -1)
+            if dropped and checkpoint is not None and (tracker := wandb_of(loggers)) is not None:
+                tracker.rewind_to = checkpoint.step
     trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint.folder if checkpoint else None)
     step, planned = trainer.global_step, run.training.max_steps
     if step != planned and not trainer.should_stop:

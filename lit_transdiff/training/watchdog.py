@@ -10,12 +10,15 @@ import platform
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed
 
 from lit_transdiff.base.endings import EXIT_STALLED
 from lit_transdiff.data.names import planned_names
+from lit_transdiff.distributed.flight_recorder import last_collectives
 
 WAITING = "waiting for data"
 
@@ -27,8 +30,9 @@ class Watchdog(pl.Callback):
     The rhythm of the run pauses it during work of any length. With ``seconds`` 0 it is off.
     """
 
-    def __init__(self, seconds: float, poll: float = 1.0) -> None:
+    def __init__(self, seconds: float, folder: Path, poll: float = 1.0) -> None:
         self.seconds = seconds
+        self.folder = folder  # of the run
         self.poll = min(poll, seconds / 4)
         self.busy_with: tuple[str, int] | None = None  # (activity, micro-step); None between two steps
         self.last = ("starting", 0)
@@ -74,6 +78,8 @@ class Watchdog(pl.Callback):
         broken = isinstance(exception, ConnectionError | EOFError) and self.last[0] == WAITING
         if broken or "DataLoader worker" in str(exception):
             print(self.describe(trainer, "lost a data worker", *self.last), file=sys.stderr, flush=True)
+        if isinstance(exception, torch.distributed.DistError):  # a collective failed, or took too long
+            self.tell_collectives(trainer)
 
     def look(self, trainer: pl.Trainer) -> None:
         """The thread's function: check every ``poll`` seconds."""
@@ -83,9 +89,14 @@ class Watchdog(pl.Callback):
                 try:
                     problem = f"stalled for {self.seconds:.0f} s (safety.stall_seconds)"
                     print(self.describe(trainer, problem, *busy), file=sys.stderr, flush=True)
+                    self.tell_collectives(trainer)
                     faulthandler.dump_traceback(all_threads=True)
                 finally:  # even if the message fails
                     os._exit(EXIT_STALLED)
+
+    def tell_collectives(self, trainer: pl.Trainer) -> None:
+        if told := last_collectives(self.folder, trainer.global_rank):
+            print(f"lit-transdiff: {told}", file=sys.stderr, flush=True)
 
     def describe(self, trainer: pl.Trainer, problem: str, what: str, micro_step: int) -> str:
         shown = planned_names(trainer.datamodule, micro_step)  # type: ignore[attr-defined]

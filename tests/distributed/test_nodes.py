@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import threading
@@ -27,12 +28,13 @@ from tests.helpers.processes import (
     values,
 )
 from tests.helpers.small import ROOT
+from tests.helpers.wandb_stub import Stub
 
 
-def two_nodes(folder: Path, file: str) -> list[subprocess.Popen]:
+def two_nodes(folder: Path, file: str, *words: str, **environment: str) -> list[subprocess.Popen]:
     """The same command on both nodes; the first one to start is the host."""
-    line = ["bash", str(ROOT / "experiments/launch/torchrun.sh"), file]
-    environment = {"NODES": "2", "GPUS": "1", "HOST": f"127.0.0.1:{free_port()}", "JOB": "test"}
+    line = ["bash", str(ROOT / "experiments/launch/torchrun.sh"), file, *words]
+    environment |= {"NODES": "2", "GPUS": "1", "HOST": f"127.0.0.1:{free_port()}", "JOB": "test"}
     return [background(line, folder / f"node-{node}.log", **environment) for node in range(2)]
 
 
@@ -50,12 +52,40 @@ def has_continued(logs: list[Path], times: int) -> bool:
     return sum(log.read_text().count("continuing from") for log in logs) >= times
 
 
+# A module of the user's own, under which the first passes take longer on one rank.
+SLOW = """
+import os, time
+from lit_transdiff.stages.base import TransDiffStage
+objective = TransDiffStage.objective
+def delayed(self, batch, normal):
+    slow = os.environ["RANK"] == "1" and self.trainer.training and self.global_step < 25
+    time.sleep(0.3 if slow else 0.0)
+    return objective(self, batch, normal)
+TransDiffStage.objective = delayed
+"""
+
+
 @pytest.mark.slow
 def test_two_nodes_train_as_one(tmp_path: Path, one_node: RunConfig):
+    """W&B shows one run with the system metrics of both nodes, and the rank that makes the other wait."""
+    (tmp_path / "slow_second.py").write_text(SLOW)
     run, file = run_in(tmp_path, "two")
-    agents = two_nodes(tmp_path, file)
-    assert [agent.wait(200) for agent in agents] == [0, 0], (tmp_path / "node-0.log").read_text()
+    quick = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", "WANDB_X_STATS_SAMPLING_INTERVAL": "1"}
+    with Stub() as stub:
+        environment = {**stub.environment, **quick, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+        words = ("tracking.wandb=true", "tracking.project=p", "imports=[slow_second]")
+        agents = two_nodes(tmp_path, file, *words, **environment)
+        assert [agent.wait(300) for agent in agents] == [0, 0], (tmp_path / "node-0.log").read_text()
     assert values(run.folder) == values(one_node.folder) and same_weights(run, one_node)
+    seen = stub.state.only_run()
+    labels = {key.rpartition("/l:")[2] for row in seen["events"] for key in row if "/l:" in key}
+    assert labels == {"node-0", "node-1"} and seen["state"] == "finished" and stub.state.unknown == []
+    assert seen["displayName"] == "two" and seen["config"]["name"]["value"] == "two"
+    named = [row["throughput/slowest_rank"] for row in seen["history"] if "throughput/slowest_rank" in row]
+    assert named[:5].count(1) >= 4
+    logs = "".join((tmp_path / f"node-{node}.log").read_text() for node in range(2))
+    assert "makes the others wait" in logs and f"rank 1 on {platform.node()}" in logs
+    assert any("a slow rank" in alert["title"] for alert in stub.state.alerts)
 
 
 @pytest.mark.slow

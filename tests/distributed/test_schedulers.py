@@ -123,6 +123,32 @@ def test_slurm_counts_stalls_and_not_preemptions(tmp_path: Path, script: str, jo
     assert (tmp_path / "scontrol.log").read_text().count("\n") == len(codes)
 
 
+AGENT = """#!/bin/bash
+# A wandb agent that waits for its run when it is asked to end.
+echo "$@" >"$SLURM_SUBMIT_DIR/agent.log"
+[[ $1 == agent && $2 == team/p/short ]] && exit 4
+trap 'asked=1' TERM
+touch "$SLURM_SUBMIT_DIR/ready"
+while [[ -z $asked ]]; do sleep 0.05; done
+"""
+
+
+def test_an_agent_of_wandb_ends_with_its_job_and_returns(tmp_path: Path):
+    """USR1 to the batch script: the agent ends, the ranks of its trial get USR1, and the job is requeued."""
+    environment = slurm(tmp_path, 1) | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    for name, text in (("wandb", AGENT), ("scancel", f'#!/bin/bash\necho "$@" >>{tmp_path}/scancel.log\n')):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    line = ["bash", str(ROOT / "experiments/launch/wandb_agent.sbatch")]
+    job = background([*line, "team/p/long"], tmp_path / "log", **environment)
+    until((tmp_path / "ready").exists, job)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 0 and (tmp_path / "agent.log").read_text() == "agent team/p/long\n"
+    assert (tmp_path / "scancel.log").read_text() == "--signal=USR1 7\n"
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
+    assert background([*line, "team/p/short"], tmp_path / "log", **environment).wait(30) == 4
+
+
 class Pods:
     """Two pods of one GPU each that run the shipped container's command; what fails is started again, as with
     OnFailure.

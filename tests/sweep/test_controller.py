@@ -18,9 +18,10 @@ from lit_transdiff.base import locks
 from lit_transdiff.base.endings import EXIT_REQUEUE, Preempted, TrialsFailed, code_of
 from lit_transdiff.study.runs import runs
 from lit_transdiff.study.wandb_logs import log_files, read_log
-from lit_transdiff.sweep.controller import run_sweep, slots_of
+from lit_transdiff.sweep.controller import run_sweep
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.journal import SweepJournal
+from lit_transdiff.sweep.local import slots_of
 from lit_transdiff.sweep.report import failures, outcome
 from lit_transdiff.sweep.values import logged_names, logged_values
 from lit_transdiff.tracking.loggers import MetricsCSV

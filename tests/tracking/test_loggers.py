@@ -12,8 +12,9 @@ from lightning.fabric import Fabric
 from lit_transdiff.cli import pipeline
 from lit_transdiff.tracking import loggers
 from lit_transdiff.tracking.evaluations import log_own_scores
+from lit_transdiff.tracking.identity import run_id
 from lit_transdiff.tracking.loggers import COLUMNS, MetricsCSV, build_loggers
-from lit_transdiff.tracking.wandb_run import WandbRun, run_id
+from lit_transdiff.tracking.wandb_run import WandbRun
 from tests.helpers.small import small_run
 
 

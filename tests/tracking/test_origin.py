@@ -12,8 +12,9 @@ import yaml
 
 from lit_transdiff.sweep.file import load_sweep
 from lit_transdiff.sweep.journal import SweepJournal
+from lit_transdiff.tracking.identity import first_id, run_id
 from lit_transdiff.tracking.origin import RECORD
-from lit_transdiff.tracking.wandb_run import first_id, origin_of, run_id
+from lit_transdiff.tracking.wandb_run import origin_of
 
 
 def begun(folder: Path) -> str:

@@ -77,7 +77,7 @@ def test_the_best_model_is_kept_and_named_when_it_is_not_the_last(stub: Stub, tm
     train(
         small_run(
             tmp_path,
-            tracking=TRACKED,
+            tracking=TRACKED | {"registry": "model/fashion"},
             training={"validate_every": 2},
             optimizer={"lr": 0.5, "warmup_steps": 6},
         )
@@ -89,6 +89,7 @@ def test_the_best_model_is_kept_and_named_when_it_is_not_the_last(stub: Stub, tm
     aliases = {artifact["metadata"]["step"]: set(artifact["aliases"]) for artifact in models}
     assert best < 6 and aliases == {best: {"best"}, 6: {"latest"}}
     assert json.loads((folder / "best" / "export.json").read_text())["step"] == best
+    assert stub.state.linked == [("org-entity/wandb-registry-model/fashion", best)]
     weights = sum(file.stat().st_size for file in (folder / "wandb").rglob("*.safetensors"))
     assert weights == 0  # nothing was copied
 

@@ -233,7 +233,7 @@ def test_lightning_s_callbacks(tmp_path: Path) -> None:
 
 def test_a_watchdog_whose_message_fails_still_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once its thread died of the message, and the stalled job ran on."""
-    watchdog, ended = Watchdog(0.02), []
+    watchdog, ended = Watchdog(0.02, Path()), []
 
     def leave(code: int) -> None:
         ended.append(code)
@@ -248,5 +248,5 @@ def test_a_watchdog_whose_message_fails_still_ends_the_process(monkeypatch: pyte
 
 def test_a_stall_with_own_data_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     trainer = SimpleNamespace(datamodule=Stripes(), accumulate_grad_batches=1, global_rank=0)
-    text = Watchdog(1.0).describe(trainer, "stalled for 1 s", "computing", 3)  # type: ignore[arg-type]
+    text = Watchdog(1.0, Path()).describe(trainer, "stalled for 1 s", "computing", 3)  # type: ignore[arg-type]
     assert "stalled for 1 s while computing in step 4. Samples of that batch: unknown." in text

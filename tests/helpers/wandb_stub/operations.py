@@ -15,6 +15,10 @@ Variables = dict[str, Any]
 Answer = dict[str, Any]
 
 
+class Refused(Exception):
+    """The server's answer is an error."""
+
+
 class Operations:
     """Answers to the client, on a state; ``base`` is the server's own address, for uploads."""
 
@@ -46,7 +50,8 @@ class Operations:
         return {"serverInfo": dict(cliVersionInfo={"max_cli_version": "9.9.9"}, latestLocalVersionInfo=None)}
 
     def ServerFeaturesQuery(self, v: Variables) -> Answer:
-        return {"serverInfo": {"features": []}}
+        features = ["ARTIFACT_MEMBERSHIP_IN_LINK_ARTIFACT_RESPONSE"]
+        return {"serverInfo": {"features": [dict(name=name, isEnabled=True) for name in features]}}
 
     def OrgFeatureFlags(self, v: Variables) -> Answer:
         return {"organization": None}
@@ -84,6 +89,14 @@ class Operations:
         return {
             "model": self.state.project(v["project"]) | {"bucket": self.state.run_node(run) if run else None}
         }
+
+    def RewindRun(self, v: Variables) -> Answer:
+        """A preview at W&B, which is off for most: see ``State.rewinds``."""
+        if not self.state.rewinds:
+            raise Refused("rewinding is not enabled for this organization")
+        run = self.state.runs[v["project"], v["runName"]]
+        run["history"] = [row for row in run["history"] if row["_step"] <= v["metricValue"]]
+        return {"rewindRun": {"rewoundRun": self.state.run_node(run)}}
 
     def RunStoppedStatus(self, v: Variables) -> Answer:
         run = self.state.runs.get((v["projectName"], v["runId"]))
@@ -182,7 +195,22 @@ class Operations:
         return {"project": {"artifact": {"artifactType": {"name": found[0]}} if found else None}}
 
     def ArtifactByID(self, v: Variables) -> Answer:
-        return {"artifact": None}
+        return {"artifact": self.state.artifact_node(v["id"])}
+
+    def FetchOrgInfoFromEntity(self, v: Variables) -> Answer:
+        organization = dict(name="org", orgEntity={"name": "org-entity"})
+        return {"entity": dict(organization=organization, user=None)}
+
+    def LinkArtifact(self, v: Variables) -> Answer:
+        given = v["input"]
+        place = f"{given['entityName']}/{given['projectName']}/{given['artifactPortfolioName']}"
+        self.state.linked.append((place, self.state.artifacts[given["artifactID"]]["metadata"].get("step")))
+        collection = dict(__typename="ArtifactPortfolio", name=given["artifactPortfolioName"])
+        collection |= dict(project=self.state.project(given["projectName"]))
+        member = dict(__typename="ArtifactCollectionMembership", id=global_id("Member", "1"), versionIndex=0)
+        member |= dict(createdAt=now(), aliases=[], artifactCollection=collection)
+        member |= dict(artifact=self.state.artifact_node(given["artifactID"]))
+        return {"result": dict(versionIndex=0, artifactMembership=member)}
 
     def UseArtifact(self, v: Variables) -> Answer:
         given = v["input"]
@@ -221,6 +249,15 @@ class Operations:
             row for row in self.of_run(v)["history"] if v["minStep"] <= row.get("_step", 0) < v["maxStep"]
         ]
         return {"project": {"run": {"history": [json.dumps(row) for row in rows]}}}
+
+    def SampledHistoryPage(self, v: Variables) -> Answer:
+        spec = json.loads(v["spec"])
+        rows = [
+            {key: row[key] for key in spec["keys"]}
+            for row in self.state.runs[v["project"], v["run"]]["history"]
+            if spec["minStep"] <= row["_step"] <= spec["maxStep"] and all(key in row for key in spec["keys"])
+        ]
+        return {"project": {"run": {"sampledHistory": [rows]}}}
 
     def RunFiles(self, v: Variables) -> Answer:
         prefix = f"/run_files/{v['project']}/{v['name']}/"

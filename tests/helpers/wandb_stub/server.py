@@ -11,7 +11,7 @@ import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tests.helpers.wandb_stub.operations import Operations
+from tests.helpers.wandb_stub.operations import Operations, Refused
 from tests.helpers.wandb_stub.state import State, now
 
 STREAMS = {"wandb-history.jsonl": "history", "wandb-events.jsonl": "events"}
@@ -69,7 +69,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.in_trouble(self.server.trouble)
         with self.server.state.lock:
             if self.path.endswith("/file_stream"):
-                self.answer(self.file_stream(json.loads(content)))
+                shared = self.headers.get("X-WANDB-USE-ASYNC-FILESTREAM") == "true"
+                self.answer(self.file_stream(json.loads(content), shared))
             elif self.path.endswith("/graphql"):
                 self.answer(self.graphql(json.loads(content)))
             else:
@@ -95,28 +96,34 @@ class Handler(BaseHTTPRequestHandler):
             return {"data": None, "errors": [{"message": f"the stub knows no operation {name}"}]}
         try:
             return {"data": method(query.get("variables") or {})}
+        except Refused as error:
+            return {"data": None, "errors": [{"message": str(error)}]}
         except (KeyError, TypeError, ValueError) as error:
             state.unknown.append(f"{name} {json.dumps(query.get('variables'))[:300]}: {error!r}")
             return {"data": None, "errors": [{"message": f"{name}: {error!r}"}]}
 
-    def file_stream(self, sent: dict[str, Any]) -> dict[str, Any]:
-        """Take rows of a run's history, summary and output."""
+    def file_stream(self, sent: dict[str, Any], shared: bool) -> dict[str, Any]:
+        """Take rows of a run's history, summary and output; of a ``shared`` run from several clients."""
         _, _, _, project, name, _ = self.path.split("/")
         run = self.server.state.run(project, name)
         run["heartbeatAt"] = now()
         for file, part in (sent.get("files") or {}).items():
             lines = part["content"]
             if file in STREAMS:
-                run[STREAMS[file]][part["offset"] :] = [
+                rows = run[STREAMS[file]]
+                # several clients count their lines independently
+                rows[len(rows) if shared else part["offset"] :] = [
                     json.loads(line, parse_constant=str) for line in lines
                 ]
             elif file == "wandb-summary.json":
                 run["summary"] = json.loads(lines[-1], parse_constant=str)
             else:
                 run["log"][part["offset"] :] = lines
+        run["preempting"] |= bool(sent.get("preempting"))
         if sent.get("complete"):
             run["exitcode"] = sent.get("exitcode")
-            run["state"] = "failed" if sent.get("exitcode") else "finished"
+            failed = "preempted" if run["preempting"] else "failed"
+            run["state"], run["preempting"] = (failed if sent.get("exitcode") else "finished"), False
         else:
             run["state"] = "running"
         return {"exitcode": None, "limits": {}} | ({"stopped": True} if run["stopped"] else {})

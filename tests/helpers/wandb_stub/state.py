@@ -45,6 +45,8 @@ class State:
         self.files: dict[str, bytes] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
         self.used: list[tuple[str, str]] = []  # (run, artifact) of every use
+        self.linked: list[tuple[str, int | None]] = []  # (place in the registry, step) of every linked model
+        self.rewinds = True  # whether runs can be rewound
         self.alerts: list[dict[str, Any]] = []
         self.operations: collections.Counter[str] = collections.Counter()
         self.unknown: list[str] = []
@@ -69,6 +71,7 @@ class State:
                 notes="",
                 sweepName=None,
                 stopped=False,
+                preempting=False,
                 exitcode=None,
                 createdAt=now(),
                 heartbeatAt=now(),
@@ -98,6 +101,32 @@ class State:
             createdAt=now(),
             isBenchmark=False,
             readOnly=False,
+        )
+
+    def artifact_node(self, key: str) -> dict[str, Any]:
+        """An artifact as GraphQL shows it."""
+        artifact = self.artifacts[key]
+        collection = dict(__typename="ArtifactSequence", name=artifact["name"], project=self.project("p"))
+        return dict(
+            __typename="Artifact",
+            id=key,
+            artifactSequence=collection,
+            versionIndex=0,
+            artifactType={"name": artifact["type"]},
+            description=None,
+            metadata=json.dumps(artifact["metadata"]),
+            ttlDurationSeconds=-2,
+            ttlIsInherited=True,
+            tags=[],
+            historyStep=None,
+            state=artifact["state"],
+            size=1,
+            digest="digest",
+            commitHash="commit",
+            fileCount=len(artifact["files"]),
+            createdAt=now(),
+            updatedAt=now(),
+            aliases=[],
         )
 
     def run_node(self, run: dict[str, Any]) -> dict[str, Any]:

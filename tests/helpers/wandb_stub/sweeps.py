@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def as_trial(run: dict[str, Any], metric: str | None) -> Trial:
     """A run of the sweep as the searches see it."""
     states: dict[str, TrialState] = {"running": "running", "pending": "running", "finished": "finished"}
+    states |= {"preempted": "running"}
     state: TrialState = "stopped" if run["stopped"] else states.get(run["state"], "failed")
     values = [row[metric] for row in run["history"] if metric in row]
     return Trial(run["name"], {key: item["value"] for key, item in run["args"].items()}, state, values)
@@ -39,6 +40,10 @@ def commands(state: State, sweep: dict[str, Any], agents_runs: dict[str, Any]) -
     ]
     if agents_runs:
         return orders
+    for run in runs:
+        if run["state"] == "preempted" and not run["stopped"]:  # it returns to the queue
+            run["state"] = "pending"
+            return [*orders, order("resume", run, plan.program)]
     settings = next_settings(plan, trials)
     if settings is None:
         sweep["state"] = "FINISHED"
@@ -50,12 +55,14 @@ def commands(state: State, sweep: dict[str, Any], agents_runs: dict[str, Any]) -
         state="pending",
         args={key: {"value": value} for key, value in settings.items()},
     )
-    return [
-        *orders,
-        {
-            "type": "run",
-            "run_id": run["name"],
-            "args": json.loads(json.dumps(run["args"])),
-            "program": plan.program,
-        },
-    ]
+    return [*orders, order("run", run, plan.program)]
+
+
+def order(kind: str, run: dict[str, Any], program: str | None) -> dict[str, Any]:
+    """The order to an agent to start a run."""
+    return {
+        "type": kind,
+        "run_id": run["name"],
+        "args": json.loads(json.dumps(run["args"])),
+        "program": program,
+    }
