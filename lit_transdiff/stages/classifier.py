@@ -1,4 +1,4 @@
-"""Preparation: train a small classifier, or the judge for scoring small images, on the user's own shards."""
+"""Preparation: train a small classifier on the user's own shards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_transdiff.config import RunConfig
-from lit_transdiff.models.classifier import Classifier, Judge, SmallClassifier, save_classifier
+from lit_transdiff.models.classifier import Classifier, SmallClassifier, save_classifier
 from lit_transdiff.stages.preparatory import PreparatoryStage
 
 
@@ -42,9 +42,3 @@ class ClassifierStage(PreparatoryStage):
         if self.global_rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_classifier(self.classifier.eval(), folder / f"{self.network.kind}.safetensors")
-
-
-class JudgeStage(ClassifierStage):
-    """The same for the judge, a network used only for scoring."""
-
-    network = Judge

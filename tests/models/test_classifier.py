@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lit_transdiff.evaluation.moments import frechet, gaussian_of
 from lit_transdiff.models.autoencoder import load_autoencoder
 from lit_transdiff.models.classifier import (
     Classifier,
@@ -18,6 +19,7 @@ from lit_transdiff.models.classifier import (
     load_classifier,
     save_classifier,
 )
+from lit_transdiff.stages.judge import blur, noise
 from tests.helpers.datamodule import FASHION, evaluation_batch
 
 LOST = 0.03  # accuracy that the autoencoder may cost
@@ -97,3 +99,18 @@ def test_the_shipped_weights_know_the_bundled_images_and_their_reconstructions(
     real = accuracy(images)
     assert real >= least
     assert accuracy(autoencoder.decode(autoencoder.sample(autoencoder.encode(images)))) >= real - LOST
+
+
+def test_the_judge_sees_noise_and_blur() -> None:
+    """A network that names classes alone gives noise of 0.1 a distance of twice that of real images."""
+    judge = load_classifier(FASHION / "judge.safetensors", Judge)
+    images, others = evaluation_batch(1000).values[:, 0].split(500)
+    torch.manual_seed(0)
+    strength = torch.full((500, 1, 1, 1), 0.5)
+
+    def distance(pixels: torch.Tensor) -> float:
+        return frechet(gaussian_of([judge.features(pixels)]), gaussian_of([judge.features(others)]))
+
+    real = distance(images)
+    assert distance(noise(images, strength).clamp(-1, 1)) > 10 * real
+    assert distance(blur(images, strength)) > 10 * real

@@ -4,6 +4,7 @@ what loads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import load_run, run_from
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.models.autoencoder import check_latents, load_autoencoder
-from lit_transdiff.models.classifier import load_classifier
+from lit_transdiff.models.classifier import Judge, load_classifier
 from lit_transdiff.stages import PREPARATORY
 from lit_transdiff.stages.autoencoder import AutoencoderStage, edge_error, psnr
 from lit_transdiff.stages.classifier import ClassifierStage
+from lit_transdiff.stages.judge import DISTORTIONS, JudgeStage, distorted
 
 pytestmark = pytest.mark.numeric
 RECIPES = Path(__file__).parents[2] / "experiments/fashion"
@@ -105,6 +107,38 @@ def test_export_measures_the_scale_of_the_latents(tmp_path: Path) -> None:
     torch.testing.assert_close(std, torch.ones(3), atol=0.02, rtol=0)
     with pytest.raises(ValueError, match="batches: got none"):
         stage.measure([])
+
+
+@pytest.mark.parametrize("distortion", DISTORTIONS)
+def test_a_distortion_grows_with_its_strength_and_is_none_at_zero(
+    distortion: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    images = torch.rand(6, 1, 16, 16) * 2 - 1
+    strength = torch.tensor([0.0, 0.0, 0.5, 0.5, 1.0, 1.0])[:, None, None, None]
+    torch.manual_seed(0)
+    change = (distortion(images, strength) - images).abs().mean(dim=(1, 2, 3))
+    assert (change[:2] == 0).all()
+    assert (change[2:] > 0).all()
+    assert change[4:].sum() > change[2:4].sum()
+
+
+def test_distorted_images_are_images_and_the_others_are_unchanged() -> None:
+    images = torch.rand(200, 1, 16, 16) * 2 - 1
+    changed, strengths = distorted(images)
+    assert changed.abs().max() <= 1
+    whole = (strengths == 0).all(dim=1)
+    assert 20 < whole.sum() < 80  # 0.7^4 of 200
+    torch.testing.assert_close(changed[whole], images[whole])
+    assert (strengths > 0).float().mean(dim=0) == pytest.approx([0.3] * 4, abs=0.12)
+
+
+def test_the_layer_that_names_the_distortion_is_not_exported(tmp_path: Path) -> None:
+    stage = JudgeStage(small_run("judge"))
+    stage.export(tmp_path, [])
+    kept = load_classifier(tmp_path / "judge.safetensors", Judge).state_dict()
+    assert kept.keys() == {
+        name.removeprefix("classifier.") for name in stage.state_dict() if "distortion" not in name
+    }
 
 
 def test_exported_classifier_is_the_trained_one(tmp_path: Path) -> None:
