@@ -41,6 +41,8 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "notebooks": ["jupyterlab", "ipywidgets"],  # the second draws the progress bars of libraries
+        "s3": ["s3fs>=2024.9"],
+        "gcs": ["gcsfs>=2024.9"],
         "dev": [
             "pytest>=8",
             "pytest-xdist",
@@ -53,6 +55,10 @@ setup(
             "ruff",
             "mypy",
             "pre-commit",
+            "s3fs",
+            "moto[s3]>=5",  # an S3 server for tests, with the two below
+            "flask",
+            "flask-cors",
         ],
     },
     entry_points={"console_scripts": ["lit-transdiff=lit_transdiff.__main__:main"]},

@@ -20,6 +20,8 @@ import torch
 import wandb
 
 import lit_transdiff
+from lit_transdiff.base import remote
+from tests.helpers.buckets import Bucket
 from tests.helpers.wandb_stub import Stub
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -49,6 +51,25 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
         yield server
         assert server.state.unknown == []
     wandb.teardown()
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Bucket:
+    """The S3 server of this process, with an empty bucket ``lab``."""
+    made = Bucket()
+    made.make("lab")
+    return made
+
+
+@pytest.fixture
+def network(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """The server, which clients find and which has no faults yet; attempts follow each other quickly."""
+    for name, value in bucket.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    bucket.faults.clear()
+    bucket.requests.clear()
+    return bucket
 
 
 @pytest.fixture

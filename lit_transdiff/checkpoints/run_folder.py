@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,11 +23,13 @@ from typing import Any
 import torch
 
 from lit_transdiff.base.files import Damaged, crc32_of, replace_file, with_seal
+from lit_transdiff.base.remote import RemoteFolder, is_remote
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
 from lit_transdiff.checkpoints.version import read_number, read_starts, versioned
-from lit_transdiff.config import RunConfig
+from lit_transdiff.config import RunConfig, is_stream
 from lit_transdiff.config.loading import load_run, run_from, save_yaml, setting, to_dict
 from lit_transdiff.config.targets import contents, refuse_foreign
+from lit_transdiff.data.index_files import header_bytes
 
 GIT_TIMEOUT = 10.0  # seconds; a hanging disk must not stop a run
 PACKAGES = (
@@ -52,6 +55,8 @@ FREE = (
     "name",
     "output_dir",
     "data.num_workers",
+    "data.cache_dir",
+    "data.cache_gb",
     "training.max_steps",
     "training.log_every",
     "training.validate_every",
@@ -96,9 +101,14 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
 
 
 def content_checksum(place: str | None) -> str | None:
-    """A checksum of the shard index, model weights or file at a path, or None if there is none."""
-    if place is None or "://" in place or place.startswith("pipe:"):
+    """A checksum of the shard index, model weights or file at a path, or None if there is none.
+
+    Of a URL it is that of the index, which is equal for a copy of the shards elsewhere.
+    """
+    if place is None or is_stream(place) or is_model_on_hub(place):
         return None
+    if is_remote(place):
+        return index_checksum(place)
     path = Path(place)
     if path.is_file():
         files = [path]
@@ -108,6 +118,19 @@ def content_checksum(place: str | None) -> str | None:
         folder = path / "export" if (path / "export").is_dir() else path
         files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
     return " ".join(f"{crc32_of(file):08x}-{file.stat().st_size}" for file in files) or None
+
+
+def is_model_on_hub(place: str) -> bool:
+    return place.startswith("hf://") and not place.startswith("hf://datasets/")
+
+
+def index_checksum(url: str) -> str | None:
+    """The checksum of the index of shards at a URL, or None if there is none or it cannot be read."""
+    try:
+        header = header_bytes(url)
+    except OSError:
+        return None
+    return f"{zlib.crc32(header):08x}-{len(header)}"
 
 
 def inputs(run: RunConfig) -> dict[str, str]:
@@ -121,12 +144,12 @@ def inputs(run: RunConfig) -> dict[str, str]:
 
 def same_place(old: str | None, new: str | None, content: str | None) -> bool:
     """Whether two paths have the same target, or the same ``content`` (by default that of ``old`` now)."""
-    if old is None or new is None or "://" in old + new:
+    if old is None or new is None or is_stream(old) or is_stream(new):
         return old == new
+    if not is_remote(old) and not is_remote(new) and Path(old).resolve() == Path(new).resolve():
+        return True
     now = content_checksum(new)
-    return Path(old).resolve() == Path(new).resolve() or (
-        now is not None and now == (content or content_checksum(old))
-    )
+    return now is not None and now == (content or content_checksum(old))
 
 
 def changed(there: RunConfig, run: RunConfig, contents: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
@@ -142,7 +165,7 @@ def changed(there: RunConfig, run: RunConfig, contents: Mapping[str, str]) -> di
     }
 
 
-def refuse(place: Path, changes: Mapping[str, tuple[Any, Any]]) -> None:
+def refuse(place: Path | RemoteFolder, changes: Mapping[str, tuple[Any, Any]]) -> None:
     """Raise ``ValueError`` if any settings have changed."""
     if changes:
         listed = "; ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changes.items())

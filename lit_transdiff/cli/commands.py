@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lit_transdiff.base.hub import local
 from lit_transdiff.cli.exports import exported
-from lit_transdiff.config import RunConfig, require
+from lit_transdiff.config import RunConfig, is_stream, require
 from lit_transdiff.config.classes import choose_classes, full_names
 from lit_transdiff.config.loading import load_run, override, read_yaml
 from lit_transdiff.config.paths import (
@@ -28,7 +28,7 @@ from lit_transdiff.config.paths import (
     results_folder,
     trained_place,
 )
-from lit_transdiff.data.index_files import index_files
+from lit_transdiff.data.index_files import check_index
 from lit_transdiff.evaluation.scores import result_files, score_in_words
 
 CHANGEABLE = ("sampling", "evaluation")  # sections of a trained run that a command may override
@@ -77,7 +77,7 @@ def verify_command(args: argparse.Namespace) -> None:
 
 def cache_command(args: argparse.Namespace) -> None:
     run = load_run(args.run, args.overrides, args.imports)
-    index_files(args.source)
+    check_index(args.source)
     from lit_transdiff.distributed import build_fabric
     from lit_transdiff.evaluation.prepare import cache
 
@@ -99,7 +99,7 @@ def cache_command(args: argparse.Namespace) -> None:
 def statistics_command(args: argparse.Namespace) -> None:
     run = load_run(args.run, args.overrides, args.imports)
     if not args.source.endswith(".npz"):
-        index_files(args.source)
+        check_index(args.source)
     from lit_transdiff.distributed import default_device
     from lit_transdiff.evaluation.features import load_extractor
     from lit_transdiff.evaluation.prepare import statistics
@@ -111,7 +111,7 @@ def statistics_command(args: argparse.Namespace) -> None:
 
 def bounds_command(args: argparse.Namespace) -> None:
     run = load_run(args.run, args.overrides, args.imports)
-    index_files(args.source)
+    check_index(args.source)
     from lit_transdiff.distributed import default_device
     from lit_transdiff.evaluation.bounds import best_scores
 
@@ -144,8 +144,8 @@ def check_inputs(run: RunConfig) -> None:
     if run.folder.exists():  # the run may be complete and no longer need them
         return
     for source in (run.data.train, run.data.evaluation):
-        if source and "://" not in source and not source.startswith("pipe:"):
-            index_files(source)
+        if source and not is_stream(source):
+            check_index(source)
     if run.init_from is not None:
         export_folder(run.init_from)
 
@@ -294,7 +294,7 @@ def plan_command(args: argparse.Namespace) -> None:
 
 def doctor_command(args: argparse.Namespace) -> None:
     if args.shards:
-        index_files(args.shards)
+        check_index(args.shards)
     from lit_transdiff.planning.doctor import examine
 
-    sys.exit(examine(Path(args.folder), Path(args.shards) if args.shards else None))
+    sys.exit(examine(Path(args.folder), args.shards))

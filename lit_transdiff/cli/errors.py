@@ -8,6 +8,7 @@ import sys
 
 from lit_transdiff.base.endings import CheckpointError, HubError, Preempted, RankFailed, TrialsFailed
 from lit_transdiff.base.files import is_full
+from lit_transdiff.base.remote import RemoteError
 
 # A path that cannot be meant.
 NOT_HERE = (
@@ -26,6 +27,7 @@ FAILURES = (
     HubError,
     TrialsFailed,
     RankFailed,
+    RemoteError,
 )  # their message is the whole line
 ENDINGS = (ValueError, OSError, Preempted, *FAILURES)  # the errors that ``status_of`` handles
 
@@ -37,17 +39,25 @@ def status_of(error: BaseException) -> int:
     return status
 
 
+def told(error: BaseException) -> str:
+    """The text of an error; of one in a data worker the last line, which comes after its traceback."""
+    text = str(error)
+    if text.startswith("Caught ") and "\nOriginal Traceback" in text:
+        return text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
 def ending_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Preempted):
         return error.code, str(error)
     if isinstance(error, FAILURES):
-        return 1, getattr(error, "strerror", None) or str(error)  # without the number of a CheckpointError
+        return 1, getattr(error, "strerror", None) or told(error)  # without the number of a CheckpointError
     if isinstance(error, ValueError | FileNotFoundError):
-        return 2, str(error)
+        return 2, told(error)
     assert isinstance(error, OSError)
     if is_full(error):
-        told = f"{error.filename}: {error.strerror}" if error.filename else error
-        return 1, f"{told}. Make room, and start the same command again."
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        return 1, f"{what}. Make room, and start the same command again."
     if error.filename is not None:
         return 2 if error.errno in NOT_HERE else 1, f"{error.filename}: {error.strerror}"
     if isinstance(error, BrokenPipeError):  # no reader is left: Python would report it again at exit

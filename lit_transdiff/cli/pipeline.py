@@ -46,6 +46,7 @@ from lit_transdiff.tracking.evaluations import evaluation_run, log_evaluation, l
 from lit_transdiff.tracking.place import placed, trial_place
 from lit_transdiff.tracking.wandb_run import check_mode
 from lit_transdiff.training.build import build_data, outline
+from lit_transdiff.training.mirroring import mirror_results
 from lit_transdiff.training.trainer import train
 
 
@@ -202,12 +203,9 @@ def check_images(pipeline: Pipeline, runs: Sequence[RunConfig]) -> None:
             continue  # the run itself checks existing data
         try:
             images = build_data(replace(run, data=data))
-            if (
-                run.stage in STAGES
-                and pipeline.reference_images is not None
-                and Path(pipeline.reference_images).suffix != ".npz"
-            ):
-                names = read_index(pipeline.reference_images).class_names
+            source = pipeline.reference_images
+            if run.stage in STAGES and source is not None and Path(source).suffix != ".npz":
+                names = read_index(source).class_names
                 require_classes("reference_images", names, images.class_names, "data.train")
         except ValueError as error:
             raise ValueError(f"{run.name}: {error}") from error
@@ -277,6 +275,7 @@ def score_own(run: RunConfig, generator: Generator, fabric: Fabric) -> dict[str,
     result = evaluate(generator, run.evaluation, run.sampling, fabric=fabric, output=run.folder, reuse=True)
     if fabric.is_global_zero:
         log_own_scores(run, result, new=Path(result["file"]).stat().st_mtime >= start)
+        mirror_results(run)
     fabric.barrier()
     return result
 

@@ -21,6 +21,7 @@ from lit_transdiff.config.data import (
     AutoencoderTraining,
     DataConfig,
     is_colour,
+    is_stream,
 )
 from lit_transdiff.config.effects import EFFECTS, check_effects
 from lit_transdiff.config.evaluation import EvaluationConfig
@@ -61,6 +62,7 @@ __all__ = [
     "expanded",
     "is_colour",
     "is_folder_name",
+    "is_stream",
     "require",
     "require_classes",
     "shipped",

@@ -69,6 +69,7 @@ MADE = (
     "cache.dest",
     "evaluation.reference",
     "distributed.nvme_path",
+    "checkpoint.mirror",
 )  # settings of output paths
 SHARED = ("data", "experiments")  # folders of the checkout that an installed package has, too
 BUNDLED = "data/fashion"  # images and trained models: nothing is written there

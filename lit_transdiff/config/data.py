@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Optional
+from urllib.parse import urlsplit
 
 from lit_transdiff.config.checks import expand, require
 
@@ -16,15 +19,24 @@ def is_colour(text: str) -> bool:
     return text in ("white", "black", "grey") or re.fullmatch("#[0-9a-fA-F]{6}", text) is not None
 
 
+def is_stream(source: str) -> bool:
+    """Whether ``data.train`` names tars that are read as a stream, instead of a folder with an index."""
+    tars = source.startswith(("http://", "https://")) and urlsplit(source).path.endswith(".tar")
+    return source.startswith("pipe:") or "{" in source or tars
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Training and validation data, their order and augmentation."""
 
-    train: str = (
-        ""  # folder of shards with index.json, or a webdataset URL (``pipe:``, ``http(s)://``, braces)
-    )
-    evaluation: Optional[str] = None  # folder of held-out shards, for validation
-    index: Optional[str] = None  # index.json of ``train`` if ``train`` is a URL
+    train: str = ""
+    # folder of shards with index.json, or the URL of one (``s3://``, ``gs://``, ``hf://datasets/``,
+    # ``http(s)://``), or a stream of tars (``pipe:COMMAND``, ``http(s)://...tar``, braces)
+    evaluation: Optional[str] = None  # folder of held-out shards, or the URL of one, for validation
+    index: Optional[str] = None  # index.json of ``train`` if ``train`` is a stream
+    cache_dir: Optional[str] = None
+    # folder in which shards from URLs are kept, for all processes of a machine; null: below ~/.cache
+    cache_gb: float = 50.0  # maximal size of that folder in GB; the shards not read for longest are removed
     image_size: int = 256  # pixels; images are cropped to a square and resized to it
     image_channels: int = 3  # 1 (grey) or 3 (RGB); images are converted
     crop: Literal["none", "center", "random", "random-square"] = "center"
@@ -47,7 +59,7 @@ class DataConfig:
     num_workers: int = 0  # data loading processes per device; 0: the training process itself
 
     def __post_init__(self) -> None:
-        expand(self, "data.train", "data.evaluation", "data.index", "data.groups")
+        expand(self, "data.train", "data.evaluation", "data.index", "data.groups", "data.cache_dir")
         require(self.image_size >= 1, "data.image_size", self.image_size, "an integer of at least 1")
         require(
             self.image_channels in (1, 3), "data.image_channels", self.image_channels, "1 (grey) or 3 (RGB)"
@@ -55,6 +67,14 @@ class DataConfig:
         require(is_colour(self.background), "data.background", self.background, BACKGROUNDS)
         require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "an integer of at least 1")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+
+        require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "above 0")
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where shards from URLs are kept."""
+        general = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(general, "lit-transdiff", "shards") if self.cache_dir is None else Path(self.cache_dir)
 
     @property
     def crops_at_random(self) -> bool:

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from lit_transdiff.base.remote import is_remote
 from lit_transdiff.config.checks import require
+from lit_transdiff.config.data import is_stream
 
 if TYPE_CHECKING:
     from lit_transdiff.config.run import RunConfig
@@ -30,7 +32,16 @@ class Effect:
     why_not: str
 
 
+def reads_urls(run: RunConfig) -> bool:
+    """Whether training or validation reads shards from a URL through the cache."""
+    places = (run.data.train, run.data.evaluation or "")
+    return any(is_remote(place) and not is_stream(place) for place in places)
+
+
+NO_URL = "neither data.train nor data.evaluation is the URL of a folder"
 EFFECTS = (
+    Effect("data.cache_dir", reads_urls, NO_URL),
+    Effect("data.cache_gb", reads_urls, NO_URL),
     Effect(
         "checkpoint.best_is",
         lambda run: run.checkpoint.keep_best is not None,

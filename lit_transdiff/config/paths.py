@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lit_transdiff.base.hub import hub_place, is_on_hub, local, pinned
+from lit_transdiff.base.remote import is_remote
 from lit_transdiff.config import expanded, require, shipped
 from lit_transdiff.config.checks import BUNDLED, roots
 
@@ -22,8 +23,12 @@ OF_EXPORT = ("model.safetensors", "config.yaml", "export.json", "autoencoder/*")
 
 
 def expand_paths(args: argparse.Namespace) -> None:
-    """Expand paths that the shell has not expanded, as after ``--output=``, and find shipped files."""
+    """Expand paths that the shell has not expanded, as after ``--output=``, and find shipped files; refuse
+    URLs where files are written.
+    """
     for name, value in vars(args).items():
+        allowed = "a local folder or file, which you can upload afterwards"
+        require(name not in ("dest", "output") or not is_remote(value), name, value, allowed)
         if name in PATHS and isinstance(value, str):
             path = expanded(value, name.replace("_", "-"))
             require(name not in MADE_HERE or not is_on_hub(path), name, path, "a path of this machine")

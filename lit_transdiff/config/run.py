@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional, Union
 
+from lit_transdiff.base.remote import is_remote
 from lit_transdiff.config.checks import FOLDER_NAME, check_finite, expand, is_folder_name, require
 from lit_transdiff.config.data import AutoencoderConfig, AutoencoderTraining, DataConfig
 from lit_transdiff.config.evaluation import EvaluationConfig
@@ -53,6 +54,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_finite(self)
         expand(self, "output_dir", "init_from")
+        local = "a local folder; checkpoint.mirror copies it to a URL"
+        require(not is_remote(self.output_dir), "output_dir", self.output_dir, local)
         require(is_folder_name(self.name), "name", self.name, FOLDER_NAME)
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         require(

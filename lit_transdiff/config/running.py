@@ -91,8 +91,15 @@ class CheckpointConfig:
     on_error: Literal["stop", "continue"] = (
         "stop"  # reaction to a checkpoint that cannot be written (full disk); earlier ones remain
     )
+    mirror: Optional[str] = None
+    # URL (``s3://``, ``gs://``, ...) or folder; mirror/name is a copy of the run folder, from which the run
+    # continues where its folder is lost (docs/remote.md)
 
     def __post_init__(self) -> None:
+        expand(self, "checkpoint.mirror")
+        web = self.mirror is not None and self.mirror.startswith(("http://", "https://"))
+        allowed = "a URL to which files can be written, as in s3://bucket/runs, or a folder"
+        require(not web, "checkpoint.mirror", self.mirror, allowed)
         require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1")
         require(
             self.keep_every_images >= 0,

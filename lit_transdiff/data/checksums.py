@@ -27,5 +27,10 @@ def checksums_of(content: bytes, parts: int) -> list[int]:
 def checksums_in(path: Path, places: Iterable[tuple[int, int]], parts: int) -> np.ndarray:
     """The checksums [n, parts] uint32 of the samples at ``places`` (offset, size) of a shard."""
     with path.open("rb") as file:
-        sums = [checksums_of(os.pread(file.fileno(), size, offset), parts) for offset, size in places]
+        return checksums_at(file.fileno(), places, parts)
+
+
+def checksums_at(descriptor: int, places: Iterable[tuple[int, int]], parts: int) -> np.ndarray:
+    """``checksums_in`` an open file."""
+    sums = [checksums_of(os.pread(descriptor, size, offset), parts) for offset, size in places]
     return np.array(sums, np.uint32).reshape(-1, parts)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Optional
+from typing import Optional
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import DataLoader
 
-from lit_transdiff.config import DataConfig, require, require_classes
+from lit_transdiff.config import DataConfig, is_stream, require, require_classes
 from lit_transdiff.data.dataset import Batch, PlannedDataset, loader_options
 from lit_transdiff.data.index import ShardIndex, read_index
-from lit_transdiff.data.order import BatchLayout, Rows, TrainPlan, evaluation_batches
+from lit_transdiff.data.loaders import PlanSampler, RowsInOrder, TrainLoader
+from lit_transdiff.data.order import BatchLayout, TrainPlan, evaluation_batches
 from lit_transdiff.data.references import check_class_sizes, num_groups, read_groups, without_small_classes
-from lit_transdiff.data.stream import StreamDataset, is_url
+from lit_transdiff.data.remote_shards import CachedReader, ShardsAhead
+from lit_transdiff.data.stream import StreamDataset
 
 __all__ = ["Batch", "DataModule"]
 MOST_EPOCHS, SMALL_BATCH = 10, 4096  # a batch larger than the second has each row at most 10 times
@@ -68,14 +69,13 @@ class DataModule(pl.LightningDataModule):
         """Read and check the indexes. Raises for anything that would fail during training."""
         data = self.data
         if self.train_index is None and data.train:
-            remote = is_url(data.train)
-            self.check_source(remote)
-            index = read_index((data.index or "") if remote else data.train, check_files=not remote)
+            stream = is_stream(data.train)
+            self.check_source(stream)
+            index = read_index((data.index or "") if stream else data.train, check_files=not stream)
             self.train_index = self.checked(index, "data.train")
         if self.evaluation_index is None and data.evaluation is not None:
-            require(
-                "://" not in data.evaluation, "data.evaluation", data.evaluation, "a local folder of shards"
-            )
+            allowed = "a folder of shards, or the URL of one"
+            require(not is_stream(data.evaluation), "data.evaluation", data.evaluation, allowed)
             self.evaluation_index = self.checked(read_index(data.evaluation), "data.evaluation")
         if self.train_index is not None and self.evaluation_index is not None:
             kind, expected = self.evaluation_index.kind, self.train_index.kind
@@ -95,27 +95,16 @@ class DataModule(pl.LightningDataModule):
         if self.evaluation_index is not None and self.num_validation_samples != 0:
             without_small_classes(self.evaluation_index, self.num_references)
 
-    def check_source(self, remote: bool) -> None:
-        """Check the settings that belong to a URL, or to a folder, in ``data.train``."""
+    def check_source(self, stream: bool) -> None:
+        """Check the settings that belong to a stream, or to a folder, in ``data.train``."""
         data = self.data
-        if remote:
-            require(
-                data.index is not None, "data.index", None, "the index.json of data.train, which is a URL"
-            )
-            require(data.groups is None, "data.groups", data.groups, "nothing when data.train is a URL")
+        if stream:
+            allowed = "the index.json of data.train, which is a stream"
+            require(data.index is not None, "data.index", None, allowed)
+            require(data.groups is None, "data.groups", data.groups, "nothing when data.train is a stream")
         else:
-            require(
-                "://" not in data.train,
-                "data.train",
-                data.train,
-                "a folder, http://, https://, or pipe:COMMAND for others",
-            )
-            require(
-                data.index is None,
-                "data.index",
-                data.index,
-                "nothing when data.train is a folder, which has its own",
-            )
+            allowed = "nothing when data.train is a folder, which has its own"
+            require(data.index is None, "data.index", data.index, allowed)
 
     def checked(self, index: ShardIndex, field: str) -> ShardIndex:
         """The index, checked against the model, the autoencoder and the training data."""
@@ -183,7 +172,7 @@ class DataModule(pl.LightningDataModule):
             "number of samples": len(index),
         }
         total = self.num_steps() * layout.accumulation
-        if is_url(self.data.train):
+        if is_stream(self.data.train):
             stream = StreamDataset(index, self.data, self.seed, layout, total, self.num_references)
             identity |= {
                 "world": layout.world,
@@ -201,8 +190,12 @@ class DataModule(pl.LightningDataModule):
         )
         self.plan = plan
         identity["number of groups"] = plan.num_items
-        sampler = PlanSampler(plan, layout, total, lambda: self.start(layout))
         dataset = PlannedDataset(index, self.data, self.seed, training=True)
+        ahead = None
+        if isinstance(dataset.reader, CachedReader):
+            ahead = ShardsAhead(plan, dataset.reader.cache.limit)
+            dataset.reader.cache.require_limit(ahead.at_once(), "the shards that are read at a time")
+        sampler = PlanSampler(plan, layout, total, lambda: self.start(layout), ahead)
         return TrainLoader(
             dataset,
             lambda: self.start(layout),
@@ -255,7 +248,7 @@ class DataModule(pl.LightningDataModule):
         )
         options = loader_options(self.data.num_workers)
         return DataLoader(
-            PlannedDataset(index, self.data),
+            PlannedDataset(index, self.data, few=self.num_validation_samples is not None),
             sampler=RowsInOrder(batches),
             persistent_workers=self.data.num_workers > 0,
             **options,
@@ -277,60 +270,3 @@ class DataModule(pl.LightningDataModule):
         """``shard/key`` of each sample (any shape, flattened), for messages."""
         index = self.index_of("data.evaluation" if evaluation else "data.train")
         return [index.name_of(sample) for sample in samples.flatten().tolist()]
-
-
-class RowsInOrder(SequentialSampler, DistributedSampler):
-    """Rows of this rank in a fixed order, as a sampler that Lightning does not replace."""
-
-    def __init__(self, batches: Sequence[Rows]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Rows]:  # type: ignore[override]
-        return iter(self.batches)
-
-
-class PlanSampler(RowsInOrder):
-    """The rows of each micro-batch of this rank, from the current step to the end of the run."""
-
-    def __init__(self, plan: TrainPlan, layout: BatchLayout, total: int, start: Callable[[], int]) -> None:
-        self.plan, self.layout, self.total, self.start = plan, layout, total, start
-
-    def __len__(self) -> int:
-        """The micro-batches of the whole run: on resuming, Lightning counts the earlier ones as fetched."""
-        return self.total
-
-    def __iter__(self) -> Iterator[Rows]:  # type: ignore[override]
-        for micro_step in range(self.start(), self.total):
-            first = self.layout.start(micro_step)
-            yield self.plan.rows(first, first + self.layout.micro_batch)
-
-
-class TrainLoader(DataLoader):
-    """A DataLoader positioned by the trainer; its state only contains what a resumed run must not change."""
-
-    def __init__(
-        self, dataset: Any, start: Callable[[], int], identity: dict[str, int], **options: Any
-    ) -> None:
-        super().__init__(dataset, **options)
-        self.start, self.identity = start, identity
-
-    def __iter__(self) -> Any:
-        if isinstance(self.dataset, StreamDataset):
-            # workers receive a copy of the dataset when iteration begins
-            self.dataset.first_micro_step = self.start()
-        return super().__iter__()
-
-    def state_dict(self) -> dict[str, int]:
-        return dict(self.identity)
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        for name, value in state.items():
-            require(
-                self.identity.get(name) == value,
-                f"resuming with another {name}",
-                self.identity.get(name),
-                f"{value}, as before",
-            )

@@ -1,4 +1,4 @@
-"""From planned rows to batches: reading, decoding and augmenting the samples of local shards.
+"""From planned rows to batches: reading, decoding and augmenting samples.
 
 Shapes: B rows, R references, C channels; images [B, R, C, H, W] float32 in [-1, 1], latents (moments) [B, R,
 2c, h, w] float16 as stored, which halves the traffic; the stages compute in float32.
@@ -21,7 +21,7 @@ from lit_transdiff.data.decode import crop_to_square, decode_latents, drawing_fr
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.order import Rows, coin_flips, generator
 from lit_transdiff.data.processes import clean_context, exit_with_parent
-from lit_transdiff.data.shards import ShardReader
+from lit_transdiff.data.remote_shards import reader_of
 
 log = logging.getLogger(__name__)
 
@@ -114,16 +114,21 @@ class SampleDecoder:
 
 
 class PlannedDataset(Dataset):
-    """A dataset with ``dataset[rows]`` as the ``Batch`` of those rows."""
+    """A dataset with ``dataset[rows]`` as the ``Batch`` of those rows; with ``few``, of which not many are
+    read.
+    """
 
-    def __init__(self, index: ShardIndex, data: DataConfig, seed: int = 0, training: bool = False) -> None:
-        self.reader = ShardReader(index, max_open=2 * data.shuffle_block)
+    def __init__(
+        self, index: ShardIndex, data: DataConfig, seed: int = 0, training: bool = False, few: bool = False
+    ) -> None:
+        self.reader = reader_of(index, data, max_open=2 * data.shuffle_block, few=few)
         self.decode = SampleDecoder(index, data, seed, training)
         self.index = index
         self.skip = data.on_bad_sample == "skip"
         self.num_skipped = 0
 
     def __getitem__(self, rows: Rows) -> Batch:
+        self.reader.expect(rows)
         samples, values = self.read_latents(rows) if self.index.latents else self.read_one_by_one(rows)
         return Batch(
             values=values.view(*samples.shape, *values.shape[1:]),

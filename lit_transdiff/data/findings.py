@@ -109,6 +109,7 @@ def read_report(
     index: ShardIndex, encoding: Encoding, passed_over: Counter[str], source_names: Sequence[str] = ()
 ) -> PackReport:
     """The report on packed shards; ``source_names`` are the class names in the source."""
+    assert isinstance(index.folder, Path)
     path = index.folder / SKIPPED_FILE
     lines = path.read_text().splitlines() if path.exists() else []
     skipped = [(origin, reason) for origin, _, reason in (line.partition("\t") for line in lines)]

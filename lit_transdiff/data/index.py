@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +24,16 @@ from tqdm import tqdm
 from lit_transdiff.base.arrays import read_arrays
 from lit_transdiff.base.files import json_of, replace_file, sha256_of, sha256_of_lines
 from lit_transdiff.config import require
-from lit_transdiff.config.targets import below
 from lit_transdiff.data.checksums import checksums_in
-from lit_transdiff.data.index_files import FORMAT, check_free, index_files
+from lit_transdiff.data.index_files import (
+    FORMAT,
+    Folder,
+    check_free,
+    header_bytes,
+    shard_folder,
+    sidecar,
+    sizes_in,
+)
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import CLS, LABEL_MEMBER, Labels, ScannedSample, require_class_0, scan_shard
 
@@ -71,7 +79,7 @@ class LatentInfo:
 class ShardIndex:
     """The content of a folder of shards. Arrays have one row per sample, in shard order."""
 
-    folder: Path
+    folder: Folder
     class_names: tuple[str, ...]
     shards: tuple[Shard, ...]
     offset: np.ndarray  # [N] int64
@@ -135,10 +143,12 @@ class ShardIndex:
         }
         header = (json.dumps(content, indent=1) + "\n").encode()
         self.save_sidecar(header)
+        assert isinstance(self.folder, Path)
         replace_file(self.folder / "index.json", header)
 
     def save_sidecar(self, header: bytes) -> None:
         """Write the ``index.npz`` that belongs to an ``index.json`` with the content ``header``."""
+        assert isinstance(self.folder, Path)
         buffer, columns = io.BytesIO(), {name: getattr(self, name) for name in (*COLUMN_TYPES, "key")}
         if self.checksum is not None:
             columns["checksum"] = self.checksum
@@ -147,20 +157,20 @@ class ShardIndex:
 
 
 def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
-    """The index of a folder (or of an ``index.json``), checked against its sidecar and the sizes of the
-    shards.
+    """The index of a folder or URL (or of an ``index.json``), checked against its sidecar and the sizes of
+    the shards.
 
-    ``check_files=False`` is for remote shards. Raises ``FileNotFoundError`` for a missing folder, index or
-    shard, and ``ValueError`` for inconsistencies; ``verify`` also compares the checksums.
+    ``check_files=False`` is for shards elsewhere. Raises ``FileNotFoundError`` for a missing folder, index or
+    shard, ``RemoteError`` for a URL that cannot be read, and ``ValueError`` for inconsistencies; ``verify``
+    also compares the checksums.
     """
-    header_path, sidecar_path = index_files(path)
-    folder = header_path.parent
+    folder, text = shard_folder(path), header_bytes(path)
+    arrays = sidecar(folder)
     try:
-        text = header_path.read_bytes()
         header = json_of(text)
         require(header.get("format") == FORMAT, "format", header.get("format"), repr(FORMAT))
         require(header["version"] == INDEX_VERSION, "version", header["version"], f"{INDEX_VERSION}")
-        columns = read_arrays(sidecar_path)
+        columns = read_arrays(arrays)
         if int(columns.pop("header", zlib.crc32(text))) != zlib.crc32(text):
             raise ValueError("index.json is not what was written with index.npz")
         index = index_from(folder, header, columns)
@@ -174,7 +184,7 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
     return index
 
 
-def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarray]) -> ShardIndex:
+def index_from(folder: Folder, header: dict[str, Any], columns: dict[str, np.ndarray]) -> ShardIndex:
     """The index from the content of ``index.json`` and the arrays of its sidecar."""
     latents = header["latents"]
     if latents is not None:
@@ -189,13 +199,8 @@ def index_from(folder: Path, header: dict[str, Any], columns: dict[str, np.ndarr
         **{name: columns[name] for name in (*COLUMN_TYPES, "key")},
     )
     for shard in index.shards:
-        below(folder, shard.name, "shards: name")
-        require(
-            "/" not in shard.name and shard.name.endswith(".tar"),
-            "shards: name",
-            shard.name,
-            "a .tar of the folder",
-        )
+        plain = isinstance(shard.name, str) and re.fullmatch(r"[^/\0]+\.tar", shard.name) is not None
+        require(plain, "shards: name", shard.name, "a .tar of the folder")
     names = [shard.name for shard in index.shards]
     require(len(set(names)) == len(names), "shards: name", "one twice", "names that differ")
     counts = {name: int(count) for name, count in zip(index.class_names, index.class_counts, strict=False)}
@@ -235,18 +240,13 @@ def check_columns(index: ShardIndex) -> None:
 
 def check_shard_sizes(index: ShardIndex) -> None:
     """Check that every shard exists and has the size in the index."""
-    for shard in index.shards:
-        path = index.folder / shard.name
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{index.folder}: shard {shard.name} is in index.json but not in the folder."
-            )
-        size = path.stat().st_size
-        if size != shard.bytes:
-            raise ValueError(
-                f"{path}: {size} bytes, but {shard.bytes} in index.json: the shard is damaged or was "
-                "replaced."
-            )
+    sizes = sizes_in(index.folder, [shard.name for shard in index.shards])
+    for name, expected in ((shard.name, shard.bytes) for shard in index.shards):
+        if name not in sizes:
+            raise FileNotFoundError(f"{index.folder}: shard {name} is in index.json but not in the folder.")
+        if sizes[name] not in (None, expected):
+            text = f"{sizes[name]} bytes, but {expected} in index.json: the shard is damaged or was replaced."
+            raise ValueError(f"{index.folder}/{name}: {text}")
 
 
 def index_shards(

@@ -38,6 +38,8 @@ class Rows(NamedTuple):
     positions: np.ndarray  # [B] int64
     epochs: np.ndarray  # [B] int64
     samples: np.ndarray  # [B, R] int64
+    # shards at a URL that are read from now on, () if these are as before, None if in their order
+    ahead: Optional[tuple[int, ...]] = None
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import numpy as np
 import webdataset as wds
 
 from lit_transdiff.base.files import partial_name
-from lit_transdiff.data.checksums import checksum_of, checksums_of
+from lit_transdiff.data.checksums import checksum_of, checksums_at, checksums_of
 from lit_transdiff.data.index import ShardIndex
+from lit_transdiff.data.order import Rows
 
 TAR_BLOCK, TAR_RECORD = 512, 10240  # bytes to which members, and whole tars, are padded
 
@@ -93,9 +94,15 @@ class ShardReader:
         if shard not in self.descriptors:
             if len(self.descriptors) >= self.max_open:
                 os.close(self.descriptors.popitem(last=False)[1])
-            self.descriptors[shard] = os.open(self.index.folder / self.index.shards[shard].name, os.O_RDONLY)
+            self.descriptors[shard] = self.open(shard)
         self.descriptors.move_to_end(shard)
         return self.descriptors[shard]
+
+    def open(self, shard: int) -> int:
+        return os.open(f"{self.index.folder}/{self.index.shards[shard].name}", os.O_RDONLY)
+
+    def expect(self, rows: Rows) -> None:
+        """Prepare for the samples of a batch: nothing is to be done for local files."""
 
     @cached_property
     def unread(self) -> np.ndarray:
@@ -153,6 +160,16 @@ class ShardReader:
         if len(wrong):
             raise damaged(self.index, int(samples[wrong[0]]))
         self.unread[samples, parts] = False
+
+
+def damaged_samples(index: ShardIndex, shard: int, descriptor: int) -> list[int]:
+    """The samples of an open shard that differ from their checksums, if the index has some."""
+    if index.checksum is None:
+        return []
+    mine = slice(index.starts[shard], index.starts[shard + 1])
+    places = zip(index.offset[mine].tolist(), index.size[mine].tolist(), strict=True)
+    sums = checksums_at(descriptor, places, index.checksum.shape[1])
+    return (np.flatnonzero((sums != index.checksum[mine]).any(axis=1)) + mine.start).tolist()
 
 
 def check_content(index: ShardIndex, sample: int, content: bytes) -> None:

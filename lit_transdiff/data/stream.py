@@ -1,4 +1,4 @@
-"""Remote shards, read as a stream: exact order and resuming for the same number of ranks and workers.
+"""Shards read as a stream: exact order and resuming for the same number of ranks and workers.
 
 Each reader (worker of a rank) has its own endless stream: of every epoch's permutation of the shards it takes
 each n-th one, for n readers in total, and shuffles them in a buffer that is emptied at the end of the epoch.
@@ -46,11 +46,6 @@ class StreamedSample(NamedTuple):
     sample: int
     content: Optional[bytes]
     problem: str = ""
-
-
-def is_url(source: str) -> bool:
-    """Whether ``data.train`` is a webdataset URL instead of a folder."""
-    return source.startswith(("pipe:", "http://", "https://")) or "{" in source
 
 
 class StreamDataset(IterableDataset):

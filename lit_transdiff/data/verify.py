@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
-
 from lit_transdiff.base.files import sha256_of
-from lit_transdiff.data.checksums import checksums_in
+from lit_transdiff.base.remote import is_remote
+from lit_transdiff.config import require
 from lit_transdiff.data.index import ShardIndex, index_shards, read_index
+from lit_transdiff.data.index_files import Folder
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import LABEL_MEMBER
+from lit_transdiff.data.shards import damaged_samples
 from lit_transdiff.data.sources import ClassNames, text_lines
 
 LISTED_SAMPLES = 10  # number of samples in a message
@@ -25,13 +28,14 @@ def verify(folder: str | Path, workers: int = 0) -> ShardIndex:
     that differ.
     """
     index = read_index(folder)
-    sums = set(in_processes(named_sum, ((index.folder / shard.name,) for shard in index.shards), workers))
+    tasks = ((index.folder, shard.name, shard.bytes) for shard in index.shards)
+    sums = set(in_processes(named_sum, tasks, workers))
     differing = [
         number for number, shard in enumerate(index.shards) if (shard.name, shard.sha256) not in sums
     ]
     if differing:
         names = ", ".join(index.shards[number].name for number in differing)
-        samples = [sample for number in differing for sample in damaged_samples(index, number)]
+        samples = [sample for number in differing for sample in damaged_in(index, number)]
         raise ValueError(
             f"{folder}: {len(differing)} of {len(index.shards)} shards differ from their SHA-256: {names}."
             f"{listed_samples(index, samples)} Copy them again, or make the shards again."
@@ -39,18 +43,27 @@ def verify(folder: str | Path, workers: int = 0) -> ShardIndex:
     return index
 
 
-def named_sum(path: Path) -> tuple[str, str]:
-    return path.name, sha256_of(path)
+def named_sum(folder: Folder, name: str, size: int) -> tuple[str, str]:
+    with as_file(folder, name, size) as path:
+        return name, sha256_of(path)
 
 
-def damaged_samples(index: ShardIndex, number: int) -> list[int]:
-    """The samples of a shard that differ from their checksums, if the index has some."""
-    if index.checksum is None:
-        return []
-    mine = slice(index.starts[number], index.starts[number + 1])
-    places = zip(index.offset[mine].tolist(), index.size[mine].tolist(), strict=True)
-    sums = checksums_in(index.folder / index.shards[number].name, places, index.checksum.shape[1])
-    return (np.flatnonzero((sums != index.checksum[mine]).any(axis=1)) + mine.start).tolist()
+@contextmanager
+def as_file(folder: Folder, name: str, size: int) -> Iterator[Path]:
+    """A shard as a local file, for a URL a temporary one."""
+    if isinstance(folder, Path):
+        yield folder / name
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder.fetch(name, size, Path(temporary, name))
+        yield Path(temporary, name)
+
+
+def damaged_in(index: ShardIndex, number: int) -> list[int]:
+    """The samples of a shard that differ from their checksums."""
+    shard = index.shards[number]
+    with as_file(index.folder, shard.name, shard.bytes) as path, path.open("rb") as file:
+        return damaged_samples(index, number, file.fileno())
 
 
 def listed_samples(index: ShardIndex, samples: Sequence[int]) -> str:
@@ -78,6 +91,8 @@ def index_again(
     Raises ``ValueError`` for a shard that is as long as in that index and differs from it: it is damaged, and
     would be indexed as sound.
     """
+    allowed = "a local folder, of which you can upload the index and the shards"
+    require(not is_remote(folder), "folder", str(folder), allowed)
     folder = Path(folder)
     before = index_of(folder)
     if isinstance(class_names, Path):

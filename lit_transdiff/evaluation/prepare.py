@@ -16,6 +16,7 @@ from lit_transdiff.base.files import short_hash
 from lit_transdiff.config import AutoencoderConfig, DataConfig, require, require_classes
 from lit_transdiff.data.datamodule import Batch, DataModule
 from lit_transdiff.data.index import ShardIndex, read_index
+from lit_transdiff.data.index_files import header_hash
 from lit_transdiff.data.latents import LatentCache, latent_info
 from lit_transdiff.evaluation.extractor import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
@@ -126,7 +127,7 @@ def made_of(source: str | Path, data: DataConfig) -> dict[str, Any]:
     if Path(source).suffix == ".npz":
         return {"source_hash": short_hash(Path(source))}
     settings = {name: getattr(data, name) for name in PICTURE}
-    return {**settings, "source_hash": short_hash(Path(source) / "index.json")}
+    return {**settings, "source_hash": header_hash(source)}
 
 
 def check_statistics(
@@ -161,7 +162,7 @@ def batches_of(source: str | Path, data: DataConfig, batch_size: int) -> Iterato
     room_here("cpu").require(
         bytes_of_images(data, min(batch_size, len(index))), data__image_size=data.image_size
     )
-    picture = {name: getattr(data, name) for name in PICTURE}
+    picture = {name: getattr(data, name) for name in (*PICTURE, "cache_dir", "cache_gb")}
     settings = DataConfig(evaluation=str(source), horizontal_flip=False, **picture)
     module = DataModule(
         settings,

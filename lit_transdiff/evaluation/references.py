@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_transdiff.base.remote import is_remote
 from lit_transdiff.config import DataConfig, require
 from lit_transdiff.config.checks import BUNDLED, roots
 from lit_transdiff.data.index import read_index
-from lit_transdiff.data.index_files import index_files
+from lit_transdiff.data.index_files import check_index
 from lit_transdiff.evaluation.extractor import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
 from lit_transdiff.evaluation.prepare import batches_of, made_of
@@ -42,7 +43,7 @@ def check_seen(source: str, what: str, data: DataConfig, extractors: Sequence[Fe
         require(Path(source).is_file(), what, source, "a file that exists")
         images_shape(source)
     else:
-        index_files(source)
+        check_index(source)
         latents = read_index(source).latents
         require(latents is None, what, source, "shards of images; these hold latents")
     first = next(image_batches_of(source, data, 1))
@@ -68,7 +69,7 @@ def features_of(source: str, data: DataConfig, extractor: FeatureExtractor, fold
     name contains a hash of the images with the settings that affect them, and the fingerprint of the weights.
     """
     name = f"{Path(source).stem}-{images_hash(source, data)}-{extractor.name}-{extractor.fingerprint}.npz"
-    file = place_beside(Path(source), folder) / name
+    file = place_beside(source, folder) / name
     if file.is_file():
         found = load_statistics(file)
         check_extractor(found, extractor)
@@ -80,9 +81,11 @@ def features_of(source: str, data: DataConfig, extractor: FeatureExtractor, fold
     return save_statistics(made, file)
 
 
-def place_beside(source: Path, folder: Path) -> Path:
-    """The folder of ``source``, or ``folder`` if that is not writable or part of this program."""
-    beside = source.resolve().parent
+def place_beside(source: str, folder: Path) -> Path:
+    """The folder of ``source``, or ``folder`` if that is not writable, part of this program, or a URL."""
+    if is_remote(source):
+        return folder
+    beside = Path(source).resolve().parent
     bundled = any(beside.is_relative_to((root / BUNDLED).resolve()) for root in roots())
     return beside if os.access(beside, os.W_OK) and not bundled else folder
 

@@ -19,8 +19,9 @@ from lightning.fabric import Fabric
 
 from lit_transdiff.base.files import free_bytes
 from lit_transdiff.checkpoints.run_folder import git_commit, package_versions
+from lit_transdiff.config import DataConfig
 from lit_transdiff.data.index import read_index
-from lit_transdiff.data.shards import ShardReader
+from lit_transdiff.data.remote_shards import reader_of
 from lit_transdiff.distributed import build_fabric
 
 BYTES = 64 << 20  # size of the message in the all-reduce benchmark
@@ -138,10 +139,10 @@ def check_threads(fabric: Fabric, folder: Path) -> Finding:
     )
 
 
-def check_shards(fabric: Fabric, shards: Path) -> Finding:
+def check_shards(fabric: Fabric, shards: str) -> Finding:
     """The rate at which all ranks together read undecoded samples of a folder of shards in random order."""
     index = read_index(shards)
-    reader = ShardReader(index, max_open=64)
+    reader = reader_of(index, DataConfig(), max_open=64)
     generator = torch.Generator().manual_seed(fabric.global_rank)
     fabric.barrier()
     count, size, start = 0, 0, time.perf_counter()
@@ -166,7 +167,7 @@ CHECKS: dict[str, Callable[[Fabric, Path], Finding]] = {
 }
 
 
-def examine(folder: Path, shards: Path | None) -> int:
+def examine(folder: Path, shards: str | None) -> int:
     """Run all checks and print the report; return 0 if there is no problem, else 1."""
     fabric = build_fabric()
     findings = [check(fabric, folder) for check in CHECKS.values()]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_transdiff.base.hardware import DEVICES, GB, Device
+from lit_transdiff.base.remote import is_remote
 from lit_transdiff.config import ModelSettings, RunConfig, require, unknown
 from lit_transdiff.data.index import read_index
 from lit_transdiff.distributed.strategies import EVERYWHERE, STRATEGIES, whole_strategies
@@ -118,7 +119,7 @@ def plan_rows(
 def data_of(run: RunConfig) -> tuple[bool, str]:
     """Whether the run reads images (and so has the autoencoder on each GPU), and a line about its data."""
     has_weights = autoencoder_kind(run.autoencoder.kind, run.autoencoder.path).has_folder
-    if (Path(run.data.train) / "index.json").is_file():
+    if is_remote(run.data.train) or (Path(run.data.train) / "index.json").is_file():
         index = read_index(run.data.train, check_files=False)
         size = int(index.size.sum())
         images = index.kind == "images" and has_weights

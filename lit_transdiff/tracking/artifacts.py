@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_transdiff.base.files import short_hash
 from lit_transdiff.checkpoints.version import read_versioned
 from lit_transdiff.config.targets import files_in
+from lit_transdiff.data.index_files import header_hash
 from lit_transdiff.tracking.server import going_on_without
 from lit_transdiff.tracking.wandb_run import WandbRun
 
@@ -31,12 +31,12 @@ def artifact_name(*words: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(words))[:120]
 
 
-def data_artifact(index_file: Path, description: dict[str, Any]) -> wandb.Artifact:
-    """The artifact of a data set, identified by the hash of its index; the shards are not uploaded."""
+def data_artifact(folder: str, description: dict[str, Any]) -> wandb.Artifact:
+    """The artifact of a folder of shards, identified by the hash of its index; they are not uploaded."""
     import wandb
 
-    about = {"index": str(index_file), "index_sha256": short_hash(index_file), **description}
-    artifact = wandb.Artifact(artifact_name("data", index_file.parent.name), type="dataset", metadata=about)
+    about = {"index": f"{folder}/index.json", "index_sha256": header_hash(folder), **description}
+    artifact = wandb.Artifact(artifact_name("data", Path(folder).name), type="dataset", metadata=about)
     with artifact.new_file("data.json") as file:
         json.dump(about, file, indent=2)
     return artifact

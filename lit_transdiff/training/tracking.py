@@ -78,7 +78,7 @@ class Track(StepCallback):
             "shards": len(index.shards),
             "kind": index.kind,
         }
-        use(self.tracker, data_artifact(Path(index.folder) / "index.json", about))
+        use(self.tracker, data_artifact(str(index.folder), about))
 
     @rank_zero_only
     def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:

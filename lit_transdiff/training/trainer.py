@@ -59,6 +59,7 @@ from lit_transdiff.training.callbacks import (
 )
 from lit_transdiff.training.checkpointing import Checkpoints, TryAgain, agreed_checkpoint, what_changes
 from lit_transdiff.training.guard import GuardSteps, RollBack
+from lit_transdiff.training.mirroring import mirrored
 from lit_transdiff.training.online_evaluation import OnlineEvaluation
 from lit_transdiff.training.preemption import StopRequest, stop_request
 from lit_transdiff.training.profiling import ProfileSteps
@@ -167,8 +168,23 @@ def train(
     ``data`` (any data module that yields ``Batch``) and ``stage`` replace those that its settings name.
     """
     say = rank_zero_only(say)
+    with mirrored(run, say) as upload:
+        return train_in_folder(run, say, upload, callbacks, loggers, data, stage)
+
+
+def train_in_folder(
+    run: RunConfig,
+    say: Callable[[str], None],
+    upload: Callable[[], None],
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+    data: pl.LightningDataModule | None,
+    stage: pl.LightningModule | None,
+) -> TrainResult:
+    """``train`` in the run folder of this machine; ``upload`` begins to copy it to its mirror."""
     if trained_steps(run) >= run.training.max_steps:
         check_folder(pinned_run(run)[0])
+        upload()
         step = trained_steps(run)
         say(f"{run.name}: already trained to step {step} in {run.folder}")
         return TrainResult(run.folder, step, {})
@@ -179,6 +195,7 @@ def train(
             parts = build(run, data=data, stage=stage)
             say(describe_parts(parts))
             rank_zero_only(lock.take)()
+            upload()
             try:
                 all_loggers = [*build_loggers(parts.run), *loggers]
                 with stop_request() as request:

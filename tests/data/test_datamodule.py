@@ -113,7 +113,7 @@ def test_validation_sizes(shards):
     ("changes", "message"),
     [
         (dict(train="/nowhere"), "lit-transdiff pack SRC /nowhere"),
-        (dict(train="s3://bucket/x"), "data.train: got 's3://bucket/x'; allowed: a folder.*pipe:COMMAND"),
+        (dict(train="ftps://host/x"), "ftps://host/x: got 'ftps'; allowed: a folder, or a URL of s3://"),
         (dict(train=""), "data.train: got nothing"),
         (dict(index="index.json"), "data.index: got 'index.json'"),
         (dict(num_references=14), "has only 13 images"),

@@ -67,7 +67,7 @@ def test_a_server_that_gets_into_trouble_is_not_waited_for(
     log_steps(log, 51, 100)
     assert time.monotonic() - start < 2
     log.log_table("scores", ["a"], [[1]], 100)
-    make(log, data_artifact(FASHION / "train" / "index.json", {}))
+    make(log, data_artifact(str(FASHION / "train"), {}))
     log.finish()
     assert time.monotonic() - start < 90
     assert "does not answer and skips" in caplog.text

@@ -88,7 +88,7 @@ WORDS += [
     "file:///etc/passwd",
     "pipe:echo",
     "ftp://a/b",
-    "s3://a",
+    "ftps://a",
     "neighbour/kept.txt",
 ]
 WORDS += ["\ud800", "<b>", "\x1b[2J", "work", "work/shards", "work/run.yaml", "work/nothing"]

@@ -1,0 +1,282 @@
+"""Files at URLs (``s3://``, ``gs://``, ``hf://``, ``http(s)://`` and others that fsspec knows): the one door.
+
+Each request has a time limit and is repeated after growing pauses, except where another answer cannot be
+expected. Addresses of servers, profiles and anonymous access are settings of fsspec and of its packages, as
+in ``AWS_PROFILE``, ``AWS_ENDPOINT_URL`` and ``FSSPEC_S3_ANON``.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lit_transdiff.base.files import whole
+
+T = TypeVar("T")
+ATTEMPTS = 5
+PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
+PATIENCE = 60.0  # seconds for a request of at most CHUNK bytes
+SLOWEST = 1e6  # bytes per second, at which a larger upload still succeeds
+CHUNK = 8 << 20
+THREADS = 16  # for many small requests
+# What reads a scheme, beside fsspec: the name to give to pip.
+PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
+log = logging.getLogger(__name__)
+
+
+class RemoteError(OSError):
+    """A place that cannot be reached, read or written, in one line."""
+
+
+def is_remote(place: object) -> bool:
+    """Whether a place is a URL instead of a path; a ``pipe:`` command is neither."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(place)) is not None
+
+
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """fsspec's filesystem of a URL, and the path there. ``ValueError`` for another scheme or a missing
+    package.
+    """
+    import fsspec
+
+    scheme = url.partition("://")[0] if is_remote(url) else "file"
+    options: dict[str, Any] = {}
+    if scheme == "s3":
+        options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}  # attempts are counted here
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        package = PACKAGES.get(scheme, f"the package that fsspec reads {scheme}:// with")
+        raise ValueError(f"{url}: {scheme}:// needs a package: pip install {package} ({error})") from error
+    except ValueError as error:
+        if scheme in fsspec.registry or scheme in fsspec.available_protocols():
+            raise ValueError(f"{url}: {one_line(error)}") from error
+        known = ", ".join(f"{name}://" for name in PACKAGES)
+        raise ValueError(f"{url}: got {scheme!r}; allowed: a folder, or a URL of {known}.") from error
+    if hasattr(filesystem, "retries"):
+        filesystem.retries = 1
+    return filesystem, str(path).rstrip("/")
+
+
+class RemoteFolder:
+    """A folder at a URL (or a local path): reading, writing and listing, with limits of time and repetition.
+
+    Every method raises ``FileNotFoundError`` for a missing file or bucket, and ``RemoteError`` for anything
+    else.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"url": self.url}  # other processes connect themselves
+
+    @cached_property
+    def opened(self) -> tuple[Any, str]:
+        return filesystem_of(self.url)
+
+    def at(self, *parts: str) -> RemoteFolder:
+        """A folder in this one."""
+        return RemoteFolder("/".join([self.url, *parts]))
+
+    def call(self, method: str, name: str, **options: Any) -> Any:
+        """One attempt to call a method of the filesystem for the file ``name``; "" is the folder."""
+        filesystem, root = self.opened
+        return bounded(filesystem, method, PATIENCE, f"{root}/{name}" if name else root, **options)
+
+    def repeated(self, act: Callable[[], T], name: str) -> T:
+        """The result of ``act``, which is repeated after errors that may pass."""
+        where = f"{self.url}/{name}" if name else self.url
+        _ = self.opened  # raises its own errors
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return act()
+            except Exception as error:
+                if is_final(error) or attempt == ATTEMPTS:
+                    raise explained(error, where, attempt) from error
+                log.info("%s: %s; attempt %d of %d", where, one_line(error), attempt + 1, ATTEMPTS)
+            time.sleep(PAUSE * 2 ** (attempt - 1) * random.SystemRandom().uniform(1, 1.5))
+        raise AssertionError
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+        return bytes(self.repeated(lambda: self.call("cat_file", name), name))
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Exactly the bytes [start, stop) of a file."""
+        content = self.answer(name, start, stop)
+        return content if len(content) == stop - start else content[start:stop]
+
+    def answer(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of a file, or all of it from a server that ignores ranges."""
+
+        def once() -> bytes:
+            content = bytes(self.call("cat_file", name, start=start, end=stop))
+            if len(content) != stop - start and len(content) < stop:
+                raise EOFError(f"{len(content)} of {stop - start} bytes at {start}: truncated")
+            return content
+
+        return self.repeated(once, name)
+
+    def chunks(self, name: str, size: int) -> Iterator[bytes]:
+        """The ``size`` bytes of a file in parts; a broken connection costs only a part."""
+        for start in range(0, size, CHUNK):
+            stop = min(start + CHUNK, size)
+            content = self.answer(name, start, stop)
+            if start == 0 and len(content) == size:
+                yield content
+                return
+            yield content if len(content) == stop - start else content[start:stop]
+
+    def sizes(self, names: Sequence[str]) -> dict[str, int | None]:
+        """The sizes of files of this folder, None if the server does not say; missing files are left out."""
+        filesystem, _ = self.opened
+        if {"http", "https"} & {filesystem.protocol, *filesystem.protocol}:  # without a list of files
+            with ThreadPoolExecutor(THREADS) as threads:
+                found = dict(zip(names, threads.map(self.size, names), strict=True))
+            return {name: size for name, size in found.items() if size != -1}
+        filesystem.invalidate_cache()
+        entries = self.repeated(lambda: self.call("ls", "", detail=True), "")
+        listed = {entry["name"].rpartition("/")[2]: entry.get("size") for entry in entries}
+        return {name: listed[name] for name in names if name in listed}
+
+    def size(self, name: str) -> int | None:
+        """The size of a file; -1 if it is missing, None if the server does not say."""
+
+        def once() -> Any:
+            try:
+                return self.call("info", name)
+            except FileNotFoundError as error:  # over HTTP so is every error
+                cause = error.__cause__
+                if isinstance(cause, Exception) and getattr(cause, "status", 0) != 404:
+                    raise cause from None
+                raise
+
+        try:
+            info = self.repeated(once, name)
+        except FileNotFoundError:
+            return -1
+        return None if info.get("size") is None else int(info["size"])
+
+    def files(self) -> dict[str, int]:
+        """The sizes of all files below this folder, by relative name; {} if it does not exist."""
+        filesystem, root = self.opened
+        filesystem.invalidate_cache()
+        try:
+            found = self.repeated(lambda: self.call("find", "", detail=True), "")
+        except FileNotFoundError:
+            return {}
+        inside = root.lstrip("/") + "/"
+        entries = {place.lstrip("/"): int(info["size"]) for place, info in found.items()}
+        return {
+            place.removeprefix(inside): size
+            for place, size in entries.items()
+            if place.startswith(inside) and place != inside
+        }
+
+    def fetch(self, name: str, size: int, path: Path) -> None:
+        """Download a file of this size to ``path``, completely or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as partial, partial.open("wb") as file:
+            for content in self.chunks(name, size):
+                file.write(content)
+
+    def put(self, file: Path, name: str) -> None:
+        """Upload a file; it appears there when it is complete."""
+        filesystem, root = self.opened
+        if is_local(filesystem):
+            place = Path(root, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with whole(place) as partial:
+                shutil.copyfile(file, partial)
+            return
+        limit = PATIENCE + file.stat().st_size / SLOWEST
+        self.repeated(lambda: bounded(filesystem, "put_file", limit, str(file), f"{root}/{name}"), name)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Upload a small file with this content."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "file")
+            file.write_bytes(content)
+            self.put(file, name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        try:
+            self.repeated(lambda: self.call("rm_file", name), name)
+        except FileNotFoundError:
+            return
+
+
+def bounded(filesystem: Any, method: str, seconds: float, *arguments: Any, **options: Any) -> Any:
+    """Call a method of a filesystem; those that work asynchronously have a limit of time."""
+    from fsspec.asyn import sync
+
+    if getattr(filesystem, "async_impl", False):
+        return sync(
+            filesystem.loop, getattr(filesystem, f"_{method}"), *arguments, timeout=seconds, **options
+        )
+    return getattr(filesystem, method)(*arguments, **options)
+
+
+def is_local(filesystem: Any) -> bool:
+    return "file" in filesystem.protocol
+
+
+def is_final(error: Exception) -> bool:
+    """Whether another attempt would end in the same error."""
+    status = getattr(error, "status", None)  # of HTTP
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 425, 429)
+    lasting = (FileNotFoundError, PermissionError, ValueError, TypeError, NotImplementedError, AttributeError)
+    return isinstance(error, lasting) or lacks_credentials(error)
+
+
+def lacks_credentials(error: Exception) -> bool:
+    return "credential" in f"{type(error).__name__} {error}".lower()
+
+
+def explained(error: Exception, where: str, attempts: int) -> OSError:
+    """The error in one line that names the place and the way on."""
+    said = one_line(error)
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{where}: no such file ({said})")
+    if lacks_credentials(error):
+        return RemoteError(
+            f"{where}: {said}. Give credentials as the service expects them (AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY or AWS_PROFILE; gcloud auth; HF_TOKEN), or for a public bucket "
+            "FSSPEC_S3_ANON=true."
+        )
+    if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
+        return RemoteError(
+            f"{where}: access refused ({said}). Check the credentials and the bucket's policy."
+        )
+    tries = f" after {attempts} attempts" if attempts > 1 else ""
+    return RemoteError(f"{where}: failed{tries}: {said}")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text, or its kind if it says nothing, in one line."""
+    kind = type(error).__name__
+    return " ".join(str(error).split()) or ("no answer in time" if "Timeout" in kind else kind)

@@ -1,0 +1,243 @@
+"""A run whose machine is lost goes on from its mirror, bit for bit."""
+
+import shutil
+import signal
+import time
+
+import pytest
+
+from lit_transdiff.base.endings import CheckpointError
+from lit_transdiff.base.remote import RemoteError, RemoteFolder
+from lit_transdiff.checkpoints import mirror as mirror_module
+from lit_transdiff.checkpoints.format import MARKER
+from lit_transdiff.checkpoints.mirror import Mirror
+from lit_transdiff.config.loading import save_yaml
+from lit_transdiff.training.mirroring import mirror_results, mirrored
+from lit_transdiff.training.trainer import train
+from tests.helpers.processes import background, command_line, same_weights
+from tests.helpers.small import small_run
+from tests.training.test_stopped import At, PowerCut, cut, quiet
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(mirror_module, "POLL", 0.05)
+    monkeypatch.setattr(mirror_module, "RETRY", 0.05)
+    monkeypatch.setattr(mirror_module, "PATIENCE", 1.0)
+
+
+@pytest.fixture
+def s3(network):
+    return "s3://lab/runs"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    run = small_run(tmp_path_factory.mktemp("whole"), checkpoint={"keep_last": 2})
+    train(run, say=quiet)
+    return run
+
+
+def run_with(folder, mirror, **training):
+    return small_run(folder, checkpoint={"mirror": str(mirror)}, training=training)
+
+
+def complete_steps(run):
+    place = Mirror(run.folder, f"{run.checkpoint.mirror}/{run.name}")
+    place.look()
+    return place.steps()
+
+
+def until_mirrored(run, step):
+    def wait():
+        deadline = time.monotonic() + 60
+        while step not in complete_steps(run):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    return wait
+
+
+def test_a_lost_run_goes_on_from_its_mirror(s3, whole, tmp_path, monkeypatch):
+    run, said = run_with(tmp_path / "runs", s3), []
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "finish", lambda self: "")  # the power fails: nothing is uploaded at the end
+        with pytest.raises(PowerCut):
+            train(run, say=quiet, callbacks=[At(5, lambda: (until_mirrored(run, 4)(), cut()))])
+    shutil.move(run.folder, tmp_path / "lost")
+
+    new = run_with(tmp_path / "new", s3)
+    train(new, say=said.append)
+    assert f"small: its checkpoint of step 4 comes from {s3}/small" in said
+    assert any("continuing from" in text for text in said)
+    assert same_weights(whole, new)
+    assert complete_steps(new) == [6]  # the older ones are removed as locally
+
+    shutil.rmtree(new.folder)  # a finished run comes back as well
+    last = run_with(tmp_path / "last", s3)
+    assert train(last, say=said.append).step == 6 and "already trained to step 6" in said[-1]
+    assert same_weights(whole, last)
+    there = set(RemoteFolder(f"{s3}/small").files())
+    assert {"config.yaml", "environment.json", "metrics.csv", "export/export.json"} <= there
+    assert not [name for name in there if name.startswith(("lock", "wandb", ".mirror"))]
+
+
+@pytest.fixture
+def trained(whole, tmp_path):
+    """A copy of a trained run with its two checkpoints, and its mirror in a folder."""
+    folder = tmp_path / "runs" / "small"
+    shutil.copytree(whole.folder, folder)
+    return Mirror(folder, str(tmp_path / "mirror" / "small"))
+
+
+def places(mirror):
+    mirror.look()
+    return {name for name in mirror.there if name != mirror_module.WRITER}
+
+
+def test_only_complete_checkpoints_are_visible(trained, monkeypatch):
+    order, put = [], RemoteFolder.put
+
+    def noted(self, file, name):
+        order.append(name)
+        put(self, file, name)
+
+    monkeypatch.setattr(RemoteFolder, "put", noted)
+    trained.upload()
+    last = [name for name in order if name.startswith("checkpoints/step-00000006/")]
+    assert len(last) > 2 and last[-1].endswith(MARKER)
+    assert order.index("export/export.json") > order.index("export/model.safetensors")
+    assert order.index("metrics.csv") < order.index(last[0])
+    trained.upload()
+    assert len(order) == len(set(order))  # nothing is uploaded twice
+
+    # a failure in the middle leaves no marker, and the next attempt completes it
+    shutil.rmtree(trained.remote.url)
+    other = Mirror(trained.folder, trained.remote.url)
+    with monkeypatch.context() as patch:
+        without_network(patch, lambda name: name.endswith("training.pt"))
+        assert not other.attempt() and "no network" in other.problem
+    other.look()
+    assert other.steps() == []
+    assert other.attempt() and other.steps() == [4, 6]
+
+
+def without_network(monkeypatch, lost):
+    """Uploads of the files that are ``lost`` fail."""
+    put = RemoteFolder.put
+
+    def some(self, file, name):
+        if lost(name):
+            raise RemoteError("no network")
+        put(self, file, name)
+
+    monkeypatch.setattr(RemoteFolder, "put", some)
+
+
+def test_what_the_run_folder_drops_is_removed(trained):
+    trained.upload()
+    assert trained.steps() == [4, 6]
+    shutil.rmtree(trained.folder / "checkpoints" / "step-00000004")
+    trained.upload()
+    trained.look()
+    assert trained.steps() == [6] and not [name for name in places(trained) if "step-00000004" in name]
+    shutil.rmtree(trained.folder / "checkpoints" / "step-00000006")
+    trained.upload()
+    assert trained.steps() == [6]  # an empty folder removes nothing
+
+
+def test_an_export_that_is_replaced_is_never_half_there(trained, monkeypatch):
+    trained.upload()
+    (trained.folder / "export" / "model.safetensors").write_bytes(b"another")
+    seen, put = [], RemoteFolder.put
+
+    def watched(self, file, name):
+        seen.append((name, "export/export.json" in places(trained)))
+        put(self, file, name)
+
+    monkeypatch.setattr(RemoteFolder, "put", watched)
+    trained.upload()
+    assert ("export/model.safetensors", False) in seen
+    assert "export/export.json" in places(trained)
+
+
+def test_damage_in_the_mirror_is_noticed(trained, tmp_path, caplog):
+    trained.upload()
+    file = next((tmp_path / "mirror/small/checkpoints/step-00000006").glob("rank-*.safetensors"))
+    file.write_bytes(bytes(file.stat().st_size))
+    new = Mirror(tmp_path / "new" / "small", trained.remote.url)
+    new.look()
+    assert new.fetch() == 4
+    assert "step-00000006/rank-00000.safetensors is damaged" in caplog.text
+    assert file.exists() and new.steps() == [4]
+
+
+def test_a_failing_mirror_does_not_stop_training_and_is_told_at_the_end(whole, tmp_path, monkeypatch):
+    run = run_with(tmp_path / "runs", tmp_path / "mirror")
+    with monkeypatch.context() as patch:
+        without_network(patch, lambda name: name != "mirror.json")
+        with pytest.raises(CheckpointError, match=r"mirror/small is not complete: no network What"):
+            train(run, say=quiet)
+    assert same_weights(whole, run)
+    train(run, say=quiet)  # finished, and uploads the rest
+    assert complete_steps(run) == [6]
+
+
+def test_results_of_later_commands_are_mirrored(whole, tmp_path):
+    run = run_with(tmp_path / "runs", tmp_path / "mirror")
+    shutil.copytree(whole.folder, run.folder)
+    (run.folder / "evaluations").mkdir()
+    (run.folder / "evaluations" / "one.json").write_text("{}")
+    mirror_results(run)
+    assert (tmp_path / "mirror/small/evaluations/one.json").is_file()
+    assert complete_steps(run) == [4, 6]
+
+
+class TestErrors:
+    def test_another_run(self, trained, tmp_path):
+        trained.upload()
+        run = small_run(
+            tmp_path / "other", checkpoint={"mirror": str(tmp_path / "mirror")}, optimizer={"lr": 0.5}
+        )
+        with (
+            pytest.raises(ValueError, match=r"mirror/small holds a run with other settings \(optimizer.lr"),
+            mirrored(run, quiet),
+        ):
+            pass
+        assert not run.folder.exists()
+
+    def test_its_own_folder(self, tmp_path):
+        run = run_with(tmp_path / "runs", tmp_path / "runs")
+        with pytest.raises(ValueError, match=r"checkpoint.mirror: got .*; allowed: another folder"):
+            train(run, say=quiet)
+
+    def test_places_that_cannot_be_written(self, s3, tmp_path):
+        with pytest.raises(ValueError, match=r"checkpoint.mirror: got 'http://host'; allowed: a URL to"):
+            run_with(tmp_path, "http://host")
+        with pytest.raises(FileNotFoundError, match=r"s3://nowhere/small/mirror.json: no such file"):
+            train(run_with(tmp_path / "runs", "s3://nowhere"), say=quiet)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_on_another_machine(whole, bucket, s3, tmp_path):
+    run = run_with(tmp_path / "runs", "s3://lab/killed", max_steps=6)
+    save_yaml(run, tmp_path / "run.yaml")
+    process = background(
+        command_line(1, "-m", "lit_transdiff", "train", str(tmp_path / "run.yaml"), "training.max_steps=400"),
+        tmp_path / "log",
+        **bucket.environment(),
+    )
+    deadline = time.monotonic() + 300
+    while not complete_steps(run):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    shutil.rmtree(run.folder)
+    [step, *_] = complete_steps(run)
+    new = run_with(tmp_path / "new", "s3://lab/killed", max_steps=step + 3)
+    train(new, say=quiet)
+    plain = small_run(tmp_path / "plain", training={"max_steps": step + 3})
+    train(plain, say=quiet)
+    assert same_weights(plain, new)
