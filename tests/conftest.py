@@ -66,7 +66,7 @@ def network(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """The server, which clients find and which has no faults yet; attempts follow each other quickly."""
     for name, value in bucket.environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    monkeypatch.setattr(remote, "REQUEST_PAUSE", 0.001)
     bucket.faults.clear()
     bucket.requests.clear()
     return bucket

@@ -21,15 +21,15 @@ from typing import Any, TypeVar
 
 from lit_transdiff.base.files import whole
 
-T = TypeVar("T")
+Reply = TypeVar("Reply")
 ATTEMPTS = 5
-PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
-PATIENCE = 60.0  # seconds for a request of at most CHUNK bytes
+REQUEST_PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
+REQUEST_LIMIT = 60.0  # seconds for a request of at most REQUEST_BYTES bytes
 SLOWEST = 1e6  # bytes per second, at which a larger upload still succeeds
-CHUNK = 8 << 20
+REQUEST_BYTES = 8 << 20
 THREADS = 16  # for many small requests
 # What reads a scheme, beside fsspec: the name to give to pip.
-PACKAGES = {
+SCHEMES = {
     "s3": "s3fs",
     "gs": "gcsfs",
     "gcs": "gcsfs",
@@ -64,12 +64,12 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        package = PACKAGES.get(scheme, f"the package that fsspec reads {scheme}:// with")
+        package = SCHEMES.get(scheme, f"the package that fsspec reads {scheme}:// with")
         raise ValueError(f"{url}: {scheme}:// needs a package: pip install {package} ({error})") from error
     except ValueError as error:
         if scheme in fsspec.registry or scheme in fsspec.available_protocols():
             raise ValueError(f"{url}: {one_line(error)}") from error
-        known = ", ".join(f"{name}://" for name in PACKAGES)
+        known = ", ".join(f"{name}://" for name in SCHEMES)
         raise ValueError(f"{url}: got {scheme!r}; allowed: a folder, or a URL of {known}.") from error
     if hasattr(filesystem, "retries"):
         filesystem.retries = 1
@@ -103,9 +103,9 @@ class RemoteFolder:
     def call(self, method: str, name: str, **options: Any) -> Any:
         """One attempt to call a method of the filesystem for the file ``name``; "" is the folder."""
         filesystem, root = self.opened
-        return bounded(filesystem, method, PATIENCE, f"{root}/{name}" if name else root, **options)
+        return bounded(filesystem, method, REQUEST_LIMIT, f"{root}/{name}" if name else root, **options)
 
-    def repeated(self, act: Callable[[], T], name: str) -> T:
+    def repeated(self, act: Callable[[], Reply], name: str) -> Reply:
         """The result of ``act``, which is repeated after errors that may pass."""
         where = f"{self.url}/{name}" if name else self.url
         _ = self.opened  # raises its own errors
@@ -116,7 +116,7 @@ class RemoteFolder:
                 if is_final(error) or attempt == ATTEMPTS:
                     raise explained(error, where, attempt) from error
                 log.info("%s: %s; attempt %d of %d", where, one_line(error), attempt + 1, ATTEMPTS)
-            time.sleep(PAUSE * 2 ** (attempt - 1) * random.SystemRandom().uniform(1, 1.5))
+            time.sleep(REQUEST_PAUSE * 2 ** (attempt - 1) * random.SystemRandom().uniform(1, 1.5))
         raise AssertionError
 
     def read(self, name: str) -> bytes:
@@ -141,8 +141,8 @@ class RemoteFolder:
 
     def chunks(self, name: str, size: int) -> Iterator[bytes]:
         """The ``size`` bytes of a file in parts; a broken connection costs only a part."""
-        for start in range(0, size, CHUNK):
-            stop = min(start + CHUNK, size)
+        for start in range(0, size, REQUEST_BYTES):
+            stop = min(start + REQUEST_BYTES, size)
             content = self.answer(name, start, stop)
             if start == 0 and len(content) == size:
                 yield content
@@ -211,7 +211,7 @@ class RemoteFolder:
             with whole(place) as partial:
                 shutil.copyfile(file, partial)
             return
-        limit = PATIENCE + file.stat().st_size / SLOWEST
+        limit = REQUEST_LIMIT + file.stat().st_size / SLOWEST
         self.repeated(lambda: bounded(filesystem, "put_file", limit, str(file), f"{root}/{name}"), name)
 
     def write(self, name: str, content: bytes) -> None:
@@ -249,7 +249,7 @@ def is_final(error: Exception) -> bool:
     status = getattr(error, "status", None)  # of HTTP
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 425, 429)
-    lasting = (FileNotFoundError, PermissionError, ValueError, TypeError, NotImplementedError, AttributeError)
+    lasting = (FileNotFoundError, PermissionError, ValueError, TypeError, AttributeError)
     return isinstance(error, lasting) or lacks_credentials(error)
 
 

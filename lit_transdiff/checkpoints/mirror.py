@@ -22,6 +22,7 @@ from typing import Any
 
 from lit_transdiff.base.files import Damaged, crc32_of, json_of, remove, unsealed
 from lit_transdiff.base.remote import RemoteFolder
+from lit_transdiff.checkpoints.export import INFO
 from lit_transdiff.checkpoints.format import (
     DAMAGED,
     MARKER,
@@ -32,15 +33,14 @@ from lit_transdiff.checkpoints.format import (
 )
 from lit_transdiff.config.targets import below, remove_written
 
-POLL = 5.0  # seconds between looks at the run folder
-RETRY = 60.0  # seconds after a failure
-PATIENCE = 600.0  # seconds in which a run that ends still uploads without success
+MIRROR_POLL = 5.0  # seconds between looks at the run folder
+MIRROR_RETRY = 60.0  # seconds after a failure
+MIRROR_PATIENCE = 600.0  # seconds in which a run that ends still uploads without success
 STAGED = ".mirror"  # links to the files of the checkpoint that is being uploaded
 WRITER = "mirror.json"  # the last process that wrote to the mirror
 LEFT_OUT = ("lock", "wandb", "checkpoints", STAGED, WRITER)
-INFO = "export.json"
 LIVE = ("config.yaml", "environment.json", "metrics.csv")  # grow or change without a new name
-CHECKPOINT = re.compile(r"checkpoints/(step-\d+)/([^/]+)")
+CHECKPOINT_FILE = re.compile(r"checkpoints/(step-\d+)/([^/]+)")
 log = logging.getLogger(__name__)
 
 
@@ -61,7 +61,7 @@ class Mirror:
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints there, oldest first."""
-        found = (CHECKPOINT.fullmatch(name) for name in self.there)
+        found = (CHECKPOINT_FILE.fullmatch(name) for name in self.there)
         return sorted(int(match[1][5:]) for match in found if match is not None and match[2] == MARKER)
 
     def fetch(self) -> int | None:
@@ -143,7 +143,7 @@ class Mirror:
         """The thread's function."""
         while True:
             ends = self.ends  # whatever is complete before this is uploaded
-            wait = POLL if self.attempt() else RETRY
+            wait = MIRROR_POLL if self.attempt() else MIRROR_RETRY
             if ends:
                 return
             self.wake.wait(wait)
@@ -163,19 +163,19 @@ class Mirror:
     def finish(self) -> str:
         """Upload the rest; why the mirror is incomplete, or "".
 
-        Attempts end when nothing has been uploaded for ``PATIENCE`` seconds.
+        Attempts end when nothing has been uploaded for ``MIRROR_PATIENCE`` seconds.
         """
         if self.thread is None:
             return ""
         self.ends = True
         self.wake.set()
         self.thread.join()
-        deadline, sent = time.monotonic() + PATIENCE, dict(self.sent)
+        deadline, sent = time.monotonic() + MIRROR_PATIENCE, dict(self.sent)
         while self.problem and time.monotonic() < deadline:
-            time.sleep(min(RETRY, PATIENCE))
+            time.sleep(min(MIRROR_RETRY, MIRROR_PATIENCE))
             self.attempt()
             if self.sent != sent:
-                deadline, sent = time.monotonic() + PATIENCE, dict(self.sent)
+                deadline, sent = time.monotonic() + MIRROR_PATIENCE, dict(self.sent)
         return self.problem
 
     def upload(self) -> None:
@@ -231,7 +231,7 @@ class Mirror:
     def remove_checkpoints(self, kept: set[int]) -> None:
         """Remove the checkpoints before the newest that are not ``kept``."""
         for name in sorted(self.there, key=marks_complete, reverse=True):
-            match = CHECKPOINT.fullmatch(name)
+            match = CHECKPOINT_FILE.fullmatch(name)
             if match is not None and (step := int(match[1][5:])) < max(kept) and step not in kept:
                 self.withdraw(name)
 

@@ -50,7 +50,7 @@ class CachedReader(ShardReader):
     def open(self, shard: int) -> int:
         """Open a shard, after closing those that have left the cache, whose space is free only then."""
         gone = [one for one, file in self.descriptors.items() if os.fstat(file).st_nlink == 0]
-        for one in gone:
+        for one in set(gone) - self.cache.damaged:
             os.close(self.descriptors.pop(one))
         return self.cache.open(shard)
 

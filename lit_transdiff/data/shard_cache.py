@@ -21,15 +21,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lit_transdiff.base.files import NoSpaceError, format_bytes, free_bytes, is_full
+from lit_transdiff.base.locks import LOCK
 from lit_transdiff.base.remote import RemoteError, RemoteFolder
 from lit_transdiff.config import DataConfig, require
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.shards import damaged_samples
 
-SUFFIX, PARTIAL, LOCK = ".tar", ".partial", "lock"
-OURS = re.compile(rf"[0-9a-f]{{64}}({SUFFIX}|{PARTIAL})")  # other files of the folder are left alone
+SUFFIX, UNFINISHED = ".tar", ".partial"
+OURS = re.compile(rf"[0-9a-f]{{64}}({SUFFIX}|{UNFINISHED})")  # other files of the folder are left alone
 DOWNLOADS = 3  # of a shard that arrives damaged
-POLL = 0.05  # seconds between looks at what another process downloads
+DOWNLOAD_POLL = 0.05  # seconds between looks at what another process downloads
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +58,7 @@ class ShardCache:
 
     def check_disk(self) -> None:
         """Refuse a disk that cannot hold as much as the cache may."""
-        sizes = {entry.name: entry.stat().st_size for entry in self.entries()}
+        sizes = {path.name: stat.st_size for path, stat in self.files()}
         missing = sum(s.bytes for s in self.index.shards if s.sha256 + SUFFIX not in sizes)
         wanted, free = min(missing, self.limit - sum(sizes.values())), free_bytes(self.folder)
         if wanted > free:
@@ -68,9 +69,12 @@ class ShardCache:
                 "smaller one, or another data.cache_dir.",
             )
 
-    def entries(self) -> list[os.DirEntry[str]]:
-        """The files of the cache."""
-        return [entry for entry in os.scandir(self.folder) if OURS.fullmatch(entry.name)]
+    def files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """The files of the cache; other processes may remove some meanwhile."""
+        for name in sorted(os.listdir(self.folder)):
+            with suppress(FileNotFoundError):
+                if OURS.fullmatch(name):
+                    yield self.folder / name, (self.folder / name).stat()
 
     def path(self, shard: int) -> Path:
         return self.folder / f"{self.index.shards[shard].sha256}{SUFFIX}"
@@ -86,18 +90,18 @@ class ShardCache:
             except FileNotFoundError:
                 descriptor = self.fetch(shard)
             if descriptor is None:
-                time.sleep(POLL)
+                time.sleep(DOWNLOAD_POLL)
             elif os.fstat(descriptor).st_size != self.index.shards[shard].bytes:  # not written by us
                 os.close(descriptor)
                 self.forget(shard)
             else:
-                use(descriptor)
+                mark_used(descriptor)
                 return descriptor
 
     def keeps(self, shard: int) -> bool:
         """Whether a shard is there; it then counts as recently opened, because it will be soon."""
         try:
-            use(self.path(shard))
+            mark_used(self.path(shard))
         except FileNotFoundError:
             return False
         return True
@@ -115,7 +119,7 @@ class ShardCache:
         descriptor = self.claim(shard)
         if descriptor is None:
             return None
-        partial = self.path(shard).with_suffix(PARTIAL)
+        partial = self.path(shard).with_suffix(UNFINISHED)
         try:
             there_is_room = self.make_room(descriptor, self.index.shards[shard].bytes)
             if there_is_room and self.download(shard, descriptor):
@@ -142,7 +146,7 @@ class ShardCache:
 
     def claim(self, shard: int) -> int | None:
         """An open and locked file for a shard; None if another process has it, or has just completed it."""
-        partial = self.path(shard).with_suffix(PARTIAL)
+        partial = self.path(shard).with_suffix(UNFINISHED)
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
         if locked(descriptor):
             if is_at(descriptor, partial) and not self.holds(shard):
@@ -158,18 +162,16 @@ class ShardCache:
         """
         with self.alone():
             shards, total = [], size
-            for entry in self.entries():
-                with suppress(FileNotFoundError):
-                    if entry.name.endswith(PARTIAL) and removed_as_abandoned(Path(entry.path)):
-                        continue
-                    stat = entry.stat()
-                    total += stat.st_size
-                    if entry.name.endswith(SUFFIX):
-                        shards.append((stat.st_mtime, stat.st_size, entry.path))
+            for path, stat in self.files():
+                if path.suffix == UNFINISHED and removed_as_abandoned(path):
+                    continue
+                total += stat.st_size
+                if path.suffix == SUFFIX:
+                    shards.append((stat.st_mtime_ns, stat.st_size, path))
             for _, bytes_there, path in sorted(shards):
                 if total <= self.limit:
                     break
-                Path(path).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
                 total -= bytes_there
             if total <= self.limit:
                 os.ftruncate(descriptor, size)
@@ -183,7 +185,7 @@ class ShardCache:
         for _ in range(DOWNLOADS):
             place, digest = 0, hashlib.sha256()
             for content in self.remote.chunks(described.name, described.bytes):
-                os.pwrite(descriptor, content, place)
+                write_at(descriptor, content, place)
                 place += len(content)
                 if self.index.checksum is None:
                     digest.update(content)
@@ -221,7 +223,7 @@ class ShardCache:
             os.close(descriptor)
 
 
-def use(file: int | Path) -> None:
+def mark_used(file: int | Path) -> None:
     """Note that a shard is read now."""
     now = time.time_ns()
     with suppress(PermissionError):  # of another user
@@ -246,9 +248,20 @@ def is_at(descriptor: int, path: Path) -> bool:
     return there.st_ino == os.fstat(descriptor).st_ino
 
 
+def write_at(descriptor: int, content: bytes, place: int) -> None:
+    """Write all of ``content``: a disk that is almost full first takes a part without an error."""
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, place)
+        view, place = view[written:], place + written
+
+
 def removed_as_abandoned(partial: Path) -> bool:
     """Remove a download whose process has died."""
-    descriptor = os.open(partial, os.O_RDWR)
+    try:
+        descriptor = os.open(partial, os.O_RDWR)
+    except FileNotFoundError:
+        return True
     try:
         if not locked(descriptor):
             return False

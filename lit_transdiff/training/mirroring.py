@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_transdiff.base.endings import CheckpointError, RankFailed
 from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.base.remote import is_remote
-from lit_transdiff.checkpoints.mirror import INFO, Mirror
+from lit_transdiff.checkpoints.export import INFO
+from lit_transdiff.checkpoints.mirror import Mirror
 from lit_transdiff.checkpoints.run_folder import (
     PLACES,
     changed,

@@ -171,6 +171,8 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, message: str
 
 # A changed value of each setting of EFFECTS, and a setting beside which it is read.
 READ_BESIDE: dict[str, tuple[str, str]] = {
+    "data.cache_dir": ("/local", "data.train=s3://bucket/shards"),
+    "data.cache_gb": ("20", "data.evaluation=https://host/shards"),
     "checkpoint.best_is": ("highest", "checkpoint.keep_best=eval/precision"),
     "safety.max_bad_steps": ("3", "safety.on_bad_step=skip"),
     "training.validate_every": ("500", "data.evaluation=held_out"),

@@ -142,7 +142,7 @@ def test_faults_of_the_network_pass(urls, shards, bucket, tmp_path, fault):
 
 
 def test_a_server_that_ignores_ranges(urls, shards, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "CHUNK", 4096)
+    monkeypatch.setattr(remote, "REQUEST_BYTES", 4096)
     index, asked = read_index(urls["http"]), len(bucket.requests)
     local = reader_of(read_index(shards), DataConfig(), max_open=4)
     for few in (False, True):
@@ -154,7 +154,7 @@ def test_a_server_that_ignores_ranges(urls, shards, bucket, tmp_path, monkeypatc
 
 
 def test_a_server_that_hangs_is_asked_again(urls, shards, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "PATIENCE", 1.0)
+    monkeypatch.setattr(remote, "REQUEST_LIMIT", 1.0)
     bucket.delay, bucket.faults["index.json"] = 5.0, ["hang"]
     assert len(read_index(urls["s3"])) == len(read_index(shards))
     bucket.faults["index.json"] = ["hang"] * 10

@@ -4,6 +4,7 @@ import shutil
 import signal
 import time
 
+import lightning.pytorch as pl
 import pytest
 
 from lit_transdiff.base.endings import CheckpointError
@@ -16,14 +17,33 @@ from lit_transdiff.training.mirroring import mirror_results, mirrored
 from lit_transdiff.training.trainer import train
 from tests.helpers.processes import background, command_line, same_weights
 from tests.helpers.small import small_run
-from tests.training.test_stopped import At, PowerCut, cut, quiet
+
+
+class PowerCut(BaseException):
+    """An end of the process without any cleanup."""
+
+
+class CutAfter(pl.Callback):
+    """Ends the process at a step (from 0), as soon as something has happened."""
+
+    def __init__(self, step, happened):
+        self.step, self.happened = step, happened
+
+    def on_train_batch_start(self, trainer, stage, batch, i):
+        if trainer.global_step == self.step:
+            self.happened()
+            raise PowerCut
+
+
+def quiet(text):
+    pass
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(mirror_module, "POLL", 0.05)
-    monkeypatch.setattr(mirror_module, "RETRY", 0.05)
-    monkeypatch.setattr(mirror_module, "PATIENCE", 1.0)
+    monkeypatch.setattr(mirror_module, "MIRROR_POLL", 0.05)
+    monkeypatch.setattr(mirror_module, "MIRROR_RETRY", 0.05)
+    monkeypatch.setattr(mirror_module, "MIRROR_PATIENCE", 1.0)
 
 
 @pytest.fixture
@@ -64,7 +84,7 @@ def test_a_lost_run_goes_on_from_its_mirror(s3, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Mirror, "finish", lambda self: "")  # the power fails: nothing is uploaded at the end
         with pytest.raises(PowerCut):
-            train(run, say=quiet, callbacks=[At(5, lambda: (until_mirrored(run, 4)(), cut()))])
+            train(run, say=quiet, callbacks=[CutAfter(5, until_mirrored(run, 4))])
     shutil.move(run.folder, tmp_path / "lost")
 
     new = run_with(tmp_path / "new", s3)
