@@ -27,11 +27,10 @@ def expand_paths(args: argparse.Namespace) -> None:
     URLs where files are written.
     """
     for name, value in vars(args).items():
-        allowed = "a local folder or file, which you can upload afterwards"
-        require(name not in ("dest", "output") or not is_remote(value), name, value, allowed)
         if name in PATHS and isinstance(value, str):
             path = expanded(value, name.replace("_", "-"))
-            require(name not in MADE_HERE or not is_on_hub(path), name, path, "a path of this machine")
+            elsewhere = is_on_hub(path) if name == "folder" else is_remote(path)
+            require(name not in MADE_HERE or not elsewhere, name, path, "a path of this machine")
             setattr(args, name, path if name in MADE_HERE else shipped(path))
 
 
