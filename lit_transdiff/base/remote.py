@@ -103,7 +103,7 @@ class RemoteFolder:
     def call(self, method: str, name: str, **options: Any) -> Any:
         """One attempt to call a method of the filesystem for the file ``name``; "" is the folder."""
         filesystem, root = self.opened
-        return bounded(filesystem, method, REQUEST_LIMIT, f"{root}/{name}" if name else root, **options)
+        return within_limit(filesystem, method, REQUEST_LIMIT, f"{root}/{name}" if name else root, **options)
 
     def repeated(self, act: Callable[[], Reply], name: str) -> Reply:
         """The result of ``act``, which is repeated after errors that may pass."""
@@ -212,7 +212,7 @@ class RemoteFolder:
                 shutil.copyfile(file, partial)
             return
         limit = REQUEST_LIMIT + file.stat().st_size / SLOWEST
-        self.repeated(lambda: bounded(filesystem, "put_file", limit, str(file), f"{root}/{name}"), name)
+        self.repeated(lambda: within_limit(filesystem, "put_file", limit, str(file), f"{root}/{name}"), name)
 
     def write(self, name: str, content: bytes) -> None:
         """Upload a small file with this content."""
@@ -229,7 +229,7 @@ class RemoteFolder:
             return
 
 
-def bounded(filesystem: Any, method: str, seconds: float, *arguments: Any, **options: Any) -> Any:
+def within_limit(filesystem: Any, method: str, seconds: float, *arguments: Any, **options: Any) -> Any:
     """Call a method of a filesystem; those that work asynchronously have a limit of time."""
     from fsspec.asyn import sync
 
