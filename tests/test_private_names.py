@@ -20,7 +20,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "lit_transdiff"
 ONEDNN = {"_linear_pointwise", "_reorder_linear_weight"}  # models/linear.py asks whether torch has them
-PROTOCOLS = {"_asdict", "_exit", "_repr_html_"}  # documented names of Python and IPython
+PROTOCOLS = {"_asdict", "_exit", "_replace", "_repr_html_"}  # documented names of Python and IPython
 
 # What holds the name: a module, or a class after the colon. "in" means that its source sets or reads the name
 # on its instances.

@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
+
+if TYPE_CHECKING:
+    from lit_transdiff.data.index import ShardIndex
 
 
 def checksum_of(content: bytes | memoryview) -> int:
@@ -34,3 +38,13 @@ def checksums_at(descriptor: int, places: Iterable[tuple[int, int]], parts: int)
     """``checksums_in`` an open file."""
     sums = [checksums_of(os.pread(descriptor, size, offset), parts) for offset, size in places]
     return np.array(sums, np.uint32).reshape(-1, parts)
+
+
+def damaged_samples(index: ShardIndex, shard: int, descriptor: int) -> list[int]:
+    """The samples of an open shard that differ from their checksums, if the index has some."""
+    if index.checksum is None:
+        return []
+    mine = slice(index.starts[shard], index.starts[shard + 1])
+    places = zip(index.offset[mine].tolist(), index.size[mine].tolist(), strict=True)
+    sums = checksums_at(descriptor, places, index.checksum.shape[1])
+    return (np.flatnonzero((sums != index.checksum[mine]).any(axis=1)) + mine.start).tolist()

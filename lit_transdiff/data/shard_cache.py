@@ -24,8 +24,8 @@ from lit_transdiff.base.files import NoSpaceError, format_bytes, free_bytes, is_
 from lit_transdiff.base.locks import LOCK
 from lit_transdiff.base.remote import RemoteError, RemoteFolder
 from lit_transdiff.config import DataConfig, require
+from lit_transdiff.data.checksums import damaged_samples
 from lit_transdiff.data.index import ShardIndex
-from lit_transdiff.data.shards import damaged_samples
 
 SUFFIX, UNFINISHED = ".tar", ".partial"
 OURS = re.compile(rf"[0-9a-f]{{64}}({SUFFIX}|{UNFINISHED})")  # other files of the folder are left alone

@@ -14,7 +14,7 @@ import numpy as np
 import webdataset as wds
 
 from lit_transdiff.base.files import partial_name
-from lit_transdiff.data.checksums import checksum_of, checksums_at, checksums_of
+from lit_transdiff.data.checksums import checksum_of, checksums_of
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.order import Rows
 
@@ -160,16 +160,6 @@ class ShardReader:
         if len(wrong):
             raise damaged(self.index, int(samples[wrong[0]]))
         self.unread[samples, parts] = False
-
-
-def damaged_samples(index: ShardIndex, shard: int, descriptor: int) -> list[int]:
-    """The samples of an open shard that differ from their checksums, if the index has some."""
-    if index.checksum is None:
-        return []
-    mine = slice(index.starts[shard], index.starts[shard + 1])
-    places = zip(index.offset[mine].tolist(), index.size[mine].tolist(), strict=True)
-    sums = checksums_at(descriptor, places, index.checksum.shape[1])
-    return (np.flatnonzero((sums != index.checksum[mine]).any(axis=1)) + mine.start).tolist()
 
 
 def check_content(index: ShardIndex, sample: int, content: bytes) -> None:

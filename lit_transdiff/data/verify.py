@@ -12,11 +12,11 @@ from typing import Optional
 from lit_transdiff.base.files import sha256_of
 from lit_transdiff.base.remote import is_remote
 from lit_transdiff.config import require
+from lit_transdiff.data.checksums import damaged_samples
 from lit_transdiff.data.index import ShardIndex, index_shards, read_index
 from lit_transdiff.data.index_files import Folder
 from lit_transdiff.data.processes import in_processes
 from lit_transdiff.data.scan import LABEL_MEMBER
-from lit_transdiff.data.shards import damaged_samples
 from lit_transdiff.data.sources import ClassNames, text_lines
 
 LISTED_SAMPLES = 10  # number of samples in a message

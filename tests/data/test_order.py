@@ -21,7 +21,7 @@ def global_batches(plan, global_batch, world, micro_batch, steps):
         for part in range(layouts[0].accumulation):
             starts = [layout.start(step * layout.accumulation + part) for layout in layouts]
             parts += [plan.rows(start, start + micro_batch) for start in starts]
-        batches.append([np.concatenate(column) for column in zip(*parts, strict=True)])
+        batches.append([np.concatenate(column) for column in zip(*(rows[:3] for rows in parts), strict=True)])
     return batches
 
 
