@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 import yaml
 
 from lit_transdiff.study.runs import runs
+from tests.helpers.processes import free_port
+from tests.helpers.slurm_stub import Slurm
 from tests.helpers.small import ROOT
 from tests.helpers.sweeps import TINY, train_command, write_recipe
 from tests.helpers.wandb_stub import Stub
@@ -85,6 +88,46 @@ def test_an_agent_starts_torchrun_and_two_ranks_are_one_run(stub: Stub, tmp_path
         stub, tmp_path, method="grid", parameters={"seed": {"values": [1]}}, command=command
     )
     assert run["state"] == "finished" and len([row for row in run["history"] if "val/loss" in row]) == 2
+
+
+# Imported by the recipe: rank 0 is preempted once, at step 2.
+ONCE = """
+import os, pathlib, signal
+from lit_transdiff.stages.base import TransDiffStage
+objective, flag = TransDiffStage.objective, pathlib.Path(__file__).with_name("preempted")
+def preempted(self, batch, normal):
+    now = self.global_step == 2 and self.trainer.training and os.environ["SLURM_PROCID"] == "0"
+    if now and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return objective(self, batch, normal)
+TransDiffStage.objective = preempted
+"""
+
+
+def test_an_agent_in_an_allocation_continues_a_preempted_trial_on_all_nodes(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``lit-transdiff srun`` starts two ranks; after a signal W&B puts the trial back into its queue."""
+    (tmp_path / "once.py").write_text(ONCE)
+    job = dict(JOB_ID="7", JOB_NAME="x", NTASKS="2", NNODES="2", NTASKS_PER_NODE="1")
+    job |= dict(NODELIST="localhost", JOB_NODELIST="localhost")
+    for name, value in {**Slurm(tmp_path).environment, "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    command = [
+        *train_command(write_recipe(tmp_path), *TINY, "training.max_steps=12"),
+        "tracking.every_node=false",
+    ]
+    command[2:2] = ["-m", "lit_transdiff", "srun", "env", f"PYTHONPATH={ROOT}:{tmp_path}", "${interpreter}"]
+    parameters = {"seed": {"values": [1]}, "imports": {"value": ["once"]}}
+    (run,) = sweep_and_agent(stub, tmp_path, method="grid", parameters=parameters, command=command)
+    assert (tmp_path / "preempted").exists() and run["state"] == "finished"
+    assert [row["trainer/global_step"] for row in run["history"] if "val/loss" in row] == [2, 4, 6, 8, 10, 12]
+    (folder,) = (tmp_path / "runs" / "sweeps").glob("*/*")
+    starts = json.loads((folder / "environment.json").read_text())
+    assert len(starts["starts"] if isinstance(starts, dict) else starts) == 2
 
 
 def test_hyperband_at_the_server_ends_a_run(stub: Stub, tmp_path: Path) -> None:
