@@ -87,6 +87,8 @@ def append(old: Tensor, new: Tensor) -> Tensor:
 class DecoderBlock(nn.Module):
     """Modulated and gated self-attention and MLP, with plain cross-attention to the context between them."""
 
+    crosses: ClassVar[bool] = True  # False: without the cross-attention
+
     def __init__(
         self,
         width: int,
@@ -99,19 +101,21 @@ class DecoderBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / math.sqrt(width))
         self.norm1 = layer_norm(width)
         self.self_attention = SelfAttention(width, num_heads, attention_dropout, projection_dropout)
-        self.norm2 = layer_norm(width)
-        self.cross_attention = CrossAttention(width, num_heads, attention_dropout, projection_dropout)
+        if self.crosses:
+            self.norm2 = layer_norm(width)
+            self.cross_attention = CrossAttention(width, num_heads, attention_dropout, projection_dropout)
         self.norm3 = layer_norm(width)
         self.mlp = MLP(width, mlp_ratio, projection_dropout)
 
-    def forward(self, x: Tensor, modulation: Tensor, keys_values: tuple[KeysValuesPair, ...]) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, keys_values: tuple[KeysValuesPair, ...] = ()) -> Tensor:
         """``x`` [(V B), N, D], ``modulation`` [(V B) or 1, 6, D] -> [(V B), N, D]."""
         rows = (self.scale_shift_table + modulation).chunk(6, dim=1)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = rows
         x = x + gate_attention * self.self_attention(
             modulate(self.norm1(x), shift_attention, scale_attention)
         )
-        x = x + self.cross_attention(self.norm2(x), keys_values)
+        if self.crosses:
+            x = x + self.cross_attention(self.norm2(x), keys_values)
         return x + gate_mlp * self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
 
 

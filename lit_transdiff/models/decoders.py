@@ -5,7 +5,6 @@ Shapes: B images, M draws of a share of the rows, N tokens, S context tokens, D 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -13,40 +12,17 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from lit_transdiff.models.decoder import DiffusionDecoder, Memory
-from lit_transdiff.models.layers import MLP, SelfAttention, layer_norm, modulate
+from lit_transdiff.models.decoder import DecoderBlock, DiffusionDecoder, Memory
 from lit_transdiff.models.tokens import patchify, unpatchify
 
 if TYPE_CHECKING:
     from lit_transdiff.config import ModelConfig
 
 
-class SelfBlock(nn.Module):
+class SelfBlock(DecoderBlock):
     """The decoder's block without cross-attention."""
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float,
-        attention_dropout: float,
-        projection_dropout: float,
-    ) -> None:
-        super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / math.sqrt(width))
-        self.norm1 = layer_norm(width)
-        self.self_attention = SelfAttention(width, num_heads, attention_dropout, projection_dropout)
-        self.norm3 = layer_norm(width)
-        self.mlp = MLP(width, mlp_ratio, projection_dropout)
-
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """``x`` [B, N, D], ``modulation`` [B or 1, 6, D] -> [B, N, D]."""
-        rows = (self.scale_shift_table + modulation).chunk(6, dim=1)
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = rows
-        x = x + gate_attention * self.self_attention(
-            modulate(self.norm1(x), shift_attention, scale_attention)
-        )
-        return x + gate_mlp * self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
+    crosses = False
 
 
 class ContextDecoder(DiffusionDecoder):

@@ -44,8 +44,8 @@ def known_id(folder: Path, file: Path) -> str:
         known = secrets.token_hex(4)
         log.warning(
             "%s is a copy of %s, which is the W&B run %s: this one continues as run %s. If no other folder "
-            "writes "
-            "to the first (after a move from another disk), write its id into %s and remove %s beside it.",
+            "writes to the first (after a move from another disk), write its id into %s and remove %s beside "
+            "it.",
             *(folder, origin["folder"] or "another folder", origin["run"], known, file, RECORD),
         )
         replace_file(file, known.encode())
