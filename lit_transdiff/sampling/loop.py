@@ -60,16 +60,16 @@ def generate(
     seeds: Sequence[int],
     contexts: Any = None,
     kept: Any = None,
-    graphs: Solving | None = None,
+    solving: Solving | None = None,
 ) -> Tensor:
     """Sample latents [B, R, c, h, w] for rows of ``labels`` [B] part by part, each given the parts before it.
 
     All random numbers of a row come from its own seed, so that it does not depend on the rest of the batch.
     ``contexts`` replace the model's encoding of the labels (see ``Paradigm.fusion``), and ``kept`` is its
-    cache (see ``Paradigm.keep``). ``graphs`` solve the parts in another way: the solver's steps as one graph.
+    cache (see ``Paradigm.keep``). ``solving`` solves the parts in another way, as by graphs.
     """
     process = process_of(*model.process_of(model.config))
-    solution = solve_eagerly if graphs is None else graphs.solve
+    solution = solve_eagerly if solving is None else solving.solve
     draw = PerImageNormal(seeds, labels.device)
     decoding = model.decode(labels, sampling, draw, kept, contexts)
     noise: Tensor | None = None

@@ -75,7 +75,7 @@ def test_two_nodes_train_as_one(tmp_path: Path, one_node: RunConfig):
         environment = {**stub.environment, **quick, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
         words = ("tracking.wandb=true", "tracking.project=p", "imports=[slow_second]")
         agents = two_nodes(tmp_path, file, *words, **environment)
-        assert [agent.wait(300) for agent in agents] == [0, 0], (tmp_path / "node-0.log").read_text()
+        assert [agent.wait(200) for agent in agents] == [0, 0], (tmp_path / "node-0.log").read_text()
     assert values(run.folder) == values(one_node.folder) and same_weights(run, one_node)
     seen = stub.state.only_run()
     labels = {key.rpartition("/l:")[2] for row in seen["events"] for key in row if "/l:" in key}

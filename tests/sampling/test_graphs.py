@@ -93,13 +93,13 @@ def test_graphs_give_the_same_bits_for_every_batch(name: str, precision: str):
     kept, recorded = network.keep(), []
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         for labels, seeds in batches(5):
-            found = generate(network, labels, sampling, seeds, kept=kept, graphs=graphs)
+            found = generate(network, labels, sampling, seeds, kept=kept, solving=graphs)
             assert torch.equal(found, generate(model, labels, sampling, seeds))
             recorded.append(graphs.recorder.recorded)
     assert not graphs.refused
     assert recorded[4] == recorded[3] == graphs.number > 0
     played = graphs.recorder.played
-    generate(network, torch.tensor([4, 0]), sampling, [8, 9], kept=kept, graphs=graphs)
+    generate(network, torch.tensor([4, 0]), sampling, [8, 9], kept=kept, solving=graphs)
     # what is left to the host: a graph for each part, for its context and memory, and nothing for a step
     assert graphs.recorder.played - played <= 6 * len(model.part_sizes)
 
@@ -112,7 +112,7 @@ def test_graphs_on_a_gpu(name: str):
     network, graphs = with_graphs(model, CUDARecorder(torch.device("cuda")))
     kept = network.keep()
     for labels, seeds in batches(5):
-        found = generate(network, labels.cuda(), sampling, seeds, kept=kept, graphs=graphs)
+        found = generate(network, labels.cuda(), sampling, seeds, kept=kept, solving=graphs)
         expected = generate(model, labels.cuda(), sampling, seeds)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert graphs.number and not graphs.refused
@@ -126,7 +126,7 @@ def test_batches_settings_and_contexts_have_graphs_of_their_own():
         for labels, seeds in ((LABELS, SEEDS), (torch.tensor([0, 1, 4]), [4, 5, 6]), (LABELS[:1], [7])):
             for sampling in (SAMPLING, replace(SAMPLING, guidance_scale=2.0), SamplingConfig(num_steps=3)):
                 contexts = fusion if len(labels) == 2 else None
-                found = generate(network, labels, sampling, seeds, contexts, graphs=graphs)
+                found = generate(network, labels, sampling, seeds, contexts, solving=graphs)
                 assert torch.equal(found, generate(model, labels, sampling, seeds, contexts))
 
 
@@ -135,7 +135,7 @@ def test_a_long_loop_has_graphs_of_its_evaluations(monkeypatch: pytest.MonkeyPat
     model = build().requires_grad_(False)
     network, graphs = with_graphs(model)
     for labels, seeds in batches(3):
-        found = generate(network, labels, SAMPLING, seeds, graphs=graphs)
+        found = generate(network, labels, SAMPLING, seeds, solving=graphs)
         assert torch.equal(found, generate(model, labels, SAMPLING, seeds))
     assert graphs.recorder.played >= 3 * (SAMPLING.num_steps - 1)
 
@@ -156,7 +156,7 @@ def test_a_problem_that_hides_what_it_reads_has_graphs_of_its_evaluations():
 
     network.decode = decode
     for labels, seeds in batches(4):
-        found = generate(network, labels, SAMPLING, seeds, graphs=graphs)
+        found = generate(network, labels, SAMPLING, seeds, solving=graphs)
         assert torch.equal(found, generate(model, labels, SAMPLING, seeds))
     assert not any(key[0] is graphs_file.solved for key in graphs.known)
     assert graphs.recorder.played >= 3 * (SAMPLING.num_steps - 1)
@@ -243,7 +243,7 @@ def test_the_graph_that_was_not_used_for_longest_goes(monkeypatch: pytest.Monkey
 def test_graphs_go_with_the_generator():
     network, graphs = with_graphs(build().requires_grad_(False))
     for labels, seeds in batches(3):
-        generate(network, labels, SAMPLING, seeds, graphs=graphs)
+        generate(network, labels, SAMPLING, seeds, solving=graphs)
     assert graphs.number
     gone = weakref.ref(graphs), weakref.ref(network)
     del network, graphs
@@ -319,6 +319,6 @@ def test_evaluations_within_graphs_are_counted(name: str):
     for labels, seeds in batches(5):
         before = graphs.rows
         rows.clear()
-        generate(network, labels, sampling, seeds, graphs=graphs)
+        generate(network, labels, sampling, seeds, solving=graphs)
         generate(model, labels, sampling, seeds)
         assert graphs.rows - before == sum(rows) > 0
