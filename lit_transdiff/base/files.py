@@ -165,8 +165,7 @@ def crc32_of_files(folder: Path) -> dict[str, int]:
 
 
 def check_file(path: Path) -> None:
-    """Raise ``ValueError`` if a file differs from its CRC-32 in the ``export.json`` or ``checksums.json``
-    beside it.
+    """Raise ``ValueError`` if a file differs from its CRC-32 in ``export.json`` or ``CHECKSUMS``.
 
     Each file is read once per process. Files without a recorded checksum are not checked.
     """

@@ -1,6 +1,4 @@
-"""One process at a time in a folder: what two would do to the same files at once, the second waits for, or is
-refused.
-"""
+"""One process at a time in a folder: a second one waits, or is refused."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """Held by the one process that ``does`` something in a folder, from ``take`` to the end of the block, or
-    to its own end.
-    """
+    """A folder that one process holds, from ``take`` to the end of the block or to its own end."""
 
     def __init__(self, folder: Path, does: str = "trains this run") -> None:
         self.folder, self.file, self.does = folder, folder / LOCK, does
@@ -49,9 +45,7 @@ class FolderLock:
 
     @property
     def holder(self) -> str:
-        """Host and process that hold the folder, or were the last to do so; empty if
-        the file does not say.
-        """
+        """Host and process of the present or last holder; empty if the file names none."""
         return self.file.read_text(errors="replace").strip() if self.file.exists() else ""
 
     @property

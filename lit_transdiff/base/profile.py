@@ -51,9 +51,7 @@ class Profile:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def tables(self) -> str:
-        """The operations by the time and by the memory of their own, without that of the operations inside
-        them.
-        """
+        """The operations by their own time and memory, without the operations inside them."""
         operations = self.recorder.key_averages()
         device = "cuda" if self.on_gpu else "cpu"
         by_time = operations.table(sort_by=f"self_{device}_time_total", row_limit=ROWS)

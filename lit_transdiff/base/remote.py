@@ -52,9 +52,7 @@ def is_remote(place: object) -> bool:
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem of a URL, and the path there. ``ValueError`` for another scheme or a missing
-    package.
-    """
+    """fsspec's filesystem of a URL, and the path there. ``ValueError`` if nothing installed reads the URL."""
     import fsspec
 
     scheme = url.partition("://")[0] if is_remote(url) else "file"

@@ -85,8 +85,7 @@ def power_decay(update: int, width: float) -> float:
 
 
 class Averaging(torch.optim.Optimizer):
-    """Mixin that precedes an optimizer among the base classes and keeps averages, starting from the first
-    parameters.
+    """Mixin, first of an optimizer's bases, that keeps averages from the first parameters on.
 
     After every step ``average <- decay average + (1 - decay) parameter`` for each of ``decays`` (state name
     -> decay). A strategy that shards the optimizer's tensors also shards the averages. With ``skip_step`` a
@@ -282,8 +281,7 @@ def overlap(update_a: float, width_a: float, update_b: float, width_b: float) ->
 def combination(
     snapshots: Sequence[tuple[int, float]], update: int, width: float
 ) -> tuple[np.ndarray, float]:
-    """Coefficients of ``snapshots`` (update, width) whose sum is closest to the average of ``width`` at
-    ``update``.
+    """Coefficients of ``snapshots`` (update, width) that best approximate another average.
 
     Also returns the distance of the profiles relative to the norm of the target: 0 for one of the snapshots.
     """

@@ -1,5 +1,4 @@
-"""The plain form of a trained model: ``model.safetensors`` (averaged weights), ``config.yaml`` and
-``export.json``.
+"""A trained model on disk: ``model.safetensors`` (averaged weights), ``config.yaml`` and ``export.json``.
 
 ``export.json`` contains the CRC-32 of the other files. All commands that use a trained model read this form;
 a run folder stands for its ``export`` folder.
@@ -261,8 +260,7 @@ def write_export(
     *,
     own: bool = False,
 ) -> None:
-    """Write a trained model beside ``folder``, then move it there in place of an earlier export; other files
-    stay.
+    """Write a trained model to ``folder`` as a whole, in place of an earlier export; other files stay.
 
     ``own`` is true for a folder that belongs to this program by its position in a run folder. Any other that
     contains files but no export is refused with ``ValueError``, and so is a file.

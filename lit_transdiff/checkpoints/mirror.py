@@ -131,9 +131,7 @@ class Mirror:
         self.sent[name] = (stat.st_size, stat.st_mtime_ns)
 
     def start(self) -> None:
-        """Upload what the mirror lacks, in a thread from now on. Raises ``RemoteError`` if nothing can be
-        written there.
-        """
+        """Upload in a thread from now on. Raises ``RemoteError`` if the mirror cannot be written."""
         if self.thread is None:
             self.remote.write(WRITER, json.dumps({"host": platform.node(), "pid": os.getpid()}).encode())
             self.thread = threading.Thread(target=self.run, name="mirror", daemon=True)

@@ -331,9 +331,7 @@ def is_newer(file: Path, other: Path) -> bool:
 def dry_run(
     runs: Sequence[RunConfig], pipeline: Pipeline | None = None, say: Callable[[str], None] = print
 ) -> None:
-    """Print each run's resolved configuration, parameter counts and planned steps,
-    without writing anything.
-    """
+    """Print the configuration, parameter counts and planned steps of each run, and write nothing."""
     if pipeline is not None:
         check_images(pipeline, runs)
     made = {str(Path(pipeline.output_dir) / step.dest) for step in pipeline.cache} if pipeline else set()

@@ -14,9 +14,7 @@ AUTOENCODER = "autoencoder.path="  # override with the new folder of a trained r
 
 
 def trained_generator(args: argparse.Namespace, device: torch.device) -> tuple[Generator, list[str]]:
-    """The generator of a command's checkpoint, and the overrides that are left for how it samples and is
-    scored.
-    """
+    """The generator of a command's checkpoint, and the overrides of sampling and evaluation."""
     moved = [item.removeprefix(AUTOENCODER) for item in args.overrides if item.startswith(AUTOENCODER)]
     autoencoder = expanded(moved[-1], "autoencoder.path") if moved else None
     speed = dict(compile=args.compile, cuda_graphs=args.cuda_graphs)

@@ -81,9 +81,7 @@ def roots() -> tuple[Path, Path]:
 
 
 def shipped(path: str) -> str:
-    """The path of a file shipped with this program, from any working directory;
-    existing paths are unchanged.
-    """
+    """The path of a shipped file from any working directory; existing paths are unchanged."""
     if not os.path.lexists(path) and path.split("/")[0] in SHARED:
         for root in roots():
             if (root / path).exists():
@@ -124,8 +122,7 @@ def are_numbers(names: Sequence[str]) -> bool:
 
 
 def require_classes(what: str, names: Sequence[str], expected: Sequence[str], whose: str) -> None:
-    """Raise ``ValueError`` unless the class names ``names`` are those ``expected``, which belong to
-    ``whose``.
+    """Raise ``ValueError`` unless the class names ``names`` equal ``expected``, which belong to ``whose``.
 
     If one side has numbers for names and the other words, or one has no names, only the number of classes is
     compared.

@@ -18,8 +18,7 @@ def full_names(names: Sequence[str], count: int) -> list[str]:
 
 
 def choose_classes(text: str | None, names: Sequence[str], what: str = "--classes") -> list[int]:
-    """The classes named by a text such as ``sneaker,ankle boot``, ``0,7`` or ``0-3``, each once; by default
-    the first ten.
+    """The classes that a text names (``sneaker,ankle boot``, ``0,7``, ``0-3``), each once; by default ten.
 
     A name may contain commas. Raises ``ValueError`` for unknown classes; ``what`` names the option for the
     message.
@@ -73,8 +72,7 @@ def allowed(names: Sequence[str], word: str) -> str:
 def embedding_rows(
     how: str | Mapping[str, str | None], names: Sequence[str], old: Sequence[str]
 ) -> ClassRows:
-    """For each class of ``names`` the class of ``old`` that provides its embedding, or None, by
-    ``init_classes``.
+    """For each class of ``names``, the class of ``old`` that provides its embedding, or None.
 
     Raises ``ValueError`` if the classes are not the ``same``, and for an unknown class in a map.
     """

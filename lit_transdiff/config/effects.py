@@ -1,5 +1,4 @@
-"""Settings that have an effect only with certain values of others: a changed setting without effect is
-refused.
+"""Settings without effect: one that was changed, but is not read with the other settings, is refused.
 
 This is checked when a run is to be trained, not when a trained one is read, so that overrides of sampling and
 evaluation remain possible. Exempt are settings whose counterpart is often changed alone, in one command or
@@ -61,9 +60,7 @@ EFFECTS = (
 
 
 def check_effects(run: RunConfig) -> None:
-    """Raise ``ValueError`` for a setting of EFFECTS that differs from its default and has no effect in the
-    run.
-    """
+    """Raise ``ValueError`` for a changed setting of EFFECTS that has no effect in the run."""
     for effect in EFFECTS:
         section, name = effect.field.split(".")
         value, default = getattr(getattr(run, section), name), default_of(getattr(run, section), name)

@@ -46,9 +46,7 @@ def check_transformer(model: Any, heads: str = "num_heads", width: str = "width"
 
 
 def check_rotary_heads(model: Any, **heads: int) -> None:
-    """Refuse numbers of heads (by the names of settings) whose width is no multiple of 4, as rotary positions
-    of rows and columns need it.
-    """
+    """Refuse numbers of heads whose width is no multiple of 4, which rotary positions in 2D need."""
     allowed = f"a number of which four times is a divisor of model.width={model.width}"
     for name, number in heads.items():
         require(number >= 1 and model.width % (4 * number) == 0, f"model.{name}", number, allowed)

@@ -29,8 +29,7 @@ SCHEMAS = (RunConfig, *NESTED.values())  # explained by lit-transdiff settings
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = (), imports: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML (with its ``base:`` chain), apply ``dotted.key=value`` overrides, and validate the
-    result.
+    """Read a run's YAML with its ``base:`` chain, apply ``dotted.key=value`` overrides, and validate it.
 
     The modules of its ``imports`` and of the argument are imported first.
 

@@ -104,9 +104,7 @@ class ModelConfig(PatchSettings):
 
     @property
     def reference_patch_size(self) -> int:
-        """Side length in latent pixels of an encoder token of a reference (2 in the
-        paper); only for R > 1.
-        """
+        """Side of a reference's encoder token in latent pixels (2 in the paper); only for R > 1."""
         return self.latent_size // math.isqrt(self.tokens_per_reference)
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:

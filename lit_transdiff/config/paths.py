@@ -23,9 +23,7 @@ OF_EXPORT = ("model.safetensors", "config.yaml", "export.json", "autoencoder/*")
 
 
 def expand_paths(args: argparse.Namespace) -> None:
-    """Expand paths that the shell has not expanded, as after ``--output=``, and find shipped files; refuse
-    URLs where files are written.
-    """
+    """Expand ``~`` and shipped paths in ``--option=PATH``, and refuse URLs where files are written."""
     for name, value in vars(args).items():
         if name in PATHS and isinstance(value, str):
             path = expanded(value, name.replace("_", "-"))
@@ -98,9 +96,7 @@ def trained_place(checkpoint: str) -> str:
 
 
 def results_folder(checkpoint: str | Path) -> Path:
-    """Where results of a trained model go: to its folder, those of a shipped model to runs/bundled, and those
-    of one on the Hub to runs/hub.
-    """
+    """The folder for results of a trained model: its own, or for shipped models and the Hub one in runs."""
     if is_on_hub(checkpoint):
         return Path("runs", "hub", *hub_place(str(checkpoint)).repo.split("/"))
     path = Path(checkpoint)

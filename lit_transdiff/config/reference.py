@@ -123,8 +123,7 @@ def comments(cls: type, tree: ast.ClassDef) -> dict[str, str]:
 
 
 class Ranges(ast.NodeVisitor):
-    """Visits the checks of a class and of the functions that it calls for them; ``found``: dotted name ->
-    ranges that ``require`` allows, if they are constant text.
+    """The constant ranges that a class's checks ``require``, by dotted name.
 
     ``known`` are the names defined in its module; names that the checks assign or loop over are added.
     """
@@ -269,8 +268,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def settings_as_text(word: str | None = None) -> str:
-    """The settings for a terminal: all, those of a section or a ``model.paradigm``, or one by its full or
-    last name.
+    """The settings for a terminal: all, a section's, a ``model.paradigm``'s, or one by its name.
 
     Raises ``ValueError`` for an unknown name.
     """

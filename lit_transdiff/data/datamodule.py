@@ -47,8 +47,7 @@ class DataModule(pl.LightningDataModule):
         autoencoder_fingerprint: Optional[str] = None,
         uses_labels: bool = True,
     ) -> None:
-        """Batch sizes are in rows (groups for R > 1), ``num_validation_samples`` in images (None: all; 0: no
-        validation).
+        """Batches count rows (groups for R > 1), ``num_validation_samples`` images (None: all; 0: none).
 
         Without ``uses_labels`` the held-out images may be of other classes.
         """
@@ -83,9 +82,7 @@ class DataModule(pl.LightningDataModule):
         self.check_sizes()
 
     def check_sizes(self) -> None:
-        """Check that training classes have R images, validation has such a class, and a batch is not many
-        epochs.
-        """
+        """Refuse training classes below R images, validation without a class of R, a batch of many epochs."""
         if self.train_index is not None and self.data.groups is None:
             check_class_sizes(self.train_index, self.num_references)
             rows = num_groups(self.train_index.class_counts, self.num_references)

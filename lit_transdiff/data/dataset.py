@@ -114,9 +114,7 @@ class SampleDecoder:
 
 
 class PlannedDataset(Dataset):
-    """A dataset with ``dataset[rows]`` as the ``Batch`` of those rows; with ``few``, of which not many are
-    read.
-    """
+    """A dataset with ``dataset[rows]`` as the ``Batch`` of those rows; ``few`` if not many are read."""
 
     def __init__(
         self, index: ShardIndex, data: DataConfig, seed: int = 0, training: bool = False, few: bool = False

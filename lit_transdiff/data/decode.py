@@ -63,8 +63,7 @@ class Opened(NamedTuple):
 def open_image(
     data: bytes | Path, exif: Literal["turn", "ignore"] = "turn", background: str = "white"
 ) -> Opened:
-    """Decode an image to grey or RGB: upright, with ``background`` under transparent pixels, the first frame
-    of animations.
+    """Decode an image to grey or RGB: its first frame, upright, with ``background`` under transparent pixels.
 
     ``exif="ignore"`` ignores the orientation, as ADM does. Raises ``ValueError`` for anything but an intact
     image file of moderate size with 8 bits per channel. Unreadable EXIF data are ignored.
@@ -111,8 +110,7 @@ def turn_of(image: Image.Image) -> Optional[Image.Transpose]:
 
 
 def opaque(image: Image.Image, stored: str, background: str) -> tuple[Image.Image, bool]:
-    """A decoded image as grey or RGB, with ``background`` under transparent pixels, and whether there were
-    any.
+    """An image as grey or RGB with ``background`` under transparent pixels, and whether there were any.
 
     ``stored`` is the pixel format in the file: a PNG gives its transparent colour in that depth, while Pillow
     assumes 8 bits.
@@ -142,8 +140,7 @@ def crop_to_square(
     crop: Literal["none", "center", "random", "random-square"],
     draw: Optional[RandomInteger] = None,
 ) -> Image.Image:
-    """A ``size`` x ``size`` image: box-halved while twice too large, resized bicubically, then cropped (ADM's
-    crop).
+    """An image of ``size`` x ``size``: halved by boxes, resized bicubically, cropped (ADM's crop).
 
     ``center`` crops the middle; ``random`` resizes the short side to between 1 and 1/0.8 of ``size`` and
     crops at a random place; ``random-square`` crops the largest square at a random place and resizes it

@@ -19,8 +19,7 @@ JPEG_QUALITY = 95  # of images that are encoded again
 
 @dataclass(frozen=True)
 class Encoding:
-    """The treatment of images: none, ``image_size`` pixels (centre crop, resize), or zero padding to
-    ``pad_to``.
+    """The treatment of images: none, a centre crop to ``image_size``, or zero padding to ``pad_to``.
 
     ``exif`` and ``background`` are those of ``open_image``, for images that are encoded again.
     """

@@ -1,6 +1,4 @@
-"""IDX files, the format of MNIST: ``<split>-images-idx3-ubyte[.gz]`` and
-``<split>-labels-idx1-ubyte[.gz]``.
-"""
+"""IDX files, the format of MNIST: ``<split>-images-idx3-ubyte[.gz]`` and ``-labels-idx1-ubyte[.gz]``."""
 
 from __future__ import annotations
 

@@ -157,8 +157,7 @@ class ShardIndex:
 
 
 def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
-    """The index of a folder or URL (or of an ``index.json``), checked against its sidecar and the sizes of
-    the shards.
+    """The index of a folder or URL (or of an ``index.json``), checked against the sizes of the shards.
 
     ``check_files=False`` is for shards elsewhere. Raises ``FileNotFoundError`` for a missing folder, index or
     shard, ``RemoteError`` for a URL that cannot be read, and ``ValueError`` for inconsistencies; ``verify``
@@ -292,9 +291,7 @@ def index_shards(
 
 
 def shard_rows(path: Path, latents: Optional[LatentInfo], labels: Labels = CLS) -> ShardRows:
-    """Scan one shard for its checksum and the positions of its samples; ``latents``
-    is the expected format.
-    """
+    """Scan one shard for its checksum and samples; ``latents`` is the expected format."""
     scanned, parts = scan_shard(path, labels), latents.flips if latents else 1
     for sample in scanned:
         check_sample(path.name, sample, latents)

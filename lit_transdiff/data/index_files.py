@@ -1,6 +1,4 @@
-"""The two files of an index, ``index.json`` and ``index.npz``: where they are, and whether they may be
-replaced.
-"""
+"""The two files of an index, ``index.json`` and ``index.npz``: their places and their replacement."""
 
 from __future__ import annotations
 

@@ -84,8 +84,7 @@ class ShardJournal:
 
     @contextmanager
     def alone(self, plan: Mapping[str, Any], writes: bool = True) -> Iterator[bool]:
-        """Lock the folder in the block; yields whether there is work left, which another process may have
-        done.
+        """Lock the folder in the block; yields whether work is left that no other process has done.
 
         Of several ranks one ``writes`` the plan and holds the lock for the others; it lies beside the
         records.

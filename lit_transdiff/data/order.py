@@ -175,8 +175,7 @@ def evaluation_batches(
     seed: int,
     num_samples: Optional[int],
 ) -> list[Rows]:
-    """The evaluation batches of a rank: each item on exactly one rank, no padding, equally many batches on
-    every rank.
+    """The evaluation batches of a rank: each item on one rank, no padding, equally many batches everywhere.
 
     All samples in index order or, with ``num_samples``, the first ones of a permutation that depends only on
     ``seed``. The position is the number of the (first) sample. Classes with fewer than R samples are omitted

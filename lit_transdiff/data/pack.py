@@ -54,9 +54,7 @@ class Cut:
             require(value >= 1, name, value, "an integer of at least 1")
 
     def __call__(self, order: np.ndarray, total_bytes: int) -> list[np.ndarray]:
-        """Split ``order`` into shards of nearly equal size; with ``samples_per_shard`` the last one is
-        smaller.
-        """
+        """Split ``order`` into shards of nearly equal size, or of ``samples_per_shard`` and a rest."""
         if self.shards is None and self.shard_size is None:
             each = self.samples_per_shard or 1000
             return np.split(order, range(each, len(order), each))
@@ -132,8 +130,7 @@ def pack(
     workers: int = 0,
     progress: bool = True,
 ) -> PackReport:
-    """Pack an image folder (``class/image.*``), IDX files (``split``: "train" or "t10k") or a list file into
-    ``dest``.
+    """Pack an image folder (``class/image.*``), IDX files (``split``: train or t10k) or a list into ``dest``.
 
     Samples are shuffled once with ``seed``; ``limit`` selects that many, evenly over the classes. Files are
     stored unchanged unless ``encoding`` says otherwise. Shards are called ``name-000000.tar`` (by default
@@ -163,9 +160,7 @@ def pack(
 def open_source(
     source: str | Path, split: Optional[str] = None, class_names: ClassNames = None
 ) -> ImageSource:
-    """Open ``source``: a list file, a folder of IDX files (``split``: "train" or
-    "t10k"), or class folders.
-    """
+    """Open ``source``: a list file, a folder of IDX files (``split``: train or t10k), or class folders."""
     source = Path(source)
     check_pack_source(source)
     if source.is_file():

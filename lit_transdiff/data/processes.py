@@ -34,8 +34,7 @@ def most_processes() -> int:
 
 
 def in_processes(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
-    """``function(*task)`` of every task, in order of completion; with 0 workers in this process, one after
-    the other.
+    """``function(*task)`` of every task in order of completion; with 0 workers in this process.
 
     ``tasks`` may be an iterator, of which few wait at a time. An exception in a task is raised here. The
     processes end when this one is killed or asked to stop, which interrupts their tasks.

@@ -164,9 +164,7 @@ def group_keys(value: Any, where: str, num_references: int) -> tuple[list[str], 
 def check_groups(
     path: str | Path, lines: Sequence[GroupLine], keys: np.ndarray, samples: np.ndarray, index: ShardIndex
 ) -> None:
-    """Check that ``samples`` [n, R] have the ``keys`` [n, R] of the lines, and are different images of one
-    class.
-    """
+    """Check that ``samples`` [n, R] have the ``keys`` [n, R] and are different images of one class."""
     for row, column in zip(*np.nonzero(index.key[samples] != keys), strict=True):
         key = keys[row, column].decode(errors="replace")
         require(False, f"{path}: line {lines[row].number}: key", key, f"keys of {index.folder}")
@@ -192,8 +190,7 @@ def check_named_files(
     doubled: np.ndarray,
     index: ShardIndex,
 ) -> None:
-    """Check, for lines with file names, that each name is unique and of the class of the line's folder, if it
-    exists.
+    """Check lines with file names: each name is unique and of the class of the line's folder, if that exists.
 
     ``pack`` gives files with equal stems keys that end in -2, -3, ...; ``doubled`` [n, R] marks keys with
     such a second one.

@@ -144,9 +144,7 @@ def members_of(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def split_name(name: str, path: Path, label: str) -> tuple[str, Optional[str]]:
-    """``folder/key.ext`` -> (``folder/key``, ``ext`` in lower case); ``None`` for a member outside of
-    samples.
-    """
+    """``folder/key.ext`` -> (``folder/key``, lower-case ``ext``); ``None`` if it belongs to no sample."""
     folder, _, base = name.rpartition("/")
     stem, *extensions = base.split(".")
     last = extensions[-1].lower() if extensions else ""

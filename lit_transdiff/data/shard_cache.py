@@ -38,9 +38,7 @@ class ShardCache:
     """The shards of an index at a URL, as local files."""
 
     def __init__(self, index: ShardIndex, data: DataConfig) -> None:
-        """Raises ``ValueError`` for a folder without locks and a limit below one shard; ``NoSpaceError`` for
-        a full disk.
-        """
+        """``ValueError`` if the disk has no locks or the limit is too low, ``NoSpaceError`` if it is full."""
         assert isinstance(index.folder, RemoteFolder)
         self.index, self.remote = index, index.folder
         self.folder, self.limit = data.cache_folder, round(data.cache_gb * 1e9)
@@ -157,9 +155,7 @@ class ShardCache:
         return None
 
     def make_room(self, descriptor: int, size: int) -> bool:
-        """Let old shards give way to one of ``size`` bytes and reserve them for ``descriptor``; False if
-        downloads of others take the room.
-        """
+        """Reserve ``size`` bytes for ``descriptor`` by removing old shards; False if others need them."""
         with self.alone():
             shards, total = [], size
             for path, stat in self.files():

@@ -122,8 +122,7 @@ class ShardReader:
         return data
 
     def read_parts(self, samples: np.ndarray, first: np.ndarray, out: np.ndarray) -> None:
-        """Read into ``out`` [n, bytes] uint8, shard by shard: equally many bytes of each sample, from byte
-        ``first`` on.
+        """Read as many bytes of each sample from ``first`` on into ``out`` [n, bytes] uint8, shard by shard.
 
         Raises ``ValueError`` as ``read`` does.
         """

@@ -28,9 +28,7 @@ ClassNames = Optional[Union[Sequence[str], Path]]  # names in label order, or a 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Labelled images, not yet read: ``read(i)`` gives the path of a file, or the pixels [H, W] uint8 of an
-    IDX row.
-    """
+    """Labelled images, read on demand: ``read(i)`` gives a file's path, or the pixels [H, W] uint8 of IDX."""
 
     labels: np.ndarray  # [N] int64
     keys: list[str]  # one per sample, unique, without dots
@@ -51,9 +49,7 @@ class ImageSource:
 
 
 def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
-    """``folder/class/image.jpg``: classes are the folder names, sorted as text or, if all are numbers, as
-    numbers.
-    """
+    """``folder/class/image.jpg``: classes are folder names, sorted as numbers if all are, else as text."""
     with os.scandir(folder) as entries:
         entries_found = [(entry.name, entry.is_dir(), source_kind(entry)) for entry in entries]
     visible = [entry for entry in entries_found if not entry[0].startswith(".")]
@@ -155,8 +151,7 @@ def plain_key(stem: str) -> str:
 
 
 def list_source(path: Path, class_names: ClassNames) -> ImageSource:
-    """Lines ``path<tab>label`` or ``path,label``, relative to the list file; labels are numbers, or names
-    (then sorted).
+    """Lines ``path<tab>label`` or ``path,label``, relative to the file; labels are numbers, or names.
 
     Raises ``ValueError`` with the line for a missing file, an empty label, and mixed numbers and names.
     """
@@ -198,9 +193,7 @@ def text_lines(path: str | Path) -> Iterator[str]:
 
 
 def number_labels(rows: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]]:
-    """The classes of (where, label) rows and the class number of each: the label, or its rank among the
-    sorted names.
-    """
+    """The class names of (where, label) rows, and the class number of each row."""
     numeric = any(LABEL.fullmatch(label) for _, label in rows)
     allowed = f"{LABELS}, as on other lines" if numeric else f"{LABELS}, or the name of a class"
     for place, (where, label) in enumerate(rows):

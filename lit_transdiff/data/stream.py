@@ -60,9 +60,7 @@ class StreamDataset(IterableDataset):
         total: int,
         num_references: int = 1,
     ) -> None:
-        """Raises ``ValueError`` for URLs that differ from the index's shards, and if ``share`` would fail
-        later.
-        """
+        """Raises ``ValueError`` for URLs other than the index's shards, and where ``share`` would fail."""
         self.urls: list[str] = expand_urls(data.train)
         names = [shard.name for shard in index.shards]
         require(
@@ -146,9 +144,7 @@ class StreamDataset(IterableDataset):
         return shards, counts
 
     def check_shares(self, readers: int, rows: int) -> None:
-        """Raise errors that ``share`` would raise within ``rows`` rows per reader;
-        warn of skipped samples.
-        """
+        """Raise the errors of ``share`` within ``rows`` rows per reader; warn of skipped samples."""
         taken = total = 0
         for reader in range(readers):
             done = epoch = 0
@@ -189,8 +185,7 @@ class StreamDataset(IterableDataset):
     def grouped(
         self, samples: Iterator[StreamedSample], counts: np.ndarray
     ) -> Iterator[list[StreamedSample]]:
-        """Rows of R samples of one class, in order of completion; ``counts`` are the samples to take of each
-        class.
+        """Rows of R samples of one class, in order of completion; ``counts`` are the samples of each class.
 
         The last row of a class is completed with samples of its previous row.
         """

@@ -24,9 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def verify(folder: str | Path, workers: int = 0) -> ShardIndex:
-    """Compare the SHA-256 of every shard with the index; raises ``ValueError`` with the shards and samples
-    that differ.
-    """
+    """Compare every shard's SHA-256 with the index; ``ValueError`` names what differs."""
     index = read_index(folder)
     tasks = ((index.folder, shard.name, shard.bytes) for shard in index.shards)
     sums = set(in_processes(named_sum, tasks, workers))
@@ -122,9 +120,7 @@ def index_again(
 
 
 def index_of(folder: Path) -> Optional[ShardIndex]:
-    """The index that a folder has, of shards that are there or not; nothing, with a warning, where it is
-    damaged.
-    """
+    """The index of a folder with or without its shards; None, with a warning, if it is damaged."""
     try:
         return read_index(folder, check_files=False)
     except FileNotFoundError:

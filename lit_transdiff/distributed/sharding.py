@@ -1,5 +1,4 @@
-"""The checkpoints of all strategies here, derived from their tensor storage; any strategy can resume any
-other's.
+"""The checkpoints of all strategies, derived from their tensor storage; each can resume the others'.
 
 Lightning's own ``ModelCheckpoint`` works as well if every rank has unsharded tensors.
 """
@@ -45,9 +44,7 @@ class Sharding(Holders):
 
     @torch.no_grad()
     def load_slices(self, checkpoint: Checkpoint) -> None:
-        """Fill all holders and their optimizer states from a checkpoint of any strategy and any number of
-        ranks.
-        """
+        """Fill all holders and their optimizer states from a checkpoint, whatever wrote it."""
         check_shapes(checkpoint, parameter_shapes(self.stage))
         for holder in self.holders():
             for piece in holder.pieces:
@@ -74,8 +71,7 @@ class Sharding(Holders):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Restore model and optimizer; the returned state restores Lightning's loops, schedules and
-        callbacks.
+        """Restore model and optimizer; the returned state restores Lightning's loops and callbacks.
 
         A file of Lightning's ``ModelCheckpoint`` is returned as it is, and Lightning restores from it.
         """
@@ -107,9 +103,7 @@ class Sharding(Holders):
 
     @contextmanager
     def tensors_left_out(self) -> Iterator[None]:
-        """Within the block, Lightning's checkpoint has no tensors; our own
-        checkpoints store them as slices.
-        """
+        """Keep tensors out of Lightning's checkpoint in the block; ours store them as slices."""
         self.without_tensors = True
         try:
             yield

@@ -95,8 +95,7 @@ def evaluate(
     reuse: bool = False,
     save_images: str | None = None,
 ) -> dict[str, Any]:
-    """Score ``settings.num_images`` images and write ``output/evaluations/<run>-<hash>.json`` and its picture
-    ``.png``.
+    """Score ``settings.num_images`` images; write ``output/evaluations/<run>-<hash>.json`` and ``.png``.
 
     The hash covers all settings that affect the scores: the same settings replace the file (or, with
     ``reuse``, return its content without sampling), other settings create another file. In an MRAR row (R >

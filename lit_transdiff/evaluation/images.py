@@ -107,9 +107,7 @@ def write_npz(path: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> 
 
 
 def write_pngs(folder: Path, pixels: Tensor, indices: Sequence[int]) -> None:
-    """Write each of ``pixels`` [B, C, H, W] uint8 as ``00000.png``, numbered by
-    ``indices``; grey when C = 1.
-    """
+    """Write ``pixels`` [B, C, H, W] uint8 as ``00000.png``, numbered by ``indices``; grey when C = 1."""
     folder.mkdir(parents=True, exist_ok=True)
     for image, index in zip(pixels, indices, strict=True):
         save_png(image, png(folder, index))

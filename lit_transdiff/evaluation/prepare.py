@@ -114,9 +114,7 @@ def statistics(
 
 
 def batches_and_count(source: str | Path, data: DataConfig, batch_size: int) -> tuple[Iterator[Tensor], int]:
-    """Batches [B, C, H, W] in [-1, 1] of all images of shards or of an ``.npz`` file, and the number of
-    images.
-    """
+    """Batches [B, C, H, W] in [-1, 1] of the images of shards or an ``.npz`` file, and their number."""
     if Path(source).suffix == ".npz":
         return image_batches(source, batch_size), images_shape(source)[0]
     return images_of(source, data, batch_size), len(read_index(source))

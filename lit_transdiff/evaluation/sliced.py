@@ -75,9 +75,7 @@ def gap_from(y: np.ndarray) -> OfSorted:
 
 
 def means_of_steps(y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The means [u, n] over ``count`` equal steps of the quantile functions of ``y`` [u, M], and the mean
-    variance [u] within a step.
-    """
+    """The means [u, n] of y's quantile functions on equal steps, and the mean variance [u] in a step."""
     size = y.shape[1]
     if size == count:
         return y, np.zeros(len(y))

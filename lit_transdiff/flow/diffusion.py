@@ -132,9 +132,7 @@ def noise_error(predicted: Tensor, noise: Tensor) -> Tensor:
 
 
 def halves(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the network's output for ``x`` into noise and variance values, along the axis of twice the
-    length.
-    """
+    """Split the network's output for ``x`` into noise and variance, along the axis of twice the length."""
     axis = next(
         i for i, (long, length) in enumerate(zip(output.shape, x.shape, strict=True)) if long != length
     )

@@ -33,9 +33,7 @@ def uniform_grid(num_steps: int) -> Tensor:
 
 
 def dense_end_grid(num_steps: int) -> Tensor:
-    """Half of the times from 1 to 0.3 and half from 0.25 to 0, at equal distances each (the grid of the
-    released sampler of arXiv 2412.15205).
-    """
+    """Half of the times from 1 to 0.3, half from 0.25 to 0, evenly (released sampler of arXiv 2412.15205)."""
     half = num_steps // 2
     return torch.cat([torch.linspace(1, 0.3, num_steps - half), torch.linspace(0, 0.25, half + 1).flip(0)])
 

@@ -103,9 +103,7 @@ class Autoencoder(nn.Module, ABC):
         """Images [..., C, H, W] in [-1, 1] -> moments [..., 2c, h, w] (the identity: [..., C, H, W])."""
 
     def sample(self, moments: Tensor, noise: Optional[Tensor] = None) -> Tensor:
-        """Moments -> normalised latents [..., c, h, w]: the mean, or a sample with standard normal ``noise``
-        of that shape.
-        """
+        """Moments -> normalised latents [..., c, h, w]: the mean, or a sample by standard ``noise``."""
         mean, logvar = posterior(moments.float())
         latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         return (latents - self.latents_mean) / self.latents_std
@@ -166,9 +164,7 @@ class KLAutoencoder(Autoencoder):
 
     @classmethod
     def new(cls, training: AutoencoderTraining, image_channels: int, image_size: int) -> KLAutoencoder:
-        """A new autoencoder with weights from torch's global generator; its latents
-        are not yet normalised.
-        """
+        """A new autoencoder with weights from torch's generator; its latents are not yet normalised."""
         from diffusers import AutoencoderKL
 
         levels = len(training.block_channels)
@@ -260,9 +256,7 @@ class KLAutoencoder(Autoencoder):
         return from_diffusers(self.model.state_dict())
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write diffusers' layout, weights stored as ``dtype``, the normalisation as ``latents_mean`` /
-        ``latents_std``.
-        """
+        """Write diffusers' layout, with weights as ``dtype`` and the latents' normalisation."""
         settings = {name: value for name, value in self.model.config.items() if not name.startswith("_")}
         stored = type(self.model).from_config(settings)
         stored.load_state_dict(self.model.state_dict())
@@ -295,8 +289,7 @@ class KLAutoencoder(Autoencoder):
 
 
 def read_normalisation(config: dict[str, Any], source: str) -> tuple[Tensor, Tensor]:
-    """Mean and std [c] from diffusers' configuration: ``latents_mean`` / ``latents_std``, else shift and
-    scaling factor.
+    """Mean and std [c] of diffusers' configuration: ``latents_mean`` and ``_std``, else shift and scale.
 
     Raises ``ValueError`` with ``source`` and the field for missing, non-finite or wrongly sized values.
     """

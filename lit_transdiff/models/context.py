@@ -1,5 +1,4 @@
-"""The context of images to be drawn, made group by group: nothing that an earlier group gave is computed
-again.
+"""The context of images to be drawn, made group by group; earlier groups are not computed again.
 
 Shapes: B images, U distinct classes among them, L tokens per reference, D width, C H W a latent.
 """
@@ -34,8 +33,7 @@ ContextFn = Callable[["TransDiff", Tensor], Contexts]
 
 
 class ContextStream:
-    """Successive groups of context tokens for ``labels`` [B] (without: the null class), each seeing the
-    images before it.
+    """Successive groups of context for ``labels`` [B] (None: the null class), each seeing earlier images.
 
     The first group depends on the class alone, so it is made once a class; a single one is given as one row
     that stands for all.
@@ -55,8 +53,7 @@ class ContextStream:
         self.begin = begin or partial(model.encoder.begin, self.classes)
 
     def advance(self, images: Tensor) -> Tensor:
-        """The context tokens that are new since the last call, [B or 1, n L, D]; ``images`` [B, r, C, H, W]
-        are all so far.
+        """The new context tokens [B or 1, n L, D], given all ``images`` [B, r, C, H, W] so far.
 
         Calls follow each other with r = 0, 1, 2, ... or with steps between left out.
         """
@@ -91,9 +88,7 @@ class ContextStream:
 
 
 def null_contexts(model: TransDiff) -> Callable[[], ContextStream]:
-    """Streams of the null class, whose beginning, the same for all images, is computed for the first of them
-    alone.
-    """
+    """Streams of the null class, whose beginning, the same for all images, is computed once."""
     begin = cache(partial(model.encoder.begin, model.encoder.null_class))
     return lambda: ContextStream(model, None, begin)
 

@@ -44,9 +44,7 @@ class Memory:
     blocks: tuple[tuple[KeysValuesPair, ...], ...]
 
     def join(self, later: Memory) -> Memory:
-        """The memory of this context's tokens and, after them, a ``later`` one's; a
-        single row is broadcast.
-        """
+        """The memory of this context's tokens, then a ``later`` one's; a single row is broadcast."""
         return Memory(
             tuple(
                 tuple(
@@ -188,9 +186,7 @@ class DiffusionDecoder(nn.Module):
         return [self.context_projection, *(layer for a in attentions for layer in (a.key, a.value))]
 
     def memory(self, context: Tensor, visible: tuple[int, ...]) -> Memory:
-        """Keys and values of the first ``visible[i]`` tokens of ``context`` [B, S, D], for the i-th share of
-        the rows.
-        """
+        """Keys and values of the first ``visible[i]`` tokens of ``context`` [B, S, D], for rows' share i."""
         projected = self.context_projection(context)
         blocks = []
         for block in self.blocks:
@@ -199,8 +195,7 @@ class DiffusionDecoder(nn.Module):
         return Memory(tuple(blocks))
 
     def forward(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
-        """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or
-        [1]; same shape.
+        """Velocity of ``x_t`` [(V B), C, H, W], ordered (reference, draw, image), at ``t`` [(V B)] or [1].
 
         ``x_t`` may be more precise than the weights.
         """

@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def compile_blocks(blocks: Iterable[nn.Module], devices: Sequence[str] = ("cpu", "cuda")) -> None:
-    """Run each block through ``torch.compile`` on types of ``devices``; blocks of one class share one
-    compilation, so that starting remains fast.
+    """Compile each block for types of ``devices``; blocks of one class share one compilation.
 
     If compilation is impossible (no C++ compiler on a CPU, no Triton on a GPU), they run eagerly with a
     warning. ``forward`` is compiled, not the module (``nn.Module.compile``): hooks, by which strategies
@@ -71,9 +70,7 @@ def can_compile(device_type: str) -> bool:
 
 
 def recompute_blocks(blocks: Iterable[nn.Module], every: int = 1) -> None:
-    """Store only the input of every ``every``-th block; the backward pass recomputes
-    it, with equal dropout.
-    """
+    """Keep only the input of every ``every``-th block; the backward pass recomputes it with equal dropout."""
     for i, block in enumerate(blocks):
         if i % every == 0:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
@@ -92,9 +89,7 @@ def forward_rounded(
 
 
 def shard_blocks(model: Paradigm, mesh: DeviceMesh) -> None:
-    """Shard the weights by rows over the devices of ``mesh`` (FSDP2), unit by unit,
-    unless already sharded.
-    """
+    """Shard the weights by rows over the devices of ``mesh`` (FSDP2), unit by unit, if they are whole."""
     if any(isinstance(p, DTensor) for p in model.parameters()):
         return
     for unit in [*model.units(), model]:

@@ -1,5 +1,4 @@
-"""Semantic fusion: the context of an image spliced from the features of two classes (arXiv 2506.09482,
-section 4.4).
+"""Semantic fusion: context spliced from the features of two classes (arXiv 2506.09482, section 4.4).
 
 Shapes: B images, S context tokens.
 """
@@ -40,9 +39,7 @@ class FusedContexts:
 
 
 def fusion_pattern(num_tokens: int, kind: str, seed: int = 0) -> Tensor:
-    """Which context tokens come from the second class, [S] boolean: a random half, or every token of the
-    second half.
-    """
+    """Which context tokens [S] come from the second class: a random half, or those of the second half."""
     if kind == "random":
         generator = torch.Generator().manual_seed(mix("fusion", seed))
         return torch.rand(num_tokens, generator=generator).argsort() < num_tokens // 2

@@ -104,9 +104,7 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one joint projection, laid out [q | k | v], each
-    [head][head dimension].
-    """
+    """Multi-head self-attention with one projection, laid out [q | k | v], each [head][head dimension]."""
 
     def __init__(
         self, width: int, num_heads: int, attention_dropout: float, projection_dropout: float
@@ -139,9 +137,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of decoder tokens over the context, with keys and values that can be computed once and
-    reused.
-    """
+    """Attention of decoder tokens over the context; its keys and values can be computed once."""
 
     def __init__(
         self, width: int, num_heads: int, attention_dropout: float, projection_dropout: float
@@ -161,8 +157,7 @@ class CrossAttention(nn.Module):
         return tuple(rearrange(z, "b s (h d) -> b h s d", h=self.num_heads) for z in (key, value))  # type: ignore[return-value]
 
     def forward(self, x: Tensor, keys_values: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Attend from ``x`` [(V B), N, D] to as many contexts as there are ``keys_values``, each for its
-        equal share of the rows.
+        """Attend from ``x`` [(V B), N, D], in equal shares of the rows, to the contexts ``keys_values``.
 
         A share's rows are ordered (draw, image) over the rows of its keys and values. All draws of an image
         share them: their queries stand in one row. Returns [(V B), N, D].
@@ -181,9 +176,7 @@ class CrossAttention(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal features of t and a two-layer network; one more projection gives the six modulations of the
-    blocks.
-    """
+    """Sinusoidal features of t and a two-layer network, and a projection to the blocks' six modulations."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,5 +1,4 @@
-"""Conversion of latent-diffusion autoencoders (``kl16.ckpt``, arXiv 2112.10752) to and from diffusers'
-``AutoencoderKL``.
+"""Conversion of latent-diffusion autoencoders (``kl16.ckpt``, arXiv 2112.10752) to and from diffusers.
 
 Both describe the same network with different names; an attention's 1 x 1 convolutions are linear layers in
 diffusers ([C, C, 1, 1] <-> [C, C]), and the levels of the decoder are numbered in reverse.
@@ -61,8 +60,7 @@ def num_levels(state: Mapping[str, Any]) -> int:
 
 
 def read_architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of diffusers' ``AutoencoderKL`` inferred from the shapes of a latent-diffusion state
-    dict.
+    """The arguments of diffusers' ``AutoencoderKL`` for the shapes of a latent-diffusion state dict.
 
     Raises ``ValueError`` listing required keys that are missing or have another number of dimensions.
     """
@@ -103,9 +101,7 @@ def num_blocks(state: Mapping[str, Any], level: int) -> int:
 
 
 def rename(key: str, levels: int, back: bool = False) -> str:
-    """diffusers' name of a key of latent diffusion, or with ``back`` the reverse; ``KeyError`` for a key that
-    has none.
-    """
+    """diffusers' name of a key of latent diffusion, or with ``back`` the reverse; ``KeyError`` if none."""
     theirs, ours = (1, 0) if back else (0, 1)
     for beginning in BEGINNINGS:
         pattern = re.escape(beginning[theirs]).replace(r"\{side\}", "(?P<side>encoder|decoder)")
@@ -126,9 +122,7 @@ def rename(key: str, levels: int, back: bool = False) -> str:
 
 
 def check_ldm(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` listing, under its own names, where a state dict does not fit diffusers' ``model``
-    state dict.
-    """
+    """Raise ``ValueError`` with the keys, under its own names, where a state dict does not fit ``model``."""
     shapes = {key: tuple(value.shape) for key, value in from_diffusers(model).items()}
     check_layout({key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, shapes)
 

@@ -89,8 +89,7 @@ class TransDiff(Paradigm):
     # -------------------------------------------------------------------------------------------------
 
     def encode(self, labels: Tensor, references: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
-        """Context [B, (n + 1) L, D] of ``labels`` [B] and the first n < R latents [B, n, C, H, W] of each
-        row.
+        """Context [B, (n + 1) L, D] of ``labels`` [B] and a row's first n < R latents [B, n, C, H, W].
 
         Where ``drop`` [B] is true the label is replaced by the null class: the unconditional context.
         """
@@ -121,9 +120,7 @@ class TransDiff(Paradigm):
         return memory.stacked(other)
 
     def velocity(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
-        """Velocity of ``x_t`` [(V B), C, H, W], rows ordered (reference, draw, image), at ``t`` [(V B)] or
-        [1].
-        """
+        """Velocity of ``x_t`` [(V B), C, H, W], ordered (reference, draw, image), at ``t`` [(V B)] or [1]."""
         return self.decoder(x_t, t, memory)
 
     # --- the seam
@@ -168,9 +165,7 @@ class TransDiff(Paradigm):
         kept: Callable[[], Contexts] | None = None,
         contexts: ContextFn | None = None,
     ) -> Generator[Problem, Tensor, Tensor]:
-        """The R successive images of each row (arXiv 2506.09482, section 3.3), r from the class and images 0
-        .. r-1, clean.
-        """
+        """The R successive images of a row, each from the class and those before (arXiv 2506.09482, 3.3)."""
         conditional = Remembered(self, (contexts or ContextStream)(self, labels))
         unconditional = Remembered(self, (kept or null_contexts(self))())
         images = torch.zeros(len(labels), 0, *self.token, device=labels.device)

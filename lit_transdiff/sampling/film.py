@@ -133,9 +133,7 @@ def draw_film(
     seed: int = 0,
     class_names: Sequence[str] | None = None,
 ) -> Path:
-    """Write the states of ``per_class`` images of each class: side by side as ``output/film.png``, one after
-    the other as ``output/film.webp``.
-    """
+    """Write the states of ``per_class`` images of each class, as ``output/film.png`` and ``film.webp``."""
     check_number(generator, per_class, len(classes) * MOST_STATES)
     labels = [c for c in classes for _ in range(per_class)]
     seeds = [mix(seed, c, n) for c in classes for n in range(per_class)]

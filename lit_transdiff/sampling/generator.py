@@ -63,9 +63,7 @@ class Generator:
         return replace(self, model=model)
 
     def at(self, precision: Precision) -> Generator:
-        """The generator of these weights in a precision, ``fp32``, ``bf16`` or ``auto``: itself, if it has
-        this one.
-        """
+        """The generator of these weights in ``fp32``, ``bf16`` or ``auto``: itself, if it has this one."""
         if precision not in get_args(Precision):
             raise unknown("sampling.precision", precision, get_args(Precision))
         precision = self.chosen(precision)

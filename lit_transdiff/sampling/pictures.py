@@ -33,8 +33,7 @@ def grid(
     scale: int | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """A picture of ``images`` [N, C, H, W] in rows of ``columns``, enlarged ``scale`` times without
-    smoothing.
+    """A picture of ``images`` [N, C, H, W] in rows of ``columns``, each pixel ``scale`` pixels wide.
 
     By default images below SHOWN_PIXELS are enlarged towards that size.
 

@@ -20,8 +20,7 @@ STORAGE = torch.float16  # of the exported weights: half the size, and the error
 
 
 def edge_error(error: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels of ``error`` [B, C, H, W], summed over both directions:
-    a scalar.
+    """Mean squared difference of neighbours in ``error`` [B, C, H, W], summed over both directions.
 
     Added to the squared error, it emphasises contours, to which the eye is most sensitive.
     """
@@ -29,9 +28,7 @@ def edge_error(error: Tensor) -> Tensor:
 
 
 def psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images [B, C, H, W] in [-1, 1] (peak 2), averaged over the batch: a
-    scalar.
-    """
+    """Peak signal-to-noise ratio in dB of images [B, C, H, W] in [-1, 1] (peak 2): the batch's mean."""
     error = (reconstructions - images).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()
 
@@ -76,8 +73,7 @@ class AutoencoderStage(PreparatoryStage):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
-        """Per-channel mean and std [c] of the latents, in float64, over ``num_statistics_images`` images of
-        ``batches``.
+        """Mean and std [c] of the latents' channels in float64, over the first images of ``batches``.
 
         The variance of the posterior's noise is added exactly, without sampling.
         """

@@ -34,17 +34,14 @@ PREFIX = "model."  # of the model's parameter names in the stage
 
 
 def log_now(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-    """Log ``metrics`` to all loggers at the current optimizer step (Lightning's own logging repeats old
-    values).
-    """
+    """Log ``metrics`` to all loggers at the current step; Lightning's own logging repeats old values."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
 class Stage(pl.LightningModule):
-    """The base class of all stages: settings as ``hparams``, for ``load_from_checkpoint``, and the logging of
-    the loss.
+    """The base of all stages: settings as ``hparams``, for ``load_from_checkpoint``, and the loss's log.
 
     ``run`` is a ``RunConfig`` or, from a checkpoint, its plain settings.
     """
@@ -82,8 +79,7 @@ def conditions_of(batch: Batch) -> Tensor:
 
 
 class TransDiffStage(Stage):
-    """The base class of the stages that train a generator; subclasses define ``prepare``, ``head_alone`` and
-    ``check``.
+    """The base of stages that train a generator; subclasses define ``prepare``, ``head_alone`` and ``check``.
 
     Images are encoded by the run's frozen ``autoencoder``, which is not a submodule: it is neither trained
     nor saved.
@@ -174,9 +170,7 @@ class TransDiffStage(Stage):
         return replace(batch, values=values)
 
     def check_moments(self, moments: Tensor) -> None:
-        """Refuse values that are not latents of this run, and an autoencoder whose normalisation does not
-        fit.
-        """
+        """Refuse values that are not latents, and an autoencoder with another normalisation."""
         model, data = self.run.model, self.run.data
         latents = (model.latent_channels, model.latent_size, model.latent_size)
         posterior = (

@@ -31,9 +31,7 @@ def shard_piece(name: str, p: DTensor, rank: int, world: int) -> Piece:
 
 
 class Holders(Averages):
-    """Tensor storage of whole and row-sharded parameters; strategies with other
-    storage override ``holders``.
-    """
+    """The storage of whole and row-sharded parameters; other strategies override ``holders``."""
 
     lightning_module: pl.LightningModule | None
     optimizers: list[Optimizer]

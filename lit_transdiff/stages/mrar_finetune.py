@@ -7,9 +7,7 @@ from lit_transdiff.stages.base import TransDiffStage
 
 
 class MRARFinetune(TransDiffStage):
-    """Train all weights; each image attends to the earlier ones of its row, and the
-    loss is the mean over R.
-    """
+    """Train all weights; an image attends to the earlier ones of its row, and the loss is the mean over R."""
 
     @classmethod
     def check(cls, run: RunConfig) -> None:

@@ -1,5 +1,4 @@
-"""The loss of a batch for every family of models: parts of images at times of their process, and the
-predictions.
+"""The loss of a batch for every family of models: parts of images at times of their process.
 
 Shapes: B images (rows), R references per row, M noise draws, K parts, N tokens of all parts, C H W a latent.
 """

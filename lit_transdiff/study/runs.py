@@ -100,8 +100,7 @@ def unpacked(file: Path, changed: float) -> Path:
 def archive(
     folder: str | Path, file: str | Path, *, pictures_of: Callable[[Path], bool] = lambda run: True
 ) -> Path:
-    """Write the run folders below ``folder`` to a small ``.zip`` for ``runs``, without any weights, and the
-    journals of sweeps.
+    """Write the run folders below ``folder``, without weights, and the journals of sweeps to a ``.zip``.
 
     Pictures are reduced in size, and included only for run folders for which ``pictures_of`` is true.
     """

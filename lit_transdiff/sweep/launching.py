@@ -82,9 +82,7 @@ def changed_launcher(config: LauncherConfig, options: Mapping[str, Any]) -> Laun
 
 @dataclass(frozen=True)
 class Order:
-    """What is to run: a trial's command, with the environment that an agent would give to it, and the file of
-    its output.
-    """
+    """The command of a trial, with its environment and the file of its output."""
 
     id: str
     command: Sequence[str]
@@ -94,9 +92,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: the exit code of the trial's command, what the scheduler says, and whether the machine
-    rather than the command ended it.
-    """
+    """The end of a job: exit code, the scheduler's word, and whether the machine caused it."""
 
     code: int
     reason: str = ""

@@ -15,9 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def rewind_point(project: str, id_: str, axis: str, value: int) -> str | None:
-    """The last moment of a run at the server before its first point with ``axis`` above ``value``, as
-    ``ID?_step=N``; None if there is no such point, or no moment before it.
-    """
+    """The last moment of a run, ``ID?_step=N``, before its first ``axis`` above ``value``, or None."""
     import wandb
 
     last = None

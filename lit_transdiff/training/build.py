@@ -61,8 +61,7 @@ def check_run(
     own_data: bool = False,
     outline: bool = False,
 ) -> None:
-    """Refuse unknown names, settings that do not fit together or to the run folder, and sizes that cannot
-    work.
+    """Refuse unknown names, sizes that cannot work, and settings that contradict each other or the folder.
 
     ``earlier_outputs`` are files and folders that earlier steps of a pipeline will write. With ``outline``
     the run is not started here. ``own_stage`` replaces the stage that the run names, whose requirements are

@@ -93,8 +93,7 @@ class StopOnNonFinite(StepCallback):
 
 
 class LogTraining(StepCallback):
-    """Log loss and loss by time bin (means over all ranks), learning rate, gradient norm, throughput and data
-    wait.
+    """Log loss (also by time bin, over all ranks), learning rate, gradient norm, throughput and data wait.
 
     Sums stay on the device and are reduced when they are logged. Checkpoints contain them, so that a resumed
     run logs the same values as an uninterrupted one. MFU relates to the device's peak in ``dtype``, which is
@@ -197,9 +196,7 @@ class LogTraining(StepCallback):
 
 
 class SaveOrigin(pl.Callback):
-    """Store provenance in every checkpoint: configuration, ``inputs``, commit, versions and ``export.json``
-    entries.
-    """
+    """Store the origin of each checkpoint: configuration, ``inputs``, versions and ``export.json``."""
 
     def __init__(self, run: RunConfig, info: dict[str, Any]) -> None:
         self.run = run
@@ -217,9 +214,7 @@ class SaveOrigin(pl.Callback):
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's progress bar over the optimizer steps of a run, with the last logged loss; in a log every
-    ten seconds.
-    """
+    """Lightning's progress bar over optimizer steps, with the last loss; in a log every ten seconds."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -268,8 +263,7 @@ class SampleLog(Protocol):
 
 
 class SampleGrids(StepCallback):
-    """Save a labelled grid of images from the averaged weights, always with the same seeds:
-    ``samples/step-*.png``.
+    """Save labelled grids ``samples/step-*.png`` from the averaged weights, always with the same seeds.
 
     ``tracker`` receives the same grids and, at the last step, a table of single images. The similarity of the
     semantic features (``feature_diversity``, arXiv 2506.09482) of these classes is logged with each grid.

@@ -146,9 +146,7 @@ class Checkpoints(StepCallback):
         self.check_best(trainer)
 
     def check_best(self, trainer: pl.Trainer) -> None:
-        """Refuse, at the first validation or where there is none, a ``keep_best`` metric that is never
-        logged.
-        """
+        """Refuse a ``keep_best`` metric that no validation and no callback logs."""
         metric = self.run.checkpoint.keep_best
         if metric is not None and metric not in (known := self.known_metrics(trainer)):
             raise unknown("checkpoint.keep_best", metric, known)

@@ -30,8 +30,7 @@ class RollBack(Exception):
 
 
 class GuardSteps(StepCallback):
-    """Check each step's loss before the optimizer's update; all ranks decide alike, at one reduction per
-    step.
+    """Check each step's loss before the update; ranks decide together, by one reduction per step.
 
     ``skip``: weights, moments and averages are unchanged and the next batch follows. ``roll_back``: training
     returns to the last checkpoint and skips the steps listed in ``bad_steps.json`` of the run folder.

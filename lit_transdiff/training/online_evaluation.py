@@ -1,5 +1,4 @@
-"""Scores during training: the averaged weights sample a few images at intervals, without any effect on
-training.
+"""Scores during training: images of the averaged weights, without any effect on training.
 
 Shapes: N images, B images of a batch, K batches per rank, W ranks, D numbers per row.
 """
@@ -26,8 +25,7 @@ from lit_transdiff.training.rhythm import StepCallback
 
 
 class OnlineEvaluation(StepCallback):
-    """Log ``online/<metric>`` every ``evaluation.every`` steps and at the last one, over ``online_images``
-    images.
+    """Log ``online/<metric>`` of ``online_images`` images every ``evaluation.every`` steps and at the end.
 
     Images are sampled by the run's ``sampling`` settings with the same labels and seeds each time, and scored
     as by ``evaluate``. Batches are divided among the ranks; every rank then has all features and computes the
@@ -110,9 +108,7 @@ class OnlineEvaluation(StepCallback):
 
 
 def gathered(rows: list[Tensor], batch_size: int, num_batches: int, trainer: pl.Trainer) -> Tensor:
-    """The batches [B, D] of all ranks in image order: batch k of rank w is batch k W
-    + w; padding comes last.
-    """
+    """The batches [B, D] of all ranks in image order: batch k of rank w is k W + w; padding is last."""
     world = trainer.world_size
     full = torch.stack([F.pad(part, (0, 0, 0, batch_size - len(part))) for part in rows])
     full = F.pad(full, (0, 0, 0, 0, 0, math.ceil(num_batches / world) - len(full)))

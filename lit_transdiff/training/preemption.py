@@ -1,5 +1,4 @@
-"""Stopping on request: after a scheduler's signal, a closed terminal or Ctrl-C, the run saves at the end of
-the step.
+"""Stopping on request: after a signal, a closed terminal or Ctrl-C, the run saves at the end of the step.
 
 The exit code tells the scheduler whether to start the job again.
 """
@@ -114,8 +113,7 @@ class StopOnRequest(pl.Callback):
         return self.agreed
 
     def any_rank(self, trainer: pl.Trainer) -> bool:
-        """Whether any rank was asked to stop, known one step later: one number is summed over ranks in every
-        step.
+        """Whether any rank was asked to stop, known one step later: each step sums one number over ranks.
 
         Only the previous step's sum is read, so that the host does not wait for the devices.
         """

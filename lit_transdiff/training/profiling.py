@@ -14,8 +14,7 @@ from lit_transdiff.training.rhythm import StepCallback
 
 
 class ProfileSteps(StepCallback):
-    """Profiles the first rank from the first to the last of ``steps``, both included, with what happens
-    between them.
+    """Profile the first rank from the first to the last of ``steps``, both included.
 
     A run that ends or stops before the last of them writes what it has recorded.
     """

@@ -1,5 +1,4 @@
-"""The rhythm of a run: when a step is over, which events are due then, in which order, and when the watchdog
-pauses.
+"""The rhythm of a run: the end of a step, the events that are due then, and the watchdog's pauses.
 
 Lightning calls callbacks at every pass, and a step may take several. A ``StepCallback`` has hooks for a pass,
 after a step and between two steps; the rhythm calls those of a run in the given order. Their position among
@@ -74,8 +73,7 @@ class StepCallback(pl.Callback):
 
 
 class Rhythm(pl.Callback):
-    """Call the callbacks of a run in ``order``, stop the run when asked, and pause the watchdog during long
-    work.
+    """Call a run's callbacks in ``order``, stop when asked, and pause the watchdog during long work.
 
     The watchdog also pauses while the user's own callbacks work between two passes.
     """

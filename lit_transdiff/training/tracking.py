@@ -29,8 +29,7 @@ WriteExport = Callable[[pl.Trainer, Path, Mapping[str, Any]], None]
 
 
 class BestModel(StepCallback):
-    """Export the averaged weights with the lowest validation loss to the folder ``best``, replacing earlier
-    ones.
+    """Export the averaged weights with the lowest validation loss so far to the folder ``best``.
 
     The last validation is excluded, because it judges the run's own export.
     """
@@ -136,8 +135,7 @@ def left_out(trainer: pl.Trainer) -> int:
 
 @rank_zero_only
 def log_models(tracker: WandbRun, run: RunConfig, last_loss: float | None) -> None:
-    """Log the models of a finished run as versions of one artifact: ``best``, then ``latest``; one if they
-    are equal.
+    """Log a finished run's models as versions of one artifact: ``best``, then ``latest`` if it differs.
 
     ``last_loss`` is the validation loss of the last step.
     """

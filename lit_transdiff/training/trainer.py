@@ -80,9 +80,7 @@ class TrainResult:
 def build_callbacks(
     parts: Parts, start: int, request: StopRequest, tracker: WandbRun | None, own: Sequence[Callback] = ()
 ) -> list[Callback]:
-    """All callbacks of a run with the user's ``own``, in any order; ``step_callbacks`` have an order of their
-    own.
-    """
+    """All callbacks of a run, with the user's ``own``; the order counts in ``step_callbacks`` only."""
     run = parts.run
     rhythm = Rhythm(run, step_callbacks(parts, start, tracker), request)
     named = [CALLBACKS[name](run) for name in run.training.callbacks]
@@ -91,9 +89,7 @@ def build_callbacks(
 
 
 def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[StepCallback]:
-    """The callbacks of a run's steps, in order: online scores come before the step's
-    numbers, samples after.
-    """
+    """The callbacks of a run's steps, in order: online scores precede the step's numbers, samples follow."""
     run, stage, autoencoder, folder = parts.run, parts.stage, parts.autoencoder, parts.run.folder
     guarded = isinstance(stage, TransDiffStage) and (
         run.safety.on_bad_step != "stop" or run.safety.spike_factor > 0
@@ -161,8 +157,7 @@ def train(
     data: pl.LightningDataModule | None = None,
     stage: pl.LightningModule | None = None,
 ) -> TrainResult:
-    """Train a run to its end, continuing from its last checkpoint if there is one, and export the averaged
-    weights.
+    """Train a run to its end, from its last checkpoint if there is one, and export the averaged weights.
 
     A finished run is left unchanged. ``callbacks`` and ``loggers`` of Lightning are added to the run's;
     ``data`` (any data module that yields ``Batch``) and ``stage`` replace those that its settings name.

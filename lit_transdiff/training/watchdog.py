@@ -1,6 +1,4 @@
-"""The watchdog ends a process that makes no progress and reports its state, so that a stuck worker or rank
-holds no job.
-"""
+"""The watchdog ends a process without progress and reports its state, so that no job hangs."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ WAITING = "waiting for data"
 
 
 class Watchdog(pl.Callback):
-    """End the process with ``EXIT_STALLED`` when a step, or the wait for its data, takes longer than
-    ``seconds``.
+    """End the process with ``EXIT_STALLED`` when a step, or its data, takes longer than ``seconds``.
 
     The rhythm of the run pauses it during work of any length. With ``seconds`` 0 it is off.
     """
