@@ -3,6 +3,7 @@ does not fit it.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,38 @@ def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
             {"training": {"activation_checkpointing": "blocks"}},
             r"'encoder' or 'decoder' or 'head' in stage pretrain",
         ),
+        *[
+            (
+                name,
+                {"stage": "ar_pretrain"},
+                rf"stage with model\.paradigm {name}: got 'ar_pretrain'; allowed: 'pretrain', the stage of",
+            )
+            for name in FAMILIES
+        ],
+        *[
+            (
+                name,
+                {"sampling": {"reuse_noise": False}},
+                rf"sampling\.reuse_noise: got False; allowed: True with model\.paradigm {name}, as rows have",
+            )
+            for name in FAMILIES
+        ],
+        *[
+            (
+                name,
+                {"model": one, "sampling": {"part_guidance": "growing"}},
+                rf"got 'growing'; allowed: 'constant' with model\.paradigm {name}, as an image is",
+            )
+            for name, one in (
+                *(("sit", {}), ("dit", {}), ("flowar", {"scales": [4]})),
+                *((name, {"parts_per_side": 1}) for name in ("acdit", "xar")),
+            )
+        ],
+        (
+            "flowar",
+            {"model": {"scales": [1, 3, 4]}},
+            r"model\.scales: got \[1, 3, 4\]; allowed: some of \[1, 2, 4\], which divide the 4 tokens",
+        ),
         (
             "mar",
             {"model": {"paradigm": "marr"}},
@@ -276,3 +309,13 @@ def test_the_head_of_mar_is_trained_alone(trained: Path, tmp_path: Path):
     assert {
         name.startswith("model.diffloss.") for name, p in stage.named_parameters() if p.requires_grad
     } == {True}
+
+
+def test_a_recorded_setting_without_effect_is_no_obstacle(trained: Path):
+    """A run may be from before such a setting was refused; as an override it is refused."""
+    generator = load_generator(trained / "sit")
+    growing = replace(generator.run.sampling, part_guidance="growing")
+    with pytest.raises(ValueError, match=r"sampling\.part_guidance: got 'growing'; allowed: 'constant'"):
+        generator.images([3], [1], growing)
+    earlier = replace(generator, run=replace(generator.run, sampling=growing))
+    assert torch.equal(earlier.images([3], [1]), generator.images([3], [1]))

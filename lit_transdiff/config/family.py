@@ -93,6 +93,11 @@ class ModelSettings:
         """Whether a row may hold several images: whether ``num_references`` is a field."""
         return any(field.name == "num_references" for field in fields(cls))  # type: ignore[arg-type]
 
+    @property
+    def is_drawn_at_once(self) -> bool:
+        """Whether an image is one part, which leaves nothing for settings of several."""
+        return False
+
     def check_sampling(self, sampling: SamplingConfig) -> None:
         """Refuse sampling settings that do not suit the model."""
 
@@ -137,6 +142,10 @@ class CellSettings(PatchSettings):
     width: int
     num_blocks: int
     parts_per_side: int
+
+    @property
+    def is_drawn_at_once(self) -> bool:
+        return self.parts_per_side == 1
 
     @property
     def tokens_of_part(self) -> int:

@@ -55,7 +55,7 @@ class FlowARConfig(PatchSettings):
     head_version: int = OF_SIZE  # 1: modulated by the transformer's output; 2: attends to it, too
     decoder_heads: Optional[int] = None  # number of attention heads of the second half; null: num_heads
     scales: Optional[list[int]] = (
-        None  # tokens of a side at each scale, rising to those of the latent; null: 1, 2, 4, ...
+        None  # tokens of a side at each scale, rising divisors of those of the latent; null: 1, 2, 4, ...
     )
     mlp_ratio: float = 4.0  # 1.5 times the hidden width of an MLP, which is gated, / width
     num_classes: int = 1000  # labels are 0 to num_classes - 1
@@ -84,6 +84,12 @@ class FlowARConfig(PatchSettings):
         require(rising and sides[-1] == self.grid, "model.scales", self.scales, allowed)
         check_dropout(self)
 
+    def check_scales(self) -> None:
+        """Refuse scales whose tokens are not means over equal squares; earlier versions trained such."""
+        divisors = [side for side in range(1, self.grid + 1) if self.grid % side == 0]
+        allowed = f"some of {divisors}, which divide the {self.grid} tokens of a side"
+        require({*self.sides} <= {*divisors}, "model.scales", list(self.sides), allowed)
+
     @property
     def heads_of_decoder(self) -> int:
         return self.num_heads if self.decoder_heads is None else self.decoder_heads
@@ -98,6 +104,10 @@ class FlowARConfig(PatchSettings):
         if self.scales is not None:
             return tuple(self.scales)
         return (*(2**k for k in range((self.grid - 1).bit_length())), self.grid)
+
+    @property
+    def is_drawn_at_once(self) -> bool:
+        return len(self.sides) == 1
 
     @property
     def num_tokens(self) -> int:

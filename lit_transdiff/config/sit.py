@@ -62,6 +62,10 @@ class SiTConfig(PatchSettings):
         allowed = f"null or 1 to model.latent_channels={channels}"
         require(guided is None or 1 <= guided <= channels, "model.guided_channels", guided, allowed)
 
+    @property
+    def is_drawn_at_once(self) -> bool:
+        return True
+
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """The matrices of all blocks, and the tables of classes and positions."""
         block = 10 * self.width**2 + 2 * self.width * int(self.mlp_ratio * self.width)

@@ -79,7 +79,7 @@ def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: Samp
     """Load the extractors and the reference, and refuse settings under which scoring would fail later."""
     shape = generator.model.condition_shape
     require(shape is None, "a model with conditions of shape", shape, "class labels, which scores need")
-    check_sampling(sampling, generator.run.model)
+    check_sampling(sampling, generator.run.model, generator.run.sampling)
     generator = generator.at(sampling.precision)
     at_once = min(settings.batch_size, settings.num_images)
     room_here(generator.device.type).require(

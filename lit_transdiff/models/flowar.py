@@ -147,9 +147,8 @@ class FlowNet(nn.Module):
         """
         config = self.config
         times = self.time_embed(whole_time(t).flatten()).unflatten(0, t.shape)
-        condition = to_tokens(times, scales.sizes) + scales.embedded.repeat(
-            len(x_t) // len(scales.embedded), 1, 1
-        )
+        of_context = scales.embedded.repeat(len(x_t) // len(scales.embedded), 1, 1)
+        condition = to_tokens(times, scales.sizes) + of_context
         places = places_of(scales.sides, config.grid, x_t.device)
         turns = rotary_turns(places, config.head_width // config.heads_of_head)
         x = self.input_proj(x_t.to(self.input_proj.weight.dtype))
@@ -202,10 +201,12 @@ class FlowAR(Paradigm):
         self.flownet = FlowNet(config)
         self.apply(initialise)
 
+    @classmethod
+    def check(cls, config: FlowARConfig) -> None:
+        config.check_scales()
+
     def transform(self, x: Tensor, classes: Tensor, scales: slice, past: Sequence[KeysValues] = ()) -> Scales:
-        """The memory of some ``scales``, given their inputs [B, n, D], class vectors [B, D] and those of
-        ``past``, which then holds them, too.
-        """
+        """The memory of ``scales``, of inputs [B, n, D], class vectors [B, D] and ``past``, which grows."""
         config, number, sides = self.config, self.config.encoder_blocks, self.config.sides[scales]
         first, sizes = sum(self.part_sizes[: scales.start]), self.part_sizes[scales]
         at, places = slice(first, first + x.shape[1]), places_of(sides, config.grid, x.device)

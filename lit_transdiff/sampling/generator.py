@@ -154,7 +154,7 @@ class Generator:
     ) -> Tensor:
         """Sample images [B, R, C, H, W] in [-1, 1]: R successive images per label, the last one final."""
         sampling = sampling or self.run.sampling
-        check_sampling(sampling, self.run.model)
+        check_sampling(sampling, self.run.model, self.run.sampling)
         labels = self.check_labels(labels)
         require(len(seeds) == len(labels), "seeds", len(seeds), f"one for each of the {len(labels)} labels")
         latents = self.latents(labels, seeds, sampling, contexts)

@@ -22,8 +22,13 @@ from lit_transdiff.models.paradigm import Paradigm, Problem, network_class
 from lit_transdiff.sampling.graphs import solve_eagerly
 
 
-def check_sampling(sampling: SamplingConfig, model: ModelSettings) -> None:
-    """Refuse an unknown sampler, or one that does not fit such a model."""
+def check_sampling(
+    sampling: SamplingConfig, model: ModelSettings, recorded: SamplingConfig | None = None
+) -> None:
+    """Refuse an unknown sampler, or one that does not fit such a model.
+
+    A setting without effect may be the ``recorded`` one of a trained run, which may be from before the rule.
+    """
     kind = network_class(model)
     process_class(kind.process_of(model)[0]).check_sampling(sampling)
     model.check_sampling(sampling)
@@ -37,6 +42,14 @@ def check_sampling(sampling: SamplingConfig, model: ModelSettings) -> None:
     for name in ("reference_guidance", "reference_steps"):
         value = getattr(sampling, name)
         require(value is None or model.has_references(), f"sampling.{name}", value, allowed)
+    for name, is_read, why_not in (
+        ("part_guidance", not model.is_drawn_at_once, "an image is drawn at once"),
+        ("reuse_noise", model.has_references(), "rows have no references"),
+    ):
+        value, default = getattr(sampling, name), getattr(SamplingConfig(), name)
+        known = value == default or (recorded is not None and value == getattr(recorded, name))
+        allowed = f"{default!r} with model.paradigm {model.paradigm}, as {why_not}"
+        require(known or is_read, f"sampling.{name}", value, allowed)
 
 
 class Solving(Protocol):

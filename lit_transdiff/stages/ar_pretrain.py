@@ -12,5 +12,7 @@ class ARPretrain(TransDiffStage):
     @classmethod
     def check(cls, run: RunConfig) -> None:
         super().check(run)
+        paradigm, allowed = run.model.paradigm, "'pretrain', the stage of families without references"
+        require(run.model.has_references(), f"stage with model.paradigm {paradigm}", run.stage, allowed)
         number = run.model.num_references
         require(number == 1, "model.num_references", number, "1 in stage ar_pretrain")
