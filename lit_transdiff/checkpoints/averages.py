@@ -123,7 +123,7 @@ class Averaging(torch.optim.Optimizer):
         averaged = [p for p in self._trained() if p.grad is not None]
         first = {p: p.detach().float().clone() for p in averaged if EMA not in self.state[p]}
         super().step()
-        self.param_groups[0]["num_updates"] = update = self.param_groups[0].get("num_updates", 0) + 1
+        update = self.count_update()
         for p, value in first.items():
             for name in self.decays:
                 self.state[p][name] = value.clone()
@@ -132,6 +132,11 @@ class Averaging(torch.optim.Optimizer):
             for name, decay in self.decays.items():
                 torch._foreach_lerp_([self.state[p][name] for p in averaged], weights, 1 - decay(update))
         return loss
+
+    def count_update(self) -> int:
+        """The number of this update, from 1; the first group keeps it."""
+        self.param_groups[0]["num_updates"] = self.param_groups[0].get("num_updates", 0) + 1
+        return self.param_groups[0]["num_updates"]  # type: ignore[no-any-return]
 
 
 def loss_of(closure: Callable[[], float] | None) -> float | None:

@@ -146,8 +146,8 @@ class TrainingConfig:
     # first and last step of which a profile is written to the run folder (profile/), as in [100, 110]; []:
     # none
     kernels: Literal["auto", True, False] = "auto"
-    # Triton kernels between the matrix products of the blocks that have them (docs/performance.md), on GPUs
-    # in bf16 or fp16; auto: yes, except with zero3
+    # Triton kernels on GPUs (docs/performance.md): in bf16 or fp16 between the matrix products of the blocks
+    # that have them, except with zero3; with single and ddp, AdamW with clipping and averages in one pass
     residual_dtype: Literal["fp32", "bf16"] = "fp32"
     # the sum of the layers' outputs, with mixed precision; bf16 is faster on GPUs, and rounds at every layer
     compile: Literal["auto", True, False] = "auto"

@@ -22,7 +22,9 @@ from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.flow.processes import process_class
 from lit_transdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, check_latents, load_autoencoder
+from lit_transdiff.models.kernel_blocks import HAS_TRITON
 from lit_transdiff.models.paradigm import Paradigm, build_model, network_class, stacks_of
+from lit_transdiff.stages.adamw import AveragedAdamW
 from lit_transdiff.stages.blocks import arrange_blocks
 from lit_transdiff.stages.contract import check_family_class
 from lit_transdiff.stages.graph import GraphedObjective
@@ -139,10 +141,15 @@ class TransDiffStage(Stage):
 
     def on_fit_start(self) -> None:
         self.place_autoencoder()
-        strategy, setting = self.trainer.strategy, self.run.training.cuda_graphs
-        whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
-        if self.device.type == "cuda" and whole and self.run.training.takes_graphs:
-            graphs = GraphedObjective(self.losses, self.model, required=setting is True)
+        training = self.run.training
+        whole = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if self.device.type != "cuda" or not whole:
+            return
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, AveragedAdamW):
+                optimizer.kernels = HAS_TRITON and training.kernels is not False
+        if training.takes_graphs:
+            graphs = GraphedObjective(self.losses, self.model, required=training.cuda_graphs is True)
             vars(self)["graphs"] = graphs
 
     def on_validation_start(self) -> None:
@@ -274,6 +281,11 @@ class TransDiffStage(Stage):
         """Let the strategy shard the model, if there is a trainer."""
         if self._trainer is not None:
             averages_of(self.trainer).shard(self.model)
+
+    def configure_gradient_clipping(self, optimizer: Any, **clipping: Any) -> None:  # type: ignore[override]
+        """Clip the gradients, unless the optimizer does so within its step."""
+        if not (isinstance(optimizer, AveragedAdamW) and optimizer.clips(**clipping)):
+            self.clip_gradients(optimizer, **clipping)
 
     def configure_optimizers(self) -> Any:
         config, steps = self.run.optimizer, self.run.training.max_steps

@@ -6,17 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from lit_transdiff.checkpoints.averages import Averaging, Decay, average_decays
 from lit_transdiff.config import OptimizerConfig, require, unknown
 from lit_transdiff.models.paradigm import Paradigm
+from lit_transdiff.stages.adamw import AveragedAdamW
 from lit_transdiff.stages.muon import AveragedMuon
-
-
-class AveragedAdamW(Averaging, torch.optim.AdamW):
-    """AdamW (arXiv 1711.05101) with averaged weights."""
 
 
 class Group(dict[str, Any]):

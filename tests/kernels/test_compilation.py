@@ -13,12 +13,13 @@ import pytest
 pytest.importorskip("triton")
 import triton
 
-from lit_transdiff.kernels import attention_passes, gelu, norm, norm_passes
+from lit_transdiff.kernels import adamw, attention_passes, gelu, norm, norm_passes
 
 DROPOUT = {"THRESHOLD": 429496730, "SCALE": 1 / 0.9}
 FLOATS = {"bias", "gate", "weight", "norm_bias", "shift", "scale", "moments", "sums", "inner", "of_rows"}
-FLOATS |= {"of_bias", "of_k_bias", "of_v_bias"}
-SPECIAL = {"seed_ptr": "*i64", "visible_ptr": "*i32", "eps": "fp32"}
+FLOATS |= {"of_bias", "of_k_bias", "of_v_bias", "shares", "squares"}
+SPECIAL = {"seed_ptr": "*i64", "visible_ptr": "*i32", "table_ptr": "*i64", "chunks_ptr": "*i32"}
+SPECIAL |= {name: "fp32" for name in ("eps", "max_norm", "lr", "shrink")} | {"norm_ptr": "*fp32"}
 
 
 def forms() -> list[tuple[str, Any, dict[str, Any], set[str], int, int]]:
@@ -52,6 +53,14 @@ def forms() -> list[tuple[str, Any, dict[str, Any], set[str], int, int]]:
         for name, stages in (("attention_forward", 3), ("attention_of_queries", 3), ("attention_of_keys", 2)):
             kernel = getattr(attention_passes, name)
             found.append((f"{name} masked {masked} whole {whole}", kernel, constants, none, 4, stages))
+    chunk = {"CHUNK": adamw.CHUNK, "BLOCK": adamw.BLOCK}
+    betas = {"BETA1": 0.9, "BETA2": 0.95, "LOG1": adamw.log2(0.9), "LOG2": adamw.log2(0.95), "EPS": 1e-8}
+    for aligned, clip in product((True, False), repeat=2):
+        constants = {**chunk, "ALIGNED": aligned}
+        none = set() if clip else {"norm_ptr", "max_norm"}
+        found.append((f"gradient_squares {aligned}", adamw.gradient_squares, constants, set(), 4, 3))
+        constants = {**constants, **betas, "CLIP": clip, "AVERAGES": 2}
+        found.append((f"adamw_update {aligned} {clip}", adamw.adamw_update, constants, none, 4, 3))
     return found
 
 

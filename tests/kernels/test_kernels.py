@@ -1,11 +1,14 @@
 """Each kernel against its plain form, values and gradients; on a CPU by Triton's interpreter."""
 
+from copy import deepcopy
+from itertools import chain
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from lit_transdiff.kernels import gelu, norm
+from lit_transdiff.kernels import adamw, gelu, norm
 from lit_transdiff.kernels.attention import (
     cross_attention,
     plain_attention,
@@ -153,3 +156,38 @@ def test_cross_attention_of_several_views(dtype: torch.dtype, lengths: tuple[int
     q = torch.nn.functional.linear(x, weight, bias.to(dtype))
     plain = plain_attention(q, k, v, heads, SEED, p, visible)
     compare([mine], [plain], [x, weight, bias, k, v], dtype)
+
+
+def group_of(*sizes: int) -> list[adamw.Updated]:
+    parts = []
+    for size in sizes:
+        weight, gradient, mean, square, *averages = torch.randn(6, size, device=DEVICE).unbind()
+        step = torch.tensor(3.0, device=DEVICE)
+        parts.append(adamw.Updated(step, weight, gradient, mean, square.abs(), tuple(averages)))
+    return parts
+
+
+@pytest.mark.parametrize("max_norm", [None, 2.0, 1e3])
+def test_adamw_with_clipping_and_averages(max_norm: float | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adamw, "CHUNK", 64)
+    monkeypatch.setattr(adamw, "BLOCK", 32)
+    mine = [group_of(5, 64, 130), group_of(16)]
+    plain = deepcopy(mine)
+    settings = [adamw.AdamW(1e-2, 1 - 5e-4, (0.9, 0.999), 1e-8), adamw.AdamW(1e-3, 1.0, (0.0, 0.95), 1e-6)]
+    shares = [1e-3, 0.7]
+    adamw.adamw(adamw.Tables(mine), settings, shares, max_norm)
+    adamw.plain_adamw(plain, settings, shares, max_norm)
+    for a, b in zip(chain(*mine), chain(*plain), strict=True):
+        for x, y in zip(a.tensors, b.tensors, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_the_norm_of_gradients_that_are_not_numbers_is_none_either(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adamw, "CHUNK", 64)
+    monkeypatch.setattr(adamw, "BLOCK", 64)
+    parts = group_of(70)
+    tables = adamw.Tables([parts])
+    torch.testing.assert_close(adamw.gradient_norm(tables), parts[0].gradient.norm())
+    parts[0].gradient[69] = float("nan")
+    adamw.adamw(tables, [adamw.AdamW(1e-2, 1.0, (0.9, 0.999), 1e-8)], [0.1, 0.1], 1.0)
+    assert parts[0].weight.isnan().all()

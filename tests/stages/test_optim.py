@@ -1,6 +1,7 @@
 """AdamW with averages: against torch's AdamW and the recursion written out."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -87,6 +88,58 @@ def test_a_skipped_step_changes_nothing():
     history = train(optimizer, layer, 2)
     assert all(torch.equal(history[0], weights) for weights in history)
     assert all(torch.equal(before[name], value) for name, value in optimizer.state[layer.weight].items())
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's kernels at sizes for Triton's interpreter."""
+    adamw = pytest.importorskip("lit_transdiff.kernels.adamw")
+    monkeypatch.setattr(adamw, "CHUNK", 8)
+    monkeypatch.setattr(adamw, "BLOCK", 4)
+
+
+def clipped_steps(optimizer: AveragedAdamW, layer: nn.Linear, first: int, last: int) -> None:
+    """Steps from gradients that are the same for every optimizer, of which the last has none of the bias."""
+    for i in range(first, last):
+        layer.weight.grad = torch.arange(6.0).view(2, 3) * (i + 1)
+        layer.bias.grad = None if i == 4 else torch.ones(2)
+        if not optimizer.clips(gradient_clip_val=2.0, gradient_clip_algorithm="norm"):
+            nn.utils.clip_grad_norm_(layer.parameters(), 2.0)
+        optimizer.step()
+
+
+def test_kernels_compute_the_same_steps_and_states(by_kernels: None):
+    """Also when the states were loaded, a step is skipped, and a parameter has no gradient."""
+    decays = average_decays(OptimizerConfig(ema_decay=0.5, power_widths=[0.1]))
+    built, states = layers(), []
+    for layer, kernels in zip(built, (False, True), strict=True):
+        groups = [
+            {"params": [layer.weight], "weight_decay": 0.1},
+            {"params": [layer.bias], "weight_decay": 0.0},
+        ]
+        optimizer = AveragedAdamW(groups, decays=decays, lr=0.1, fused=True)
+        optimizer.kernels = kernels
+        clipped_steps(optimizer, layer, 0, 3)
+        assert (optimizer.tables() is not None) == kernels
+        optimizer.skip_step = True
+        clipped_steps(optimizer, layer, 3, 4)
+        optimizer.skip_step = False
+        optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+        clipped_steps(optimizer, layer, 3, 5)
+        states.append(optimizer.state_dict())
+    torch.testing.assert_close(built[1].state_dict(), built[0].state_dict(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(states[1], states[0], rtol=1e-6, atol=1e-7)
+
+
+def test_kernels_leave_what_they_cannot_update_to_torch(by_kernels: None):
+    layer, _ = layers()
+    optimizer = AveragedAdamW(layer.parameters(), decays={"ema": lambda update: 0.5}, lr=0.1, fused=True)
+    optimizer.kernels = True
+    clipped_steps(optimizer, layer, 0, 1)
+    assert optimizer.tables() is not None
+    layer.weight.grad = torch.ones(3, 2).T  # of another order in memory
+    assert optimizer.tables() is None and not optimizer.clips(2.0, "norm")
+    assert not optimizer.clips(2.0, "value")
 
 
 def test_averages_are_saved_with_the_optimizer_and_stay_float32():
