@@ -74,7 +74,7 @@ class AveragedAdamW(Averaging, torch.optim.AdamW):
             [self.part(p) for p in group["params"] if p.grad is not None] for group in self.param_groups
         ]
         parts = [part for group in groups for part in group]
-        return Tables(groups) if parts and all(map(takes_kernels, parts)) else None  # type: ignore[arg-type]
+        return Tables(groups) if parts and all(map(can_take, parts)) else None  # type: ignore[arg-type]
 
     def part(self, p: nn.Parameter) -> Updated | None:
         """A parameter with its gradient and its states, if it has them."""
@@ -87,17 +87,17 @@ class AveragedAdamW(Averaging, torch.optim.AdamW):
         return Updated(state["step"], p, p.grad, state["exp_avg"], state["exp_avg_sq"], averages)
 
 
-def takes_kernels(part: Updated | None) -> bool:
+def can_take(part: Updated | None) -> bool:
     """Whether the kernels apply to a parameter and work on its device."""
     if part is None:
         return False
     device = part.weight.device
     kinds = {(t.dtype, t.device, t.is_contiguous()) for t in part.tensors}
-    return kinds == {(torch.float32, device, True)} and kernels_work(device)
+    return kinds == {(torch.float32, device, True)} and adamw_works(device)
 
 
 @cache
-def kernels_work(device: torch.device) -> bool:
+def adamw_works(device: torch.device) -> bool:
     """Whether Triton compiles the kernels for a device; if not, log why."""
     try:
         from lit_transdiff.kernels.adamw import AdamW, Tables, Updated, adamw

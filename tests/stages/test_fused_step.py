@@ -28,7 +28,7 @@ def norms(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
 
     monkeypatch.setattr(adamw, "Tables", lambda groups: groups)
     monkeypatch.setattr(adamw, "adamw", step)
-    monkeypatch.setattr("lit_transdiff.stages.adamw.kernels_work", lambda device: True)
+    monkeypatch.setattr("lit_transdiff.stages.adamw.adamw_works", lambda device: True)
     return found
 
 
