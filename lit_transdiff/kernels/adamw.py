@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK, BLOCK = 8192, 1024  # elements of a program, and those that it holds at a time
+ADAMW_CHUNK, ADAMW_BLOCK = 8192, 1024  # elements of a program, and those that it holds at a time
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Tables:
         self.device, self.num_averages = parts[0].weight.device, len(parts[0].averages)
         rows = [[part.weight.numel(), *(tensor.data_ptr() for tensor in part.tensors)] for part in parts]
         aligned = all(place % 16 == 0 for _, _, *places in rows for place in places)
-        self.sizes = dict(ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK)
+        self.sizes = dict(ALIGNED=aligned, CHUNK=ADAMW_CHUNK, BLOCK=ADAMW_BLOCK)
         self.table = on_device(torch.tensor(rows), self.device)
-        counts = [[-(-part.weight.numel() // CHUNK) for part in group] for group in groups]
+        counts = [[-(-part.weight.numel() // ADAMW_CHUNK) for part in group] for group in groups]
         each = torch.tensor(list(chain(*counts)))
         tensor = torch.arange(len(each)).repeat_interleave(each)
         number = torch.arange(len(tensor)) - (each.cumsum(0) - each)[tensor]
@@ -86,7 +86,7 @@ def gradient_norm(tables: Tables) -> Tensor:
     return squares.sum().sqrt()
 
 
-def adamw(
+def adamw_step(
     tables: Tables, groups: Sequence[AdamW], shares: Sequence[float], max_norm: float | None = None
 ) -> None:
     """A step of all groups; averages then move to the weights by ``shares``.
@@ -113,7 +113,7 @@ def plain_adamw(
     shares: Sequence[float],
     max_norm: float | None = None,
 ) -> None:
-    """The plain form of ``adamw``."""
+    """The plain form of ``adamw_step``."""
     norm = torch.stack([one.gradient.square().sum() for group in groups for one in group]).sum().sqrt()
     factor = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for group, s in zip(groups, settings, strict=True):
@@ -144,7 +144,7 @@ def address(table_ptr, row, columns, column: tl.constexpr, ALIGNED: tl.constexpr
 
 
 @triton.jit
-def chunk_of(table_ptr, chunks_ptr, columns, CHUNK: tl.constexpr):
+def program_chunk(table_ptr, chunks_ptr, columns, CHUNK: tl.constexpr):
     """The tensor of this program's chunk, as a row of the table; the chunk's first element, and the tensor's
     size.
     """
@@ -154,7 +154,7 @@ def chunk_of(table_ptr, chunks_ptr, columns, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def part_of(pointer, at, size, MASKED: tl.constexpr):
+def take_part(pointer, at, size, MASKED: tl.constexpr):
     """Elements of a tensor; with ``MASKED``, zero beyond its end."""
     if MASKED:
         part = tl.load(pointer + at, mask=at < size, other=0.0)
@@ -177,7 +177,7 @@ def square_sum(gradient_ptr, start, size, MASKED: tl.constexpr, CHUNK: tl.conste
     """The sum of squares of a chunk."""
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for block in range(0, CHUNK, BLOCK):
-        gradient = part_of(gradient_ptr, start + block + tl.arange(0, BLOCK), size, MASKED)
+        gradient = take_part(gradient_ptr, start + block + tl.arange(0, BLOCK), size, MASKED)
         total += gradient * gradient
     return tl.sum(total, axis=0)
 
@@ -187,7 +187,7 @@ def gradient_squares(
     table_ptr, chunks_ptr, squares_ptr, columns,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, start, size = chunk_of(table_ptr, chunks_ptr, columns, CHUNK)
+    row, start, size = program_chunk(table_ptr, chunks_ptr, columns, CHUNK)
     gradient_ptr = address(table_ptr, row, columns, 3, ALIGNED)
     if start + CHUNK <= size:
         found = square_sum(gradient_ptr, start, size, False, CHUNK, BLOCK)
@@ -208,18 +208,18 @@ def update_chunk(
     square_ptr = address(table_ptr, row, columns, 5, ALIGNED)
     for block in range(0, CHUNK, BLOCK):
         at = start + block + tl.arange(0, BLOCK)
-        gradient = part_of(gradient_ptr, at, size, MASKED) * factor
-        mean = part_of(mean_ptr, at, size, MASKED)
+        gradient = take_part(gradient_ptr, at, size, MASKED) * factor
+        mean = take_part(mean_ptr, at, size, MASKED)
         mean += (1 - BETA1) * (gradient - mean)
-        square = BETA2 * part_of(square_ptr, at, size, MASKED) + (1 - BETA2) * gradient * gradient
-        weight = part_of(weight_ptr, at, size, MASKED) * shrink
+        square = BETA2 * take_part(square_ptr, at, size, MASKED) + (1 - BETA2) * gradient * gradient
+        weight = take_part(weight_ptr, at, size, MASKED) * shrink
         weight -= step_size * tl.div_rn(mean, tl.div_rn(tl.sqrt_rn(square), root) + EPS)
         put_part(mean_ptr, at, mean, size, MASKED)
         put_part(square_ptr, at, square, size, MASKED)
         put_part(weight_ptr, at, weight, size, MASKED)
         for i in tl.static_range(AVERAGES):
             average_ptr = address(table_ptr, row, columns, 6 + i, ALIGNED)
-            average, share = part_of(average_ptr, at, size, MASKED), tl.load(shares_ptr + i)
+            average, share = take_part(average_ptr, at, size, MASKED), tl.load(shares_ptr + i)
             apart = weight - average
             average = tl.where(share < 0.5, average + share * apart, weight - (1 - share) * apart)
             put_part(average_ptr, at, average, size, MASKED)
@@ -232,7 +232,7 @@ def adamw_update(
     AVERAGES: tl.constexpr, CLIP: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, start, size = chunk_of(table_ptr, chunks_ptr, columns, CHUNK)
+    row, start, size = program_chunk(table_ptr, chunks_ptr, columns, CHUNK)
     factor = 1.0
     if CLIP:
         factor = max_norm / (tl.load(norm_ptr) + 1e-6)

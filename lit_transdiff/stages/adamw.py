@@ -43,7 +43,7 @@ class AveragedAdamW(Averaging, torch.optim.AdamW):
         if tables is None:
             super().step()
             return loss
-        from lit_transdiff.kernels.adamw import AdamW, adamw
+        from lit_transdiff.kernels.adamw import AdamW, adamw_step
 
         torch._foreach_add_([self.state[p]["step"] for p in self.moved()], 1)
         settings = [
@@ -51,7 +51,7 @@ class AveragedAdamW(Averaging, torch.optim.AdamW):
             for group in self.param_groups
         ]
         update = self.count_update()
-        adamw(tables, settings, [1 - decay(update) for decay in self.decays.values()], self.max_norm)
+        adamw_step(tables, settings, [1 - decay(update) for decay in self.decays.values()], self.max_norm)
         return loss
 
     def moved(self) -> list[nn.Parameter]:
@@ -100,11 +100,11 @@ def can_take(part: Updated | None) -> bool:
 def adamw_works(device: torch.device) -> bool:
     """Whether Triton compiles the kernels for a device; if not, log why."""
     try:
-        from lit_transdiff.kernels.adamw import AdamW, Tables, Updated, adamw
+        from lit_transdiff.kernels.adamw import AdamW, Tables, Updated, adamw_step
 
         weight, gradient, mean, square, average = torch.ones(5, 8, device=device).unbind()
         part = Updated(torch.ones((), device=device), weight, gradient, mean, square, (average,))
-        adamw(Tables([[part]]), [AdamW(1e-3, 1.0, (0.9, 0.9), 1e-8)], [0.1], 1.0)
+        adamw_step(Tables([[part]]), [AdamW(1e-3, 1.0, (0.9, 0.9), 1e-8)], [0.1], 1.0)
     except Exception as error:  # compilers and their tools have no common error class
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         log.warning("the Triton kernels of AdamW do not work here, torch's are used: %s", reason)

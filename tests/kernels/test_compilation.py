@@ -53,7 +53,7 @@ def forms() -> list[tuple[str, Any, dict[str, Any], set[str], int, int]]:
         for name, stages in (("attention_forward", 3), ("attention_of_queries", 3), ("attention_of_keys", 2)):
             kernel = getattr(attention_passes, name)
             found.append((f"{name} masked {masked} whole {whole}", kernel, constants, none, 4, stages))
-    chunk = {"CHUNK": adamw.CHUNK, "BLOCK": adamw.BLOCK}
+    chunk = {"CHUNK": adamw.ADAMW_CHUNK, "BLOCK": adamw.ADAMW_BLOCK}
     betas = {"BETA1": 0.9, "BETA2": 0.95, "LOG1": adamw.log2(0.9), "LOG2": adamw.log2(0.95), "EPS": 1e-8}
     for aligned, clip in product((True, False), repeat=2):
         constants = {**chunk, "ALIGNED": aligned}

@@ -169,13 +169,13 @@ def group_of(*sizes: int) -> list[adamw.Updated]:
 
 @pytest.mark.parametrize("max_norm", [None, 2.0, 1e3])
 def test_adamw_with_clipping_and_averages(max_norm: float | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(adamw, "CHUNK", 64)
-    monkeypatch.setattr(adamw, "BLOCK", 32)
+    monkeypatch.setattr(adamw, "ADAMW_CHUNK", 64)
+    monkeypatch.setattr(adamw, "ADAMW_BLOCK", 32)
     mine = [group_of(5, 64, 130), group_of(16)]
     plain = deepcopy(mine)
     settings = [adamw.AdamW(1e-2, 1 - 5e-4, (0.9, 0.999), 1e-8), adamw.AdamW(1e-3, 1.0, (0.0, 0.95), 1e-6)]
     shares = [1e-3, 0.7]
-    adamw.adamw(adamw.Tables(mine), settings, shares, max_norm)
+    adamw.adamw_step(adamw.Tables(mine), settings, shares, max_norm)
     adamw.plain_adamw(plain, settings, shares, max_norm)
     for a, b in zip(chain(*mine), chain(*plain), strict=True):
         for x, y in zip(a.tensors, b.tensors, strict=True):
@@ -183,11 +183,11 @@ def test_adamw_with_clipping_and_averages(max_norm: float | None, monkeypatch: p
 
 
 def test_the_norm_of_gradients_that_are_not_numbers_is_none_either(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(adamw, "CHUNK", 64)
-    monkeypatch.setattr(adamw, "BLOCK", 64)
+    monkeypatch.setattr(adamw, "ADAMW_CHUNK", 64)
+    monkeypatch.setattr(adamw, "ADAMW_BLOCK", 64)
     parts = group_of(70)
     tables = adamw.Tables([parts])
     torch.testing.assert_close(adamw.gradient_norm(tables), parts[0].gradient.norm())
     parts[0].gradient[69] = float("nan")
-    adamw.adamw(tables, [adamw.AdamW(1e-2, 1.0, (0.9, 0.999), 1e-8)], [0.1, 0.1], 1.0)
+    adamw.adamw_step(tables, [adamw.AdamW(1e-2, 1.0, (0.9, 0.999), 1e-8)], [0.1, 0.1], 1.0)
     assert parts[0].weight.isnan().all()

@@ -94,8 +94,8 @@ def test_a_skipped_step_changes_nothing():
 def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW's kernels at sizes for Triton's interpreter."""
     adamw = pytest.importorskip("lit_transdiff.kernels.adamw")
-    monkeypatch.setattr(adamw, "CHUNK", 8)
-    monkeypatch.setattr(adamw, "BLOCK", 4)
+    monkeypatch.setattr(adamw, "ADAMW_CHUNK", 8)
+    monkeypatch.setattr(adamw, "ADAMW_BLOCK", 4)
 
 
 def clipped_steps(optimizer: AveragedAdamW, layer: nn.Linear, first: int, last: int) -> None:

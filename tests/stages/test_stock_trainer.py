@@ -19,11 +19,12 @@ from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.distributed.strategies import FSDP, Single
 from lit_transdiff.distributed.zero import ZeRO
 from lit_transdiff.models.autoencoder import Autoencoder
+from lit_transdiff.stages.adamw import AveragedAdamW
 from lit_transdiff.stages.ar_pretrain import ARPretrain
 from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.stages.mrar_finetune import MRARFinetune
 from lit_transdiff.training.build import Parts, build
-from tests.helpers.small import small_run
+from tests.helpers.small import STEADY, small_run
 
 QUIET: dict[str, Any] = {
     "logger": False,
@@ -279,3 +280,48 @@ def test_images_are_encoded_once_a_batch_by_a_network_that_stays_where_it_is(tmp
         ValueError, match=r"values of a batch: got \(\d, 4, 2, 4, 4\); allowed: .*\(2, 8, 8\) \(moments\)"
     ):
         pl.Trainer(**QUIET, max_steps=4).fit(wrong, datamodule=data)
+
+
+CLIP = 0.05  # below the norm of every step of small runs
+
+
+@pytest.fixture
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """Let the plain form of the kernels do the steps, as a stand-in; their maximal norms."""
+    adamw = pytest.importorskip("lit_transdiff.kernels.adamw")
+    found: list[float | None] = []
+
+    def step(groups, settings, shares, max_norm):
+        found.append(max_norm)
+        adamw.plain_adamw(groups, settings, shares, max_norm)
+
+    monkeypatch.setattr(adamw, "Tables", lambda groups: groups)
+    monkeypatch.setattr(adamw, "adamw_step", step)
+    monkeypatch.setattr("lit_transdiff.stages.adamw.adamw_works", lambda device: True)
+    return found
+
+
+def clipped_run(
+    folder: Path, steps: int, kernels: bool, monkeypatch: pytest.MonkeyPatch, **settings
+) -> pl.Trainer:
+    monkeypatch.setattr(AveragedAdamW, "kernels", kernels)
+    optimizer = {**STEADY, "more_ema_decays": [0.5]}
+    return fitted(parts_of(folder, steps, optimizer=optimizer), gradient_clip_val=CLIP, **settings)
+
+
+def test_clipping_within_the_step_gives_the_same_run_which_goes_on_from_a_checkpoint(
+    tmp_path: Path, norms: list[float | None], monkeypatch: pytest.MonkeyPatch
+):
+    plain = clipped_run(tmp_path / "plain", 4, False, monkeypatch)
+    assert not norms
+    mine = clipped_run(tmp_path / "mine", 4, True, monkeypatch, **saving(tmp_path / "of_mine", 2))
+    assert norms == [CLIP] * 3  # the first step, in which the states begin, is torch's
+    again = clipped_run(
+        tmp_path / "again", 4, True, monkeypatch, ckpt_path=tmp_path / "of_mine" / "step=2.ckpt"
+    )
+    for other, exact in ((again, True), (plain, False)):
+        for p, q in zip(mine.lightning_module.parameters(), other.lightning_module.parameters(), strict=True):
+            states, others = mine.optimizers[0].state[p], other.optimizers[0].state[q]
+            tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-6}
+            torch.testing.assert_close(p, q, **tolerance)
+            torch.testing.assert_close(dict(states), dict(others), **tolerance)
