@@ -14,9 +14,11 @@ import os
 import platform
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 from data_reading import SHAPE, latent, write_shards
 
@@ -35,6 +37,10 @@ from lit_transdiff.training.trainer import build_trainer
 ROOT = Path(__file__).parent.parent
 LATENTS = 2048
 METRICS = ("images_per_second", "data_wait_fraction", "peak_memory_gb")
+STARTS = (
+    "seconds_to_make",
+    "seconds_to_first_step",
+)  # the model and its data; from there to the end of the first step
 
 
 def make_data(root: Path) -> None:
@@ -70,21 +76,36 @@ def run_of(
     return load_run(ROOT / "experiments" / recipe, [*changes, *precision, *more])
 
 
+class FirstStep(pl.Callback):
+    """The time at which the first step has ended on the host."""
+
+    time: float | None = None
+
+    def on_train_batch_end(self, *arguments: object) -> None:
+        self.time = self.time or time.perf_counter()
+
+
 def measure(run: RunConfig) -> dict[str, list[float]]:
-    """Metric -> its value in every step but the first, in which workers start."""
+    """Metric -> its value in every logged step but the first, in which workers start; and the times of
+    ``STARTS``.
+    """
+    start = time.perf_counter()
     parts = build(run)
     open_folder(run)
     rhythm = Rhythm(run, [LogTraining(run, compute_dtype(run))])
+    first, made = FirstStep(), time.perf_counter()
     trainer = build_trainer(
-        parts, rhythm.callbacks, [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)]
+        parts, [*rhythm.callbacks, first], [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)]
     )
     trainer.fit(parts.stage, datamodule=parts.data)
+    assert first.time is not None
     found: dict[str, list[float]] = {name: [] for name in METRICS}
     with open(run.folder / "metrics.csv", newline="") as file:
         for row in csv.DictReader(file):
             name = row["metric"].removeprefix("throughput/")
             if name in found and int(row["step"]) > 1:
                 found[name].append(float(row["value"]))
+    found |= dict(zip(STARTS, ([made - start], [first.time - made]), strict=True))
     return found
 
 

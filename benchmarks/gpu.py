@@ -1,13 +1,14 @@
-"""Training on one GPU: ceilings of the card, each kernel against its floor, steps, equality, the whole loop.
+"""Training on one GPU: steps, where their time goes, the whole loop, equality; and the time that images take.
 
-    python benchmarks/gpu.py                          # at most 7 minutes on one GPU
-    python benchmarks/gpu.py kernels steps --output gpu.md
-    python benchmarks/gpu.py --tiny                   # the same code at sizes for a CPU
+    python benchmarks/gpu.py                                # all parts, at most 7 minutes on one GPU
+    python benchmarks/gpu.py --budget 200 --output gpu.md   # the first ones, the most wanted
+    python benchmarks/gpu.py profile                        # the kernels of a step that take the most time
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny      # the same code at sizes for a CPU
 
 Steps are those of the stage ``ar_pretrain`` (objective, backward pass, clipping, AdamW, average) in bfloat16;
 ``loop`` is the run's own training loop on synthetic latents. MFU is the share of the data sheet's bfloat16
-rate. Times are medians. A part that fails says so and leaves the others alone. benchmarks/latency.py measures
-sampling.
+rate. Times are medians. Every part is a process of its own with a time limit: one that fails or hangs says so
+and leaves the others alone. benchmarks/latency.py measures sampling; ``sampling`` is the beginning of it.
 """
 
 from __future__ import annotations
@@ -15,25 +16,31 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import multiprocessing
+import os
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that has asked CUDA cannot be forked
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import data_wait
+from benchmarks import data_wait, latency
 from lit_transdiff.base.hardware import GB, measure_flops, peak_flops, peak_memory, wait_for
 from lit_transdiff.base.randomness import GlobalBatchNormal, mix
 from lit_transdiff.config import FlowConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
@@ -41,12 +48,14 @@ from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.flops import row_cost
 from lit_transdiff.stages import STAGES
+from lit_transdiff.stages.adamw import AveragedAdamW
 from lit_transdiff.stages.base import TransDiffStage
 from lit_transdiff.stages.graph import GraphedObjective
 from lit_transdiff.stages.optim import build_optimizer
 
 DRAWS = {1: 4, 4: 2}  # noise draws per image, by the number of references
 CLIP = 3.0
+MINIMUM = 5  # seconds, without which no part begins
 STREAM = TrainingConfig(compile=False, residual_dtype="bf16")
 
 
@@ -211,6 +220,7 @@ class Case:
     dropout: float = 0.1
     training: TrainingConfig = TrainingConfig()  # noqa: RUF009 (it is frozen)
     graphs: bool = True
+    one_pass: bool = True  # over memory, for clipping, AdamW and average
 
     @property
     def run(self) -> RunConfig:
@@ -244,10 +254,13 @@ class Steps:
     def __init__(self, case: Case, device: torch.device) -> None:
         torch.manual_seed(0)
         run, self.device, self.count = case.run, device, 0
-        self.stage: TransDiffStage = STAGES[run.stage](run, IdentityAutoencoder(run.model.latent_channels))
+        with device:
+            autoencoder = IdentityAutoencoder(run.model.latent_channels)
+            self.stage: TransDiffStage = STAGES[run.stage](run, autoencoder)
         torch.nn.init.normal_(self.stage.model.get_parameter("decoder.final.linear.weight"), std=0.02)
         self.stage.to(device).train()
         self.optimizer = build_optimizer(self.stage.model, run.optimizer)
+        self.one_pass = case.one_pass and device.type == "cuda"
         size = run.model.latent_size
         generator = torch.Generator().manual_seed(1)
         shape = (case.rows, case.references, run.model.latent_channels, size, size)
@@ -276,97 +289,127 @@ class Steps:
             loss = rows.mean()
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.stage.model.parameters(), CLIP)
-        self.optimizer.step()
+        self.update()
         self.count += 1
         return loss.detach()
 
+    def update(self) -> None:
+        """Clip the gradients, and move weights and average."""
+        assert isinstance(self.optimizer, AveragedAdamW)
+        self.optimizer.kernels = self.one_pass
+        if not self.optimizer.clips(CLIP, "norm"):
+            torch.nn.utils.clip_grad_norm_(self.stage.model.parameters(), CLIP)
+        self.optimizer.step()
 
-def cases(tiny: bool, on_gpu: bool) -> Iterator[Case]:
-    """The steps that are measured, the most telling first."""
-    plain, compiled = (
-        TrainingConfig(kernels=False, compile=False),
-        TrainingConfig(kernels=False, compile=True),
-    )
-    kernels, stream = TrainingConfig(compile=False), STREAM
-    if tiny:
-        yield Case("test", 1, 2, training=plain, graphs=on_gpu)
-        yield Case("test", 4, 2, training=stream, graphs=on_gpu)
-        return
-    yield Case("base", 1, 96, training=stream)
-    yield Case("base", 1, 32, training=stream)
-    yield Case("base", 1, 32, training=kernels)
-    yield Case("base", 1, 32, training=plain, graphs=False)
-    yield Case("base", 4, 32, training=stream)
-    yield Case("large", 1, 64, training=stream)
-    yield Case("base", 1, 64, training=stream)
-    yield Case("base", 4, 16, training=stream)
-    yield Case("base", 4, 16, training=plain, graphs=False)
-    yield Case("large", 1, 32, training=stream)
-    yield Case("base", 1, 32, training=compiled, graphs=False)
-    yield Case("base", 1, 32, training=kernels, graphs=False)
-    yield Case("base", 1, 64, dropout=0.0, training=stream)
-    yield Case("large", 1, 32, training=plain, graphs=False)
-    yield Case("base", 1, 32, training=compiled)
+
+def step(bench: Bench) -> None:
+    """Steps of base, whose update is one pass over memory or torch's, in one process."""
+    measure_cases(bench, [Case("base", 1, rows, training=STREAM) for rows in (96, 32)], updates=True)
+
+
+def large(bench: Bench) -> None:
+    measure_cases(bench, [Case("large", 1, 48, training=STREAM)])
+
+
+def mrar(bench: Bench) -> None:
+    measure_cases(bench, [Case("base", 4, 32, training=STREAM)])
 
 
 def steps(bench: Bench) -> None:
-    """Training steps of the paper's models."""
+    """What else the page of results compares."""
+    kernels = TrainingConfig(compile=False)
+    plain, compiled = (TrainingConfig(kernels=False, compile=on) for on in (False, True))
+    more = [
+        Case("base", 1, 32, training=kernels),
+        Case("base", 1, 32, training=plain, graphs=False),
+        Case("base", 1, 64, training=STREAM),
+        Case("base", 4, 16, training=STREAM),
+        Case("base", 4, 16, training=plain, graphs=False),
+        Case("large", 1, 32, training=STREAM),
+        Case("base", 1, 64, dropout=0.0, training=STREAM),
+        Case("large", 1, 32, training=plain, graphs=False),
+        Case("base", 1, 32, training=compiled),
+    ]
+    measure_cases(bench, more)
+
+
+def measure_cases(bench: Bench, cases: list[Case], updates: bool = False) -> None:
+    """A table of training steps; with ``updates`` also of those with torch's update."""
+    if bench.tiny:
+        cases = [Case("test", case.references, 2, training=case.training, graphs=False) for case in cases[:1]]
     peak = peak_flops(bench.device, torch.bfloat16)
     bench.table(
-        "model",
-        "rows",
-        "dropout",
-        "how",
-        "ms per step",
-        "images/s",
-        "MFU",
-        "peak GB",
-        "first step, s",
-        "loss",
-    )
-    for case in cases(bench.tiny, bench.device.type == "cuda"):
-        bench.attempt(f"{case.size}, {case.label}", partial(measure_case, bench, case, peak.flops))
+        "model", "rows", "dropout", "how", "update", "ms per step", "of it update", "images/s", "MFU",
+        "peak GB", "first step, s", "loss",
+    )  # fmt: skip
+    for case in cases:
+        bench.attempt(
+            f"{case.size}, {case.rows} rows, {case.label}",
+            partial(measure_case, bench, case, peak.flops, updates),
+        )
 
 
-def measure_case(bench: Bench, case: Case, peak: float) -> None:
+def measure_case(bench: Bench, case: Case, peak: float, updates: bool) -> None:
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch._dynamo.reset()
-    step = Steps(case, bench.device)
     start = time.perf_counter()
+    step = Steps(case, bench.device)
     loss = float(step())
     first = time.perf_counter() - start
-    ms = median_ms(step, bench.device, 8)
     work = case.rows * row_cost(case.run.model, DRAWS[case.references]).flops
     name = f"{case.size}, {'one-step' if case.references == 1 else f'MRAR (R={case.references})'}"
-    images = case.rows * case.references * 1e3 / ms
-    memory = peak_memory(bench.device) / GB
-    bench.row(
-        name, case.rows, case.dropout, case.label, f"{ms:.1f}", f"{images:.0f}",
-        f"{work / ms / peak * 1e5:.1f}%",
-        f"{memory:.1f}", f"{first:.1f}", f"{loss:.4f}",
-    )  # fmt: skip
+    for one_pass in (step.one_pass, False) if updates else (step.one_pass,):
+        step.one_pass = one_pass
+        ms, update = (median_ms(what, bench.device, 8) for what in (step, step.update))
+        memory = peak_memory(bench.device) / GB
+        bench.row(
+            name, case.rows, case.dropout, case.label, "one pass" if one_pass else "torch's",
+            f"{ms:.1f}", f"{update:.2f}", f"{case.rows * case.references * 1e3 / ms:.0f}",
+            f"{work / ms / peak * 1e5:.1f}%", f"{memory:.1f}", f"{first:.1f}", f"{loss:.4f}",
+        )  # fmt: skip
+
+
+KINDS = {  # of kernels, by parts of their names
+    "matrix products": "nvjet|gemm|cutlass|xmma|splitK",
+    "attention": "attention_|sdpa|flash|fmha",
+    "residual stream": "add_norm|sums_of_rows",
+    "GELU": "gelu",
+    "optimizer and averages": "adamw|gradient_squares|multi_tensor|lerp|LpNorm",
+    "sums": "reduce_kernel|sum",
+    "copies and casts": "copy|Memcpy|Memset|CatArray|fill",
+    "other": "",
+}
+
+
+def kind_of(kernel: str) -> str:
+    return next(kind for kind, words in KINDS.items() if re.search(words, kernel))
 
 
 def profile(bench: Bench) -> None:
-    """Where a step of base spends the card's time: kernels by name."""
-    case = Case("test", 1, 2, graphs=False) if bench.tiny else Case("base", 1, 64, training=STREAM)
+    """The kernels of a step of base that take the most time, as the graph replays them."""
+    case = Case("test", 1, 2, graphs=False) if bench.tiny else Case("base", 1, 96, training=STREAM)
     step = Steps(case, bench.device)
-    for _ in range(3):
+    for _ in range(4):
         step()
+    wait_for(bench.device)
     on_gpu = bench.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as found:
         step()
         wait_for(bench.device)
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    kernels = sorted(found.key_averages(), key=lambda e: -getattr(e, time_of))
-    total = sum(getattr(e, time_of) for e in kernels)
-    bench.table(
-        f"kernel ({case.size}, {case.rows} rows, {case.label}: {total / 1e3:.1f} ms in all)", "calls", "ms"
-    )
-    for e in kernels[: 5 if bench.tiny else 60]:
+    kernels = [e for e in found.key_averages() if not e.key.startswith("Optimizer.")]  # a mark, no kernel
+    kernels.sort(key=lambda e: -getattr(e, time_of))
+    by_kind: Counter[str] = Counter()
+    for e in kernels:
+        by_kind[kind_of(e.key)] += getattr(e, time_of)
+    total = sum(by_kind.values())
+    bench.table(f"{case.size}, {case.rows} rows, {case.label}", f"{total / 1e3:.1f} ms", "share")
+    for kind, taken in by_kind.most_common():
+        bench.row(kind, f"{taken / 1e3:.2f}", f"{taken / total:.1%}")
+    bench.table("kernel", "calls", "ms")
+    for e in kernels[: 5 if bench.tiny else 40]:
         bench.row(e.key[:110].replace("|", "/"), e.count, f"{getattr(e, time_of) / 1e3:.2f}")
 
 
@@ -375,28 +418,28 @@ def profile(bench: Bench) -> None:
 
 def equality(bench: Bench) -> None:
     """Losses of 50 steps of a small model, relative to the same steps computed in another way."""
-    size, steps, rows = ("test", 2, 2) if bench.tiny else ("small", 50, 16)
+    size, steps, rows = ("test", 2, 2) if bench.tiny else ("small", 50, 8)
     on_gpu = bench.device.type == "cuda"
     kernels = TrainingConfig(compile=False)
-    plain, stream = replace(kernels, kernels=False), STREAM
+    plain = replace(kernels, kernels=False)
     bench.table(
         "compared", "against", "references", "dropout", "largest difference of losses", "of the last weights"
     )
-    for references in (1, 4):
+    for references in (4, 1):
         case = partial(Case, size, references, rows)
+        graph = case(training=kernels, graphs=on_gpu)
+        exact = case(0.0, plain, False, False)
+        found: dict[str, tuple[list[float], Tensor]] = {}
         for name, against, one, other in (
-            (
-                "kernels, graph",
-                "kernels",
-                case(training=kernels, graphs=on_gpu),
-                case(training=kernels, graphs=False),
-            ),
-            ("kernels", "plain", *(case(0.0, training, False) for training in (kernels, plain))),
-            ("kernels, bf16 stream", "plain", *(case(0.0, training, False) for training in (stream, plain))),
+            ("kernels, graph", "kernels", graph, replace(graph, graphs=False)),
+            ("kernels, graph", "the same with torch's update", graph, replace(graph, one_pass=False)),
+            ("kernels", "plain, torch's update", case(0.0, kernels, False), exact),
+            ("kernels, bf16 stream", "plain, torch's update", case(0.0, STREAM, False), exact),
         ):
-            (first, weights), (second, others) = (
-                losses_of(case, bench.device, steps) for case in (one, other)
-            )
+            for each in (one, other):
+                if str(each) not in found:
+                    found[str(each)] = losses_of(each, bench.device, steps)
+            (first, weights), (second, others) = found[str(one)], found[str(other)]
             error = max(abs(a - b) / abs(b) for a, b in zip(first, second, strict=True))
             distance = float((weights - others).norm() / others.norm())
             bench.row(name, against, references, one.dropout, f"{error:.1e}", f"{distance:.1e}")
@@ -415,40 +458,109 @@ def losses_of(case: Case, device: torch.device, steps: int) -> tuple[list[float]
 def loop(bench: Bench) -> None:
     """``lit-transdiff train`` without checkpoints: Lightning, loader, callbacks, log."""
     changes = [
-        [],
         ["training.residual_dtype=bf16"],
         ["training.kernels=false", "training.compile=false", "training.cuda_graphs=false"],
+        [],
     ]
-    bench.table("the run's loop, base, 32 rows", "ms per step", "images/s", "data wait", "peak GB")
-    steps, workers = (3, 0) if bench.tiny else (30, 2)
+    bench.table(
+        "the run's loop, base, 32 rows", "ms per step", "images/s", "data wait", "peak GB", "made in, s",
+        "first step after, s",
+    )  # fmt: skip
+    steps, every, rows = (4, 2, 2) if bench.tiny else (40, 10, 32)
     small = [f"model.{name}=2" for name in ("num_heads", "encoder_blocks", "decoder_blocks")]
-    more = ["training.micro_batch_size=32", *(["model.width=32", *small] if bench.tiny else [])]
-    for change in changes:
-        with tempfile.TemporaryDirectory() as folder:
-            data_wait.make_data(Path(folder))
-            run = data_wait.run_of(
-                Path(folder), "imagenet256/ar_base.yaml", workers, steps, 32, [*change, *more]
-            )
-            found = data_wait.measure(run)
-        middle = {name: statistics.median(values[len(values) // 2 :]) for name, values in found.items()}
-        ms = 32e3 / middle["images_per_second"]
-        bench.row(
-            " ".join(change) or "as it is",
-            f"{ms:.1f}",
-            f"{32e3 / ms:.0f}",
-            f"{middle['data_wait_fraction']:.2%}",
-            f"{middle['peak_memory_gb']:.1f}",
-        )
+    more = [f"training.micro_batch_size={rows}", *(["model.width=32", *small] if bench.tiny else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        data_wait.make_data(Path(folder))
+        for i, change in enumerate(changes[: 1 if bench.tiny else None]):
+            settings = [*more, *change, f"name=loop-{i}", f"training.log_every={every}"]
+            run = data_wait.run_of(Path(folder), "imagenet256/ar_base.yaml", 0, steps, rows, settings)
+            bench.attempt(f"loop {change}", partial(measure_loop, bench, " ".join(change), run, rows))
 
 
-PARTS = {
-    "ceilings": ceilings,
-    "kernels": kernels,
-    "steps": steps,
-    "equality": equality,
-    "loop": loop,
-    "profile": profile,
+def measure_loop(bench: Bench, name: str, run: RunConfig, rows: int) -> None:
+    found = data_wait.measure(run)
+    middle = {metric: statistics.median(values[1:]) for metric, values in found.items() if len(values) > 1}
+    ms = rows * 1e3 / middle["images_per_second"]
+    bench.row(
+        name or "as it is", f"{ms:.1f}", f"{rows * 1e3 / ms:.0f}", f"{middle['data_wait_fraction']:.2%}",
+        f"{middle['peak_memory_gb']:.1f}", *(f"{found[key][0]:.1f}" for key in data_wait.STARTS),
+    )  # fmt: skip
+
+
+# --- sampling, and all parts -----------------------------------------------------------------------------
+
+
+def sampling(bench: Bench) -> None:
+    """The first rows of benchmarks/latency.py, with and without Triton's kernels."""
+    output = Path("latency.jsonl") if bench.output is None else bench.output.with_suffix(".jsonl")
+    arguments = ["--output", str(output), "--device", str(bench.device), "--cases", "3"]
+    arguments += ["--tiny", "--ways", "eager"] if bench.tiny else ["--ways", "graphs", "kernels, graphs"]
+    latency.run(latency.parser().parse_args(arguments), bench.say)
+
+
+# Each with the longest time that it takes, in seconds; the most wanted first.
+PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
+    "step": (step, 60),
+    "profile": (profile, 30),
+    "loop": (loop, 45),
+    "equality": (equality, 40),
+    "large": (large, 30),
+    "mrar": (mrar, 25),
+    "sampling": (sampling, 50),
+    "ceilings": (ceilings, 20),
+    "kernels": (kernels, 60),
+    "steps": (steps, 180),
 }
+
+
+def about(bench: Bench) -> None:
+    """The machine; in a process of its own, this also tells whether one that is forked can use the device."""
+    card = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "no GPU"
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
+    bench.say(f"{datetime.date.today()}, {card}, {versions}, Python {sys.version.split()[0]}")
+
+
+def forked(work: Callable[[Bench], None], bench: Bench, limit: float) -> int | None:
+    """Do ``work`` in a process with what is imported here; its exit status, None if it was stopped."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=(bench,))
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def started(name: str, bench: Bench, limit: float) -> int | None:
+    """A part in a new process, which imports everything again; its exit status, None if it was stopped."""
+    command = [sys.executable, __file__, name, "--here", "--device", str(bench.device)]
+    command += ["--tiny"] * bench.tiny + ["--budget", str(limit)]
+    command += [] if bench.output is None else ["--output", str(bench.output)]
+    try:
+        return subprocess.run(command, timeout=limit).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def run(bench: Bench, names: list[str], here: bool) -> None:
+    """The parts, each in a process of its own unless ``here``."""
+    forks = not here and forked(about, bench, 30) == 0
+    for name in names:
+        work, limit = PARTS[name]
+        left = bench.end - time.perf_counter()
+        if left < MINIMUM:
+            bench.say(f"\n{name}: left out, {left:.0f} s left")
+            continue
+        begin, limit = time.perf_counter(), min(limit, left)
+        bench.end, end = begin + limit - 1, bench.end
+        if here:
+            bench.attempt(name, partial(work, bench))
+        else:
+            status = forked(work, bench, limit) if forks else started(name, bench, limit)
+            ended = "stopped" if status is None else "done" if status == 0 else f"failed with {status}"
+            bench.say(f"\n{name}: {ended} after {time.perf_counter() - begin:.0f} s")
+        bench.end = end
 
 
 def main() -> None:
@@ -457,16 +569,13 @@ def main() -> None:
     )
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all, in this order")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
-    parser.add_argument("--seconds", type=float, default=400, help="after which no new measurement begins")
+    parser.add_argument("--budget", type=float, default=400, help="seconds after which a part is stopped")
+    parser.add_argument("--here", action="store_true", help="in this process, without limits of a part")
     parser.add_argument("--output", type=Path, help="a Markdown file to which the tables are also written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    bench = Bench(device, args.tiny, time.perf_counter() + args.seconds, args.output)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    bench.say(f"{datetime.date.today()}, {card}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    for name in args.parts or PARTS:
-        bench.attempt(name, partial(PARTS[name], bench))
+    bench = Bench(torch.device(args.device), args.tiny, time.perf_counter() + args.budget, args.output)
+    run(bench, args.parts or list(PARTS), args.here)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,35 +222,36 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     device = torch.device(args.device)
     start, plan = time.monotonic(), TINY if args.tiny else PLAN
     about = {"machine": machine(device), "precision": args.precision, "date": time.strftime("%d %B %Y")}
-    print(f"{about}\n| family | size | images | steps | way | ms | ms an image | first, s | difference |")
-    for case in plan:
+    say(f"\n{about}\n\n| family | size | images | steps | way | ms | ms an image | first, s | difference | |")
+    say("|---" * 10 + "|")
+    for case in plan[: args.cases]:
         ways = [way for way in case.ways if device.type == "cuda" or way in ("eager", "compiled")]
+        ways = [way for way in ways if args.ways is None or way in args.ways]
         if time.monotonic() - start > args.budget:
-            print(f"left out, no time: {case}", flush=True)
+            say(f"left out, no time: {case}")
             continue
         try:
             for row in measured(case, ways, device, args.precision, args.rounds):
                 with args.output.open("a") as file:
                     file.write(json.dumps({**about, **row}) + "\n")
                 numbers = f"{row['ms']:.1f} | {row['ms'] / case.batch:.2f} | {row['first_s']:.1f}"
-                print(
+                say(
                     f"| {case.family} | {case.size} | {case.batch} | {case.steps} | {row['way']} | {numbers} "
-                    f"| {row['difference']:.1e} | {row['graphs']} graphs, {row['memory_gb'] or 0:.2f} GB |",
-                    flush=True,
+                    f"| {row['difference']:.1e} | {row['graphs']} graphs, {row['memory_gb'] or 0:.2f} GB |"
                 )
         except Exception as error:  # the next case may do; what failed is said
-            print(f"FAILED {case}: {type(error).__name__}: {error}", flush=True)
+            say(f"FAILED {case}: {type(error).__name__}: {error}")
     if device.type == "cuda" and args.profile:
         for case in PLAN[:2]:
             for way in ("kernels, graphs", "compiled, graphs"):
-                print(profile(case, way, device, args.precision), flush=True)
+                say(profile(case, way, device, args.precision))
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("latency.jsonl"))
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
@@ -259,8 +261,14 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tables", type=Path, help="print the page of a file of measurements instead")
-    args = parser.parse_args()
-    print(tables(args.tables)) if args.tables else run(args)
+    parser.add_argument("--cases", type=int, help="only so many rows of the table, from the first")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="only these")
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
+    print(tables(args.tables)) if args.tables else run(args, partial(print, flush=True))
 
 
 if __name__ == "__main__":

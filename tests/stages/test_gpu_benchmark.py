@@ -1,0 +1,57 @@
+"""The benchmark of training on a GPU, at sizes for a CPU."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+
+
+def bench_of(tmp_path: Path, seconds: float = 60) -> gpu.Bench:
+    return gpu.Bench(torch.device("cpu"), True, time.perf_counter() + seconds, tmp_path / "gpu.md")
+
+
+def test_steps(tmp_path: Path):
+    gpu.run(bench_of(tmp_path), ["mrar"], here=True)
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| test, MRAR (R=4) | 2 | 0.1 | kernels, bf16 stream | torch's |" in text and "failed" not in text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN", "matrix products"),
+        ("attention_of_keys", "attention"),
+        ("add_norm_backward", "residual stream"),
+        ("gelu_forward", "GELU"),
+        ("adamw_update", "optimizer and averages"),
+        ("void at::native::reduce_kernel<128, 4, at::native::ReduceOp<float>>", "sums"),
+        ("void at::native::bfloat16_copy_kernel_cuda", "copies and casts"),
+        ("triton_poi_fused_0", "other"),
+    ],
+)
+def test_kernels_have_kinds(kernel: str, kind: str):
+    assert gpu.kind_of(kernel) == kind
+
+
+def hang(bench: gpu.Bench) -> None:
+    time.sleep(60)
+
+
+def fail(bench: gpu.Bench) -> None:
+    raise RuntimeError("no memory")
+
+
+def test_a_part_that_hangs_or_fails_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    parts = {"step": (hang, 0.2), "loop": (fail, 9), "large": (gpu.about, 9), "mrar": (hang, 9)}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "MINIMUM", 2)
+    bench = bench_of(tmp_path, 9)
+    gpu.run(bench, ["step", "loop", "large"], here=False)
+    bench.end = time.perf_counter() + 1
+    gpu.run(bench, ["mrar"], here=False)
+    text = (tmp_path / "gpu.md").read_text()
+    for line in ("step: stopped after", "loop: failed with 1", "large: done", "mrar: left out, 1 s left"):
+        assert line in text
