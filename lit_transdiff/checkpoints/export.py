@@ -119,12 +119,8 @@ def read_info(file: Path) -> dict[str, Any]:
         and isinstance(info.get("autoencoder"), str)
         and isinstance(info.get("class_names"), list)
     )
-    require(
-        known,
-        f"{file}: content",
-        info,
-        "what an export says: autoencoder, a fingerprint, class_names, a list, and more",
-    )
+    allowed = "what an export says: autoencoder, a fingerprint, class_names, a list, and more"
+    require(known, f"{file}: content", info, allowed)
     return info
 
 
@@ -212,12 +208,8 @@ def combined(checkpoints: Sequence[Checkpoint], width: float) -> tuple[dict[str,
     stored = [
         (checkpoint, state) for checkpoint in checkpoints for state in checkpoint.averages if width_of(state)
     ]
-    require(
-        len(stored) > 0,
-        "--average",
-        f"{POWER}{width}",
-        "a run with optimizer.power_widths, as in [0.05, 0.1]",
-    )
+    allowed = "a run with optimizer.power_widths, as in [0.05, 0.1]"
+    require(len(stored) > 0, "--average", f"{POWER}{width}", allowed)
     updates = {
         checkpoint.step: checkpoint.training()["param_groups"][0]["num_updates"] for checkpoint in checkpoints
     }
@@ -225,12 +217,8 @@ def combined(checkpoints: Sequence[Checkpoint], width: float) -> tuple[dict[str,
     factors, distance = combination(snapshots, updates[checkpoints[-1].step], width)
     widths = sorted({width for _, width in snapshots})
     got = f"{width}, which the averages of {len(checkpoints)} checkpoints give within {distance:.0%} only"
-    require(
-        distance <= FARTHEST,
-        "--average: width",
-        got,
-        f"widths near {widths}; more checkpoints kept reach farther",
-    )
+    allowed = f"widths near {widths}; more checkpoints kept reach farther"
+    require(distance <= FARTHEST, "--average: width", got, allowed)
     weights = checkpoints[-1].weights(None)
     for name in {name for name, state in checkpoints[-1].slices if state == stored[-1][1]}:
         total = torch.zeros(checkpoints[-1].shapes[name], dtype=torch.float64)

@@ -25,12 +25,8 @@ def write_package(folder: Path) -> list[Path]:
         and not keyword.iskeyword(name)
         and name not in sys.stdlib_module_names | {"lit_transdiff"}
     )
-    require(
-        fits,
-        "init",
-        str(folder),
-        f"a folder whose name a Python module can have, as in {folder.with_name(proposed)}",
-    )
+    allowed = f"a folder whose name a Python module can have, as in {folder.with_name(proposed)}"
+    require(fits, "init", str(folder), allowed)
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     require(empty, "init", str(folder), "a folder that does not exist yet, or is empty")
     written = []

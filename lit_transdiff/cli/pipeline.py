@@ -111,12 +111,8 @@ def load_pipeline(
     ]
     names = [run.name for run in runs]
     require(len(set(names)) == len(names), "runs", names, "runs of different names")
-    require(
-        any(run.stage not in PREPARATORY for run in runs),
-        "runs",
-        names,
-        f"at least one run of {', '.join(STAGES)}",
-    )
+    allowed = f"at least one run of {', '.join(STAGES)}"
+    require(any(run.stage not in PREPARATORY for run in runs), "runs", names, allowed)
     for run in runs:
         check_evaluation(run.evaluation, scores=run.stage in STAGES)
     return pipeline, runs

@@ -108,10 +108,6 @@ def same(names: Sequence[str], old: Sequence[str]) -> ClassRows:
         "(those of equal names are "
         "kept), init_classes=by_number, or init_classes={new name: old name}"
     )
-    require(
-        fits,
-        "init_classes",
-        "same",
-        f"for the same classes only, but {here} here, and {there} there; for others: {ways}",
-    )
+    allowed = f"for the same classes only, but {here} here, and {there} there; for others: {ways}"
+    require(fits, "init_classes", "same", allowed)
     return list(range(len(names)))

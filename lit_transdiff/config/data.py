@@ -114,12 +114,8 @@ class AutoencoderTraining:
     def __post_init__(self) -> None:
         channels = self.block_channels
         for name in ("layers_per_block", "norm_groups", "latent_channels", "num_statistics_images"):
-            require(
-                getattr(self, name) >= 1,
-                f"autoencoder_training.{name}",
-                getattr(self, name),
-                "an integer of at least 1",
-            )
+            allowed = "an integer of at least 1"
+            require(getattr(self, name) >= 1, f"autoencoder_training.{name}", getattr(self, name), allowed)
         require(len(channels) > 0, "autoencoder_training.block_channels", channels, "at least one level")
         require(
             all(c >= 1 and c % self.norm_groups == 0 for c in channels),

@@ -74,9 +74,5 @@ class EvaluationConfig:
             require(name in self.extractors, f"evaluation.weights.{name}", self.weights[name], allowed)
         require(len(self.metrics) > 0, "evaluation.metrics", self.metrics, "at least one name")
         require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")
-        require(
-            self.num_neighbours >= 1,
-            "evaluation.num_neighbours",
-            self.num_neighbours,
-            "an integer of at least 1",
-        )
+        allowed = "an integer of at least 1"
+        require(self.num_neighbours >= 1, "evaluation.num_neighbours", self.num_neighbours, allowed)

@@ -139,12 +139,8 @@ def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> dict[str, Any]:
         interpolated(given)
     if base is None:
         return given
-    require(
-        isinstance(base, str) and base != "",
-        f"{path}: base",
-        base,
-        "the path of one YAML file, relative to this one",
-    )
+    allowed = "the path of one YAML file, relative to this one"
+    require(isinstance(base, str) and base != "", f"{path}: base", base, allowed)
     return merge(read_yaml(path.parent / expanded(base, f"{path}: base"), chain), given)
 
 

@@ -68,12 +68,8 @@ class DistributedConfig:
         require(
             0 < self.timeout_minutes <= 525_600, "distributed.timeout_minutes", self.timeout_minutes, allowed
         )
-        require(
-            self.devices is None or self.devices >= 1,
-            "distributed.devices",
-            self.devices,
-            "null, or at least 1",
-        )
+        allowed = "null, or at least 1"
+        require(self.devices is None or self.devices >= 1, "distributed.devices", self.devices, allowed)
         require(self.num_nodes >= 1, "distributed.num_nodes", self.num_nodes, "at least 1")
 
 
@@ -101,12 +97,8 @@ class CheckpointConfig:
         allowed = "a URL to which files can be written, as in s3://bucket/runs, or a folder"
         require(not web, "checkpoint.mirror", self.mirror, allowed)
         require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1")
-        require(
-            self.keep_every_images >= 0,
-            "checkpoint.keep_every_images",
-            self.keep_every_images,
-            "0 (none) or more",
-        )
+        allowed = "0 (none) or more"
+        require(self.keep_every_images >= 0, "checkpoint.keep_every_images", self.keep_every_images, allowed)
 
 
 @dataclass(frozen=True)

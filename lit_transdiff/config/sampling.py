@@ -64,12 +64,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         steps = [self.num_steps, *(self.reference_steps or [])]
-        require(
-            all(1 <= n <= MOST_STEPS for n in steps),
-            "sampling.num_steps",
-            steps,
-            f"integers of 1 to {MOST_STEPS:,}",
-        )
+        allowed = f"integers of 1 to {MOST_STEPS:,}"
+        require(all(1 <= n <= MOST_STEPS for n in steps), "sampling.num_steps", steps, allowed)
         require(
             self.num_parts is None or self.num_parts >= 1, "sampling.num_parts", self.num_parts, "at least 1"
         )

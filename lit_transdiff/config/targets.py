@@ -32,12 +32,8 @@ def below(root: Path, name: Any, what: str) -> Path:
 
 def contents(folder: Path) -> list[str]:
     """The names of a folder's entries; [] if it does not exist. Raises ``ValueError`` for a file."""
-    require(
-        folder.is_dir() or not os.path.lexists(folder),
-        "output",
-        str(folder),
-        "a folder, or a name that does not exist yet",
-    )
+    allowed = "a folder, or a name that does not exist yet"
+    require(folder.is_dir() or not os.path.lexists(folder), "output", str(folder), allowed)
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
@@ -67,12 +63,8 @@ def check_replaces_json(file: Path, key: str, value: str) -> None:
         ours = value.encode() in text or not text.strip(b"\0 \n")
     else:
         ours = not content or (isinstance(content, dict) and content.get(key) == value)
-    require(
-        ours,
-        str(file),
-        "a file of another program",
-        "one of this program, which is replaced; move that one elsewhere",
-    )
+    allowed = "one of this program, which is replaced; move that one elsewhere"
+    require(ours, str(file), "a file of another program", allowed)
 
 
 def fresh_folder(path: Path) -> Path:

@@ -32,18 +32,10 @@ class FlowConfig:
     def __post_init__(self) -> None:
         require(self.density_std > 0, "flow.density_std", self.density_std, "above 0")
         require(self.shift > 0, "flow.shift", self.shift, "above 0")
-        require(
-            self.discretize is None or self.discretize >= 2,
-            "flow.discretize",
-            self.discretize,
-            "null, or at least 2",
-        )
-        require(
-            self.num_noise_draws >= 1,
-            "flow.num_noise_draws",
-            self.num_noise_draws,
-            "an integer of at least 1",
-        )
+        allowed = "null, or at least 2"
+        require(self.discretize is None or self.discretize >= 2, "flow.discretize", self.discretize, allowed)
+        allowed = "an integer of at least 1"
+        require(self.num_noise_draws >= 1, "flow.num_noise_draws", self.num_noise_draws, allowed)
         require(0 <= self.label_drop_prob <= 1, "flow.label_drop_prob", self.label_drop_prob, "0 to 1")
 
 

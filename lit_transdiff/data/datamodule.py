@@ -122,12 +122,8 @@ class DataModule(pl.LightningDataModule):
             )
         if index.latents is not None:
             size = index.latents.image_size
-            require(
-                size == self.data.image_size,
-                "data.image_size",
-                self.data.image_size,
-                f"{size}, of the latents in {index.folder}",
-            )
+            allowed = f"{size}, of the latents in {index.folder}"
+            require(size == self.data.image_size, "data.image_size", self.data.image_size, allowed)
         return index
 
     def index_of(self, field: str) -> ShardIndex:
@@ -205,18 +201,10 @@ class DataModule(pl.LightningDataModule):
         """Check that the trainer's steps agree with this module."""
         if self.trainer is not None:
             passes, steps = self.trainer.accumulate_grad_batches, self.trainer.max_steps
-            require(
-                passes == layout.accumulation,
-                "Trainer(accumulate_grad_batches)",
-                passes,
-                f"{layout.accumulation}",
-            )
-            require(
-                steps <= self.max_steps,
-                "Trainer(max_steps)",
-                steps,
-                f"at most {self.max_steps}, for which data is planned",
-            )
+            allowed = f"{layout.accumulation}"
+            require(passes == layout.accumulation, "Trainer(accumulate_grad_batches)", passes, allowed)
+            allowed = f"at most {self.max_steps}, for which data is planned"
+            require(steps <= self.max_steps, "Trainer(max_steps)", steps, allowed)
 
     def num_steps(self) -> int:
         """The optimizer steps of the run; fewer if the trainer stops earlier."""

@@ -54,22 +54,14 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
             magic_number = int.from_bytes(head, "big") if len(head) == 4 else f"{len(head)} bytes"
             require(magic_number == magic, f"{path}: magic number", magic_number, f"{magic}, of an IDX file")
             lengths = file.read(4 * head[3])
-            require(
-                len(lengths) == 4 * head[3],
-                f"{path}: header",
-                f"{4 + len(lengths)} bytes",
-                f"{4 + 4 * head[3]}: the file is cut",
-            )
+            allowed = f"{4 + 4 * head[3]}: the file is cut"
+            require(len(lengths) == 4 * head[3], f"{path}: header", f"{4 + len(lengths)} bytes", allowed)
             shape = struct.unpack(f">{head[3]}I", lengths)
             size = prod(shape)
             require(size > 0, f"{path}: shape", shape, "at least one item")
             most = os.path.getsize(path) * (GZIP_RATIO if path.suffix == ".gz" else 1)
-            require(
-                size <= most,
-                f"{path}: bytes of data",
-                f"at most {most:,}",
-                f"{size:,} for shape {shape}: the file is cut",
-            )
+            allowed = f"{size:,} for shape {shape}: the file is cut"
+            require(size <= most, f"{path}: bytes of data", f"at most {most:,}", allowed)
             data = file.read(size + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error

@@ -58,12 +58,8 @@ class LatentCache:
         """Raises ``ValueError`` for a ``dest`` with other latents or other content."""
         self.source, self.dest, self.info = read_index(source), Path(dest), info
         require(self.source.kind == "images", f"{source}: kind", self.source.kind, "images")
-        require(
-            not data.crops_at_random,
-            "data.crop",
-            data.crop,
-            "'center' or 'none': a cache holds one crop of each image",
-        )
+        allowed = "'center' or 'none': a cache holds one crop of each image"
+        require(not data.crops_at_random, "data.crop", data.crop, allowed)
         self.data = replace(data, on_bad_sample="refuse")  # a substitute would be stored under a wrong key
         self.journal = ShardJournal(self.dest, CACHING_PLAN)
         self.journal.check(self.plan())

@@ -192,12 +192,8 @@ def evaluation_batches(
     items, _ = group_references(index.label, order, num_references, fill_up=False)
     if num_samples is not None:
         items = items[: max(1, num_samples // num_references)]
-    require(
-        len(items) >= world,
-        "data.evaluation",
-        f"{len(items)} items",
-        f"at least one for each of {world} ranks",
-    )
+    allowed = f"at least one for each of {world} ranks"
+    require(len(items) >= world, "data.evaluation", f"{len(items)} items", allowed)
     most = math.ceil(len(items) / world)  # maximum over ranks
     batches = min(math.ceil(most / batch_size), len(items) // world)
     mine = items[rank::world]

@@ -246,12 +246,8 @@ def finish_packing(packing: Packing, source: str) -> PackReport:
     findings = joined([record.findings for record in records])
     findings.skipped[:0] = images.broken
     readable_images = sum(record.rows.shard.samples for record in records)
-    require(
-        readable_images > 0,
-        source,
-        f"{len(findings.skipped)} unreadable images",
-        "at least one readable image",
-    )
+    allowed = "at least one readable image"
+    require(readable_images > 0, source, f"{len(findings.skipped)} unreadable images", allowed)
     index = join_rows(
         journal.folder, [record.rows for record in records], images.class_names, packing.seed, None
     )
@@ -271,12 +267,8 @@ def choose_samples(images: ImageSource, limit: Optional[int], seed: int) -> np.n
     if limit is None:
         return order
     num_classes = len(images.class_names)
-    require(
-        num_classes <= limit <= len(order),
-        "limit",
-        limit,
-        f"{num_classes} (one a class) to {len(order)} images",
-    )
+    allowed = f"{num_classes} (one a class) to {len(order)} images"
+    require(num_classes <= limit <= len(order), "limit", limit, allowed)
     quota = np.full(num_classes, limit // num_classes) + (np.arange(num_classes) < limit % num_classes)
     counts = np.bincount(images.labels, minlength=num_classes)
     for c in np.flatnonzero(counts < quota):

@@ -14,12 +14,8 @@ def to_bytes(images: Tensor) -> Tensor:
     Raises ``ValueError`` for values that are not finite.
     """
     broken = int((~torch.isfinite(images)).sum())
-    require(
-        broken == 0,
-        "images",
-        f"{broken} values that are not finite",
-        "numbers in [-1, 1]; the model or its settings diverged",
-    )
+    allowed = "numbers in [-1, 1]; the model or its settings diverged"
+    require(broken == 0, "images", f"{broken} values that are not finite", allowed)
     return ((images.float() + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 
 

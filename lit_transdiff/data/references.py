@@ -136,24 +136,16 @@ def group_lines(path: str | Path, num_references: int) -> Iterator[GroupLine]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         keys, folder = group_keys(value, where, num_references)
-        require(
-            len(keys) == num_references,
-            f"{where}: number of keys",
-            len(keys),
-            f"model.num_references={num_references}",
-        )
+        allowed = f"model.num_references={num_references}"
+        require(len(keys) == num_references, f"{where}: number of keys", len(keys), allowed)
         yield GroupLine(number, [key.encode("utf-8", "surrogatepass") for key in keys], folder)
 
 
 def group_keys(value: Any, where: str, num_references: int) -> tuple[list[str], Optional[str]]:
     """The keys of a line, and its class folder if any."""
     files: Any = value.get("files") if isinstance(value, dict) else value
-    require(
-        isinstance(files, list) and all(isinstance(f, str) for f in files),
-        where,
-        value,
-        "a list of sample keys or file names",
-    )
+    allowed = "a list of sample keys or file names"
+    require(isinstance(files, list) and all(isinstance(f, str) for f in files), where, value, allowed)
     if not isinstance(value, dict):
         return files, None
     folder: Any = value.get("cate")
@@ -170,12 +162,8 @@ def check_groups(
         require(False, f"{path}: line {lines[row].number}: key", key, f"keys of {index.folder}")
     ordered = np.sort(samples, axis=1)
     for row in np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)).tolist():
-        require(
-            False,
-            f"{path}: line {lines[row].number}",
-            [key.decode() for key in keys[row]],
-            "different images",
-        )
+        allowed = "different images"
+        require(False, f"{path}: line {lines[row].number}", [key.decode() for key in keys[row]], allowed)
     labels = index.label[samples]
     for row in np.flatnonzero((labels != labels[:, :1]).any(axis=1)).tolist():
         classes = sorted({index.class_names[label] for label in labels[row]})
@@ -209,9 +197,5 @@ def check_named_files(
             require(False, where, key.decode(), allowed)
         label = int(index.label[line_samples[0]])
         right = numbers.get(line.folder, label) == label
-        require(
-            right,
-            f"{path}: line {line.number}: cate",
-            line.folder,
-            f"{index.class_names[label]}, the class of its files",
-        )
+        allowed = f"{index.class_names[label]}, the class of its files"
+        require(right, f"{path}: line {line.number}: cate", line.folder, allowed)

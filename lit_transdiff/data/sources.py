@@ -56,12 +56,8 @@ def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
     classes = sorted(name for name, is_folder, _ in visible if is_folder)
     if are_numbers(classes):
         classes.sort(key=int)
-    require(
-        len(classes) > 0,
-        str(folder),
-        "a folder without class folders",
-        "folder/class/image.jpg, or IDX files",
-    )
+    allowed = "folder/class/image.jpg, or IDX files"
+    require(len(classes) > 0, str(folder), "a folder without class folders", allowed)
     for name in classes:
         require(
             readable_name(name) == name, f"{folder}: class folder", readable_name(name), "a name in UTF-8"
@@ -236,12 +232,8 @@ def checked_names(class_names: ClassNames, source_names: list[str]) -> tuple[str
     if isinstance(class_names, Path):
         class_names = names_from(class_names, source_names)
     names = tuple(source_names if class_names is None else class_names)
-    require(
-        len(names) == len(source_names),
-        "class_names",
-        len(names),
-        f"{len(source_names)} names, one for each class",
-    )
+    allowed = f"{len(source_names)} names, one for each class"
+    require(len(names) == len(source_names), "class_names", len(names), allowed)
     require(len(set(names)) == len(names), "class_names", names, "names that differ")
     return names
 

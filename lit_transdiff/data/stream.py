@@ -63,29 +63,17 @@ class StreamDataset(IterableDataset):
         """Raises ``ValueError`` for URLs other than the index's shards, and where ``share`` would fail."""
         self.urls: list[str] = expand_urls(data.train)
         names = [shard.name for shard in index.shards]
-        require(
-            len(self.urls) == len(names),
-            "data.train: URLs",
-            len(self.urls),
-            f"{len(names)}, the shards in {index.folder}/index.json",
-        )
+        allowed = f"{len(names)}, the shards in {index.folder}/index.json"
+        require(len(self.urls) == len(names), "data.train: URLs", len(self.urls), allowed)
         # not from brace expansion
         schemes = ("", "http", "https", *(["pipe"] if data.train.startswith("pipe:") else []))
         for url, name in zip(self.urls, names, strict=True):
-            require(
-                urlsplit(url).scheme in schemes,
-                "data.train",
-                url,
-                "http://, https://, a path, or pipe:COMMAND",
-            )
+            allowed = "http://, https://, a path, or pipe:COMMAND"
+            require(urlsplit(url).scheme in schemes, "data.train", url, allowed)
             require(name in url, "data.train", url, f"the URL of {name}, which comes here in index.json")
         readers = layout.world * max(1, data.num_workers)
-        require(
-            readers <= len(names),
-            "data.num_workers",
-            data.num_workers,
-            f"at most {len(names)} shards / {layout.world} ranks",
-        )
+        allowed = f"at most {len(names)} shards / {layout.world} ranks"
+        require(readers <= len(names), "data.num_workers", data.num_workers, allowed)
         self.index, self.seed, self.layout, self.total, self.num_references = (
             index,
             seed,

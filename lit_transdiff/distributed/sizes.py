@@ -35,12 +35,8 @@ def check_sizes(run: RunConfig, outline: bool = False) -> None:
     machines.
     """
     devices, most = accelerator_and_devices(run), most_processes()
-    require(
-        run.data.num_workers <= most,
-        "data.num_workers",
-        run.data.num_workers,
-        f"at most {most} on this machine",
-    )
+    allowed = f"at most {most} on this machine"
+    require(run.data.num_workers <= most, "data.num_workers", run.data.num_workers, allowed)
     if devices[0] == "cpu":
         require(
             devices[1] <= most, "distributed.devices", devices[1], f"at most {most} processes on this machine"

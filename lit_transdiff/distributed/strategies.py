@@ -162,12 +162,8 @@ def strategy_name(run: RunConfig) -> str:
     allowed = f"{' or '.join(wholes)} in stage {run.stage}"
     require(kind.whole or run.stage not in PREPARATORY, "distributed.strategy", name, allowed)
     precision = run.training.precision
-    require(
-        kind.whole or precision in EVERYWHERE,
-        "training.precision",
-        precision,
-        f"{EVERYWHERE} with strategy {name}",
-    )
+    allowed = f"{EVERYWHERE} with strategy {name}"
+    require(kind.whole or precision in EVERYWHERE, "training.precision", precision, allowed)
     offload, places = run.distributed.offload, " or ".join(map(repr, kind.offloads))
     require(offload in kind.offloads, "distributed.offload", offload, f"{places} with strategy {name}")
     parameters = run.distributed.offload_parameters

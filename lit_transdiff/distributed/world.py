@@ -24,19 +24,11 @@ def accelerator_and_devices(run: RunConfig) -> tuple[str, int]:
     config = run.distributed
     gpus = torch.cuda.device_count()
     accelerator = ("gpu" if gpus else "cpu") if config.accelerator == "auto" else config.accelerator
-    require(
-        accelerator == "cpu" or gpus > 0,
-        "distributed.accelerator",
-        config.accelerator,
-        "cpu, as there is no GPU here",
-    )
+    allowed = "cpu, as there is no GPU here"
+    require(accelerator == "cpu" or gpus > 0, "distributed.accelerator", config.accelerator, allowed)
     devices = config.devices or launched()[0]
-    require(
-        accelerator == "cpu" or devices <= gpus,
-        "distributed.devices",
-        devices,
-        f"at most the {gpus} GPUs of this node",
-    )
+    allowed = f"at most the {gpus} GPUs of this node"
+    require(accelerator == "cpu" or devices <= gpus, "distributed.devices", devices, allowed)
     return accelerator, devices
 
 
@@ -77,12 +69,8 @@ def micro_batch_size(run: RunConfig) -> int:
     size, world = run.training.global_batch_size, world_size(run)
     require(size % world == 0, "training.global_batch_size", size, f"a multiple of the {world} devices")
     micro = run.training.micro_batch_size or size // world
-    require(
-        size % (micro * world) == 0,
-        "training.micro_batch_size",
-        micro,
-        f"a divisor of {size} / {world} devices = {size // world}",
-    )
+    allowed = f"a divisor of {size} / {world} devices = {size // world}"
+    require(size % (micro * world) == 0, "training.micro_batch_size", micro, allowed)
     return micro
 
 

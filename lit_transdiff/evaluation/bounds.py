@@ -65,12 +65,8 @@ def best_scores(
 def check_counts(number: int, counts: Tensor, index: ShardIndex) -> None:
     """Refuse shards with too few images of a class."""
     for c, (needed, has) in enumerate(zip(counts.tolist(), index.class_counts.tolist(), strict=True)):
-        require(
-            needed <= has,
-            "evaluation.num_images",
-            number,
-            f"fewer: {needed} would be of class {c}, which has {has} images",
-        )
+        allowed = f"fewer: {needed} would be of class {c}, which has {has} images"
+        require(needed <= has, "evaluation.num_images", number, allowed)
 
 
 def reference_of(

@@ -60,12 +60,8 @@ class FeatureExtractor(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, images: Tensor, spatial: bool = False) -> Features:
-        require(
-            not spatial or self.num_spatial is not None,
-            "evaluation.extractor",
-            self.name,
-            "inception, for spatial features",
-        )
+        allowed = "inception, for spatial features"
+        require(not spatial or self.num_spatial is not None, "evaluation.extractor", self.name, allowed)
         with torch.autocast(images.device.type, enabled=False):
             return self.extract(to_bytes(images), spatial)
 

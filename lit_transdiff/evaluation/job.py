@@ -95,12 +95,8 @@ def prepare_job(generator: Generator, settings: EvaluationConfig, sampling: Samp
     of_row = generator.run.model.num_references if settings.keep == "all" else 1
     for name in ("num_images", "batch_size"):
         value = getattr(settings, name)
-        require(
-            value % of_row == 0,
-            f"evaluation.{name}",
-            value,
-            f"a multiple of the {of_row} images of a row that are kept",
-        )
+        allowed = f"a multiple of the {of_row} images of a row that are kept"
+        require(value % of_row == 0, f"evaluation.{name}", value, allowed)
     rows = dataclasses.replace(settings, num_images=settings.num_images // of_row)
     labels = choose_labels(rows, generator.run.model.num_classes).repeat_interleave(of_row)
     generator = generator.for_images(rows.num_images, sampling)
@@ -113,12 +109,8 @@ def check_neighbours(settings: EvaluationConfig, reference: Statistics | None) -
     if reference is not None and {"precision", "recall"} & set(settings.metrics):
         where = f"evaluation.num_neighbours: features of {settings.reference}"
         require(neighbours < reference.num_features, where, reference.num_features, f"more than {neighbours}")
-    require(
-        neighbours < settings.num_images,
-        "evaluation.num_neighbours",
-        neighbours,
-        f"less than num_images={settings.num_images}",
-    )
+    allowed = f"less than num_images={settings.num_images}"
+    require(neighbours < settings.num_images, "evaluation.num_neighbours", neighbours, allowed)
 
 
 def draw_batch(job: Job, batch: Sequence[int]) -> DrawnBatch:

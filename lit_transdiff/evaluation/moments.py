@@ -99,12 +99,8 @@ def frechet(first: Gaussian, second: Gaussian) -> float:
     avoids the square root of a product and keeps the rounding error at float64 precision, even for singular
     covariances.
     """
-    require(
-        first.mu.shape == second.mu.shape,
-        "features",
-        first.mu.shape,
-        f"{second.mu.shape}, as of the other set",
-    )
+    allowed = f"{second.mu.shape}, as of the other set"
+    require(first.mu.shape == second.mu.shape, "features", first.mu.shape, allowed)
     a, b = factor(first.sigma), factor(second.sigma)
     root_trace = float(torch.linalg.svdvals(a.T @ b).sum())
     shift = first.mu.astype(np.float64) - second.mu.astype(np.float64)

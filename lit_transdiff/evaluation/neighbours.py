@@ -41,12 +41,8 @@ class Manifold:
 
     def radii(self, neighbours: int, chunk: int | None = None) -> Tensor:
         """The distance [M] of each point to its ``neighbours``-th nearest other one."""
-        require(
-            len(self.points) > neighbours,
-            "evaluation.num_neighbours",
-            neighbours,
-            f"fewer than the {len(self.points)} images of a set",
-        )
+        allowed = f"fewer than the {len(self.points)} images of a set"
+        require(len(self.points) > neighbours, "evaluation.num_neighbours", neighbours, allowed)
         if neighbours not in self.known:
             parts = distances(self.points, self.points, chunk)
             nearest_ones = [part.topk(neighbours + 1, largest=False).values[:, -1] for part in parts]

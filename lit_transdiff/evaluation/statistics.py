@@ -60,12 +60,8 @@ class Statistics:
         if self.spatial is not None:
             check_gaussian(*self.spatial, ("mu_s", "sigma_s"))
         size, shape = self.mu.size, None if self.features is None else self.features.shape
-        require(
-            shape is None or (len(shape) == 2 and shape[1] == size),
-            "features",
-            shape,
-            f"[n, D] with D = {size}",
-        )
+        allowed = f"[n, D] with D = {size}"
+        require(shape is None or (len(shape) == 2 and shape[1] == size), "features", shape, allowed)
         if self.features is not None:
             require(len(self.features) >= 2, "features", shape, "at least 2 rows")
             require(bool(np.isfinite(self.features).all()), "features", "NaN or Inf", "finite numbers")
@@ -152,12 +148,8 @@ def check_statistics_file(path: str | Path) -> None:
         ours = zipfile.is_zipfile(path) and {"mu.npy", "sigma.npy", "about.npy"} <= set(
             zipfile.ZipFile(path).namelist()
         )
-        require(
-            ours,
-            "statistics file",
-            str(path),
-            "a name that is free, or of statistics that this program wrote",
-        )
+        allowed = "a name that is free, or of statistics that this program wrote"
+        require(ours, "statistics file", str(path), allowed)
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> Statistics:
@@ -288,19 +280,11 @@ def check_extractor(statistics: Statistics, extractor: FeatureExtractor) -> None
     """
     made_with = statistics.about.get("extractor", "inception" if statistics.mu.size else extractor.name)
     where = f"evaluation.reference {statistics.path}"
-    require(
-        made_with == extractor.name,
-        f"{where}: extractor",
-        made_with,
-        f"{extractor.name} (evaluation.extractor)",
-    )
+    allowed = f"{extractor.name} (evaluation.extractor)"
+    require(made_with == extractor.name, f"{where}: extractor", made_with, allowed)
     fingerprint = statistics.about.get("fingerprint", extractor.fingerprint)
-    require(
-        fingerprint == extractor.fingerprint,
-        f"{where}: weights of the extractor",
-        fingerprint,
-        extractor.fingerprint,
-    )
+    allowed = extractor.fingerprint
+    require(fingerprint == extractor.fingerprint, f"{where}: weights of the extractor", fingerprint, allowed)
     size = statistics.mu.size
     allowed = f"{extractor.num_features} of extractor {extractor.name!r}"
     require(size in (0, extractor.num_features), f"{where}: features", size, allowed)

@@ -47,18 +47,10 @@ def kl_divergence(moments: Tensor) -> Tensor:
 def check_latents(latents: Tensor) -> None:
     """Raise ``ValueError`` unless latents have a mean near 0 and a std near 1, i.e. the right scale."""
     std, mean = torch.std_mean(latents.float())
-    require(
-        0.3 <= std.item() <= 3,
-        "latents (wrong scale): std",
-        round(std.item(), 4),
-        "0.3 to 3 after normalisation",
-    )
-    require(
-        abs(mean.item()) <= 1,
-        "latents (wrong scale): mean",
-        round(mean.item(), 4),
-        "-1 to 1 after normalisation",
-    )
+    allowed = "0.3 to 3 after normalisation"
+    require(0.3 <= std.item() <= 3, "latents (wrong scale): std", round(std.item(), 4), allowed)
+    allowed = "-1 to 1 after normalisation"
+    require(abs(mean.item()) <= 1, "latents (wrong scale): mean", round(mean.item(), 4), allowed)
 
 
 def load_autoencoder(kind: str, path: Optional[str | Path], image_channels: int) -> Autoencoder:
@@ -169,12 +161,8 @@ class KLAutoencoder(Autoencoder):
 
         levels = len(training.block_channels)
         factor = 2 ** (levels - 1)
-        require(
-            image_size % factor == 0,
-            "data.image_size",
-            image_size,
-            f"a multiple of {factor} ({levels} levels)",
-        )
+        allowed = f"a multiple of {factor} ({levels} levels)"
+        require(image_size % factor == 0, "data.image_size", image_size, allowed)
         model = AutoencoderKL(
             in_channels=image_channels,
             out_channels=image_channels,
@@ -209,12 +197,8 @@ class KLAutoencoder(Autoencoder):
         config = read_json(file)
         mean, std = read_normalisation(config, str(file))
         channels = config.get("in_channels")
-        require(
-            channels == image_channels,
-            f"{file}: in_channels",
-            channels,
-            f"data.image_channels={image_channels}",
-        )
+        allowed = f"data.image_channels={image_channels}"
+        require(channels == image_channels, f"{file}: in_channels", channels, allowed)
         options = dict(
             local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )

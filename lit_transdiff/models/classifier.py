@@ -48,12 +48,8 @@ class Classifier(nn.Module, ABC):
     def features(self, images: Tensor) -> Tensor:
         """The features of images, whose size is checked."""
         expected = (self.image_channels, self.image_size, self.image_size)
-        require(
-            tuple(images.shape[1:]) == expected,
-            "images",
-            tuple(images.shape),
-            f"[B, C, H, W] with (C, H, W) = {expected}",
-        )
+        allowed = f"[B, C, H, W] with (C, H, W) = {expected}"
+        require(tuple(images.shape[1:]) == expected, "images", tuple(images.shape), allowed)
         return self.embed(images)
 
     def forward(self, images: Tensor) -> Tensor:

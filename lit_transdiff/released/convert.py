@@ -104,12 +104,8 @@ def convert(
             file, state, dest, LATENT_SCALE if scaling_factor is None else scaling_factor
         )
     what = f"{file}, with {', '.join(list(content)[:3]) or 'nothing'}, ..."
-    require(
-        is_released(state),
-        "source",
-        what,
-        "a released TransDiff checkpoint, or an autoencoder of latent diffusion",
-    )
+    allowed = "a released TransDiff checkpoint, or an autoencoder of latent diffusion"
+    require(is_released(state), "source", what, allowed)
     check_options(given, {"autoencoder", "recipe", "num_heads"}, f"the TransDiff checkpoint {file}")
     if autoencoder is None:
         raise ValueError("autoencoder: got nothing; allowed: the folder of the model's autoencoder.")
@@ -222,12 +218,8 @@ def run_of(
         where = (
             f"{autoencoder_path}: image size of latents of {shape['latent_size']} x {shape['latent_size']}"
         )
-        require(
-            image_size == recipe.data.image_size,
-            where,
-            image_size,
-            f"data.image_size={recipe.data.image_size} of the recipe",
-        )
+        allowed = f"data.image_size={recipe.data.image_size} of the recipe"
+        require(image_size == recipe.data.image_size, where, image_size, allowed)
     one_step = shape["num_references"] == 1
     wide = shape["latent_size"] ** 2 > shape["num_context_tokens"]
     settings = to_dict(recipe or RunConfig())
@@ -316,12 +308,8 @@ def converted_from(folder: Path) -> dict[str, Any]:
 
 def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, scaling_factor: float) -> str:
     """Write a latent-diffusion autoencoder as a diffusers folder."""
-    require(
-        math.isfinite(scaling_factor) and scaling_factor > 0,
-        "scaling_factor",
-        scaling_factor,
-        "a finite number above 0",
-    )
+    allowed = "a finite number above 0"
+    require(math.isfinite(scaling_factor) and scaling_factor > 0, "scaling_factor", scaling_factor, allowed)
     network, dropped = KLAutoencoder.from_ldm(state, scaling_factor)
     dtypes = {value.dtype for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
     dtype = one_type(dtypes)

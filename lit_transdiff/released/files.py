@@ -58,12 +58,8 @@ def released_file(source: Path) -> Path:
     if (source / CHECKPOINT).is_file():
         return source / CHECKPOINT
     numbered = sorted(file.name for file in source.glob("checkpoint-*.pth")) if source.is_dir() else []
-    require(
-        not numbered,
-        "source",
-        str(source),
-        f"the file itself, as the folder has no {CHECKPOINT}: {', '.join(numbered)}",
-    )
+    allowed = f"the file itself, as the folder has no {CHECKPOINT}: {', '.join(numbered)}"
+    require(not numbered, "source", str(source), allowed)
     return source
 
 
@@ -118,12 +114,8 @@ def unwrapped(state: Mapping[Any, Tensor], name: str, path: Path) -> dict[str, T
     while names and all(short.startswith(PARALLEL) for short in names.values()):
         names = {key: short.removeprefix(PARALLEL) for key, short in names.items()}
     first = next((key for key, short in names.items() if key != short), None)
-    require(
-        len(set(names.values())) == len(names),
-        f"{path}: {name}",
-        first,
-        f"names that differ without {COMPILED}",
-    )
+    allowed = f"names that differ without {COMPILED}"
+    require(len(set(names.values())) == len(names), f"{path}: {name}", first, allowed)
     if first is not None:
         log.info("%s: %s: prefixes of wrappers are removed: %s is %s, ...", path, name, first, names[first])
     return {names[str(key)]: value for key, value in state.items()}

@@ -99,12 +99,8 @@ def convert_files(
     autoencoder, model = output / "autoencoder", below(output, name, BASELINES)
     if not autoencoder.exists():
         state = read_torch_file(files.vae)
-        require(
-            is_ldm(state.get("model", state)),
-            "vae",
-            str(files.vae),
-            "an autoencoder of latent diffusion, such as kl16.ckpt",
-        )
+        allowed = "an autoencoder of latent diffusion, such as kl16.ckpt"
+        require(is_ldm(state.get("model", state)), "vae", str(files.vae), allowed)
         say(convert(files.vae, autoencoder))
     check_origin(autoencoder, files.vae)
     if not model.exists():

@@ -136,12 +136,8 @@ class Generator:
             require(tuple(tensor.shape[1:]) == shape, "conditions", tuple(tensor.shape), allowed)
             return tensor
         for label in tensor.flatten().tolist():
-            require(
-                0 <= label < self.run.model.num_classes,
-                "classes",
-                label,
-                f"0 to {self.run.model.num_classes - 1}",
-            )
+            allowed = f"0 to {self.run.model.num_classes - 1}"
+            require(0 <= label < self.run.model.num_classes, "classes", label, allowed)
         return tensor
 
     @torch.no_grad()

@@ -87,20 +87,12 @@ def check_grid(
 ) -> None:
     """Refuse images and labels that cannot be laid out."""
     shape = tuple(images.shape)
-    require(
-        len(shape) == 4 and shape[0] > 0 and shape[1] in (1, 3),
-        "images",
-        shape,
-        "[N, C, H, W] with N above 0 and C 1 or 3",
-    )
+    allowed = "[N, C, H, W] with N above 0 and C 1 or 3"
+    require(len(shape) == 4 and shape[0] > 0 and shape[1] in (1, 3), "images", shape, allowed)
     require(columns >= 1 and scale >= 1, "columns and scale", (columns, scale), "integers of at least 1")
     require(row_labels is None or len(row_labels) == rows, "row_labels", row_labels, f"{rows} labels")
-    require(
-        column_labels is None or len(column_labels) == columns,
-        "column_labels",
-        column_labels,
-        f"{columns} labels",
-    )
+    allowed = f"{columns} labels"
+    require(column_labels is None or len(column_labels) == columns, "column_labels", column_labels, allowed)
 
 
 def captioned(
@@ -112,12 +104,8 @@ def captioned(
     column.
     """
     count = len(pictures)
-    require(
-        count > 0 and count == len(captions),
-        "captions",
-        len(captions),
-        f"one for each of {count} pictures, at least one",
-    )
+    allowed = f"one for each of {count} pictures, at least one"
+    require(count > 0 and count == len(captions), "captions", len(captions), allowed)
     margin, columns = 24, min(columns, count)
     shown = [narrowed(p.convert("RGB"), max_width) for p in pictures]
     texts = [caption_lines(caption, max(320, *(p.width for p in shown))) for caption in captions]

@@ -28,12 +28,8 @@ class PreparatoryStage(Stage, ABC):
         policy, factor, frozen = run.safety.on_bad_step, run.safety.spike_factor, run.training.frozen_dropout
         require(policy == "stop", "safety.on_bad_step", policy, f"'stop' in stage {run.stage}")
         require(factor == 0, "safety.spike_factor", factor, f"0 in stage {run.stage}")
-        require(
-            not frozen,
-            "training.frozen_dropout",
-            frozen,
-            f"false in stage {run.stage}, which freezes nothing",
-        )
+        allowed = f"false in stage {run.stage}, which freezes nothing"
+        require(not frozen, "training.frozen_dropout", frozen, allowed)
 
     @abstractmethod
     def export(self, folder: Path, batches: Iterable[Any]) -> None:

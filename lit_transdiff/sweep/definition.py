@@ -24,19 +24,11 @@ class Hyperband:
 
     def __post_init__(self) -> None:
         one = (self.max_iter is None) != (self.min_iter is None)
-        require(
-            one,
-            "early_terminate",
-            {"max_iter": self.max_iter, "min_iter": self.min_iter},
-            "one of max_iter and min_iter",
-        )
+        allowed = "one of max_iter and min_iter"
+        require(one, "early_terminate", {"max_iter": self.max_iter, "min_iter": self.min_iter}, allowed)
         require(self.eta > 1, "early_terminate.eta", self.eta, "above 1")
-        require(
-            len(self.bands) > 0,
-            "early_terminate",
-            {"max_iter": self.max_iter, "eta": self.eta},
-            "max_iter of at least eta",
-        )
+        allowed = "max_iter of at least eta"
+        require(len(self.bands) > 0, "early_terminate", {"max_iter": self.max_iter, "eta": self.eta}, allowed)
 
     @property
     def bands(self) -> list[int]:

@@ -135,12 +135,8 @@ def check_choices(place: str, spec: Spec) -> None:
     if chances is not None:
         numbers = isinstance(chances, list) and all(map(is_number, chances))
         good = numbers and len(chances) == len(values) and min(chances) >= 0 and sum(chances) > 0
-        require(
-            good,
-            f"{place}.probabilities",
-            chances,
-            f"{len(values)} numbers of at least 0, one for each value",
-        )
+        allowed = f"{len(values)} numbers of at least 0, one for each value"
+        require(good, f"{place}.probabilities", chances, allowed)
 
 
 def check_numbers(place: str, name: str, spec: Spec) -> None:

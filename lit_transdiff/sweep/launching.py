@@ -154,12 +154,8 @@ def launcher_of(config: LauncherConfig, sweep: str, folder: Path, devices_per_ru
     if config.kind == "slurm":
         from lit_transdiff.sweep.slurm import SlurmLauncher
 
-        require(
-            devices_per_run == 1,
-            "--devices-per-run",
-            devices_per_run,
-            "1 with --launcher slurm; --tasks-per-node gives the GPUs of a node",
-        )
+        allowed = "1 with --launcher slurm; --tasks-per-node gives the GPUs of a node"
+        require(devices_per_run == 1, "--devices-per-run", devices_per_run, allowed)
         return SlurmLauncher(config, sweep, folder)
     from lit_transdiff.sweep.local import LocalLauncher, slots_of
 

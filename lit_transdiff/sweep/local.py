@@ -26,21 +26,13 @@ def slots_of(agents: int | None, devices_per_run: int) -> list[Slot]:
     gpus = torch.cuda.device_count()
     if gpus == 0:
         return [()] * (agents or 1)
-    require(
-        devices_per_run <= gpus,
-        "--devices-per-run",
-        devices_per_run,
-        f"at most the {gpus} GPUs of this machine",
-    )
+    allowed = f"at most the {gpus} GPUs of this machine"
+    require(devices_per_run <= gpus, "--devices-per-run", devices_per_run, allowed)
     slots = [
         tuple(range(i, i + devices_per_run)) for i in range(0, gpus - devices_per_run + 1, devices_per_run)
     ]
-    require(
-        agents is None or agents <= len(slots),
-        "--agents",
-        agents,
-        f"at most {len(slots)} of {devices_per_run} GPUs each",
-    )
+    allowed = f"at most {len(slots)} of {devices_per_run} GPUs each"
+    require(agents is None or agents <= len(slots), "--agents", agents, allowed)
     return slots[:agents]
 
 
