@@ -17,9 +17,8 @@ from torch import Tensor
 
 GB = 1e9
 MEASURE_SECONDS = 0.5
-FAST_BFLOAT16 = (
-    2.5  # times the rate of float32: with instructions for tiles of matrices, not only for vectors
-)
+# times the rate of float32: with instructions for tiles of matrices, not only for vectors
+FAST_BFLOAT16 = 2.5
 
 
 @dataclass(frozen=True)

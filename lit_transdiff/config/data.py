@@ -42,17 +42,12 @@ class DataConfig:
     crop: Literal["none", "center", "random", "random-square"] = "center"
     # center and random: ADM's crops; random-square: TransDiff's crop of training images; none: images are
     # already squares of image_size
-    exif: Literal["turn", "ignore"] = (
-        "turn"  # turn: rotate images by their EXIF orientation; ignore: as in ADM
-    )
+    exif: Literal["turn", "ignore"] = "turn"  # turn: rotate by the EXIF orientation; ignore: as in ADM
     background: str = "white"  # colour behind transparent pixels: white, black, grey, or "#rrggbb"
     horizontal_flip: bool = True  # flip half of the images at random (from a cache: one made with --flips)
-    groups: Optional[str] = (
-        None  # the groups of an MRAR run: JSON lines, each a list of sample keys or {"cate", "files"}
-    )
-    shuffle_block: int = (
-        64  # number of shards whose samples are shuffled together, which bounds the number of open files
-    )
+    groups: Optional[str] = None
+    # the groups of an MRAR run: JSON lines, each a list of sample keys or {"cate", "files"}
+    shuffle_block: int = 64  # shards whose samples are shuffled together; it bounds the number of open files
     on_bad_sample: Literal["refuse", "skip"] = "refuse"
     # refuse: an unreadable or damaged sample stops the run; skip: the next one of its class replaces it, with
     # a warning
@@ -87,9 +82,8 @@ class AutoencoderConfig:
     """The autoencoder between pixels and normalised latents. Its folder contains the normalisation."""
 
     kind: str = "kl"  # a name in models.autoencoder.AUTOENCODERS
-    path: Optional[str] = (
-        None  # folder of its weights; for kl in diffusers' layout (config.json + safetensors)
-    )
+    path: Optional[str] = None
+    # folder of its weights; for kl in diffusers' layout (config.json + safetensors)
 
     def __post_init__(self) -> None:
         expand(self, "autoencoder.path")
@@ -104,12 +98,9 @@ class AutoencoderTraining:
     layers_per_block: int = 1  # residual blocks per level
     norm_groups: int = 8  # number of groups of group normalisation
     latent_channels: int = 8  # number of channels of the latents
-    kl_weight: float = (
-        1e-4  # weight of the posterior's KL divergence from N(0, 1), besides the reconstruction
-    )
-    num_statistics_images: int = (
-        10_000  # number of images for the per-channel mean and std of the latents, measured at the end
-    )
+    kl_weight: float = 1e-4  # weight of the posterior's KL divergence from N(0, 1) beside the reconstruction
+    num_statistics_images: int = 10_000
+    # images on which the mean and std of the latents are measured, at the end
 
     def __post_init__(self) -> None:
         channels = self.block_channels

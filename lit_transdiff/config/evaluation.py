@@ -19,9 +19,8 @@ class EvaluationConfig:
     num_images: int = 50_000  # number of generated images per evaluation
     batch_size: int = 64  # images generated together per device; the images do not depend on it
     seed: int = 0  # seed of the generated images
-    label_mode: Literal["balanced", "random"] = (
-        "balanced"  # balanced: every class equally often; random: random by the seed
-    )
+    label_mode: Literal["balanced", "random"] = "balanced"
+    # balanced: every class equally often; random: random by the seed
     extractor: str = "inception"  # a name in evaluation.features.EXTRACTORS
     extractor_weights: Optional[str] = None  # file of its weights
     extractors: list[str] = field(
@@ -29,12 +28,10 @@ class EvaluationConfig:
     )  # further extractors of the same images; their scores are named EXTRACTOR/METRIC
     weights: dict[str, str] = field(default_factory=dict)  # weights files of the further extractors, by name
     reference: Optional[str] = None  # statistics file (.npz) of the real images, for the extractor
-    reference_images: Optional[str] = (
-        None  # real images (shards or .npz): the reference of extractors without a statistics file
-    )
-    real_images: Optional[str] = (
-        None  # other real images (shards or .npz): their scores are those to reach, and 1 in ratios
-    )
+    reference_images: Optional[str] = None
+    # real images (shards or .npz): the reference of extractors without a statistics file
+    real_images: Optional[str] = None
+    # other real images (shards or .npz): their scores are those to reach, and 1 in ratios
     training_images: Optional[str] = None  # images of training (shards or .npz), to find copies of them
     metrics: list[str] = field(
         default_factory=lambda: [
@@ -42,9 +39,8 @@ class EvaluationConfig:
             *("kernel_distance", "precision", "recall"),
         ]
     )  # names in evaluation.metrics.METRICS
-    keep: Literal["last", "all"] = (
-        "last"  # which images of an MRAR row are scored: the final one, or all R of them
-    )
+    keep: Literal["last", "all"] = "last"
+    # the images of an MRAR row that are scored: the final one, or all R of them
     num_neighbours: int = 3  # k of precision and recall
     every: int = 0  # steps between evaluations of the averaged weights during training; 0: none
     online_images: int = 2000  # number of images per evaluation during training

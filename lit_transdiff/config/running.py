@@ -17,12 +17,9 @@ class TrackingConfig:
     group: Optional[str] = None  # group of runs in W&B; that of a trial is its sweep
     tags: list[str] = field(default_factory=list)  # tags of the run in W&B
     upload_models: bool = True  # upload weights as artifacts; false: artifacts only refer to the files
-    registry: Optional[str] = (
-        None  # REGISTRY/COLLECTION in W&B that the best model is linked to, as model/fashion
-    )
-    every_node: bool = (
-        True  # with several nodes: system metrics of each (W&B's shared mode); false: of the first
-    )
+    registry: Optional[str] = None  # REGISTRY/COLLECTION in W&B that gets the best model, as in model/fashion
+    every_node: bool = True
+    # with several nodes: system metrics of each (W&B's shared mode); false: of the first
 
     def __post_init__(self) -> None:
         parts = [] if self.registry is None else self.registry.split("/")
@@ -40,7 +37,7 @@ class DistributedConfig:
     """Devices and strategy of distributed training."""
 
     strategy: str = (
-        "auto"  # a name in distributed.strategies.STRATEGIES, or auto: single on one device, ddp on several
+        "auto"  # a name in distributed.strategies.STRATEGIES; auto: single on one device, else ddp
     )
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu if there is one
     devices: Optional[int] = None  # devices per node; null: as many as torchrun or srun started, else one
@@ -78,15 +75,13 @@ class CheckpointConfig:
     """Retention and writing of checkpoints. Their interval is ``training.checkpoint_every``."""
 
     keep_last: int = 1  # number of latest checkpoints to keep
-    keep_every_images: int = (
-        0  # also keep the first checkpoint after each multiple of this number of images; 0: none
-    )
+    keep_every_images: int = 0
+    # also keep the first checkpoint after each multiple of this number of images; 0: none
     keep_best: Optional[str] = None  # also keep the best checkpoint by this metric, such as val/loss
     best_is: Literal["lowest", "highest"] = "lowest"  # which value of the metric keep_best is best
     asynchronous: bool = True  # write files in the background, from a copy in CPU memory
-    on_error: Literal["stop", "continue"] = (
-        "stop"  # reaction to a checkpoint that cannot be written (full disk); earlier ones remain
-    )
+    on_error: Literal["stop", "continue"] = "stop"
+    # reaction to a checkpoint that cannot be written (full disk); earlier ones remain
     mirror: Optional[str] = None
     # URL (``s3://``, ``gs://``, ...) or folder; mirror/name is a copy of the run folder, from which the run
     # continues where its folder is lost (docs/remote.md)
@@ -106,16 +101,13 @@ class SafetyConfig:
     """Reactions to bad steps and stalls."""
 
     on_bad_step: Literal["stop", "skip", "roll_back"] = "stop"  # reaction to a non-finite or spiking loss
-    spike_factor: float = (
-        0.0  # a loss above this multiple of the median of the last 50 steps is a spike; 0: off
-    )
+    spike_factor: float = 0.0
+    # a loss above this multiple of the median of the last 50 steps is a spike; 0: off
     max_bad_steps: int = 10  # number of bad steps after which training stops in any case
-    stall_seconds: float = (
-        600.0  # seconds without a step (stuck worker, lost rank) after which the process ends; 0: never
-    )
-    slow_rank: float = (
-        1.5  # a rank whose own work takes this multiple of the ranks' median is named; 0: never
-    )
+    stall_seconds: float = 600.0
+    # seconds without a step (stuck worker, lost rank) after which the process ends; 0: never
+    slow_rank: float = 1.5
+    # a rank whose own work takes this multiple of the ranks' median is named; 0: never
 
     def __post_init__(self) -> None:
         require(

@@ -47,17 +47,14 @@ class SamplingConfig:
     noise_scale: float = 1.0  # the paper's scale_1; for discrete diffusion the temperature
     guidance_scale: float = 1.0  # v = u + scale (c - u) of classifier-free guidance; 1: none
     guidance: str = "constant"  # a name in flow.guidance.GUIDANCE: dependence of the scale on t
-    part_guidance: str = (
-        "constant"  # a name in flow.guidance.PART_GUIDANCE: dependence of the scale on the preceding parts
-    )
+    part_guidance: str = "constant"  # a name in flow.guidance.PART_GUIDANCE: how the scale grows over parts
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     # interval of t (1 = noise) with guidance
     reference_guidance: Optional[list[float]] = None  # guidance_scale of each reference instead
     reference_steps: Optional[list[int]] = None  # num_steps of each reference instead
     reuse_noise: bool = True  # MRAR: the same initial noise for all references of a row, as in the paper
-    num_parts: Optional[int] = (
-        None  # number of parts of an image, for families with a free number; null: the family's default
-    )
+    num_parts: Optional[int] = None
+    # parts of an image in families that let you choose; null: the family's default
     precision: Precision = "fp32"
     # of the model in sampling; the solver's state is float32. auto: bf16 on GPUs that have it, and on CPUs
     # where its products are measured to be 2.5 times as fast, else fp32

@@ -23,9 +23,8 @@ class FlowConfig:
     density_mean: float = 0.0  # mean of the normal distribution under the logit; only for logit_normal
     density_std: float = 1.0  # standard deviation of the same distribution
     shift: float = 1.0  # t -> shift t / (1 + (shift - 1) t); above 1 moves mass towards noise
-    discretize: Optional[int] = (
-        None  # n: t -> floor(t n) / n, as in the reference with n = 1000; null: continuous times
-    )
+    discretize: Optional[int] = None
+    # n: t -> floor(t n) / n, as in the reference with n = 1000; null: continuous times
     num_noise_draws: int = 4  # number of noise and time samples per image and step, which share its context
     label_drop_prob: float = 0.1  # probability of replacing the label by the null class, for guidance
 
@@ -49,9 +48,7 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     # decay rates of the first and second moments of AdamW
     eps: float = 1e-8  # added to the root of AdamW's second moment
-    weight_decay: float = (
-        0.02  # weight decay of the encoder's matrices; biases, norms and the decoder have none
-    )
+    weight_decay: float = 0.02  # weight decay of the encoder's matrices; biases, norms and decoder have none
     warmup_steps: int = 0  # number of steps of the linear warm-up
     warmup_offset: float = 1.0
     # the factor of step s is (s + offset) / warmup_steps; in the reference the offset is 1 - 1 / accumulated
@@ -113,26 +110,20 @@ class TrainingConfig:
     """Length, batch and intervals of a run, in optimizer steps and images seen, never epochs."""
 
     max_steps: int = 1000  # number of optimizer steps of the run
-    global_batch_size: int = (
-        256  # rows (groups of num_references images) per step, over all devices and accumulated passes
-    )
-    micro_batch_size: Optional[int] = (
-        None  # rows per device and pass; null: global_batch_size / devices, without accumulation
-    )
+    global_batch_size: int = 256
+    # rows (groups of num_references images) per step, over all devices and accumulated passes
+    micro_batch_size: Optional[int] = None
+    # rows per device and pass; null: global_batch_size / devices, without accumulation
     precision: Literal["auto", "fp32", "bf16-mixed", "fp16-mixed", "bf16-true"] = "auto"
     # auto: bf16-mixed on GPUs that support it, else fp32. Weights and their averages are float32 in all modes
     # but bf16-true, where weights and optimizer are bfloat16 as in the reference's fine-tuning: small updates
     # are then lost to rounding.
-    frozen_dropout: bool = (
-        False  # in stage diffusion_head: dropout in the frozen encoder, as in the reference
-    )
+    frozen_dropout: bool = False  # stage diffusion_head: dropout in the frozen encoder, as in the reference
     log_every: int = 10  # steps between logged values
     validate_every: int = 0  # steps; 0: only at the end
     checkpoint_every: int = 500  # steps between checkpoints
     sample_every: int = 0  # steps between sample grids; 0: only at the end
-    num_validation_samples: int = (
-        512  # number of images of data.evaluation, the same every time; 0: no validation
-    )
+    num_validation_samples: int = 512  # images of data.evaluation, the same every time; 0: no validation
     callbacks: list[str] = field(default_factory=list)  # names in training.callbacks.CALLBACKS
     profile_steps: list[int] = field(default_factory=list)
     # first and last step of which a profile is written to the run folder (profile/), as in [100, 110]; []:

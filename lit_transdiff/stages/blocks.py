@@ -14,9 +14,8 @@ def arrange_blocks(model: Paradigm, run: RunConfig) -> None:
     """Let the blocks of a model run as the settings of training say."""
     training, stacks = run.training, model.block_lists()
     blocks = [block for stack in stacks.values() for block in stack]
-    kernels = training.kernels is True or (
-        training.kernels == "auto" and run.distributed.strategy != "zero3"  # which gathers layer by layer
-    )
+    strategy = run.distributed.strategy  # zero3 gathers layer by layer, which the kernels do not know
+    kernels = training.kernels is True or (training.kernels == "auto" and strategy != "zero3")
     if training.compile is True:
         compile_blocks(blocks)
     elif training.compile == "auto":

@@ -21,9 +21,8 @@ from lit_transdiff.models.classifier import Judge
 from lit_transdiff.stages.classifier import ClassifierStage
 
 SHARE = 0.3  # of the images that each kind of distortion changes
-DISTORTION_WEIGHT = (
-    4.0  # of the squared errors of the strengths, summed over kinds, against the cross-entropy
-)
+# of the squared errors of the strengths, summed over kinds, against the cross-entropy
+DISTORTION_WEIGHT = 4.0
 
 
 def noise(images: Tensor, strength: Tensor) -> Tensor:

@@ -20,9 +20,8 @@ class LauncherConfig:
     """Where trials run. All settings but ``kind`` and ``parallel`` are for SLURM."""
 
     kind: Literal["local", "slurm"] = "local"  # processes of this machine, or a job of SLURM per trial
-    parallel: Optional[int] = (
-        None  # trials at once; null: as many as the GPUs allow, one on CPUs; 8 jobs of SLURM
-    )
+    parallel: Optional[int] = None
+    # trials at once; null: as many as the GPUs allow, one on CPUs; 8 jobs of SLURM
     nodes: int = 1  # nodes of a trial
     tasks_per_node: int = 1  # processes of a trial on each node: one per GPU
     gpus_per_node: Optional[int] = None  # null: tasks_per_node; 0: none
