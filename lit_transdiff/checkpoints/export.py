@@ -298,6 +298,5 @@ def check_export_folder(folder: Path, run_folder: Path) -> None:
     allowed = "another name; this one is a trained model that its run keeps there"
     require(not theirs, "--output", str(folder), allowed)
     checkpoints = (run_folder / "checkpoints").resolve()
-    require(
-        not place.is_relative_to(checkpoints), "--output", str(folder), f"a folder outside of {checkpoints}"
-    )
+    allowed = f"a folder outside of {checkpoints}"
+    require(not place.is_relative_to(checkpoints), "--output", str(folder), allowed)

@@ -214,9 +214,8 @@ def sample_command(args: argparse.Namespace) -> None:
     generator = generator.at(sampling.precision)
     common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
     classes = choose_classes(args.classes, full_names(generator.class_names, generator.run.model.num_classes))
-    require(
-        not args.fuse or len(classes) == 2, "--classes", args.classes, "with --fuse two classes, as in 0,7"
-    )
+    allowed = "with --fuse two classes, as in 0,7"
+    require(not args.fuse or len(classes) == 2, "--classes", args.classes, allowed)
     output = fresh_folder(Path(args.output or results_folder(args.checkpoint) / "samples" / "drawn"))
     per_class = (1 if args.film else 8) if args.per_class is None else args.per_class
     if args.film:

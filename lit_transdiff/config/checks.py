@@ -58,9 +58,8 @@ def expanded(path: str, what: str) -> str:
     unset = re.search(r"\$(\w+|\{\w+\})", result)
     require(unset is None, what, path, f"variables that are set; {unset[0] if unset else ''} is not")
     lost = result.startswith("~") and not os.path.lexists(result)
-    require(
-        not lost, what, path, "the folder of a user that exists; where a name begins with ~, write ./~..."
-    )
+    allowed = "the folder of a user that exists; where a name begins with ~, write ./~..."
+    require(not lost, what, path, allowed)
     return result
 
 

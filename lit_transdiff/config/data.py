@@ -56,9 +56,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         expand(self, "data.train", "data.evaluation", "data.index", "data.groups", "data.cache_dir")
         require(self.image_size >= 1, "data.image_size", self.image_size, "an integer of at least 1")
-        require(
-            self.image_channels in (1, 3), "data.image_channels", self.image_channels, "1 (grey) or 3 (RGB)"
-        )
+        allowed = "1 (grey) or 3 (RGB)"
+        require(self.image_channels in (1, 3), "data.image_channels", self.image_channels, allowed)
         require(is_colour(self.background), "data.background", self.background, BACKGROUNDS)
         require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "an integer of at least 1")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
@@ -108,12 +107,9 @@ class AutoencoderTraining:
             allowed = "an integer of at least 1"
             require(getattr(self, name) >= 1, f"autoencoder_training.{name}", getattr(self, name), allowed)
         require(len(channels) > 0, "autoencoder_training.block_channels", channels, "at least one level")
-        require(
-            all(c >= 1 and c % self.norm_groups == 0 for c in channels),
-            "autoencoder_training.block_channels",
-            channels,
-            f"multiples of norm_groups={self.norm_groups}",
-        )
+        allowed = f"multiples of norm_groups={self.norm_groups}"
+        fits = all(c >= 1 and c % self.norm_groups == 0 for c in channels)
+        require(fits, "autoencoder_training.block_channels", channels, allowed)
         most, given = 10_000_000, self.num_statistics_images
         require(given <= most, "autoencoder_training.num_statistics_images", given, f"at most {most:,}")
         require(self.kl_weight >= 0, "autoencoder_training.kl_weight", self.kl_weight, "0 or more")

@@ -64,9 +64,8 @@ def check_effects(run: RunConfig) -> None:
     for effect in EFFECTS:
         section, name = effect.field.split(".")
         value, default = getattr(getattr(run, section), name), default_of(getattr(run, section), name)
-        require(
-            value == default or effect.is_read(run), effect.field, value, f"{default!r}, as {effect.why_not}"
-        )
+        allowed = f"{default!r}, as {effect.why_not}"
+        require(value == default or effect.is_read(run), effect.field, value, allowed)
 
 
 def default_of(section: Any, name: str) -> Any:

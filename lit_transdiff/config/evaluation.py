@@ -56,9 +56,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         expand(self, *(f"evaluation.{name}" for name in OWN_PATHS))
         for name in ("num_images", "online_images"):
-            require(
-                2 <= getattr(self, name) <= MOST, f"evaluation.{name}", getattr(self, name), f"2 to {MOST:,}"
-            )
+            allowed = f"2 to {MOST:,}"
+            require(2 <= getattr(self, name) <= MOST, f"evaluation.{name}", getattr(self, name), allowed)
         require(1 <= self.batch_size <= 2**16, "evaluation.batch_size", self.batch_size, "1 to 65,536")
         require(0 <= self.seed < 2**32, "evaluation.seed", self.seed, "0 to 2^32 - 1")
         for name in self.weights:

@@ -58,30 +58,21 @@ class RunConfig:
         require(not is_remote(self.output_dir), "output_dir", self.output_dir, local)
         require(is_folder_name(self.name), "name", self.name, FOLDER_NAME)
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
-        require(
-            self.optimizer.warmup_steps <= self.training.max_steps,
-            "optimizer.warmup_steps",
-            self.optimizer.warmup_steps,
-            f"at most training.max_steps={self.training.max_steps}",
-        )
+        allowed = f"at most training.max_steps={self.training.max_steps}"
+        fits = self.optimizer.warmup_steps <= self.training.max_steps
+        require(fits, "optimizer.warmup_steps", self.optimizer.warmup_steps, allowed)
         rhythm, validated = self.training.checkpoint_every, self.training.validate_every
-        require(
-            self.checkpoint.keep_best is None or (validated > 0 and validated % rhythm == 0),
-            "training.validate_every",
-            validated,
-            f"a multiple of training.checkpoint_every={rhythm} when checkpoint.keep_best is given",
-        )
+        allowed = f"a multiple of training.checkpoint_every={rhythm} when checkpoint.keep_best is given"
+        fits = self.checkpoint.keep_best is None or (validated > 0 and validated % rhythm == 0)
+        require(fits, "training.validate_every", validated, allowed)
         for name, default in (("init_positions", "new"), ("init_classes", "same"), ("init_shapes", "same")):
             given, allowed = getattr(self, name), f"{default!r} without init_from, of whose weights it speaks"
             require(given == default or self.init_from is not None, name, given, allowed)
         for name in ("reference_guidance", "reference_steps"):
             values = getattr(self.sampling, name)
-            require(
-                values is None or len(values) == self.model.num_references,
-                f"sampling.{name}",
-                values,
-                f"one for each of the model's {self.model.num_references} references",
-            )
+            allowed = f"one for each of the model's {self.model.num_references} references"
+            fits = values is None or len(values) == self.model.num_references
+            require(fits, f"sampling.{name}", values, allowed)
 
     @property
     def folder(self) -> Path:

@@ -24,12 +24,8 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         parts = [] if self.registry is None else self.registry.split("/")
         allowed = "a registry and a collection, as in model/fashion"
-        require(
-            self.registry is None or (len(parts) == 2 and all(parts)),
-            "tracking.registry",
-            self.registry,
-            allowed,
-        )
+        fits = self.registry is None or (len(parts) == 2 and all(parts))
+        require(fits, "tracking.registry", self.registry, allowed)
 
 
 @dataclass(frozen=True)
@@ -49,18 +45,12 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         expand(self, "distributed.nvme_path")
-        require(
-            (self.offload == "nvme") == (self.nvme_path is not None),
-            "distributed.nvme_path",
-            self.nvme_path,
-            "a folder when distributed.offload is 'nvme', else null",
-        )
-        require(
-            not self.offload_parameters or self.offload != "none",
-            "distributed.offload_parameters",
-            self.offload_parameters,
-            "true only with distributed.offload 'cpu' or 'nvme'",
-        )
+        allowed = "a folder when distributed.offload is 'nvme', else null"
+        fits = (self.offload == "nvme") == (self.nvme_path is not None)
+        require(fits, "distributed.nvme_path", self.nvme_path, allowed)
+        allowed = "true only with distributed.offload 'cpu' or 'nvme'"
+        fits = not self.offload_parameters or self.offload != "none"
+        require(fits, "distributed.offload_parameters", self.offload_parameters, allowed)
         allowed = "above 0, at most a year (525600)"
         require(
             0 < self.timeout_minutes <= 525_600, "distributed.timeout_minutes", self.timeout_minutes, allowed
@@ -110,12 +100,8 @@ class SafetyConfig:
     # a rank whose own work takes this multiple of the ranks' median is named; 0: never
 
     def __post_init__(self) -> None:
-        require(
-            self.spike_factor == 0 or self.spike_factor > 1,
-            "safety.spike_factor",
-            self.spike_factor,
-            "0 (off) or above 1",
-        )
+        fits = self.spike_factor == 0 or self.spike_factor > 1
+        require(fits, "safety.spike_factor", self.spike_factor, "0 (off) or above 1")
         require(self.max_bad_steps >= 1, "safety.max_bad_steps", self.max_bad_steps, "at least 1")
         allowed = "0 (off) or more, at most a year (31536000)"
         require(0 <= self.stall_seconds <= 31_536_000, "safety.stall_seconds", self.stall_seconds, allowed)

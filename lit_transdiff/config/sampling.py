@@ -63,18 +63,13 @@ class SamplingConfig:
         steps = [self.num_steps, *(self.reference_steps or [])]
         allowed = f"integers of 1 to {MOST_STEPS:,}"
         require(all(1 <= n <= MOST_STEPS for n in steps), "sampling.num_steps", steps, allowed)
-        require(
-            self.num_parts is None or self.num_parts >= 1, "sampling.num_parts", self.num_parts, "at least 1"
-        )
+        allowed = "at least 1"
+        require(self.num_parts is None or self.num_parts >= 1, "sampling.num_parts", self.num_parts, allowed)
         require(self.shift > 0, "sampling.shift", self.shift, "above 0")
         scales = [self.guidance_scale, *(self.reference_guidance or [])]
         require(all(s >= 1 for s in scales), "sampling.guidance_scale", scales, "at least 1 (no guidance)")
         low_high = self.guidance_interval
-        require(
-            len(low_high) == 2 and 0 <= low_high[0] <= low_high[1] <= 1,
-            "sampling.guidance_interval",
-            low_high,
-            "[low, high] with 0 <= low <= high <= 1",
-        )
+        fits = len(low_high) == 2 and 0 <= low_high[0] <= low_high[1] <= 1
+        require(fits, "sampling.guidance_interval", low_high, "[low, high] with 0 <= low <= high <= 1")
         for name in ("drift_scale", "noise_scale"):
             require(getattr(self, name) >= 0, f"sampling.{name}", getattr(self, name), "0 or more")

@@ -68,36 +68,23 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "gradient_scale"):
             require(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "above 0")
-        require(
-            self.muon_lr is None or self.muon_lr > 0, "optimizer.muon_lr", self.muon_lr, "null, or above 0"
-        )
+        allowed = "null, or above 0"
+        require(self.muon_lr is None or self.muon_lr > 0, "optimizer.muon_lr", self.muon_lr, allowed)
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"0 to optimizer.lr={self.lr}")
         decays, widths = [self.ema_decay, *self.more_ema_decays], self.power_widths
         require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 <= decay < 1")
-        require(
-            all(0 <= decay < 1 for decay in decays),
-            "optimizer.more_ema_decays",
-            self.more_ema_decays,
-            "0 <= decay < 1",
-        )
+        fits = all(0 <= decay < 1 for decay in decays)
+        require(fits, "optimizer.more_ema_decays", self.more_ema_decays, "0 <= decay < 1")
         require(len(set(decays)) == len(decays), "optimizer.more_ema_decays", decays, "decays that differ")
         allowed = "different widths above 0 and below 0.288 (the mean of all updates)"
-        require(
-            all(0 < width < 12**-0.5 for width in widths) and len(set(widths)) == len(widths),
-            "optimizer.power_widths",
-            widths,
-            allowed,
-        )
+        fits = all(0 < width < 12**-0.5 for width in widths) and len(set(widths)) == len(widths)
+        require(fits, "optimizer.power_widths", widths, allowed)
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         require(0 <= self.warmup_offset <= 1, "optimizer.warmup_offset", self.warmup_offset, "0 to 1")
         require(self.gradient_clip >= 0, "optimizer.gradient_clip", self.gradient_clip, "0 (off) or more")
-        require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "optimizer.betas",
-            self.betas,
-            "two values in [0, 1)",
-        )
+        fits = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        require(fits, "optimizer.betas", self.betas, "two values in [0, 1)")
 
     @property
     def num_averages(self) -> int:
@@ -151,38 +138,25 @@ class TrainingConfig:
             "activation_checkpointing_every",
         )
         for name in positive:
-            require(
-                getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "an integer of at least 1"
-            )
+            allowed = "an integer of at least 1"
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), allowed)
         require(self.max_steps <= 10**9, "training.max_steps", self.max_steps, "at most 1,000,000,000")
         for name in ("validate_every", "sample_every", "num_validation_samples"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
         steps = self.profile_steps
-        require(
-            not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1] < steps[0] + MOST_PROFILED),
-            "training.profile_steps",
-            steps,
-            f"[], or the first and last of 1 to {MOST_PROFILED} steps, as in [100, 110]",
-        )
+        allowed = f"[], or the first and last of 1 to {MOST_PROFILED} steps, as in [100, 110]"
+        fits = not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1] < steps[0] + MOST_PROFILED)
+        require(fits, "training.profile_steps", steps, allowed)
         micro = self.micro_batch_size
-        require(
-            micro is None or (micro >= 1 and self.global_batch_size % micro == 0),
-            "training.micro_batch_size",
-            micro,
-            f"a divisor of training.global_batch_size={self.global_batch_size}",
-        )
-        require(
-            self.cuda_graphs is not True or self.activation_checkpointing == "none",
-            "training.cuda_graphs",
-            self.cuda_graphs,
-            "auto or false when blocks are recomputed (training.activation_checkpointing)",
-        )
-        require(
-            self.activation_checkpointing_every == 1 or self.activation_checkpointing != "none",
-            "training.activation_checkpointing_every",
-            self.activation_checkpointing_every,
-            "1 when training.activation_checkpointing is 'none'",
-        )
+        allowed = f"a divisor of training.global_batch_size={self.global_batch_size}"
+        fits = micro is None or (micro >= 1 and self.global_batch_size % micro == 0)
+        require(fits, "training.micro_batch_size", micro, allowed)
+        allowed = "auto or false when blocks are recomputed (training.activation_checkpointing)"
+        fits = self.cuda_graphs is not True or self.activation_checkpointing == "none"
+        require(fits, "training.cuda_graphs", self.cuda_graphs, allowed)
+        allowed = "1 when training.activation_checkpointing is 'none'"
+        fits = self.activation_checkpointing_every == 1 or self.activation_checkpointing != "none"
+        require(fits, "training.activation_checkpointing_every", self.activation_checkpointing_every, allowed)
 
     @property
     def takes_graphs(self) -> bool:

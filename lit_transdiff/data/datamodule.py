@@ -109,12 +109,9 @@ class DataModule(pl.LightningDataModule):
             require_classes(
                 f"{field}: {index.folder}", index.class_names, self.train_index.class_names, "data.train"
             )
-        require(
-            index.num_classes == self.num_classes,
-            f"{field}: classes in {index.folder}",
-            index.num_classes,
-            f"model.num_classes={self.num_classes}",
-        )
+        allowed = f"model.num_classes={self.num_classes}"
+        fits = index.num_classes == self.num_classes
+        require(fits, f"{field}: classes in {index.folder}", index.num_classes, allowed)
         if index.latents is not None and index.latents.fingerprint != self.autoencoder_fingerprint:
             raise ValueError(
                 f"{field}: the latents in {index.folder} were made with another autoencoder "

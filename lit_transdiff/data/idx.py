@@ -29,9 +29,8 @@ def idx_source(folder: Path, split: Optional[str], class_names: ClassNames) -> I
     images = read_idx(splits[split], IMAGES_MAGIC)  # N H W
     label_path = Path(str(splits[split]).replace("-images-idx3-", "-labels-idx1-"))
     labels = read_idx(label_path, LABELS_MAGIC).astype(np.int64)
-    require(
-        len(labels) == len(images), f"{label_path}: labels", len(labels), f"{len(images)}, as many as images"
-    )
+    allowed = f"{len(images)}, as many as images"
+    require(len(labels) == len(images), f"{label_path}: labels", len(labels), allowed)
     numbers = [str(c) for c in range(int(labels.max()) + 1)]
     names = checked_names(class_names, numbers)
     keys = [f"{i:06d}" for i in range(len(images))]

@@ -219,14 +219,12 @@ def check_columns(index: ShardIndex) -> None:
     for name in (*COLUMN_TYPES, "key"):
         column = getattr(index, name)
         fits = column.shape == (len(index),) and column.dtype.kind in ("S" if name == "key" else "iu")
-        require(
-            fits, name, f"{column.dtype} of shape {column.shape}", f"one of each of the {len(index)} samples"
-        )
+        allowed = f"one of each of the {len(index)} samples"
+        require(fits, name, f"{column.dtype} of shape {column.shape}", allowed)
     if (sums := index.checksum) is not None:
         fits = sums.ndim == 2 and len(sums) == len(index) and sums.dtype.kind == "u"
-        require(
-            fits, "checksum", f"{sums.dtype} of shape {sums.shape}", "whole numbers of shape [samples, parts]"
-        )
+        allowed = "whole numbers of shape [samples, parts]"
+        require(fits, "checksum", f"{sums.dtype} of shape {sums.shape}", allowed)
     ends = np.repeat([shard.bytes for shard in index.shards], [shard.samples for shard in index.shards])
     within = (
         (index.offset >= 0) & (index.size >= 0) & (index.size <= ends) & (index.offset <= ends - index.size)

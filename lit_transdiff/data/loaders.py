@@ -73,9 +73,5 @@ class TrainLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         for name, value in state.items():
-            require(
-                self.identity.get(name) == value,
-                f"resuming with another {name}",
-                self.identity.get(name),
-                f"{value}, as before",
-            )
+            fits = self.identity.get(name) == value
+            require(fits, f"resuming with another {name}", self.identity.get(name), f"{value}, as before")

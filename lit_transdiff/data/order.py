@@ -52,12 +52,9 @@ class BatchLayout:
     world: int = 1
 
     def __post_init__(self) -> None:
-        require(
-            self.micro_batch >= 1 and self.global_batch % (self.world * self.micro_batch) == 0,
-            "training.micro_batch_size",
-            self.micro_batch,
-            f"a divisor of training.global_batch_size={self.global_batch} / {self.world} devices",
-        )
+        allowed = f"a divisor of training.global_batch_size={self.global_batch} / {self.world} devices"
+        fits = self.micro_batch >= 1 and self.global_batch % (self.world * self.micro_batch) == 0
+        require(fits, "training.micro_batch_size", self.micro_batch, allowed)
 
     @property
     def accumulation(self) -> int:

@@ -59,9 +59,8 @@ def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
     allowed = "folder/class/image.jpg, or IDX files"
     require(len(classes) > 0, str(folder), "a folder without class folders", allowed)
     for name in classes:
-        require(
-            readable_name(name) == name, f"{folder}: class folder", readable_name(name), "a name in UTF-8"
-        )
+        allowed = "a name in UTF-8"
+        require(readable_name(name) == name, f"{folder}: class folder", readable_name(name), allowed)
     names = checked_names(class_names, classes)
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         listed = list(threads.map(images_in, [f"{folder}/{name}" for name in classes]))
@@ -193,12 +192,8 @@ def number_labels(rows: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]
     numeric = any(LABEL.fullmatch(label) for _, label in rows)
     allowed = f"{LABELS}, as on other lines" if numeric else f"{LABELS}, or the name of a class"
     for place, (where, label) in enumerate(rows):
-        require(
-            (LABEL if numeric else CLASS_NAME).fullmatch(label) is not None,
-            f"{where}: label",
-            label,
-            allowed + HEADER_HINT * (place == 0),
-        )
+        fits = (LABEL if numeric else CLASS_NAME).fullmatch(label) is not None
+        require(fits, f"{where}: label", label, allowed + HEADER_HINT * (place == 0))
     if numeric:
         labels = [int(label) for _, label in rows]
         return [str(c) for c in range(max(labels) + 1)], labels

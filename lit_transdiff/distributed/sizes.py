@@ -38,9 +38,8 @@ def check_sizes(run: RunConfig, outline: bool = False) -> None:
     allowed = f"at most {most} on this machine"
     require(run.data.num_workers <= most, "data.num_workers", run.data.num_workers, allowed)
     if devices[0] == "cpu":
-        require(
-            devices[1] <= most, "distributed.devices", devices[1], f"at most {most} processes on this machine"
-        )
+        allowed = f"at most {most} processes on this machine"
+        require(devices[1] <= most, "distributed.devices", devices[1], allowed)
     elsewhere = outline and run.distributed.devices is None and num_nodes(run) == 1 and launched() == (1, 0)
     room = room_here(devices[0])
     if elsewhere:

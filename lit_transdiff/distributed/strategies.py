@@ -173,9 +173,8 @@ def strategy_name(run: RunConfig) -> str:
     require(fits, "training.kernels", True, f"'auto' or false with strategy {name}")
     if run.optimizer.name == "muon":
         takers = [taker for taker, other in STRATEGIES.items() if other.takes_muon]
-        require(
-            kind.takes_muon, "distributed.strategy", name, f"{', '.join(takers)} with optimizer.name=muon"
-        )
+        allowed = f"{', '.join(takers)} with optimizer.name=muon"
+        require(kind.takes_muon, "distributed.strategy", name, allowed)
         require(offload == "none", "distributed.offload", offload, "'none' with optimizer.name=muon")
     return name
 

@@ -116,9 +116,8 @@ def open_batch_files(files: BatchFiles, fabric: Fabric | None) -> list[range]:
     seen = wait_until(lambda: file.is_file() and file.read_text() == token, SHARED_LIMIT)
     all_see = all(fabric.broadcast(seen, src=rank) for rank in range(fabric.world_size))
     place = str(files.folder.parent)
-    require(
-        all_see, "output", place, "a folder that the processes of all nodes share; name another with --output"
-    )
+    allowed = "a folder that the processes of all nodes share; name another with --output"
+    require(all_see, "output", place, allowed)
     return missing
 
 

@@ -83,9 +83,8 @@ def reference_of(
         same = (
             reference.about.get("settings", {}).get("source_hash") == made_of(source, run.data)["source_hash"]
         )
-        require(
-            not same, "the images", str(source), f"others than those that {settings.reference} was made of"
-        )
+        allowed = f"others than those that {settings.reference} was made of"
+        require(not same, "the images", str(source), allowed)
     have = there(
         reference,
         logits=extractor.gives_logits,

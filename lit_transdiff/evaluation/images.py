@@ -68,12 +68,9 @@ def image_batches(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
             images = min(batch_size, count - first)
             wanted = images * int(np.prod(size))
             content = file.read(wanted)
-            require(
-                len(content) == wanted,
-                f"{path}: arr_0",
-                f"an end after {first} to {first + images} images",
-                f"{count} images",
-            )
+            allowed = f"{count} images"
+            fits = len(content) == wanted
+            require(fits, f"{path}: arr_0", f"an end after {first} to {first + images} images", allowed)
             pixels = np.frombuffer(content, dtype=np.uint8).reshape(images, *size)
             yield from_bytes(rearrange(torch.from_numpy(pixels.copy()), "b h w c -> b c h w"))
 

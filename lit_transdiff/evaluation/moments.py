@@ -156,12 +156,8 @@ def check_covariance(sigma: np.ndarray, name: str) -> None:
     if sigma.size and not is_positive(sigma, SIGMA_TOLERANCE * float(np.diagonal(sigma).max())):
         values = torch.linalg.eigvalsh(torch.from_numpy(sigma))
         lowest, highest = float(values[0]), float(values[-1])
-        require(
-            lowest >= -SIGMA_TOLERANCE * highest,
-            name,
-            f"eigenvalues from {lowest:.3g} to {highest:.3g}",
-            "none below 0",
-        )
+        fits = lowest >= -SIGMA_TOLERANCE * highest
+        require(fits, name, f"eigenvalues from {lowest:.3g} to {highest:.3g}", "none below 0")
 
 
 def is_positive(sigma: np.ndarray, shift: float) -> bool:

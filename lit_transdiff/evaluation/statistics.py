@@ -193,9 +193,8 @@ def load_statistics(path: str | Path) -> Statistics:
             for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s"))
         )
         complete = both and bool({"mu", "arr_0"} & names)
-        require(
-            complete, "arrays", sorted(names), "at least mu and sigma, or images as arr_0; mu_s with sigma_s"
-        )
+        allowed = "at least mu and sigma, or images as arr_0; mu_s with sigma_s"
+        require(complete, "arrays", sorted(names), allowed)
         return statistics_of(arrays, path, images_shape(path)[0] if "arr_0" in names else 0)
     except Damaged as error:  # its message names the file
         raise ValueError(f"evaluation.reference: {error}") from error
@@ -209,12 +208,8 @@ def statistics_of(arrays: dict[str, np.ndarray], path: Path, images: int) -> Sta
         require(arrays[name].dtype.kind in "fiu", name, str(arrays[name].dtype), "real numbers")
     num_images = arrays.get("num_images")
     if num_images is not None:
-        require(
-            num_images.ndim == 0 and num_images.dtype.kind in "iu",
-            "num_images",
-            num_images.tolist(),
-            "an integer",
-        )
+        fits = num_images.ndim == 0 and num_images.dtype.kind in "iu"
+        require(fits, "num_images", num_images.tolist(), "an integer")
     about = json_of(str(arrays["about"])) if "about" in arrays else {}
     require(isinstance(about, dict), "about", about, "a JSON object")
     wide = {name: arrays[name].astype(np.float64) for name in NAMES[:4] if name in arrays}

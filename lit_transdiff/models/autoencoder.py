@@ -289,9 +289,8 @@ def read_normalisation(config: dict[str, Any], source: str) -> tuple[Tensor, Ten
         values = config.get(name)
         valid = isinstance(values, list) and len(values) == channels and all(map(is_finite, values))
         require(valid, f"{source}: {name}", values, f"{channels} finite numbers, one a latent channel")
-    require(
-        min(config["latents_std"]) > 0, f"{source}: latents_std", config["latents_std"], "numbers above 0"
-    )
+    allowed = "numbers above 0"
+    require(min(config["latents_std"]) > 0, f"{source}: latents_std", config["latents_std"], allowed)
     return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
 
 

@@ -81,9 +81,8 @@ def convert(
     }
     given = {name for name, value in options.items() if value is not None}
     check_source(source)
-    require(
-        not os.path.lexists(dest), "dest", str(dest), "a name that does not exist yet: nothing is overwritten"
-    )
+    allowed = "a name that does not exist yet: nothing is overwritten"
+    require(not os.path.lexists(dest), "dest", str(dest), allowed)
     file = released_file(source)
     if file.is_dir():
         check_options(given, set(), f"{file}, which becomes a file again")
@@ -207,12 +206,8 @@ def run_of(
         if wrong:
             raise ValueError(f"{checkpoint.path} has a different shape than the recipe: {listed}")
     channels = shape["latent_channels"]
-    require(
-        autoencoder.latent_channels == channels,
-        "autoencoder: latent channels",
-        autoencoder.latent_channels,
-        f"{channels}",
-    )
+    fits = autoencoder.latent_channels == channels
+    require(fits, "autoencoder: latent channels", autoencoder.latent_channels, f"{channels}")
     image_size = shape["latent_size"] * autoencoder.downsampling
     if recipe is not None:
         where = (

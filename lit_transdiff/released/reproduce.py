@@ -112,12 +112,8 @@ def check_origin(folder: Path, file: Path) -> None:
     """Raise ``ValueError`` if an existing folder was converted from another file than the one given now."""
     origin = converted_from(folder)
     allowed = "that file; or another --output, or remove the folder"
-    require(
-        origin.get("hash") == short_hash(file),
-        str(folder),
-        f"converted from another {origin.get('file')} than {file}",
-        allowed,
-    )
+    fits = origin.get("hash") == short_hash(file)
+    require(fits, str(folder), f"converted from another {origin.get('file')} than {file}", allowed)
 
 
 def scores_table(name: str, row: dict[str, Any], result: dict[str, Any], overrides: Sequence[str]) -> str:

@@ -42,9 +42,8 @@ def check_family_class(config: ModelSettings) -> None:
     is_family = isinstance(kind, type) and issubclass(kind, Paradigm)
     require(is_family, f"{what}.network", kind, "a subclass of Paradigm")
     lacking = sorted(kind.__abstractmethods__)
-    require(
-        not lacking, f"{kind.__name__}: methods", f"no {', '.join(lacking)}", "all that Paradigm asks for"
-    )
+    allowed = "all that Paradigm asks for"
+    require(not lacking, f"{kind.__name__}: methods", f"no {', '.join(lacking)}", allowed)
     require(hasattr(kind, "stacks"), f"{kind.__name__}.stacks", None, "a Stack for each list of blocks")
     names = [field.name for field in fields(settings)]  # type: ignore[arg-type]
     for name, stack in kind.stacks.items():
@@ -149,9 +148,8 @@ def try_drawing(model: Paradigm) -> None:
     sampling = SamplingConfig(guidance_scale=2.0, num_parts=2 if model.parts_are_free else None)
     with in_one_line(kind, "decode"):
         decoding = model.decode(model.blank(NUM_ROWS), sampling, Zeros(NUM_ROWS), model.keep())
-    require(
-        isinstance(decoding, Generator), f"{kind.__name__}.decode", type(decoding).__name__, "a generator"
-    )
+    allowed = "a generator"
+    require(isinstance(decoding, Generator), f"{kind.__name__}.decode", type(decoding).__name__, allowed)
     solution: Tensor | None = None
     for number in range(MOST_PARTS + 1):
         try:

@@ -85,12 +85,8 @@ class StockHolders(Holders):
         if isinstance(self.strategy, ModelParallelStrategy):
             mesh = self.strategy.device_mesh["data_parallel"]
             allowed = f"{self.world_size}, and tensor_parallel_size=1: each layer is on one device"
-            require(
-                mesh.size() == self.world_size,
-                "ModelParallelStrategy(data_parallel_size)",
-                mesh.size(),
-                allowed,
-            )
+            fits = mesh.size() == self.world_size
+            require(fits, "ModelParallelStrategy(data_parallel_size)", mesh.size(), allowed)
             shard_blocks(model, mesh)
 
 

@@ -144,19 +144,13 @@ def check_numbers(place: str, name: str, spec: Spec) -> None:
     for field in [field for field in spec if field != "distribution"]:
         require(is_number(spec[field]), f"{place}.{field}", spec[field], "a number")
     if "min" in spec:
-        require(
-            spec["min"] <= spec["max"], f"{place}.max", spec["max"], f"at least min, which is {spec['min']}"
-        )
-        require(
-            "log" not in name or "values" not in name or spec["min"] > 0,
-            f"{place}.min",
-            spec["min"],
-            f"above 0 for {name}",
-        )
+        allowed = f"at least min, which is {spec['min']}"
+        require(spec["min"] <= spec["max"], f"{place}.max", spec["max"], allowed)
+        fits = "log" not in name or "values" not in name or spec["min"] > 0
+        require(fits, f"{place}.min", spec["min"], f"above 0 for {name}")
     for field in BOTH if name == "int_uniform" else ():
-        require(
-            isinstance(spec[field], int), f"{place}.{field}", spec[field], "a whole number for int_uniform"
-        )
+        allowed = "a whole number for int_uniform"
+        require(isinstance(spec[field], int), f"{place}.{field}", spec[field], allowed)
     for field in ("q", *SHAPE):
         require(spec.get(field, 1) > 0, f"{place}.{field}", spec.get(field), "above 0")
     require(spec.get("sigma", 1) >= 0, f"{place}.sigma", spec.get("sigma"), "at least 0")

@@ -44,12 +44,8 @@ def leaves(parameters: dict[str, Any], prefix: Path_ = ()) -> Iterator[tuple[Pat
     """The parameters below nested ``parameters:`` entries, with their nested keys."""
     for key, spec in parameters.items():
         if isinstance(spec, dict) and "parameters" in spec:
-            require(
-                isinstance(spec["parameters"], dict),
-                f"parameters.{key}.parameters",
-                spec["parameters"],
-                "parameters by name",
-            )
+            fits = isinstance(spec["parameters"], dict)
+            require(fits, f"parameters.{key}.parameters", spec["parameters"], "parameters by name")
             yield from leaves(spec["parameters"], (*prefix, str(key)))
         else:
             yield (*prefix, str(key)), spec
@@ -86,9 +82,8 @@ def sweep_from(settings: Any, name: str) -> Sweep:
     controller = settings.get("controller", {"type": "local"})
     require(controller == {"type": "local"}, "controller", controller, "type: local")
     cap, command = settings.get("run_cap"), settings.get("command")
-    require(
-        cap is None or (isinstance(cap, int) and cap >= 1), "run_cap", cap, "a whole number of at least 1"
-    )
+    allowed = "a whole number of at least 1"
+    require(cap is None or (isinstance(cap, int) and cap >= 1), "run_cap", cap, allowed)
     require(command is None or isinstance(command, list), "command", command, "a list of words")
     given = settings.get("name") or name
     require(not isinstance(given, list | dict) and is_folder_name(str(given)), "name", given, FOLDER_NAME)
@@ -152,7 +147,6 @@ def metric_from(metric: Any) -> dict[str, Any]:
     impute, running = metric.get("impute", "worst"), metric.get("impute_while_running", "false")
     running = "false" if running is False else running  # YAML reads the word false as a boolean
     require(impute in IMPUTES, "metric.impute", impute, ", ".join(IMPUTES))
-    require(
-        running in (*IMPUTES, "false"), "metric.impute_while_running", running, ", ".join((*IMPUTES, "false"))
-    )
+    allowed = ", ".join((*IMPUTES, "false"))
+    require(running in (*IMPUTES, "false"), "metric.impute_while_running", running, allowed)
     return {**metric, "impute_while_running": running}

@@ -45,12 +45,8 @@ class LauncherConfig:
             require(value is None or value >= 0, f"launcher.{name}", value, "0 or more")
         for name in ("memory", "partition", "account"):
             value = getattr(self, name)
-            require(
-                value is None or re.fullmatch(r"[\w.,-]+", value) is not None,
-                f"launcher.{name}",
-                value,
-                "a word",
-            )
+            fits = value is None or re.fullmatch(r"[\w.,-]+", value) is not None
+            require(fits, f"launcher.{name}", value, "a word")
         forms = "minutes, hours:minutes:seconds or days-hours, as in 90, 24:00:00 or 2-00"
         require(self.time is None or TIME.fullmatch(self.time) is not None, "launcher.time", self.time, forms)
         require(0.1 <= self.poll_seconds <= 3600, "launcher.poll_seconds", self.poll_seconds, "0.1 to 3600")

@@ -132,9 +132,8 @@ class SlurmLauncher:
 
     def __init__(self, config: LauncherConfig, sweep: str, folder: Path) -> None:
         for tool in ("sbatch", "squeue", "scancel"):
-            require(
-                shutil.which(tool) is not None, "launcher", "slurm", f"local, as no {tool} is on the PATH"
-            )
+            allowed = f"local, as no {tool} is on the PATH"
+            require(shutil.which(tool) is not None, "launcher", "slurm", allowed)
         self.config = config
         self.sweep = re.sub(r"[^\w.-]", "_", sweep)
         self.folder = folder

@@ -137,9 +137,8 @@ def study_from(given: Any, name: str) -> Sweep:
     inputs = given.get("inputs") or []
     texts = isinstance(inputs, list) and all(isinstance(each, str) for each in inputs)
     require(texts, "inputs", inputs, "a list of files")
-    require(
-        baseline in arms, "baseline", baseline, f"the arm that others are compared with: {', '.join(arms)}"
-    )
+    allowed = f"the arm that others are compared with: {', '.join(arms)}"
+    require(baseline in arms, "baseline", baseline, allowed)
     for arm, settings in arms.items():
         both = sorted(set(settings) & set(seeds[0]))
         require(not both, f"arms.{arm}", both, "settings that are not those of seeds")

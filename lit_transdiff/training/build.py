@@ -72,12 +72,8 @@ def check_run(
     if own_stage is None:
         (STAGES | PREPARATORY)[run.stage].check(run)
     elif isinstance(own_stage, Stage):
-        require(
-            pinned_run(own_stage.run)[0] == pinned_run(run)[0],
-            "stage: its run",
-            own_stage.run.name,
-            "the run that is trained, with all its settings",
-        )
+        fits = pinned_run(own_stage.run)[0] == pinned_run(run)[0]
+        require(fits, "stage: its run", own_stage.run.name, "the run that is trained, with all its settings")
     check_effects(replace(run, data=replace(run.data, evaluation="own")) if own_data else run)
     for name in run.training.callbacks:
         if name not in CALLBACKS:
@@ -171,9 +167,8 @@ def initialise_from(
         return ""
     export = read_export(run.init_from)
     mine, its = run.model.paradigm, export.run.model.paradigm
-    require(
-        mine == its, "init_from", str(export.folder), f"a run of model.paradigm {mine}; this one is of {its}"
-    )
+    allowed = f"a run of model.paradigm {mine}; this one is of {its}"
+    require(mine == its, "init_from", str(export.folder), allowed)
     old = full_names(export.info["class_names"], export.run.model.num_classes)
     how = run.init_classes if class_names is not None or run.init_classes == "same" else "new"
     try:
