@@ -235,10 +235,8 @@ class Averages(ABC):
         """[2]: squared distance of weights and averages, and squared norm of the weights, of this rank."""
         sums = torch.zeros(2, device=self.stage.device)
         for holder in self.holders():
-            average, weights = (
-                self.optimizer.state.get(holder.tensor, {}).get(EMA),
-                flat(holder.tensor).float(),
-            )
+            average = self.optimizer.state.get(holder.tensor, {}).get(EMA)
+            weights = flat(holder.tensor).float()
             if holder.owned and average is not None:
                 sums += torch.stack([(weights - flat(average)).square().sum(), weights.square().sum()]).to(
                     sums

@@ -145,10 +145,8 @@ def run_pipeline(
 ) -> None:
     """Do all steps that are not complete yet."""
     for run in runs:
-        wanted, allowed = (
-            world_size(run),
-            f"the {fabric.world_size} that this command runs in (torchrun starts several)",
-        )
+        wanted = world_size(run)
+        allowed = f"the {fabric.world_size} that this command runs in (torchrun starts several)"
         require(wanted == fabric.world_size, f"{run.name}: distributed: processes", wanted, allowed)
     check_images(pipeline, runs)
     start = time.monotonic()

@@ -272,10 +272,8 @@ def settings_as_text(word: str | None = None) -> str:
 
     Raises ``ValueError`` for an unknown name.
     """
-    everything, families = (
-        [setting for settings in all_settings().values() for setting in settings],
-        family_settings(),
-    )
+    everything = [setting for settings in all_settings().values() for setting in settings]
+    families = family_settings()
     here = {setting.name for setting in everything}
     others = {s.name: s for settings in families.values() for s in settings if s.name not in here}
     everywhere = [*everything, *others.values()]

@@ -55,10 +55,8 @@ class DataModule(pl.LightningDataModule):
         self.data, self.num_references, self.num_classes = data, num_references, num_classes
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.max_steps, self.seed = max_steps, seed
-        self.evaluation_batch_size, self.num_validation_samples = (
-            evaluation_batch_size,
-            num_validation_samples,
-        )
+        self.evaluation_batch_size = evaluation_batch_size
+        self.num_validation_samples = num_validation_samples
         self.autoencoder_fingerprint, self.uses_labels = autoencoder_fingerprint, uses_labels
         self.train_index: Optional[ShardIndex] = None
         self.evaluation_index: Optional[ShardIndex] = None

@@ -129,13 +129,11 @@ class TrainPlan:
     ) -> None:
         if groups is None:
             check_class_sizes(index, num_references)
-        self.index, self.seed, self.num_references, self.block, self.groups = (
-            index,
-            seed,
-            num_references,
-            block,
-            groups,
-        )
+        self.index = index
+        self.seed = seed
+        self.num_references = num_references
+        self.block = block
+        self.groups = groups
         self.num_items = num_groups(index.class_counts, num_references) if groups is None else len(groups)
         repeated = 0 if groups is not None else self.num_items * num_references - len(index)
         if repeated:

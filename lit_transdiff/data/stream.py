@@ -74,13 +74,11 @@ class StreamDataset(IterableDataset):
         readers = layout.world * max(1, data.num_workers)
         allowed = f"at most {len(names)} shards / {layout.world} ranks"
         require(readers <= len(names), "data.num_workers", data.num_workers, allowed)
-        self.index, self.seed, self.layout, self.total, self.num_references = (
-            index,
-            seed,
-            layout,
-            total,
-            num_references,
-        )
+        self.index = index
+        self.seed = seed
+        self.layout = layout
+        self.total = total
+        self.num_references = num_references
         self.skip = data.on_bad_sample == "skip"
         self.decode = SampleDecoder(index, data, seed, training=True)
         self.first_micro_step = 0
@@ -139,10 +137,8 @@ class StreamDataset(IterableDataset):
             while done < rows:
                 shards, counts = self.share(epoch, reader, readers)
                 done += num_groups(counts, self.num_references)
-                taken, total = (
-                    taken + int(counts.sum()),
-                    total + sum(self.index.shards[shard].samples for shard in shards),
-                )
+                taken += int(counts.sum())
+                total += sum(self.index.shards[shard].samples for shard in shards)
                 epoch += 1
         if taken < total:
             log.warning(

@@ -99,10 +99,8 @@ def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dic
     size without ``num_heads``, and for a ``num_heads`` that differs from that of a known size.
     """
     check_telling(state)
-    width, channels = (
-        state["fake_latent"].shape[1],
-        state["diffdecoder.net.final_layer.linear.weight"].shape[0],
-    )
+    width = state["fake_latent"].shape[1]
+    channels = state["diffdecoder.net.final_layer.linear.weight"].shape[0]
     context, masks = state["diffusion_pos_embed_learned"].shape[1], state["mask_token"].shape[1]
     if context % masks:
         raise ValueError(

@@ -50,11 +50,9 @@ class AutoencoderStage(PreparatoryStage):
         moments = self.autoencoder.encode(images).float()  # [B, 2c, h, w]
         noise = torch.randn_like(moments.chunk(2, dim=1)[0])
         error = self.autoencoder.reconstruct(self.autoencoder.sample(moments, noise)).float() - images
-        square, edge, kl = (
-            error.square().mean(),
-            edge_error(error),
-            kl_divergence(moments).mean() / noise[0].numel(),
-        )
+        square = error.square().mean()
+        edge = edge_error(error)
+        kl = kl_divergence(moments).mean() / noise[0].numel()
         loss = square + edge + self.run.autoencoder_training.kl_weight * kl
         return {"loss": loss, "square": square, "edge": edge, "kl": kl}
 

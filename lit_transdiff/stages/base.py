@@ -267,10 +267,8 @@ class TransDiffStage(Stage):
         """Load the averages for ``Trainer.validate``, which then agrees with validation in training."""
         if self._trainer is None or not self.trainer.validating or not checkpoint.get("optimizer_states"):
             return
-        names, states = (
-            {p: name for name, p in self.named_parameters()},
-            checkpoint["optimizer_states"][0]["state"],
-        )
+        names = {p: name for name, p in self.named_parameters()}
+        states = checkpoint["optimizer_states"][0]["state"]
         groups = build_optimizer(self.model, self.run.optimizer).param_groups
         for i, name in enumerate(names[p] for group in groups for p in group["params"]):
             state = states.get(i, states.get(name, {}))  # by number, or under FSDP by name
