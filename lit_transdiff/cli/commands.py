@@ -15,7 +15,7 @@ from pathlib import Path
 from lit_transdiff.base.hub import local
 from lit_transdiff.cli.exports import exported
 from lit_transdiff.config import RunConfig, is_stream, require
-from lit_transdiff.config.classes import choose_classes, full_names
+from lit_transdiff.config.classes import choose_classes
 from lit_transdiff.config.loading import load_run, override, read_yaml
 from lit_transdiff.config.paths import (
     check_files,
@@ -212,8 +212,7 @@ def sample_command(args: argparse.Namespace) -> None:
     generator, overrides = trained_generator(args, default_device())
     sampling = override(generator.run, overrides, CHANGEABLE).sampling
     generator = generator.at(sampling.precision)
-    common = dict(sampling=sampling, seed=args.seed, class_names=generator.class_names)
-    classes = choose_classes(args.classes, full_names(generator.class_names, generator.run.model.num_classes))
+    classes = choose_classes(args.classes, generator.names)
     allowed = "with --fuse two classes, as in 0,7"
     require(not args.fuse or len(classes) == 2, "--classes", args.classes, allowed)
     output = fresh_folder(Path(args.output or results_folder(args.checkpoint) / "samples" / "drawn"))
@@ -225,7 +224,7 @@ def sample_command(args: argparse.Namespace) -> None:
     else:
         draw = partial(draw_samples, generator, classes, references=args.references)
     with Profile(output / "profile") if args.profile else nullcontext():
-        print(draw(per_class, output, **common))
+        print(draw(per_class, output, sampling=sampling, seed=args.seed))
 
 
 def evaluate_command(args: argparse.Namespace) -> None:

@@ -140,9 +140,7 @@ def read_pipeline(path: str | Path, moved: Sequence[str]) -> Pipeline:
     return pipeline
 
 
-def run_pipeline(
-    pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric, say: Callable[[str], None] = print
-) -> None:
+def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric) -> None:
     """Do all steps that are not complete yet."""
     for run in runs:
         wanted = world_size(run)
@@ -155,35 +153,28 @@ def run_pipeline(
 
     def announce(text: str) -> None:
         if fabric.is_global_zero:
-            say(f"\n[{time.monotonic() - start:5.0f} s] {text}")
+            print(f"\n[{time.monotonic() - start:5.0f} s] {text}")
 
     for run in [run for run in runs if run.stage in PREPARATORY]:
         announce(f"train       {run.name}")
-        train(run, say)
+        train(run)
     stages = [run for run in runs if run.stage not in PREPARATORY]
     for step in pipeline.cache:
         announce(f"cache       {step.source} -> {root / step.dest}")
-        first = stages[0]
-        cache(
-            step.source,
-            root / step.dest,
-            autoencoder=first.autoencoder,
-            data=first.data,
-            fabric=fabric,
-            flips=step.flips,
-        )
+        models = dict(autoencoder=stages[0].autoencoder, data=stages[0].data)
+        cache(step.source, root / step.dest, fabric=fabric, flips=step.flips, **models)
     if pipeline.reference_images is not None:
         announce(f"reference   {pipeline.reference_images} -> {stages[0].evaluation.reference}")
         prepare_reference(pipeline.reference_images, stages[0], fabric)
     for run in stages:
         announce(f"train       {run.name}")
-        train(run, say)
+        train(run)
         announce(f"evaluate    {run.name}")
         sample_and_score(run, pipeline.samples_per_class, fabric)
     if fabric.is_global_zero:
         announce(f"compare     {root}")
-        say(str(write_comparison(root, root)))
-        say(farewell(root, stages[-1]))
+        print(write_comparison(root, root))
+        print(farewell(root, stages[-1]))
 
 
 def check_images(pipeline: Pipeline, runs: Sequence[RunConfig]) -> None:
@@ -244,20 +235,12 @@ def prepare_reference(source: str, run: RunConfig, fabric: Fabric) -> None:
 def sample_and_score(run: RunConfig, per_class: int, fabric: Fabric) -> dict[str, Any]:
     """Sample and score a trained run, unless done; an MRAR run also gets a grid of successive images."""
     generator = load_generator(run.folder, fabric.device)
-    names = generator.class_names
     classes = list(range(min(run.model.num_classes, 10)))
     folder = run.folder / "samples" / "final"
     if fabric.is_global_zero and not is_newer(folder / "grid.png", run.folder / "export" / "export.json"):
-        draw_samples(generator, classes, per_class, folder, class_names=names)
+        draw_samples(generator, classes, per_class, folder)
         if run.model.num_references > 1:
-            draw_samples(
-                generator,
-                classes,
-                1,
-                run.folder / "samples" / "references",
-                class_names=names,
-                references=True,
-            )
+            draw_samples(generator, classes, 1, folder.with_name("references"), references=True)
     return score_own(run, generator, fabric)
 
 

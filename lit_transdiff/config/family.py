@@ -37,11 +37,11 @@ def check_positive(model: Any, *names: str) -> None:
         require(getattr(model, name) >= 1, f"model.{name}", getattr(model, name), "an integer of at least 1")
 
 
-def check_transformer(model: Any, heads: str = "num_heads", width: str = "width") -> None:
-    """Refuse a number of heads, or a ratio of the MLPs, that does not fit a width (names of settings)."""
+def check_transformer(model: Any, width: str = "width") -> None:
+    """Refuse a number of heads, or a ratio of the MLPs, that does not fit a width (the name of a setting)."""
     whole, ratio = getattr(model, width), model.mlp_ratio
     allowed = f"a divisor of model.{width}={whole}"
-    require(whole % getattr(model, heads) == 0, f"model.{heads}", getattr(model, heads), allowed)
+    require(whole % model.num_heads == 0, "model.num_heads", model.num_heads, allowed)
     require(ratio * whole >= 1, "model.mlp_ratio", ratio, f"at least 1 / model.{width}={whole}")
 
 

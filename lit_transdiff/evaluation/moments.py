@@ -109,14 +109,14 @@ def frechet(first: Gaussian, second: Gaussian) -> float:
     )
 
 
-def frechet_by_group(x: Tensor, group: Tensor, real: Gaussian, root: Tensor | None = None) -> Tensor:
+def frechet_by_group(x: Tensor, group: Tensor, real: Gaussian) -> Tensor:
     """The Frechet distances of the rows ``x`` [N, D] without each ``group`` [N] of them: [K].
 
     The traces are sums of square roots of eigenvalues of A^T sigma A with the factor A of the real
-    covariance (``root`` if it is known), which is computed only once. Sums of groups give all covariances.
+    covariance, which is computed only once. Sums of groups give all covariances.
     """
     count = int(group.max()) + 1
-    root = (factor(real.sigma) if root is None else root).to(x.device)
+    root = factor(real.sigma).to(x.device)
     wide, group = x.double(), group.to(x.device)
     centre = wide.mean(dim=0)
     parts = [(wide - centre)[group == g] for g in range(count)]

@@ -20,9 +20,9 @@ OfSorted = Callable[[np.ndarray], np.ndarray]  # sorted rows [u, n] -> their squ
 
 
 @cache
-def directions(size: int, count: int = DIRECTIONS, seed: int = SEED) -> Tensor:
+def directions(size: int, count: int = DIRECTIONS) -> Tensor:
     """Random unit vectors [U, D]. All scores use the same ones, so their error cancels in differences."""
-    drawn = torch.randn(count, size, generator=torch.Generator().manual_seed(seed)).double()
+    drawn = torch.randn(count, size, generator=torch.Generator().manual_seed(SEED)).double()
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 

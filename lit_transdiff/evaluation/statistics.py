@@ -101,7 +101,6 @@ def reference_statistics(
     extractor: FeatureExtractor,
     *,
     max_features: int = 10_000,
-    seed: int = 0,
     source: str = "",
     settings: dict[str, Any] | None = None,
 ) -> Statistics:
@@ -112,7 +111,7 @@ def reference_statistics(
     """
     with_spatial = extractor.num_spatial is not None
     require(max_features != 1, "max_features", max_features, "0 or at least 2")
-    moments, spatial, kept = Moments(), Moments(), Reservoir(max_features, seed)
+    moments, spatial, kept = Moments(), Moments(), Reservoir(max_features, seed=0)
     labels: list[Tensor] = []
     for batch in batches:
         images = batch if isinstance(batch, Tensor) else batch[0]
@@ -127,7 +126,7 @@ def reference_statistics(
         "extractor": extractor.name,
         "fingerprint": extractor.fingerprint,
         "source": source,
-        "settings": {"max_features": max_features, "seed": seed, **(settings or {})},
+        "settings": {"max_features": max_features, "seed": 0, **(settings or {})},
     }
     return Statistics(
         *moments.gaussian(),

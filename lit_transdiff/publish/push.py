@@ -99,9 +99,7 @@ def picture_by(generator: Generator) -> bytes:
     """The picture of the card, drawn as its command says."""
     classes = list(range(min(CARD_CLASSES, generator.run.model.num_classes)))
     with tempfile.TemporaryDirectory() as folder:
-        names = generator.class_names
-        file = draw_samples(generator, classes, CARD_PER_CLASS, Path(folder), class_names=names)
-        return file.read_bytes()
+        return draw_samples(generator, classes, CARD_PER_CLASS, Path(folder)).read_bytes()
 
 
 def uploaded(at: HubPlace, content: Contents, earlier: set[str], message: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,8 @@ def reproduce(
     output: Path,
     *,
     fabric: Fabric,
-    experiments: Path = Path("experiments"),
+    experiments: Path,
     overrides: Sequence[str] = (),
-    say: Callable[[str], None] = print,
 ) -> str:
     """Reproduce the row ``name`` (such as ``L-MRAR``) in ``output`` and return the table.
 
@@ -84,7 +83,7 @@ def reproduce(
     recipe = load_run(experiments / row["recipe"], [*paths, *overrides])
     files.check(recipe.evaluation)
     if fabric.is_global_zero:
-        convert_files(name, files, output, recipe, say)
+        convert_files(name, files, output, recipe)
     fabric.barrier()
     model = output / name
     generator = load_generator(model, fabric.device)
@@ -92,19 +91,17 @@ def reproduce(
     return scores_table(name, row, result, overrides)
 
 
-def convert_files(
-    name: str, files: Files, output: Path, recipe: RunConfig, say: Callable[[str], None]
-) -> None:
+def convert_files(name: str, files: Files, output: Path, recipe: RunConfig) -> None:
     """Convert the autoencoder and the model, unless an earlier call converted them from the same files."""
     autoencoder, model = output / "autoencoder", below(output, name, BASELINES)
     if not autoencoder.exists():
         state = read_torch_file(files.vae)
         allowed = "an autoencoder of latent diffusion, such as kl16.ckpt"
         require(is_ldm(state.get("model", state)), "vae", str(files.vae), allowed)
-        say(convert(files.vae, autoencoder))
+        print(convert(files.vae, autoencoder))
     check_origin(autoencoder, files.vae)
     if not model.exists():
-        say(convert(files.checkpoint, model, autoencoder=autoencoder, recipe=recipe))
+        print(convert(files.checkpoint, model, autoencoder=autoencoder, recipe=recipe))
     check_origin(model, files.checkpoint)
 
 

@@ -29,7 +29,6 @@ def draw_samples(
     *,
     sampling: SamplingConfig | None = None,
     seed: int = 0,
-    class_names: Sequence[str] | None = None,
     references: bool = False,
     batch_size: int = 64,
 ) -> Path:
@@ -46,9 +45,7 @@ def draw_samples(
             for r, image in enumerate(row if references else row[-1:]):
                 suffix = f"-reference-{r}" if references and r < len(row) - 1 else ""
                 save_image(image, folder / f"seed-{number:04d}{suffix}.png")
-    names = [class_names[c] if class_names else str(c) for c in classes]
-    result = labelled(rows, names, references)
-    save_picture(result, output / "grid.png")
+    save_picture(labelled(rows, [generator.names[c] for c in classes], references), output / "grid.png")
     return output / "grid.png"
 
 
@@ -107,10 +104,9 @@ def draw_fusion(
     count: int,
     output: Path,
     *,
-    kind: str = "halves",
+    kind: str,
     sampling: SamplingConfig | None = None,
     seed: int = 0,
-    class_names: Sequence[str] | None = None,
 ) -> Path:
     """Write ``output/fusion.png``: ``count`` images of each class and, between them, of spliced features."""
     check_number(generator, count, 3)
@@ -122,8 +118,7 @@ def draw_fusion(
     first_row = generator.images([a] * count, seeds, sampling)[:, -1]
     fused_row = generator.images([a] * count, seeds, sampling, contexts=spliced)[:, -1]
     second_row = generator.images(second, seeds, sampling)[:, -1]
-    names = [class_names[c] if class_names else str(c) for c in pair]
-    labels = [names[0], f"{names[0]} + {names[1]}", names[1]]
+    labels = [generator.names[a], f"{generator.names[a]} + {generator.names[b]}", generator.names[b]]
     output.mkdir(parents=True, exist_ok=True)
     images = torch.cat([first_row, fused_row, second_row]).cpu()
     save_picture(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from lit_transdiff.base.randomness import PerImageNormal, mix
+from lit_transdiff.base.randomness import mix
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.flow.process import Process
-from lit_transdiff.models.paradigm import Paradigm, Problem
+from lit_transdiff.models.paradigm import Paradigm
 from lit_transdiff.sampling.draw import check_number
 from lit_transdiff.sampling.generator import Generator
-from lit_transdiff.sampling.graphs import solve_eagerly
+from lit_transdiff.sampling.graphs import Task
 from lit_transdiff.sampling.pictures import grid, save_film, save_picture
 
 MOST_STATES = 16  # that are shown, at equal distances
@@ -38,18 +39,11 @@ class Recorded:
     solutions: list[Tensor] = field(default_factory=list)
     states: dict[float, Tensor] = field(default_factory=dict)  # of the last part, by level of noise
 
-    def solve(
-        self,
-        process: Process,
-        problem: Problem,
-        noise: Tensor,
-        draw: PerImageNormal,
-        sampling: SamplingConfig,
-    ) -> Tensor:
+    def solve(self, task: Task) -> Tensor:
         self.states = {}
-        predict, pair = self.watched(process, problem.predict), self.watched(process, problem.pair)
-        watched = replace(problem, predict=predict, pair=pair)
-        self.solutions.append(solve_eagerly(process, watched, noise, draw, sampling))
+        watched, problem = partial(self.watched, task.process), task.problem
+        problem = replace(problem, predict=watched(problem.predict), pair=watched(problem.pair))
+        self.solutions.append(replace(task, problem=problem).solve())
         return self.solutions[-1]
 
     def watched(self, process: Process, function: Callable[[Tensor, float], Any]) -> Callable[..., Any]:
@@ -77,19 +71,12 @@ class Replayed:
     latest: Tensor | None = None
     number: int = 0
 
-    def solve(
-        self,
-        process: Process,
-        problem: Problem,
-        noise: Tensor,
-        draw: PerImageNormal,
-        sampling: SamplingConfig,
-    ) -> Tensor:
+    def solve(self, task: Task) -> Tensor:
         self.number += 1
         if self.latest is None or self.number <= len(self.solutions):
             self.latest = self.solutions[self.number - 1]
         else:
-            self.latest = self.model.stand_in(self.latest, problem.shape)
+            self.latest = self.model.stand_in(self.latest, task.problem.shape)
         return self.latest
 
 
@@ -131,15 +118,13 @@ def draw_film(
     *,
     sampling: SamplingConfig | None = None,
     seed: int = 0,
-    class_names: Sequence[str] | None = None,
 ) -> Path:
     """Write the states of ``per_class`` images of each class, as ``output/film.png`` and ``film.webp``."""
     check_number(generator, per_class, len(classes) * MOST_STATES)
     labels = [c for c in classes for _ in range(per_class)]
     seeds = [mix(seed, c, n) for c in classes for n in range(per_class)]
     states, captions = film(generator, labels, seeds, sampling or generator.run.sampling)
-    names = [class_names[c] if class_names else str(c) for c in classes]
-    rows = [name if n == 0 else "" for name in names for n in range(per_class)]
+    rows = [generator.names[c] if n == 0 else "" for c in classes for n in range(per_class)]
     output.mkdir(parents=True, exist_ok=True)
     picture = grid(
         rearrange(states, "n f c h w -> (n f) c h w"), len(captions), row_labels=rows, column_labels=captions

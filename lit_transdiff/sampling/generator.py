@@ -19,6 +19,7 @@ from lit_transdiff.base.hardware import fast_precision
 from lit_transdiff.base.randomness import mix
 from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.config import RunConfig, SamplingConfig, require, unknown
+from lit_transdiff.config.classes import full_names
 from lit_transdiff.config.sampling import Precision
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
 from lit_transdiff.models.drawing_blocks import has_drawing_kernels, use_drawing_kernels
@@ -120,6 +121,11 @@ class Generator:
     def kept(self) -> Any:
         """The values that the network computes once, such as those of the null class."""
         return self.network.keep()
+
+    @property
+    def names(self) -> list[str]:
+        """A name of each class, by default its number."""
+        return full_names(self.class_names, self.run.model.num_classes)
 
     @property
     def device(self) -> torch.device:

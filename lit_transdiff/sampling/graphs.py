@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
 from typing import Any
 from weakref import ref
@@ -16,7 +17,6 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from lit_transdiff.base.randomness import PerImageNormal
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.flow.process import Process
 from lit_transdiff.models.paradigm import Paradigm, Problem
@@ -29,6 +29,22 @@ MOST_STEPS_OF_A_GRAPH = 50  # of a solver; of more steps, each evaluation is a g
 
 Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 Call = tuple[Callable[..., Any], Hashable, tuple[bool, bool]]  # function, form of arguments, mode
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part that is to be solved: its problem, with the initial noise and the source of further noise."""
+
+    process: Process
+    problem: Problem
+    noise: Tensor
+    draw: Any  # a PerImageNormal, or one whose calls are counted
+    sampling: SamplingConfig
+
+    def solve(self) -> Tensor:
+        """``process.solve``, whose further noise is drawn when it is needed."""
+        more = partial(self.draw, *self.problem.shape)
+        return self.process.solve(self.problem, self.noise, more, self.sampling)
 
 
 class CUDARecorder:
@@ -211,27 +227,21 @@ class Graphs:
 
         return run
 
-    def solve(
-        self,
-        process: Process,
-        problem: Problem,
-        noise: Tensor,
-        draw: PerImageNormal,
-        sampling: SamplingConfig,
-    ) -> Tensor:
-        """``process.solve``, all steps as one graph where the problem allows it."""
+    def solve(self, task: Task) -> Tensor:
+        """``Task.solve``, all steps as one graph where the problem allows it."""
+        problem, sampling = task.problem, task.sampling
         explicit = isinstance(problem.predict, partial) and isinstance(problem.pair, partial)
         if not explicit or sampling.num_steps > MOST_STEPS_OF_A_GRAPH:
-            return solve_eagerly(process, problem, noise, draw, sampling)
-        settings = (process, take_apart(sampling)[0])
+            return task.solve()
+        settings = (task.process, take_apart(sampling)[0])
         if settings not in self.draws:
-            counted = Counted(draw)
-            solution = solve_eagerly(process, problem, noise, counted, sampling)
+            counted = Counted(task.draw)
+            solution = replace(task, draw=counted).solve()
             self.draws[settings] = counted.number
             return solution
-        more = draw.several(self.draws[settings], *problem.shape)
+        more = task.draw.several(self.draws[settings], *problem.shape)
         alone = Problem(problem.shape, problem.predict, problem.pair)  # what a process reads
-        return self(solved, process, alone, noise, more, sampling)  # type: ignore[no-any-return]
+        return self(solved, task.process, alone, task.noise, more, sampling)  # type: ignore[no-any-return]
 
 
 class Counted:
@@ -243,13 +253,6 @@ class Counted:
     def __call__(self, *shape: int) -> Tensor:
         self.number += 1
         return self.draw(*shape)
-
-
-def solve_eagerly(
-    process: Process, problem: Problem, noise: Tensor, draw: Callable[..., Tensor], sampling: SamplingConfig
-) -> Tensor:
-    """``process.solve``, whose further noise is drawn when it is needed."""
-    return process.solve(problem, noise, partial(draw, *problem.shape), sampling)
 
 
 def solved(

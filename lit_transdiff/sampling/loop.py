@@ -19,7 +19,7 @@ from lit_transdiff.flow.guidance import PART_GUIDANCE
 from lit_transdiff.flow.process import Process
 from lit_transdiff.flow.processes import process_class
 from lit_transdiff.models.paradigm import Paradigm, Problem, network_class
-from lit_transdiff.sampling.graphs import solve_eagerly
+from lit_transdiff.sampling.graphs import Task
 
 
 def check_sampling(
@@ -53,16 +53,9 @@ def check_sampling(
 
 
 class Solving(Protocol):
-    """What solves the problems of the parts, one after the other, as ``Process.solve`` does."""
+    """A solver of the parts, one after the other, in place of ``Task.solve``."""
 
-    def solve(
-        self,
-        process: Process,
-        problem: Problem,
-        noise: Tensor,
-        draw: PerImageNormal,
-        sampling: SamplingConfig,
-    ) -> Tensor: ...
+    def solve(self, task: Task) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -82,7 +75,7 @@ def generate(
     cache (see ``Paradigm.keep``). ``solving`` solves the parts in another way, as by graphs.
     """
     process = process_of(*model.process_of(model.config))
-    solution = solve_eagerly if solving is None else solving.solve
+    solve = Task.solve if solving is None else solving.solve
     draw = PerImageNormal(seeds, labels.device)
     decoding = model.decode(labels, sampling, draw, kept, contexts)
     noise: Tensor | None = None
@@ -91,7 +84,7 @@ def generate(
         while True:
             if noise is None or not problem.reuses_noise:
                 noise = draw(*problem.shape)
-            problem = decoding.send(solution(process, problem, noise, draw, sampler_of(problem, sampling)))
+            problem = decoding.send(solve(Task(process, problem, noise, draw, sampler_of(problem, sampling))))
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
 

@@ -21,7 +21,7 @@ from lit_transdiff.base.hub import SCHEME, hub_place, is_on_hub
 from lit_transdiff.checkpoints.export import earlier_files, read_info
 from lit_transdiff.checkpoints.portable import INFO, portable
 from lit_transdiff.config import SamplingConfig, expanded, require, shipped, unknown
-from lit_transdiff.config.classes import choose_classes, full_names
+from lit_transdiff.config.classes import choose_classes
 from lit_transdiff.config.paths import export_folder
 from lit_transdiff.config.sampling import Precision
 from lit_transdiff.config.targets import contents, refuse_foreign
@@ -147,9 +147,8 @@ class TransDiffPipeline(DiffusionPipeline):
         generator = self.run.generator
         sampling = changed_sampling(generator.run.sampling, settings)
         wanted = [classes] if isinstance(classes, str | int) else classes
-        names = full_names(generator.class_names, generator.run.model.num_classes)
         text = ",".join(f"#{c}" if isinstance(c, int) else c for c in wanted or ())
-        chosen = choose_classes(text or None, names, "classes")
+        chosen = choose_classes(text or None, generator.names, "classes")
         rows = rows_of_classes(generator.at(sampling.precision), chosen, per_class, sampling, seed)
         images = rearrange(rows[:, :, -1], "k n c h w -> (k n) c h w")
         result: Any = (images + 1) / 2

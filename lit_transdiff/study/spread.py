@@ -34,7 +34,7 @@ def seed_spread(groups: Sequence[Mapping[Hashable, float]]) -> tuple[float, int]
 
 
 @cache
-def tukey(groups: int, freedom: int, confidence: float = CONFIDENCE) -> float:
+def tukey(groups: int, freedom: int) -> float:
     """The critical value for all differences between means of groups, in standard errors of a difference.
 
     For two groups it is Student's; NaN without a degree of freedom.
@@ -43,7 +43,7 @@ def tukey(groups: int, freedom: int, confidence: float = CONFIDENCE) -> float:
         return math.nan
     from scipy.stats import studentized_range
 
-    return float(studentized_range.ppf(confidence, groups, freedom)) / math.sqrt(2)
+    return float(studentized_range.ppf(CONFIDENCE, groups, freedom)) / math.sqrt(2)
 
 
 def with_verdict(mean: float, std: float, verdict: str, gap: float, noise: float) -> str:

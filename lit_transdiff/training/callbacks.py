@@ -44,6 +44,9 @@ CALLBACKS: dict[str, Callable[[RunConfig], pl.Callback]] = {
 }
 
 
+PER_CLASS = 6  # images of a sample grid
+
+
 class NonFiniteLoss(FloatingPointError):
     """A training loss was NaN or infinite."""
 
@@ -274,15 +277,13 @@ class SampleGrids(StepCallback):
         autoencoder: Autoencoder,
         class_names: Sequence[str],
         folder: Path,
-        tracker: SampleLog | None = None,
-        per_class: int = 6,
-        despite_full_disk: bool = False,
+        tracker: SampleLog | None,
+        despite_full_disk: bool,
     ) -> None:
         self.autoencoder = autoencoder
         self.folder = folder
         self.tracker = tracker
         self.class_names = list(class_names[:10])
-        self.per_class = per_class
         self.despite_full_disk = despite_full_disk
 
     def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
@@ -295,7 +296,7 @@ class SampleGrids(StepCallback):
         if stage.model.condition_shape is not None:
             return  # grids show classes
         classes = range(len(self.class_names))
-        labels = torch.tensor([c for c in classes for _ in range(self.per_class)])
+        labels = torch.tensor([c for c in classes for _ in range(PER_CLASS)])
         model = stage.averaged_model()  # all ranks take part
         if not trainer.is_global_zero:
             return
@@ -304,7 +305,7 @@ class SampleGrids(StepCallback):
         if model.has_features:
             similarity = token_similarity(generator.features(list(classes))).mean().item()
             log_now(trainer, {"val/feature_diversity": similarity})
-        picture = grid(images, self.per_class, row_labels=self.class_names, title=f"step {step}")
+        picture = grid(images, PER_CLASS, row_labels=self.class_names, title=f"step {step}")
         file = self.folder / f"step-{step:08d}.png"
         with unless_full(file, self.despite_full_disk):
             self.folder.mkdir(parents=True, exist_ok=True)

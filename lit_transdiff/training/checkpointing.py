@@ -34,6 +34,7 @@ from lit_transdiff.distributed import world_size
 from lit_transdiff.distributed.sharding import Sharding
 from lit_transdiff.training.rhythm import StepCallback
 
+SIGHT_PATIENCE = 120.0  # seconds until a shared file system shows a folder on all nodes
 log = logging.getLogger(__name__)
 
 
@@ -41,13 +42,13 @@ class TryAgain(Exception):
     """This attempt must end, but another one can continue from the last checkpoint."""
 
 
-def agreed_checkpoint(run: RunConfig, patience: float = 120.0) -> Checkpoint | None:
+def agreed_checkpoint(run: RunConfig) -> Checkpoint | None:
     """The newest complete and undamaged checkpoint; damaged ones are put aside with a warning.
 
     Each rank reads its share of the files. Without a process group, ``Checkpoints.setup`` compares the ranks'
     results.
     """
-    while (checkpoint := newest_checkpoint(run, patience)) is not None:
+    while (checkpoint := newest_checkpoint(run)) is not None:
         file = damaged_file(checkpoint, world_size(run))
         if file is None:
             break
@@ -75,7 +76,7 @@ def damaged_file(checkpoint: Checkpoint, world: int) -> str | None:
     return next((name for name in names if name is not None), None)
 
 
-def newest_checkpoint(run: RunConfig, patience: float) -> Checkpoint | None:
+def newest_checkpoint(run: RunConfig) -> Checkpoint | None:
     """The newest complete checkpoint; with a process group, the one that the first rank sees.
 
     Other nodes wait for it, because a shared file system may show a new folder there later.
@@ -85,7 +86,7 @@ def newest_checkpoint(run: RunConfig, patience: float) -> Checkpoint | None:
         return checkpoint
     choice = [checkpoint.step if checkpoint else None]
     torch.distributed.broadcast_object_list(choice, src=0)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + SIGHT_PATIENCE
     while (checkpoint.step if checkpoint else None) != choice[0]:
         if time.monotonic() > deadline:
             text = f"{run.folder}: the first rank sees the checkpoint of step {choice[0]}, not {checkpoint}."

@@ -110,9 +110,7 @@ def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[S
         if run.evaluation.every:
             callbacks.insert(0, OnlineEvaluation(Generator(stage.model, autoencoder, run, names), run))
         go_on = run.checkpoint.on_error == "continue"
-        callbacks.append(
-            SampleGrids(autoencoder, names, folder / "samples", tracker, despite_full_disk=go_on)
-        )
+        callbacks.append(SampleGrids(autoencoder, names, folder / "samples", tracker, go_on))
         callbacks.append(BestModel(folder / "best", partial(export_model, parts)))
     if run.safety.slow_rank and world_size(run) > 1:
         callbacks.append(SlowRanks(run, tracker))

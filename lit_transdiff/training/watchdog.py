@@ -27,10 +27,10 @@ class Watchdog(pl.Callback):
     The rhythm of the run pauses it during work of any length. With ``seconds`` 0 it is off.
     """
 
-    def __init__(self, seconds: float, folder: Path, poll: float = 1.0) -> None:
+    def __init__(self, seconds: float, folder: Path) -> None:
         self.seconds = seconds
         self.folder = folder  # of the run
-        self.poll = min(poll, seconds / 4)
+        self.poll = min(1.0, seconds / 4)
         self.busy_with: tuple[str, int] | None = None  # (activity, micro-step); None between two steps
         self.last = ("starting", 0)
         self.since = time.monotonic()
