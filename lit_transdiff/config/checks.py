@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,12 @@ def unknown(what: str, value: object, allowed: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return ValueError(f"{what}: {value!r} is not known.{hint} Allowed: {', '.join(names)}.")
+
+
+def require_known(what: str, name: Any, table: Collection[Any]) -> None:
+    """Raise the error ``unknown`` unless a name is in a table."""
+    if name not in table:
+        raise unknown(what, name, table)
 
 
 def require(condition: bool, what: str, value: object, allowed: str) -> None:

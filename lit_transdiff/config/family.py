@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lit_transdiff.config.checks import require, unknown
+from lit_transdiff.config.checks import require, require_known
 
 if TYPE_CHECKING:
     from lit_transdiff.config.sampling import SamplingConfig
@@ -24,8 +24,7 @@ OF_SIZE = OfSize()
 
 def take_size(model: Any, sizes: Mapping[str, Mapping[str, int]]) -> None:
     """Fill the fields that were not given with the numbers of the model's ``size``."""
-    if model.size not in sizes:
-        raise unknown("model.size", model.size, sizes)
+    require_known("model.size", model.size, sizes)
     for name, number in sizes[model.size].items():
         if isinstance(getattr(model, name), OfSize):
             object.__setattr__(model, name, number)

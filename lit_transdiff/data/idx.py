@@ -12,7 +12,7 @@ from typing import Optional
 
 import numpy as np
 
-from lit_transdiff.config import require, unknown
+from lit_transdiff.config import require, require_known
 from lit_transdiff.data.sources import ClassNames, ImageSource, checked_names
 
 IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049  # magic numbers: bytes, with 3 dimensions and 1
@@ -24,8 +24,7 @@ def idx_source(folder: Path, split: Optional[str], class_names: ClassNames) -> I
     splits = {path.name.split("-")[0]: path for path in sorted(folder.glob("*-images-idx3-ubyte*"))}
     if split is None:
         raise ValueError(f"split: got None; {folder} holds {', '.join(splits)}: say which one.")
-    if split not in splits:
-        raise unknown("split", split, splits)
+    require_known("split", split, splits)
     images = read_idx(splits[split], IMAGES_MAGIC)  # N H W
     label_path = Path(str(splits[split]).replace("-images-idx3-", "-labels-idx1-"))
     labels = read_idx(label_path, LABELS_MAGIC).astype(np.int64)

@@ -17,7 +17,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from lit_transdiff.base.files import short_hash
 from lit_transdiff.base.hub import local
 from lit_transdiff.checkpoints.version import read_versioned
-from lit_transdiff.config import require, unknown
+from lit_transdiff.config import require, require_known
 from lit_transdiff.data.pixels import from_bytes
 from lit_transdiff.evaluation.backbones import (
     Clip336Features,
@@ -159,8 +159,7 @@ def weights_setting(name: str, main: str | None) -> str:
 
 def check_name(name: str) -> None:
     """Raise ``ValueError`` for an unknown extractor."""
-    if name not in EXTRACTORS:
-        raise unknown("evaluation.extractor", name, EXTRACTORS)
+    require_known("evaluation.extractor", name, EXTRACTORS)
 
 
 def load_extractor(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lit_transdiff.config import EvaluationConfig, unknown
+from lit_transdiff.config import EvaluationConfig, require_known
 from lit_transdiff.evaluation import functions
 from lit_transdiff.evaluation.features import EXTRACTORS, check_extractor_weights, check_name
 from lit_transdiff.evaluation.functions import Scored
@@ -150,8 +150,7 @@ def needed_by(names: Sequence[str]) -> set[str]:
 def check_metrics(names: Sequence[str], have: set[str]) -> None:
     """Raise ``ValueError`` for an unknown metric or one with unmet requirements, before hours of sampling."""
     for name in names:
-        if name not in METRICS:
-            raise unknown("evaluation.metrics", name, METRICS)
+        require_known("evaluation.metrics", name, METRICS)
         METRICS[name].check(have)
 
 

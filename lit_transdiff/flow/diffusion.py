@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_transdiff.config import FlowConfig, SamplingConfig, require, unknown
+from lit_transdiff.config import FlowConfig, SamplingConfig, require, require_known
 from lit_transdiff.flow.guidance import GUIDANCE, guide
 from lit_transdiff.flow.process import Process, Unsolved
 from lit_transdiff.flow.solvers import DrawNoise
@@ -233,8 +233,7 @@ class Diffusion(Process):
     def check_sampling(cls, sampling: SamplingConfig) -> None:
         """Refuse solvers and grids of other processes, and more steps than the chain has."""
         for field, table in (("solver", CHAIN_SOLVERS), ("grid", SPACINGS), ("guidance", GUIDANCE)):
-            if getattr(sampling, field) not in table:
-                raise unknown(f"sampling.{field}", getattr(sampling, field), table)
+            require_known(f"sampling.{field}", getattr(sampling, field), table)
         refuse_changed("sampling", sampling, ("shift", "drift_scale"))
         steps, length, spacing = sampling.num_steps, len(cls.chain()), SPACINGS[sampling.grid]
         most = next(number for number in range(length, 0, -1) if len({*spacing(number, length)}) == number)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lit_transdiff.config import FlowConfig, unknown
+from lit_transdiff.config import FlowConfig, require_known
 from lit_transdiff.flow.path import expand_like, target_velocity
 
 
@@ -99,10 +99,7 @@ def flow_matching_loss(prediction: Prediction, config: FlowConfig | None = None)
 
 def check_flow(config: FlowConfig) -> None:
     """Refuse unknown densities, objectives and loss terms."""
-    if config.density not in DENSITIES:
-        raise unknown("flow.density", config.density, DENSITIES)
-    if config.objective not in OBJECTIVES:
-        raise unknown("flow.objective", config.objective, OBJECTIVES)
+    require_known("flow.density", config.density, DENSITIES)
+    require_known("flow.objective", config.objective, OBJECTIVES)
     for name in config.loss_terms:
-        if name not in LOSS_TERMS:
-            raise unknown("flow.loss_terms", name, LOSS_TERMS)
+        require_known("flow.loss_terms", name, LOSS_TERMS)

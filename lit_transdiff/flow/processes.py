@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lit_transdiff.config import unknown
+from lit_transdiff.config import require_known
 from lit_transdiff.flow.diffusion import CosineDiffusion, LinearDiffusion
 from lit_transdiff.flow.process import Process
 from lit_transdiff.flow.straight import Flow
@@ -16,6 +16,5 @@ PROCESSES: dict[str, type[Process]] = {
 
 def process_class(name: str) -> type[Process]:
     """The process of that name. Raises ``ValueError`` for one that is not in the table."""
-    if name not in PROCESSES:
-        raise unknown("process", name, PROCESSES)
+    require_known("process", name, PROCESSES)
     return PROCESSES[name]

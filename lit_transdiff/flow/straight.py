@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lit_transdiff.config import FlowConfig, SamplingConfig, unknown
+from lit_transdiff.config import FlowConfig, SamplingConfig, require_known
 from lit_transdiff.flow.guidance import GUIDANCE, guide
 from lit_transdiff.flow.loss import Prediction, check_flow, draw_times, flow_matching_loss
 from lit_transdiff.flow.path import expand_like, interpolate
@@ -39,8 +39,7 @@ class Flow(Process):
     def check_sampling(cls, sampling: SamplingConfig) -> None:
         """Refuse unknown solvers, grids and guidance schedules."""
         for field, table in (("solver", SOLVERS), ("grid", GRIDS), ("guidance", GUIDANCE)):
-            if getattr(sampling, field) not in table:
-                raise unknown(f"sampling.{field}", getattr(sampling, field), table)
+            require_known(f"sampling.{field}", getattr(sampling, field), table)
 
     def times(self, normal: Tensor) -> Tensor:
         return draw_times(normal, self.config)

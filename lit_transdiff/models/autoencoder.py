@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lit_transdiff.base.files import check_file, read_json
 from lit_transdiff.base.hub import local
-from lit_transdiff.config import AutoencoderTraining, require, unknown
+from lit_transdiff.config import AutoencoderTraining, require, require_known
 from lit_transdiff.config.targets import follow_umask
 from lit_transdiff.models.execution import compile_blocks
 from lit_transdiff.models.ldm import check_ldm, from_diffusers, read_architecture, to_diffusers
@@ -64,8 +64,7 @@ def load_autoencoder(kind: str, path: Optional[str | Path], image_channels: int)
 
 def autoencoder_kind(kind: str, path: Optional[str | Path]) -> AutoencoderKind:
     """The entry of AUTOENCODERS, checked against the given path."""
-    if kind not in AUTOENCODERS:
-        raise unknown("autoencoder.kind", kind, AUTOENCODERS)
+    require_known("autoencoder.kind", kind, AUTOENCODERS)
     entry = AUTOENCODERS[kind]
     allowed = f"{'a folder' if entry.has_folder else 'nothing'} when autoencoder.kind is {kind!r}"
     require(entry.has_folder == (path is not None), "autoencoder.path", path, allowed)

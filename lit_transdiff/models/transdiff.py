@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lit_transdiff.base.randomness import Normal
-from lit_transdiff.config import unknown
+from lit_transdiff.config import require_known
 from lit_transdiff.models.adapt import Adaptation, broadcast_mask_tokens, resize_positions, spread_patch
 from lit_transdiff.models.conditions import CONDITIONS
 from lit_transdiff.models.context import ContextFn, Contexts, ContextStream, Remembered, null_contexts
@@ -82,8 +82,7 @@ class TransDiff(Paradigm):
     def check(cls, config: ModelConfig) -> None:
         """Refuse unknown encoders, decoders and conditions."""
         for field, table in (("encoder", ENCODERS), ("decoder", DECODERS), ("condition", CONDITIONS)):
-            if getattr(config, field) not in table:
-                raise unknown(f"model.{field}", getattr(config, field), table)
+            require_known(f"model.{field}", getattr(config, field), table)
 
     # --- the two networks
     # -------------------------------------------------------------------------------------------------

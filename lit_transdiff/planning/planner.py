@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lit_transdiff.base.hardware import DEVICES, GB, Device
 from lit_transdiff.base.remote import is_remote
-from lit_transdiff.config import ModelSettings, RunConfig, require, unknown
+from lit_transdiff.config import ModelSettings, RunConfig, require, require_known
 from lit_transdiff.data.index import read_index
 from lit_transdiff.distributed.strategies import EVERYWHERE, STRATEGIES, whole_strategies
 from lit_transdiff.models.autoencoder import autoencoder_kind
@@ -131,8 +131,7 @@ def data_of(run: RunConfig) -> tuple[bool, str]:
 
 def plan(run: RunConfig, gpus: int, gpu: str, mfu: float) -> str:
     """The whole plan as text."""
-    if gpu not in DEVICES:
-        raise unknown("--gpu", gpu, DEVICES)
+    require_known("--gpu", gpu, DEVICES)
     if run.stage not in STAGES:
         raise ValueError(
             f"stage: got {run.stage!r}; a plan is made of {', '.join(STAGES)}; the others are small."

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.fabric import Fabric
 
 from lit_transdiff.base.files import json_of, short_hash
-from lit_transdiff.config import EvaluationConfig, RunConfig, require, unknown
+from lit_transdiff.config import EvaluationConfig, RunConfig, require, require_known
 from lit_transdiff.config.loading import load_run
 from lit_transdiff.config.paths import check_files
 from lit_transdiff.config.targets import below
@@ -60,8 +60,7 @@ def published_row(name: str, experiments: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; run in the project folder or set --experiments.")
     rows = {key: row for key, row in json_of(file.read_text())["rows"].items() if "recipe" in row}
-    if name not in rows:
-        raise unknown("row", name, rows)
+    require_known("row", name, rows)
     return rows[name]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_transdiff.base.hardware import fast_precision
 from lit_transdiff.base.randomness import mix
 from lit_transdiff.checkpoints.export import read_export
-from lit_transdiff.config import RunConfig, SamplingConfig, require, unknown
+from lit_transdiff.config import RunConfig, SamplingConfig, require, require_known
 from lit_transdiff.config.classes import full_names
 from lit_transdiff.config.sampling import Precision
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
@@ -65,8 +65,7 @@ class Generator:
 
     def at(self, precision: Precision) -> Generator:
         """The generator of these weights in ``fp32``, ``bf16`` or ``auto``: itself, if it has this one."""
-        if precision not in get_args(Precision):
-            raise unknown("sampling.precision", precision, get_args(Precision))
+        require_known("sampling.precision", precision, get_args(Precision))
         precision = self.chosen(precision)
         if precision == self.precision:
             return self

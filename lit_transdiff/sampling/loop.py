@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_transdiff.base.randomness import PerImageNormal
-from lit_transdiff.config import FlowConfig, ModelSettings, SamplingConfig, require, unknown
+from lit_transdiff.config import FlowConfig, ModelSettings, SamplingConfig, require, require_known
 from lit_transdiff.flow.guidance import PART_GUIDANCE
 from lit_transdiff.flow.process import Process
 from lit_transdiff.flow.processes import process_class
@@ -32,8 +32,7 @@ def check_sampling(
     kind = network_class(model)
     process_class(kind.process_of(model)[0]).check_sampling(sampling)
     model.check_sampling(sampling)
-    if sampling.part_guidance not in PART_GUIDANCE:
-        raise unknown("sampling.part_guidance", sampling.part_guidance, PART_GUIDANCE)
+    require_known("sampling.part_guidance", sampling.part_guidance, PART_GUIDANCE)
     allowed = f"null with model.paradigm {model.paradigm}, whose parts are given"
     require(
         sampling.num_parts is None or kind.parts_are_free, "sampling.num_parts", sampling.num_parts, allowed

@@ -20,7 +20,7 @@ from torch import nn
 from lit_transdiff.base.hub import SCHEME, hub_place, is_on_hub
 from lit_transdiff.checkpoints.export import earlier_files, read_info
 from lit_transdiff.checkpoints.portable import INFO, portable
-from lit_transdiff.config import SamplingConfig, expanded, require, shipped, unknown
+from lit_transdiff.config import SamplingConfig, expanded, require, require_known, shipped, unknown
 from lit_transdiff.config.classes import choose_classes
 from lit_transdiff.config.paths import export_folder
 from lit_transdiff.config.sampling import Precision
@@ -142,8 +142,7 @@ class TransDiffPipeline(DiffusionPipeline):
         ``num_inference_steps`` is another name of ``num_steps``. ``output_type`` is ``pil``, or ``pt`` or
         ``np`` for numbers from 0 to 1 (``pt`` [N, C, H, W], ``np`` [N, H, W, C]).
         """
-        if output_type not in OUTPUTS:
-            raise unknown("output_type", output_type, OUTPUTS)
+        require_known("output_type", output_type, OUTPUTS)
         generator = self.run.generator
         sampling = changed_sampling(generator.run.sampling, settings)
         wanted = [classes] if isinstance(classes, str | int) else classes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_transdiff.config import require, unknown
+from lit_transdiff.config import require, require_known
 from lit_transdiff.study.records import Run
 from lit_transdiff.study.repeats import Pooled
 from lit_transdiff.study.scored import FULL, Entry, default_metrics, entries_of, higher_is_better, title_of
@@ -223,8 +223,7 @@ def compare(
     settings, scores = differing(entries), [entry.scores() for entry in entries]
     there = dict.fromkeys(name for found in scores for name in found)
     for name in metrics or []:
-        if name not in there:
-            raise unknown("metrics", name, there)
+        require_known("metrics", name, there)
     chosen = list(metrics) if metrics is not None else default_metrics(there)
     rows = [row_of(entry, found, settings, chosen) for entry, found in zip(entries, scores, strict=True)]
     groups: dict[Hashable, list[int]] = {}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lit_transdiff.config import require, unknown
+from lit_transdiff.config import require, require_known
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -114,14 +114,12 @@ def check(parameter: str, spec: Any) -> None:
     place = f"parameters.{parameter}"
     require(isinstance(spec, dict) and len(spec) > 0, place, spec, "value, values, or min and max")
     name = name_of(spec)
-    if name not in DISTRIBUTIONS:
-        raise unknown(f"{place}.distribution", name, DISTRIBUTIONS)
+    require_known(f"{place}.distribution", name, DISTRIBUTIONS)
     fields = DISTRIBUTIONS[name]
     for field in fields.needs:
         require(field in spec, place, spec, f"{name} with {' and '.join(fields.needs)}")
     for field in spec:
-        if field not in (*fields.needs, *fields.takes, "distribution"):
-            raise unknown(f"{place}: {name}", field, (*fields.needs, *fields.takes, "distribution"))
+        require_known(f"{place}: {name}", field, (*fields.needs, *fields.takes, "distribution"))
     if name == "categorical":
         check_choices(place, spec)
     elif name != "constant":

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.config import is_folder_name, require, unknown
+from lit_transdiff.config import is_folder_name, require, require_known, unknown
 from lit_transdiff.config.checks import FOLDER_NAME
 from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.sweep.definition import Hyperband, Path_, Sweep
@@ -70,8 +70,7 @@ def sweep_from(settings: Any, name: str) -> Sweep:
     """A checked sweep from the settings of a file; ``name`` is the default name."""
     require(isinstance(settings, dict), "sweep file", settings, "settings (key: value)")
     for key in settings:
-        if key not in KEYS:
-            raise unknown("setting", key, KEYS)
+        require_known("setting", key, KEYS)
     metric, early = metric_from(settings.get("metric")), settings.get("early_terminate")
     if early is not None:
         require(isinstance(early, dict), "early_terminate", early, "type: hyperband, with its settings")
@@ -112,8 +111,7 @@ def sweep_from(settings: Any, name: str) -> Sweep:
 
 def check_search(sweep: Sweep) -> None:
     """Raise ``ValueError`` for a search that is unknown or lacks the parameters or metric that it needs."""
-    if sweep.method not in SEARCHES:
-        raise unknown("method", sweep.method, SEARCHES)
+    require_known("method", sweep.method, SEARCHES)
     search = SEARCHES[sweep.method]
     require(len(sweep.parameters) > 0, "parameters", {}, "at least one parameter")
     for path, spec in sweep.parameters.items():
@@ -139,8 +137,7 @@ def metric_from(metric: Any) -> dict[str, Any]:
     named = isinstance(metric, dict) and isinstance(metric.get("name"), str)
     require(named, "metric", metric, "name: ..., with goal: minimize or maximize")
     for key in metric:
-        if key not in METRIC_KEYS:
-            raise unknown("metric", key, METRIC_KEYS)
+        require_known("metric", key, METRIC_KEYS)
     goal, target = metric.get("goal", "minimize"), metric.get("target")
     require(goal in ("minimize", "maximize"), "metric.goal", goal, "minimize or maximize")
     require(target is None or is_number(target), "metric.target", target, "a number")

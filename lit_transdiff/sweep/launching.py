@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Optional, Protocol
 
-from lit_transdiff.config import require, unknown
+from lit_transdiff.config import require, require_known
 from lit_transdiff.config.typed import section
 
 TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # the forms of sbatch
@@ -59,8 +59,7 @@ def launcher_from(given: Any) -> LauncherConfig:
     require(isinstance(given, dict), "launcher", given, "settings (key: value), as in kind: slurm")
     names = [each.name for each in fields(LauncherConfig)]
     for key in given:
-        if key not in names:
-            raise unknown("launcher", key, names)
+        require_known("launcher", key, names)
     config: LauncherConfig = section(given, LauncherConfig, "launcher")
     return config
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.config import is_folder_name, require, unknown
+from lit_transdiff.config import is_folder_name, require, require_known
 from lit_transdiff.config.checks import FOLDER_NAME
 from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.study.claims import FEWEST, OPEN, Claim, StudyRule, claim
@@ -123,8 +123,7 @@ def study_from(given: Any, name: str) -> Sweep:
     """A checked study from the settings of a file; ``name`` is the default name."""
     require(isinstance(given, dict), "study file", given, "settings (key: value)")
     for key in given:
-        if key not in KEYS_OF_STUDIES:
-            raise unknown("setting", key, KEYS_OF_STUDIES)
+        require_known("setting", key, KEYS_OF_STUDIES)
     own_name = str(given.get("name") or name)
     require(is_folder_name(own_name), "name", own_name, FOLDER_NAME)
     command, program = given.get("command"), given.get("program")
@@ -164,8 +163,7 @@ def score_from(score: Any) -> dict[str, Any]:
     example = "name: eval/frechet_distance, goal: minimize, smallest: 0.02"
     require(isinstance(score, dict) and isinstance(score.get("name"), str), "score", score, example)
     for key in score:
-        if key not in SCORE_KEYS:
-            raise unknown("score", key, SCORE_KEYS)
+        require_known("score", key, SCORE_KEYS)
     goal, smallest = score.get("goal", "minimize"), score.get("smallest")
     require(goal in ("minimize", "maximize"), "score.goal", goal, "minimize or maximize")
     allowed = "the smallest difference worth knowing, above 0"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.checkpoints.places import pinned_run
 from lit_transdiff.checkpoints.run_folder import check_folder
-from lit_transdiff.config import RunConfig, check_effects, require, unknown
+from lit_transdiff.config import RunConfig, check_effects, require, require_known, unknown
 from lit_transdiff.config.classes import embedding_rows, full_names
 from lit_transdiff.config.paths import export_folder
 from lit_transdiff.data.datamodule import DataModule
@@ -76,8 +76,7 @@ def check_run(
         require(fits, "stage: its run", own_stage.run.name, "the run that is trained, with all its settings")
     check_effects(replace(run, data=replace(run.data, evaluation="own")) if own_data else run)
     for name in run.training.callbacks:
-        if name not in CALLBACKS:
-            raise unknown("training.callbacks", name, CALLBACKS)
+        require_known("training.callbacks", name, CALLBACKS)
     autoencoder_kind(run.autoencoder.kind, run.autoencoder.path)
     check_sampling(run.sampling, run.model)
     scores = run.stage in STAGES and run.evaluation.every > 0
