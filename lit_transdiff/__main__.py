@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import atexit
 import io
-import logging
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 
 from lit_transdiff import __version__
 from lit_transdiff.base.endings import STOP_SIGNALS, Preempted, ending_when_asked, leave, leave_undone
 from lit_transdiff.cli import commands, studies
-from lit_transdiff.cli.errors import ENDINGS, status_of
+from lit_transdiff.cli.errors import ENDINGS, quiet_libraries, status_of
 from lit_transdiff.cli.studies import AddCommand
 from lit_transdiff.config import BACKGROUNDS, PRESETS
 from lit_transdiff.config.imports import import_modules
@@ -32,46 +30,35 @@ RESUMABLE = (
     studies.sweep_command,
     studies.study_command,
 )
+AddArgument = Callable[..., argparse.Action]  # of a command
 EXIF = "turn images upright by EXIF orientation, or not (as ADM); for files kept unchanged, set data.exif too"
-QUIET = (  # loggers whose information does not help users; cuda logs LOCAL_RANK at every start of a Trainer
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.fabric.utilities.rank_zero",
-    "lightning.pytorch.accelerators.cuda",
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="lit-transdiff", description="Train, sweep and compare image generators."
-    )
+    text = "Train, sweep and compare image generators."
+    parser = argparse.ArgumentParser(prog="lit-transdiff", description=text)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(function.__name__.removesuffix("_command"), help=text, description=text)
         sub.set_defaults(function=function)
-        sub.add_argument(
-            "--import",
-            dest="imports",
-            action="append",
-            default=[],
-            metavar="MODULE",
-            help="a module of your own",
-        )
+        own = dict(dest="imports", action="append", default=[], metavar="MODULE")
+        sub.add_argument("--import", **own, help="a module of your own")
         return sub
 
-    def with_overrides(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="settings by dotted name, as in model.width=192"
-        )
-
-    add_data_commands(command, with_overrides)
-    add_model_commands(command, with_overrides)
-    add_result_commands(command, with_overrides)
+    add_data_commands(command)
+    add_model_commands(command)
+    add_result_commands(command)
     studies.add_study_commands(command)
-    add_machine_commands(command, with_overrides)
+    add_machine_commands(command)
     return parser
+
+
+def with_overrides(add: AddArgument) -> None:
+    text = "settings by dotted name, as in model.width=192"
+    add("overrides", nargs="*", metavar="key=value", help=text)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -85,257 +72,186 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def add_data_commands(command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]) -> None:
+def add_data_commands(command: AddCommand) -> None:
     """The commands that prepare a data set."""
-    sub = command(
-        commands.pack_command, "image folder, IDX files or list file -> webdataset shards with an index"
-    )
-    sub.add_argument("source")
-    sub.add_argument("dest")
-    sub.add_argument("--split", choices=("train", "t10k"), help="which of the IDX files")
+    text = "image folder, IDX files or list file -> webdataset shards with an index"
+    sub = command(commands.pack_command, text)
+    add = sub.add_argument
+    add("source")
+    add("dest")
+    add("--split", choices=("train", "t10k"), help="which of the IDX files")
     sizes = sub.add_mutually_exclusive_group()
     sizes.add_argument("--samples-per-shard", type=int, help="default: 1000")
     sizes.add_argument("--shards", type=int, help="how many shards")
     sizes.add_argument("--shard-size", type=int, metavar="BYTES", help="about how many bytes a shard has")
-    sub.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
-    sub.add_argument("--image-size", type=int, help="centre-crop and resize to this many pixels")
-    sub.add_argument("--pad-to", type=int, help="pad with zeros to this many pixels")
-    sub.add_argument("--exif", choices=("turn", "ignore"), default="turn", help=EXIF)
-    sub.add_argument("--background", default="white", help="colour behind transparent pixels: " + BACKGROUNDS)
-    sub.add_argument("--limit", type=int, help="pack only so many, evenly over the classes")
-    sub.add_argument("--class-names", help="names, with commas, or a file of names or folders and names")
-    add_workers(sub, "write")
+    add("--seed", type=int, default=0, help="seed of the shuffle")
+    add("--image-size", type=int, help="centre-crop and resize to this many pixels")
+    add("--pad-to", type=int, help="pad with zeros to this many pixels")
+    add("--exif", choices=("turn", "ignore"), default="turn", help=EXIF)
+    add("--background", default="white", help="colour behind transparent pixels: " + BACKGROUNDS)
+    add("--limit", type=int, help="pack only so many, evenly over the classes")
+    add("--class-names", help="names, with commas, or a file of names or folders and names")
+    add_workers(add, "write")
 
-    sub = command(commands.index_command, "write the index of webdataset shards that you already have")
-    sub.add_argument("folder")
-    sub.add_argument("--class-names", help="names in class order, with commas, or a file of one per line")
-    sub.add_argument(
-        "--label",
-        default="cls",
-        help="member with the class number or name: cls, txt, or json:FIELD; default: cls",
-    )
-    add_workers(sub, "read")
+    text = "write the index of webdataset shards that you already have"
+    add = command(commands.index_command, text).add_argument
+    add("folder")
+    add("--class-names", help="names in class order, with commas, or a file of one per line")
+    text = "member with the class number or name: cls, txt, or json:FIELD; default: cls"
+    add("--label", default="cls", help=text)
+    add_workers(add, "read")
 
-    sub = command(commands.verify_command, "check the SHA-256 of every shard against the index")
-    sub.add_argument("folder")
-    add_workers(sub, "read")
+    add = command(commands.verify_command, "check the SHA-256 of every shard against the index").add_argument
+    add("folder")
+    add_workers(add, "read")
 
-    sub = command(
-        commands.cache_command,
-        "image shards -> latent shards, with the autoencoder and image settings of a run",
-    )
-    sub.add_argument("run", help="the run's YAML")
-    sub.add_argument("source")
-    sub.add_argument("dest")
-    sub.add_argument("--flips", action="store_true", help="also cache the latents of the mirrored images")
-    sub.add_argument(
-        "--batch-size", type=int, default=64, help="images that are encoded together on each device"
-    )
-    with_overrides(sub)
+    text = "image shards -> latent shards, with the autoencoder and image settings of a run"
+    add = command(commands.cache_command, text).add_argument
+    add("run", help="the run's YAML")
+    add("source")
+    add("dest")
+    add("--flips", action="store_true", help="also cache the latents of the mirrored images")
+    add("--batch-size", type=int, default=64, help="images that are encoded together on each device")
+    with_overrides(add)
 
-    sub = command(
-        commands.statistics_command, "image shards -> reference statistics, with the extractor of a run"
-    )
-    sub.add_argument("run", help="the run's YAML")
-    sub.add_argument(
-        "source", help="folder of image shards, or an .npz file with images as arr_0 (ADM's layout)"
-    )
-    sub.add_argument("dest", help="a file name ending in .npz")
-    with_overrides(sub)
+    text = "image shards -> reference statistics, with the extractor of a run"
+    add = command(commands.statistics_command, text).add_argument
+    add("run", help="the run's YAML")
+    add("source", help="folder of image shards, or an .npz file with images as arr_0 (ADM's layout)")
+    add("dest", help="a file name ending in .npz")
+    with_overrides(add)
 
 
-def add_workers(sub: argparse.ArgumentParser, what: str) -> None:
+def add_workers(add: AddArgument, what: str) -> None:
     text = f"processes that {what} shards; default: this one alone"
-    sub.add_argument("--workers", type=int, default=0, help=text)
+    add("--workers", type=int, default=0, help=text)
 
 
-def add_starting(sub: argparse.ArgumentParser) -> None:
+def add_starting(add: AddArgument) -> None:
     dry, pipe = "print configuration, parameters and steps; write nothing", "permit data.train=pipe:COMMAND"
-    sub.add_argument("--dry-run", action="store_true", help=dry)
-    sub.add_argument("--allow-pipe", action="store_true", help=f"{pipe}, which runs that command")
+    add("--dry-run", action="store_true", help=dry)
+    add("--allow-pipe", action="store_true", help=f"{pipe}, which runs that command")
 
 
-def add_trained(sub: argparse.ArgumentParser) -> None:
+def add_trained(add: AddArgument) -> None:
     """The options that choose a trained model, its sampler and its speed."""
-    sub.add_argument("--checkpoint", required=True, help="run folder, export folder, or hf://OWNER/NAME")
-    sub.add_argument("--preset", choices=PRESETS, help="named sampler settings; key=value overrides them")
+    add("--checkpoint", required=True, help="run folder, export folder, or hf://OWNER/NAME")
+    add("--preset", choices=PRESETS, help="named sampler settings; key=value overrides them")
     choice = argparse.BooleanOptionalAction
-    sub.add_argument("--compile", action=choice, help="torch.compile; by default for many images on a GPU")
-    sub.add_argument("--cuda-graphs", action=choice, help="CUDA graphs of the solver; by default on a GPU")
+    add("--compile", action=choice, help="torch.compile; by default for many images on a GPU")
+    add("--cuda-graphs", action=choice, help="CUDA graphs of the solver; by default on a GPU")
 
 
-def add_model_commands(
-    command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]
-) -> None:
+def add_model_commands(command: AddCommand) -> None:
     """The commands that train or convert models."""
-    sub = command(commands.train_command, "train one run; the same command again continues it")
-    sub.add_argument("run", help="the run's YAML")
-    add_starting(sub)
-    sub.add_argument(
-        "--evaluate", action="store_true", help="score the trained model; the scores go to the same run"
-    )
-    with_overrides(sub)
+    add = command(commands.train_command, "train one run; the same command again continues it").add_argument
+    add("run", help="the run's YAML")
+    add_starting(add)
+    add("--evaluate", action="store_true", help="score the trained model; the scores go to the same run")
+    with_overrides(add)
 
     text = "train, sample and score a list of runs and compare them; the same command again continues it"
-    sub = command(commands.run_command, text)
-    sub.add_argument("pipeline", help="the pipeline's YAML")
-    add_starting(sub)
-    with_overrides(sub)
+    add = command(commands.run_command, text).add_argument
+    add("pipeline", help="the pipeline's YAML")
+    add_starting(add)
+    with_overrides(add)
 
-    sub = command(
-        commands.init_command,
-        "write a package for your own ideas: a module, its test, a recipe, a sweep, a notebook",
-    )
-    sub.add_argument("folder", help="the package's folder and name, as in my_lab")
+    text = "write a package for your own ideas: a module, its test, a recipe, a sweep, a notebook"
+    add = command(commands.init_command, text).add_argument
+    add("folder", help="the package's folder and name, as in my_lab")
 
-    sub = command(commands.settings_command, "every setting of a run: its values, default and meaning")
-    sub.add_argument(
-        "name", nargs="?", help="a section or a setting, as in sampling or optimizer.lr; default: all"
-    )
-    sub.add_argument("--markdown", action="store_true", help="print the page docs/settings.md instead")
-    sub.add_argument(
-        "--json-schema",
-        action="store_true",
-        help="print docs/recipe.schema.json, by which editors check a recipe",
-    )
+    text = "every setting of a run: its values, default and meaning"
+    add = command(commands.settings_command, text).add_argument
+    add("name", nargs="?", help="a section or a setting, as in sampling or optimizer.lr; default: all")
+    add("--markdown", action="store_true", help="print the page docs/settings.md instead")
+    text = "print docs/recipe.schema.json, by which editors check a recipe"
+    add("--json-schema", action="store_true", help=text)
 
-    sub = command(
-        commands.convert_command, "released checkpoints (TransDiff, latent diffusion's autoencoder) <-> ours"
-    )
-    sub.add_argument(
-        "source", help="checkpoint-last.pth, its folder, or kl16.ckpt; back: an export or autoencoder folder"
-    )
-    sub.add_argument("dest", help="a folder; back: a file name ending in .pth or .ckpt")
-    sub.add_argument(
-        "--autoencoder", help="folder of the converted autoencoder that the model was trained with"
-    )
-    sub.add_argument("--recipe", help="YAML with all other settings, such as sampling and evaluation")
-    sub.add_argument("--num-heads", type=int, help="attention heads of a model that has no known size")
-    sub.add_argument("--scaling-factor", type=float, help="autoencoders: latents / samples; default: 0.2325")
-    with_overrides(sub)
+    text = "released checkpoints (TransDiff, latent diffusion's autoencoder) <-> ours"
+    add = command(commands.convert_command, text).add_argument
+    add("source", help="checkpoint-last.pth, its folder, or kl16.ckpt; back: an export or autoencoder folder")
+    add("dest", help="a folder; back: a file name ending in .pth or .ckpt")
+    add("--autoencoder", help="folder of the converted autoencoder that the model was trained with")
+    add("--recipe", help="YAML with all other settings, such as sampling and evaluation")
+    add("--num-heads", type=int, help="attention heads of a model that has no known size")
+    add("--scaling-factor", type=float, help="autoencoders: latents / samples; default: 0.2325")
+    with_overrides(add)
 
 
-def add_result_commands(
-    command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]
-) -> None:
+def add_result_commands(command: AddCommand) -> None:
     """The commands that sample, score and compare trained models."""
-    sub = command(
-        commands.sample_command, "draw images from a trained run: a labelled grid and single images"
-    )
-    add_trained(sub)
-    sub.add_argument(
-        "--classes", help="names or numbers, as in sneaker,bag or 0,7 or 0-3; default: the first ten"
-    )
-    sub.add_argument("--per-class", type=int, help="images of a class; default: 8, or 1 with --film")
-    sub.add_argument("--seed", type=int, default=0)
+    text = "draw images from a trained run: a labelled grid and single images"
+    sub = command(commands.sample_command, text)
+    add = sub.add_argument
+    add_trained(add)
+    add("--classes", help="names or numbers, as in sneaker,bag or 0,7 or 0-3; default: the first ten")
+    add("--per-class", type=int, help="images of a class; default: 8, or 1 with --film")
+    add("--seed", type=int, default=0)
     kinds = sub.add_mutually_exclusive_group()
     kinds.add_argument("--film", action="store_true", help="show the images part by part, or step by step")
     kinds.add_argument("--references", action="store_true", help="show the row of successive images of MRAR")
     kinds.add_argument("--fuse", choices=("halves", "random"), help="splice the features of two classes")
-    sub.add_argument(
-        "--profile", action="store_true", help="also write a profile of the sampling to the output folder"
-    )
-    sub.add_argument("--output", help="folder; default: samples/drawn in the run folder, or drawn-2, ...")
-    with_overrides(sub)
+    add("--profile", action="store_true", help="also write a profile of the sampling to the output folder")
+    add("--output", help="folder; default: samples/drawn in the run folder, or drawn-2, ...")
+    with_overrides(add)
 
-    sub = command(commands.evaluate_command, "score a trained run; store the scores and all settings")
-    add_trained(sub)
-    sub.add_argument("--output", help="folder that all processes share; default: the run folder")
-    sub.add_argument(
-        "--save-images", choices=("npz", "folder", "both"), help="also keep the images: ADM .npz, PNG files"
-    )
-    with_overrides(sub)
+    text = "score a trained run; store the scores and all settings"
+    add = command(commands.evaluate_command, text).add_argument
+    add_trained(add)
+    add("--output", help="folder that all processes share; default: the run folder")
+    add("--save-images", choices=("npz", "folder", "both"), help="also keep the images: ADM .npz, PNG files")
+    with_overrides(add)
 
-    sub = command(
-        commands.bounds_command, "image shards -> the scores of real images and of their reconstructions"
-    )
-    sub.add_argument("run", help="the run's YAML: its extractor, reference, metrics and number of images")
-    sub.add_argument("source", help="folder of image shards, not the ones of the reference")
-    with_overrides(sub)
+    text = "image shards -> the scores of real images and of their reconstructions"
+    add = command(commands.bounds_command, text).add_argument
+    add("run", help="the run's YAML: its extractor, reference, metrics and number of images")
+    add("source", help="folder of image shards, not the ones of the reference")
+    with_overrides(add)
 
-    text = (
-        "a row of the paper's table from the released files: convert, generate, score, ours beside the "
-        "paper's"
-    )
-    sub = command(commands.reproduce_command, text)
-    sub.add_argument("row", help="a name in experiments/baselines.json, as in L-MRAR")
-    sub.add_argument("--weights", required=True, help="checkpoint-last.pth, or its folder")
-    sub.add_argument("--vae", required=True, help="kl16.ckpt")
-    sub.add_argument(
-        "--inception", required=True, help="InceptionV3's weights file, in torch-fidelity's layout"
-    )
-    sub.add_argument(
-        "--reference", required=True, help="statistics of the real images (.npz), as in adm_in256_stats.npz"
-    )
-    sub.add_argument("--output", default="runs/reproduce", help="folder; default: %(default)s")
-    sub.add_argument(
-        "--experiments", default="experiments", help="folder of the recipes; default: %(default)s"
-    )
-    with_overrides(sub)
+    text = "a row of the paper's table from the released files: convert, generate, score, ours beside theirs"
+    add = command(commands.reproduce_command, text).add_argument
+    add("row", help="a name in experiments/baselines.json, as in L-MRAR")
+    add("--weights", required=True, help="checkpoint-last.pth, or its folder")
+    add("--vae", required=True, help="kl16.ckpt")
+    add("--inception", required=True, help="InceptionV3's weights file, in torch-fidelity's layout")
+    add("--reference", required=True, help="statistics of the real images (.npz), as in adm_in256_stats.npz")
+    add("--output", default="runs/reproduce", help="folder; default: %(default)s")
+    add("--experiments", default="experiments", help="folder of the recipes; default: %(default)s")
+    with_overrides(add)
 
-    sub = command(
-        commands.compare_command,
-        "one table of all scored runs below a folder, as text, Markdown, CSV and a picture",
-    )
-    sub.add_argument("folder")
-    sub.add_argument("--output", help="folder; default: the same")
+    text = "one table of all scored runs below a folder, as text, Markdown, CSV and a picture"
+    add = command(commands.compare_command, text).add_argument
+    add("folder")
+    add("--output", help="folder; default: the same")
 
 
-def add_machine_commands(
-    command: AddCommand, with_overrides: Callable[[argparse.ArgumentParser], None]
-) -> None:
+def add_machine_commands(command: AddCommand) -> None:
     """The commands about machines and checkpoints, before and after a run."""
-    sub = command(
-        commands.plan_command, "memory, time and network of a run for every strategy, before it is started"
-    )
-    sub.add_argument("run", help="the run's YAML")
-    sub.add_argument("--gpus", type=int, required=True)
-    sub.add_argument("--gpu", required=True, help="as in h200, h100, a100-80gb")
-    sub.add_argument("--mfu", type=float, default=0.35, help="fraction of peak FLOP/s; default: %(default)s")
-    with_overrides(sub)
+    text = "memory, time and network of a run for every strategy, before it is started"
+    add = command(commands.plan_command, text).add_argument
+    add("run", help="the run's YAML")
+    add("--gpus", type=int, required=True)
+    add("--gpu", required=True, help="as in h200, h100, a100-80gb")
+    add("--mfu", type=float, default=0.35, help="fraction of peak FLOP/s; default: %(default)s")
+    with_overrides(add)
 
-    sub = command(
-        commands.doctor_command,
-        "check this machine, or torchrun's allocation: devices, network, disk, versions",
-    )
-    sub.add_argument(
-        "--folder", default="runs", help="a folder that all nodes must see; default: %(default)s"
-    )
-    sub.add_argument("--shards", help="a folder of shards whose read speed is measured")
+    text = "check this machine, or torchrun's allocation: devices, network, disk, versions"
+    add = command(commands.doctor_command, text).add_argument
+    add("--folder", default="runs", help="a folder that all nodes must see; default: %(default)s")
+    add("--shards", help="a folder of shards whose read speed is measured")
 
-    sub = command(
-        commands.export_command,
-        "a checkpoint of any strategy -> plain averaged weights (safetensors) and config.yaml",
-    )
-    sub.add_argument("run_folder")
-    sub.add_argument("--step", type=int, help="default: the last checkpoint")
-    sub.add_argument(
-        "--average",
-        default="ema",
-        help="ema, ema_DECAY of optimizer.more_ema_decays, or last for the weights",
-    )
-    sub.add_argument("--half", action="store_true", help="in float16, which takes half the space")
-    sub.add_argument("--output", help="folder; default: export-STEP in the run folder")
-    sub.add_argument("--hub", metavar="OWNER/NAME", help="also upload the trained model to this repository")
-    sub.add_argument("--private", action="store_true", help="make the repository private")
-    sub.add_argument("--revision", metavar="BRANCH", help="of the repository; default: main")
-    sub.add_argument(
-        "--license", default="mit", help="that of the weights, as the Hub names it; default: mit"
-    )
-
-
-def quiet_libraries() -> None:
-    """Show our own messages, and of the libraries only warnings about problems that a user can solve."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("lit_transdiff").setLevel(logging.INFO)
-    for name in QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: "ZeRO with an untested optimizer" not in record.getMessage()
-    )
-    warnings.filterwarnings("ignore", module="lightning")
-    # DeepSpeed's calls
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is (deprecated|a private function)")
+    text = "a checkpoint of any strategy -> plain averaged weights (safetensors) and config.yaml"
+    add = command(commands.export_command, text).add_argument
+    add("run_folder")
+    add("--step", type=int, help="default: the last checkpoint")
+    text = "ema, ema_DECAY of optimizer.more_ema_decays, or last for the weights"
+    add("--average", default="ema", help=text)
+    add("--half", action="store_true", help="in float16, which takes half the space")
+    add("--output", help="folder; default: export-STEP in the run folder")
+    add("--hub", metavar="OWNER/NAME", help="also upload the trained model to this repository")
+    add("--private", action="store_true", help="make the repository private")
+    add("--revision", metavar="BRANCH", help="of the repository; default: main")
+    add("--license", default="mit", help="that of the weights, as the Hub names it; default: mit")
 
 
 def end_process_group() -> None:
@@ -354,9 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     goes_on = args.function in RESUMABLE
     try:
         expand_paths(args)
-        with ending_when_asked(
-            leave if goes_on else leave_undone, STOP_SIGNALS if goes_on else (signal.SIGINT,)
-        ):
+        handler, numbers = (leave, STOP_SIGNALS) if goes_on else (leave_undone, (signal.SIGINT,))
+        with ending_when_asked(handler, numbers):
             import_modules(args.imports)
             args.function(args)
     except ENDINGS as error:

@@ -203,7 +203,7 @@ class RemoteFolder:
     def put(self, file: Path, name: str) -> None:
         """Upload a file; it appears there when it is complete."""
         filesystem, root = self.opened
-        if is_local(filesystem):
+        if "file" in filesystem.protocol:
             place = Path(root, name)
             place.parent.mkdir(parents=True, exist_ok=True)
             with whole(place) as partial:
@@ -236,10 +236,6 @@ def within_limit(filesystem: Any, method: str, seconds: float, *arguments: Any, 
             filesystem.loop, getattr(filesystem, f"_{method}"), *arguments, timeout=seconds, **options
         )
     return getattr(filesystem, method)(*arguments, **options)
-
-
-def is_local(filesystem: Any) -> bool:
-    return "file" in filesystem.protocol
 
 
 def is_final(error: Exception) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lit_transdiff.base.files import Damaged, crc32_of, replace_file, with_seal
+from lit_transdiff.base.hub import is_on_hub
 from lit_transdiff.base.remote import RemoteFolder, is_remote
 from lit_transdiff.checkpoints.format import Checkpoint, complete_checkpoints
 from lit_transdiff.checkpoints.version import read_number, read_starts, versioned
@@ -105,7 +106,8 @@ def content_checksum(place: str | None) -> str | None:
 
     Of a URL it is that of the index, which is equal for a copy of the shards elsewhere.
     """
-    if place is None or is_stream(place) or is_model_on_hub(place):
+    on_hub = is_on_hub(place) and not str(place).startswith("hf://datasets/")  # pinned by its commit
+    if place is None or is_stream(place) or on_hub:
         return None
     if is_remote(place):
         return index_checksum(place)
@@ -118,10 +120,6 @@ def content_checksum(place: str | None) -> str | None:
         folder = path / "export" if (path / "export").is_dir() else path
         files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
     return " ".join(f"{crc32_of(file):08x}-{file.stat().st_size}" for file in files) or None
-
-
-def is_model_on_hub(place: str) -> bool:
-    return place.startswith("hf://") and not place.startswith("hf://datasets/")
 
 
 def index_checksum(url: str) -> str | None:

@@ -1,15 +1,25 @@
-"""Exit codes and one-line messages for errors of commands; only bugs of the program end in a traceback."""
+"""Exit codes and one-line messages for errors of commands; only bugs of the program end in a traceback.
+
+The messages of libraries are shown only where a user can act on them.
+"""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
+import warnings
 
 from lit_transdiff.base.endings import CheckpointError, HubError, Preempted, RankFailed, TrialsFailed
 from lit_transdiff.base.files import is_full
 from lit_transdiff.base.remote import RemoteError
 
+QUIET = (  # loggers whose information does not help users; cuda logs LOCAL_RANK at every start of a Trainer
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+)
 # A path that cannot be meant.
 NOT_HERE = (
     errno.EACCES,
@@ -63,3 +73,17 @@ def ending_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, BrokenPipeError):  # no reader is left: Python would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1, f"{type(error).__name__}: {error}"  # an error of a connection or a process
+
+
+def quiet_libraries() -> None:
+    """Show our own messages, and of the libraries only warnings about problems that a user can solve."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("lit_transdiff").setLevel(logging.INFO)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "ZeRO with an untested optimizer" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", module="lightning")
+    # DeepSpeed's calls
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is (deprecated|a private function)")

@@ -161,8 +161,8 @@ def run_pipeline(pipeline: Pipeline, runs: list[RunConfig], fabric: Fabric) -> N
     stages = [run for run in runs if run.stage not in PREPARATORY]
     for step in pipeline.cache:
         announce(f"cache       {step.source} -> {root / step.dest}")
-        models = dict(autoencoder=stages[0].autoencoder, data=stages[0].data)
-        cache(step.source, root / step.dest, fabric=fabric, flips=step.flips, **models)
+        own, data = stages[0].autoencoder, stages[0].data
+        cache(step.source, root / step.dest, autoencoder=own, data=data, fabric=fabric, flips=step.flips)
     if pipeline.reference_images is not None:
         announce(f"reference   {pipeline.reference_images} -> {stages[0].evaluation.reference}")
         prepare_reference(pipeline.reference_images, stages[0], fabric)
@@ -237,7 +237,9 @@ def sample_and_score(run: RunConfig, per_class: int, fabric: Fabric) -> dict[str
     generator = load_generator(run.folder, fabric.device)
     classes = list(range(min(run.model.num_classes, 10)))
     folder = run.folder / "samples" / "final"
-    if fabric.is_global_zero and not is_newer(folder / "grid.png", run.folder / "export" / "export.json"):
+    grid, export = folder / "grid.png", run.folder / "export" / "export.json"
+    is_drawn = grid.exists() and grid.stat().st_mtime >= export.stat().st_mtime
+    if fabric.is_global_zero and not is_drawn:
         draw_samples(generator, classes, per_class, folder)
         if run.model.num_references > 1:
             draw_samples(generator, classes, 1, folder.with_name("references"), references=True)
@@ -299,10 +301,6 @@ def score_checkpoint(
         log_evaluation(run, result, folder, trial=trial)
     fabric.barrier()
     return result
-
-
-def is_newer(file: Path, other: Path) -> bool:
-    return file.exists() and file.stat().st_mtime >= other.stat().st_mtime
 
 
 def dry_run(

@@ -97,9 +97,7 @@ def add_study_commands(command: AddCommand) -> None:
     study.add_argument("--keep", action="store_true", help=kept)
     study.set_defaults(seed=0)
 
-    text = (
-        "start a command on all nodes of this SLURM job; elsewhere, as it is (for the command of a W&B sweep)"
-    )
+    text = "start a command on all nodes of this SLURM job, and elsewhere as it is (for W&B sweeps)"
     sub = command(srun_command, text)
     sub.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
 
@@ -112,13 +110,10 @@ def add_study_commands(command: AddCommand) -> None:
 
 def add_launcher(sub: argparse.ArgumentParser) -> None:
     """The options about the place of trials; all are settings of ``launcher:`` in the file, too."""
-    sub.add_argument(
-        "--launcher", choices=("local", "slurm"), help="slurm: every trial is a job; default: local"
-    )
-    sub.add_argument("--nodes", type=int, help="slurm: nodes of a trial; default: 1")
-    sub.add_argument(
-        "--tasks-per-node", type=int, help="slurm: processes on each node, one per GPU; default: 1"
-    )
-    sub.add_argument("--time", help="slurm: time limit of a job, as in 24:00:00")
-    sub.add_argument("--partition", help="slurm: the partition")
-    sub.add_argument("--account", help="slurm: the account that is charged")
+    add = sub.add_argument
+    add("--launcher", choices=("local", "slurm"), help="slurm: every trial is a job; default: local")
+    add("--nodes", type=int, help="slurm: nodes of a trial; default: 1")
+    add("--tasks-per-node", type=int, help="slurm: processes on each node, one per GPU; default: 1")
+    add("--time", help="slurm: time limit of a job, as in 24:00:00")
+    add("--partition", help="slurm: the partition")
+    add("--account", help="slurm: the account that is charged")

@@ -26,11 +26,6 @@ NAMES_PRINTED = 5  # names printed per kind
 Skipped = list[tuple[str, str]]  # unreadable images: name, reason
 
 
-def digest_of(content: bytes) -> str:
-    """A 64-bit hash of a stored image: equal for equal pictures with equal encoding."""
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
 @dataclass
 class Findings:
     """Findings about some images, serialisable as JSON."""
@@ -49,7 +44,8 @@ class Findings:
     def add(self, oddities: Iterable[str], content: bytes) -> None:
         """Record a readable image."""
         self.oddities = dict(Counter(self.oddities) + Counter(oddities))
-        self.digests.append(digest_of(content))
+        # equal for equal pictures with equal encoding
+        self.digests.append(hashlib.blake2b(content, digest_size=8).hexdigest())
 
 
 def joined(parts: Sequence[Findings]) -> Findings:

@@ -138,11 +138,7 @@ def listed_kinds(kinds: Counter[str]) -> str:
 def key_of(class_folder: str, file_name: str) -> str:
     """The key of an image before ``distinct_keys``: its stem, prefixed by its class folder."""
     stem = file_name.rpartition(".")[0]
-    return plain_key(stem if stem.startswith(class_folder) else f"{class_folder}_{stem}")
-
-
-def plain_key(stem: str) -> str:
-    return UNFIT.sub("_", stem)
+    return UNFIT.sub("_", stem if stem.startswith(class_folder) else f"{class_folder}_{stem}")
 
 
 def list_source(path: Path, class_names: ClassNames) -> ImageSource:

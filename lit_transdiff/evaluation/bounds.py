@@ -17,7 +17,7 @@ from lit_transdiff.config import EvaluationConfig, RunConfig, require, require_c
 from lit_transdiff.data.index import ShardIndex, read_index
 from lit_transdiff.evaluation.features import FeatureExtractor, Features, load_extractor
 from lit_transdiff.evaluation.job import choose_labels
-from lit_transdiff.evaluation.metrics import METRICS, Scored, check_metrics, compute_scores, needed_by, there
+from lit_transdiff.evaluation.metrics import METRICS, Scored, check_metrics, needed_by, there
 from lit_transdiff.evaluation.moments import gaussian_of
 from lit_transdiff.evaluation.prepare import batches_of, made_of
 from lit_transdiff.evaluation.scores import Score
@@ -43,9 +43,8 @@ def best_scores(
     check_counts(settings.num_images, counts, index)
     same_classes = extractor.num_classes == run.model.num_classes
     reference = reference_of(run, source, settings, extractor, same_classes)
-    autoencoder = load_autoencoder(run.autoencoder.kind, run.autoencoder.path, run.data.image_channels).to(
-        device
-    )
+    autoencoder = load_autoencoder(run.autoencoder.kind, run.autoencoder.path, run.data.image_channels)
+    autoencoder.to(device)
     found: dict[str, list[Features]] = {"real images": [], "reconstructions": []}
     spatial = "spatial features" in needed_by(metrics)
     shown: list[Tensor] = []
@@ -56,9 +55,10 @@ def best_scores(
         found["reconstructions"].append(extractor(again, spatial=spatial))
         shown.append(classes)
     asked = torch.cat(shown)
+    both = {name: scored(batches, asked, same_classes) for name, batches in found.items()}
     return {
-        name: compute_scores(scored(batches, asked, same_classes), reference, settings)
-        for name, batches in found.items()
+        kind: {name: METRICS[name](images, reference, settings) for name in settings.metrics}
+        for kind, images in both.items()
     }
 
 
@@ -118,10 +118,12 @@ def chosen(run: RunConfig, source: str | Path, counts: Tensor) -> Iterator[tuple
 def scored(batches: list[Features], labels: Tensor, same_classes: bool) -> Scored:
     """Concatenate all batches of an extractor."""
     features = torch.cat([batch.features for batch in batches])
-    logits = (
-        torch.cat([batch.logits for batch in batches if batch.logits is not None])
-        if batches[0].logits is not None
-        else None
-    )
+    logits = [batch.logits for batch in batches if batch.logits is not None]
     spatial = [batch.spatial for batch in batches if batch.spatial is not None]
-    return Scored(features, labels, logits, same_classes, None, gaussian_of(spatial) if spatial else None)
+    return Scored(
+        features,
+        labels,
+        logits=torch.cat(logits) if logits else None,
+        logits_name_classes=same_classes,
+        spatial=gaussian_of(spatial) if spatial else None,
+    )

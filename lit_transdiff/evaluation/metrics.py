@@ -178,10 +178,3 @@ def check_evaluation(settings: EvaluationConfig, *, scores: bool, semantic: bool
         has["semantic features"] = semantic
         lacking = {need for need, value in has.items() if not value}
     check_metrics(settings.metrics, set(NEEDS) - lacking)
-
-
-def compute_scores(
-    generated: Scored, reference: Statistics | None, settings: EvaluationConfig
-) -> dict[str, Score]:
-    """Compute all of ``settings.metrics`` by name."""
-    return {name: METRICS[name](generated, reference, settings) for name in settings.metrics}

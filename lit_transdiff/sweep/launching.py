@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -154,8 +153,3 @@ def launcher_of(config: LauncherConfig, sweep: str, folder: Path, devices_per_ru
     from lit_transdiff.sweep.local import LocalLauncher, slots_of
 
     return LocalLauncher(slots_of(config.parallel, devices_per_run), folder)
-
-
-def whole_environment(order: Order) -> dict[str, str]:
-    """The environment of this process with that of the trial."""
-    return {**os.environ, **order.environment}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lit_transdiff.config import require
-from lit_transdiff.sweep.launching import Order, Outcome, TrialJob, whole_environment
+from lit_transdiff.sweep.launching import Order, Outcome, TrialJob
 from lit_transdiff.tracking.place import SWEEP_FOLDER
 
 POLL = 0.5  # seconds between checks of the trials
@@ -84,7 +84,7 @@ class LocalLauncher:
         with open(order.log, "ab") as log:
             process = subprocess.Popen(
                 order.command,
-                env=whole_environment(order) | devices,
+                env={**os.environ, **order.environment, **devices},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -35,11 +35,9 @@ class TrialPlace:
     @property
     def name(self) -> str:
         """The sorted swept settings and the id, as in ``lr_0.002-global_batch_size_64-1a2b3c4d``."""
-        words = "-".join(
-            f"{folder_safe(key.split('.')[-1])}_{word(value)}"
-            for key, value in sorted(flattened(self.settings).items())
-        )
-        return f"{words[:MAX_NAME]}-{self.id}"
+        swept = sorted(flattened(self.settings).items())
+        words = (re.sub(r"[^\w+-]", "_", key.split(".")[-1]) + f"_{word(value)}" for key, value in swept)
+        return f"{'-'.join(words)[:MAX_NAME]}-{self.id}"
 
 
 def trial_place() -> TrialPlace | None:
@@ -74,11 +72,6 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         found |= flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
-
-
-def folder_safe(key: str) -> str:
-    """A setting's name in a form for folder names."""
-    return re.sub(r"[^\w+-]", "_", key)
 
 
 def word(value: Any) -> str:
