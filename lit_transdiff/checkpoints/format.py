@@ -249,11 +249,8 @@ def finish_checkpoint(
     while len(list(partial.glob("rank-*.safetensors"))) < world:
         failed = sorted(path.stem for path in partial.glob("rank-*.failed"))
         if failed or time.monotonic() > deadline:
-            reason = (
-                f"{', '.join(failed)} failed"
-                if failed
-                else f"not all {world} ranks wrote within {timeout:.0f} s"
-            )
+            late = f"not all {world} ranks wrote within {timeout:.0f} s"
+            reason = f"{', '.join(failed)} failed" if failed else late
             raise CheckpointError(errno.EIO, f"{partial}: {reason}.")
         time.sleep(0.05)
     try:

@@ -61,11 +61,9 @@ class EvaluationConfig:
         require(1 <= self.batch_size <= 2**16, "evaluation.batch_size", self.batch_size, "1 to 65,536")
         require(0 <= self.seed < 2**32, "evaluation.seed", self.seed, "0 to 2^32 - 1")
         for name in self.weights:
-            allowed = "only weights of evaluation.extractors" + (
-                "; those of evaluation.extractor are evaluation.extractor_weights"
-                if name == self.extractor
-                else ""
-            )
+            allowed = "only weights of evaluation.extractors"
+            if name == self.extractor:
+                allowed += "; those of evaluation.extractor are evaluation.extractor_weights"
             require(name in self.extractors, f"evaluation.weights.{name}", self.weights[name], allowed)
         require(len(self.metrics) > 0, "evaluation.metrics", self.metrics, "at least one name")
         require(self.every >= 0, "evaluation.every", self.every, "0 (off) or more")

@@ -125,14 +125,10 @@ def notes_on_images(oddities: Mapping[str, int], encoding: Encoding) -> Iterator
     unchanged = encoding.keeps_files
     turned = "they are turned when they are read (data.exif)" if unchanged else "they are turned"
     turned = turned if encoding.exif == "turn" else "which --exif ignore leaves as it is"
-    under = (
-        "data.background shows there when they are read"
-        if unchanged
-        else f"{encoding.background} shows there"
-    )
+    colour, when = ("data.background", " when they are read") if unchanged else (encoding.background, "")
     for kind, what in (
         (ORIENTED, f"images lie on their side or are mirrored, and say so by an EXIF orientation: {turned}"),
-        (TRANSPARENT, f"images are transparent in places: {under}"),
+        (TRANSPARENT, f"images are transparent in places: {colour} shows there{when}"),
         (ANIMATED, "images are animations, of which only the first frame counts"),
     ):
         if oddities.get(kind):

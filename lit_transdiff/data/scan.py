@@ -166,11 +166,8 @@ def sample_from(
     """A sample from its members (by extension)."""
     where = f"{path.name}: sample {key!r}"
     if labels.member not in members:
-        other = (
-            ""
-            if labels.member != LABEL_MEMBER
-            else " (index --label txt, or json:FIELD, takes it from another member)"
-        )
+        hint = " (index --label txt, or json:FIELD, takes it from another member)"
+        other = hint if labels.member == LABEL_MEMBER else ""
         raise ValueError(f"{where} has no label (.{labels.member}); it has .{', .'.join(members)}{other}.")
     payloads = [extension for extension in members if extension != labels.member]
     if len(payloads) != 1:

@@ -123,11 +123,9 @@ def readable_name(name: str) -> str:
 
 def source_kind(entry: os.DirEntry[str]) -> str:
     """``folders``, or the extension of a file."""
-    return (
-        "folders"
-        if entry.is_dir()
-        else os.path.splitext(readable_name(entry.name))[1].lower() or "files without an extension"
-    )
+    if entry.is_dir():
+        return "folders"
+    return os.path.splitext(readable_name(entry.name))[1].lower() or "files without an extension"
 
 
 def listed_kinds(kinds: Counter[str]) -> str:

@@ -68,15 +68,10 @@ def listed_samples(index: ShardIndex, samples: Sequence[int]) -> str:
     """Damaged samples as part of a message."""
     if index.checksum is None:
         return ""
-    listed = ", ".join(
-        f"{index.name_of(sample)} (byte {index.offset[sample]})" for sample in samples[:LISTED_SAMPLES]
-    )
-    more = ", ..." if len(samples) > LISTED_SAMPLES else ""
-    return (
-        f" Damaged samples: {listed}{more}."
-        if samples
-        else " No sample is damaged: only names, labels or gaps between them."
-    )
+    if not samples:
+        return " No sample is damaged: only names, labels or gaps between them."
+    listed = [f"{index.name_of(sample)} (byte {index.offset[sample]})" for sample in samples[:LISTED_SAMPLES]]
+    return f" Damaged samples: {', '.join(listed)}{', ...' if len(samples) > LISTED_SAMPLES else ''}."
 
 
 def index_again(

@@ -31,11 +31,8 @@ def open_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
             archive = opened.enter_context(zipfile.ZipFile(path))
             file = opened.enter_context(archive.open("arr_0.npy"))
             version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
+            layout = np.lib.format
+            read = layout.read_array_header_1_0 if version == (1, 0) else layout.read_array_header_2_0
             shape, fortran_order, dtype = read(file)
         except OSError:
             raise
@@ -86,17 +83,10 @@ def write_npz(path: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> 
     ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for i, batch in enumerate(batches):
-                colour = (
-                    repeat(batch, "b 1 h w -> b h w c", c=3)
-                    if batch.shape[1] == 1
-                    else rearrange(batch, "b c h w -> b h w c")
-                )
+                colour = repeat(batch, "b c h w -> b h w (c k)", k=3 // batch.shape[1])
                 if i == 0:
-                    header = {
-                        "descr": "|u1",
-                        "fortran_order": False,
-                        "shape": (len(labels), *colour.shape[1:]),
-                    }
+                    shape = (len(labels), *colour.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(np.ascontiguousarray(colour).tobytes())
         with archive.open("arr_1.npy", "w") as file:

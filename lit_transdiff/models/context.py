@@ -78,11 +78,9 @@ class ContextStream:
 
     def spread_past(self, rows: int) -> None:
         """The same for keys and values: from now on every image has its own."""
-        row_of = (
-            torch.zeros(rows, dtype=torch.long, device=self.classes.device)
-            if self.row_of is None
-            else self.row_of
-        )
+        row_of = self.row_of
+        if row_of is None:
+            row_of = torch.zeros(rows, dtype=torch.long, device=self.classes.device)
         for block in self.past:
             block.take(row_of)
 

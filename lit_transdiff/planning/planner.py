@@ -170,27 +170,20 @@ def refusals(run: RunConfig) -> list[str]:
 
 def describe_model(run: RunConfig, model: ModelCost, cost: PassCost, bf16: bool) -> list[str]:
     checkpoint = (model.parameters + model.moments + model.trained * run.optimizer.num_averages) * FLOAT_BYTES
+    parts = ", ".join(f"{name} {size:,}" for name, size in model.parts.items())
+    halves = f"bfloat16 ({' and '.join(whole_strategies())} only)"
+    moments = halves if run.training.precision == "bf16-true" else "float32"
+    recomputed = f" ({run.training.activation_checkpointing}: recomputed in the backward pass)"
+    step_flops = cost.row_flops * run.training.global_batch_size
     return [
         f"run            {run.name}, stage {run.stage}, {described(run.model)}",
-        f"parameters     {model.parameters:,} ({model.trained:,} trained): "
-        + ", ".join(f"{name} {size:,}" for name, size in model.parts.items()),
+        f"parameters     {model.parameters:,} ({model.trained:,} trained): {parts}",
         f"precision      {'bfloat16' if bf16 else 'float32'} passes; averages float32, weights, gradients "
-        "and moments "
-        + (
-            f"bfloat16 ({' and '.join(whole_strategies())} only)"
-            if run.training.precision == "bf16-true"
-            else "float32"
-        ),
-        f"operations     {cost.row_flops / 1e9:,.0f} GFLOP per row of {run.model.num_references}, "
-        "forward and backward; "
-        f"{cost.row_flops * run.training.global_batch_size / 1e15:,.2f} PFLOP per step of "
-        f"{run.training.global_batch_size} rows",
+        f"and moments {moments}",
+        f"operations     {cost.row_flops / 1e9:,.0f} GFLOP per row of {run.model.num_references}, forward "
+        f"and backward; {step_flops / 1e15:,.2f} PFLOP per step of {run.training.global_batch_size} rows",
         f"activations    {cost.row_bytes / GB:.3f} GB per row, {cost.fixed_bytes / GB:.2f} GB once"
-        + (
-            f" ({run.training.activation_checkpointing}: recomputed in the backward pass)"
-            if cost.recomputed_flops
-            else ""
-        ),
+        f"{recomputed if cost.recomputed_flops else ''}",
         f"checkpoint     {checkpoint / GB:.2f} GB; export {model.parameters * FLOAT_BYTES / GB:.2f} GB",
     ]
 

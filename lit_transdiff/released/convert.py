@@ -279,11 +279,8 @@ def export_to_released(source: Path, dest: Path) -> str:
         f"  made of zeros: {key} (the model has none; it has no effect)"
         for key in states["model_ema" if "model_ema" in states else "model"].left_over
     ]
-    lines += (
-        ["  model: the averaged weights, as the export has no others"]
-        if raw == folder and "model_ema" in states
-        else []
-    )
+    if raw == folder and "model_ema" in states:
+        lines.append("  model: the averaged weights, as the export has no others")
     return "\n".join(lines)
 
 
@@ -325,11 +322,8 @@ def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, sc
 
 def one_type(dtypes: set[torch.dtype]) -> torch.dtype:
     """The dtype of all weights if it is float16 or bfloat16 (exact in float32); float32 otherwise."""
-    return (
-        next(iter(dtypes))
-        if len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}
-        else torch.float32
-    )
+    halves = len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}
+    return next(iter(dtypes)) if halves else torch.float32
 
 
 def autoencoder_to_ldm(source: Path, dest: Path) -> str:

@@ -176,11 +176,8 @@ class Comparison:
         judges, notes, table = self.table["judged by"], self.shown_notes(), self.table
         if judges.nunique() <= 1:
             table = table.drop(columns="judged by")
-            notes += (
-                [f"scores by {judges.iloc[0]}"]
-                if judges.iloc[0] and any(m.startswith(FULL) for m in self.metrics)
-                else []
-            )
+            if judges.iloc[0] and any(metric.startswith(FULL) for metric in self.metrics):
+                notes.append(f"scores by {judges.iloc[0]}")
         if self.groups["runs"].max() > 1:
             return [table, self.summary], notes
         for metric in self.metrics:

@@ -154,23 +154,15 @@ def fits(run: Run, filters: Mapping[str, Any]) -> bool:
     """
     for key, wanted in filters.items():
         section, _, rest = key.partition(".")
-        value = (
-            run.settings.get(rest)
-            if section == "config"
-            else run.summary.get(rest)
-            if section == "summary"
-            else None
-        )
-        value = getattr(run, key) if key in FIELDS else value
+        values = run.settings if section == "config" else run.summary if section == "summary" else {}
+        value = getattr(run, key) if key in FIELDS else values.get(rest)
+        allowed = list(wanted) if isinstance(wanted, list | tuple | set) else [wanted]
         if callable(wanted):
             met = bool(wanted(value))
+        elif key == "tags":
+            met = any(tag in allowed for tag in run.tags)
         else:
-            allowed = list(wanted) if isinstance(wanted, list | tuple | set) else [wanted]
-            met = (
-                any(tag in allowed for tag in run.tags)
-                if key == "tags"
-                else value in allowed or value == wanted
-            )
+            met = value in allowed or value == wanted
         if not met:
             return False
     return True

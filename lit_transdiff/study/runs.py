@@ -113,27 +113,20 @@ def archive(
         for file_of_sweep in sorted(path for path in journals if path.is_file()):
             packed.write(file_of_sweep, file_of_sweep.relative_to(folder))
         for run in found:
-            for part in [run / name for name in KEPT] + [
-                f for pattern in RESULTS for f in sorted(run.glob(pattern))
-            ]:
+            results = [file for pattern in RESULTS for file in sorted(run.glob(pattern))]
+            for part in [*(run / name for name in KEPT), *results]:
                 if part.is_file():
                     packed.write(part, part.relative_to(folder))
-            pictures = (
-                {str(f): f for pattern in PICTURES for f in sorted(run.glob(pattern))}
-                if pictures_of(run)
-                else {}
-            )
-            for name, picture in opened_pictures(
-                {name: opener(file) for name, file in pictures.items()}
-            ).items():
-                packed.writestr(str(pictures[name].relative_to(folder)), shrunk(picture))
+            places = [place for pattern in PICTURES for place in sorted(run.glob(pattern))]
+            pictures = {str(place.relative_to(folder)): opener(place) for place in places}
+            for name, picture in opened_pictures(pictures if pictures_of(run) else {}).items():
+                packed.writestr(name, shrunk(picture))
     return file
 
 
 def shrunk(picture: Image.Image) -> bytes:
     """Encode a picture as a small PNG."""
     buffer = io.BytesIO()
-    narrowed(picture, max(SHRUNK, round(READABLE * picture.width))).quantize(COLOURS).save(
-        buffer, format="png", optimize=True
-    )
+    small = narrowed(picture, max(SHRUNK, round(READABLE * picture.width)))
+    small.quantize(COLOURS).save(buffer, format="png", optimize=True)
     return buffer.getvalue()

@@ -81,11 +81,8 @@ class Entry:
         decided = decided_by(self.manifest) if self.repeats else {}
         if "seed" not in self.run.settings:
             return tuple(decided.items())
-        return (
-            ()
-            if self.own
-            else tuple((name, value) for name, value in decided.items() if name not in ("model", "run"))
-        )
+        others = {name: value for name, value in decided.items() if name not in ("model", "run")}
+        return () if self.own else tuple(others.items())
 
     def scores(self) -> dict[str, Pooled]:
         """The scores ``eval/NAME`` over repeats; for the run itself also the last values of logged metrics.
@@ -154,11 +151,8 @@ def judge_in_words(manifest: Mapping[str, Any]) -> str:
     """Extractor, reference, number and selection of images, as text."""
     reference = Path(manifest["reference"]).stem if manifest.get("reference") else None
     images = f"{manifest['num_images']:,} images" if manifest.get("num_images") else None
-    return ", ".join(
-        str(word)
-        for word in (manifest.get("extractor"), reference, images, manifest.get("label_mode"))
-        if word
-    )
+    words = (manifest.get("extractor"), reference, images, manifest.get("label_mode"))
+    return ", ".join(str(word) for word in words if word)
 
 
 def sampler_in_words(manifest: Mapping[str, Any]) -> str:
@@ -172,11 +166,8 @@ def sampler_in_words(manifest: Mapping[str, Any]) -> str:
     interval = "" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]"
     scales = sampling.get("drift_scale", 1), sampling.get("noise_scale", 1)
     parts = f", {sampling['num_parts']} parts" if sampling.get("num_parts") else ""
-    parts += (
-        f", {sampling['part_guidance']} over parts"
-        if sampling.get("part_guidance", "constant") != "constant"
-        else ""
-    )
+    if (by_part := sampling.get("part_guidance", "constant")) != "constant":
+        parts += f", {by_part} over parts"
     scaled = "" if scales == (1, 1) else ", scales {:g} {:g}".format(*scales)
     return f"{sampling['solver']} {steps} x {guidance}{interval}{scaled}{parts}"
 

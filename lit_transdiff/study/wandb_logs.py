@@ -31,11 +31,8 @@ AT_SERVER = {"group": "group", "state": "state", "name": "display_name", "stage"
 
 def log_files(root: Path) -> list[list[Path]]:
     """The ``.wandb`` files at and below ``root``, grouped by run (with restarts) in chronological order."""
-    files = (
-        [root]
-        if root.is_file()
-        else sorted(root.rglob("run-*.wandb"), key=lambda f: f.parent.name.removeprefix("offline-"))
-    )
+    files = [root] if root.is_file() else list(root.rglob("run-*.wandb"))
+    files.sort(key=lambda file: file.parent.name.removeprefix("offline-"))
     by_run: dict[tuple[Path, str], list[Path]] = {}
     for file in files:
         by_run.setdefault((file.parent.parent, file.stem), []).append(file)

@@ -119,13 +119,8 @@ def check_search(sweep: Sweep) -> None:
         possible = not search.needs_values or DISTRIBUTIONS[name_of(spec)].values is not None
         allowed = f"value, values, or whole numbers for method {sweep.method}"
         require(possible, f"parameters.{'.'.join(path)}", name_of(spec), allowed)
-    reader = (
-        sweep.method
-        if search.needs_metric
-        else "early_terminate"
-        if sweep.early_terminate is not None
-        else None
-    )
+    stops = None if sweep.early_terminate is None else "early_terminate"
+    reader = sweep.method if search.needs_metric else stops
     require(reader is None or sweep.metric is not None, "metric", None, f"name and goal, for {reader}")
     require(sweep.command is not None or sweep.program is not None, "command", None, "a command or a program")
 

@@ -37,11 +37,9 @@ class SweepJournal:
         there = settings_in(file) if file.exists() else given
         if without_cap(there) != without_cap(given):
             raise ValueError(f"{folder} holds another sweep (see sweep.yaml there). Choose another --output.")
-        copied = (
-            {"folder": read_record(file)["folder"]}
-            if file.exists() and is_copy(file)
-            else read_record(file).get(COPIED_FROM)
-        )
+        record = read_record(file)
+        is_new_copy = file.exists() and is_copy(file)
+        copied = {"folder": record["folder"]} if is_new_copy else record.get(COPIED_FROM)
         replace_file(file, dump(given).encode())
         keep_record(file, copied)
         self.file = folder / "trials.jsonl"

@@ -32,12 +32,8 @@ def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
         found = runs(folder)
     except FileNotFoundError:
         return f"{head}\n\nNo trial has produced a run. Their outputs: {folder / 'logs'}"
-    metric = (
-        sweep.metric
-        if any(sweep.metric in entry.scores() for run in found for entry in entries_of(run))
-        else None
-    )
-    if metric is None:
+    metric = sweep.metric
+    if metric is None or not any(metric in entry.scores() for run in found for entry in entries_of(run)):
         head += f"; none has logged {sweep.metric}" if sweep.metric else ""
         return told_of(head, compare(found).table, folder)
     compared = compare(found, [metric], {metric: sweep.maximize})
@@ -76,10 +72,7 @@ def failures(trials: Sequence[Trial], folder: Path, tries: int) -> str | None:
     if not failed:
         return None
     more = max(trial.failures for trial in failed) + 1
-    again = (
-        "The same command"
-        if all(trial.failures < tries for trial in failed)
-        else f"With --tries {more} the same command"
-    )
+    enough = all(trial.failures < tries for trial in failed)
+    again = "The same command" if enough else f"With --tries {more} the same command"
     log = folder / "logs" / f"{failed[-1].id}.log"
     return f"{len(failed)} of {len(trials)} trials failed; see {log}. {again} tries them again."

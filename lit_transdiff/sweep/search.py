@@ -93,11 +93,8 @@ def counts_as(sweep: Sweep, trial: Trial, worst: float | None) -> float | None:
     trial that chosen by ``metric.impute_while_running``. None if there is no such value.
     """
     if trial.state == "running":
-        return (
-            None
-            if sweep.impute_while_running == "false"
-            else imputed(sweep.impute_while_running, sweep, trial, worst)
-        )
+        rule = sweep.impute_while_running
+        return None if rule == "false" else imputed(rule, sweep, trial, worst)
     best = trial.best(sweep.maximize)
     if best is None or trial.diverged or trial.state == "failed":
         return imputed(sweep.impute, sweep, trial, worst)

@@ -73,11 +73,8 @@ def log_evaluation(run: RunConfig, result: Mapping[str, Any], folder: Path, *, t
         open_run(run, id_, folder=folder, name=run.name if trial else f"{stem} {EVALUATE}", job_type=EVALUATE)
     )
     trained = export_folder(str(run.init_from))
-    model_id = (
-        (trained.parent / "wandb" / "run_id").read_text()
-        if (trained.parent / "wandb" / "run_id").is_file()
-        else "model"
-    )
+    id_file = trained.parent / "wandb" / "run_id"
+    model_id = id_file.read_text() if id_file.is_file() else "model"
     name = result["manifest"]["run"]
     use(log, model_artifact(name, model_id, trained, upload=run.tracking.upload_models))
     log_result(log, result, step)

@@ -95,11 +95,9 @@ class OnlineEvaluation(StepCallback):
 
         def all_ranks(rows: list[Tensor | None]) -> Tensor | None:
             present = [part for part in rows if part is not None]
-            return (
-                gathered(present, job.settings.batch_size, len(batches), trainer)[: len(images)]
-                if present
-                else None
-            )
+            if not present:
+                return None
+            return gathered(present, job.settings.batch_size, len(batches), trainer)[: len(images)]
 
         features, logits, spatial = map(all_ranks, map(list, zip(*drawn, strict=True)))
         assert features is not None
