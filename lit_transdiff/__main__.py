@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     def command(function: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(function.__name__.removesuffix("_command"), help=text, description=text)
         sub.set_defaults(function=function)
-        own = dict(dest="imports", action="append", default=[], metavar="MODULE")
-        sub.add_argument("--import", **own, help="a module of your own")
+        own = "a module of your own"
+        sub.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=own)
         return sub
 
     add_data_commands(command)

@@ -31,10 +31,8 @@ class FolderLock:
         if self.lock.is_locked:
             return False
         if ", pid " not in (self.holder or ", pid "):
-            raise ValueError(
-                f"{self.folder} holds a file {LOCK!r} of another program, which is left alone: choose "
-                "another folder."
-            )
+            text = f"holds a file {LOCK!r} of another program, which is left alone: choose another folder."
+            raise ValueError(f"{self.folder} {text}")
         waited = not self.taken(0)
         if waited:
             log.warning("%s: %s; waiting %.0f s for it to end", self.folder, self.conflict, LOCK_PATIENCE)
@@ -64,12 +62,8 @@ class FolderLock:
         except OSError as error:
             if error.filename is not None:  # the file cannot be opened
                 raise
-            log.warning(
-                "%s: no locks there (%s): a second process that %s is not noticed",
-                self.folder,
-                error,
-                self.does,
-            )
+            unseen = f"a second process that {self.does} is not noticed"
+            log.warning("%s: no locks there (%s): %s", self.folder, error, unseen)
         return True
 
     def __enter__(self) -> FolderLock:

@@ -55,8 +55,6 @@ def check_version(file: Path, content: dict[str, Any]) -> None:
     if type(version) is not int or version < 1:
         raise Damaged(f"{file} is damaged: {KEY} is {version!r}, no number from 1.")
     if version > VERSION:
-        raise ValueError(
-            f"{file}: {KEY}: got {version}; allowed: up to {VERSION}, the newest that this lit-transdiff "
-            "knows. "
-            "Use the one that wrote it, or a newer one."
-        )
+        allowed = f"up to {VERSION}, the newest that this lit-transdiff knows"
+        way = "Use the one that wrote it, or a newer one."
+        raise ValueError(f"{file}: {KEY}: got {version}; allowed: {allowed}. {way}")

@@ -58,10 +58,8 @@ def index_command(args: argparse.Namespace) -> None:
     from lit_transdiff.data.verify import index_again
 
     found = index_again(args.folder, parse_names(args.class_names), args.workers, args.label)
-    print(
-        f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards: "
-        f"{args.folder}/index.json"
-    )
+    count = f"{len(found)} samples of {found.num_classes} classes in {len(found.shards)} shards"
+    print(f"{count}: {args.folder}/index.json")
     from lit_transdiff.data.findings import notes_on_classes
 
     for note in notes_on_classes(found):
@@ -91,9 +89,8 @@ def cache_command(args: argparse.Namespace) -> None:
         flips=args.flips,
         batch_size=args.batch_size,
     )
-    fabric.print(
-        f"{len(found)} latents of shape {found.latents.shape if found.latents else ''} in {args.dest}"
-    )
+    shape = found.latents.shape if found.latents else ""
+    fabric.print(f"{len(found)} latents of shape {shape} in {args.dest}")
 
 
 def statistics_command(args: argparse.Namespace) -> None:

@@ -144,8 +144,7 @@ def require_classes(what: str, names: Sequence[str], expected: Sequence[str], wh
             + (f", without {some(missing)}" if missing else "")
         )
         allowed = (
-            f"the {len(expected)} of {whose}; an empty class folder keeps the number of a class without "
-            "images"
+            f"the {len(expected)} of {whose}; an empty folder keeps the number of a class without images"
         )
     else:
         c = next(c for c, (one, other) in enumerate(zip(names, expected, strict=True)) if one != other)

@@ -105,8 +105,7 @@ def same(names: Sequence[str], old: Sequence[str]) -> ClassRows:
     )
     ways = (
         "init_classes=new (all class embeddings are made anew; all else is kept), init_classes=by_name "
-        "(those of equal names are "
-        "kept), init_classes=by_number, or init_classes={new name: old name}"
+        "(those of equal names are kept), init_classes=by_number, or init_classes={new name: old name}"
     )
     allowed = f"for the same classes only, but {here} here, and {there} there; for others: {ways}"
     require(fits, "init_classes", "same", allowed)

@@ -31,9 +31,6 @@ def import_modules(names: Sequence[str]) -> None:
 def cause(name: str, error: Exception) -> str:
     """The reason in one line why a module cannot be imported: it is missing, or one of its lines fails."""
     if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-        return (
-            f"there is no module {error.name!r} on Python's path or in {os.getcwd()}. Install the package "
-            "that has it."
-        )
+        return f"there is no module {error.name!r} on Python's path or in {os.getcwd()}. Install its package."
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({frame.filename}, line {frame.lineno})."

@@ -65,8 +65,7 @@ def check_source(source: Path) -> None:
 def check_pipe(source: str, permitted: bool) -> None:
     """Refuse ``pipe:`` data unless permitted, because a recipe from others must not run commands."""
     allowed = (
-        "a folder or a URL of http(s)://; this runs a command, which --allow-pipe on the command line alone "
-        "permits"
+        "a folder or a URL of http(s)://; this runs a command, which only the option --allow-pipe permits"
     )
     require(permitted or not source.startswith("pipe:"), "data.train", source, allowed)
 

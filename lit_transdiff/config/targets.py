@@ -40,10 +40,8 @@ def contents(folder: Path) -> list[str]:
 def refuse_foreign(folder: Path, names: Collection[str], what: str) -> None:
     """Raise ``ValueError``: the folder contains ``names`` that do not belong to ``what``."""
     some = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    raise ValueError(
-        f"{folder} holds {some}, which {what} did not write. Nothing is overwritten: choose another name, or "
-        "an empty folder."
-    )
+    way = "Nothing is overwritten: choose another name, or an empty folder."
+    raise ValueError(f"{folder} holds {some}, which {what} did not write. {way}")
 
 
 def check_replaces(file: Path, signs: Iterable[str], what: str) -> None:

@@ -126,10 +126,8 @@ class DataModule(pl.LightningDataModule):
         self.setup()
         index = self.train_index if field == "data.train" else self.evaluation_index
         if index is None:
-            raise ValueError(
-                f"{field}: got nothing; allowed: a folder of shards (make one with: lit-transdiff pack SRC "
-                "DEST)."
-            )
+            allowed = "a folder of shards (make one with: lit-transdiff pack SRC DEST)"
+            raise ValueError(f"{field}: got nothing; allowed: {allowed}.")
         return index
 
     @property

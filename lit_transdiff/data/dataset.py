@@ -183,10 +183,8 @@ class PlannedDataset(Dataset):
                 "bad sample %s; %s is used instead (%d skipped by this process)", bad, name, self.num_skipped
             )
             return substitute, values
-        raise ValueError(
-            f"{self.index.name_of(sample)}: cannot be read, nor can any other sample of its class be used "
-            "instead."
-        )
+        text = "cannot be read, nor can any other sample of its class be used instead."
+        raise ValueError(f"{self.index.name_of(sample)}: {text}")
 
     def same_class_after(self, sample: int) -> list[int]:
         """The other samples of the class in index order, starting after ``sample``."""

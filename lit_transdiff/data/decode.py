@@ -80,10 +80,8 @@ def open_image(
         stored = str(image.tile[0].args) if image.tile else ""
         image.load()
         if image.mode[0] in "IF":
-            raise ValueError(
-                f"mode {image.mode} (more than 8 bits in the one channel); allowed: 8 bits; convert it "
-                "beforehand"
-            )
+            depth = "more than 8 bits in the one channel"
+            raise ValueError(f"mode {image.mode} ({depth}); allowed: 8 bits; convert it beforehand")
         turn = turn_of(image)
         # further MPO frames are previews or stereo views
         frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1

@@ -36,10 +36,8 @@ class Encoding:
             require(size is None or 1 <= size <= LARGEST_SIDE, field, size, f"1 to {LARGEST_SIDE} pixels")
         require(is_colour(self.background), "background", self.background, BACKGROUNDS)
         for name, default in (("exif", "turn"), ("background", "white")):
-            allowed = (
-                f"{default!r} without image_size or pad_to: files are kept as they are, and data.{name} says "
-                "how they are read"
-            )
+            kept = f"files are kept as they are, and data.{name} says how they are read"
+            allowed = f"{default!r} without image_size or pad_to: {kept}"
             require(
                 not self.keeps_files or getattr(self, name) == default, name, getattr(self, name), allowed
             )

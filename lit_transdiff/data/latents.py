@@ -40,10 +40,7 @@ def latent_info(
     image = torch.full((1, data.image_channels, data.image_size, data.image_size), -1.0, device=device)
     moments = encode(encode_fn, image)
     _, channels, height, width = moments.shape
-    allowed = (
-        "moments of shape (B, 2c, h, w): an autoencoder that encodes, not kind identity, of which there is "
-        "nothing to cache"
-    )
+    allowed = "moments of shape (B, 2c, h, w), of an autoencoder that encodes: kind identity needs no cache"
     require(channels % 2 == 0, "autoencoder: shape", tuple(moments.shape), allowed)
     return LatentInfo((channels, height, width), 2 if flips else 1, fingerprint, data.image_size)
 
@@ -180,10 +177,8 @@ class LatentCache:
             self.dest, [record.rows for record in records], source.class_names, source.seed, self.info
         )
         if not (np.array_equal(index.key, source.key) and np.array_equal(index.label, source.label)):
-            raise ValueError(
-                f"{self.dest}: keys or labels differ from the source's; make the latents again in a new "
-                "folder."
-            )
+            way = "make the latents again in a new folder."
+            raise ValueError(f"{self.dest}: keys or labels differ from the source's; {way}")
         index.save()
         self.journal.close()
         return index

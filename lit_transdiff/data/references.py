@@ -190,10 +190,8 @@ def check_named_files(
             continue
         for key in line_keys[double]:
             where = f"{path}: line {line.number}: file with the key"
-            allowed = (
-                f"a key of one image ({index.folder} also has {key.decode()}-2); write such a line as a list "
-                "of keys"
-            )
+            other = f"{index.folder} also has {key.decode()}-2"
+            allowed = f"a key of one image ({other}); write such a line as a list of keys"
             require(False, where, key.decode(), allowed)
         label = int(index.label[line_samples[0]])
         right = numbers.get(line.folder, label) == label

@@ -191,7 +191,6 @@ def sample_from(
 def require_class_0(where: str, labels: Sequence[int]) -> None:
     """Refuse labels from 1 on without class names, because class 0 would be empty."""
     allowed = (
-        "class numbers from 0 on: subtract 1, or give --class-names a name for each number from 0 on, if "
-        "class 0 is missing"
+        "class numbers from 0 on: subtract 1, or give --class-names a name for each, also for a missing 0"
     )
     require(min(labels) != 1, f"{where}: labels", f"{min(labels)} to {max(labels)}", allowed)

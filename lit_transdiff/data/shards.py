@@ -143,10 +143,8 @@ class ShardReader:
             content = view[begin : begin + length]
             count = os.preadv(descriptor, [content], offset)
             if count != length:
-                raise ValueError(
-                    f"{self.index.name_of(samples[i])}: {count} of {length} bytes read: the shard is "
-                    "truncated."
-                )
+                read = f"{count} of {length} bytes read"
+                raise ValueError(f"{self.index.name_of(samples[i])}: {read}: the shard is truncated.")
             if is_new:
                 checksums.append(checksum_of(content))  # while it is in the processor's cache
         if checksums:

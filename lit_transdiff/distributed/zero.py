@@ -39,10 +39,8 @@ def check_nvme(config: DistributedConfig, on_cpu: bool) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.accelerator import get_accelerator
 
-    allowed = (
-        "'none' or 'cpu', as DeepSpeed's async_io cannot be built (it needs a C++ compiler and libaio-dev; "
-        "see ds_report)"
-    )
+    needs = "it needs a C++ compiler and libaio-dev; see ds_report"
+    allowed = f"'none' or 'cpu', as DeepSpeed's async_io cannot be built ({needs})"
     builder = get_accelerator().get_op_builder("AsyncIOBuilder")()
     require(builder.is_compatible(verbose=False), "distributed.offload", config.offload, allowed)
 

@@ -120,10 +120,8 @@ def published_hash(path: Path) -> str:
     published, found = Path(URL_INCEPTION_V3), short_hash(path)
     begins = published.stem.rpartition("-")[2]
     if path.name == published.name and not found.startswith(begins):
-        raise ValueError(
-            f"evaluation.extractor_weights: {path} is damaged: its SHA-256 is {found}..., published was "
-            f"{begins}..."
-        )
+        hashes = f"its SHA-256 is {found}..., published was {begins}..."
+        raise ValueError(f"evaluation.extractor_weights: {path} is damaged: {hashes}")
     return found
 
 

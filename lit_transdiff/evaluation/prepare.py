@@ -142,10 +142,8 @@ def check_statistics(
     other = [f"{name}: {said[name]!r} there, {wanted[name]!r} wanted" for name in different]
     if different:
         why = "; ".join(other)
-        raise ValueError(
-            f"evaluation.reference: {dest} was made of other images ({why}). Choose another name, or remove "
-            "that file."
-        )
+        way = "Choose another name, or remove that file."
+        raise ValueError(f"evaluation.reference: {dest} was made of other images ({why}). {way}")
     return found
 
 

@@ -123,10 +123,8 @@ def match(
             report.new.append(f"{name} {list(new.shape)}, which was {list(old.shape)}")
             result[name] = new
         else:
-            misfits.append(
-                f"{name}: {list(new.shape)} here, {'missing' if old is None else list(old.shape)} in the "
-                "checkpoint"
-            )
+            theirs = "missing" if old is None else list(old.shape)
+            misfits.append(f"{name}: {list(new.shape)} here, {theirs} in the checkpoint")
     for name in state.keys() - own.keys():
         if name.startswith(kind.optional):
             report.dropped.append(name)

@@ -145,10 +145,8 @@ def load_classifier(path: str | Path, network: type[Classifier] = SmallClassifie
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if header is None:
-        raise ValueError(
-            f"{path}: header: got no {network.kind!r} entry; allowed: a file that a run of stage "
-            f"{network.kind} exports."
-        )
+        allowed = f"a file that a run of stage {network.kind} exports"
+        raise ValueError(f"{path}: header: got no {network.kind!r} entry; allowed: {allowed}.")
     try:
         classifier = network(**json_of(header))
         classifier.load_state_dict(weights)

@@ -80,10 +80,8 @@ def opened(at: HubPlace, private: bool) -> set[str]:
     require(is_private or not private, "--private", at.repo, "a repository that is private, or a new one")
     foreign = sorted(there - {*OF_HUB})
     if foreign and f"{EXPORT}export.json" not in there:
-        raise ValueError(
-            f"{at} holds {', '.join(foreign[:3])}, which push did not write. Nothing is overwritten: choose "
-            "another repository."
-        )
+        way = "Nothing is overwritten: choose another repository."
+        raise ValueError(f"{at} holds {', '.join(foreign[:3])}, which push did not write. {way}")
     return there
 
 

@@ -124,10 +124,8 @@ def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dic
     )
     heads = row.get("num_heads") if num_heads is None else num_heads
     if row and heads != row["num_heads"]:
-        raise ValueError(
-            f"model.num_heads: got {heads}; allowed: {row['num_heads']}, as the checkpoint is of size "
-            f"{size!r}"
-        )
+        allowed = f"{row['num_heads']}, as the checkpoint is of size {size!r}"
+        raise ValueError(f"model.num_heads: got {heads}; allowed: {allowed}")
     if heads is None:
         raise ValueError(f"model.num_heads: no known size has width {width} and {counts}; give num_heads")
     return {

@@ -121,17 +121,14 @@ def scores_table(name: str, row: dict[str, Any], result: dict[str, Any], overrid
     ]
     for metric, score in result["scores"].items():
         published = row.get(PUBLISHED.get(metric, ""))
-        lines.append(
-            f"{METRICS[metric].title:22} {value(score):10.4g} "
-            f"{published if published is not None else '-':>10}"
-        )
+        theirs = "-" if published is None else published
+        lines.append(f"{METRICS[metric].title:22} {value(score):10.4g} {theirs:>10}")
     sampling = made["sampling"]
     guidance = sampling["reference_guidance"] or sampling["guidance_scale"]
     lines += [
         f"{made['num_images']:,} images, {made['label_mode']} labels, {sampling['solver']} "
-        f"{sampling['num_steps']} steps, "
-        f"guidance {guidance}, scales {sampling['drift_scale']} and {sampling['noise_scale']}, "
-        f"{made['precision']}",
+        f"{sampling['num_steps']} steps, guidance {guidance}, scales {sampling['drift_scale']} and "
+        f"{sampling['noise_scale']}, {made['precision']}",
         f"published: {row['source']}",
         f"ours: {result['file']}",
     ]

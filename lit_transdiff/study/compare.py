@@ -286,10 +286,8 @@ def averaged(entries: Sequence[Entry], group: Sequence[int]) -> tuple[list[int],
                 f"{run.name} is not averaged: it ended at step {run.step}, others of its settings at {last}"
             )
         elif seed in kept:
-            notes.append(
-                f"{run.name} is not averaged: its settings and seed are those of "
-                f"{entries[kept[seed]].run.name}"
-            )
+            same = entries[kept[seed]].run.name
+            notes.append(f"{run.name} is not averaged: its settings and seed are those of {same}")
         else:
             kept[seed] = i
     return list(kept.values()), list(dict.fromkeys(notes))

@@ -17,10 +17,7 @@ from lit_transdiff.study.verdicts import NO_DIFFERENCE, in_words, word_for
 
 MOST_COMPARED = 5  # the most entries to compare with the first
 MANY = 1000  # degrees of freedom of an error without groups: a normal distribution
-HOW = (
-    "These are 95 % intervals over the sampled images of these checkpoints; they do not cover other training "
-    "seeds."
-)
+HOW = "These are 95 % intervals over the sampled images of these checkpoints, not over other training seeds."
 # The conditions under which image i of two results has the same label, noise and group.
 PAIRED_BY = ("num_images", "label_mode", "seed", "images_of_a_class", "groups")
 

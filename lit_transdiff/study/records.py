@@ -139,10 +139,8 @@ def check_filters(filters: Mapping[str, Any]) -> None:
         section, _, rest = key.partition(".")
         if key not in FIELDS and not (section in SECTIONS and rest):
             allowed = [*FIELDS, *(f"{name}.NAME" for name in SECTIONS)]
-            raise ValueError(
-                f"filters: {key!r} is not known; allowed: {', '.join(allowed)} (a setting: "
-                "config.optimizer.lr)."
-            )
+            names = f"{', '.join(allowed)} (a setting: config.optimizer.lr)"
+            raise ValueError(f"filters: {key!r} is not known; allowed: {names}.")
 
 
 def fits(run: Run, filters: Mapping[str, Any]) -> bool:

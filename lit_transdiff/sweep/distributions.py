@@ -175,8 +175,6 @@ def for_optuna(parameter: str, spec: Spec) -> BaseDistribution:
         return FloatDistribution(math.exp(spec["min"]), math.exp(spec["max"]), log=True)
     if name == "inv_log_uniform":
         return FloatDistribution(math.exp(-spec["max"]), math.exp(-spec["min"]), log=True)
-    allowed = (
-        "constant, categorical, int_uniform, uniform, q_uniform, (inv_)log_uniform or "
-        "(inv_)log_uniform_values for bayes"
-    )
+    logs = "(inv_)log_uniform or (inv_)log_uniform_values"
+    allowed = f"constant, categorical, int_uniform, uniform, q_uniform, {logs} for bayes"
     raise ValueError(f"parameters.{parameter}.distribution: got {name!r}; allowed: {allowed}.")

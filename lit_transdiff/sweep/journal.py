@@ -107,10 +107,8 @@ def settings_in(file: Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict) or "sweep" not in found:
-        raise ValueError(
-            f"{file} is damaged: it holds no sweep. Remove it if this is the sweep that the folder was made "
-            "for."
-        )
+        way = "Remove it if this is the sweep that the folder was made for."
+        raise ValueError(f"{file} is damaged: it holds no sweep. {way}")
     return found
 
 

@@ -60,10 +60,8 @@ def write_claims(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
 
 def told_of(head: str, table: pd.DataFrame, folder: Path) -> str:
     """Format the summary with its table."""
-    return (
-        f"{head}\n\n{frame(table.drop(columns=['seed', 'judged by']))}\n\nTry next: lit-transdiff report "
-        f"{folder}"
-    )
+    shown = frame(table.drop(columns=["seed", "judged by"]))
+    return f"{head}\n\n{shown}\n\nTry next: lit-transdiff report {folder}"
 
 
 def failures(trials: Sequence[Trial], folder: Path, tries: int) -> str | None:

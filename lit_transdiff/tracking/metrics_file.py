@@ -105,16 +105,13 @@ def cells_of(line: str) -> list[str]:
 
 
 def changed_in_words(file: Path, lines: Sequence[int]) -> str:
-    return (
-        f"{file}: damaged or changed, and left out: {lines_in_words(lines)}. If you changed one, empty its "
-        f"{SEAL}."
-    )
+    told = lines_in_words(lines)
+    return f"{file}: damaged or changed, and left out: {told}. If you changed one, empty its {SEAL}."
 
 
 def lines_in_words(numbers: Sequence[int]) -> str:
-    return f"line{'s' * (len(numbers) > 1)} {some(numbers)}" + (
-        f" ({len(numbers)} in all)" if len(numbers) > 3 else ""
-    )
+    count = f" ({len(numbers)} in all)" if len(numbers) > 3 else ""
+    return f"line{'s' * (len(numbers) > 1)} {some(numbers)}{count}"
 
 
 def read_rows(file: Path) -> pd.DataFrame:

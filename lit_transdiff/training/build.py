@@ -220,26 +220,23 @@ def describe(
         f"parameters  {total:,} ({trained:,} trained)",
     ]
     if isinstance(stage, TransDiffStage):
-        lines.append(
-            "            "
-            f"{', '.join(f'{name} {count(part.parameters()):,}' for name, part in parts_of(stage.model))}"
-        )
+        sizes = (f"{name} {count(part.parameters()):,}" for name, part in parts_of(stage.model))
+        lines.append(f"            {', '.join(sizes)}")
     rows, references = training.max_steps * training.global_batch_size, run.model.num_references
     epochs = ""
     if index is not None:
         items = num_groups(index.class_counts, references)
-        lines.append(
-            f"data        {run.data.train}: {len(index):,} {index.kind}, {items:,} rows of {references}"
-        )
+        amount = f"{len(index):,} {index.kind}, {items:,} rows of {references}"
+        lines.append(f"data        {run.data.train}: {amount}")
         epochs = f" ({rows / items:.1f} epochs)"
     else:
         lines.append(f"data        {f'{run.data.train}: ' if run.data.train else ''}{instead}")
+    halves = ", weights in bfloat16" if training.precision == "bf16-true" else ""
     lines += [
         f"steps       {training.max_steps:,} of {training.global_batch_size} rows{epochs}, "
         f"{rows * references:,} images seen",
         f"batch       {world_size(run)} device(s) x {micro_batch_size(run)} x {accumulation(run)} pass(es)",
-        f"strategy    {strategy_name(run)}, precision {precision_of(run)}"
-        + (", weights in bfloat16" if training.precision == "bf16-true" else ""),
+        f"strategy    {strategy_name(run)}, precision {precision_of(run)}{halves}",
     ]
     return "\n".join([*lines, *([report] if report else [])])
 

@@ -90,8 +90,7 @@ class StopOnNonFinite(StepCallback):
         shown = sample_names(trainer.datamodule, samples)  # type: ignore[attr-defined]
         return (
             f"the loss is {loss.item()} at step {step} on rank {trainer.global_rank}. Samples of that batch: "
-            f"{shown}. "
-            f"Training has stopped; the last checkpoint in {self.folder} is from before."
+            f"{shown}. Training has stopped; the last checkpoint in {self.folder} is from before."
         )
 
 

@@ -115,10 +115,8 @@ def tell(mirror: Mirror, run: RunConfig, fails: bool) -> None:
     problem = mirror.finish()
     if not problem:
         return
-    text = (
-        f"{mirror.remote} is not complete: {problem} What {run.folder} holds is complete; the same command "
-        "uploads the rest."
-    )
+    way = f"What {run.folder} holds is complete; the same command uploads the rest."
+    text = f"{mirror.remote} is not complete: {problem} {way}"
     if fails:
         raise CheckpointError(errno.EIO, text)
     log.warning("checkpoint.mirror: %s", text)

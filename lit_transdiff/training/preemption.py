@@ -99,11 +99,8 @@ class StopOnRequest(pl.Callback):
     def break_off(self, trainer: pl.Trainer) -> NoReturn:
         """End the run in the middle of a step: raise ``Preempted``."""
         lost = f"step {trainer.global_step + 1} did not end in {PATIENCE:.0f} s and is broken off"
-        text = (
-            f"asked to stop ({self.request.received}): {lost}; the same command goes on from the checkpoint "
-            "before it."
-        )
-        raise Preempted(text, self.request.code)
+        text = f"{lost}; the same command goes on from the checkpoint before it."
+        raise Preempted(f"asked to stop ({self.request.received}): {text}", self.request.code)
 
     def now(self, trainer: pl.Trainer) -> bool:
         """Whether any rank was asked to stop, known at once: all ranks wait for each other here."""

@@ -83,10 +83,8 @@ class Track(StepCallback):
     def after_step(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         if left_out(trainer) > self.num_bad:
             self.num_bad = left_out(trainer)
-            text = (
-                f"Step {trainer.global_step}; {self.num_bad} bad steps so far. The run's log names the "
-                "samples."
-            )
+            so_far = f"Step {trainer.global_step}; {self.num_bad} bad steps so far."
+            text = f"{so_far} The run's log names the samples."
             with self.rhythm.resting():
                 self.tracker.alert(f"{self.run.name}: a bad step was left out", text, bad=True)
 

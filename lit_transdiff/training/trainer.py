@@ -122,10 +122,8 @@ def build_trainer(parts: Parts, callbacks: list[Callback], loggers: list[Logger]
     run, training = parts.run, parts.run.training
     validates = run.data.evaluation is not None or not isinstance(parts.data, DataModule)
     also_saves = any(isinstance(callback, CheckpointCallback) for callback in callbacks)
-    allowed = (
-        f"none with strategy {strategy_name(run)}, which holds tensors in parts; the run has its own "
-        "checkpoints"
-    )
+    own = "which holds tensors in parts; the run has its own checkpoints"
+    allowed = f"none with strategy {strategy_name(run)}, {own}"
     require(not also_saves or STRATEGIES[strategy_name(run)].whole, "callbacks", "ModelCheckpoint", allowed)
     return pl.Trainer(
         **trainer_settings(run),
@@ -238,10 +236,8 @@ def fit(
     if step != planned and not trainer.should_stop:
         raise RuntimeError(f"training ended at step {step} of {planned}.")
     if step != planned:
-        say(
-            f"{run.name}: a callback ended training at step {step} of {planned}; the same call goes on from "
-            "there"
-        )
+        ended = f"a callback ended training at step {step} of {planned}"
+        say(f"{run.name}: {ended}; the same call goes on from there")
     return TrainResult(
         run.folder, step, {name: float(value) for name, value in trainer.callback_metrics.items()}
     )

@@ -100,6 +100,5 @@ class Watchdog(pl.Callback):
         step = micro_step // trainer.accumulate_grad_batches + 1
         return (
             f"lit-transdiff: rank {trainer.global_rank} on {platform.node()}: {problem} while {what} in step "
-            f"{step}. "
-            f"Samples of that batch: {shown}. This process ends now."
+            f"{step}. Samples of that batch: {shown}. This process ends now."
         )
