@@ -107,28 +107,6 @@ def adamw_step(
         )  # fmt: skip
 
 
-def plain_adamw(
-    groups: Sequence[Sequence[Updated]],
-    settings: Sequence[AdamW],
-    shares: Sequence[float],
-    max_norm: float | None = None,
-) -> None:
-    """The plain form of ``adamw_step``."""
-    norm = torch.stack([one.gradient.square().sum() for group in groups for one in group]).sum().sqrt()
-    factor = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for group, s in zip(groups, settings, strict=True):
-        for one in group:
-            gradient, step = one.gradient * factor, float(one.step)
-            one.mean.lerp_(gradient, 1 - s.betas[0])
-            one.square.mul_(s.betas[1]).addcmul_(gradient, gradient, value=1 - s.betas[1])
-            size, spread = (1 - beta**step for beta in s.betas)
-            one.weight.mul_(s.shrink).addcdiv_(
-                one.mean, one.square.sqrt() / math.sqrt(spread) + s.eps, value=-s.lr / size
-            )
-            for average, share in zip(one.averages, shares, strict=True):
-                average.lerp_(one.weight, share)
-
-
 def log2(beta: float) -> float:
     """The binary logarithm of a decay, of which a power is 2 ^ (steps log2)."""
     return math.log2(beta) if beta > 0 else -1e4

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,7 +27,7 @@ from lit_transdiff.kernels.attention_passes import (
     attention_of_keys,
     attention_of_queries,
 )
-from lit_transdiff.kernels.dropout import keep_mask, threshold_of
+from lit_transdiff.kernels.dropout import threshold_of
 
 WARPS, ATTENTION_STAGES, STAGES_OF_KEYS = (
     4,
@@ -56,32 +55,6 @@ def cross_attention(
     ``weight`` [D, D] and ``bias`` [D] project ``x`` to queries.
     """
     return CrossAttend.apply(x, weight.to(x.dtype), bias, k, v, heads, seed, p, visible)  # type: ignore[no-any-return]
-
-
-def plain_self_attention(
-    x: Tensor, weight: Tensor, bias: Tensor, heads: int, seed: Tensor, p: float, visible: Tensor | None = None
-) -> Tensor:
-    """The plain form of ``self_attention``."""
-    q, k, v = F.linear(x, weight.to(x.dtype), bias.to(x.dtype)).chunk(3, dim=-1)
-    return plain_attention(q, k, v, heads, seed, p, visible)
-
-
-def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, seed: Tensor, p: float, visible: Tensor | None = None
-) -> Tensor:
-    """Attention of given queries, as in ``cross_attention``, in float32."""
-    views = len(q) // len(k)
-    k, v = (rearrange(z.repeat(views, 1, 1).float(), "b s (h d) -> b h s d", h=heads) for z in (k, v))
-    query = rearrange(q.float(), "b n (h d) -> b h n d", h=heads)
-    scores = query @ k.mT / math.sqrt(query.shape[-1])
-    if visible is not None:
-        keys = torch.arange(k.shape[2], device=q.device)
-        scores = scores.masked_fill(keys >= visible[:, None, :, None], -math.inf)
-    shares = scores.softmax(-1)
-    if p > 0:
-        rows = torch.arange(shares[..., 0].numel(), device=q.device).view(shares.shape[:-1])
-        shares = shares * keep_mask(seed, rows, shares.shape[-1], p) / (1 - p)
-    return rearrange(shares @ v, "b h n d -> b n (h d)").to(q.dtype)
 
 
 class SelfAttend(torch.autograd.Function):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 FIRST, SECOND, COLUMN = 0x21F0AAAD, 0xD35A2D97, 0x9E3779B9
 _FIRST, _SECOND, _COLUMN = tl.constexpr(FIRST), tl.constexpr(SECOND), tl.constexpr(COLUMN)
-WORD = 0xFFFFFFFF
 
 
 def threshold_of(p: float) -> int:
@@ -51,25 +50,3 @@ def kept(rows, columns, THRESHOLD: tl.constexpr):
     x = (rows ^ columns) * _FIRST
     x = (x ^ (x >> 15)) * _SECOND
     return x >= tl.full([], THRESHOLD, tl.uint32)
-
-
-def keep_mask(seed: Tensor, rows: Tensor, columns: int, p: float) -> Tensor:
-    """The plain form of ``kept`` for every element of ``rows`` [...] x ``columns``: bool [..., columns]."""
-    low, high = seed & WORD, (seed >> 32) & WORD
-    x = rows.to(torch.int64) ^ low
-    x = ((x ^ (x >> 16)) * FIRST) & WORD
-    x = x ^ high
-    x = ((x ^ (x >> 15)) * SECOND) & WORD
-    x = x ^ (x >> 15)
-    y = (torch.arange(columns, device=rows.device) * COLUMN) & WORD
-    z = ((x[..., None] ^ y) * FIRST) & WORD
-    z = ((z ^ (z >> 15)) * SECOND) & WORD
-    return z >= threshold_of(p)
-
-
-def drop(y: Tensor, seed: Tensor, p: float) -> Tensor:
-    """The plain form of dropout for ``y`` [..., D], whose rows are numbered in order."""
-    if p == 0:
-        return y
-    rows = torch.arange(y[..., 0].numel(), device=y.device).view(y.shape[:-1])
-    return torch.where(keep_mask(seed, rows, y.shape[-1], p), y / (1 - p), torch.zeros((), dtype=y.dtype))

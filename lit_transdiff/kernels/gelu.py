@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_transdiff.kernels.dropout import column_keys, drop, kept, row_keys, threshold_of
+from lit_transdiff.kernels.dropout import column_keys, kept, row_keys, threshold_of
 
 GELU_ROWS, GELU_COLUMNS = 4, 1024  # elements of a tile
 GELU_STAGES = 3  # tiles in flight; with the sizes above and below the fastest on an H100
@@ -27,11 +26,6 @@ GELU_TILES = 16  # tiles of rows that one program of the backward pass adds up
 def gelu_dropout(h: Tensor, bias: Tensor, seed: Tensor, p: float) -> Tensor:
     """``dropout(gelu(h + bias))`` of ``h`` [..., N] and ``bias`` [N], in float32 within and in h's dtype."""
     return GeluDropout.apply(h, bias, seed, p)  # type: ignore[no-any-return]
-
-
-def plain_gelu_dropout(h: Tensor, bias: Tensor, seed: Tensor, p: float) -> Tensor:
-    """The plain form of ``gelu_dropout``."""
-    return drop(F.gelu(h.float() + bias.float()), seed, p).to(h.dtype)
 
 
 class GeluDropout(torch.autograd.Function):

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_transdiff.kernels.dropout import drop, threshold_of
+from lit_transdiff.kernels.dropout import threshold_of
 from lit_transdiff.kernels.norm_passes import add_norm_backward, add_norm_forward, sums_of_rows
 
 NORM_TOKENS = 1  # tokens of a tile
@@ -58,23 +57,6 @@ def add_norm(x: Tensor, branch: LayerOutput | None, norm: Norm | None) -> tuple[
     dtype = torch.get_autocast_dtype(x.device.type) if b.y is None else b.y.dtype
     out = AddNorm.apply(x, b.y, b.bias, b.gate, n.weight, n.bias, n.shift, n.scale, b.seed, b.p, n.eps, dtype)
     return out if norm is not None else (out, out)  # type: ignore[return-value]
-
-
-def plain_add_norm(
-    x: Tensor, branch: LayerOutput | None, norm: Norm | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The plain form of ``add_norm``."""
-    if branch is not None:
-        y = branch.y.float() + branch.bias.float()
-        if branch.seed is not None:
-            y = drop(y, branch.seed, branch.p)
-        x = (x.float() + (y if branch.gate is None else branch.gate[:, None] * y)).to(x.dtype)
-    if norm is None:
-        return x, x
-    z = F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps)
-    if norm.shift is not None and norm.scale is not None:
-        z = z * (1 + norm.scale[:, None]) + norm.shift[:, None]
-    return x, z.to(dtype)
 
 
 def stride(modulation: Tensor | None) -> int:

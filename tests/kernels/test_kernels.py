@@ -9,13 +9,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from lit_transdiff.kernels import adamw, gelu, norm
-from lit_transdiff.kernels.attention import (
-    cross_attention,
+from lit_transdiff.kernels.attention import cross_attention, self_attention
+from lit_transdiff.kernels.dropout import draw_seeds
+from tests.helpers.plain_kernels import (
+    keep_mask,
+    plain_adamw,
+    plain_add_norm,
     plain_attention,
+    plain_gelu_dropout,
     plain_self_attention,
-    self_attention,
 )
-from lit_transdiff.kernels.dropout import draw_seeds, keep_mask
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}  # of the largest value
@@ -86,7 +89,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_gelu_dropout(dtype: torch.dtype, shape: tuple[int, ...], p: float):
     h, bias = numbers(*shape, dtype=dtype), numbers(shape[-1])
-    mine, plain = gelu.gelu_dropout(h, bias, SEED, p), gelu.plain_gelu_dropout(h, bias, SEED, p)
+    mine, plain = gelu.gelu_dropout(h, bias, SEED, p), plain_gelu_dropout(h, bias, SEED, p)
     compare([mine], [plain], [h, bias], dtype)
 
 
@@ -109,7 +112,7 @@ def test_the_residual_stream(stream: torch.dtype, p: float, rows: int):
     gate, shift, scale = modulation if rows else [None] * 3
     branch, after = norm.LayerOutput(y, bias, gate, p, SEED), norm.Norm(weight, norm_bias, shift, scale)
     inputs = [z for z in (x, y, bias, weight, norm_bias, gate, shift, scale) if z is not None]
-    mine, plain = norm.add_norm(x, branch, after), norm.plain_add_norm(x, branch, after, dtype)
+    mine, plain = norm.add_norm(x, branch, after), plain_add_norm(x, branch, after, dtype)
     compare(list(mine), list(plain), inputs, dtype)
 
 
@@ -123,7 +126,7 @@ def test_one_half_of_the_residual_stream(only: str):
     with torch.autocast(DEVICE.type, torch.bfloat16):
         mine, plain = (
             norm.add_norm(x, branch, after),
-            norm.plain_add_norm(x, branch, after, torch.bfloat16),
+            plain_add_norm(x, branch, after, torch.bfloat16),
         )
     compare(list(mine), list(plain), inputs, torch.bfloat16)
 
@@ -176,7 +179,7 @@ def test_adamw_with_clipping_and_averages(max_norm: float | None, monkeypatch: p
     settings = [adamw.AdamW(1e-2, 1 - 5e-4, (0.9, 0.999), 1e-8), adamw.AdamW(1e-3, 1.0, (0.0, 0.95), 1e-6)]
     shares = [1e-3, 0.7]
     adamw.adamw_step(adamw.Tables(mine), settings, shares, max_norm)
-    adamw.plain_adamw(plain, settings, shares, max_norm)
+    plain_adamw(plain, settings, shares, max_norm)
     for a, b in zip(chain(*mine), chain(*plain), strict=True):
         for x, y in zip(a.tensors, b.tensors, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
