@@ -18,26 +18,17 @@ JUDGED_BY = (
     "num_neighbours",
 )
 # The part of a manifest that affects the scores; the rest (date, speed, paths) may differ between equal ones.
-DECIDING = [
-    *(
-        "run",
-        "weights_fingerprint",
-        "scored_reference",
-        "sampling",
-        "precision",
-        "num_images",
-        "seed",
-        "label_mode",
-    ),
-    *(
-        "metrics",
-        "num_neighbours",
-        "inception_score_part",
-        "extractor",
-        "extractor_fingerprint",
-        "reference_hash",
-    ),
-]
+DECIDING = (
+    *JUDGED_BY,
+    "run",
+    "weights_fingerprint",
+    "scored_reference",
+    "sampling",
+    "precision",
+    "seed",
+    "metrics",
+    "inception_score_part",
+)
 # The part that earlier results do not have; unset, it does not affect the names of results.
 DECIDING_IF_SET = ("extractors", "real_images_hash")
 

@@ -52,18 +52,14 @@ class TransDiff(Paradigm):
             "encoder.reference_projection.weight": (spread_patch, "of the mean over the finer pixels"),
         },
         shaped=(
-            *(
-                "encoder.position",
-                "encoder.context_position",
-                "encoder.mask_tokens",
-                "encoder.reference_projection.weight",
-            ),
-            *(
-                "decoder.position",
-                "decoder.input_projection.weight",
-                "decoder.final.linear.weight",
-                "decoder.final.linear.bias",
-            ),
+            "encoder.position",
+            "encoder.context_position",
+            "encoder.mask_tokens",
+            "encoder.reference_projection.weight",
+            "decoder.position",
+            "decoder.input_projection.weight",
+            "decoder.final.linear.weight",
+            "decoder.final.linear.bias",
         ),
         optional=("encoder.reference_projection.",),
     )

@@ -23,16 +23,17 @@ from lit_transdiff.config import require
 CHECKPOINT = "checkpoint-last.pth"
 # The errors of torch and zipfile for a damaged file; a UnicodeDecodeError is a ValueError.
 DAMAGE = (
-    *(
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        EOFError,
-        RuntimeError,
-        ValueError,
-    ),
-    *(ArithmeticError, LookupError, AttributeError, TypeError),
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    TypeError,
 )
 log = logging.getLogger(__name__)
 PARALLEL, COMPILED = "module.", "_orig_mod"  # added to names by DistributedDataParallel and torch.compile

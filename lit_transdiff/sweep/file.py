@@ -21,18 +21,18 @@ from lit_transdiff.sweep.launching import launcher_from
 from lit_transdiff.sweep.search import SEARCHES
 
 KEYS = (
-    *(
-        "method",
-        "metric",
-        "parameters",
-        "early_terminate",
-        "command",
-        "program",
-        "name",
-        "project",
-        "run_cap",
-    ),
-    *("description", "entity", "controller"),
+    "method",
+    "metric",
+    "parameters",
+    "early_terminate",
+    "command",
+    "program",
+    "name",
+    "project",
+    "run_cap",
+    "description",
+    "entity",
+    "controller",
     "launcher",  # ours; W&B ignores it
 )
 AS_WRITTEN = ("name", "project", "program", "command")  # read as text: 010 stays 010
