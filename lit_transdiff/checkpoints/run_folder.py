@@ -193,10 +193,8 @@ def check_checkpoint(run: RunConfig, checkpoint: Checkpoint) -> None:
     training = checkpoint.training()
     contents = training.get("inputs")
     if contents is None:
-        log.warning(
-            "%s is of an earlier version: whether its data are still the same is not known.",
-            checkpoint.folder,
-        )
+        text = "%s is of an earlier version: whether its data are still the same is not known."
+        log.warning(text, checkpoint.folder)
         contents = {}
     changes = changed(run_from(training["run"]), run, contents)
     now = inputs(run)

@@ -66,11 +66,8 @@ class ShardJournal:
         different = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
         unknown = [name for name in different if name in NEWER and name not in before]
         if different == unknown != [] and (self.folder / "index.json").exists():
-            log.warning(
-                "%s was made by an earlier version, without %s; it is left as it is",
-                self.folder,
-                " and ".join(unknown),
-            )
+            text = "%s was made by an earlier version, without %s; it is left as it is"
+            log.warning(text, self.folder, " and ".join(unknown))
             return
         differences = [
             f"{name} was {brief(before.get(name))}, now {brief(now.get(name))}" for name in different

@@ -137,12 +137,8 @@ class TrainPlan:
         self.num_items = num_groups(index.class_counts, num_references) if groups is None else len(groups)
         repeated = 0 if groups is not None else self.num_items * num_references - len(index)
         if repeated:
-            log.info(
-                "%d groups of %d images; %d fill up the last groups and are used twice an epoch",
-                self.num_items,
-                num_references,
-                repeated,
-            )
+            text = "%d groups of %d images; %d fill up the last groups and are used twice an epoch"
+            log.info(text, self.num_items, num_references, repeated)
         self.epoch_items: Callable[[int], np.ndarray] = lru_cache(maxsize=2)(self.make_epoch)
 
     def make_epoch(self, epoch: int) -> np.ndarray:
@@ -179,10 +175,8 @@ def evaluation_batches(
     large = without_small_classes(index, num_references)
     small = [index.class_names[c] for c in np.flatnonzero(~large & (index.class_counts > 0))]
     if small and rank == 0:
-        log.warning(
-            "data.evaluation: %d classes with fewer than %d images are left out of validation: %s",
-            *(len(small), num_references, some(small)),
-        )
+        text = "data.evaluation: %d classes with fewer than %d images are left out of validation: %s"
+        log.warning(text, len(small), num_references, some(small))
     order = np.arange(len(index)) if num_samples is None else generator(seed, 0).permutation(len(index))
     items, _ = group_references(index.label, order, num_references, fill_up=False)
     if num_samples is not None:

@@ -115,13 +115,8 @@ def read_groups(path: str | Path, index: ShardIndex, num_references: int) -> np.
         groups.append(samples)
     joined = np.concatenate(groups)
     require(len(joined) > 0, str(path), "no groups", "at least one line")
-    log.info(
-        "%s: %d groups of %d; %d of %d images are in them",
-        path,
-        *joined.shape,
-        len(np.unique(joined)),
-        len(index),
-    )
+    text = "%s: %d groups of %d; %d of %d images are in them"
+    log.info(text, path, *joined.shape, len(np.unique(joined)), len(index))
     return joined
 
 

@@ -107,11 +107,8 @@ class MetricsCSV(Logger):
             if not (self.despite_full_disk and is_full(error)):
                 raise
             if not self.full:
-                log.warning(
-                    "%s: %s. Training goes on; its numbers wait in memory until there is room.",
-                    self.path,
-                    error,
-                )
+                text = "%s: %s. Training goes on; its numbers wait in memory until there is room."
+                log.warning(text, self.path, error)
             self.full = True
             return
         self.full = False

@@ -113,11 +113,8 @@ def resumed(mode: Any, given: dict[str, Any], folder: Path) -> wandb.Run:
     except wandb.errors.UsageError as error:
         raise ValueError(f"WANDB_MODE: got {mode!r}; {error}") from error
     except wandb.errors.CommError as error:
-        log.warning(
-            "W&B cannot be reached (%s). This run is recorded offline; later: wandb sync %s/offline-run-*",
-            " ".join(str(error).split()),  # in one line
-            folder / "wandb",
-        )
+        text = "W&B cannot be reached (%s). This run is recorded offline; later: wandb sync %s/offline-run-*"
+        log.warning(text, " ".join(str(error).split()), folder / "wandb")
         wandb.teardown()  # the service still has the run that could not start
         return wandb.init(mode="offline", resume="allow", settings=client_settings(mode), **given)
 
