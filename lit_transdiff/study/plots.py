@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.config import require
@@ -97,31 +98,21 @@ def spread(compared: Comparison, metric: str) -> Figure:
         if math.isfinite(mean):
             filled = "full" if verdict in (BEST, NO_DIFFERENCE) else "none"
             axes.plot(mean, i, "D", color="C0", fillstyle=filled, markersize=9)
-            axes.annotate(
-                verdict, (mean, i), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8
-            )
+            above = dict(xytext=(0, 9), textcoords="offset points")
+            axes.annotate(verdict, (mean, i), ha="center", fontsize=8, **above)
         else:
-            axes.text(
-                0.5, i, verdict, transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=8
-            )
-    axes.set(
-        yticks=range(len(names)), yticklabels=names, xlabel=label_of(metric), ylim=(-0.6, len(names) - 0.3)
-    )
+            middle = axes.get_yaxis_transform()
+            axes.text(0.5, i, verdict, transform=middle, ha="center", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel=label_of(metric), ylim=(-0.6, len(names) - 0.3))
     axes.grid(axis="x", alpha=0.3)
-    diamond = dict(marker="D", markersize=9)
-    looks: list[dict[str, Any]] = [
-        dict(marker="o", color=GREY, markersize=4),
-        diamond,
-        diamond | dict(fillstyle="none"),
-    ]
-    handles = [Line2D([], [], linestyle="none", **look) for look in looks]
-    legend(
-        figure,
-        handles,
-        ["a run", "mean, best or no difference from it", "mean of others"],
-        loc="outside lower center",
-        ncols=3,
-    )
+    looks: dict[str, dict[str, Any]] = {
+        "a run": dict(marker="o", color=GREY, markersize=4),
+        "mean, best or no difference from it": dict(marker="D", markersize=9),
+        "mean of others": dict(marker="D", markersize=9, fillstyle="none"),
+    }
+    handles = [Line2D([], [], linestyle="none", **look) for look in looks.values()]
+    legend(figure, handles, list(looks), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -141,28 +132,19 @@ def side_by_side(
     from matplotlib.figure import Figure
 
     require(len(pictures) > 0, "pictures", len(pictures), "at least one")
-    shown = [
-        scaled(picture, round(width * DPI)) if width else readable(picture) for picture in pictures.values()
-    ]
+    fit = partial(scaled, width=round(width * DPI)) if width else readable
+    shown = [fit(picture) for picture in pictures.values()]
     columns = min(columns, len(shown))
     across = max(MIN_CELL, *(picture.width for picture in shown)) + SPACE
     rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
-    tops = [
-        *itertools.accumulate(
-            (HEADING + max(picture.height for picture in row) for row in rows), initial=HEADING * bool(title)
-        )
-    ]
+    heights = [HEADING + max(picture.height for picture in row) for row in rows]
+    tops = [*itertools.accumulate(heights, initial=HEADING * bool(title))]
     total_width, total_height = across * columns, tops[-1]
     figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI)
     for i, (name, picture) in enumerate(zip(pictures, shown, strict=True)):
         left, top = across * (i % columns) + (across - picture.width) // 2, tops[i // columns] + HEADING
-        low = total_height - top - picture.height
-        place = (
-            left / total_width,
-            low / total_height,
-            picture.width / total_width,
-            picture.height / total_height,
-        )
+        low, wide, high = total_height - top - picture.height, picture.width, picture.height
+        place = (left / total_width, low / total_height, wide / total_width, high / total_height)
         axes = figure.add_axes(place, aspect="auto")
         axes.set_axis_off()
         axes.imshow(picture, interpolation="nearest", aspect="auto")
@@ -189,22 +171,15 @@ def parallel_coordinates(runs: Sequence[Run], settings: Sequence[str], metric: s
     axes = figure.subplots()
     for i in range(len(scored)):
         tone = colormaps["viridis_r"](i / max(1, len(scored) - 1))
-        axes.plot(
-            range(len(places)), [place[0][i] for place in places], color=tone, alpha=0.85, linewidth=1.6
-        )
+        heights = [place[0][i] for place in places]
+        axes.plot(range(len(places)), heights, color=tone, alpha=0.85, linewidth=1.6)
     ends = {f"best, {scored[-1][1]:.4g}": axes.lines[-1], f"worst, {scored[0][1]:.4g}": axes.lines[0]}
     legend(figure, list(ends.values()), list(ends), loc="outside lower center", ncols=2)
     for x, (_, marks) in enumerate(places):
         axes.axvline(x, color=GREY, linewidth=0.8)
         for text, height in marks.items():
-            axes.text(
-                x + 0.04,
-                height,
-                text,
-                fontsize=9,
-                va="center",
-                bbox=dict(facecolor="white", edgecolor="none", pad=1),
-            )
+            box = dict(facecolor="white", edgecolor="none", pad=1)
+            axes.text(x + 0.04, height, text, fontsize=9, va="center", bbox=box)
     axes.set_xticks(range(len(places)), [*map(short, settings), label_of(metric).split(" (")[0]])
     axes.set(yticks=[], ylim=(-0.06, 1.06), ylabel="low to high", xlim=(-0.2, len(places) - 0.6))
     axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
@@ -251,9 +226,8 @@ def pareto(
     axes = figure.subplots()
     for k, (judge, points) in enumerate(by_judge.items()):
         best, number = front(points, higher_is_better(quality)), len(axes.lines)
-        among = (
-            f" of {judge[JUDGED_BY.index('num_images')]} images by {judge[0]}" if len(by_judge) > 1 else ""
-        )
+        number_of_images = judge[JUDGED_BY.index("num_images")]
+        among = f" of {number_of_images} images by {judge[0]}" if len(by_judge) > 1 else ""
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], MARKERS[k % len(MARKERS)], color=GREY)
         axes.step([x for x, _, _ in best], [y for _, y, _ in best], "-", where="post", color=f"C{k}")
         for i, (x, y, _) in enumerate(best):
@@ -300,10 +274,9 @@ def response(runs: Sequence[Run], setting: str, metric: str, by: str | None = No
     from matplotlib.figure import Figure
 
     scored, left_out = judged_alike(runs, metric)
-    rows = [
-        (one.settings.get(setting), str(one.settings.get(by)) if by else "", value) for one, value in scored
-    ]
-    table = pd.DataFrame(rows, columns=["x", "by", "y"])
+    settings = [one.settings for one, _ in scored]
+    table = pd.DataFrame({"x": [own.get(setting) for own in settings], "y": [value for _, value in scored]})
+    table["by"] = [str(own.get(by)) if by else "" for own in settings]
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     if not all(isinstance(x, int | float) for x in table["x"]):

@@ -64,11 +64,8 @@ def write_comparison(folder: str | Path, output: str | Path) -> Written:
     lines = lines_of(compared, names)
     columns, shared = columns_of(lines)
     output.mkdir(parents=True, exist_ok=True)
-    head = [
-        *columns,
-        *(f"{title_of(name)} {'↑' if higher_is_better(name) else '↓'}" for name in names),
-        *SPEED,
-    ]
+    titles = [f"{title_of(name)} {'↑' if higher_is_better(name) else '↓'}" for name in names]
+    head = [*columns, *titles, *SPEED]
 
     def cells(mark: str) -> list[list[str]]:
         scores = [[line.shown(name, mark) for name in names] for line in lines]
@@ -97,9 +94,7 @@ def check_output(folder: Path) -> None:
 
 def compare_results(folder: str | Path) -> Comparison:
     """Compare the results below ``folder``. Raises ``ValueError`` if there is no result."""
-    none = (
-        f"{folder}: none of the files in evaluations/ is a result of evaluate. Evaluate a trained run first."
-    )
+    none = f"{folder}: no file in evaluations/ is a result of evaluate. Evaluate a trained run first."
     try:
         found = runs(folder)
     except FileNotFoundError as error:
@@ -147,18 +142,10 @@ def lines_of(compared: Comparison, names: Sequence[str]) -> list[TableRow]:
             scored = [i for i in rows if compared.entries[i].repeats]
             if not scored:
                 continue
-            scores = {
-                name: score
-                for name in names
-                if (score := over_runs([compared.scores[i].get(name) for i in scored]))
-            }
-            lines.append(
-                TableRow(
-                    [compared.entries[i] for i in scored],
-                    scores,
-                    {name: verdicts[name][scored[0]] for name in names},
-                )
-            )
+            pooled = {name: over_runs([compared.scores[i].get(name) for i in scored]) for name in names}
+            scores = {name: score for name, score in pooled.items() if score is not None}
+            told = {name: verdicts[name][scored[0]] for name in names}
+            lines.append(TableRow([compared.entries[i] for i in scored], scores, told))
     return lines
 
 
@@ -237,9 +224,8 @@ def around(line: TableRow, columns: dict[str, Cell], scores: list[str]) -> list[
 
 def footnotes(lines: Sequence[TableRow], shared: dict[str, str], compared: Comparison) -> str:
     """The properties that all lines share, and notes on reading the table."""
-    told = ", ".join(
-        f"{name.split(',')[0]} {value}" for name, value in shared.items() if value not in ("-", "None", "")
-    )
+    known = {name.split(",")[0]: value for name, value in shared.items() if value not in ("-", "None", "")}
+    told = ", ".join(f"{name} {value}" for name, value in known.items())
     notes = [f"All rows: {told}."] if told else []
     notes.append("↑ higher is better, ↓ lower is better; the best row of each judge is marked.")
     verdicts = {verdict for line in lines for verdict in line.verdicts.values()}
@@ -247,24 +233,20 @@ def footnotes(lines: Sequence[TableRow], shared: dict[str, str], compared: Compa
         notes.append("≈ no difference from the best (95 %, from the spread over seeds).")
     if any(len(line.entries) > 1 or len(line.entries[0].repeats) > 1 for line in lines):
         notes.append(
-            "Results that differ only in their seed are one row: mean ± standard deviation over n seeds."
+            "Results that differ only in their seed are a row: mean ± standard deviation over n seeds."
         )
     if len({line.entries[0].judge(FULL) for line in lines}) > 1:
         notes.append(
-            "Not all rows have the same judge (extractor, weights, reference, images): compare those that do."
+            "Not all rows have one judge (extractor, weights, reference, images): compare those that do."
         )
     for name in sorted({"classifier", "judge"} & {line.manifest.get("extractor") for line in lines}):
         notes.append(
-            f"Scores by {name!r} are analogues on its features: they do not compare with FID, IS or KID."
+            f"Scores by {name!r} are analogues on its features, not to be compared with FID, IS or KID."
         )
     notes += notes_on_scores([line.entries[0] for line in lines if len(line.entries) == 1], compared.metrics)
     notes += compared.shown_notes()
-    return (
-        "\n".join(
-            textwrap.fill(note, WIDTH, break_long_words=False, break_on_hyphens=False) for note in notes
-        )
-        + "\n"
-    )
+    filled = [textwrap.fill(note, WIDTH, break_long_words=False, break_on_hyphens=False) for note in notes]
+    return "\n".join(filled) + "\n"
 
 
 def csv_text(entries: Sequence[Entry], names: Sequence[str]) -> str:
@@ -279,9 +261,7 @@ def csv_text(entries: Sequence[Entry], names: Sequence[str]) -> str:
     ]
     metrics = [str(metric_of(name)) for name in names]
     results = [(entry, result) for entry in entries for result in entry.repeats]
-    spread = {
-        name for name in metrics if any(isinstance(result.scores.get(name), dict) for _, result in results)
-    }
+    spread = {name for _, result in results for name in metrics if isinstance(result.scores.get(name), dict)}
     columns = [column for name in metrics for column in [name, f"{name}_std"][: 1 + (name in spread)]]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -294,10 +274,9 @@ def csv_text(entries: Sequence[Entry], names: Sequence[str]) -> str:
             scores.append("" if score is None else repr(value(score)))
             if name in spread:
                 scores.append(repr(score["std"]) if isinstance(score, dict) else "")
-        cells = [[cell(line) for cell in about.values()] for about in (SETTINGS, SPEED)]
-        writer.writerow(
-            [*cells[0], *scores, *cells[1], *(result.manifest.get(key) for key in extra), result.where]
-        )
+        before, after = ([cell(line) for cell in about.values()] for about in (SETTINGS, SPEED))
+        more = [result.manifest.get(key) for key in extra]
+        writer.writerow([*before, *scores, *after, *more, result.where])
     return buffer.getvalue()
 
 
@@ -307,9 +286,8 @@ def beside_each_other(lines: Sequence[TableRow], names: Sequence[str]) -> Image.
     for result in newest:
         if result.open_picture is None:
             log.warning("%s is missing.", Path(result.where).with_suffix(".png"))
-    found = opened_pictures(
-        {str(i): result.open_picture for i, result in enumerate(newest) if result.open_picture}
-    )
+    there = {str(i): result.open_picture for i, result in enumerate(newest) if result.open_picture}
+    found = opened_pictures(there)
     captions = []
     for line in (lines[int(i)] for i in found):
         scores = [f"{title_of(name)} {line.shown(name)}" for name in names if name in line.scores]
