@@ -94,7 +94,7 @@ def check_output(folder: Path) -> None:
 
 def compare_results(folder: str | Path) -> Comparison:
     """Compare the results below ``folder``. Raises ``ValueError`` if there is no result."""
-    none = f"{folder}: no file in evaluations/ is a result of evaluate. Evaluate a trained run first."
+    none = f"{folder}: none of the files in evaluations/ is a result. Evaluate a trained run first."
     try:
         found = runs(folder)
     except FileNotFoundError as error:
@@ -232,13 +232,10 @@ def footnotes(lines: Sequence[TableRow], shared: dict[str, str], compared: Compa
     if NO_DIFFERENCE in verdicts:
         notes.append("≈ no difference from the best (95 %, from the spread over seeds).")
     if any(len(line.entries) > 1 or len(line.entries[0].repeats) > 1 for line in lines):
-        notes.append(
-            "Results that differ only in their seed are a row: mean ± standard deviation over n seeds."
-        )
+        notes.append("Results that differ only in their seed are one row: mean ± std over n seeds.")
     if len({line.entries[0].judge(FULL) for line in lines}) > 1:
-        notes.append(
-            "Not all rows have one judge (extractor, weights, reference, images): compare those that do."
-        )
+        of_a_judge = "(extractor, weights, reference, images)"
+        notes.append(f"Not all rows have the same judge {of_a_judge}: compare those that do.")
     for name in sorted({"classifier", "judge"} & {line.manifest.get("extractor") for line in lines}):
         notes.append(
             f"Scores by {name!r} are analogues on its features, not to be compared with FID, IS or KID."
