@@ -30,7 +30,7 @@ PLACE = re.compile(
 )
 COMMIT = re.compile("[0-9a-f]{40}")
 UPLOAD_PATIENCE = 60.0  # seconds for each answer during an upload, where the client itself would wait forever
-KNOWN_BESIDE = ("export.json", CHECKSUMS)  # what is known of the files beside them
+KNOWN_BESIDE = ("export.json", CHECKSUMS)  # files with the checksums of those beside them
 LOGIN = "hf auth login, or HF_TOKEN=..."
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 ROWS = 40  # operations in a table
-ALLOCATIONS = 100_000  # that a memory snapshot holds at most
+ALLOCATIONS = 100_000  # the most in a memory snapshot
 
 
 class Profile:

@@ -28,7 +28,7 @@ REQUEST_LIMIT = 60.0  # seconds for a request of at most REQUEST_BYTES bytes
 SLOWEST = 1e6  # bytes per second, at which a larger upload still succeeds
 REQUEST_BYTES = 8 << 20
 THREADS = 16  # for many small requests
-# What reads a scheme, beside fsspec: the name to give to pip.
+# The packages, by their names for pip, with which fsspec reads a scheme.
 SCHEMES = {
     "s3": "s3fs",
     "gs": "gcsfs",
@@ -52,7 +52,7 @@ def is_remote(place: object) -> bool:
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem of a URL, and the path there. ``ValueError`` if nothing installed reads the URL."""
+    """fsspec's filesystem of a URL, and the path there. ``ValueError`` if no installed package reads it."""
     import fsspec
 
     scheme = url.partition("://")[0] if is_remote(url) else "file"

@@ -229,7 +229,7 @@ def combined(checkpoints: Sequence[Checkpoint], width: float) -> tuple[dict[str,
 
 
 def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors without shared memory, as safetensors requires."""
+    """Tensors without shared memory, as safetensors requires."""
     result: dict[str, Tensor] = {}
     places: set[int] = set()
     for key, value in state.items():

@@ -96,9 +96,9 @@ class DataModule(pl.LightningDataModule):
         if stream:
             allowed = "the index.json of data.train, which is a stream"
             require(data.index is not None, "data.index", None, allowed)
-            require(data.groups is None, "data.groups", data.groups, "nothing when data.train is a stream")
+            require(data.groups is None, "data.groups", data.groups, "null when data.train is a stream")
         else:
-            allowed = "nothing when data.train is a folder, which has its own"
+            allowed = "null when data.train is a folder, which has its own"
             require(data.index is None, "data.index", data.index, allowed)
 
     def checked(self, index: ShardIndex, field: str) -> ShardIndex:

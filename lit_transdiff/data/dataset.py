@@ -146,7 +146,7 @@ class PlannedDataset(Dataset):
         return samples, torch.stack(values)
 
     def read_latents(self, rows: Rows) -> tuple[np.ndarray, Tensor]:
-        """The same for latents, read directly into the batch, shard by shard."""
+        """The samples and values of latents, read directly into the batch, shard by shard."""
         info = self.index.latents
         assert info is not None
         samples = rows.samples.reshape(-1)

@@ -30,7 +30,7 @@ class Encoding:
     background: str = "white"
 
     def __post_init__(self) -> None:
-        allowed = "nothing when image_size is given"
+        allowed = "none when image_size is given"
         require(self.image_size is None or self.pad_to is None, "pad_to", self.pad_to, allowed)
         for size, field in ((self.image_size, "image_size"), (self.pad_to, "pad_to")):
             require(size is None or 1 <= size <= LARGEST_SIDE, field, size, f"1 to {LARGEST_SIDE} pixels")

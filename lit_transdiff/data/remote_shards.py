@@ -204,7 +204,7 @@ class ShardsAhead:
         return int(changes.cumsum().max())
 
     def __call__(self, position: int) -> tuple[int, ...]:
-        """What to download from this position on; nothing if that is as at the last call."""
+        """The shards to download from this position on; () if they are those of the last call."""
         epoch, item = divmod(position, self.plan.num_items)
         shards, _, last = self.uses(epoch)
         wanted = shards[last >= item]

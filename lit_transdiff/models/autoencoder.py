@@ -66,7 +66,7 @@ def autoencoder_kind(kind: str, path: Optional[str | Path]) -> AutoencoderKind:
     """The entry of AUTOENCODERS, checked against the given path."""
     require_known("autoencoder.kind", kind, AUTOENCODERS)
     entry = AUTOENCODERS[kind]
-    allowed = f"{'a folder' if entry.has_folder else 'nothing'} when autoencoder.kind is {kind!r}"
+    allowed = f"{'a folder' if entry.has_folder else 'null'} when autoencoder.kind is {kind!r}"
     require(entry.has_folder == (path is not None), "autoencoder.path", path, allowed)
     return entry
 

@@ -23,7 +23,7 @@ Beginning = tuple[Tensor, list[KeysValues]]  # see ARTransformer.begin
 
 
 class Contexts(Protocol):
-    """What makes the context of images to be drawn, piece by piece (see ``ContextStream``)."""
+    """A source of the context of images to be drawn, piece by piece (see ``ContextStream``)."""
 
     def advance(self, images: Tensor) -> Tensor: ...
 
@@ -77,7 +77,7 @@ class ContextStream:
         return features if len(features) == 1 or self.row_of is None else features[self.row_of]
 
     def spread_past(self, rows: int) -> None:
-        """The same for keys and values: from now on every image has its own."""
+        """``spread`` the keys and values: from now on every image has its own."""
         row_of = self.row_of
         if row_of is None:
             row_of = torch.zeros(rows, dtype=torch.long, device=self.classes.device)

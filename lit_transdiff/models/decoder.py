@@ -60,7 +60,7 @@ class Memory:
         return Memory(tuple(mine + its for mine, its in zip(self.blocks, other.blocks, strict=True)))
 
     def stacked(self, other: Memory) -> Memory:
-        """The same of one context each, with a row for each row of the decoder: as one context."""
+        """Memories of one context each as that of one context, with a row for each row of the decoder."""
         pairs = zip(self.blocks, other.blocks, strict=True)
         return Memory(
             tuple(((torch.cat([k, its_k]), torch.cat([v, its_v])),) for ((k, v),), ((its_k, its_v),) in pairs)

@@ -105,7 +105,7 @@ def command(repo: str, num_classes: int) -> str:
 
 
 def training(export: Export) -> dict[str, str]:
-    """What was trained, on what, how long."""
+    """A paragraph on the model, its data and its training."""
     run, info = export.run, export.info
     count = sum(value.numel() for value in export.state.values())
     rows = {

@@ -28,7 +28,7 @@ from lit_transdiff.sampling.generator import Generator
 from lit_transdiff.sampling.graphs import Task
 from lit_transdiff.sampling.pictures import grid, save_film, save_picture
 
-MOST_STATES = 16  # that are shown, at equal distances
+MOST_STATES = 16  # the most states shown, at equal distances
 SQUARE = 1.6  # columns per row of an animation's grid
 
 

@@ -86,7 +86,7 @@ class Made:
 
 
 def branches(value: Any) -> tuple[Made | None, Sequence[Any]]:
-    """What makes a nested value of its parts, and these; nothing for one that is not nested."""
+    """The maker of a nested value and its parts; (None, ()) for a value that is not nested."""
     kind = type(value)
     if isinstance(value, tuple | list):
         return Made(kind), value

@@ -93,7 +93,7 @@ class Graph:
         self, function: Callable[..., Any], form: Hashable, tensors: list[Tensor], record: Record
     ) -> None:
         self.buffers = [torch.empty_like(tensor) for tensor in tensors]
-        # what each buffer holds
+        # the tensor and its version in each buffer
         self.held: Sequence[tuple[Callable[[], Tensor | None], int | None]] = [(lambda: None, 0)] * len(
             tensors
         )
@@ -240,7 +240,7 @@ class Graphs:
             self.draws[settings] = counted.number
             return solution
         more = task.draw.several(self.draws[settings], *problem.shape)
-        alone = Problem(problem.shape, problem.predict, problem.pair)  # what a process reads
+        alone = Problem(problem.shape, problem.predict, problem.pair)  # the fields that a process reads
         return self(solved, task.process, alone, task.noise, more, sampling)  # type: ignore[no-any-return]
 
 

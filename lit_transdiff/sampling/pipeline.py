@@ -64,7 +64,7 @@ class TrainedRun(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights; sampling has a precision of its own."""
+        """The dtype of the weights; sampling has a precision of its own."""
         return next(self.network.parameters()).dtype
 
     @property

@@ -176,7 +176,7 @@ def try_drawing(model: Paradigm) -> None:
 
 
 def try_problem(model: Paradigm, problem: Problem, x_t: Tensor) -> None:
-    """What the solver calls."""
+    """The network of the solver."""
     kind, twice = type(model), gives_variances(model)
     with in_one_line(kind, "decode, Problem.predict"):
         alone = problem.predict(x_t, 1)

@@ -69,7 +69,7 @@ class Holders(Averages):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def gradient_norm_of_step(self) -> Tensor | None:
-        """The same for strategies that know it only after the step."""
+        """The gradients' norm, for strategies that know it only after the step."""
         return None
 
 

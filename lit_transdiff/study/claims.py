@@ -20,7 +20,7 @@ FEWEST = 6  # seeds: if all agree, the sign test's p is 2 / 2^6 = 0.03; with fiv
 
 @dataclass(frozen=True)
 class StudyRule:
-    """What a study claims, and when an arm is settled. All of it is fixed before the first result.
+    """The claim of a study, and the rule that settles an arm. Both are fixed before the first result.
 
     An arm is looked at after each seed from FEWEST to ``seeds``. Bonferroni's correction for all looks at all
     arms keeps the probability below 5 % that a study without any difference calls an arm better or worse.
@@ -37,7 +37,7 @@ class StudyRule:
 
     @property
     def confidence(self) -> float:
-        """That of one interval."""
+        """The confidence of one interval."""
         return 1 - (1 - CONFIDENCE) / (self.arms * self.looks)
 
 

@@ -58,7 +58,7 @@ def metrics_of(run: Run) -> list[str]:
 
 
 def content_of(run: Run, limits: Limits) -> dict[str, Any]:
-    """What a page holds of a run: settings, curves, pictures and evaluations."""
+    """The content of a run on a page: settings, curves, pictures and evaluations."""
     pictures = run.open_pictures()
     grids = {name: load for name, load in pictures.items() if name.startswith("step-")}
     chosen = evenly(sorted(grids, key=step_of), limits.grids)

@@ -98,8 +98,8 @@ def spread(compared: Comparison, metric: str) -> Figure:
         if math.isfinite(mean):
             filled = "full" if verdict in (BEST, NO_DIFFERENCE) else "none"
             axes.plot(mean, i, "D", color="C0", fillstyle=filled, markersize=9)
-            above = dict(xytext=(0, 9), textcoords="offset points")
-            axes.annotate(verdict, (mean, i), ha="center", fontsize=8, **above)
+            above = (0, 9)
+            axes.annotate(verdict, (mean, i), above, textcoords="offset points", ha="center", fontsize=8)
         else:
             middle = axes.get_yaxis_transform()
             axes.text(0.5, i, verdict, transform=middle, ha="center", va="center", fontsize=8)

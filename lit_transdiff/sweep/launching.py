@@ -97,7 +97,7 @@ class TrialJob(Protocol):
 
     @property
     def record(self) -> Mapping[str, Any]:
-        """What the journal keeps of it."""
+        """The entries of the journal about it."""
 
     @property
     def where(self) -> str:
@@ -108,7 +108,7 @@ class TrialJob(Protocol):
         """Whether an earlier controller has asked it to end."""
 
     def outcome(self) -> Outcome | None:
-        """How it ended; None while it runs or waits."""
+        """The end of the job; None while it runs or waits."""
 
     def stop(self) -> None:
         """Ask it to save and end."""
@@ -139,7 +139,7 @@ class Launcher(Protocol):
         """Forget a job that has ended, after the journal has its end."""
 
     def leave(self, jobs: Sequence[TrialJob]) -> str:
-        """What becomes of the jobs when the controller ends; a sentence about it, or nothing."""
+        """End or leave the jobs when the controller ends; returns a sentence about them, or ""."""
 
 
 def launcher_of(config: LauncherConfig, sweep: str, folder: Path, devices_per_run: int) -> Launcher:

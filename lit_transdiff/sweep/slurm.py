@@ -159,7 +159,7 @@ class SlurmLauncher:
             if job.name in there:
                 job.seen(*there[job.name])
             else:
-                job.clear()  # what an earlier attempt has left
+                job.clear()  # the files of an earlier attempt
                 script = order.log.with_suffix(".sbatch")
                 replace_file(script, self.script(order, job).encode())
                 job = self.job(order, submit([*self.options(order), str(script)]))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from lit_transdiff.sweep.launching import Outcome
 
 ANSWER = 60.0  # seconds for the answer of a command
-# What sbatch says when it may take the same job later.
+# Words of sbatch about a job that it may take later.
 LATER = re.compile(
     r"timed out|contact|connect|temporarily|try again|retry|QOSMax|AssocMax|MaxSubmit|limit.*reached|busy",
     re.IGNORECASE,
@@ -103,7 +103,7 @@ def from_accounts(number: str) -> str:
 
 
 def from_memory(number: str) -> str:
-    """The same of a job that ended in the last minutes."""
+    """``STATE|CODE:SIGNAL`` of a job that ended in the last minutes, from the scheduler."""
     try:
         told = ask(["scontrol", "show", "job", number]).stdout
     except SlurmUnreachable:

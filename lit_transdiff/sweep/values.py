@@ -73,7 +73,7 @@ def logged_names(folder: Path) -> list[str]:
 
 
 def no_value(trial: Trial, folder: Path, sweep: Sweep) -> str | None:
-    """What is wrong if a finished trial has logged no usable value of the sweep's metric, else None."""
+    """The reason why a finished trial has no usable value of the sweep's metric, else None."""
     if sweep.metric is None or trial.finite():
         return None
     if trial.values:

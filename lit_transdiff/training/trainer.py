@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_transdiff.base.endings import CheckpointError
+from lit_transdiff.base.endings import CheckpointError, RankFailed
 from lit_transdiff.base.files import unless_full
 from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.checkpoints.export import export_checkpoint, write_export
@@ -65,7 +66,6 @@ from lit_transdiff.training.profiling import ProfileSteps
 from lit_transdiff.training.rhythm import Rhythm, StepCallback, due_times
 from lit_transdiff.training.slow_ranks import SlowRanks
 from lit_transdiff.training.tracking import WATCHED, BestModel, EveryNode, Track, log_models
-from lit_transdiff.training.waiting import wait_for_export
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,15 @@ def train_in_folder(
             tracker.finish()
         wait_for_export(run, result.step)
     return result
+
+
+def wait_for_export(run: RunConfig, step: int) -> None:
+    """Wait until the first rank has written the trained model."""
+    deadline = time.monotonic() + 60 * run.distributed.timeout_minutes
+    while trained_steps(run) < step:
+        if time.monotonic() > deadline:
+            raise RankFailed(f"{run.folder / 'export'}: the first rank has not written it.")
+        time.sleep(0.1)
 
 
 def fit(

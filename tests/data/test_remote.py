@@ -382,7 +382,7 @@ class TestErrors:
 
     def test_a_stream_is_not_a_folder(self, urls):
         with pytest.raises(
-            ValueError, match=r"data.index: got 'index.json'; allowed: nothing when data.train is"
+            ValueError, match=r"data.index: got 'index.json'; allowed: null when data.train is"
         ):
             module_for(urls["s3"], index="index.json").setup()
         with pytest.raises(

@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_step_and_samples(
         ),
         (
             {"autoencoder": {"path": "x"}},
-            r"autoencoder\.path: got 'x'; allowed: nothing when autoencoder\.kind is 'identity'",
+            r"autoencoder\.path: got 'x'; allowed: null when autoencoder\.kind is 'identity'",
         ),
         (
             {"autoencoder": {"kind": "kll", "path": "x"}},
