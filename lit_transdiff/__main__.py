@@ -167,10 +167,10 @@ def add_model_commands(command: AddCommand) -> None:
     text = "print docs/recipe.schema.json, by which editors check a recipe"
     add("--json-schema", action="store_true", help=text)
 
-    text = "released checkpoints (TransDiff, latent diffusion's autoencoder) <-> ours"
+    text = "released checkpoints (of models, latent diffusion's autoencoder) <-> ours"
     add = command(commands.convert_command, text).add_argument
-    add("source", help="checkpoint-last.pth, its folder, or kl16.ckpt; back: an export or autoencoder folder")
-    add("dest", help="a folder; back: a file name ending in .pth or .ckpt")
+    add("source", help="a checkpoint, its folder, or kl16.ckpt; back: an export or autoencoder folder")
+    add("dest", help="a folder; back: a file name ending in .pth, .pt or .ckpt")
     add("--autoencoder", help="folder of the converted autoencoder that the model was trained with")
     add("--recipe", help="YAML with all other settings, such as sampling and evaluation")
     add("--num-heads", type=int, help="attention heads of a model that has no known size")

@@ -166,7 +166,7 @@ def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
         (
             "sit",
             {"stage": "diffusion_head"},
-            r"model\.paradigm: got 'sit'; allowed: transdiff, flowar, ardiff, mar in stage diffusion_head",
+            r"paradigm: got 'sit'; allowed: transdiff, transdiff_parts, flowar, ardiff, mar in stage diff",
         ),
         (
             "sit",
@@ -183,7 +183,11 @@ def test_an_image_depends_on_its_seed_alone(trained: Path, name: str):
             {"sampling": {"num_parts": 2}},
             r"got 2; allowed: null with model\.paradigm xar, whose parts are",
         ),
-        ("xar", {"stage": "diffusion_head"}, r"got 'xar'; allowed: transdiff, flowar, ardiff, mar in stage"),
+        (
+            "xar",
+            {"stage": "diffusion_head"},
+            r"got 'xar'; allowed: transdiff, transdiff_parts, flowar, ardiff, mar in stage",
+        ),
         ("flowar", {"sampling": {"solver": "ancestral"}}, r"sampling\.solver: 'ancestral' is not known"),
         (
             "flowar",

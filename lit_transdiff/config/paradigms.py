@@ -13,10 +13,12 @@ from lit_transdiff.config.flowar import FlowARConfig
 from lit_transdiff.config.mar import MARConfig
 from lit_transdiff.config.model import ModelConfig
 from lit_transdiff.config.sit import DiTConfig, SiTConfig
+from lit_transdiff.config.transdiff_parts import TransDiffPartsConfig
 from lit_transdiff.config.xar import XARConfig
 
 PARADIGMS: dict[str, Family] = {
     "transdiff": Family(ModelConfig, "lit_transdiff.models.transdiff:TransDiff"),
+    "transdiff_parts": Family(TransDiffPartsConfig, "lit_transdiff.models.transdiff_parts:TransDiffParts"),
     "sit": Family(SiTConfig, "lit_transdiff.models.sit:SiT"),
     "dit": Family(DiTConfig, "lit_transdiff.models.sit:DiT"),
     "acdit": Family(ACDiTConfig, "lit_transdiff.models.acdit:ACDiT"),

@@ -10,10 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mapped:
-    """A renamed state dict, and the keys that have no counterpart."""
+    """A renamed state dict, the keys that have no counterpart, and names of tables made because none were
+    given.
+    """
 
     state: dict[str, Tensor]
     left_over: dict[str, Tensor]
+    made: tuple[str, ...] = ()
 
 
 def check_layout(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

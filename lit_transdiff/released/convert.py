@@ -23,14 +23,16 @@ from lit_transdiff.base.files import CHECKSUMS, crc32_of_files, json_of, replace
 from lit_transdiff.checkpoints.export import read_export, read_weights, unshared, write_export
 from lit_transdiff.checkpoints.format import save_pickled
 from lit_transdiff.checkpoints.portable import write_generator
-from lit_transdiff.config import ModelConfig, ModelSettings, RunConfig, require
+from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import run_from, to_dict
 from lit_transdiff.config.paths import check_source, export_folder
 from lit_transdiff.config.targets import save_tensors
 from lit_transdiff.models.autoencoder import CONFIG_FILE, Autoencoder, KLAutoencoder, load_autoencoder
 from lit_transdiff.models.ldm import TRAINING_ONLY, is_ldm
 from lit_transdiff.models.state_dicts import Mapped
+from lit_transdiff.released.families import Hints
 from lit_transdiff.released.files import (
+    AVERAGES,
     KNOWN,
     ReleasedFile,
     check_tensors,
@@ -41,13 +43,7 @@ from lit_transdiff.released.files import (
     released_parts,
     state_dict,
 )
-from lit_transdiff.released.key_names import (
-    from_released,
-    is_released,
-    read_shape,
-    released_shapes,
-    to_released,
-)
+from lit_transdiff.released.layouts import IMAGE_SIZE, layout_for, layout_in
 
 LEFT_OVER = "left_over.safetensors"
 ORIGIN = "released.json"  # in an autoencoder's folder: the file that it was converted from
@@ -103,9 +99,8 @@ def convert(
             file, state, dest, LATENT_SCALE if scaling_factor is None else scaling_factor
         )
     what = f"{file}, with {', '.join(list(content)[:3]) or 'nothing'}, ..."
-    allowed = "a released TransDiff checkpoint, or an autoencoder of latent diffusion"
-    require(is_released(state), "source", what, allowed)
-    check_options(given, {"autoencoder", "recipe", "num_heads"}, f"the TransDiff checkpoint {file}")
+    layout = layout_in(state, what, recipe)
+    check_options(given, {"autoencoder", "recipe", "num_heads"}, f"the checkpoint {file} ({layout.paradigm})")
     if autoencoder is None:
         raise ValueError("autoencoder: got nothing; allowed: the folder of the model's autoencoder.")
     network = load_autoencoder("kl", autoencoder, image_channels=3)
@@ -132,7 +127,8 @@ def released_to_export(
     run = run_of(checkpoint, dest.name, autoencoder, autoencoder_path, recipe, num_heads)
     averaged = {"ema": checkpoint.model_ema} if checkpoint.model_ema is not None else {}
     states: dict[str, dict[str, Tensor]] = averaged | {"last": checkpoint.model}
-    mapped = {kind: map_state(kind, state, run) for kind, state in states.items()}
+    names = {"ema": checkpoint.average, "last": "model"}
+    mapped = {kind: map_state(names[kind], state, run) for kind, state in states.items()}
     info = {
         "name": run.name,
         "stage": run.stage,
@@ -144,6 +140,8 @@ def released_to_export(
             **identity(checkpoint.path),
             "epoch": checkpoint.epoch,
             "args": json_safe(checkpoint.args),
+            "average": checkpoint.average,
+            "made": list(mapped["last"].made),
         },
     }
     best, *others = mapped
@@ -157,21 +155,12 @@ def released_to_export(
     return conversion_report(checkpoint, dest, run, mapped)
 
 
-def of_family(model: ModelSettings) -> ModelConfig:
-    """``model``, if it is of the family with released files; raises ``ValueError`` for any other family."""
-    if not isinstance(model, ModelConfig):
-        raise ValueError(
-            f"model.paradigm: got {model.paradigm!r}; allowed for released files: {ModelConfig.paradigm!r}."
-        )
-    return model
-
-
-def map_state(kind: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
-    """Map a released state to our names; errors name the state dict of the file."""
+def map_state(name: str, state: Mapping[str, Tensor], run: RunConfig) -> Mapped:
+    """Map a released state to our names; errors give its ``name`` in the file."""
     try:
-        return from_released(state, of_family(run.model))
+        return layout_for(run.model).from_released(state, run.model)
     except ValueError as error:
-        raise ValueError(f"{'model_ema' if kind == 'ema' else 'model'}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
 
 
 def write_weights(mapped: Mapped, folder: Path) -> None:
@@ -190,21 +179,14 @@ def run_of(
     num_heads: int | None,
 ) -> RunConfig:
     """The run of a released checkpoint: shapes from the files, all other settings from ``recipe``."""
+    layout = layout_in(checkpoint.model, str(checkpoint.path), recipe)
+    size = IMAGE_SIZE // autoencoder.downsampling if recipe is None else recipe.model.latent_size
     if recipe is not None and num_heads is None:
-        num_heads = of_family(recipe.model).num_heads
-    shape = read_shape(checkpoint.model, num_heads)
+        num_heads = getattr(recipe.model, "num_heads", None)
+    implied = layout.settings(checkpoint.model, Hints(autoencoder.latent_channels, size, num_heads))
+    shape = implied["model"]
     if recipe is not None:
-        wrong = {
-            key: value
-            for key, value in shape.items()
-            if key != "size" and getattr(recipe.model, key) != value
-        }
-        listed = "; ".join(
-            f"model.{key}: {value} in the checkpoint, {getattr(recipe.model, key)} in the recipe"
-            for key, value in wrong.items()
-        )
-        if wrong:
-            raise ValueError(f"{checkpoint.path} has a different shape than the recipe: {listed}")
+        check_recipe(recipe, shape, checkpoint.path)
     channels = shape["latent_channels"]
     fits = autoencoder.latent_channels == channels
     require(fits, "autoencoder: latent channels", autoencoder.latent_channels, f"{channels}")
@@ -215,39 +197,45 @@ def run_of(
         )
         allowed = f"data.image_size={recipe.data.image_size} of the recipe"
         require(image_size == recipe.data.image_size, where, image_size, allowed)
-    one_step = shape["num_references"] == 1
-    wide = shape["latent_size"] ** 2 > shape["num_context_tokens"]
     settings = to_dict(recipe or RunConfig())
     settings |= {
         "name": name,
-        "stage": "mrar_finetune" if not one_step else "diffusion_head" if wide else "ar_pretrain",
+        "stage": implied["stage"],
         "init_from": None,
-        "model": settings["model"] | shape,
+        "model": (settings["model"] if recipe else {}) | shape,
+        "sampling": settings["sampling"] | ({} if recipe else implied.get("sampling", {})),
         "autoencoder": {"kind": "kl", "path": str(autoencoder_path)},
         "data": settings["data"] | {"image_size": image_size, "image_channels": 3},
     }
     return run_from(settings, source=str(checkpoint.path))
 
 
+def check_recipe(recipe: RunConfig, shape: Mapping[str, Any], path: Path) -> None:
+    """Raise ``ValueError`` for settings of a recipe's model that are not those of the file."""
+    given = {key: getattr(recipe.model, key) for key in shape if key != "size"}
+    wrong = [
+        f"model.{key}: {shape[key]} in the checkpoint, {value} in the recipe"
+        for key, value in given.items()
+        if value != shape[key]
+    ]
+    if wrong:
+        raise ValueError(f"{path} has a different shape than the recipe: {'; '.join(wrong)}")
+
+
 def conversion_report(
     checkpoint: ReleasedFile, dest: Path, run: RunConfig, mapped: Mapping[str, Mapped]
 ) -> str:
     """Report the result for every entry and tensor."""
-    model = of_family(run.model)
-    kind = "one-step" if model.num_references == 1 else f"MRAR with {model.num_references} references"
-    lines = [
-        f"{checkpoint.path} -> {dest}: {kind}, width {model.width}, {model.encoder_blocks} + "
-        f"{model.decoder_blocks} blocks, "
-        f"{model.num_classes} classes, latents of {model.latent_size} x {model.latent_size} x "
-        f"{model.latent_channels}"
-    ]
+    model = run.model
+    latents = f"latents of {model.latent_size} x {model.latent_size} x {model.latent_channels}"
+    lines = [f"{checkpoint.path} -> {dest}: {layout_for(model).summary(model)}, {latents}"]
     for name, part in mapped.items():
-        entry = "model_ema" if name == "ema" else "model"
+        entry = checkpoint.average if name == "ema" else "model"
         place = dest if part is next(iter(mapped.values())) else dest / "raw"
         count = sum(value.numel() for value in [*part.state.values(), *part.left_over.values()])
         lines.append(f"{entry}: {len(part.state)} tensors mapped, {count:,} parameters -> {place}")
         lines += [
-            f"  kept aside: {key} {list(value.shape)}, which gets no gradient in a one-step model"
+            f"  kept aside: {key} {list(value.shape)}, which has no place in the model"
             for key, value in part.left_over.items()
         ]
     if "ema" not in mapped:
@@ -258,15 +246,19 @@ def conversion_report(
 def export_to_released(source: Path, dest: Path) -> str:
     """Write an export (our own or a converted one) as a released checkpoint."""
     folder = export_folder(source)
-    require(dest.suffix == ".pth", "dest", str(dest), "a file name ending in .pth")
+    require(dest.suffix in (".pth", ".pt"), "dest", str(dest), "a file name ending in .pth or .pt")
     export = read_export(folder)
-    released_shapes(of_family(export.run.model))  # refuses a shape that the layout cannot hold
+    layout_for(export.run.model).check_model(export.run.model)
     raw = folder / "raw" if (folder / "raw" / "model.safetensors").is_file() else folder
-    states = {"model": released_state(raw), "model_ema": released_state(folder)}
-    if export.info.get("weights") == "last":  # the file had no averaged weights
-        del states["model_ema"]
     origin = export.info.get("released", {})
-    content: dict[str, Any] = {key: mapped.state for key, mapped in states.items()}
+    average, made = origin.get("average", AVERAGES[0]), origin.get("made", [])
+    states = {"model": released_state(raw), average: released_state(folder)}
+    if export.info.get("weights") == "last":  # the file had no averaged weights
+        del states[average]
+    content: dict[str, Any] = {
+        name: {key: value for key, value in mapped.state.items() if key not in made}
+        for name, mapped in states.items()
+    }
     content |= {"epoch": origin["epoch"]} if origin.get("epoch") is not None else {}
     content |= {"args": argparse.Namespace(**origin["args"])} if origin.get("args") else {}
     with whole(dest) as file:
@@ -277,9 +269,9 @@ def export_to_released(source: Path, dest: Path) -> str:
     ]
     lines += [
         f"  made of zeros: {key} (the model has none; it has no effect)"
-        for key in states["model_ema" if "model_ema" in states else "model"].left_over
+        for key in states[average if average in states else "model"].left_over
     ]
-    if raw == folder and "model_ema" in states:
+    if raw == folder and average in states:
         lines.append("  model: the averaged weights, as the export has no others")
     return "\n".join(lines)
 
@@ -288,7 +280,7 @@ def released_state(folder: Path) -> Mapped:
     """The released state dict of an export folder."""
     left_over = read_weights(folder / LEFT_OVER) if (folder / LEFT_OVER).is_file() else {}
     export = read_export(folder)
-    return to_released(export.state, of_family(export.run.model), left_over)
+    return layout_for(export.run.model).to_released(export.state, export.run.model, left_over)
 
 
 def converted_from(folder: Path) -> dict[str, Any]:

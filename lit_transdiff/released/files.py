@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 PARALLEL, COMPILED = "module.", "_orig_mod"  # added to names by DistributedDataParallel and torch.compile
 LISTED_NAMES = 10  # the most names in a message
 KNOWN = {"model", "model_ema", "optimizer", "scaler", "epoch", "args"}  # entries of the training code
+AVERAGES = ("model_ema", "ema")  # names of the averaged weights; the latter beside "opt" (SiT, DiT, ACDiT)
 SAVE_TENSORS = "Where it was made, save its tensors alone: torch.save({'model': model.state_dict()}, FILE)"
 
 
@@ -52,6 +53,7 @@ class ReleasedFile:
     epoch: int | None
     args: dict[str, Any]
     ignored: list[str]  # entries that are not converted
+    average: str = AVERAGES[0]  # the name of model_ema in the file
 
 
 def released_file(source: Path) -> Path:
@@ -161,19 +163,21 @@ def released_parts(path: Path, content: Mapping[str, Any]) -> ReleasedFile:
     """
     bare = "model" not in content
     args = None if bare else arguments(content.get("args"))
-    converted = {"model", "model_ema", "epoch"} | ({"args"} if args is not None else set())
+    average = next((name for name in AVERAGES if content.get(name) is not None), AVERAGES[0])
+    converted = {"model", average, "epoch"} | ({"args"} if args is not None else set())
     states = {"model": state_dict(content if bare else content["model"], "model", path)}
-    if content.get("model_ema") is not None:
-        states["model_ema"] = state_dict(content["model_ema"], "model_ema", path)
+    if not bare and content.get(average) is not None:
+        states[average] = state_dict(content[average], average, path)
     for name, state in states.items():
         check_tensors(state, name, path)
     return ReleasedFile(
         path=path,
         model=states["model"],
-        model_ema=states.get("model_ema"),
+        model_ema=states.get(average),
         epoch=None if bare else whole_number(content.get("epoch"), f"{path}: epoch"),
         args=args or {},
         ignored=[] if bare else sorted(content.keys() - converted),
+        average=average,
     )
 
 

@@ -57,6 +57,16 @@ SHAPE = {"size": "test", "num_classes": 10, "latent_channels": 1, "latent_size":
 TOKEN_SETS = {"num_class_tokens": 2, "num_parts": 4, **NO_DROPOUT}
 # What each other family changes in SETTINGS.
 FAMILIES: dict[str, dict[str, Any]] = {
+    "transdiff_parts": {
+        "stage": "pretrain",
+        "model": {
+            "paradigm": "transdiff_parts",
+            **SHAPE,
+            **NO_DROPOUT,
+            "num_class_tokens": 2,
+            "order": "random",
+        },
+    },
     "sit": {"stage": "pretrain", "model": {"paradigm": "sit", **SHAPE}},
     "dit": {"stage": "pretrain", "model": {"paradigm": "dit", **SHAPE}, "sampling": {"solver": "ancestral"}},
     "acdit": {

@@ -346,7 +346,9 @@ class TestAutoencoder:
 
 def test_something_else_is_refused(tmp_path: Path):
     torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="a released TransDiff checkpoint, or an autoencoder"):
+    with pytest.raises(
+        ValueError, match="an autoencoder of latent diffusion, or a checkpoint of transdiff, sit, "
+    ):
         convert(tmp_path / "other.pth", tmp_path / "ours")
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(ValueError, match="not a checkpoint that can be read"):

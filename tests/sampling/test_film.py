@@ -18,7 +18,7 @@ from tests.helpers.small import FAMILIES, small_run
 pytestmark = pytest.mark.numeric
 REFERENCES = {"model": {"num_references": 4}, "stage": "mrar_finetune"}
 RUNS = {"transdiff": {}, "mrar": REFERENCES, **FAMILIES}
-PARTS = {"mrar": 4, "acdit": 4, "xar": 4, "flowar": 3, "ardiff": 16, "mar": 4}
+PARTS = {"mrar": 4, "transdiff_parts": 4, "acdit": 4, "xar": 4, "flowar": 3, "ardiff": 16, "mar": 4}
 LABELS, SEEDS = [0, 7], [11, 12]
 
 

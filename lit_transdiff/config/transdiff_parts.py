@@ -1,0 +1,113 @@
+"""Model settings of TransDiff over the parts of one image."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from lit_transdiff.config.checks import require
+from lit_transdiff.config.family import (
+    OF_A_TOKEN,
+    OF_SIZE,
+    CellSettings,
+    check_cells,
+    check_dropout,
+    check_patches,
+    check_positive,
+    check_transformer,
+    take_size,
+)
+from lit_transdiff.config.model import SIZES
+
+
+@dataclass(frozen=True)
+class TransDiffPartsConfig(CellSettings):
+    """TransDiff whose autoregressive groups are parts of one image in place of whole images: cells in an
+    order, or scales (an ablation of arXiv 2506.09482).
+    """
+
+    of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size", "num_class_tokens")
+    paradigm: str = "transdiff_parts"
+    # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    size: str = "base"  # a name in config.model.SIZES, which sets the defaults of the next four fields
+    width: int = OF_SIZE  # width D of encoder and decoder
+    num_heads: int = OF_SIZE  # number of attention heads
+    encoder_blocks: int = OF_SIZE  # number of blocks of the autoregressive transformer
+    decoder_blocks: int = OF_SIZE  # number of blocks of the diffusion decoder
+    parts: Literal["cells", "scales"] = (
+        "cells"  # of an image, one after the other: squares of tokens, or ever finer means over squares
+    )
+    parts_per_side: int = 2  # rows of cells, and cells of a row; 1 is one-step AR
+    order: Literal["raster", "random"] = "raster"  # of the cells: row by row, or a new one for each image
+    mlp_ratio: float = 4.0  # hidden width of an MLP / width
+    num_classes: int = 1000  # labels are 0 to num_classes - 1
+    num_class_tokens: int = (
+        64  # number of copies of the class embedding at the start of the encoder's sequence
+    )
+    latent_channels: int = 16  # channels of the autoencoder's latents
+    latent_size: int = 16  # height and width of the latent
+    patch_size: int = 1  # side length in latent pixels of a token's square
+    attention_dropout: float = 0.1  # dropout of attention weights; 0 allows fused attention on CPUs
+    projection_dropout: float = 0.1  # dropout after attention and within MLPs
+
+    def __post_init__(self) -> None:
+        take_size(self, SIZES)
+        check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "num_classes")
+        check_positive(self, "num_class_tokens")
+        check_transformer(self)
+        check_patches(self)
+        check_dropout(self)
+        check_cells(self)
+        self.check_order()
+
+    def check_order(self) -> None:
+        """Refuse what has no effect on the order of scales, or of one cell; and a latent without scales."""
+        scales, order, side = self.parts == "scales", self.order, self.parts_per_side
+        allowed = "'raster' with model.parts=scales or model.parts_per_side=1"
+        require(order == "raster" or (not scales and side > 1), "model.order", order, allowed)
+        allowed = "2 with model.parts=scales, which are powers of 2"
+        require(not scales or side == 2, "model.parts_per_side", side, allowed)
+        allowed = "a power of 2 with model.parts=scales"
+        require(not scales or self.grid.bit_count() == 1, "tokens of a side", self.grid, allowed)
+
+    @property
+    def num_blocks(self) -> int:  # type: ignore[override]
+        return self.encoder_blocks + self.decoder_blocks
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Tokens of a side of each scale."""
+        return tuple(2**k for k in range(self.grid.bit_length()))
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Tokens of each part."""
+        if self.parts == "scales":
+            return tuple(side**2 for side in self.sides)
+        return (self.tokens_of_part,) * self.parts_per_side**2
+
+    @property
+    def is_drawn_at_once(self) -> bool:
+        return len(self.part_sizes) == 1
+
+    def least_drawn(self) -> int:
+        """Keys and values of all parts in the encoder and, of the last one's context, in the decoder."""
+        return 2 * self.width * self.num_blocks * sum(self.part_sizes)
+
+    def least_parameters(self) -> Mapping[tuple[str, ...], int]:
+        """The matrices of all blocks, and the tables of classes and positions."""
+        block = 4 * self.width**2 + 2 * self.width * int(self.mlp_ratio * self.width)
+        tables = self.width * (self.num_classes + self.num_class_tokens + 3 * self.num_tokens)
+        return {
+            ("width", "mlp_ratio", "encoder_blocks", "decoder_blocks"): self.num_blocks * block,
+            ("width", "num_classes", "num_class_tokens", "latent_size", "patch_size"): tables,
+        }
+
+    def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
+        """The tokens in the blocks, each of which stores at least its input."""
+        stored = {name: 1 if name in recomputed else OF_A_TOKEN for name in ("encoder", "decoder")}
+        tokens = sum(self.part_sizes)
+        encoder = self.encoder_blocks * (self.num_class_tokens + tokens) * stored["encoder"]
+        decoder = self.decoder_blocks * draws * tokens * stored["decoder"]
+        return self.width * ((0 if head_alone else encoder) + decoder)
