@@ -27,23 +27,33 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of x, x^3 and x^5
 ITERATIONS = 5
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix U S V^T [M, N]: singular values become 0.7 to 1.2. In bfloat16 on GPUs."""
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About U V^T of matrices U S V^T [..., M, N]: singular values become 0.7 to 1.2. In bfloat16 on GPUs."""
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
-    x = x.T if tall else x  # makes the product below smaller
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = x.mT if tall else x  # makes the product below smaller
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(ITERATIONS):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).to(matrix.dtype)
+        square = x @ x.mT
+        x = add_product(x, add_product(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
-def direction(matrix: Tensor) -> Tensor:
-    """The update of a matrix [M, N] at learning rate 1, scaled to change outputs equally for all shapes."""
-    rows, columns = matrix.shape
-    return orthogonal(matrix) * max(1, rows / columns) ** 0.5
+def direction(matrices: Tensor) -> Tensor:
+    """Updates of matrices [..., M, N] at learning rate 1, scaled to change outputs alike for any shape."""
+    rows, columns = matrices.shape[-2:]
+    return orthogonal(matrices) * max(1, rows / columns) ** 0.5
+
+
+def directions_by_shape(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The update of each matrix [M, N], those of one shape in one product."""
+    found: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(matrix.shape for matrix in matrices):
+        places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
+        found |= dict(zip(places, direction(torch.stack([matrices[i] for i in places])), strict=True))
+    return [found[i] for i in range(len(matrices))]
 
 
 def direction_of_rows(momentum: DTensor) -> Tensor:
@@ -97,22 +107,29 @@ class Muon(torch.optim.AdamW):
 
     def move(self, group: dict[str, Any]) -> None:
         """Update a group of matrices once."""
-        for p in [p for p in group["params"] if p.grad is not None]:
-            state = self.state[p]
-            if not state:
-                state.update(step=torch.zeros((), device=p.device), momentum=torch.zeros_like(p))
-            state["step"] += 1
-            state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-            nesterov = p.grad.lerp(state["momentum"], MOMENTUM)
-            if isinstance(nesterov, DTensor):
-                update = direction_of_rows(nesterov)
-            else:
-                update = (
-                    direction(nesterov)
-                    if nesterov.ndim == 2
-                    else direction_of_part(nesterov, group["shapes"])
-                )
-            flat(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.flatten(), alpha=group["lr"])
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros((), device=p.device), momentum=torch.zeros_like(p))
+        if not params:
+            return
+        states = [self.state[p] for p in params]
+        grads, momenta = [p.grad for p in params], [state["momentum"] for state in states]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
+        updates = self.updates(torch._foreach_lerp(grads, momenta, MOMENTUM), group)
+        weights = [flat(p) for p in params]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(weights, [update.flatten() for update in updates], alpha=group["lr"])
+
+    def updates(self, nesterov: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """This rank's updates from the gradients of Nesterov's momentum."""
+        if isinstance(nesterov[0], DTensor):
+            return [direction_of_rows(one) for one in nesterov]
+        if nesterov[0].ndim == 1:
+            return [direction_of_part(one, group["shapes"]) for one in nesterov]
+        # On GPUs, small products cost their launch. CPUs keep one by one, with the same rounding as ever.
+        return directions_by_shape(nesterov) if nesterov[0].is_cuda else [direction(one) for one in nesterov]
 
 
 class AveragedMuon(Averaging, Muon):

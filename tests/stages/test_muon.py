@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_transdiff.config import OptimizerConfig
-from lit_transdiff.stages.muon import AveragedMuon, direction, orthogonal
+from lit_transdiff.stages.muon import AveragedMuon, direction, directions_by_shape, orthogonal
 from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor, parameter_groups
 from tests.helpers.small_model import build
 
@@ -59,6 +59,13 @@ def test_singular_values_are_near_one_and_the_singular_vectors_stay(shape: tuple
     assert ((values := torch.linalg.svdvals(found)) > 0.6).all() and (values < 1.3).all()
     torch.testing.assert_close(orthogonal(1e3 * matrix), found, rtol=1e-4, atol=1e-4)
     assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_matrices_of_one_shape_move_together_as_they_do_alone() -> None:
+    torch.manual_seed(9)
+    matrices = [torch.randn(shape) for shape in (*SHAPES, *SHAPES)]
+    for found, matrix in zip(directions_by_shape(matrices), matrices, strict=True):
+        torch.testing.assert_close(found, direction(matrix), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
