@@ -27,7 +27,7 @@ from lit_transdiff.kernels.attention_passes import (
     attention_of_keys,
     attention_of_queries,
 )
-from lit_transdiff.kernels.dropout import threshold_of
+from lit_transdiff.kernels.dropout import threshold_in_pairs
 
 WARPS, ATTENTION_STAGES, STAGES_OF_KEYS = (
     4,
@@ -125,7 +125,7 @@ def settings_of(q: Tensor, keys: int, heads: int, p: float, visible: Tensor | No
     return dict(
         D=d,
         FACTOR=1 / math.sqrt(d),
-        THRESHOLD=threshold_of(p),
+        THRESHOLD=threshold_in_pairs(p),
         SCALE=1 / (1 - p),
         MASKED=visible is not None,
         WHOLE=visible is None and q.shape[1] % TILE_SIZE == 0 and keys % TILE_SIZE == 0,
@@ -146,7 +146,7 @@ def attention(
     out = torch.empty(rows, queries, width, dtype=q.dtype, device=q.device)
     sums = torch.empty(rows, heads, queries, device=q.device)
     attention_forward[(triton.cdiv(queries, TILE_SIZE), heads, rows)](
-        q, k, v, out, sums, seed, visible, len(k), queries, k.shape[1], *row_and_token_steps(q, k, v),
+        q, k, v, out, sums, seed, visible, 0.0, len(k), queries, k.shape[1], *row_and_token_steps(q, k, v),
         *steps_of(visible),
         **settings_of(q, k.shape[1], heads, p, visible), num_stages=ATTENTION_STAGES,
     )  # fmt: skip
@@ -161,18 +161,19 @@ def gradients_of(
     gradient = gradient.contiguous()
     (rows, queries, width), keys = q.shape, k.shape[1]
     inner = torch.empty_like(sums)  # of each query, the product of output and gradient
+    row_keys = torch.empty_like(sums, dtype=torch.int32) if p > 0 else None  # of each query, for dropout
     settings, sizes = settings_of(q, keys, heads, p, visible), (len(k), queries, keys)
     tiles, tiles_of_keys = triton.cdiv(queries, TILE_SIZE), triton.cdiv(keys, TILE_SIZE)
     of_q_bias = torch.empty(rows * tiles, width, device=q.device)
     of_k_bias, of_v_bias = torch.empty(2, len(k) * tiles_of_keys, width, device=q.device)
     attention_of_queries[tiles, heads, rows](
-        q, k, v, out, gradient, sums, inner, of_q, of_q_bias, seed, visible, *sizes,
+        q, k, v, out, gradient, sums, inner, row_keys, of_q, of_q_bias, seed, visible, *sizes,
         *row_and_token_steps(q, k, v, of_q),
         *steps_of(visible), **settings, num_stages=ATTENTION_STAGES,
     )  # fmt: skip
     attention_of_keys[tiles_of_keys, heads, len(k)](
-        q, k, v, gradient, sums, inner, of_k, of_v, of_k_bias, of_v_bias, seed, visible, rows // len(k),
-        *sizes,
+        q, k, v, gradient, sums, inner, row_keys, of_k, of_v, of_k_bias, of_v_bias, visible, 0.0,
+        rows // len(k), *sizes,
         *row_and_token_steps(q, k, v, of_k, of_v), *steps_of(visible), **settings, num_stages=STAGES_OF_KEYS,
     )  # fmt: skip
     return of_q_bias, of_k_bias, of_v_bias

@@ -2,7 +2,8 @@
 
 A program computes a tile of queries (or keys) of one row and head, and goes through the tiles of keys (or
 queries) with the scores in registers, as FlashAttention does (arXiv 2307.08691). Scores are multiplied by
-log2(e) with their factor, because the processor has an instruction for powers of 2.
+log2(e) with their factor, because the processor has an instruction for powers of 2. ``zero`` is an argument:
+if the compiler knew it, it would drop shares after their rounding, with three instructions in place of one.
 """
 
 # Triton's functions have no types.
@@ -13,10 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lit_transdiff.kernels.dropout import column_keys, kept, row_keys
+from lit_transdiff.kernels.dropout import PAIR, column_keys, kept_in_pairs, row_keys
 
 TILE_SIZE = 64  # queries and keys of a tile
-TILE = tl.constexpr(TILE_SIZE)
+TILE, SECOND_KEY = tl.constexpr(TILE_SIZE), tl.constexpr(PAIR)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -56,8 +57,23 @@ def seen_keys(visible_ptr, row, row_step, query, query_step, queries, keys, MASK
 
 
 @triton.jit
+def kept_keys(rows, start, axis: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Which shares of a tile of keys from ``start`` are kept, by the keys of the rows of queries.
+
+    A thread has both keys of a pair, on either axis of a product.
+    """
+    key = tl.arange(0, TILE)
+    firsts, is_second = column_keys(start + (key & ~SECOND_KEY)), (key & SECOND_KEY) != 0
+    if axis == 1:
+        keep = kept_in_pairs(rows, firsts[None, :], is_second[None, :], THRESHOLD)
+    else:
+        keep = kept_in_pairs(rows, firsts[:, None], is_second[:, None], THRESHOLD)
+    return keep
+
+
+@triton.jit
 def attention_forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, sums_ptr, seed_ptr, visible_ptr, key_rows, queries, keys,
+    q_ptr, k_ptr, v_ptr, out_ptr, sums_ptr, seed_ptr, visible_ptr, zero, key_rows, queries, keys,
     q_row, q_token, k_row, k_token, v_row, v_token, seen_row, seen_query,
     D: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, MASKED: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -88,7 +104,7 @@ def attention_forward(
         shrunk = tl.math.exp2(highest - higher)
         total = total * shrunk + tl.sum(shares, axis=1)
         if THRESHOLD > 0:
-            shares = tl.where(kept(row_key[:, None], column_keys(key)[None, :], THRESHOLD), shares, 0.0)
+            shares = tl.where(kept_keys(row_key[:, None], start, 1, THRESHOLD), shares, zero)
         out = tl.dot(shares.to(v.dtype), v, out * shrunk[:, None])
         highest = higher
     put_tile(out_ptr, out * (SCALE / total)[:, None], row, queries * width, query, width, head, queries, D)
@@ -97,8 +113,8 @@ def attention_forward(
 
 @triton.jit
 def attention_of_queries(
-    q_ptr, k_ptr, v_ptr, out_ptr, gradient_ptr, sums_ptr, inner_ptr, of_q_ptr, of_bias_ptr, seed_ptr,
-    visible_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, gradient_ptr, sums_ptr, inner_ptr, row_keys_ptr, of_q_ptr, of_bias_ptr,
+    seed_ptr, visible_ptr,
     key_rows, queries, keys, q_row, q_token, k_row, k_token, v_row, v_token, of_row, of_token, seen_row,
     seen_query,
     D: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, MASKED: tl.constexpr,
@@ -117,6 +133,7 @@ def attention_of_queries(
     tl.store(inner_ptr + place, inner, mask=query < queries)
     if THRESHOLD > 0:
         row_key = row_keys(tl.load(seed_ptr), place)
+        tl.store(row_keys_ptr + place, row_key.to(tl.int32), mask=query < queries)
     of_q = tl.zeros([TILE, D], dtype=tl.float32)
     end = keys
     if MASKED:
@@ -130,7 +147,7 @@ def attention_of_queries(
             shares = tl.where(key[None, :] < seen[:, None], shares, 0.0)
         of_shares = tl.dot(gradient, tl.trans(v))
         if THRESHOLD > 0:
-            of_shares = tl.where(kept(row_key[:, None], column_keys(key)[None, :], THRESHOLD), of_shares, 0.0)
+            of_shares = tl.where(kept_keys(row_key[:, None], start, 1, THRESHOLD), of_shares, 0.0)
         of_q = tl.dot((shares * (of_shares - inner[:, None])).to(k.dtype), k, of_q)
     of_q *= FACTOR * SCALE
     put_tile(of_q_ptr, of_q, row, of_row, query, of_token, head, queries, D)
@@ -139,8 +156,8 @@ def attention_of_queries(
 
 @triton.jit
 def attention_of_keys(
-    q_ptr, k_ptr, v_ptr, gradient_ptr, sums_ptr, inner_ptr, of_k_ptr, of_v_ptr, of_k_bias_ptr,
-    of_v_bias_ptr, seed_ptr, visible_ptr,
+    q_ptr, k_ptr, v_ptr, gradient_ptr, sums_ptr, inner_ptr, row_keys_ptr, of_k_ptr, of_v_ptr, of_k_bias_ptr,
+    of_v_bias_ptr, visible_ptr, zero,
     views, key_rows, queries, keys, q_row, q_token, k_row, k_token, v_row, v_token,
     of_k_row, of_k_token, of_v_row, of_v_token, seen_row, seen_query,
     D: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, MASKED: tl.constexpr,
@@ -151,7 +168,6 @@ def attention_of_keys(
     key = first + tl.arange(0, TILE)
     k = tile_of(k_ptr, key_row, k_row, key, k_token, head, keys, D, WHOLE)
     v = tile_of(v_ptr, key_row, v_row, key, v_token, head, keys, D, WHOLE)
-    columns, seed = column_keys(key), tl.load(seed_ptr)
     of_k, of_v = tl.zeros([TILE, D], dtype=tl.float32), tl.zeros([TILE, D], dtype=tl.float32)
     tiles = tl.cdiv(queries, TILE)
     for tile in range(
@@ -173,8 +189,9 @@ def attention_of_keys(
             of_shares = tl.dot(v, tl.trans(gradient))
             remaining = shares
             if THRESHOLD > 0:
-                keep = kept(row_keys(seed, place)[None, :], columns[:, None], THRESHOLD)
-                remaining = tl.where(keep, shares, 0.0)
+                row_key = tl.load(row_keys_ptr + place, mask=query < queries, other=0).to(tl.uint32)
+                keep = kept_keys(row_key[None, :], first, 0, THRESHOLD)
+                remaining = tl.where(keep, shares, zero)
                 of_shares = tl.where(keep, of_shares, 0.0)
             of_v = tl.dot(remaining.to(q.dtype), gradient, of_v)
             of_k = tl.dot((shares * (of_shares - inner[None, :])).to(q.dtype), q, of_k)

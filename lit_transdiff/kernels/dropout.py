@@ -1,7 +1,7 @@
 """Dropout masks as a function of a seed, a row and a column, cheap enough for use within other kernels.
 
-A row is hashed once with both halves of the seed; its columns then cost two multiplications each. The
-constants are those of Wellons' search for 32-bit mixers (https://github.com/skeeto/hash-prospector).
+A row is hashed once with both halves of the seed; its columns then cost two multiplications each, or in pairs
+one. The constants are those of Wellons' search for 32-bit mixers (https://github.com/skeeto/hash-prospector).
 """
 
 # Triton's functions have no types.
@@ -16,11 +16,17 @@ from torch import Tensor
 
 FIRST, SECOND, COLUMN = 0x21F0AAAD, 0xD35A2D97, 0x9E3779B9
 _FIRST, _SECOND, _COLUMN = tl.constexpr(FIRST), tl.constexpr(SECOND), tl.constexpr(COLUMN)
+PAIR = 8  # columns whose numbers differ in this bit share a hash where it serves two
 
 
 def threshold_of(p: float) -> int:
     """Hashes below this number are dropped: a share ``p`` of 2^32."""
     return round(p * 2**32)
+
+
+def threshold_in_pairs(p: float) -> int:
+    """The same where a hash serves two columns: of 16 bits, as the higher half of 32."""
+    return round(p * 2**16) << 16
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:
@@ -49,4 +55,17 @@ def kept(rows, columns, THRESHOLD: tl.constexpr):
     """Whether an element is kept, from the keys of its row and column, which broadcast."""
     x = (rows ^ columns) * _FIRST
     x = (x ^ (x >> 15)) * _SECOND
+    return x >= tl.full([], THRESHOLD, tl.uint32)
+
+
+@triton.jit
+def kept_in_pairs(rows, firsts, is_second, THRESHOLD: tl.constexpr):
+    """``kept`` where two columns share a hash, of which each has 16 bits.
+
+    Of the keys of the rows and of the first columns of the pairs, and of whether a column is the second one,
+    which broadcast. A thread that has both columns computes the hash once: the compiler sees that it is one.
+    """
+    x = (rows ^ firsts) * _FIRST
+    x = (x ^ (x >> 15)) * _SECOND
+    x = tl.where(is_second, x, x << 16)
     return x >= tl.full([], THRESHOLD, tl.uint32)

@@ -61,17 +61,25 @@ class GeluDropout(torch.autograd.Function):
 
 @triton.jit
 def cumulative(x, bell):
-    """The normal distribution function of ``x``, from ``bell`` = exp(-x^2 / 2), to 7.5e-8.
+    """The normal distribution function of ``x``, from ``bell`` = exp(-x^2 / 2), to 3e-7.
 
     Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 7.1.26: half as many operations as erf.
+    The square of a reciprocal root takes two instructions, a quotient nine.
     """
-    t = 1 / (1 + 0.3275911 * 0.7071067811865476 * tl.abs(x))
+    root = tl.math.rsqrt(1 + 0.3275911 * 0.7071067811865476 * tl.abs(x))
+    t = root * root
     p = 1.061405429 * t - 1.453152027
     p = p * t + 1.421413741
     p = p * t - 0.284496736
     p = (p * t + 0.254829592) * t
     tail = 0.5 * p * bell
     return tl.where(x < 0, tail, 1 - tail)
+
+
+@triton.jit
+def bell_of(x):
+    """exp(-x^2 / 2), by the processor's power of 2."""
+    return tl.math.exp2(x * x * (-0.5 * 1.4426950408889634))
 
 
 @triton.jit
@@ -85,7 +93,7 @@ def gelu_forward(
     at = row[:, None].to(tl.int64) * columns + column[None, :]
     x = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    y = x * cumulative(x, tl.exp(-0.5 * x * x))
+    y = x * cumulative(x, bell_of(x))
     if THRESHOLD > 0:
         keep = kept(row_keys(tl.load(seed_ptr), row)[:, None], column_keys(column)[None, :], THRESHOLD)
         y = tl.where(keep, y * SCALE, 0.0)
@@ -112,7 +120,7 @@ def gelu_backward(
         g = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if THRESHOLD > 0:
             g = tl.where(kept(row_keys(seed, row)[:, None], columns_keys, THRESHOLD), g * SCALE, 0.0)
-        bell = tl.exp(-0.5 * x * x)
+        bell = bell_of(x)
         g = g * (cumulative(x, bell) + x * bell * 0.3989422804014327)
         tl.store(of_h_ptr + at, g.to(of_h_ptr.dtype.element_ty), mask=inside)
         total += g

@@ -108,7 +108,7 @@ class AddNorm(torch.autograd.Function):
         normal, device = of_z is not None, (of_z if of_out is None else of_out).device  # type: ignore[union-attr]
         settings = {**ctx.settings, "NORM": normal, "PASSED": of_out is not None}
         of_out, of_z = (None if g is None else g.contiguous() for g in (of_out, of_z))
-        of_x = torch.empty(ctx.shape, dtype=ctx.dtype, device=device)
+        of_x = torch.empty(ctx.shape, dtype=ctx.dtype, device=device) if normal else of_out  # which passes
         of_y = torch.empty(ctx.shape, dtype=ctx.branch[0], device=device) if ctx.branch else None
         sums = torch.empty(rows, ctx.grid[0], 4, width, device=device)
         add_norm_backward[ctx.grid](

@@ -122,7 +122,7 @@ def add_norm_backward(
             of_m += m
             of_m_normal += m * normal
             g += through_norm(m * weight, normal, factor, width)
-        tl.store(of_x_ptr + at, g.to(of_x_ptr.dtype.element_ty), mask=inside)
+            tl.store(of_x_ptr + at, g.to(of_x_ptr.dtype.element_ty), mask=inside)
         if BRANCH:
             g = tl.where(inside, dropped(g, seed, place, column, THRESHOLD, SCALE), 0.0)
             if GATE:

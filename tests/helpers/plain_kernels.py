@@ -9,24 +9,34 @@ from einops import rearrange
 from torch import Tensor
 
 from lit_transdiff.kernels.adamw import AdamW, Updated
-from lit_transdiff.kernels.dropout import COLUMN, FIRST, SECOND, threshold_of
+from lit_transdiff.kernels.dropout import COLUMN, FIRST, PAIR, SECOND, threshold_in_pairs, threshold_of
 from lit_transdiff.kernels.norm import LayerOutput, Norm
 
 WORD = 0xFFFFFFFF
 
 
-def keep_mask(seed: Tensor, rows: Tensor, columns: int, p: float) -> Tensor:
-    """The plain form of ``kept`` for every element of ``rows`` [...] x ``columns``: bool [..., columns]."""
+def hashes(seed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The hash of every element of ``rows`` [...] x ``columns`` [N]: [..., N]."""
     low, high = seed & WORD, (seed >> 32) & WORD
     x = rows.to(torch.int64) ^ low
     x = ((x ^ (x >> 16)) * FIRST) & WORD
     x = x ^ high
     x = ((x ^ (x >> 15)) * SECOND) & WORD
     x = x ^ (x >> 15)
-    y = (torch.arange(columns, device=rows.device) * COLUMN) & WORD
-    z = ((x[..., None] ^ y) * FIRST) & WORD
-    z = ((z ^ (z >> 15)) * SECOND) & WORD
-    return z >= threshold_of(p)
+    z = ((x[..., None] ^ ((columns * COLUMN) & WORD)) * FIRST) & WORD
+    return ((z ^ (z >> 15)) * SECOND) & WORD
+
+
+def keep_mask(seed: Tensor, rows: Tensor, columns: int, p: float) -> Tensor:
+    """The plain form of ``kept`` for every element of ``rows`` [...] x ``columns``: bool [..., columns]."""
+    return hashes(seed, rows, torch.arange(columns, device=rows.device)) >= threshold_of(p)
+
+
+def keep_mask_in_pairs(seed: Tensor, rows: Tensor, columns: int, p: float) -> Tensor:
+    """The plain form of ``kept_in_pairs``."""
+    column = torch.arange(columns, device=rows.device)
+    z = hashes(seed, rows, column & ~PAIR)
+    return torch.where((column & PAIR) > 0, z, (z << 16) & WORD) >= threshold_in_pairs(p)
 
 
 def drop(y: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -59,7 +69,7 @@ def plain_attention(
     shares = scores.softmax(-1)
     if p > 0:
         rows = torch.arange(shares[..., 0].numel(), device=q.device).view(shares.shape[:-1])
-        shares = shares * keep_mask(seed, rows, shares.shape[-1], p) / (1 - p)
+        shares = shares * keep_mask_in_pairs(seed, rows, shares.shape[-1], p) / (1 - p)
     return rearrange(shares @ v, "b h n d -> b n (h d)").to(q.dtype)
 
 

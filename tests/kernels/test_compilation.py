@@ -18,8 +18,9 @@ from lit_transdiff.kernels import adamw, attention_passes, gelu, norm, norm_pass
 DROPOUT = {"THRESHOLD": 429496730, "SCALE": 1 / 0.9}
 FLOATS = {"bias", "gate", "weight", "norm_bias", "shift", "scale", "moments", "sums", "inner", "of_rows"}
 FLOATS |= {"of_bias", "of_k_bias", "of_v_bias", "shares", "squares"}
-SPECIAL = {"seed_ptr": "*i64", "visible_ptr": "*i32", "table_ptr": "*i64", "chunks_ptr": "*i32"}
-SPECIAL |= {name: "fp32" for name in ("eps", "max_norm", "lr", "shrink")} | {"norm_ptr": "*fp32"}
+SPECIAL = {"seed_ptr": "*i64", "visible_ptr": "*i32", "table_ptr": "*i64"}
+SPECIAL |= {"chunks_ptr": "*i32", "row_keys_ptr": "*i32"}
+SPECIAL |= {name: "fp32" for name in ("eps", "max_norm", "lr", "shrink", "zero")} | {"norm_ptr": "*fp32"}
 
 
 def forms() -> list[tuple[str, Any, dict[str, Any], set[str], int, int]]:
