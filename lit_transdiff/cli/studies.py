@@ -87,7 +87,7 @@ def add_study_commands(command: AddCommand) -> None:
     for sub, where in ((sweep, "runs/sweeps"), (study, "runs/studies")):
         sub.add_argument("file", help="its YAML")
         sub.add_argument("--output", help=f"folder of the trials; default: {where}/NAME")
-        trials = "trials at once; default: as many as the GPUs allow, one on CPUs, 8 jobs of SLURM"
+        trials = "trials at once (more than GPUs share them); default: one a GPU or on CPUs, 8 jobs of SLURM"
         sub.add_argument("--agents", "--parallel", type=int, help=trials)
         sub.add_argument("--devices-per-run", type=int, default=1, help="GPUs per trial, for torchrun")
         sub.add_argument("--tries", type=int, default=3, help="attempts of a trial; default: %(default)s")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ Slot = tuple[int, ...]  # GPUs of one trial; empty on CPUs
 
 
 def slots_of(agents: int | None, devices_per_run: int) -> list[Slot]:
-    """The GPUs of ``agents`` concurrent trials; default: as many trials as the GPUs allow, or one on CPUs."""
+    """The GPUs of ``agents`` concurrent trials; default: as many trials as the GPUs allow, or one on CPUs.
+
+    More trials of one GPU each than there are GPUs share them, as small models can.
+    """
     gpus = torch.cuda.device_count()
     if gpus == 0:
         return [()] * (agents or 1)
@@ -32,8 +36,8 @@ def slots_of(agents: int | None, devices_per_run: int) -> list[Slot]:
         tuple(range(i, i + devices_per_run)) for i in range(0, gpus - devices_per_run + 1, devices_per_run)
     ]
     allowed = f"at most {len(slots)} of {devices_per_run} GPUs each"
-    require(agents is None or agents <= len(slots), "--agents", agents, allowed)
-    return slots[:agents]
+    require(agents is None or agents <= len(slots) or devices_per_run == 1, "--agents", agents, allowed)
+    return list(islice(cycle(slots), agents or len(slots)))
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ def test_every_trial_runs_once_and_three_at_once(tmp_path: Path) -> None:
         (4, None, 1, [(0,), (1,), (2,), (3,)]),
         (5, None, 2, [(0, 1), (2, 3)]),
         (4, 1, 2, [(0, 1)]),
+        (2, 5, 1, [(0,), (1,), (0,), (1,), (0,)]),
     ],
 )
 def test_trials_share_the_gpus_out(monkeypatch: pytest.MonkeyPatch, gpus, agents, each, slots) -> None:
