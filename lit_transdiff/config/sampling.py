@@ -45,6 +45,10 @@ class SamplingConfig:
     shift: float = 1.0  # shift of the grid, by the formula of flow.shift
     drift_scale: float = 1.0  # the paper's scale_0
     noise_scale: float = 1.0  # the paper's scale_1; for discrete diffusion the temperature
+    diffusion: Literal["sigma", "decreasing"] = "sigma"
+    # noise of stochastic solvers at t: the paper's t, or SiT's (1 - cos(pi t))^2 / 4
+    last_step: Literal["drift", "velocity"] = "drift"
+    # of stochastic solvers, without noise: along their drift, as in the paper, or along the velocity
     guidance_scale: float = 1.0  # v = u + scale (c - u) of classifier-free guidance; 1: none
     guidance: str = "constant"  # a name in flow.guidance.GUIDANCE: dependence of the scale on t
     part_guidance: str = "constant"  # a name in flow.guidance.PART_GUIDANCE: how the scale grows over parts

@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from lit_transdiff.sampling.generator import Generator
 
 
-ADDED = ("part_guidance", "num_parts")  # sampler settings added after the first results
+ADDED = (
+    "part_guidance",
+    "num_parts",
+    "diffusion",
+    "last_step",
+)  # sampler settings added after the first results
 
 
 def manifest(

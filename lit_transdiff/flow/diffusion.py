@@ -234,7 +234,7 @@ class Diffusion(Process):
         """Refuse solvers and grids of other processes, and more steps than the chain has."""
         for field, table in (("solver", CHAIN_SOLVERS), ("grid", SPACINGS), ("guidance", GUIDANCE)):
             require_known(f"sampling.{field}", getattr(sampling, field), table)
-        refuse_changed("sampling", sampling, ("shift", "drift_scale"))
+        refuse_changed("sampling", sampling, ("shift", "drift_scale", "diffusion", "last_step"))
         steps, length, spacing = sampling.num_steps, len(cls.chain()), SPACINGS[sampling.grid]
         most = next(number for number in range(length, 0, -1) if len({*spacing(number, length)}) == number)
         require(2 <= steps <= most, "sampling.num_steps", steps, f"2 to {most}, the steps of the chain")

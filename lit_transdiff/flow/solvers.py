@@ -50,6 +50,31 @@ def time_grid(config: SamplingConfig) -> list[float]:
     return shift_times(GRIDS[config.grid](config.num_steps), config.shift).tolist()
 
 
+# Names of sampling.diffusion -> t -> the coefficient g of the noise, sqrt(2 g |dt|), and of the score.
+DIFFUSIONS: dict[str, Callable[[float], float]] = {
+    "sigma": lambda t: t,
+    "decreasing": lambda t: (1 - math.cos(math.pi * t)) ** 2 / 4,
+}
+
+
+def drift_of(velocity: Velocity, x: Tensor, t: float, config: SamplingConfig) -> Tensor:
+    """v - g score, with the score -(x + (1 - t) v) / t: for g = t the paper's (2 - t) v + x."""
+    share = DIFFUSIONS[config.diffusion](t) / t
+    return ((1 + share) - share * t) * velocity(x, t) + share * x
+
+
+def without_noise(velocity: Velocity, x: Tensor, t: float, t_next: float, config: SamplingConfig) -> Tensor:
+    """The end of a stochastic solver, without noise."""
+    slope = velocity(x, t) if config.last_step == "velocity" else drift_of(velocity, x, t, config)
+    return x + slope * (t_next - t)
+
+
+def noise_of(draw: DrawNoise, t: float, t_next: float, config: SamplingConfig) -> Tensor:
+    """The noise of a step."""
+    size = math.sqrt(2 * DIFFUSIONS[config.diffusion](t) * (t - t_next))
+    return config.noise_scale * size * draw()
+
+
 def euler_maruyama(
     velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig
 ) -> Tensor:
@@ -57,16 +82,24 @@ def euler_maruyama(
 
     Drift and noise are scaled by ``drift_scale`` and ``noise_scale`` in every step except the last.
     """
-    for i, (t, t_next) in enumerate(pairwise(grid)):
-        last = i == len(grid) - 2
-        noise = None if last else draw()
-        dt = t_next - t
-        drift = (2 - t) * velocity(x, t) + x
-        if noise is None:
-            x = x + drift * dt
-        else:
-            x = x + config.drift_scale * drift * dt + config.noise_scale * math.sqrt(2 * t * -dt) * noise
-    return x
+    for t, t_next in pairwise(grid[:-1]):
+        noise = noise_of(draw, t, t_next, config)
+        drift = drift_of(velocity, x, t, config)
+        x = x + config.drift_scale * drift * (t_next - t) + noise
+    return without_noise(velocity, x, grid[-2], grid[-1], config)
+
+
+def stochastic_heun(
+    velocity: Velocity, x: Tensor, grid: list[float], draw: DrawNoise, config: SamplingConfig
+) -> Tensor:
+    """SiT's other stochastic sampler (arXiv 2401.08740): the noise of a step, then a Heun step of the drift,
+    scaled as in ``euler_maruyama``.
+    """
+    for t, t_next in pairwise(grid[:-1]):
+        x, dt = x + noise_of(draw, t, t_next, config), config.drift_scale * (t_next - t)
+        drift = drift_of(velocity, x, t, config)
+        x = x + dt * (drift + drift_of(velocity, x + dt * drift, t_next, config)) / 2
+    return without_noise(velocity, x, grid[-2], grid[-1], config)
 
 
 def euler(
@@ -105,10 +138,12 @@ def adams_bashforth(
 
 SOLVERS: dict[str, Solver] = {
     "euler_maruyama": euler_maruyama,
+    "stochastic_heun": stochastic_heun,
     "euler": euler,
     "heun": heun,
     "adams_bashforth": adams_bashforth,
 }
+DETERMINISTIC = ("euler", "heun", "adams_bashforth")
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ def strided_steps(num_steps: int, length: int) -> list[int]:
 
 def nonzero_steps(num_steps: int, length: int) -> list[int]:
     """n steps after the first, to the last, at equal distances (the spacing of ACDiT's released sampler)."""
-    return even_steps(num_steps + 1, length)[1:]
+    stride = (length - 1) / num_steps  # which decides where the half is rounded
+    return [round(i * stride) for i in range(1, num_steps + 1)]
 
 
 SPACINGS: dict[str, Callable[[int, int], list[int]]] = {

@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lit_transdiff.config import FlowConfig, SamplingConfig, require_known
+from lit_transdiff.config import FlowConfig, SamplingConfig, require, require_known
 from lit_transdiff.flow.guidance import GUIDANCE, guide
 from lit_transdiff.flow.loss import Prediction, check_flow, draw_times, flow_matching_loss
 from lit_transdiff.flow.path import expand_like, interpolate
 from lit_transdiff.flow.process import Process, Unsolved
-from lit_transdiff.flow.solvers import GRIDS, SOLVERS, DrawNoise, solve
+from lit_transdiff.flow.solvers import DETERMINISTIC, GRIDS, SOLVERS, DrawNoise, solve
 
 NEAREST = 0.05  # lower bound of the divisors t and 1 - t, when the network predicts clean data or noise
 VelocityOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # prediction, x_t [n, ...], t [n] or scalar
@@ -37,9 +37,13 @@ class Flow(Process):
 
     @classmethod
     def check_sampling(cls, sampling: SamplingConfig) -> None:
-        """Refuse unknown solvers, grids and guidance schedules."""
+        """Refuse unknown solvers, grids and guidance schedules, and kinds of noise where there is none."""
         for field, table in (("solver", SOLVERS), ("grid", GRIDS), ("guidance", GUIDANCE)):
             require_known(f"sampling.{field}", getattr(sampling, field), table)
+        for field in ("diffusion", "last_step") if sampling.solver in DETERMINISTIC else ():
+            value, default = getattr(sampling, field), getattr(SamplingConfig(), field)
+            allowed = f"{default!r} with sampling.solver {sampling.solver}, which draws no noise"
+            require(value == default, f"sampling.{field}", value, allowed)
 
     def times(self, normal: Tensor) -> Tensor:
         return draw_times(normal, self.config)

@@ -212,7 +212,7 @@ def unknown_tokens(num_tokens: int, num_parts: int) -> list[int]:
     """The numbers of unknown tokens after each of N iterations: L cos(pi/2 i/N), strictly falling to 0."""
     left, counts = num_tokens, []
     for i in range(1, num_parts):
-        left = max(1, min(left - 1, int(num_tokens * math.cos(math.pi / 2 * (i / num_parts)))))
+        left = max(1, min(left - 1, int(num_tokens * math.cos(math.pi / 2 * i / num_parts))))
         counts.append(left)
     return [*counts, 0]
 

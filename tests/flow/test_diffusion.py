@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -48,6 +49,12 @@ def test_respaced_chains(number: int):
     assert list(chain.steps) == steps
     check(NAME, f"respaced_betas_{number}", chain.betas, case)
     check(NAME, f"respaced_posterior_log_variance_clipped_{number}", least_log_variance(chain), case)
+
+
+def test_steps_without_the_first_are_those_of_numpy():
+    """Also where 999 i / n is a half, which is rounded as in the released sampler."""
+    for number in (10, 25, 26, 30, 46, 104, 998):
+        assert nonzero_steps(number, 1000) == np.linspace(0, 999, number + 1).round()[1:].tolist()
 
 
 def test_strides():

@@ -12,11 +12,12 @@ import torch
 
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.flow.guidance import GUIDANCE, guide
-from lit_transdiff.flow.solvers import GRIDS, SOLVERS, solve, time_grid
+from lit_transdiff.flow.solvers import DETERMINISTIC, GRIDS, SOLVERS, solve, time_grid
+from lit_transdiff.flow.straight import Flow
 
 pytestmark = pytest.mark.numeric
 STD = 0.4
-EVALUATIONS = {"euler_maruyama": 1, "euler": 1, "heun": 2, "adams_bashforth": 1}
+EVALUATIONS = {"euler_maruyama": 1, "stochastic_heun": 2, "euler": 1, "heun": 2, "adams_bashforth": 1}
 ORDERS = {"euler": 1, "heun": 2, "adams_bashforth": 2}
 
 
@@ -31,7 +32,7 @@ def no_draw() -> torch.Tensor:
 
 def test_every_solver_is_tested_here():
     assert set(EVALUATIONS) == set(SOLVERS)
-    assert set(ORDERS) | {"euler_maruyama"} == set(SOLVERS)
+    assert set(ORDERS) == set(DETERMINISTIC) == set(SOLVERS) - {"euler_maruyama", "stochastic_heun"}
 
 
 @pytest.mark.parametrize("solver", ORDERS)
@@ -64,6 +65,48 @@ def test_weak_convergence_of_euler_maruyama():
     assert errors[-1] < 0.02 * STD**2
 
 
+@pytest.mark.parametrize("solver", ["euler_maruyama", "stochastic_heun"])
+@pytest.mark.parametrize("diffusion", ["sigma", "decreasing"])
+@pytest.mark.parametrize("last_step", ["drift", "velocity"])
+def test_sits_stochastic_samplers_in_its_own_time(solver: str, diffusion: str, last_step: str):
+    """SiT's formulas (arXiv 2401.08740), in whose time s noise is 0 and data 1: score (s v - x) / (1 - s)."""
+    noises = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    times = torch.linspace(0, 0.96, 8, dtype=torch.float64).tolist()
+
+    def velocity(x: torch.Tensor, s: float) -> torch.Tensor:
+        return -field(x, 1 - s)
+
+    def g(s: float) -> float:
+        return 1 - s if diffusion == "sigma" else 0.25 * (math.cos(math.pi * s) + 1) ** 2
+
+    def drift(x: torch.Tensor, s: float) -> torch.Tensor:
+        v = velocity(x, s)
+        return v + g(s) * (s * v - x) / (1 - s)
+
+    x = noises[0]
+    for noise, s, s_next in zip(noises[1:], times, times[1:], strict=False):
+        ds = s_next - s
+        stirred = x + math.sqrt(2 * g(s) * ds) * noise
+        if solver == "euler_maruyama":
+            x = stirred + ds * drift(x, s)
+        else:
+            k = drift(stirred, s)
+            x = stirred + ds * (k + drift(stirred + ds * k, s_next)) / 2
+    x = x + 0.04 * (velocity(x, 0.96) if last_step == "velocity" else drift(x, 0.96))
+    drawn = iter(noises[1:])
+    config = SamplingConfig(solver=solver, num_steps=8, diffusion=diffusion, last_step=last_step)  # type: ignore[arg-type]
+    torch.testing.assert_close(solve(field, noises[0], config, lambda: next(drawn)), x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("diffusion", "decreasing"), ("last_step", "velocity")])
+def test_noise_of_a_solver_without_noise_is_refused(name: str, value: str):
+    with pytest.raises(
+        ValueError, match=rf"sampling\.{name}: got '{value}'; allowed: .* which draws no noise"
+    ):
+        Flow.check_sampling(SamplingConfig(solver="heun", **{name: value}))  # type: ignore[arg-type]
+    Flow.check_sampling(SamplingConfig(solver="stochastic_heun", **{name: value}))  # type: ignore[arg-type]
+
+
 def test_less_noise_gives_less_variance():
     assert stochastic_variance(64, noise_scale=0.8) < stochastic_variance(64)
 
@@ -79,6 +122,7 @@ def test_number_of_evaluations(solver: str):
     config = SamplingConfig(solver=solver, num_steps=10)
     solve(counting, torch.ones(3), config, lambda: torch.zeros(3))
     extra = 1 if solver == "adams_bashforth" else 0  # its first step is a Heun step
+    extra -= 1 if solver == "stochastic_heun" else 0  # whose last step is none
     assert len(calls) == EVALUATIONS[solver] * 10 + extra
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from itertools import pairwise
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
@@ -163,6 +164,12 @@ def test_tokens_that_are_left(parts: int, length: int):
     assert torch.equal(left.clamp(min=1), case[f"out/mask_len_{parts}_of_{length}"])
     scales = 1 + (3 - 1) * (length - left.clamp(min=1)) / length
     check(name, f"cfg3_linear_{parts}_of_{length}", scales, case)
+
+
+def test_tokens_that_are_left_where_the_cosine_is_a_half():
+    """As pi / 2 times the iteration comes first in the released code, it is below by a rounding."""
+    assert np.cos(math.pi / 2.0 * 26 / 39) < 0.5 < np.cos(math.pi / 2.0 * (26 / 39))
+    assert [unknown_tokens(length, 39)[25] for length in (64, 256)] == [31, 127]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7, 16])

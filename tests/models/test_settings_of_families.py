@@ -66,6 +66,8 @@ OTHERS: dict[str, Any] = {
     "sampling.reference_guidance": [3.0],
     "sampling.reference_steps": [5],
     "sampling.num_parts": 3,
+    "sampling.diffusion": "decreasing",
+    "sampling.last_step": "velocity",
 }
 EXEMPT = {
     "model.paradigm": "names the family",
