@@ -19,7 +19,7 @@ from typing import Any
 from lightning.fabric import Fabric
 
 from lit_transdiff.checkpoints.run_folder import open_folder
-from lit_transdiff.config import RunConfig, expand, expanded, require, require_classes
+from lit_transdiff.config import RunConfig, errors_at, expand, expanded, require, require_classes
 from lit_transdiff.config.loading import (
     check_keys,
     load_run,
@@ -129,12 +129,10 @@ def read_pipeline(path: str | Path, moved: Sequence[str]) -> Pipeline:
         for i, step in enumerate(steps if isinstance(steps, list) else []):
             check_keys(step, schema, f"{name}[{i}].", str(path))
     given["output_dir"] = moved[-1] if moved else given.get("output_dir", "runs")
-    try:
+    with errors_at(path):
         # Only the paths are resolved here: references in the overrides are to settings of the runs.
         settings = plain_settings(given) | resolved(given, [name for name in PATH_SETTINGS if name in given])
         pipeline = typed(settings, Pipeline, "")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     assert isinstance(pipeline, Pipeline)
     require(len(pipeline.runs) > 0, "runs", pipeline.runs, "at least one recipe")
     return pipeline
@@ -186,14 +184,12 @@ def check_images(pipeline: Pipeline, runs: Sequence[RunConfig]) -> None:
             data = replace(data, train=sources[data.train], evaluation=sources.get(data.evaluation or ""))
         elif run.stage in STAGES:
             continue  # the run itself checks existing data
-        try:
+        with errors_at(run.name):
             images = build_data(replace(run, data=data))
             source = pipeline.reference_images
             if run.stage in STAGES and source is not None and Path(source).suffix != ".npz":
                 names = read_index(source).class_names
                 require_classes("reference_images", names, images.class_names, "data.train")
-        except ValueError as error:
-            raise ValueError(f"{run.name}: {error}") from error
 
 
 def farewell(root: Path, last: RunConfig) -> str:

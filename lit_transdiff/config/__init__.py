@@ -6,6 +6,7 @@ reported before any slow import.
 
 from lit_transdiff.config.checks import (
     are_numbers,
+    errors_at,
     expand,
     expanded,
     is_folder_name,
@@ -59,6 +60,7 @@ __all__ = [
     "TrainingConfig",
     "are_numbers",
     "check_effects",
+    "errors_at",
     "expand",
     "expanded",
     "is_colour",

@@ -7,7 +7,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,17 @@ def require_known(what: str, name: Any, table: Collection[Any]) -> None:
     """Raise the error ``unknown`` unless a name is in a table."""
     if name not in table:
         raise unknown(what, name, table)
+
+
+@contextmanager
+def errors_at(
+    place: str | Path, kinds: type[Exception] | tuple[type[Exception], ...] = ValueError
+) -> Iterator[None]:
+    """Put the place of a value, such as its file, before the message of an error in the block."""
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def require(condition: bool, what: str, value: object, allowed: str) -> None:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_transdiff.base.files import replace_file
-from lit_transdiff.config import NESTED, PRESETS, RunConfig, expanded, require, unknown
+from lit_transdiff.config import NESTED, PRESETS, RunConfig, errors_at, expanded, require, unknown
 from lit_transdiff.config.imports import import_modules
 from lit_transdiff.config.paradigms import settings_class
 from lit_transdiff.config.typed import typed
@@ -66,24 +66,19 @@ def run_from(settings: DictConfig | dict[str, Any], source: str = "settings") ->
         given = interpolated(plain_settings(settings))
         check_keys(given, RunConfig, "", source)
         imports, asked = (plain_settings(given).get(name) for name in ("imports", "model"))
-    try:
+    with errors_at(source):
         import_modules(
             imports if isinstance(imports, str | list) else typed(imports or [], list[str], "imports")
         )
         schema = settings_class(asked if isinstance(asked, dict) else {})
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
     check_keys(given, RunConfig, "", source, NESTED | {"model": schema})
-    try:
-        with refusing():
-            size = given["model"].get("size") if "model" in given else None
-            model = schema(size=typed(size, str, "model.size")) if size else schema()  # type: ignore[call-arg]
-            whole = interpolated(merge(to_dict(RunConfig(model=model)), given))
-            if isinstance(whole, DictConfig):
-                whole = OmegaConf.to_container(whole, resolve=True)  # type: ignore[assignment]
-            run = typed(whole | {"model": typed(whole["model"], schema, "model")}, RunConfig, "")
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    with errors_at(source), refusing():
+        size = given["model"].get("size") if "model" in given else None
+        model = schema(size=typed(size, str, "model.size")) if size else schema()  # type: ignore[call-arg]
+        whole = interpolated(merge(to_dict(RunConfig(model=model)), given))
+        if isinstance(whole, DictConfig):
+            whole = OmegaConf.to_container(whole, resolve=True)  # type: ignore[assignment]
+        run = typed(whole | {"model": typed(whole["model"], schema, "model")}, RunConfig, "")
     assert isinstance(run, RunConfig)
     return run
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_transdiff.base.remote import is_remote
-from lit_transdiff.config import DataConfig, require
+from lit_transdiff.config import DataConfig, errors_at, require
 from lit_transdiff.config.checks import BUNDLED, roots
 from lit_transdiff.data.index import read_index
 from lit_transdiff.data.index_files import check_index
 from lit_transdiff.evaluation.extractor import FeatureExtractor
 from lit_transdiff.evaluation.images import image_batches, images_shape
-from lit_transdiff.evaluation.prepare import batches_of, made_of
+from lit_transdiff.evaluation.prepare import batches_of, images_of, made_of
 from lit_transdiff.evaluation.statistics import (
     Statistics,
     check_extractor,
@@ -35,6 +35,7 @@ from lit_transdiff.evaluation.statistics import (
 )
 
 MOST_KEPT = 50_000  # features of images that are kept; of more images, a uniform sample
+BATCH = 100  # images that an extractor sees at once
 
 
 def check_seen(source: str, what: str, data: DataConfig, extractors: Sequence[FeatureExtractor]) -> None:
@@ -48,10 +49,8 @@ def check_seen(source: str, what: str, data: DataConfig, extractors: Sequence[Fe
         require(latents is None, what, source, "shards of images; these hold latents")
     first = next(image_batches_of(source, data, 1))
     for extractor in extractors:
-        try:
+        with errors_at(f"{what}: {source}"):
             extractor(first.to(extractor.device))
-        except ValueError as error:
-            raise ValueError(f"{what}: {source}: {error}") from error
 
 
 def images_hash(source: str | None, data: DataConfig) -> str | None:
@@ -90,22 +89,19 @@ def place_beside(source: str, folder: Path) -> Path:
     return beside if os.access(beside, os.W_OK) and not bundled else folder
 
 
-def labelled_batches(
-    source: str, data: DataConfig, batch_size: int = 100
-) -> tuple[Iterator[Tensor | tuple[Tensor, Tensor]], int]:
+def labelled_batches(source: str, data: DataConfig) -> tuple[Iterator[Tensor | tuple[Tensor, Tensor]], int]:
     """Batches of images [B, C, H, W] in [-1, 1], of shards with labels [B], and the number of batches."""
-    if not source.endswith(".npz"):
-        count = len(read_index(source))
-        labelled = ((batch.values[:, 0], batch.labels) for batch in batches_of(source, data, batch_size))
-        return labelled, math.ceil(count / batch_size)
-    return image_batches_of(source, data, batch_size), math.ceil(images_shape(source)[0] / batch_size)
+    if source.endswith(".npz"):
+        return image_batches_of(source, data, BATCH), math.ceil(images_shape(source)[0] / BATCH)
+    labelled = ((batch.values[:, 0], batch.labels) for batch in batches_of(source, data, BATCH))
+    return labelled, math.ceil(len(read_index(source)) / BATCH)
 
 
 def image_batches_of(source: str, data: DataConfig, batch_size: int) -> Iterator[Tensor]:
     """Batches of images [B, C, H, W] in [-1, 1]; those of an ``.npz`` file are grey if the data is."""
     if source.endswith(".npz"):
         return (images[:, : data.image_channels] for images in image_batches(source, batch_size))
-    return (batch.values[:, 0] for batch in batches_of(source, data, batch_size))
+    return images_of(source, data, batch_size)
 
 
 def in_order_of_class(statistics: Statistics) -> np.ndarray:

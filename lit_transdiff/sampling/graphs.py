@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
 from typing import Any
@@ -94,9 +94,7 @@ class Graph:
     ) -> None:
         self.buffers = [torch.empty_like(tensor) for tensor in tensors]
         # the tensor and its version in each buffer
-        self.held: Sequence[tuple[Callable[[], Tensor | None], int | None]] = [(lambda: None, 0)] * len(
-            tensors
-        )
+        self.held: list[tuple[Callable[[], Tensor | None], int | None]] = [(lambda: None, 0) for _ in tensors]
         self.fill(tensors)
         self.rows = 0  # of the evaluations within it
         self.play, result = record(lambda: function(*put_together(form, self.buffers)))
@@ -104,7 +102,6 @@ class Graph:
 
     def fill(self, tensors: list[Tensor]) -> None:
         """Copy those tensors that the buffers do not hold already."""
-        holds = [(ref(tensor), version_of(tensor)) for tensor in tensors]
         new = [
             i
             for i, (tensor, (held, version)) in enumerate(zip(tensors, self.held, strict=True))
@@ -112,7 +109,7 @@ class Graph:
         ]
         if new:
             torch._foreach_copy_([self.buffers[i] for i in new], [tensors[i] for i in new])
-        self.held = holds
+        self.held = [(ref(tensor), version_of(tensor)) for tensor in tensors]
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         self.fill(tensors)

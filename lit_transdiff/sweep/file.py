@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.config import is_folder_name, require, require_known, unknown
+from lit_transdiff.config import errors_at, is_folder_name, require, require_known
 from lit_transdiff.config.checks import FOLDER_NAME
 from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.sweep.definition import Hyperband, Path_, Sweep
@@ -57,13 +57,11 @@ def load_sweep(path: str | Path) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     settings, spelled = read_file(path), read_file(path, spelled=True)
-    try:
+    with errors_at(path, (TypeError, ValueError)):
         if not isinstance(settings, dict):
             return sweep_from(settings, path.stem)  # raises an error for it
         text = {key: spelled[key] for key in AS_WRITTEN if key in settings}
         return replace(sweep_from(settings | text, path.stem), source=settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def sweep_from(settings: Any, name: str) -> Sweep:
@@ -75,9 +73,8 @@ def sweep_from(settings: Any, name: str) -> Sweep:
     if early is not None:
         require(isinstance(early, dict), "early_terminate", early, "type: hyperband, with its settings")
         require(early.get("type") == "hyperband", "early_terminate.type", early.get("type"), "hyperband")
-        for key in early:
-            if key not in ("type", *(field.name for field in fields(Hyperband))):
-                raise unknown("early_terminate", key, [field.name for field in fields(Hyperband)])
+        for key in set(early) - {"type"}:
+            require_known("early_terminate", key, [field.name for field in fields(Hyperband)])
     controller = settings.get("controller", {"type": "local"})
     require(controller == {"type": "local"}, "controller", controller, "type: local")
     cap, command = settings.get("run_cap"), settings.get("command")

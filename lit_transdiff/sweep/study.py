@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_transdiff.config import is_folder_name, require, require_known
+from lit_transdiff.config import errors_at, is_folder_name, require, require_known
 from lit_transdiff.config.checks import FOLDER_NAME
 from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.study.claims import FEWEST, OPEN, Claim, StudyRule, claim
@@ -113,10 +113,8 @@ def load_study(path: str | Path) -> Sweep:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
-    try:
+    with errors_at(path, (TypeError, ValueError)):
         return study_from(read_file(path), path.stem)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def study_from(given: Any, name: str) -> Sweep:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.checkpoints.places import pinned_run
 from lit_transdiff.checkpoints.run_folder import check_folder
-from lit_transdiff.config import RunConfig, check_effects, require, require_known, unknown
+from lit_transdiff.config import RunConfig, check_effects, errors_at, require, require_known, unknown
 from lit_transdiff.config.classes import embedding_rows, full_names
 from lit_transdiff.config.paths import export_folder
 from lit_transdiff.data.datamodule import DataModule
@@ -170,11 +170,9 @@ def initialise_from(
     require(mine == its, "init_from", str(export.folder), allowed)
     old = full_names(export.info["class_names"], export.run.model.num_classes)
     how = run.init_classes if class_names is not None or run.init_classes == "same" else "new"
-    try:
+    with errors_at(f"init_from: {export.folder}"):
         classes = embedding_rows(how, full_names(class_names or [], run.model.num_classes), old)
         weights, report = match(stage.model, export.state, run.init_positions, run.init_shapes, classes)
-    except ValueError as error:
-        raise ValueError(f"init_from: {export.folder}: {error}") from error
     if load:
         stage.model.load_state_dict(weights)
     return f"initialised from {export.folder}: {report}"
