@@ -35,7 +35,7 @@ MAX_FILE, MAX_FUNCTION = 300, 45  # lines, of at most 110 columns
 # Files and functions that are longer since lines became shorter, each with its length: they may only shrink.
 LONGER = {
     "checkpoints/export.py": 302,
-    "cli/pipeline.py": 317,
+    "cli/pipeline.py": 313,
     "data/index.py": 342,
     "models/autoencoder.py": 312,
     "released/convert.py": 333,
@@ -44,7 +44,7 @@ LONGER = {
     "training/callbacks.py": 323,
     "__main__.py:add_data_commands": 47,
     "models/adapt.py:match": 54,
-    "released/convert.py:convert": 57,
+    "released/convert.py:convert": 56,
     "released/key_names.py:read_shape": 50,
     "released/key_names.py:released_shapes": 48,
     "sampling/pictures.py:grid": 49,
