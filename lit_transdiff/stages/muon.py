@@ -125,7 +125,7 @@ class Muon(torch.optim.AdamW):
     def updates(self, nesterov: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """This rank's updates from the gradients of Nesterov's momentum."""
         if isinstance(nesterov[0], DTensor):
-            return [direction_of_rows(one) for one in nesterov]
+            return [direction_of_rows(one) for one in nesterov if isinstance(one, DTensor)]
         if nesterov[0].ndim == 1:
             return [direction_of_part(one, group["shapes"]) for one in nesterov]
         # On GPUs, small products cost their launch. CPUs keep one by one, with the same rounding as ever.
