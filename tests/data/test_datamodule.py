@@ -122,7 +122,7 @@ def test_validation_sizes(shards):
         (dict(train="pipe:cat x.tar"), "data.index: got None"),
         (
             dict(train="pipe:cat x.tar", index="index.json", groups="groups.jsonl"),
-            "data.groups: got 'groups.jsonl'; allowed: nothing",
+            "data.groups: got 'groups.jsonl'; allowed: null",
         ),
         (dict(evaluation="http://host/x.tar"), "data.evaluation: got 'http"),
     ],

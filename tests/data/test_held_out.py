@@ -54,7 +54,7 @@ def test_the_same_classes_and_mere_numbers_are_taken(found):
         (
             ["ant", "bee"],
             WORDS,
-            "got 2 classes, without 'cat'; allowed: the 3 of data.train; an empty class folder keeps",
+            "got 2 classes, without 'cat'; allowed: the 3 of data.train; an empty folder keeps",
         ),
         ([*WORDS, "dog"], WORDS, "got 4 classes, with 'dog'; allowed: the 3"),
         (["0", "1"], WORDS, "got 2 classes, with '0', '1', without 'ant', 'bee', 'cat'; allowed: the 3"),
