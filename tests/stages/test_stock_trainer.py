@@ -289,11 +289,13 @@ CLIP = 0.05  # below the norm of every step of small runs
 def norms(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     """Let the plain form of the kernels do the steps, as a stand-in; their maximal norms."""
     adamw = pytest.importorskip("lit_transdiff.kernels.adamw")
+    from tests.helpers.plain_kernels import plain_adamw
+
     found: list[float | None] = []
 
     def step(groups, settings, shares, max_norm):
         found.append(max_norm)
-        adamw.plain_adamw(groups, settings, shares, max_norm)
+        plain_adamw(groups, settings, shares, max_norm)
 
     monkeypatch.setattr(adamw, "Tables", lambda groups: groups)
     monkeypatch.setattr(adamw, "adamw_step", step)
