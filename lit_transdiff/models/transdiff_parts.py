@@ -7,7 +7,7 @@ them, c numbers of a token, D width, T class tokens, C H W a latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -281,3 +281,8 @@ class TransDiffParts(Paradigm):
     def stand_in(self, latest: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The scale before, enlarged; for a cell, zeros."""
         return self.enlarged(latest) if self.config.parts == "scales" else super().stand_in(latest, shape)
+
+    def units(self) -> Iterator[nn.Module | list[nn.Module]]:
+        """As TransDiff's: the layers for the decoder's keys and values together, then block by block."""
+        yield self.decoder.memory_layers()
+        yield from super().units()

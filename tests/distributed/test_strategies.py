@@ -37,6 +37,7 @@ KINDS = {
         "training": {**SETTINGS["training"], "precision": "bf16-mixed", "activation_checkpointing": "all"}
     },
     "mrar": {"stage": "mrar_finetune", "model": {**NO_DROPOUT, "num_references": 4}},
+    "parts": FAMILIES["transdiff_parts"],
     "sit": FAMILIES["sit"],
     "dit": FAMILIES["dit"],
     "acdit": FAMILIES["acdit"],

@@ -28,7 +28,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16": {"model": MIDDLE, "training": {"precision": "bf16-mixed"}},
     "Muon": {"model": MIDDLE, "optimizer": {"name": "muon"}},
     "MRAR": {"stage": "mrar_finetune", "model": {**MIDDLE, "num_references": 4}},
-    "SiT": FAMILIES["sit"],
+    "SiT": FAMILIES["sit"] | {"model": {**FAMILIES["sit"]["model"], "width": 64, "patch_size": 4}},
+    "DiT": FAMILIES["dit"] | {"model": {**FAMILIES["dit"]["model"], "width": 64, "patch_size": 4}},
+    "parts": FAMILIES["transdiff_parts"]
+    | {"model": {**FAMILIES["transdiff_parts"]["model"], "width": 64, "patch_size": 4}},
+    "scales": {
+        "stage": "pretrain",
+        "model": {
+            **FAMILIES["transdiff_parts"]["model"],
+            "order": "raster",
+            "parts": "scales",
+            "patch_size": 4,
+        },
+    },
     "ACDiT": FAMILIES["acdit"] | {"model": {**FAMILIES["acdit"]["model"], "width": 64, "patch_size": 4}},
     "xAR": FAMILIES["xar"] | {"model": {**FAMILIES["xar"]["model"], "width": 64, "patch_size": 4}},
     "FlowAR": FAMILIES["flowar"]

@@ -32,9 +32,7 @@ def batch_of(config: ModelConfig) -> Batch:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str):
-    """A real step: parameters, gradients, moments and averages to the byte; the peak of the passes within a
-    tenth.
-    """
+    """A real step: parameters, gradients, moments and averages to the byte; the passes' peak within 5%."""
     run = kind_run(tmp_path, kind)
     bf16 = run.training.precision == "bf16-mixed"
     model, cost = model_cost(run), pass_cost(run, bf16)
@@ -57,7 +55,7 @@ def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str):
     moments = {"exp_avg", "exp_avg_sq", "momentum"}
     assert sum(s[name].numel() * 4 for s in states for name in moments & s.keys()) == planned.optimizer
     assert sum(s["ema"].numel() * 4 for s in states) == planned.averages
-    assert 0.9 * (allocations.peak - gradients) < planned.activations < 1.1 * allocations.peak
+    assert 0.95 * (allocations.peak - gradients) < planned.activations < 1.05 * allocations.peak
 
 
 @pytest.mark.parametrize("kind", ["one-step", "MRAR"])
