@@ -25,7 +25,7 @@ from benchmarks.model_speed import CLIP, machine
 from lit_transdiff.config import SIZES, FlowConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
-from lit_transdiff.models.flops import training_flops
+from lit_transdiff.models.flops import row_cost
 from lit_transdiff.planning.memory import pass_cost
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.optim import build_optimizer
@@ -49,9 +49,8 @@ class Point:
 
     @property
     def flops(self) -> float:
-        return self.run.training.global_batch_size * training_flops(
-            self.run.model, self.run.flow.num_noise_draws
-        )
+        cost = row_cost(self.run.model, self.run.flow.num_noise_draws)
+        return self.run.training.global_batch_size * cost.flops
 
     @property
     def planned_bytes(self) -> float:
