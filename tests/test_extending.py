@@ -149,7 +149,7 @@ def test_what_does_not_fit_a_family_is_refused(tmp_path: Path, changes: dict[str
         (
             "diffusion_head",
             {"init_from": "x"},
-            r"got 'plain_mlp'; allowed: transdiff, flowar, ardiff, mar in stage diffusion_head",
+            r"got 'plain_mlp'; allowed: transdiff, transdiff_parts, flowar, ardiff, mar in stage",
         ),
         ("mrar_finetune", {}, r"model\.paradigm: got 'plain_mlp'; allowed: transdiff in stage mrar_finetune"),
     ],
