@@ -33,6 +33,11 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype).requires_grad_()
 
 
+def matrix(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Weights that keep the variance of their input: larger scores would enlarge bfloat16's rounding."""
+    return (torch.randn(rows, columns, device=DEVICE) / columns**0.5).to(dtype).requires_grad_()
+
+
 def same(mine: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
     assert mine.dtype == plain.dtype and mine.shape == plain.shape
     mine, plain = mine.detach(), plain.detach()
@@ -143,7 +148,7 @@ def test_self_attention(dtype: torch.dtype, p: float, groups: tuple[int, ...] | 
     """Tokens that fill their tiles, that do not, and block-causal ones."""
     tokens, heads, width = sum(groups or (20,)), 1, 16
     x = numbers(2 if tokens < 64 else 1, tokens, width, dtype=dtype)
-    weight, bias, visible = numbers(3 * width, width, dtype=dtype), numbers(3 * width), None
+    weight, bias, visible = matrix(3 * width, width, dtype), numbers(3 * width), None
     if groups and len(groups) > 1:
         ends = torch.tensor(groups).cumsum(0)
         visible = ends.repeat_interleave(torch.tensor(groups)).int().to(DEVICE)[None]
@@ -158,7 +163,7 @@ def test_cross_attention_of_several_views(dtype: torch.dtype, lengths: tuple[int
     """Two contexts of one draw each: the rows are ordered (context, draw, image)."""
     heads, width, p = 2, 32, 0.2
     x, k, v = (numbers(rows, tokens, width, dtype=dtype) for rows, tokens in ((4, 9), (2, 80), (2, 80)))
-    weight, bias, visible = numbers(width, width, dtype=dtype), numbers(width), None
+    weight, bias, visible = matrix(width, width, dtype), numbers(width), None
     if lengths:
         visible = torch.tensor(lengths, dtype=torch.int32, device=DEVICE).repeat_interleave(2)[:, None]
     mine = cross_attention(x, weight, bias, k, v, heads, SEED, p, visible)
