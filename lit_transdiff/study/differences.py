@@ -29,6 +29,7 @@ class Gap:
     size: float
     half: float
     higher: bool
+    parts: int = 0  # disjoint parts of the images of which this is the mean, which the whole need not share
 
     @property
     def word(self) -> str:
@@ -36,7 +37,8 @@ class Gap:
         return word_for(self.size, self.half, self.higher)
 
     def __str__(self) -> str:
-        return in_words(self.word, self.size, self.half)
+        told = in_words(self.word, self.size, self.half)
+        return f"{told} (mean of {self.parts} parts of the images)" if self.parts else told
 
 
 def notes_on_scores(entries: Sequence[Entry], keys: Sequence[str]) -> list[str]:
@@ -82,13 +84,15 @@ def gap_of(first: Entry, other: Entry, key: str, confidence: float = CONFIDENCE)
     without, parts = (
         paired_values(pair, kind, name) if paired else None for kind in ("without_group", "parts")
     )
+    count = 0
     if without is not None:
         half = student(len(without) - 1, confidence) * jackknife_error(without)
     elif parts is not None:
-        size, half = float(parts.mean()), student(len(parts) - 1, confidence) * mean_error(parts)
+        size, count = float(parts.mean()), len(parts)
+        half = student(count - 1, confidence) * mean_error(parts)
     else:
         half = student(MANY, confidence) * math.hypot(*(standard_error(one, name) for one in pair))
-    return Gap(size, half, higher_is_better(key)) if math.isfinite(half) else None
+    return Gap(size, half, higher_is_better(key), count) if math.isfinite(half) else None
 
 
 def paired_values(pair: Sequence[Evaluation], kind: str, name: str) -> torch.Tensor | None:
