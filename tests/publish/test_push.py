@@ -33,11 +33,12 @@ from tests.helpers.hub_stub import HubStub
 from tests.helpers.small import FASHION, ROOT, small_run
 
 MODEL = FASHION / "one_step"
+TRAINED = read_export(MODEL).info
 AUTOENCODER = "hf://lab/fashion/run/export/autoencoder"
 PLACE = "hf://lab/fashion"
 SCORES = {"frechet_distance": 0.25, "inception_score": {"mean": 2.0, "std": 0.1}, "judge/precision": 0.5}
 MANIFEST = {
-    "run": "ar_pretrain",
+    "run": "one_step",
     "sampling": {"solver": "heun", "num_steps": 6, "guidance_scale": 2.5},
     "date": "2026-01-01",
     "num_images": 2000,
@@ -99,7 +100,7 @@ def images_of(place: str | Path, seed: int = 5) -> Tensor:
 
 def test_a_repository_has_the_export_its_autoencoder_and_the_scores_of_its_weights(hub: HubStub):
     repo = hub.repos["model", "lab/fashion"]
-    assert repo.private and repo.messages == ["lit_transdiff: ar_pretrain, step 1,300"]
+    assert repo.private and repo.messages == [f"lit_transdiff: one_step, step {TRAINED['step']:,}"]
     assert set(repo.files) == {
         *(
             ".gitattributes",
@@ -132,8 +133,8 @@ def test_the_card_says_what_was_trained_and_how_it_was_scored(hub: HubStub, tmp_
     assert results["frechet_distance"].dataset_name == "reference.npz (4567)"  # not where it is on a machine
     for text in (
         "2,000 images (balanced labels, seed 0)",
-        "83,200",
-        "1,300 of 64 rows",
+        f"{TRAINED['images_seen']:,}",
+        f"{TRAINED['step']:,} of 64 rows",
         "ema 0.99",
         "t-shirt",
     ):
@@ -271,7 +272,15 @@ def test_refusals_come_before_any_work(
 def run_from_hub(folder: Path) -> RunConfig:
     """A run of one step that starts from the pushed model, with the autoencoder beside it."""
     model = load_run(MODEL / "config.yaml").model
-    names = ("size", "latent_channels", "latent_size", "patch_size", "num_class_tokens", "num_context_tokens")
+    names = (
+        "size",
+        "encoder_blocks",
+        "latent_channels",
+        "latent_size",
+        "patch_size",
+        "num_class_tokens",
+        "num_context_tokens",
+    )
     training = {"max_steps": 1, "sample_every": 0, "global_batch_size": 4, "num_validation_samples": 4}
     return small_run(
         folder,
