@@ -38,7 +38,8 @@ from lit_transdiff.training.trainer import train
 
 RECIPES = Path("experiments/fashion")
 RECIPE, MRAR = "base", "mrar"  # what the others are compared with
-BASE = ["model.encoder_blocks=4", "training.max_steps=2600"]
+BASE = ["model.encoder_blocks=4"]  # of all stages
+STEPS = ["training.max_steps=2600"]  # of stage 1
 # Changes of stage 1: settings beside those of ar_pretrain.yaml.
 STAGE_1: dict[str, list[str]] = {
     RECIPE: [],
@@ -123,10 +124,10 @@ class Trial:
     def trained(self) -> Path:
         """The run folder of this change. One of MRAR begins with the base's run of the same seed."""
         if self.change in STAGE_1:
-            return self.train("ar_pretrain", self.change, [*BASE, *STAGE_1[self.change]])
-        start = [BASE[0], f"init_from={self.output / self.name(RECIPE)}"]
+            return self.train("ar_pretrain", self.change, [*BASE, *STEPS, *STAGE_1[self.change]])
+        start = [*BASE, f"init_from={self.output / self.name(RECIPE)}"]
         head = self.train("diffusion_head", f"{self.change} head", start)
-        return self.train("mrar_finetune", self.change, [BASE[0], f"init_from={head}", *STAGE_3[self.change]])
+        return self.train("mrar_finetune", self.change, [*BASE, f"init_from={head}", *STAGE_3[self.change]])
 
     def __call__(self) -> dict[str, Any]:
         """Train, choose the guidance, score."""
