@@ -17,8 +17,6 @@ from torch import Tensor
 
 GB = 1e9
 MEASURE_SECONDS = 0.5
-# times the rate of float32: with instructions for tiles of matrices, not only for vectors
-FAST_BFLOAT16 = 2.5
 
 
 @dataclass(frozen=True)
@@ -117,37 +115,33 @@ def mkl_lags() -> bool:
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    try:
-        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return bool(words := words_of_cpu()) and "GenuineIntel" not in words
 
 
 @lru_cache
 def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices several times as fast as float32 ones: measured once."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    rate = {kind: measured_rate(kind) for kind in (torch.float32, torch.bfloat16)}
-    return rate[torch.bfloat16] >= FAST_BFLOAT16 * rate[torch.float32]
+    """Whether this CPU multiplies bfloat16 matrices several times as fast as float32 ones: by instructions
+    for tiles of matrices (AMX), which oneDNN's settings can forbid.
+
+    This is not measured: on a busy machine the next start, or the next rank, might then choose otherwise.
+    """
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or "DEFAULT").upper()
+    allowed = limit in ("ALL", "DEFAULT") or "AMX" in limit
+    return allowed and torch.backends.mkldnn.is_available() and "amx_bf16" in words_of_cpu()
+
+
+def words_of_cpu() -> set[str]:
+    """What Linux says of the processor, its maker and flags among it."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()
 
 
 def fast_precision(device: torch.device) -> Literal["fp32", "bf16"]:
     """The precision in which a device is fastest, at little cost of accuracy."""
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_fast_bfloat16()
     return "bf16" if fast else "fp32"
-
-
-@torch.no_grad()
-def measured_rate(dtype: torch.dtype) -> float:
-    """Products of a CPU in a second, the fastest of a few."""
-    matrix = torch.linspace(-1, 1, 512**2).reshape(512, 512).to(dtype)
-    best = 0.0
-    for _ in range(6):  # the first prepares the kernel
-        before = time.perf_counter()
-        matrix @ matrix
-        best = max(best, 1 / (time.perf_counter() - before))
-    return best
 
 
 def peak_memory(device: torch.device) -> float:

@@ -11,58 +11,40 @@ import json
 import logging
 import os
 import platform
-import re
-import shutil
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lit_transdiff.base.files import Damaged, crc32_of, json_of, remove, unsealed
-from lit_transdiff.base.remote import RemoteFolder
 from lit_transdiff.checkpoints.export import INFO
-from lit_transdiff.checkpoints.format import (
-    DAMAGED,
-    MARKER,
-    PARTIAL,
-    WRITTEN,
-    Checkpoint,
-    complete_checkpoints,
+from lit_transdiff.checkpoints.format import DAMAGED, MARKER, PARTIAL, WRITTEN
+from lit_transdiff.checkpoints.mirror_files import (
+    CHECKPOINT_FILE,
+    LEFT_OUT,
+    WRITER,
+    MirrorFiles,
+    is_beside,
+    marks_complete,
+    size_and_time,
 )
 from lit_transdiff.config.targets import below, remove_written
 
 MIRROR_POLL = 5.0  # seconds between looks at the run folder
 MIRROR_RETRY = 60.0  # seconds after a failure
 MIRROR_PATIENCE = 600.0  # seconds in which a run that ends still uploads without success
-STAGED = ".mirror"  # links to the files of the checkpoint that is being uploaded
-WRITER = "mirror.json"  # the last process that wrote to the mirror
-LEFT_OUT = ("lock", "wandb", "checkpoints", STAGED, WRITER)
-LIVE = ("config.yaml", "environment.json", "metrics.csv")  # grow or change without a new name
-CHECKPOINT_FILE = re.compile(r"checkpoints/(step-\d+)/([^/]+)")
 log = logging.getLogger(__name__)
 
 
-class Mirror:
+class Mirror(MirrorFiles):
     """The mirror of a run folder. ``start`` begins to upload in the background, ``finish`` ends it."""
 
     def __init__(self, folder: Path, url: str) -> None:
-        self.folder, self.remote = folder, RemoteFolder(url)
-        self.there: dict[str, int] = {}  # files of the mirror and their sizes
-        self.sent: dict[str, tuple[int, int]] = {}  # size and time of the local files that are there
+        super().__init__(folder, url)
         self.problem = ""
         self.wake, self.ends = threading.Event(), False
         self.thread: threading.Thread | None = None
-
-    def look(self) -> None:
-        """List the mirror. Raises ``RemoteError`` if that is impossible."""
-        self.there = self.remote.files()
-
-    def steps(self) -> list[int]:
-        """The steps of the complete checkpoints there, oldest first."""
-        found = (CHECKPOINT_FILE.fullmatch(name) for name in self.there)
-        return sorted(int(match[1][5:]) for match in found if match is not None and match[2] == MARKER)
 
     def fetch(self) -> int | None:
         """Download the newest complete checkpoint and the other files of the run; its step, or None.
@@ -125,11 +107,6 @@ class Mirror:
         self.remote.write(marker + DAMAGED, self.remote.read(marker))
         self.withdraw(marker)
 
-    def note(self, name: str) -> None:
-        """Remember that a local file is in the mirror as it is now."""
-        stat = (self.folder / name).stat()
-        self.sent[name] = (stat.st_size, stat.st_mtime_ns)
-
     def start(self) -> None:
         """Upload in a thread from now on. Raises ``RemoteError`` if the mirror cannot be written."""
         if self.thread is None:
@@ -177,117 +154,66 @@ class Mirror:
         return self.problem
 
     def upload(self) -> None:
-        """Upload files, then checkpoints, the newest first; at last remove what is no longer kept."""
-        if not self.folder.is_dir():
-            return
-        self.upload_files()
-        while (newest := self.missing_checkpoint()) is not None:
-            self.upload_checkpoint(newest)
-        kept = {checkpoint.step for checkpoint in self.local_checkpoints()}
-        if kept and kept <= set(self.steps()):
-            self.remove_checkpoints(kept)
-
-    def local_checkpoints(self) -> list[Checkpoint]:
-        return complete_checkpoints(self.folder / "checkpoints")
+        """Upload what is missing, the newest checkpoint first, and remove those that are no longer kept."""
+        missing = self.folder.is_dir()
+        while missing:
+            newest = self.missing_checkpoint()
+            self.upload_files()  # after that look: metrics.csv has the rows before the checkpoint
+            if newest is not None:
+                self.upload_checkpoint(newest)
+            self.remove_checkpoints()
+            missing = newest is not None
 
     def missing_checkpoint(self) -> Path | None:
         """The newest complete checkpoint that is not in the mirror."""
         lacking = [c.folder for c in self.local_checkpoints() if not self.has(c.folder)]
         return lacking[-1] if lacking else None
 
-    def has(self, folder: Path) -> bool:
-        """Whether the mirror has this very checkpoint, not only one of its step."""
-        name = f"checkpoints/{folder.name}/{MARKER}"
-        if name in self.there and name not in self.sent:
-            with suppress(FileNotFoundError):
-                if self.remote.read(name) == (folder / MARKER).read_bytes():
-                    self.note(name)
-        return name in self.there and not self.differs(name)
-
     def upload_checkpoint(self, folder: Path) -> None:
         """Upload a checkpoint, its marker last; links keep its files if training removes it."""
-        staged = self.folder / STAGED / folder.name
-        remove(staged)
-        staged.mkdir(parents=True)
         try:
-            for file in folder.iterdir():
-                link_or_copy(file, staged / file.name)
-            self.withdraw(f"checkpoints/{folder.name}/{MARKER}")
-            for file in sorted(staged.iterdir(), key=lambda file: marks_complete(file.name)):
-                stat, name = file.stat(), f"checkpoints/{folder.name}/{file.name}"
-                if self.sent.get(name) != (stat.st_size, stat.st_mtime_ns):
-                    self.send(file, name)
+            with self.linked(folder.iterdir()) as files:
+                (folder / MARKER).stat()  # all files were there to be linked
+                self.withdraw(f"checkpoints/{folder.name}/{MARKER}")
+                for file in sorted(files, key=lambda file: marks_complete(file.name)):
+                    name = f"checkpoints/{folder.name}/{file.name}"
+                    if self.sent.get(name) != size_and_time(file):
+                        self.send(file, name)
         except FileNotFoundError:
             if folder.exists():
                 raise
             # it has just given way to a newer one
-        finally:
-            remove(staged)
-            with suppress(OSError):
-                staged.parent.rmdir()
 
-    def remove_checkpoints(self, kept: set[int]) -> None:
-        """Remove the checkpoints before the newest that are not ``kept``."""
+    def remove_checkpoints(self) -> None:
+        """Remove the checkpoints that the run folder no longer keeps, before the newest one that was sent."""
+        kept = {checkpoint.step for checkpoint in self.local_checkpoints()}
+        sent = [step for step in self.steps() if f"checkpoints/step-{step:08d}/{MARKER}" in self.sent]
+        newest = sent[-1] if sent and kept else 0
         for name in sorted(self.there, key=marks_complete, reverse=True):
             match = CHECKPOINT_FILE.fullmatch(name)
-            if match is not None and (step := int(match[1][5:])) < max(kept) and step not in kept:
+            if match is not None and (step := int(match[1][5:])) < newest and step not in kept:
                 self.withdraw(name)
 
     def upload_files(self) -> None:
         """Upload new and changed files outside of checkpoints; of an export ``export.json`` comes last."""
-        changed = [name for name in self.local_files() if self.differs(name)]
-        for name in list(changed):
-            info = f"{name.rpartition('/')[0]}/{INFO}"
-            if not marks_complete(name) and info in self.there:
-                self.withdraw(info)
-        changed += [name for name in self.local_files() if marks_complete(name) and name not in self.there]
-        for name in sorted(dict.fromkeys(changed), key=marks_complete):
-            with suppress(FileNotFoundError):
-                self.send(self.folder / name, name)
+        markers = [name for name in self.local_files() if marks_complete(name)]
+        for marker in markers:
+            self.recognise(marker)
+        for name in self.local_files():
+            if not marks_complete(name) and self.differs(name):
+                for marker in markers:
+                    if is_beside(name, marker) and marker in self.there:
+                        self.withdraw(marker)
+                with suppress(FileNotFoundError):
+                    self.send(self.folder / name, name)
+        for marker in markers:
+            if marker not in self.there or self.differs(marker):
+                with suppress(FileNotFoundError):
+                    self.upload_marker(marker)
 
-    def local_files(self) -> Iterator[str]:
-        """The files of the run folder outside of checkpoints, except unfinished ones."""
-        for top in sorted(self.folder.iterdir()):
-            if top.name in LEFT_OUT:
-                continue
-            for path in [top] if top.is_file() else sorted(top.rglob("*")):
-                if path.is_file() and ".partial" not in path.name:
-                    yield path.relative_to(self.folder).as_posix()
-
-    def differs(self, name: str) -> bool:
-        """Whether a local file is not in the mirror as it is now. One of equal size from an earlier start
-        counts as equal, except the files that change in place.
-        """
-        try:
-            stat = (self.folder / name).stat()
-        except FileNotFoundError:  # it has just been removed
-            return False
-        if name in self.sent:
-            return self.sent[name] != (stat.st_size, stat.st_mtime_ns)
-        return name in LIVE or marks_complete(name) or self.there.get(name) != stat.st_size
-
-    def send(self, file: Path, name: str) -> None:
-        """Upload a file."""
-        stat = file.stat()
-        self.remote.put(file, name)
-        self.there[name] = stat.st_size
-        self.sent[name] = (stat.st_size, stat.st_mtime_ns)
-
-    def withdraw(self, name: str) -> None:
-        """Remove a file from the mirror."""
-        self.remote.remove(name)
-        self.there.pop(name, None)
-        self.sent.pop(name, None)
-
-
-def marks_complete(name: str) -> bool:
-    """Whether a file says that those beside it are complete; such files are sorted last."""
-    return name.rpartition("/")[2] in (MARKER, INFO)
-
-
-def link_or_copy(file: Path, target: Path) -> None:
-    """Give a file a second name, which keeps its content when the first is removed."""
-    try:
-        os.link(file, target)
-    except OSError:  # a disk without links; a missing file raises again
-        shutil.copy2(file, target)
+    def upload_marker(self, marker: str) -> None:
+        """Upload an ``export.json``, unless files beside it are just being replaced."""
+        with self.linked([self.folder / marker]) as [file]:
+            beside = [name for name in self.local_files() if name != marker and is_beside(name, marker)]
+            if not any(self.differs(name) for name in beside):
+                self.send(file, marker)

@@ -61,7 +61,7 @@ class SamplingConfig:
     # parts of an image in families that let you choose; null: the family's default
     precision: Precision = "fp32"
     # of the model in sampling; the solver's state is float32. auto: bf16 on GPUs that have it, and on CPUs
-    # where its products are measured to be 2.5 times as fast, else fp32
+    # with instructions for it (AMX), else fp32
 
     def __post_init__(self) -> None:
         steps = [self.num_steps, *(self.reference_steps or [])]

@@ -228,6 +228,8 @@ def fit(
         rank_zero_only(check_checkpoint)(run, checkpoint)
     rank_zero_only(open_folder)(run, world_size(run), parts.places)
     if checkpoint is not None and start >= run.training.max_steps:
+        if start > (planned := run.training.max_steps):
+            say(f"{run.name}: already trained to step {start}, beyond training.max_steps, {planned}")
         return TrainResult(run.folder, start, dict(checkpoint.manifest["metrics"]))
     trainer = build_trainer(
         parts, build_callbacks(parts, start, request, wandb_of(loggers), callbacks), loggers

@@ -20,11 +20,11 @@ from tests.helpers.forks import PROGRAM, forked, run_forked
 from tests.helpers.processes import (
     LONG,
     TRAIN,
+    assert_same_weights,
     background,
     children,
     command_line,
     run_in,
-    same_weights,
     steps_logged,
     until,
     values,
@@ -140,7 +140,8 @@ def test_torchrun_starts_again_what_lost_a_rank(tmp_path: Path):
     assert process.wait(200) == 0
     text = (tmp_path / "log").read_text()
     assert "local_rank: 1" in text and "exitcode: -9" in text  # the rank is named
-    assert values(run.folder) == values(whole.folder) and same_weights(run, whole)
+    assert values(run.folder) == values(whole.folder)
+    assert_same_weights(run, whole)
 
 
 @pytest.mark.slow

@@ -18,11 +18,11 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed.restarts import agree
 from tests.helpers.forks import PROGRAM, run_forked
 from tests.helpers.processes import (
+    assert_same_weights,
     background,
     children,
     free_port,
     run_in,
-    same_weights,
     steps_logged,
     until,
     values,
@@ -76,7 +76,8 @@ def test_two_nodes_train_as_one(tmp_path: Path, one_node: RunConfig):
         words = ("tracking.wandb=true", "tracking.project=p", "imports=[slow_second]")
         agents = two_nodes(tmp_path, file, *words, **environment)
         assert [agent.wait(200) for agent in agents] == [0, 0], (tmp_path / "node-0.log").read_text()
-    assert values(run.folder) == values(one_node.folder) and same_weights(run, one_node)
+    assert values(run.folder) == values(one_node.folder)
+    assert_same_weights(run, one_node)
     seen = stub.state.only_run()
     labels = {key.rpartition("/l:")[2] for row in seen["events"] for key in row if "/l:" in key}
     assert labels == {"node-0", "node-1"} and seen["state"] == "finished" and stub.state.unknown == []
@@ -104,7 +105,8 @@ def test_a_rank_lost_on_one_node_restarts_both(tmp_path: Path, one_node: RunConf
         until(partial(has_continued, logs, restarts), agents[node])
         assert time.monotonic() - lost < 60
     assert [agent.wait(200) for agent in agents] == [0, 0], (tmp_path / "node-0.log").read_text()
-    assert values(run.folder) == values(one_node.folder) and same_weights(run, one_node)
+    assert values(run.folder) == values(one_node.folder)
+    assert_same_weights(run, one_node)
     assert "exitcode: -9" in (tmp_path / "node-1.log").read_text()
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lit_transdiff.base.endings import STOP_SIGNALS
+from lit_transdiff.base.files import read_json
 from lit_transdiff.config import RunConfig
 from lit_transdiff.config.loading import save_yaml
 from tests.helpers.small import ROOT, small_run
@@ -120,6 +121,13 @@ def children(process: int) -> list[int]:
     )
 
 
-def same_weights(a: RunConfig, b: RunConfig) -> bool:
-    one, other = (load_file(run.folder / "export" / "model.safetensors") for run in (a, b))
-    return all(torch.equal(one[name], other[name]) for name in one)
+def assert_same_weights(a: RunConfig, b: RunConfig) -> None:
+    """The exported weights of two runs are of the same step and equal bit for bit."""
+    one, other = (run.folder / "export" for run in (a, b))
+    steps = [read_json(folder / "export.json")["step"] for folder in (one, other)]
+    assert steps[0] == steps[1], f"steps {steps}"
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    apart = {name: float((first[name] - second[name]).abs().max()) for name in first}
+    apart = {name: largest for name, largest in apart.items() if not torch.equal(first[name], second[name])}
+    assert not apart, f"step {steps[0]}: {len(apart)} of {len(first)} tensors differ, by up to {apart}"

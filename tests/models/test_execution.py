@@ -154,9 +154,15 @@ def test_the_precision_auto_is_the_fast_one(fast: str, tmp_path, monkeypatch: py
         other.latents(labels, seeds, replace(sampling, precision="auto"))
 
 
-def test_cpus_are_fast_in_bfloat16_where_its_products_are(monkeypatch: pytest.MonkeyPatch):
-    for rate, precision in ((1.5, "fp32"), (8.0, "bf16")):
-        monkeypatch.setattr(hardware, "measured_rate", {torch.float32: 1.0, torch.bfloat16: rate}.get)
+def test_cpus_are_fast_in_bfloat16_where_they_multiply_tiles(monkeypatch: pytest.MonkeyPatch):
+    """By the processor and oneDNN's settings alone, so that every start and every rank chooses the same."""
+    flags = {"GenuineIntel", "avx512_bf16", "amx_bf16", "amx_tile"}
+    cases = [(flags, None, "bf16"), (flags, "AVX512_CORE_AMX", "bf16"), (flags, "SSE41", "fp32")]
+    for words, limit, precision in [*cases, (flags - {"amx_bf16"}, None, "fp32"), (set(), None, "fp32")]:
+        monkeypatch.setattr(hardware, "words_of_cpu", lambda words=words: words)
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+        if limit is not None:
+            monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
         hardware.has_fast_bfloat16.cache_clear()
         assert hardware.fast_precision(torch.device("cpu")) == precision
     hardware.has_fast_bfloat16.cache_clear()

@@ -1,21 +1,26 @@
 """A run whose machine is lost goes on from its mirror, bit for bit."""
 
+import itertools
 import shutil
 import signal
 import time
+from contextlib import suppress
 
 import lightning.pytorch as pl
 import pytest
 
 from lit_transdiff.base.endings import CheckpointError
+from lit_transdiff.base.files import read_json, replace_file, sealed, unsealed
 from lit_transdiff.base.remote import RemoteError, RemoteFolder
 from lit_transdiff.checkpoints import mirror as mirror_module
-from lit_transdiff.checkpoints.format import MARKER
+from lit_transdiff.checkpoints.export import export_checkpoint, read_export
+from lit_transdiff.checkpoints.format import MARKER, checkpoint_folder, complete_checkpoints
 from lit_transdiff.checkpoints.mirror import Mirror
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.training.mirroring import mirror_results, mirrored
 from lit_transdiff.training.trainer import train
-from tests.helpers.processes import background, command_line, same_weights
+from tests.helpers.forks import PROGRAM, forked
+from tests.helpers.processes import assert_same_weights, until, values
 from tests.helpers.small import small_run
 
 
@@ -91,13 +96,13 @@ def test_a_lost_run_goes_on_from_its_mirror(s3, whole, tmp_path, monkeypatch):
     train(new, say=said.append)
     assert f"small: its checkpoint of step 4 comes from {s3}/small" in said
     assert any("continuing from" in text for text in said)
-    assert same_weights(whole, new)
+    assert_same_weights(whole, new)
     assert complete_steps(new) == [6]  # the older ones are removed as locally
 
     shutil.rmtree(new.folder)  # a finished run comes back as well
     last = run_with(tmp_path / "last", s3)
     assert train(last, say=said.append).step == 6 and "already trained to step 6" in said[-1]
-    assert same_weights(whole, last)
+    assert_same_weights(whole, last)
     there = set(RemoteFolder(f"{s3}/small").files())
     assert {"config.yaml", "environment.json", "metrics.csv", "export/export.json"} <= there
     assert not [name for name in there if name.startswith(("lock", "wandb", ".mirror"))]
@@ -167,19 +172,118 @@ def test_what_the_run_folder_drops_is_removed(trained):
     assert trained.steps() == [6]  # an empty folder removes nothing
 
 
-def test_an_export_that_is_replaced_is_never_half_there(trained, monkeypatch):
-    trained.upload()
-    (trained.folder / "export" / "model.safetensors").write_bytes(b"another")
-    seen, put = [], RemoteFolder.put
+@pytest.fixture
+def younger(whole, trained, tmp_path):
+    """The run folder of ``trained`` as it may have been at step 4, with an export."""
+    folder = tmp_path / "younger" / "small"
+    shutil.copytree(trained.folder, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    (folder / "metrics.csv").write_text("".join(line for line in lines if not line.startswith(("5,", "6,"))))
+    export_checkpoint(complete_checkpoints(folder / "checkpoints")[0].index(), folder / "export", own=True)
+    return folder
 
-    def watched(self, file, name):
-        seen.append((name, "export/export.json" in places(trained)))
+
+def cut_at(monkeypatch, number):
+    """The power fails at a change of the mirror (from 0)."""
+    left = iter(range(number))
+
+    def or_cut(act):
+        def change(self, *files):
+            if next(left, None) is None:
+                raise PowerCut
+            act(self, *files)
+
+        return change
+
+    for act in (RemoteFolder.put, RemoteFolder.remove):
+        monkeypatch.setattr(RemoteFolder, act.__name__, or_cut(act))
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_whenever_the_power_fails_the_mirror_is_of_one_moment(
+    trained, younger, tmp_path, monkeypatch, restarted
+):
+    for number in itertools.count():
+        place, folder = str(tmp_path / "mirror" / str(number)), tmp_path / "changing" / str(number)
+        shutil.copytree(younger, folder)
+        mirror = Mirror(folder, place)
+        mirror.upload()
+        shutil.copytree(trained.folder, folder, dirs_exist_ok=True)  # goes on to step 6
+        if restarted:
+            mirror = Mirror(folder, place)
+            mirror.look()
+        with monkeypatch.context() as patch:
+            cut_at(patch, number)
+            with suppress(PowerCut):
+                mirror.upload()
+                break
+        check_fetched(place, tmp_path / "new" / str(number))
+    assert number > 5 and mirror.steps() == [4, 6]
+    assert check_fetched(place, tmp_path / "new" / "last") == (6, 6)
+
+
+def check_fetched(place, folder):
+    """A run as it comes back: undamaged, with the rows before its checkpoint; its step and its export's."""
+    new = Mirror(folder, place)
+    new.look()
+    step = new.fetch()
+    [*_, checkpoint] = complete_checkpoints(folder / "checkpoints")
+    assert checkpoint.step == step and checkpoint.damaged_file() is None
+    assert {2, 4, step} <= set(values(folder))
+    if not (folder / "export").exists():
+        return step, None
+    export = read_export(folder)  # checks its files
+    return step, export.info["step"]
+
+
+def test_a_checkpoint_brings_the_rows_before_it(trained, younger, tmp_path, monkeypatch):
+    """Also one that is written while another is uploaded."""
+    put, order, mirror = RemoteFolder.put, [], Mirror(younger, trained.remote.url)
+
+    def trains_on(self, file, name):
         put(self, file, name)
+        order.append(name)
+        if name == f"checkpoints/step-00000004/{MARKER}":
+            shutil.copytree(trained.folder, younger, dirs_exist_ok=True)
 
-    monkeypatch.setattr(RemoteFolder, "put", watched)
-    trained.upload()
-    assert ("export/model.safetensors", False) in seen
-    assert "export/export.json" in places(trained)
+    monkeypatch.setattr(RemoteFolder, "put", trains_on)
+    mirror.upload()
+    last = next(number for number, name in enumerate(order) if "step-00000006" in name)
+    assert "metrics.csv" in order[:last][-10:] and order.count("metrics.csv") == 2
+    assert mirror.steps() == [4, 6]
+
+
+def test_checkpoints_that_are_written_faster_than_uploaded_do_not_pile_up(trained, younger, monkeypatch):
+    put, seen, mirror = RemoteFolder.put, [], Mirror(younger, trained.remote.url)
+
+    def trains_on(self, file, name):
+        put(self, file, name)
+        seen.append(len(mirror.steps()))
+        if name.endswith(MARKER) and (step := int(name.split("-")[1][:8])) < 10:
+            old, new = (checkpoint_folder(younger / "checkpoints", n) for n in (step, step + 2))
+            shutil.move(old, new)
+            replace_file(new / MARKER, sealed(unsealed(read_json(new / MARKER)) | {"step": step + 2}))
+
+    monkeypatch.setattr(RemoteFolder, "put", trains_on)
+    mirror.upload()
+    assert mirror.steps() == [10] and max(seen) == 1
+
+
+def test_an_export_that_is_replaced_meanwhile_is_not_there_by_halves(trained, younger, tmp_path, monkeypatch):
+    mirror, put = Mirror(younger, trained.remote.url), RemoteFolder.put
+
+    def replaced(self, file, name):
+        put(self, file, name)
+        if name == "export/model.safetensors":
+            shutil.copytree(trained.folder / "export", younger / "export", dirs_exist_ok=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteFolder, "put", replaced)
+        mirror.upload_files()
+    assert "export/model.safetensors" in places(mirror) and "export/export.json" not in places(mirror)
+    mirror.upload()
+    assert check_fetched(trained.remote.url, tmp_path / "new") == (4, 6)
 
 
 def test_damage_in_the_mirror_is_noticed(trained, tmp_path, caplog):
@@ -199,7 +303,7 @@ def test_a_failing_mirror_does_not_stop_training_and_is_told_at_the_end(whole, t
         without_network(patch, lambda name: name != "mirror.json")
         with pytest.raises(CheckpointError, match=r"mirror/small is not complete: no network What"):
             train(run, say=quiet)
-    assert same_weights(whole, run)
+    assert_same_weights(whole, run)
     train(run, say=quiet)  # finished, and uploads the rest
     assert complete_steps(run) == [6]
 
@@ -241,23 +345,18 @@ class TestErrors:
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_on_another_machine(whole, bucket, s3, tmp_path):
-    run = run_with(tmp_path / "runs", "s3://lab/killed", max_steps=6)
+    run, said = run_with(tmp_path / "runs", "s3://lab/killed", max_steps=6), []
     save_yaml(run, tmp_path / "run.yaml")
-    process = background(
-        command_line(1, "-m", "lit_transdiff", "train", str(tmp_path / "run.yaml"), "training.max_steps=400"),
-        tmp_path / "log",
-        **bucket.environment(),
-    )
-    deadline = time.monotonic() + 300
-    while not complete_steps(run):
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.2)
+    words = ("train", str(tmp_path / "run.yaml"), "training.max_steps=400")
+    process = forked(1, PROGRAM, *words, log=tmp_path / "log", **bucket.environment())
+    until(lambda: complete_steps(run), process, 300)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(60)
     shutil.rmtree(run.folder)
-    [step, *_] = complete_steps(run)
+    step = complete_steps(run)[-1]  # those before it may not have been removed yet
     new = run_with(tmp_path / "new", "s3://lab/killed", max_steps=step + 3)
-    train(new, say=quiet)
+    train(new, say=said.append)
+    assert f"small: its checkpoint of step {step} comes from s3://lab/killed/small" in said
     plain = small_run(tmp_path / "plain", training={"max_steps": step + 3})
     train(plain, say=quiet)
-    assert same_weights(plain, new)
+    assert_same_weights(plain, new)
