@@ -1,6 +1,7 @@
 """The share of training time that is spent waiting for cached latents, at a size of the paper.
 
     OMP_NUM_THREADS=1 python benchmarks/data_wait.py
+    OMP_NUM_THREADS=1 python benchmarks/data_wait.py --rate 2000 --steps 20   # a stand-in for a fast GPU
 
 The training loop of a run, with the callback that measures, on synthetic latents of real shapes; without
 checkpoints and sample grids. The numbers are those that every run logs.
@@ -13,15 +14,19 @@ import csv
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
-from data_reading import SHAPE, latent, write_shards
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.data_reading import SHAPE, latent, write_shards
 from lit_transdiff.checkpoints.run_folder import open_folder
 from lit_transdiff.config import AutoencoderTraining, RunConfig
 from lit_transdiff.config.loading import load_run
@@ -31,16 +36,19 @@ from lit_transdiff.models.autoencoder import KLAutoencoder
 from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.training.build import build
 from lit_transdiff.training.callbacks import LogTraining
+from lit_transdiff.training.execution import FirstStep
+from lit_transdiff.training.profiling import ProfileSteps
 from lit_transdiff.training.rhythm import Rhythm
 from lit_transdiff.training.trainer import build_trainer
 
 ROOT = Path(__file__).parent.parent
 LATENTS = 2048
+SMALL = [f"model.{name}" for name in ("width=32", "num_heads=2", "encoder_blocks=2", "decoder_blocks=2")]
 METRICS = ("images_per_second", "data_wait_fraction", "peak_memory_gb")
 STARTS = (
     "seconds_to_make",
     "seconds_to_first_step",
-)  # the model and its data; from there to the end of the first step
+)  # the model and its data; of the first step
 
 
 def make_data(root: Path) -> None:
@@ -76,36 +84,49 @@ def run_of(
     return load_run(ROOT / "experiments" / recipe, [*changes, *precision, *more])
 
 
-class FirstStep(pl.Callback):
-    """The time at which the first step has ended on the host."""
+class StandIn:
+    """An objective without a network, which ends when a device of ``rate`` images per second would.
 
-    time: float | None = None
+    As that would, it works on while the host prepares the next batch; the host can be ahead by one step.
+    """
 
-    def on_train_batch_end(self, *arguments: object) -> None:
-        self.time = self.time or time.perf_counter()
+    def __init__(self, model: torch.nn.Module, rate: float) -> None:
+        self.rate, self.parameters, self.free = rate, [*model.parameters()], 0.0
+
+    def __call__(self, moments: Tensor, *more: object) -> tuple[Tensor, Tensor]:
+        now = time.perf_counter()
+        if now < self.free:
+            time.sleep(self.free - now)
+        self.free = max(now, self.free) + len(moments) / self.rate
+        loss = sum(p.flatten()[0] for p in self.parameters) * torch.ones(len(moments))
+        return loss, torch.zeros(len(moments))
 
 
-def measure(run: RunConfig) -> dict[str, list[float]]:
+def measure(run: RunConfig, rate: float | None = None) -> dict[str, list[float]]:
     """Metric -> its value in every logged step but the first, in which workers start; and the times of
-    ``STARTS``.
+    ``STARTS``. With ``rate``, the device is a stand-in that computes so many images per second.
     """
     start = time.perf_counter()
     parts = build(run)
-    open_folder(run)
-    rhythm = Rhythm(run, [LogTraining(run, compute_dtype(run))])
+    if rate is not None:
+        parts.stage.losses = StandIn(parts.stage.model, rate)  # type: ignore[assignment]
+    rank_zero_only(open_folder)(run)
+    steps = run.training.profile_steps
+    profile = [ProfileSteps(steps, run.folder / "profile")] if steps else []
+    rhythm = Rhythm(run, [LogTraining(run, compute_dtype(run)), *profile])
     first, made = FirstStep(), time.perf_counter()
     trainer = build_trainer(
         parts, [*rhythm.callbacks, first], [MetricsCSV(run.folder / "metrics.csv", run.images_per_step)]
     )
     trainer.fit(parts.stage, datamodule=parts.data)
-    assert first.time is not None
+    assert first.seconds is not None
     found: dict[str, list[float]] = {name: [] for name in METRICS}
     with open(run.folder / "metrics.csv", newline="") as file:
         for row in csv.DictReader(file):
             name = row["metric"].removeprefix("throughput/")
             if name in found and int(row["step"]) > 1:
                 found[name].append(float(row["value"]))
-    found |= dict(zip(STARTS, ([made - start], [first.time - made]), strict=True))
+    found |= dict(zip(STARTS, ([made - start], [first.seconds]), strict=True))
     return found
 
 
@@ -116,20 +137,24 @@ def main() -> None:
     parser.add_argument("--recipe", default="imagenet256/ar_base.yaml", help="below experiments/")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=2, help="images of a step, in passes of one")
+    parser.add_argument("--batch", type=int, help="images of a step (default: 2, in passes of one)")
+    parser.add_argument("--rate", type=float, help="images per second of a stand-in for the device")
     args = parser.parse_args()
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch "
         f"{torch.__version__}"
     )
     print("| workers | images/s | data wait fraction (highest) | peak memory, GB |\n|---|---|---|---|")
+    batch = args.batch or (2 if args.rate is None else 256)
+    more = [] if args.rate is None else [*SMALL, f"training.micro_batch_size={batch}"]
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder))
         for workers in args.workers:
-            found = measure(run_of(Path(folder), args.recipe, workers, args.steps, args.batch))
+            run = run_of(Path(folder), args.recipe, workers, args.steps, batch, more)
+            found = measure(run, args.rate)
             speed, wait, memory = (statistics.median(found[name]) for name in METRICS)
             highest = max(found["data_wait_fraction"])
-            print(f"| {workers} | {speed:.4f} | {wait:.2e} ({highest:.2e}) | {memory:.1f} |", flush=True)
+            print(f"| {workers} | {speed:.4g} | {wait:.2e} ({highest:.2e}) | {memory:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

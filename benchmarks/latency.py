@@ -228,7 +228,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     about = {"machine": machine(device), "precision": args.precision, "date": time.strftime("%d %B %Y")}
     say(f"\n{about}\n\n| family | size | images | steps | way | ms | ms an image | first, s | difference | |")
     say("|---" * 10 + "|")
-    for case in plan[: args.cases]:
+    for case in plan[args.after : args.cases]:
         ways = [way for way in case.ways if device.type == "cuda" or way in ("eager", "compiled")]
         ways = [way for way in ways if args.ways is None or way in args.ways]
         if time.monotonic() - start > args.budget:
@@ -262,6 +262,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tables", type=Path, help="print the page of a file of measurements instead")
     parser.add_argument("--cases", type=int, help="only so many rows of the table, from the first")
+    parser.add_argument("--after", type=int, default=0, help="without so many rows at its beginning")
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="only these")
     return parser
 

@@ -19,7 +19,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "lit_transdiff"
-ONEDNN = {"_linear_pointwise", "_reorder_linear_weight"}  # models/linear.py asks whether torch has them
+# models/linear.py and models/cpu_bf16.py ask whether torch has them
+ONEDNN = {"_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported"}
 PROTOCOLS = {"_asdict", "_exit", "_replace", "_repr_html_"}  # documented names of Python and IPython
 
 # What holds the name: a module, or a class after the colon. "in" means that its source sets or reads the name
@@ -50,6 +51,10 @@ PRIVATE = [
     ("torch", "_foreach_lerp_"),
     ("torch", "_foreach_mul_"),
     ("torch", "_foreach_sub_"),
+    ("torch", "_foreach_norm"),
+    ("torch", "_foreach_sub"),
+    ("torch", "_fused_sdp_choice"),
+    ("torch", "_softmax_backward_data"),
     ("torch", "_subclasses"),
     ("torch", "_C"),
     ("torch._C", "_distributed_c10d"),

@@ -27,6 +27,11 @@ HARDLY = 1 << 20  # bytes; a disk with less free space counts as full
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file too large
 
 
+def user_cache(kind: str) -> Path:
+    """Where files of a ``kind`` are kept between the runs of a user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lit-transdiff", kind)
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

@@ -68,6 +68,7 @@ FREE = (
     "training.precision",
     "training.kernels",
     "training.residual_dtype",
+    "training.matmul_precision",
     "training.compile",
     "training.cuda_graphs",
     "training.activation_checkpointing",
@@ -222,17 +223,22 @@ def last_checkpoint(run: RunConfig) -> Checkpoint | None:
 
 
 def open_folder(
-    run: RunConfig, num_processes: int | None = None, places: Mapping[str, str] | None = None
+    run: RunConfig,
+    num_processes: int | None = None,
+    places: Mapping[str, str] | None = None,
+    execution: Mapping[str, Any] | None = None,
 ) -> None:
     """Make the folder and write the resolved configuration and the environment of this start.
 
     ``num_processes`` counts all nodes; by default it is ``WORLD_SIZE``. ``places`` on the Hub have commits.
+    ``execution`` says how this start computes.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     save_yaml(run, run.folder / "config.yaml")
     file, earlier = run.folder / "environment.json", starts(run.folder)
     this = versioned(environment()) | ({"num_processes": num_processes} if num_processes else {})
     this |= {"hub": dict(places)} if places else {}
+    this |= {"execution": dict(execution)} if execution else {}
     this["config_crc32"] = crc32_of(run.folder / "config.yaml")
     replace_file(file, json.dumps([with_seal(start) for start in [*earlier, this]], indent=2).encode())
 

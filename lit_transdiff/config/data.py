@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 from urllib.parse import urlsplit
 
+from lit_transdiff.base.files import user_cache
 from lit_transdiff.config.checks import expand, require
 
 BACKGROUNDS = "white, black, grey, or a colour as '#rrggbb'"
@@ -67,8 +67,7 @@ class DataConfig:
     @property
     def cache_folder(self) -> Path:
         """Where shards from URLs are kept."""
-        general = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(general, "lit-transdiff", "shards") if self.cache_dir is None else Path(self.cache_dir)
+        return user_cache("shards") if self.cache_dir is None else Path(self.cache_dir)
 
     @property
     def crops_at_random(self) -> bool:

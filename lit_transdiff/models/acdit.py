@@ -16,7 +16,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from lit_transdiff.models.adaptive import (
     initialise_adaptive,
     scale_of_time,
 )
-from lit_transdiff.models.layers import MLP, KeysValues, RMSNorm, initialise, modulate
+from lit_transdiff.models.layers import MLP, KeysValues, RMSNorm, attend_to_all, initialise, modulate
 from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
 from lit_transdiff.models.tokens import join_squares, split_squares
 
@@ -67,11 +66,11 @@ class SkipCausalAttention(nn.Module):
         for i, j in pairwise(range(0, x.shape[1] + 1, x.shape[1] // parts)):
             if clean:
                 known = keys[:, :, : before + j], values[:, :, : before + j]
-                of_clean.append(F.scaled_dot_product_attention(q[:clean, :, i:j], *known))
+                of_clean.append(attend_to_all(q[:clean, :, i:j], *known))
             if clean < len(x):
                 own = k[clean:, :, i:j], v[clean:, :, i:j]
                 seen = with_own(past.keys, own[0], before + i), with_own(past.values, own[1], before + i)
-                of_noised.append(F.scaled_dot_product_attention(q[clean:, :, i:j], *seen))
+                of_noised.append(attend_to_all(q[clean:, :, i:j], *seen))
         y = torch.cat([torch.cat(pieces, dim=2) for pieces in (of_clean, of_noised) if pieces])
         return self.proj(rearrange(y, "b h n d -> b n (h d)"))
 

@@ -7,7 +7,9 @@ unchanged, and so are hooks, such as those by which strategies gather weights.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_transdiff.base.files import user_cache
 from lit_transdiff.models.paradigm import Paradigm, build_model
 
 if TYPE_CHECKING:
@@ -57,9 +60,19 @@ def compiled(function: Callable[..., Tensor], devices: Sequence[str]) -> Callabl
     return run
 
 
+def keep_compiled() -> None:
+    """Let torch keep compiled code where later runs find it, unless the environment names a folder."""
+    folder = user_cache("compiled")
+    with suppress(OSError):  # then torch takes a temporary folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
 @lru_cache
 def can_compile(device_type: str) -> bool:
     """Whether torch.compile works on a type of device, tested on a small function; if not, log why."""
+    keep_compiled()
     try:
         torch.compile(torch.nn.functional.gelu)(torch.ones(8, device=device_type))
     except Exception as error:  # compilers and their tools have no common error class

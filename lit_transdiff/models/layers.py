@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lit_transdiff.models.cpu_bf16 import CPUAttention, Dropout, applies
+
 NORM_EPS = 1e-6
 TIME_FEATURES = 256
 
@@ -42,7 +44,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(width, int(width * ratio))
         self.gelu: nn.Module = nn.GELU("tanh" if tanh else "none")
         self.fc2 = nn.Linear(int(width * ratio), width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -75,6 +77,13 @@ class KeysValues:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
 
+def attend_to_all(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Attention of queries [B, h, N, d] to all keys and values [B, h, S, d], by the fastest kernel."""
+    if applies(q):
+        return CPUAttention.apply(q, k, v, dropout)  # type: ignore[no-any-return, no-untyped-call]
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -95,11 +104,7 @@ def attend(
     parts = []
     for start, end in pairwise(accumulate(groups or (number,), initial=0)):
         seen = slice(before + start if isolated else 0, before + end)
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, seen], v[:, :, seen], dropout_p=dropout
-            )
-        )
+        parts.append(attend_to_all(q[:, :, start:end], k[:, :, seen], v[:, :, seen], dropout))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -114,7 +119,7 @@ class SelfAttention(nn.Module):
         self.attention_dropout = attention_dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.dropout = nn.Dropout(projection_dropout)
+        self.dropout = Dropout(projection_dropout)
 
     def forward(
         self, x: Tensor, groups: tuple[int, ...] | None = None, past: KeysValues | None = None
@@ -149,7 +154,7 @@ class CrossAttention(nn.Module):
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
-        self.dropout = nn.Dropout(projection_dropout)
+        self.dropout = Dropout(projection_dropout)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, h, S, d] of ``context`` [B, S, D]."""
@@ -170,7 +175,7 @@ class CrossAttention(nn.Module):
         shares = []
         for rows, (k, v) in zip(self.query(x).chunk(len(keys_values)), keys_values, strict=True):
             q = rearrange(rows, "(m b) n (h d) -> b h (m n) d", b=len(k), h=self.num_heads)
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            y = attend_to_all(q, k, v, dropout)
             shares.append(rearrange(y, "b h (m n) d -> (m b) n (h d)", n=x.shape[1]))
         return shares[0] if len(shares) == 1 else torch.cat(shares)
 

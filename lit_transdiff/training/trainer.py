@@ -58,6 +58,7 @@ from lit_transdiff.training.callbacks import (
     StopOnNonFinite,
 )
 from lit_transdiff.training.checkpointing import Checkpoints, TryAgain, agreed_checkpoint, what_changes
+from lit_transdiff.training.execution import FirstStep, execution_of, matmul_precision
 from lit_transdiff.training.guard import GuardSteps, RollBack
 from lit_transdiff.training.mirroring import mirrored
 from lit_transdiff.training.online_evaluation import OnlineEvaluation
@@ -85,7 +86,7 @@ def build_callbacks(
     rhythm = Rhythm(run, step_callbacks(parts, start, tracker), request)
     named = [CALLBACKS[name](run) for name in run.training.callbacks]
     bar = [] if any(isinstance(callback, ProgressBar) for callback in own) else [Progress(run.name)]
-    return [*rhythm.callbacks, *bar, SaveOrigin(run, export_info(parts)), *own, *named]
+    return [*rhythm.callbacks, *bar, FirstStep(), SaveOrigin(run, export_info(parts)), *own, *named]
 
 
 def step_callbacks(parts: Parts, start: int, tracker: WandbRun | None) -> list[StepCallback]:
@@ -226,7 +227,8 @@ def fit(
     start = checkpoint.step if checkpoint else 0
     if checkpoint is not None:
         rank_zero_only(check_checkpoint)(run, checkpoint)
-    rank_zero_only(open_folder)(run, world_size(run), parts.places)
+    execution = execution_of(run, parts.stage)
+    rank_zero_only(open_folder)(run, world_size(run), parts.places, execution)
     if checkpoint is not None and start >= run.training.max_steps:
         if start > (planned := run.training.max_steps):
             say(f"{run.name}: already trained to step {start}, beyond training.max_steps, {planned}")
@@ -242,7 +244,8 @@ def fit(
             dropped = logger.drop_after(checkpoint.step if checkpoint else -1)
             if dropped and checkpoint is not None and (tracker := wandb_of(loggers)) is not None:
                 tracker.rewind_to = checkpoint.step
-    trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint.folder if checkpoint else None)
+    with matmul_precision(run.training.matmul_precision):
+        trainer.fit(parts.stage, datamodule=parts.data, ckpt_path=checkpoint.folder if checkpoint else None)
     step, planned = trainer.global_step, run.training.max_steps
     if step != planned and not trainer.should_stop:
         raise RuntimeError(f"training ended at step {step} of {planned}.")

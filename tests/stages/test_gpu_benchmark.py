@@ -1,5 +1,7 @@
 """The benchmark of training on a GPU, at sizes for a CPU."""
 
+import gzip
+import json
 import time
 from pathlib import Path
 
@@ -7,6 +9,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from benchmarks.on_gpu.several import communication
+from benchmarks.on_gpu.steps import kind_of
 
 
 def bench_of(tmp_path: Path, seconds: float = 60) -> gpu.Bench:
@@ -33,7 +37,7 @@ def test_steps(tmp_path: Path):
     ],
 )
 def test_kernels_have_kinds(kernel: str, kind: str):
-    assert gpu.kind_of(kernel) == kind
+    assert kind_of(kernel) == kind
 
 
 def hang(bench: gpu.Bench) -> None:
@@ -53,5 +57,20 @@ def test_a_part_that_hangs_or_fails_leaves_the_others_alone(tmp_path: Path, monk
     bench.end = time.perf_counter() + 1
     gpu.run(bench, ["mrar"], here=False)
     text = (tmp_path / "gpu.md").read_text()
-    for line in ("step: stopped after", "loop: failed with 1", "large: done", "mrar: left out, 1 s left"):
+    for line in ("step: stopped after", "loop: failed with 1", "large: done", "mrar: left out, "):
         assert line in text
+
+
+@pytest.mark.parametrize(("kinds", "ms"), [(("kernel", "user_annotation"), 3.0), (("cpu_op", "cpu_op"), 5.0)])
+def test_communication_is_that_of_the_device_if_there_is_one(
+    tmp_path: Path, kinds: tuple[str, str], ms: float
+):
+    events = [
+        {"name": "ncclDevKernel_AllReduce", "cat": kinds[0], "dur": 3000},
+        {"name": "nccl:all_reduce", "cat": kinds[1], "dur": 2000},
+        {"name": "gemm", "cat": "kernel", "dur": 7000},
+        {"name": "nccl", "ph": "M"},
+    ]
+    with gzip.open(tmp_path / "trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    assert communication(tmp_path / "trace.json.gz") == ms
