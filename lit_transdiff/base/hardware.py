@@ -21,10 +21,11 @@ MEASURE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: memory in bytes, dense bfloat16 FLOP/s, and link bandwidths in bytes per second."""
+    """A GPU: memory in bytes, dense bfloat16 FLOP/s, and bandwidths in bytes per second."""
 
     memory: float
     flops: float
+    bandwidth: float  # of the memory
     link: float  # between GPUs of a node, per GPU and direction
     network: float  # between nodes of eight GPUs, per node and direction
     name: str  # part of the driver's name for it
@@ -36,15 +37,15 @@ class Device:
 
 # From data sheets. Network cards of a node: 8 x 400 Gb/s (H100 and later), 8 x 200 Gb/s (A100), else 1 x 100.
 DEVICES: dict[str, Device] = {
-    "b200": Device(180 * GB, 2250e12, 900 * GB, 400 * GB, "B200"),
-    "h200": Device(141 * GB, 989e12, 450 * GB, 400 * GB, "H200"),
-    "h100": Device(80 * GB, 989e12, 450 * GB, 400 * GB, "H100"),
+    "b200": Device(180 * GB, 2250e12, 8000 * GB, 900 * GB, 400 * GB, "B200"),
+    "h200": Device(141 * GB, 989e12, 4800 * GB, 450 * GB, 400 * GB, "H200"),
+    "h100": Device(80 * GB, 989e12, 3350 * GB, 450 * GB, 400 * GB, "H100"),
     # link: PCIe 5; NVLink joins two of them only
-    "h100-pcie": Device(80 * GB, 756e12, 64 * GB, 400 * GB, "H100 PCIe"),
-    "a100-80gb": Device(80 * GB, 312e12, 300 * GB, 200 * GB, "A100"),
-    "a100-40gb": Device(40 * GB, 312e12, 300 * GB, 200 * GB, "A100"),
-    "l40s": Device(48 * GB, 362e12, 32 * GB, 12.5 * GB, "L40S"),
-    "rtx4090": Device(24 * GB, 165e12, 32 * GB, 12.5 * GB, "RTX 4090"),
+    "h100-pcie": Device(80 * GB, 756e12, 2000 * GB, 64 * GB, 400 * GB, "H100 PCIe"),
+    "a100-80gb": Device(80 * GB, 312e12, 2039 * GB, 300 * GB, 200 * GB, "A100"),
+    "a100-40gb": Device(40 * GB, 312e12, 1555 * GB, 300 * GB, 200 * GB, "A100"),
+    "l40s": Device(48 * GB, 362e12, 864 * GB, 32 * GB, 12.5 * GB, "L40S"),
+    "rtx4090": Device(24 * GB, 165e12, 1008 * GB, 32 * GB, 12.5 * GB, "RTX 4090"),
 }
 
 

@@ -231,19 +231,6 @@ class Averages(ABC):
         self.refresh()
 
     @torch.no_grad()
-    def average_distance(self) -> Tensor:
-        """[2]: squared distance of weights and averages, and squared norm of the weights, of this rank."""
-        sums = torch.zeros(2, device=self.stage.device)
-        for holder in self.holders():
-            average = self.optimizer.state.get(holder.tensor, {}).get(EMA)
-            weights = flat(holder.tensor).float()
-            if holder.owned and average is not None:
-                sums += torch.stack([(weights - flat(average)).square().sum(), weights.square().sum()]).to(
-                    sums
-                )
-        return sums
-
-    @torch.no_grad()
     def averaged_state(self) -> dict[str, Tensor]:
         """The stage's state dict with averages as weights, unsharded float32. All ranks must call this."""
         state = {name: value.detach().clone() for name, value in self.buffers().items()}

@@ -116,12 +116,26 @@ def count_moments(run: RunConfig) -> int:
     return sum(value.numel() for name, value in kept if name not in optimizer.decays and name != "step")
 
 
-def pass_cost(run: RunConfig, bf16: bool) -> PassCost:
+@dataclass(frozen=True)
+class Counts:
+    """``count_passes`` with one block per stack, and what one more block in each stack adds."""
+
+    base: Tensor
+    more: dict[str, Tensor]
+
+
+def counts_of(run: RunConfig, bf16: bool) -> Counts:
     """Measure passes of one and two rows with one and two blocks per stack; all costs are linear in both."""
+    ones = dict.fromkeys(stacks_of(run.model), 1)
+    base = count_passes(run, ones, bf16)
+    return Counts(base, {name: count_passes(run, ones | {name: 2}, bf16) - base for name in ones})
+
+
+def pass_cost(run: RunConfig, bf16: bool, counts: Counts | None = None) -> PassCost:
+    """The cost of a pass of the run, from its ``counts``, which do not depend on what is recomputed."""
     stacks, training = stacks_of(run.model), run.training
-    base = count_passes(run, dict.fromkeys(stacks, 1), bf16)  # rows of the batch x counts
-    # The increments for one more block in each stack.
-    more = {name: count_passes(run, dict.fromkeys(stacks, 1) | {name: 2}, bf16) - base for name in stacks}
+    counts = counts or counts_of(run, bf16)
+    base, more = counts.base, counts.more
     cost = row_cost(run.model, run.flow.num_noise_draws, STAGES[run.stage].head_alone)
     kept, again = base[:, 0] + sum((stacks[name] - 1) * more[name][:, 0] for name in stacks), 0.0
     blocks: list[tuple[float, float]] = []  # bytes per row kept by a block and made in its backward pass

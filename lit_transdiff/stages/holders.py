@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_transdiff.checkpoints.averages import Averages, Holder, Piece
+from lit_transdiff.checkpoints.averages import EMA, Averages, Holder, Piece, flat
 from lit_transdiff.config import require
 from lit_transdiff.models.execution import shard_blocks
 from lit_transdiff.models.paradigm import Paradigm
+
+TENSORS_AT_ONCE = 64  # whose differences are in memory together
 
 
 def shard_piece(name: str, p: DTensor, rank: int, world: int) -> Piece:
@@ -62,6 +64,22 @@ class Holders(Averages):
     @property
     def optimizer(self) -> Optimizer:
         return cast(Optimizer, getattr(self.optimizers[0], "optimizer", self.optimizers[0]))
+
+    @torch.no_grad()
+    def average_distance(self) -> Tensor:
+        """[2]: squared distance of weights and averages, and squared norm of the weights, of this rank."""
+        sums, states = torch.zeros(2, device=self.stage.device), self.optimizer.state
+        averaged = [
+            (flat(holder.tensor).float(), flat(states[holder.tensor][EMA]))
+            for holder in self.holders()
+            if holder.owned and EMA in states.get(holder.tensor, {})
+        ]
+        for first in range(0, len(averaged), TENSORS_AT_ONCE):
+            weights, averages = zip(*averaged[first : first + TENSORS_AT_ONCE], strict=True)
+            apart = torch._foreach_sub(weights, averages)
+            norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (apart, weights)]
+            sums += torch.stack(norms).square().sum(1).to(sums)
+        return sums
 
     def gradient_norm(self) -> Tensor | None:
         """The norm of all gradients together, before clipping and the step."""

@@ -1,6 +1,7 @@
 """The plan's numbers against what PyTorch really allocates and computes on the CPU."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.allocations import Allocations
+from lit_transdiff.base.hardware import DEVICES
 from lit_transdiff.config import ModelConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.distributed.strategies import STRATEGIES
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.flops import row_cost
-from lit_transdiff.planning.memory import Standard, model_cost, pass_cost
-from lit_transdiff.planning.planner import communication, memory_of, plan
+from lit_transdiff.planning.advice import Choice, choices
+from lit_transdiff.planning.memory import Standard, counts_of, model_cost, pass_cost
+from lit_transdiff.planning.planner import plan
+from lit_transdiff.planning.rows import OVERHEAD, USABLE, communication, memory_of
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.optim import build_optimizer
 from tests.helpers.kinds import KINDS, kind_run
@@ -96,12 +100,40 @@ def test_shares_of_the_strategies(tmp_path: Path):
     assert communication("ddp", 2, 1, model) == whole  # half of the gradients there, half of them back
 
 
+def test_the_fastest_step_has_the_fewest_operations_that_fit(tmp_path: Path):
+    """Recomputation only where nothing else fits, or where each pass costs more than its operations."""
+    run = kind_run(tmp_path, "one-step")
+    size, model, counts = run.training.global_batch_size, model_cost(run), counts_of(run, False)
+
+    def bytes_of(recomputed: str, rows: int) -> float:
+        again = replace(run, training=replace(run.training, activation_checkpointing=recomputed))
+        cost = pass_cost(again, False, counts)
+        return memory_of(again, "single", 1, rows, model, cost, images=False).total
+
+    def fastest(memory: float, **rates: float) -> Choice:
+        device = replace(DEVICES["h100"], memory=(memory + OVERHEAD) / USABLE * 1.0001, **rates)
+        found = choices(run, 1, device, 0.4, model, counts, images=False)
+        return min(found, key=lambda choice: choice.seconds)
+
+    best = fastest(1e12)
+    assert (best.recomputed, best.row.rows, best.passes) == ("none", size, 1)
+    assert "nothing recomputed" in str(best)
+    assert fastest(bytes_of("all", 1)).recomputed == "all" and bytes_of("all", 1) < bytes_of("none", 1)
+    enough = bytes_of("all", size)
+    assert enough < bytes_of("none", size)
+    best = fastest(enough, bandwidth=1e18)
+    assert best.recomputed == "none" and best.row.rows < size
+    best = fastest(enough, bandwidth=1e3)
+    assert best.recomputed != "none" and best.row.rows == size
+
+
 def test_a_plan_says_what_fits_and_what_does_not():
     from lit_transdiff.config.loading import load_run
 
     recipe = ROOT / "experiments/imagenet256/mrar_huge.yaml"
     text = plan(load_run(recipe), 64, "a100-40gb", 0.35)
     assert "1,328,033,296" in text and "does not fit" in text and "GPU-hours" in text
+    assert "\nfastest        " in text
     text = plan(load_run(recipe), 64, "h200", 0.35)
     assert "zero3, fsdp refuse training.precision=bf16-true" in text  # as the run would
     weights = {
