@@ -19,7 +19,7 @@ from lit_transdiff.stages import STAGES
 
 # of each weight in each pass: read and rounded to bfloat16; the gradient rounded up and added to its sum
 PASS_BYTES = 4 + 2 + 2 + 3 * 4
-HIDDEN = 0.6  # the share of the compute time behind which a GPU sends
+HIDDEN_SHARE = 0.6  # the share of the compute time behind which a GPU sends
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def seconds_of_step(
     passes = passes_of(run, gpus, row)
     fixed = passes * PASS_BYTES * model.trained / device.bandwidth
     sent = row.sent / device.collective_rate(gpus)
-    return compute + fixed + max(0.0, sent - HIDDEN * compute)
+    return compute + fixed + max(0.0, sent - HIDDEN_SHARE * compute)
 
 
 def passes_of(run: RunConfig, gpus: int, row: PlanRow) -> int:

@@ -14,7 +14,7 @@ from lit_transdiff.data.index import read_index
 from lit_transdiff.distributed.strategies import EVERYWHERE, STRATEGIES, whole_strategies
 from lit_transdiff.models.autoencoder import autoencoder_kind
 from lit_transdiff.models.sizes import FLOAT_BYTES
-from lit_transdiff.planning.advice import advice
+from lit_transdiff.planning.advice import HIDDEN_SHARE, advice
 from lit_transdiff.planning.memory import ModelCost, PassCost, counts_of, model_cost, pass_cost
 from lit_transdiff.planning.rows import OVERHEAD, USABLE, PlanRow, communication, plan_rows
 from lit_transdiff.stages import STAGES
@@ -110,16 +110,18 @@ def describe_time(
     images = training.global_batch_size * run.model.num_references / seconds
     hours = seconds * training.max_steps / 3600
     sent = communication("ddp" if gpus > 1 else "single", gpus, 1, model) / device.collective_rate(gpus)
+    fate = (
+        "hidden behind the backward pass"
+        if sent < HIDDEN_SHARE * seconds
+        else "MORE than the backward pass hides"
+    )
     return [
         f"{gpus} x {gpu} at {mfu:.0%} of {device.flops / 1e12:,.0f} TFLOP/s: {seconds:.3f} s per step, "
         f"{images:,.0f} images/s",
         f"{training.max_steps:,} steps: {hours:,.1f} hours, {hours * gpus:,.0f} GPU-hours (without "
         "validation, grids and saves)",
         f"network        {device.collective_rate(gpus) / GB:g} GB/s: gradients of ddp take {sent:.3f} s a "
-        "step, "
-        + (
-            "hidden behind the backward pass" if sent < 0.6 * seconds else "MORE than the backward pass hides"
-        ),
+        f"step, {fate}",
     ]
 
 

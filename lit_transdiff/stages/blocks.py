@@ -10,7 +10,7 @@ from lit_transdiff.models.kernel_blocks import has_kernels, use_kernels
 from lit_transdiff.models.paradigm import Paradigm
 
 
-def takes_kernels(run: RunConfig) -> bool:
+def wants_kernels(run: RunConfig) -> bool:
     """Whether blocks use the kernels that they have, where these apply."""
     gathers = run.distributed.strategy == "zero3"  # layer by layer, which the kernels do not know
     return run.training.kernels is True or (run.training.kernels == "auto" and not gathers)
@@ -18,7 +18,7 @@ def takes_kernels(run: RunConfig) -> bool:
 
 def arrange_blocks(model: Paradigm, run: RunConfig) -> None:
     """Let the blocks of a model run as the settings of training say."""
-    training, stacks, kernels = run.training, model.block_lists(), takes_kernels(run)
+    training, stacks, kernels = run.training, model.block_lists(), wants_kernels(run)
     blocks = [block for stack in stacks.values() for block in stack]
     if training.compile is True:
         compile_blocks(blocks)

@@ -19,7 +19,7 @@ from lit_transdiff.distributed.world import accelerator_and_devices
 from lit_transdiff.models.cpu_bf16 import multiplies_bfloat16
 from lit_transdiff.models.kernel_blocks import has_kernels
 from lit_transdiff.stages.base import TransDiffStage
-from lit_transdiff.stages.blocks import takes_kernels
+from lit_transdiff.stages.blocks import wants_kernels
 
 
 def execution_of(run: RunConfig, stage: nn.Module) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def execution_of(run: RunConfig, stage: nn.Module) -> dict[str, Any]:
     training, dtype = run.training, compute_dtype(run)
     on_gpu = accelerator_and_devices(run)[0] == "gpu"
     device = torch.device("cuda" if on_gpu else "cpu")
-    kernels = on_gpu and dtype != torch.float32 and takes_kernels(run)
+    kernels = on_gpu and dtype != torch.float32 and wants_kernels(run)
     compiles = training.compile is True or (training.compile == "auto" and on_gpu)
     blocks = blocks_of(stage)
     ours = {module for block in blocks if kernels and has_kernels(block) for module in block.modules()}
