@@ -13,10 +13,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Tests run in two processes of one thread each; WORKERS=0 runs them in one. Slow ones wait so often that three keep two
-# cores busy.
+# cores busy. A process takes a file at a time, in the order of tests/conftest.py.
 WORKERS ?= 2
 SLOW_WORKERS ?= 3
-PYTEST := $(BIN)/python -m pytest --dist loadfile
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 OTHER_CPU ?= ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2
 
@@ -65,7 +65,7 @@ test-lowest test-newest: test-%:
 	$(PYTHON) -m venv .venv-$*
 	{ [ $* = newest ] || $(LOWEST); } > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet --upgrade --editable ".[dev]" --constraint .venv-$*/constraints.txt
-	.venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	.venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # uv keeps the versions of the file that it is given where a Python allows them, and finds others for that Python.
 constraints:

@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path, capsys, folder: str,
 @pytest.mark.slow
 def test_everything_in_it_works(tmp_path: Path):
     folder = tmp_path / "my_ideas"
-    start(tmp_path, "lit_transdiff", "init", str(folder))
+    assert main(["init", str(folder)]) == 0
     assert "3 passed" in start(folder, "pytest", "-q")
     start(folder, "lit_transdiff", "train", "recipe.yaml", "training.max_steps=4", "optimizer.warmup_steps=1")
     start(folder, "lit_transdiff", "sweep", "sweep.yaml")

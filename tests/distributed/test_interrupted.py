@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,17 +32,16 @@ from tests.helpers.small import small_run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_asks_for_a_requeue(tmp_path: Path, number: signal.Signals):
-    """Like Ctrl-C or SLURM's ``--signal``: the process gets the signal, saves out of schedule, and sets its
-    exit code.
+def test_a_signal_saves_and_asks_for_a_requeue(tmp_path: Path):
+    """Like SLURM's ``--signal``: the process gets the signal, saves out of schedule, and sets its exit
+    code.
     """
     run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
-    process = background([sys.executable, *TRAIN, file], tmp_path / "log")
+    process, number = forked(1, PROGRAM, "train", file, log=tmp_path / "log"), signal.SIGUSR1
     until(steps_logged(run), process)
     process.send_signal(number)
     asked = time.monotonic()
-    assert process.wait(60) == code_of(number)
+    assert process.wait(60) == code_of(number) == EXIT_REQUEUE
     assert time.monotonic() - asked < 20
     (checkpoint,) = complete_checkpoints(run.folder / "checkpoints")
     text = (tmp_path / "log").read_text()
@@ -56,7 +54,7 @@ def test_a_signal_saves_and_asks_for_a_requeue(tmp_path: Path, number: signal.Si
 def test_one_signalled_rank_of_two_stops_both(tmp_path: Path):
     """Lightning's own handling hangs here; both ranks save together and end with 75."""
     run, file = run_in(tmp_path, "run", checkpoint_every=10_000)
-    process = background(command_line(2, *TRAIN, file), tmp_path / "log")
+    process = forked(2, PROGRAM, "train", file, log=tmp_path / "log")
     until(steps_logged(run), process)
     os.kill(children(process.pid)[-1], signal.SIGTERM)
     assert process.wait(60) != 0
@@ -95,8 +93,9 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], RunCo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "processes"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2)]
+)
 def test_a_signal_to_all_processes_of_a_run_leaves_no_trace(
     tmp_path: Path, untouched: Callable[[int], RunConfig], number: signal.Signals, processes: int
 ):

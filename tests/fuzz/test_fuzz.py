@@ -21,7 +21,7 @@ from tests.helpers.fuzz.grammar import KINDS, draw_attempt
 from tests.helpers.fuzz.world import picture_of
 
 STATUSES = (0, 1, 2, 75, 76, 130)
-FAST = range(100)
+FAST = range(50)
 SEED, COUNT = int(os.environ.get("FUZZ_SEED", 10_000)), int(os.environ.get("FUZZ_COUNT", 500))
 
 

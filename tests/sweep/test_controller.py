@@ -357,9 +357,7 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_sweep_that_is_asked_to_stop_leaves_no_trial_behind(tmp_path: Path, number: signal.Signals) -> None:
     file, place = (
         write_sweep(tmp_path, parameters={"x": {"values": [3, 1, 2]}, "pace": {"value": 0.2}}),
