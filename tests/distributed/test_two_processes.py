@@ -42,7 +42,7 @@ def test_two_processes_run_a_pipeline_to_its_comparison(tmp_path: Path):
         "tracking.wandb=false",
     ]
     pipeline = str(ROOT / "experiments/fashion/pipeline.yaml")
-    run_forked(2, PROGRAM, "run", pipeline, f"output_dir={tmp_path}", *little)
+    run_forked(2, PROGRAM, "run", pipeline, f"output_dir={tmp_path}", *little, timeout=900)
     with open(tmp_path / "comparison.csv", newline="") as file:
         assert {row["run"] for row in csv.DictReader(file)} == {
             "ar_pretrain",
