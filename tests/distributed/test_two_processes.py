@@ -1,4 +1,4 @@
-"""Whole commands in several processes over gloo, through torchrun; training itself is in
+"""Whole commands in several processes over gloo, started by torchrun; training itself is in
 ``test_strategies``.
 """
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.forks import PROGRAM, run_forked
+from tests.helpers import forks
+from tests.helpers.forks import run_forked
+from tests.helpers.processes import PROGRAM, start
 from tests.helpers.small import ROOT
 
 
@@ -16,8 +18,9 @@ from tests.helpers.small import ROOT
 def test_several_processes_cache_as_one(tmp_path: Path):
     recipe, images = ROOT / "experiments/fashion/ar_pretrain.yaml", ROOT / "data/fashion/evaluation"
     for processes in (1, 2, 5):  # five: one more than there are shards
-        output = str(tmp_path / f"on-{processes}")
-        run_forked(processes, PROGRAM, "cache", str(recipe), str(images), output)
+        run_forked(
+            processes, forks.PROGRAM, "cache", str(recipe), str(images), str(tmp_path / f"on-{processes}")
+        )
     names = sorted(p.name for p in (tmp_path / "on-1").glob("*.tar"))
     assert len(names) == 4
     for other in ("on-2", "on-5"):
@@ -41,8 +44,9 @@ def test_two_processes_run_a_pipeline_to_its_comparison(tmp_path: Path):
         "training.num_validation_samples=16",
         "tracking.wandb=false",
     ]
-    pipeline = str(ROOT / "experiments/fashion/pipeline.yaml")
-    run_forked(2, PROGRAM, "run", pipeline, f"output_dir={tmp_path}", *little, timeout=900)
+    start(
+        2, *PROGRAM, "run", str(ROOT / "experiments/fashion/pipeline.yaml"), f"output_dir={tmp_path}", *little
+    )
     with open(tmp_path / "comparison.csv", newline="") as file:
         assert {row["run"] for row in csv.DictReader(file)} == {
             "ar_pretrain",
