@@ -18,7 +18,7 @@ from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.flops import row_cost
 from lit_transdiff.planning.advice import Choice, choices
 from lit_transdiff.planning.memory import Standard, counts_of, model_cost, pass_cost
-from lit_transdiff.planning.planner import plan
+from lit_transdiff.planning.planner import about_kernels, plan
 from lit_transdiff.planning.rows import OVERHEAD, USABLE, communication, memory_of
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.optim import build_optimizer
@@ -133,7 +133,8 @@ def test_a_plan_says_what_fits_and_what_does_not():
     recipe = ROOT / "experiments/imagenet256/mrar_huge.yaml"
     text = plan(load_run(recipe), 64, "a100-40gb", 0.35)
     assert "1,328,033,296" in text and "does not fit" in text and "GPU-hours" in text
-    assert "\nfastest        " in text
+    assert "\nfastest        " in text and "without Triton kernels" in text
+    assert not about_kernels(load_run(recipe, ["training.kernels=false"]), bf16=True)
     text = plan(load_run(recipe), 64, "h200", 0.35)
     assert "zero3, fsdp refuse training.precision=bf16-true" in text  # as the run would
     weights = {
