@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lit_transdiff.config import DataConfig, is_stream, require, require_classes
 from lit_transdiff.data.dataset import Batch, PlannedDataset, loader_options
 from lit_transdiff.data.index import ShardIndex, read_index
-from lit_transdiff.data.loaders import PlanSampler, RowsInOrder, TrainLoader
+from lit_transdiff.data.loaders import AUGMENTATION, PlanSampler, RowsInOrder, TrainLoader
 from lit_transdiff.data.order import BatchLayout, TrainPlan, evaluation_batches
 from lit_transdiff.data.references import check_class_sizes, num_groups, read_groups, without_small_classes
 from lit_transdiff.data.remote_shards import CachedReader, ShardsAhead
@@ -157,6 +157,7 @@ class DataModule(pl.LightningDataModule):
             "shuffle_block": self.data.shuffle_block,
             "number of samples": len(index),
         }
+        identity |= AUGMENTATION if self.data.horizontal_flip or self.data.crops_at_random else {}
         total = self.num_steps() * layout.accumulation
         if is_stream(self.data.train):
             stream = StreamDataset(index, self.data, self.seed, layout, total, self.num_references)

@@ -94,19 +94,23 @@ class SampleDecoder:
             require(not data.crops_at_random, "data.crop", data.crop, allowed)
         self.index, self.data, self.seed, self.training = index, data, seed, training
 
+    def flips(self, epoch: int, samples: Any) -> Any:
+        """Whether each of ``samples``, a number or an array, is mirrored in an epoch."""
+        if not (self.training and self.data.horizontal_flip):
+            return np.zeros_like(samples, bool)
+        return coin_flips(self.seed, epoch, len(self.index))[samples]
+
     def __call__(self, content: bytes, sample: int, epoch: int) -> Tensor:
         """Decode ``content``; raises ``ValueError`` with shard and key if that fails."""
-        rng = generator(self.seed, epoch, sample) if self.training else None
-        flip = rng is not None and self.data.horizontal_flip and bool(rng.integers(2))
+        data, flip = self.data, bool(self.flips(epoch, sample))
         try:
             if self.index.latents is not None:
                 return decode_latents(content, self.index.latents, flip)
-            crop = "center" if self.data.crops_at_random and not self.training else self.data.crop
-            image = open_image(content, self.data.exif, self.data.background).image
-            image = image.convert("L" if self.data.image_channels == 1 else "RGB")  # before resizing
-            image = crop_to_square(
-                image, self.data.image_size, crop, None if rng is None else drawing_from(rng)
-            )
+            image = open_image(content, data.exif, data.background).image
+            image = image.convert("L" if data.image_channels == 1 else "RGB")  # before resizing
+            at_random = self.training and data.crops_at_random
+            draw = drawing_from(generator(self.seed, epoch, sample)) if at_random else None
+            image = crop_to_square(image, data.image_size, data.crop, draw)
         except ValueError as error:
             raise ValueError(f"{self.index.name_of(sample)}: {error}") from error
         values = image_tensor(image)
@@ -149,12 +153,12 @@ class PlannedDataset(Dataset):
         """The samples and values of latents, read directly into the batch, shard by shard."""
         info = self.index.latents
         assert info is not None
-        samples = rows.samples.reshape(-1)
         length = info.sample_bytes // info.flips
-        first = np.zeros(len(samples), np.int64)
-        if self.decode.training and self.decode.data.horizontal_flip:
-            epochs = np.repeat(rows.epochs, rows.samples.shape[1])
-            first = coin_flips(self.decode.seed, epochs, samples) * np.int64(length)
+        flips = np.empty(rows.samples.shape, bool)
+        for epoch in np.unique(rows.epochs):
+            of_epoch = rows.epochs == epoch
+            flips[of_epoch] = self.decode.flips(int(epoch), rows.samples[of_epoch])
+        samples, first = rows.samples.reshape(-1), flips.reshape(-1) * np.int64(length)
         content = np.empty((len(samples), length), np.uint8)
         try:
             self.reader.read_parts(samples, first, content)

@@ -142,8 +142,8 @@ def crop_to_square(
 
     ``center`` crops the middle; ``random`` resizes the short side to between 1 and 1/0.8 of ``size`` and
     crops at a random place; ``random-square`` crops the largest square at a random place and resizes it
-    (TransDiff's crop for training on images); ``none`` only resizes and raises ``ValueError`` for an image
-    that is not square.
+    (TransDiff's crop for training on images); without ``draw`` both are ``center``. ``none`` only resizes and
+    raises ``ValueError`` for an image that is not square.
     """
     width, height = image.size
     if crop == "none" and width != height:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
@@ -11,6 +12,10 @@ from lit_transdiff.config import require
 from lit_transdiff.data.order import BatchLayout, Rows, TrainPlan
 from lit_transdiff.data.remote_shards import ShardsAhead
 from lit_transdiff.data.stream import StreamDataset
+
+# The version of the rule by which images are mirrored and cropped; the states of the first one lack it.
+AUGMENTATION = {"rule of augmentation": 2}
+log = logging.getLogger(__name__)
 
 
 class RowsInOrder(SequentialSampler, DistributedSampler):
@@ -75,3 +80,8 @@ class TrainLoader(DataLoader):
         for name, value in state.items():
             fits = self.identity.get(name) == value
             require(fits, f"resuming with another {name}", self.identity.get(name), f"{value}, as before")
+        if self.identity.keys() & AUGMENTATION.keys() - state.keys():
+            log.warning(
+                "this run began with an earlier version, which mirrored and cropped other images at random; "
+                "from here on it follows the rule of this version"
+            )

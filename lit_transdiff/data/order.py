@@ -17,6 +17,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
+from lit_transdiff.base.randomness import mix
 from lit_transdiff.config import require, some
 from lit_transdiff.data.index import ShardIndex
 from lit_transdiff.data.references import (
@@ -28,8 +29,6 @@ from lit_transdiff.data.references import (
 
 log = logging.getLogger(__name__)
 MASK = 2**64 - 1
-PHILOX_MULTIPLIERS = np.array([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], np.uint64)
-PHILOX_WEYL = np.array([[0x9E3779B97F4A7C15], [0xBB67AE8584CAA73B]], np.uint64)
 
 
 class Rows(NamedTuple):
@@ -67,34 +66,15 @@ class BatchLayout:
 
 
 def generator(seed: int, epoch: int, sample: int = -1) -> np.random.Generator:
-    """The random generator of an epoch's order, or of one sample's augmentation; all are independent."""
+    """The random generator of an epoch's order, or of one sample's crop; all are independent."""
     key, counter = np.array([seed & MASK, epoch], np.uint64), np.array([0, 0, 0, sample + 1], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def coin_flips(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """[n] bool: ``generator(seed, epoch, sample).integers(2)`` for many samples at once.
-
-    This is the top bit of the generator's first 32 bits: of Philox 4x64 with 10 rounds (Salmon et al., 2011),
-    whose counter is incremented before the first output.
-    """
-    even, odd, keys = np.zeros((3, 2, len(samples)), np.uint64)  # the counter's words 0 and 2, then 1 and 3
-    even[0], odd[1] = 1, samples + 1
-    keys[0], keys[1] = seed & MASK, epochs
-    for _ in range(10):
-        high, low = wide_product(PHILOX_MULTIPLIERS, even)
-        even, odd = high[::-1] ^ odd ^ keys, low[::-1]
-        keys += PHILOX_WEYL
-    return (even[0] >> np.uint64(31)) & np.uint64(1) == 1
-
-
-def wide_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The high and the low 64 bits of a x b, from products of 32-bit halves."""
-    half, low_half = np.uint64(32), np.uint64(2**32 - 1)
-    a0, a1, b0, b1 = a & low_half, a >> half, b & low_half, b >> half
-    middle = a1 * b0 + (a0 * b0 >> half)
-    other = a0 * b1 + (middle & low_half)
-    return a1 * b1 + (middle >> half) + (other >> half), a * b
+@lru_cache(maxsize=2)
+def coin_flips(seed: int, epoch: int, count: int) -> np.ndarray:
+    """[count] bool: one coin flip for each sample of an epoch."""
+    return np.random.default_rng(mix("flips", seed, epoch)).integers(2, size=count, dtype=bool)
 
 
 def epoch_order(starts: np.ndarray, seed: int, epoch: int, block: int) -> np.ndarray:

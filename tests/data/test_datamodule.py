@@ -71,6 +71,19 @@ def test_resuming_with_another_batch_is_refused(shards, tmp_path):
         fit(module_for(shards), tmp_path / "other", 7)
 
 
+def test_a_run_of_an_earlier_version_is_told_of_the_new_rule_of_augmentation(shards, caplog):
+    loader = module_for(shards).train_dataloader()
+    state = loader.state_dict()
+    loader.load_state_dict(state)
+    assert not caplog.records
+    del state["rule of augmentation"]
+    loader.load_state_dict(state)
+    assert "mirrored and cropped other images" in caplog.text
+    caplog.clear()
+    module_for(shards, horizontal_flip=False).train_dataloader().load_state_dict(state)
+    assert not caplog.records
+
+
 def test_batches_and_names(shards):
     module = module_for(shards, num_references=3)
     batch = next(iter(module.train_dataloader()))

@@ -25,15 +25,12 @@ def global_batches(plan, global_batch, world, micro_batch, steps):
     return batches
 
 
-def test_coin_flips_are_those_of_the_generator():
-    rng = np.random.default_rng(0)
-    for seed in (0, 1, -5, 2**63 + 3):
-        epochs, samples = rng.integers(0, 1000, 300), rng.integers(0, 2_000_000, 300)
-        expected = [
-            bool(generator(seed, e, s).integers(2))
-            for e, s in zip(epochs.tolist(), samples.tolist(), strict=True)
-        ]
-        assert coin_flips(seed, epochs, samples).tolist() == expected
+def test_coin_flips_are_fair_and_independent_of_each_other_and_of_other_epochs_and_seeds():
+    first, *others = (coin_flips(seed, epoch, 10_000) for seed, epoch in ((0, 0), (0, 1), (1, 0), (-1, 0)))
+    assert np.array_equal(first, coin_flips.__wrapped__(0, 0, 10_000))
+    for other in others:
+        assert abs(first.mean() - 0.5) < 0.025 and abs((first == other).mean() - 0.5) < 0.025  # 5 sigma
+    assert abs((first[1:] == first[:-1]).mean() - 0.5) < 0.025
 
 
 @pytest.mark.parametrize("num_references", [1, 3])
