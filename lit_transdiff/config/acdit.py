@@ -1,4 +1,4 @@
-"""The size and shape of ACDiT."""
+"""Model settings of ACDiT."""
 
 from __future__ import annotations
 
@@ -6,17 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lit_transdiff.config.family import (
-    OF_A_TOKEN,
-    OF_SIZE,
-    CellSettings,
-    check_cells,
-    check_patches,
-    check_positive,
-    check_rotary_heads,
-    check_transformer,
-    take_size,
-)
+from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, CellSettings, check_positive, check_rotary_heads
 
 # The paper's four sizes (arXiv 2412.07720; heads of 64 numbers), and small ones for laptops and tests.
 ACDIT_SIZES: dict[str, dict[str, int]] = {
@@ -31,35 +21,20 @@ ACDIT_SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class ACDiTConfig(CellSettings):
-    """ACDiT: squares of a latent one after the other, each by diffusion given the clean ones before it (arXiv
-    2412.07720).
-    """
+    """ACDiT: cells of a latent in order, each by diffusion given the clean ones before (arXiv 2412.07720)."""
 
-    of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
-    paradigm: str = (
-        "acdit"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
-    )
-    size: str = "base"  # a name in config.acdit.ACDIT_SIZES, which sets the defaults of the next three fields
-    width: int = OF_SIZE  # D, four times model.num_heads or a multiple of that
-    num_heads: int = OF_SIZE  # of attention
-    num_blocks: int = OF_SIZE  # of the transformer
-    mlp_ratio: float = 4.0  # hidden width of an MLP / width
+    sizes: ClassVar = ACDIT_SIZES
+    paradigm: str = "acdit"
+    size: str = "base"  # a name in config.acdit.ACDIT_SIZES: defaults of width, heads and blocks
+    num_blocks: int = OF_SIZE  # number of blocks of the transformer
     process: Literal["linear_diffusion", "flow"] = (
         "linear_diffusion"  # the family's own diffusion in discrete steps, or TransDiff's flow matching
     )
-    num_classes: int = 1000  # labels are 0 to num_classes - 1
-    latent_channels: int = 16  # of the autoencoder's latents
-    latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # side of the square of latent pixels that is one token
-    parts_per_side: int = 2  # an image is drawn in so many rows of so many squares
 
     def __post_init__(self) -> None:
-        take_size(self, ACDIT_SIZES)
-        check_positive(self, "width", "num_heads", "num_blocks", "num_classes")
+        super().__post_init__()
+        check_positive(self, "num_blocks")
         check_rotary_heads(self, num_heads=self.num_heads)
-        check_transformer(self)
-        check_patches(self)
-        check_cells(self)
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """The matrices that all blocks have, and the table of classes."""
@@ -70,8 +45,9 @@ class ACDiTConfig(CellSettings):
         }
 
     def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
-        """The clean tokens and those of all draws in the blocks, of which a block keeps its input or much
-        more.
-        """
+        """The clean tokens and those of all draws in the blocks, each of which stores at least its input."""
         kept = 1 if "blocks" in recomputed else OF_A_TOKEN
         return self.num_blocks * (1 + draws) * self.num_tokens * self.width * kept
+
+    def least_drawn(self) -> int:
+        return self.least_cached(self.num_blocks)

@@ -6,15 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lit_transdiff.config.family import (
-    OF_A_TOKEN,
-    OF_SIZE,
-    PatchSettings,
-    check_patches,
-    check_positive,
-    check_transformer,
-    take_size,
-)
+from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, PatchSettings, check_positive
 
 # The four sizes of the released code (arXiv 2507.15856), and small ones for laptops and tests.
 ARDIFF_SIZES: dict[str, dict[str, int]] = {
@@ -29,38 +21,22 @@ ARDIFF_SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class ARDiffConfig(PatchSettings):
-    """ARDiff: one token after the other by a causal transformer, each by a small diffusion network (arXiv
-    2406.11838, 2412.01827).
-    """
+    """ARDiff: a causal transformer over tokens, each drawn by a small diffusion head (arXiv 2406.11838)."""
 
-    of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
-    paradigm: str = (
-        "ardiff"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
-    )
-    size: str = (
-        "base"  # a name in config.ardiff.ARDIFF_SIZES, which sets the defaults of the next five fields
-    )
-    width: int = OF_SIZE  # D, the width of the transformer
-    num_heads: int = OF_SIZE  # number of attention heads
+    sizes: ClassVar = ARDIFF_SIZES
+    paradigm: str = "ardiff"
+    size: str = "base"  # a name in config.ardiff.ARDIFF_SIZES: defaults of width, heads, blocks and the head
     num_blocks: int = OF_SIZE  # number of blocks of the transformer
     head_width: int = OF_SIZE  # width of the network that denoises a token
     head_blocks: int = OF_SIZE  # number of blocks of that network
     order: Literal["raster", "random"] = "raster"  # of the tokens: row by row, or a new one for each image
-    mlp_ratio: float = 4.0  # hidden width of an MLP / width
     process: Literal["cosine_diffusion", "flow"] = (
         "cosine_diffusion"  # the family's own diffusion in discrete steps, or TransDiff's flow matching
     )
-    num_classes: int = 1000  # labels are 0 to num_classes - 1
-    latent_channels: int = 16  # channels of the autoencoder's latents
-    latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # side length in latent pixels of a token's square
 
     def __post_init__(self) -> None:
-        take_size(self, ARDIFF_SIZES)
-        check_positive(self, "width", "num_heads", "num_blocks", "head_width", "head_blocks")
-        check_positive(self, "num_classes")
-        check_transformer(self)
-        check_patches(self)
+        super().__post_init__()
+        check_positive(self, "num_blocks", "head_width", "head_blocks")
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """The matrices of all blocks, and the tables of classes and positions."""

@@ -116,10 +116,27 @@ class ModelSettings:
         return 0
 
 
+@dataclass(frozen=True)
 class PatchSettings(ModelSettings):
-    """The base of settings of families whose tokens are squares of latent pixels."""
+    """The base of settings of transformers whose tokens are squares of latent pixels."""
 
-    patch_size: int
+    sizes: ClassVar[Mapping[str, Mapping[str, int]]]  # what ``size`` names: fields and their defaults
+    of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
+    paradigm: str = ""  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
+    size: str = "base"
+    width: int = OF_SIZE  # width D of the blocks
+    num_heads: int = OF_SIZE  # number of attention heads
+    mlp_ratio: float = 4.0  # hidden width of an MLP / width
+    num_classes: int = 1000  # labels are 0 to num_classes - 1
+    latent_channels: int = 16  # channels of the autoencoder's latents
+    latent_size: int = 16  # height and width of the latent
+    patch_size: int = 1  # side length in latent pixels of a token's square
+
+    def __post_init__(self) -> None:
+        take_size(self, self.sizes)
+        check_positive(self, "width", "num_heads", "num_classes")
+        check_transformer(self)
+        check_patches(self)
 
     @property
     def grid(self) -> int:
@@ -135,12 +152,15 @@ class PatchSettings(ModelSettings):
         return self.latent_channels * self.patch_size**2
 
 
+@dataclass(frozen=True)
 class CellSettings(PatchSettings):
     """The base of settings of families that draw rows of square cells of tokens, and keep keys and values."""
 
-    width: int
-    num_blocks: int
-    parts_per_side: int
+    parts_per_side: int = 2  # an image is drawn in so many rows of so many cells; 1: all at once
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_cells(self)
 
     @property
     def is_drawn_at_once(self) -> bool:
@@ -150,13 +170,10 @@ class CellSettings(PatchSettings):
     def tokens_of_part(self) -> int:
         return (self.grid // self.parts_per_side) ** 2
 
-    def least_drawn(self) -> int:
-        """Keys and values of all cells but the last one in all blocks, and the last one before and after a
-        norm.
-        """
-        return (
-            2 * self.width * (self.num_blocks * (self.num_tokens - self.tokens_of_part) + self.tokens_of_part)
-        )
+    def least_cached(self, num_blocks: int) -> int:
+        """Keys and values of all cells but the last in the blocks, and the last before and after a norm."""
+        before = self.num_tokens - self.tokens_of_part
+        return 2 * self.width * (num_blocks * before + self.tokens_of_part)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,8 @@ from lit_transdiff.config.family import (
     OF_SIZE,
     PatchSettings,
     check_dropout,
-    check_patches,
     check_positive,
     check_rotary_heads,
-    check_transformer,
-    take_size,
 )
 
 HEAD_DIM = 64  # numbers of an attention head of the flow network
@@ -37,17 +34,12 @@ FLOWAR_SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class FlowARConfig(PatchSettings):
-    """FlowAR: scales of a latent from coarse to fine, each by flow matching in a network of its own (arXiv
-    2412.15205).
-    """
+    """FlowAR: scales of a latent from coarse to fine, each by a flow network (arXiv 2412.15205)."""
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "head_width", "latent_size", "patch_size")
-    paradigm: str = (
-        "flowar"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
-    )
-    size: str = "small"  # a name in config.flowar.FLOWAR_SIZES, which sets the defaults of the next 7 fields
-    width: int = OF_SIZE  # D, the width of the transformer
-    num_heads: int = OF_SIZE  # number of attention heads
+    sizes: ClassVar = FLOWAR_SIZES
+    paradigm: str = "flowar"
+    size: str = "small"  # a name in config.flowar.FLOWAR_SIZES: defaults of width, heads, blocks and the head
     encoder_blocks: int = OF_SIZE  # number of blocks of the first half
     decoder_blocks: int = OF_SIZE  # number of blocks of the second half, which has positions of its own
     head_width: int = OF_SIZE  # width of the flow network, which has an attention head for each 64
@@ -58,28 +50,19 @@ class FlowARConfig(PatchSettings):
         None  # tokens of a side at each scale, rising divisors of those of the latent; null: 1, 2, 4, ...
     )
     mlp_ratio: float = 4.0  # 1.5 times the hidden width of an MLP, which is gated, / width
-    num_classes: int = 1000  # labels are 0 to num_classes - 1
-    latent_channels: int = 16  # channels of the autoencoder's latents
-    latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # side length in latent pixels of a token's square
     attention_dropout: float = 0.1  # dropout of attention weights; 0 allows fused attention on CPUs
     projection_dropout: float = 0.1  # dropout after attention and within MLPs
 
     def __post_init__(self) -> None:
-        take_size(self, FLOWAR_SIZES)
-        check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "head_width")
-        check_positive(self, "head_blocks", "num_classes")
+        super().__post_init__()
+        check_positive(self, "encoder_blocks", "decoder_blocks", "head_width", "head_blocks")
         require(self.head_version in (1, 2), "model.head_version", self.head_version, "1 or 2")
         check_rotary_heads(self, num_heads=self.num_heads, decoder_heads=self.heads_of_decoder)
         allowed = f"a multiple of {HEAD_DIM}, or below that a multiple of 4"
         fits = self.head_width % (HEAD_DIM if self.head_width > HEAD_DIM else 4) == 0
         require(fits, "model.head_width", self.head_width, allowed)
-        check_transformer(self)
-        check_patches(self)
-        sides, allowed = (
-            self.sides,
-            f"rising numbers from 1 on that end with the {self.grid} tokens of a side",
-        )
+        sides = self.sides
+        allowed = f"rising numbers from 1 on that end with the {self.grid} tokens of a side"
         rising = bool(sides) and sides[0] >= 1 and all(a < b for a, b in pairwise(sides))
         require(rising and sides[-1] == self.grid, "model.scales", self.scales, allowed)
         check_dropout(self)

@@ -12,10 +12,8 @@ from lit_transdiff.config.family import (
     OF_SIZE,
     PatchSettings,
     check_dropout,
-    check_patches,
     check_positive,
     check_transformer,
-    take_size,
 )
 from lit_transdiff.config.sampling import SamplingConfig
 
@@ -37,31 +35,21 @@ MAR_SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class MARConfig(PatchSettings):
-    """MAR: random sets of tokens by a masked transformer, each token by a small diffusion network (arXiv
-    2406.11838).
-    """
+    """MAR: random sets of tokens by a masked transformer and a small diffusion network (arXiv 2406.11838)."""
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size", "num_class_tokens")
-    paradigm: str = (
-        "mar"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
-    )
-    size: str = "base"  # a name in config.mar.MAR_SIZES, which sets the defaults of the next six fields
-    width: int = OF_SIZE  # width D of the transformer
-    num_heads: int = OF_SIZE  # number of attention heads
+    sizes: ClassVar = MAR_SIZES
+    paradigm: str = "mar"
+    size: str = "base"  # a name in config.mar.MAR_SIZES: defaults of width, heads, blocks and the head
     encoder_blocks: int = OF_SIZE  # number of blocks over the known tokens
     decoder_blocks: int = OF_SIZE  # number of blocks over all tokens
     head_width: int = OF_SIZE  # width of the network that denoises a token
     head_blocks: int = OF_SIZE  # number of blocks of that network
     decoder_width: Optional[int] = None  # width of the decoder; null: width
-    mlp_ratio: float = 4.0  # hidden width of an MLP / width
     process: Literal["cosine_diffusion", "flow"] = (
         "cosine_diffusion"  # the family's own diffusion in discrete steps, or TransDiff's flow matching
     )
-    num_classes: int = 1000  # labels are 0 to num_classes - 1
     num_class_tokens: int = 64  # number of copies of the class embedding at the start of the sequence
-    latent_channels: int = 16  # channels of the autoencoder's latents
-    latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # side length in latent pixels of a token's square
     mask_rate_min: float = (
         0.7  # fraction of unknown tokens in training: normal with mean 1, truncated to [mask_rate_min, 1]
     )
@@ -73,22 +61,20 @@ class MARConfig(PatchSettings):
     projection_dropout: float = 0.1  # dropout after attention and within MLPs
 
     def __post_init__(self) -> None:
-        take_size(self, MAR_SIZES)
-        check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "head_width")
-        check_positive(self, "head_blocks", "num_classes", "num_class_tokens", "num_parts")
+        super().__post_init__()
+        check_positive(self, "encoder_blocks", "decoder_blocks", "head_width", "head_blocks")
+        check_positive(self, "num_class_tokens", "num_parts")
         require(self.width_of_decoder >= 1, "model.decoder_width", self.decoder_width, "1 or more")
-        for width in ("width",) if self.decoder_width is None else ("width", "decoder_width"):
-            check_transformer(self, width=width)
-        check_patches(self)
+        if self.decoder_width is not None:
+            check_transformer(self, width="decoder_width")
         require(0 < self.mask_rate_min <= 1, "model.mask_rate_min", self.mask_rate_min, "above 0, at most 1")
         require(self.mask_rate_std > 0, "model.mask_rate_std", self.mask_rate_std, "above 0")
         check_dropout(self)
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
         allowed = f"null, or 1 to {self.num_tokens}, the tokens of an image"
-        require(
-            (sampling.num_parts or 1) <= self.num_tokens, "sampling.num_parts", sampling.num_parts, allowed
-        )
+        parts = sampling.num_parts
+        require((parts or 1) <= self.num_tokens, "sampling.num_parts", parts, allowed)
 
     @property
     def width_of_decoder(self) -> int:
@@ -96,13 +82,8 @@ class MARConfig(PatchSettings):
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
         """The matrices of all blocks, and the tables of classes and positions."""
-        blocks = sum(
-            number * (4 * width**2 + 2 * width * int(self.mlp_ratio * width))
-            for number, width in (
-                (self.encoder_blocks, self.width),
-                (self.decoder_blocks, self.width_of_decoder),
-            )
-        )
+        stacks = (self.encoder_blocks, self.width), (self.decoder_blocks, self.width_of_decoder)
+        blocks = sum(n * (4 * width**2 + 2 * width * int(self.mlp_ratio * width)) for n, width in stacks)
         tables = self.width * (self.num_classes + self.num_class_tokens + self.num_tokens)
         return {
             ("width", "decoder_width", "mlp_ratio", "encoder_blocks", "decoder_blocks"): blocks,

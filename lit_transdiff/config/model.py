@@ -8,16 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lit_transdiff.config.checks import require
-from lit_transdiff.config.family import (
-    OF_A_TOKEN,
-    OF_SIZE,
-    PatchSettings,
-    check_dropout,
-    check_patches,
-    check_positive,
-    check_transformer,
-    take_size,
-)
+from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, PatchSettings, check_dropout, check_positive
 
 # Table of sizes: the paper's three (arXiv 2506.09482, Table 1) and small ones for laptops and tests.
 # encoder_blocks is the real number of blocks; the reference code counts pairs of them.
@@ -39,54 +30,35 @@ class ModelConfig(PatchSettings):
     """One TransDiff for every number of references: R = 1 is one-step AR, R > 1 is MRAR."""
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "num_context_tokens")
-    paradigm: str = (
-        "transdiff"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
-    )
-    size: str = "base"  # a name in config.model.SIZES, which sets the defaults of the next four fields
-    width: int = OF_SIZE  # width D of encoder and decoder
-    num_heads: int = OF_SIZE  # number of attention heads
+    sizes: ClassVar = SIZES
+    paradigm: str = "transdiff"
+    size: str = "base"  # a name in config.model.SIZES: defaults of width, heads and blocks
     encoder_blocks: int = OF_SIZE  # number of blocks of the autoregressive transformer
     decoder_blocks: int = OF_SIZE  # number of blocks of the diffusion decoder
     encoder: str = "ar_transformer"  # a name in models.encoder.ENCODERS
     decoder: str = "cross_attention"  # a name in models.decoders.DECODERS: how the decoder knows the context
     condition: str = "class"  # a name in models.conditions.CONDITIONS: the condition of an image
-    mlp_ratio: float = 4.0  # hidden width of an MLP / width
-    num_classes: int = 1000  # labels are 0 to num_classes - 1
     num_class_tokens: int = (
         64  # number of copies of the class embedding at the start of the encoder's sequence
     )
-    latent_channels: int = 16  # channels of the autoencoder's latents
-    latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # side length in latent pixels of a decoder token's square
     num_context_tokens: int = 256  # R x L: number of semantic features of all references together
     num_references: int = 1  # R: 1 is one-step AR, more is MRAR
     attention_dropout: float = 0.1  # dropout of attention weights; 0 allows fused attention on CPUs
     projection_dropout: float = 0.1  # dropout after attention and within MLPs
 
     def __post_init__(self) -> None:
-        take_size(self, SIZES)
-        check_positive(self, "width", "num_heads", "decoder_blocks", "num_classes")
+        super().__post_init__()
+        check_positive(self, "decoder_blocks", "num_context_tokens", "num_references")
         self.check_encoder()
-        check_positive(self, "num_context_tokens", "num_references")
-        check_transformer(self)
-        check_patches(self)
         check_dropout(self)
-        require(
-            self.num_context_tokens % self.num_references == 0,
-            "model.num_references",
-            self.num_references,
-            f"a divisor of model.num_context_tokens={self.num_context_tokens}",
-        )
-        if self.num_references > 1:
-            side = math.isqrt(self.tokens_per_reference)
-            require(
-                side * side == self.tokens_per_reference and self.latent_size % side == 0,
-                "model.num_references",
-                self.num_references,
-                f"a value for which {self.num_context_tokens}/num_references tokens form a square grid that "
-                "divides "
-                f"the {self.latent_size} x {self.latent_size} latent",
-            )
+        tokens, number, size = self.num_context_tokens, self.num_references, self.latent_size
+        allowed = f"a divisor of model.num_context_tokens={tokens}"
+        require(tokens % number == 0, "model.num_references", number, allowed)
+        side = math.isqrt(self.tokens_per_reference)
+        fits = side * side == self.tokens_per_reference and size % side == 0
+        square = f"a value for which {tokens}/num_references tokens form a square grid"
+        allowed = f"{square} that divides the {size} x {size} latent"
+        require(number == 1 or fits, "model.num_references", number, allowed)
 
     def check_encoder(self) -> None:
         """Refuse an encoder without blocks, and what has no effect in the one that needs none."""
@@ -113,16 +85,10 @@ class ModelConfig(PatchSettings):
         blocks = (self.encoder_blocks + self.decoder_blocks) * (4 * self.width**2 + 2 * self.width * hidden)
         tokens = self.num_class_tokens + self.num_context_tokens + self.num_tokens
         tables = self.width * (self.num_classes + tokens)
+        of_tokens = "num_class_tokens", "num_context_tokens", "latent_size", "patch_size"
         return {
             ("width", "mlp_ratio", "encoder_blocks", "decoder_blocks"): blocks,
-            (
-                "width",
-                "num_classes",
-                "num_class_tokens",
-                "num_context_tokens",
-                "latent_size",
-                "patch_size",
-            ): tables,
+            ("width", "num_classes", *of_tokens): tables,
         }
 
     def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:

@@ -220,12 +220,8 @@ def family_tables() -> list[str]:
             as_markdown(first_paragraph(PARADIGMS[name].settings)),
             settings_table(settings),
         ]
-        sizes = [table for s in settings if s.name == "model.size" for table in TABLE.findall(s.meaning)]
-        parts += [
-            part
-            for module, table in sizes
-            for part in sizes_table(getattr(sys.modules[f"lit_transdiff.{module}"], table))
-        ]
+        if sizes := getattr(PARADIGMS[name].settings, "sizes", {}):
+            parts += sizes_table(sizes)
     return parts
 
 
@@ -233,10 +229,8 @@ def sizes_table(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
     """A table of the sizes of a family."""
     columns = list(next(iter(sizes.values())))
     rows = [(f"`{name}`", *map(str, size.values())) for name, size in sizes.items()]
-    return [
-        "Sizes (fields that are given take precedence):",
-        markdown_table(("`model.size`", *columns), rows),
-    ]
+    table = markdown_table(("`model.size`", *columns), rows)
+    return ["Sizes (fields that are given take precedence):", table]
 
 
 def extra_tables(section: str) -> list[str]:
@@ -286,10 +280,7 @@ def settings_as_text(word: str | None = None) -> str:
         raise unknown("setting", word, [*NESTED, *families, *(setting.name for setting in everywhere)])
     lines = []
     for s in chosen:
-        about = [
-            f"{s.name} = {s.default}    ({s.values.replace('`', '')})",
-            f"    {s.meaning.replace('``', '')}",
-        ]
-        for text in about:
+        values, meaning = s.values.replace("`", ""), s.meaning.replace("``", "")
+        for text in (f"{s.name} = {s.default}    ({values})", f"    {meaning}"):
             lines += textwrap.wrap(text, TERMINAL, subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"

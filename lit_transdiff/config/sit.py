@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 from lit_transdiff.config.checks import require
-from lit_transdiff.config.family import (
-    OF_A_TOKEN,
-    OF_SIZE,
-    PatchSettings,
-    check_patches,
-    check_positive,
-    check_transformer,
-    take_size,
-)
+from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, PatchSettings, check_positive
 
 # The papers' four sizes (arXiv 2212.09748, Table 1; arXiv 2401.08740), and small ones for laptops and tests.
 SIT_SIZES: dict[str, dict[str, int]] = {
@@ -32,19 +24,10 @@ SIT_SIZES: dict[str, dict[str, int]] = {
 class SiTConfig(PatchSettings):
     """SiT: one transformer over all patches of a noisy latent, and no autoregression (arXiv 2401.08740)."""
 
-    of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
-    paradigm: str = (
-        "sit"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
-    )
-    size: str = "base"  # a name in config.sit.SIT_SIZES, which sets the defaults of the next three fields
-    width: int = OF_SIZE  # width D of the transformer
-    num_heads: int = OF_SIZE  # number of attention heads
+    sizes: ClassVar = SIT_SIZES
+    paradigm: str = "sit"
+    size: str = "base"  # a name in config.sit.SIT_SIZES: defaults of width, heads and blocks
     num_blocks: int = OF_SIZE  # number of blocks of the transformer
-    mlp_ratio: float = 4.0  # hidden width of an MLP / width
-    num_classes: int = 1000  # labels are 0 to num_classes - 1
-    latent_channels: int = 16  # channels of the autoencoder's latents
-    latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # side length in latent pixels of a token's square
     guided_channels: Optional[int] = (
         None  # number of first channels with guidance, 3 in the released samplers; null: all
     )
@@ -53,11 +36,9 @@ class SiTConfig(PatchSettings):
     )
 
     def __post_init__(self) -> None:
-        take_size(self, SIT_SIZES)
-        check_positive(self, "width", "num_heads", "num_blocks", "num_classes")
+        super().__post_init__()
+        check_positive(self, "num_blocks")
         require(self.width % 4 == 0, "model.width", self.width, "a multiple of 4")
-        check_transformer(self)
-        check_patches(self)
         guided, channels = self.guided_channels, self.latent_channels
         allowed = f"null or 1 to model.latent_channels={channels}"
         require(guided is None or 1 <= guided <= channels, "model.guided_channels", guided, allowed)
@@ -77,13 +58,8 @@ class SiTConfig(PatchSettings):
 
     def least_kept(self, draws: int, recomputed: Collection[str], head_alone: bool) -> int:
         """The tokens in the blocks, each of which stores at least its input."""
-        return (
-            self.num_blocks
-            * draws
-            * self.num_tokens
-            * self.width
-            * (1 if "blocks" in recomputed else OF_A_TOKEN)
-        )
+        stored = 1 if "blocks" in recomputed else OF_A_TOKEN
+        return self.num_blocks * draws * self.num_tokens * self.width * stored
 
     def least_drawn(self) -> int:
         """The tokens in a block, before and after a norm."""
@@ -92,9 +68,7 @@ class SiTConfig(PatchSettings):
 
 @dataclass(frozen=True)
 class DiTConfig(SiTConfig):
-    """DiT: SiT's network as a diffusion in 1000 discrete steps that learns their variances (arXiv
-    2212.09748).
-    """
+    """DiT: SiT's network as a diffusion in 1000 steps that learns their variances (arXiv 2212.09748)."""
 
     paradigm: str = "dit"
     learn_sigma: bool = True

@@ -7,17 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lit_transdiff.config.checks import require
-from lit_transdiff.config.family import (
-    OF_A_TOKEN,
-    OF_SIZE,
-    CellSettings,
-    check_cells,
-    check_dropout,
-    check_patches,
-    check_positive,
-    check_transformer,
-    take_size,
-)
+from lit_transdiff.config.family import OF_A_TOKEN, OF_SIZE, CellSettings, check_dropout, check_positive
 from lit_transdiff.config.model import SIZES
 
 
@@ -28,37 +18,25 @@ class TransDiffPartsConfig(CellSettings):
     """
 
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size", "num_class_tokens")
+    sizes: ClassVar = SIZES
     paradigm: str = "transdiff_parts"
-    # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
-    size: str = "base"  # a name in config.model.SIZES, which sets the defaults of the next four fields
-    width: int = OF_SIZE  # width D of encoder and decoder
-    num_heads: int = OF_SIZE  # number of attention heads
+    size: str = "base"  # a name in config.model.SIZES: defaults of width, heads and blocks
     encoder_blocks: int = OF_SIZE  # number of blocks of the autoregressive transformer
     decoder_blocks: int = OF_SIZE  # number of blocks of the diffusion decoder
     parts: Literal["cells", "scales"] = (
         "cells"  # of an image, one after the other: squares of tokens, or ever finer means over squares
     )
-    parts_per_side: int = 2  # rows of cells, and cells of a row; 1 is one-step AR
     order: Literal["raster", "random"] = "raster"  # of the cells: row by row, or a new one for each image
-    mlp_ratio: float = 4.0  # hidden width of an MLP / width
-    num_classes: int = 1000  # labels are 0 to num_classes - 1
     num_class_tokens: int = (
         64  # number of copies of the class embedding at the start of the encoder's sequence
     )
-    latent_channels: int = 16  # channels of the autoencoder's latents
-    latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # side length in latent pixels of a token's square
     attention_dropout: float = 0.1  # dropout of attention weights; 0 allows fused attention on CPUs
     projection_dropout: float = 0.1  # dropout after attention and within MLPs
 
     def __post_init__(self) -> None:
-        take_size(self, SIZES)
-        check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "num_classes")
-        check_positive(self, "num_class_tokens")
-        check_transformer(self)
-        check_patches(self)
+        super().__post_init__()
+        check_positive(self, "encoder_blocks", "decoder_blocks", "num_class_tokens")
         check_dropout(self)
-        check_cells(self)
         self.check_order()
 
     def check_order(self) -> None:
@@ -72,7 +50,7 @@ class TransDiffPartsConfig(CellSettings):
         require(not scales or self.grid.bit_count() == 1, "tokens of a side", self.grid, allowed)
 
     @property
-    def num_blocks(self) -> int:  # type: ignore[override]
+    def num_blocks(self) -> int:
         return self.encoder_blocks + self.decoder_blocks
 
     @property

@@ -10,13 +10,9 @@ from lit_transdiff.config.family import (
     OF_A_TOKEN,
     OF_SIZE,
     CellSettings,
-    check_cells,
     check_dropout,
-    check_patches,
     check_positive,
     check_rotary_heads,
-    check_transformer,
-    take_size,
 )
 
 # The three sizes of the released code (arXiv 2502.20388), and small ones for laptops and tests.
@@ -31,44 +27,30 @@ XAR_SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class XARConfig(CellSettings):
-    """xAR: cells of a latent one after the other, each by flow matching given noisy ones before it (arXiv
-    2502.20388).
-    """
+    """xAR: cells of a latent in order, each by flow matching given noisy ones before (arXiv 2502.20388)."""
 
-    of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
-    paradigm: str = (
-        "xar"  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
-    )
-    size: str = "base"  # a name in config.xar.XAR_SIZES, which sets the defaults of the next four fields
-    width: int = OF_SIZE  # D, the width of the transformer
-    num_heads: int = OF_SIZE  # number of attention heads
+    sizes: ClassVar = XAR_SIZES
+    paradigm: str = "xar"
+    size: str = "base"  # a name in config.xar.XAR_SIZES: defaults of width, heads and blocks
     encoder_blocks: int = OF_SIZE  # number of blocks of the first half
     decoder_blocks: int = OF_SIZE  # number of blocks of the second half, which has positions of its own
     decoder_heads: Optional[int] = None  # number of attention heads of the second half; null: num_heads
     mlp_ratio: float = 4.0  # 1.5 times the hidden width of an MLP, which is gated, / width
-    num_classes: int = 1000  # labels are 0 to num_classes - 1
-    latent_channels: int = 16  # channels of the autoencoder's latents
-    latent_size: int = 16  # height and width of the latent
-    patch_size: int = 1  # side length in latent pixels of a token's square
-    parts_per_side: int = 2  # an image is drawn in so many rows of so many cells
     attention_dropout: float = 0.1  # dropout of attention weights; 0 allows fused attention on CPUs
     projection_dropout: float = 0.1  # dropout after attention and within MLPs
 
     def __post_init__(self) -> None:
-        take_size(self, XAR_SIZES)
-        check_positive(self, "width", "num_heads", "encoder_blocks", "decoder_blocks", "num_classes")
+        super().__post_init__()
+        check_positive(self, "encoder_blocks", "decoder_blocks")
         check_rotary_heads(self, num_heads=self.num_heads, decoder_heads=self.heads_of_decoder)
-        check_transformer(self)
-        check_patches(self)
         check_dropout(self)
-        check_cells(self)
 
     @property
     def heads_of_decoder(self) -> int:
         return self.num_heads if self.decoder_heads is None else self.decoder_heads
 
     @property
-    def num_blocks(self) -> int:  # type: ignore[override]
+    def num_blocks(self) -> int:
         return self.encoder_blocks + self.decoder_blocks
 
     def least_parameters(self) -> Mapping[tuple[str, ...], int]:
@@ -87,3 +69,6 @@ class XARConfig(CellSettings):
             for name, number in (("encoder", self.encoder_blocks), ("decoder", self.decoder_blocks))
         )
         return stored * draws * self.num_tokens * self.width
+
+    def least_drawn(self) -> int:
+        return self.least_cached(self.num_blocks)

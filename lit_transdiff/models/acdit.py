@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 
 
 class SkipCausalAttention(nn.Module):
-    """Clean tokens attend to clean parts up to their own; noised ones to earlier
-    clean parts and their own.
-    """
+    """Clean tokens see the clean parts up to their own; noised ones see earlier clean parts and their own."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -76,26 +74,20 @@ class SkipCausalAttention(nn.Module):
 
 
 def with_own(past: Tensor | None, own: Tensor, number: int) -> Tensor:
-    """Concatenate the first ``number`` clean keys or values [C, h, S, d] and those of a noised part [R, h, n,
-    d].
-    """
+    """The first ``number`` clean keys or values [C, h, S, d], then those of a noised part [R, h, n, d]."""
     if past is None or not number:
         return own
     return torch.cat([past[:, :, :number].repeat(len(own) // len(past), 1, 1, 1), own], dim=2)
 
 
 def turned(x: Tensor, angles: Tensor) -> Tensor:
-    """``x`` [..., N, d] by ``angles`` [N, d] as in the released code, which pairs a row's angle with a
-    column's: no rotation.
-    """
+    """``x`` [..., N, d] by ``angles`` [N, d] as in the released code, whose angle pairs are no rotation."""
     first, second = x.chunk(2, dim=-1)
     return x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
 
 
 def angles_of(grid: int, numbers: int, device: torch.device) -> Tensor:
-    """The angles of a square grid of tokens, [grid, grid, d]: of the row, twice, then
-    of the column, twice.
-    """
+    """Angles of a square grid of tokens, [grid, grid, d]: of the row, twice, then of the column, twice."""
     base = (int(8 * grid / math.pi) // 100 + 1) * 100
     line = torch.arange(grid, device=device)[:, None] * base ** -torch.linspace(
         0, 1, numbers // 4, device=device
@@ -105,9 +97,7 @@ def angles_of(grid: int, numbers: int, device: torch.device) -> Tensor:
 
 
 class ACDiTBlock(nn.Module):
-    """Self-attention and MLP; noised tokens are modulated and gated, clean ones are not, with the same
-    weights.
-    """
+    """Self-attention and MLP, the same for all tokens; only noised ones are modulated and gated."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -118,9 +108,7 @@ class ACDiTBlock(nn.Module):
         self.adaLN_modulation = Modulation(width, 6)
 
     def forward(self, x: Tensor, condition: Tensor, angles: Tensor, past: KeysValues | None = None) -> Tensor:
-        """``x`` [(C + R), N, D], ``condition`` [R, K, D] of the noised rows, ``angles`` [N, d] -> [(C + R),
-        N, D].
-        """
+        """``x`` [(C + R), N, D], ``condition`` [R, K, D] of noised rows, ``angles`` [N, d] -> like ``x``."""
         clean, parts = len(x) - len(condition), condition.shape[1]
 
         def steered(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -195,9 +183,7 @@ class ACDiT(Paradigm):
     def transform(
         self, x: Tensor, condition: Tensor, first: int, past: Sequence[KeysValues | None]
     ) -> Tensor:
-        """Tokens [(C + R), N, c], of which ``first`` is the place of the first, through all blocks: [(C + R),
-        N, D].
-        """
+        """Tokens [(C + R), N, c] from the place ``first`` on, through all blocks: [(C + R), N, D]."""
         config = self.config
         angles = angles_of(config.grid, config.width // config.num_heads, x.device).movedim(-1, 0)
         angles = split_squares(angles, config.parts_per_side, 1)
@@ -207,7 +193,6 @@ class ACDiT(Paradigm):
         return h
 
     # --- the seam
-    # --------------------------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> Tensor:
         return split_squares(x[:, 0], self.config.parts_per_side, self.config.patch_size)

@@ -69,9 +69,7 @@ class AdaptiveNorm(nn.Module):
 
 
 class ARDiff(Paradigm):
-    """Every token is a part. The transformer is told the place of the token that it predicts, so that any
-    order is possible.
-    """
+    """Every token is a part. The transformer is told the place that it predicts, so any order is possible."""
 
     process = "cosine_diffusion"
     prediction = "noise_and_variance"
@@ -111,7 +109,6 @@ class ARDiff(Paradigm):
         self.apply(initialise).apply(initialise_adaptive)
 
     # --- the transformer
-    # ------------------------------------------------------------------------------------------------------
 
     def context(
         self, classes: Tensor, given: Tensor, order: Tensor, first: int, past: Sequence[KeysValues] = ()
@@ -142,7 +139,6 @@ class ARDiff(Paradigm):
         return torch.arange(self.config.num_tokens, device=device).expand(number, -1)
 
     # --- the seam
-    # --------------------------------------------------------------------------------------------------------
 
     @property
     def evaluated(self) -> TokenHead:

@@ -28,6 +28,7 @@ from lit_transdiff.models.tokens import patchify, unpatchify
 
 if TYPE_CHECKING:
     from lit_transdiff.config import ModelConfig
+    from lit_transdiff.config.transdiff_parts import TransDiffPartsConfig
 
 KeysValuesPair = tuple[Tensor, Tensor]  # [B, h, S, d] each
 
@@ -45,15 +46,11 @@ class Memory:
 
     def join(self, later: Memory) -> Memory:
         """The memory of this context's tokens, then a ``later`` one's; a single row is broadcast."""
-        return Memory(
-            tuple(
-                tuple(
-                    (append(k, k_new), append(v, v_new))
-                    for (k, v), (k_new, v_new) in zip(old, new, strict=True)
-                )
-                for old, new in zip(self.blocks, later.blocks, strict=True)
-            )
-        )
+        blocks = []
+        for old, new in zip(self.blocks, later.blocks, strict=True):
+            pairs = zip(old, new, strict=True)
+            blocks.append(tuple((append(k, k_new), append(v, v_new)) for (k, v), (k_new, v_new) in pairs))
+        return Memory(tuple(blocks))
 
     def beside(self, other: Memory) -> Memory:
         """The memory for the rows of this one followed by as many rows of the ``other``."""
@@ -137,48 +134,21 @@ class DiffusionDecoder(nn.Module):
 
     block: ClassVar[Callable[..., nn.Module]] = DecoderBlock
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        num_heads: int,
-        num_blocks: int,
-        mlp_ratio: float,
-        latent_channels: int,
-        latent_size: int,
-        patch_size: int,
-        attention_dropout: float,
-        projection_dropout: float,
-    ) -> None:
+    def __init__(self, config: ModelConfig | TransDiffPartsConfig) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        token_features = latent_channels * patch_size**2
-        self.position = learned(1, (latent_size // patch_size) ** 2, width)
+        width, dropout = config.width, (config.attention_dropout, config.projection_dropout)
+        self.patch_size = config.patch_size
+        self.position = learned(1, config.num_tokens, width)
         self.time_embedding = TimeEmbedding(width)
         self.context_projection = nn.Linear(width, width)
-        self.input_projection = nn.Linear(token_features, width)
+        self.input_projection = nn.Linear(config.token_features, width)
         self.blocks = nn.ModuleList(
-            self.block(width, num_heads, mlp_ratio, attention_dropout, projection_dropout)
-            for _ in range(num_blocks)
+            self.block(width, config.num_heads, config.mlp_ratio, *dropout)
+            for _ in range(config.decoder_blocks)
         )
-        self.final = FinalLayer(width, token_features)
+        self.final = FinalLayer(width, config.token_features)
         self.apply(initialise)
         nn.init.zeros_(self.final.linear.weight)
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> DiffusionDecoder:
-        """The decoder for a model's settings."""
-        return cls(
-            width=config.width,
-            num_heads=config.num_heads,
-            num_blocks=config.decoder_blocks,
-            mlp_ratio=config.mlp_ratio,
-            latent_channels=config.latent_channels,
-            latent_size=config.latent_size,
-            patch_size=config.patch_size,
-            attention_dropout=config.attention_dropout,
-            projection_dropout=config.projection_dropout,
-        )
 
     def memory_layers(self) -> list[nn.Module]:
         """The layers used by ``memory``."""
@@ -194,13 +164,17 @@ class DiffusionDecoder(nn.Module):
             blocks.append(tuple((k[:, :, :s], v[:, :, :s]) for s in visible))
         return Memory(tuple(blocks))
 
+    def tokens_of(self, x_t: Tensor) -> Tensor:
+        """The embedded patches [(V B), N, D] of ``x_t`` [(V B), C, H, W]."""
+        tokens = patchify(x_t, self.patch_size).to(self.input_projection.weight.dtype)
+        return self.input_projection(tokens) + self.position
+
     def forward(self, x_t: Tensor, t: Tensor, memory: Memory) -> Tensor:
         """Velocity of ``x_t`` [(V B), C, H, W], ordered (reference, draw, image), at ``t`` [(V B)] or [1].
 
         ``x_t`` may be more precise than the weights.
         """
-        tokens = patchify(x_t, self.patch_size).to(self.input_projection.weight.dtype)
-        x = self.input_projection(tokens) + self.position
+        x = self.tokens_of(x_t)
         embedding, modulation = self.time_embedding(t)
         for block, keys_values in zip(self.blocks, memory.blocks, strict=True):
             x = block(x, modulation, keys_values)

@@ -13,7 +13,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from lit_transdiff.models.decoder import DecoderBlock, DiffusionDecoder, Memory
-from lit_transdiff.models.tokens import patchify, unpatchify
+from lit_transdiff.models.tokens import unpatchify
 
 if TYPE_CHECKING:
     from lit_transdiff.config import ModelConfig
@@ -43,10 +43,6 @@ class ContextDecoder(DiffusionDecoder):
         contexts = [context[:, 0] for context, _ in memory.blocks[0]]
         for rows, context in zip(x.chunk(len(contexts)), contexts, strict=True):
             yield rows, repeat(context, "b s d -> (m b) s d", m=len(rows) // len(context))
-
-    def tokens_of(self, x_t: Tensor) -> Tensor:
-        tokens = patchify(x_t, self.patch_size).to(self.input_projection.weight.dtype)
-        return self.input_projection(tokens) + self.position
 
 
 class ModulationDecoder(ContextDecoder):
@@ -80,7 +76,7 @@ class ConcatenationDecoder(ContextDecoder):
 
 # An entry creates a subclass of ``DiffusionDecoder``, or a module with the same interface.
 DECODERS: dict[str, Callable[[ModelConfig], DiffusionDecoder]] = {
-    "cross_attention": DiffusionDecoder.of,
-    "modulation": ModulationDecoder.of,
-    "concatenation": ConcatenationDecoder.of,
+    "cross_attention": DiffusionDecoder,
+    "modulation": ModulationDecoder,
+    "concatenation": ConcatenationDecoder,
 }

@@ -1,26 +1,21 @@
 """The blocks of encoder and decoder in sampling on GPUs, by the kernels of ``lit_transdiff.kernels``.
 
-What stands between the matrix products and torch's attention, which has no dropout here, is one kernel each:
-bias, gate, residual stream and the next normalisation; bias and GELU. The stream stays in float32.
+Each step between the matrix products and torch's attention, which has no dropout here, is one kernel: bias,
+gate, residual stream and the next normalisation; bias and GELU. The stream stays in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_transdiff.models.decoder import DecoderBlock, FinalLayer, KeysValuesPair
 from lit_transdiff.models.encoder import EncoderBlock
-from lit_transdiff.models.kernel_blocks import HAS_TRITON, final_norm, kernels_work, norm_of
-from lit_transdiff.models.layers import MLP, KeysValues
-
-if TYPE_CHECKING:
-    from lit_transdiff.kernels.norm import LayerOutput
+from lit_transdiff.models.kernel_blocks import HAS_TRITON, branch, final_norm, kernels_work, mlp, norm_of
+from lit_transdiff.models.layers import KeysValues
 
 
 def use_drawing_kernels(model: nn.Module) -> None:
@@ -55,10 +50,11 @@ def draw_encoder_block(
         return plain(x, groups, past)
     from lit_transdiff.kernels.norm import add_norm
 
+    within, seed = block.attention, no_seed(x.device)
     x, z = add_norm(x, None, norm_of(block.norm1))
-    y = block.attention.heads(z, groups, past)
-    x, z = add_norm(x, added(y, block.attention.proj), norm_of(block.norm2))
-    return add_norm(x, mlp_of(block.mlp, z), None)[0]
+    y = within.heads(z, groups, past)
+    x, z = add_norm(x, branch(within.proj, y, within.dropout, seed), norm_of(block.norm2))
+    return add_norm(x, mlp(block.mlp, z, (seed, seed)), None)[0]
 
 
 def draw_decoder_block(
@@ -75,12 +71,13 @@ def draw_decoder_block(
 
     rows = (block.scale_shift_table + modulation).float().unbind(1)
     shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = rows
-    within, across = block.self_attention, block.cross_attention
+    within, across, seed = block.self_attention, block.cross_attention, no_seed(x.device)
     x, z = add_norm(x, None, norm_of(block.norm1, shift_attention, scale_attention))
-    x, z = add_norm(x, added(within.heads(z), within.proj, gate_attention), norm_of(block.norm2))
-    y = across.heads(z, keys_values)
-    x, z = add_norm(x, added(y, across.proj), norm_of(block.norm3, shift_mlp, scale_mlp))
-    return add_norm(x, mlp_of(block.mlp, z, gate_mlp), None)[0]
+    added = branch(within.proj, within.heads(z), within.dropout, seed, gate_attention)
+    x, z = add_norm(x, added, norm_of(block.norm2))
+    added = branch(across.proj, across.heads(z, keys_values), across.dropout, seed)
+    x, z = add_norm(x, added, norm_of(block.norm3, shift_mlp, scale_mlp))
+    return add_norm(x, mlp(block.mlp, z, (seed, seed), gate_mlp), None)[0]
 
 
 def draw_final_layer(layer: FinalLayer, plain: Callable[..., Tensor], x: Tensor, embedding: Tensor) -> Tensor:
@@ -90,24 +87,9 @@ def draw_final_layer(layer: FinalLayer, plain: Callable[..., Tensor], x: Tensor,
     return layer.linear(final_norm(layer, x, embedding))  # type: ignore[no-any-return]
 
 
-def added(x: Tensor, layer: nn.Linear, gate: Tensor | None = None) -> LayerOutput:
-    """A layer's product with ``x``, to which the stream adds its bias and gate."""
-    from lit_transdiff.kernels.norm import LayerOutput
-
-    return LayerOutput(F.linear(x, layer.weight), layer.bias, gate)
-
-
-def mlp_of(layers: MLP, z: Tensor, gate: Tensor | None = None) -> LayerOutput:
-    """The branch of an MLP."""
-    from lit_transdiff.kernels.gelu import gelu_dropout
-
-    inner = gelu_dropout(F.linear(z, layers.fc1.weight), layers.fc1.bias, no_seed(z.device), 0.0)
-    return added(inner, layers.fc2, gate)
-
-
 @cache  # captured graphs read it
 def no_seed(device: torch.device) -> Tensor:
-    """A seed of masks that drop nothing."""
+    """A seed for dropout, which is off."""
     return torch.zeros(1, dtype=torch.int64, device=device)
 
 

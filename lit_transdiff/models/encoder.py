@@ -54,64 +54,30 @@ class ARTransformer(nn.Module):
     MRAR (R > 1) is block-causal, with class tokens that see only themselves.
     """
 
-    def __init__(
-        self,
-        condition: nn.Module,
-        *,
-        width: int,
-        num_heads: int,
-        num_blocks: int,
-        mlp_ratio: float,
-        num_class_tokens: int,
-        num_references: int,
-        tokens_per_reference: int,
-        reference_patch_size: int,
-        latent_channels: int,
-        attention_dropout: float,
-        projection_dropout: float,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_class_tokens = num_class_tokens
-        self.num_references = num_references
-        self.tokens_per_reference = tokens_per_reference
-        self.reference_patch_size = reference_patch_size
-        self.has_dropout = attention_dropout > 0 or projection_dropout > 0
-        multi = num_references > 1
-        num_tokens = num_references * tokens_per_reference
+        width, dropout = config.width, (config.attention_dropout, config.projection_dropout)
+        self.num_class_tokens = config.num_class_tokens
+        self.num_references = config.num_references
+        self.tokens_per_reference = config.tokens_per_reference
+        several = config.num_references > 1
+        self.reference_patch_size = config.reference_patch_size if several else 1
+        features = config.latent_channels * self.reference_patch_size**2
+        self.has_dropout = any(dropout)
 
-        self.class_embedding = condition
+        self.class_embedding = CONDITIONS[config.condition](config)
         self.null_class = learned(1, width)
-        self.mask_tokens = learned(1, tokens_per_reference if multi else 1, width)
-        self.reference_projection = (
-            nn.Linear(latent_channels * reference_patch_size**2, width) if multi else None
-        )
-        self.position = learned(1, num_class_tokens + num_tokens, width)
+        self.mask_tokens = learned(1, config.tokens_per_reference if several else 1, width)
+        self.reference_projection = nn.Linear(features, width) if several else None
+        self.position = learned(1, config.num_class_tokens + config.num_context_tokens, width)
         self.input_norm = layer_norm(width)
         self.blocks = nn.ModuleList(
-            EncoderBlock(width, num_heads, mlp_ratio, attention_dropout, projection_dropout)
-            for _ in range(num_blocks)
+            EncoderBlock(width, config.num_heads, config.mlp_ratio, *dropout)
+            for _ in range(config.encoder_blocks)
         )
         self.norm = layer_norm(width)
-        self.context_position = learned(1, num_tokens, width)
+        self.context_position = learned(1, config.num_context_tokens, width)
         self.apply(initialise)
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> ARTransformer:
-        """The encoder for a model's settings."""
-        return cls(
-            CONDITIONS[config.condition](config),
-            width=config.width,
-            num_heads=config.num_heads,
-            num_blocks=config.encoder_blocks,
-            mlp_ratio=config.mlp_ratio,
-            num_class_tokens=config.num_class_tokens,
-            num_references=config.num_references,
-            tokens_per_reference=config.tokens_per_reference,
-            reference_patch_size=config.reference_patch_size if config.num_references > 1 else 1,
-            latent_channels=config.latent_channels,
-            attention_dropout=config.attention_dropout,
-            projection_dropout=config.projection_dropout,
-        )
 
     @property
     def has_one_context_a_class(self) -> bool:
@@ -142,16 +108,12 @@ class ARTransformer(nn.Module):
         return self._transform(self._first(classes, None), past)[:, self.num_class_tokens :], past
 
     def extend(self, past: list[KeysValues], reference: Tensor) -> tuple[Tensor, list[KeysValues]]:
-        """Features [B, L, D] of the next group after ``past``, given its ``reference``, and what the next
-        call needs.
-        """
+        """Features [B, L, D] of the group after ``past``, given its ``reference``, and the next ``past``."""
         longer = [replace(block) for block in past]
         return self._transform(self._project(reference[:, None]), longer), longer
 
     def forward(self, classes: Tensor, references: Tensor | None = None) -> Tensor:
-        """Features plus their position embedding: the context [B, (n + 1) L, D] that
-        the decoder attends to.
-        """
+        """Features with their positions: the context [B, (n + 1) L, D] that the decoder attends to."""
         features = self.features(classes, references)
         return features + self.context_position[:, : features.shape[1]]
 
@@ -199,6 +161,6 @@ class ClassAlone(ARTransformer):
 
 # An entry creates a subclass of ``ARTransformer``, or a module with the same interface.
 ENCODERS: dict[str, Callable[[ModelConfig], ARTransformer]] = {
-    "ar_transformer": ARTransformer.of,
-    "class_alone": ClassAlone.of,
+    "ar_transformer": ARTransformer,
+    "class_alone": ClassAlone,
 }

@@ -32,6 +32,7 @@ from lit_transdiff.models.rotary import (
     plain_rms_norm,
     rotary_turns,
     rotated,
+    through,
 )
 from lit_transdiff.models.tokens import patchify, unpatchify
 
@@ -116,7 +117,7 @@ class CrossFlowBlock(nn.Module):
         self.ada_lin_attn, self.ada_lin_mlp = (nn.Linear(width, 3 * width) for _ in range(2))
 
     def forward(self, x: Tensor, times: Tensor, condition: Tensor, scales: Scales, turns: Tensor) -> Tensor:
-        """As that of ``FlowBlock``."""
+        """See ``FlowBlock.forward``."""
         gate, scale, shift = to_tokens(self.ada_lin_attn(F.silu(times)), scales.sizes).chunk(3, dim=-1)
         h = self.attn(modulate(self.norm(x), shift, scale), turns, scales.sizes, isolated=True)
         x = x + gate * h
@@ -210,17 +211,11 @@ class FlowAR(Paradigm):
         config, number, sides = self.config, self.config.encoder_blocks, self.config.sides[scales]
         first, sizes = sum(self.part_sizes[: scales.start]), self.part_sizes[scales]
         at, places = slice(first, first + x.shape[1]), places_of(sides, config.grid, x.device)
-
-        def through(blocks: nn.ModuleList, x: Tensor, heads: int, past: Sequence[KeysValues]) -> Tensor:
-            turns = rotary_turns(places, config.width // heads)
-            for i, block in enumerate(blocks):
-                x = block(x, classes[:, None], turns, sizes, past[i] if past else None)
-            return x
-
+        condition = classes[:, None]
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned[:, at])
-        x = through(self.encoder_blocks, x, config.num_heads, past[:number])
+        x = through(self.encoder_blocks, x, condition, places, sizes, past[:number])
         x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_pos_embed_learned[:, at]
-        x = through(self.decoder_blocks, x, config.heads_of_decoder, past[number:])
+        x = through(self.decoder_blocks, x, condition, places, sizes, past[number:])
         context = self.decoder_norm(x) + self.diffusion_pos_embed_learned[:, at]
         return Scales(context, self.flownet.cond_embed(context), sides)
 
@@ -242,7 +237,6 @@ class FlowAR(Paradigm):
         return self.z_proj(tokens.to(self.z_proj.weight.dtype))
 
     # --- the seam
-    # --------------------------------------------------------------------------------------------------------
 
     @property
     def evaluated(self) -> FlowNet:

@@ -69,17 +69,9 @@ class MAR(Paradigm):
     adaptation = Adaptation(
         classes="class_emb.weight",
         shaped=(
-            *(
-                "encoder_pos_embed_learned",
-                "decoder_pos_embed_learned",
-                "diffusion_pos_embed_learned",
-                "z_proj.weight",
-            ),
-            *(
-                "diffloss.net.input_proj.weight",
-                "diffloss.net.final_layer.linear.weight",
-                "diffloss.net.final_layer.linear.bias",
-            ),
+            *("encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"),
+            *("z_proj.weight", "diffloss.net.input_proj.weight"),
+            *("diffloss.net.final_layer.linear.weight", "diffloss.net.final_layer.linear.bias"),
         ),
     )
     config: MARConfig
@@ -110,21 +102,16 @@ class MAR(Paradigm):
         self.apply(initialise).apply(initialise_adaptive)
 
     # --- the transformer
-    # ------------------------------------------------------------------------------------------------------
 
     def class_vectors(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         """Embeddings [B, D] of ``labels`` [B]; the null class where ``drop`` [B]."""
         vectors = self.class_emb(labels)
-        return (
-            vectors
-            if drop is None
-            else torch.where(drop[:, None], self.fake_latent.to(vectors.dtype), vectors)
-        )
+        if drop is None:
+            return vectors
+        return torch.where(drop[:, None], self.fake_latent.to(vectors.dtype), vectors)
 
     def encode_known(self, classes: Tensor, tokens: Tensor, known: Tensor) -> Tensor:
-        """Features [B, T + K, D] of class vectors [B, D] and of the ``tokens`` [B, L,
-        C] at ``known`` [B, K].
-        """
+        """Features [B, T + K, D] of class vectors [B, D] and ``tokens`` [B, L, C] at ``known`` [B, K]."""
         buffer = repeat(classes, "b d -> b t d", t=self.config.num_class_tokens)
         embedded = self.z_proj(rows_at(tokens, known).to(self.z_proj.weight.dtype))
         positions = self.encoder_pos_embed_learned.expand(len(known), -1, -1)
@@ -154,7 +141,6 @@ class MAR(Paradigm):
         return torch.cat([buffer, known + self.config.num_class_tokens], dim=1)
 
     # --- the seam
-    # --------------------------------------------------------------------------------------------------------
 
     @property
     def evaluated(self) -> TokenHead:
@@ -164,9 +150,7 @@ class MAR(Paradigm):
         return patchify(x[:, 0], self.config.patch_size)
 
     def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> tuple[Tensor, Tensor]:
-        """Conditions [B, L, W] of all tokens given a random set of known ones, and
-        the unknown mask [B, L].
-        """
+        """Conditions [B, L, W] of all tokens given random known ones, and the mask [B, L] of unknown ones."""
         order = normal(self.config.num_tokens).argsort(dim=1)
         known = known_tokens(order, number_unknown(self.config, normal.shared()))
         context = self.context(self.class_vectors(labels, drop), self.parts(x), known)
@@ -184,10 +168,8 @@ class MAR(Paradigm):
     ) -> Generator[Problem, Tensor, Tensor]:
         """Sample the tokens of each image in random order, in parts of increasing size."""
         config, number, left = self.config, len(labels), self.config.num_tokens
-        order, tokens = (
-            normal(left).argsort(dim=1),
-            torch.zeros(number, left, *self.token, device=labels.device),
-        )
+        order = normal(left).argsort(dim=1)
+        tokens = torch.zeros(number, left, *self.token, device=labels.device)
         classes, times = self.class_vectors(labels), 1
         if sampling.guidance_scale > 1:  # all images again with the null class
             classes, times = torch.cat([classes, self.fake_latent.expand_as(classes)]), 2

@@ -55,7 +55,7 @@ class Problem:
 def in_one_pass(
     predict: Callable[[Any, Tensor, float], Tensor], both: Any, x_t: Tensor, t: float
 ) -> tuple[Tensor, Tensor]:
-    """What ``predict`` says of all rows with the first half of a memory, and with the second."""
+    """The predictions of all rows with the first half of a memory and with the second, in one call."""
     c, u = predict(both, torch.cat([x_t, x_t]), t).chunk(2)
     return c, u
 
@@ -100,9 +100,7 @@ class Paradigm(nn.Module, ABC):
 
     @classmethod
     def process_of(cls, config: ModelSettings) -> tuple[str, str]:
-        """The names of process and prediction for these settings: those of the class, or a flow of which the
-        network predicts the velocity.
-        """
+        """The names of process and prediction: the class's own, or those of a flow's velocity."""
         if config.process in (None, cls.process):
             return cls.process, cls.prediction
         return config.process, "velocity"
@@ -112,7 +110,6 @@ class Paradigm(nn.Module, ABC):
         """Refuse settings of the family that name what is in no table of its own."""
 
     # --- training
-    # --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def parts(self, x: Tensor) -> Tensor:
@@ -122,53 +119,48 @@ class Paradigm(nn.Module, ABC):
     def condition(self, labels: Tensor, drop: Tensor, x: Tensor, normal: Normal) -> Any:
         """The memory: all that depends on neither noise nor time, made once for all M draws.
 
-        Of the labels [B], or conditions [B, *condition_shape] (where ``drop`` [B] is true, of the null
-        class), and of the clean latents. A family draws here what it draws, orders and masks of tokens.
+        It is made of the labels [B], or conditions [B, *condition_shape] (of the null class where ``drop``
+        [B] is true), and of the clean latents. A family also draws its orders and masks of tokens here.
         """
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, memory: Any) -> Tensor:
-        """What the network says of tokens ``x_t`` [(M B), N, *token] at times [(M B), K] of the process: [(M
-        B), N, ...].
+        """Predictions [(M B), N, ...] for ``x_t`` [(M B), N, *token] at times ``t`` [(M B), K].
 
         A row of the memory serves the M rows (draw, image) of its image. ``x_t`` may be more precise than the
         weights.
         """
 
     def weights(self, memory: Any) -> Tensor | None:
-        """Of the parts in the loss, [K] or [B, K] or [(M B), K]; without them all are equal."""
+        """The weights of the parts in the loss, [K], [B, K] or [(M B), K]; None: all are equal."""
         return None
 
     # --- sampling
-    # --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def decode(
         self, labels: Tensor, sampling: SamplingConfig, normal: Normal, kept: Any = None, contexts: Any = None
     ) -> Generator[Problem, Tensor, Tensor]:
-        """Yields the parts of images of ``labels`` [B] as problems, is sent the solution of each, and returns
-        [B, R, C, H, W].
+        """Yield the parts of images as problems, get the solution of each, and return the latents.
 
-        The sampler owns solver, guidance, noise and seeds. What a family draws itself (the order of the
-        tokens), it draws from ``normal``; a part that it draws in a way of its own, it does not yield.
-        ``kept`` is what ``keep`` gave; ``contexts`` stands for what the model makes of the labels, where
-        ``has_features``.
+        The latents are [B, R, C, H, W]. The sampler owns solver, guidance, noise and seeds. A family draws
+        its own random numbers, such as the order of tokens, from ``normal``, and does not yield parts that
+        it draws in a way of its own. ``kept`` is the result of ``keep``; ``contexts`` replaces the context
+        of the labels where ``has_features``.
         """
         yield from ()
         raise AssertionError
 
     def stand_in(self, latest: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """What a film shows for a part [B, *shape] that is not drawn yet, after ``latest``: zeros."""
+        """The tokens that a film shows for a part [B, *shape] not drawn yet, after ``latest``: zeros."""
         return latest.new_zeros(len(latest), *shape)
 
     def keep(self) -> Any:
-        """What is made once for all images that this model draws (the null class), for ``decode``."""
+        """The values for ``decode`` that are made once for all images, such as those of the null class."""
         return None
 
     def features(self, labels: Tensor, references: Tensor | None) -> Tensor:
-        """Semantic features [B, S, D] of labels, and of the references before the last, where
-        ``has_features``.
-        """
+        """Semantic features [B, S, D] of labels and of the references before the last (``has_features``)."""
         raise ValueError(f"model.paradigm: {self.config.paradigm!r} has no semantic features.")
 
     def fusion(self, second: Tensor, kind: str, seed: int) -> Any:
@@ -183,13 +175,10 @@ class Paradigm(nn.Module, ABC):
         return torch.zeros(rows, dtype=torch.int64) if shape is None else torch.zeros(rows, *shape)
 
     # --- structure
-    # --------------------------------------------------------------------------------------------------------
 
     @property
     def evaluated(self) -> nn.Module:
-        """What is called at every evaluation of a solver, as ``evaluated(x_t, t, memory)`` with rows first:
-        it is counted.
-        """
+        """The module called at every evaluation of a solver: ``evaluated(x_t, t, memory)``, rows first."""
         return self
 
     def block_lists(self) -> dict[str, nn.ModuleList]:
@@ -197,7 +186,7 @@ class Paradigm(nn.Module, ABC):
         return {name: self.get_submodule(self.stacks[name].path) for name in stacks_of(self.config)}  # type: ignore[misc]
 
     def units(self) -> Iterator[nn.Module | list[nn.Module]]:
-        """What a strategy that cuts weights gathers together, in order; the rest is one more."""
+        """The modules that a sharding strategy gathers together, in order; the rest is one more unit."""
         for blocks in self.block_lists().values():
             yield from blocks
 

@@ -125,9 +125,7 @@ class RotaryBlock(nn.Module):
         groups: Sequence[int] | None = None,
         past: KeysValues | None = None,
     ) -> Tensor:
-        """``x`` [B, N, D] of K equal parts with ``condition`` [B, K, D], ``turns`` [2, N, d / 2] -> [B, N,
-        D].
-        """
+        """``x`` [B, N, D] of K parts, ``condition`` [B, K, D], ``turns`` [2, N, d / 2] -> [B, N, D]."""
         steering = (z[:, :, None] for z in self.ada_lin(condition))
         gate_attention, gate_mlp, scale_attention, scale_mlp, shift_attention, shift_mlp = steering
         x = rearrange(x, "b (k n) d -> b k n d", k=condition.shape[1])
@@ -135,3 +133,18 @@ class RotaryBlock(nn.Module):
         x = x + gate_attention * self.attn(h, turns, groups, past).view_as(x)
         x = x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
         return x.flatten(1, 2)
+
+
+def through(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    condition: Tensor,
+    places: Tensor,
+    groups: Sequence[int],
+    past: Sequence[KeysValues],
+) -> Tensor:
+    """``x`` [B, N, D], with tokens at ``places`` [N, 2], after all ``blocks``; ``past`` of each, or ()."""
+    turns = rotary_turns(places, x.shape[-1] // blocks[0].attn.num_heads)  # type: ignore[union-attr, operator, arg-type]
+    for i, block in enumerate(blocks):
+        x = block(x, condition, turns, groups, past[i] if past else None)
+    return x

@@ -46,9 +46,7 @@ class SiTBlock(nn.Module):
 
 
 def position_table(width: int, side: int) -> Tensor:
-    """Fixed positions [side^2, D] of a square grid: sines and cosines of the column, then those of the row,
-    from float64.
-    """
+    """Fixed positions [side^2, D] of a square grid: sines and cosines of the column, then of the row."""
     frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -116,7 +114,6 @@ class SiT(Paradigm):
         return -self(x_t, 1 - t, labels)[:, : self.config.latent_channels]
 
     # --- the seam
-    # --------------------------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> Tensor:
         return x
@@ -151,9 +148,7 @@ class SiT(Paradigm):
 
 
 class DiT(SiT):
-    """The same network, which predicts the noise and the variance of a discrete step; variances are not
-    guided.
-    """
+    """SiT's network predicts noise and variance of a discrete step; variances are not guided."""
 
     process = "linear_diffusion"
     prediction = "noise_and_variance"

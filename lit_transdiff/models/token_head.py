@@ -46,9 +46,7 @@ class TokenHead(nn.Module):
         self.final_layer = AdaptiveOutput(width, features if process == "flow" else 2 * features)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """``x_t`` [R, c] at the times ``t`` [R] or [1], ``condition`` [R, W] = ``cond_embed`` of the context
-        -> [R, 2 c] or [R, c].
-        """
+        """``x_t`` [R, c], ``t`` [R] or [1], ``condition`` [R, W] by ``cond_embed`` -> [R, 2 c] or [R, c]."""
         x = self.input_proj(x_t.to(self.input_proj.weight.dtype))
         condition = self.time_embed(t) + condition
         for block in self.res_blocks:
@@ -56,16 +54,12 @@ class TokenHead(nn.Module):
         return self.final_layer(x, condition)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """``forward`` of ``x_t`` [(M B), L, c] at ``t`` [(M B), L]; M draws share the ``condition`` [B, L, W]
-        of an image.
-        """
+        """``forward`` of ``x_t`` [(M B), L, c] at ``t`` [(M B), L]; M draws share ``condition`` [B, L, W]."""
         rows = condition.repeat(len(x_t) // len(condition), 1, 1).flatten(0, 1)
         return self(x_t.flatten(0, 1), t.flatten(), rows).unflatten(0, t.shape)
 
     def problem(self, condition: Tensor, num_images: int, progress: float) -> Problem:
-        """The problem of n tokens per image, [B, c, n], with ``condition`` [B, n, W] or [(2 B), n, W]; the
-        second half is the null class's.
-        """
+        """The problem of n tokens, [B, c, n]; in ``condition`` [(2 B), n, W] the null class's follow."""
         of_images, of_all = condition[:num_images].flatten(0, 1), condition.flatten(0, 1)
         predict, pair = partial(self.at_one_time, of_images), partial(self.guided, of_all)
         return Problem((self.features, condition.shape[1]), predict, pair, progress)

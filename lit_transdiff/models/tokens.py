@@ -11,9 +11,7 @@ from torch import Tensor
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """[..., C, H, W] -> [..., N, C p p]: tokens row by row, inside a token channel slowest, then patch row,
-    patch column.
-    """
+    """[..., C, H, W] -> [..., N, C p p]: row by row, each token by channel, patch row, patch column."""
     return rearrange(x, "... c (h p) (w q) -> ... (h w) (c p q)", p=patch_size, q=patch_size)
 
 

@@ -81,7 +81,6 @@ class TransDiff(Paradigm):
             require_known(f"model.{field}", getattr(config, field), table)
 
     # --- the two networks
-    # -------------------------------------------------------------------------------------------------
 
     def encode(self, labels: Tensor, references: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
         """Context [B, (n + 1) L, D] of ``labels`` [B] and a row's first n < R latents [B, n, C, H, W].
@@ -119,7 +118,6 @@ class TransDiff(Paradigm):
         return self.decoder(x_t, t, memory)
 
     # --- the seam
-    # --------------------------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> Tensor:
         return x

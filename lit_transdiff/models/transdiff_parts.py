@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class AllParts:
-    """What the decoder knows of all parts in training."""
+    """The memory of all parts, in training."""
 
     contexts: Memory  # a context for each part
     order: Tensor  # [B, K]: the parts as they follow each other
@@ -41,7 +41,7 @@ class AllParts:
 
 @dataclass(eq=False)
 class SomeParts:
-    """What it knows of its rows of tokens: a row, or R / rows of them in succession, for each place."""
+    """The memory of rows of tokens: each place serves a row, or R / rows of them in succession."""
 
     contexts: Memory
     places: Tensor  # [rows, n, D], embedded
@@ -94,7 +94,7 @@ class PartEncoder(nn.Module):
         return table[:, sum(sizes[:first]) : sum(sizes[: first + number])]
 
     def given(self, tokens: Tensor, order: Tensor, first: int, number: int) -> Tensor:
-        """What later parts are given, [B, n, D], of the ``tokens`` [B, n, c] of those from ``first`` on."""
+        """The inputs [B, n, D] of later parts, made of ``tokens`` [B, n, c] of those from ``first`` on."""
         assert self.projection is not None
         x = self.projection(tokens.to(self.projection.weight.dtype))
         return x if self.given_position is None else x + self.at(self.given_position, order, first, number)
@@ -110,8 +110,8 @@ class PartEncoder(nn.Module):
     ) -> Tensor:
         """The context [B, n, D] of a ``number`` of parts from ``first`` on, of class vectors [B, D].
 
-        Of what is ``given`` to all but the first part of an image. ``past`` holds keys and values of what is
-        before, and then those of these parts, too.
+        ``given`` is the input of all but the first part of an image. ``past`` holds keys and values of
+        earlier parts, and then also those of these.
         """
         config, sizes = self.config, self.config.part_sizes
         x = [] if given is None else [given]
@@ -164,7 +164,7 @@ class TransDiffParts(Paradigm):
     def __init__(self, config: TransDiffPartsConfig) -> None:
         super().__init__()
         self.config, self.part_sizes, self.token = config, config.part_sizes, (config.token_features,)
-        self.encoder, self.decoder = PartEncoder(config), PartDecoder.of(config)  # type: ignore[arg-type]
+        self.encoder, self.decoder = PartEncoder(config), PartDecoder(config)
         self.decoder.position = learned(1, sum(config.part_sizes), config.width)
 
     def order_of(self, number: int, normal: Normal, device: torch.device) -> Tensor:
@@ -185,14 +185,13 @@ class TransDiffParts(Paradigm):
         return self.smaller(latents, 2 * side)
 
     def given(self, tokens: Tensor, order: Tensor, first: int, number: int) -> Tensor:
-        """What the parts after a ``number`` of them from ``first`` on are given, of the clean ``tokens``."""
+        """The inputs of the parts after a ``number`` of them from ``first`` on, made of clean ``tokens``."""
         if self.config.parts == "scales":
             pieces = tokens.split(list(self.part_sizes[first : first + number]), dim=1)
             tokens = torch.cat([self.enlarged(piece) for piece in pieces], dim=1)
         return self.encoder.given(tokens, order, first, number)
 
     # --- the seam
-    # --------------------------------------------------------------------------------------------------------
 
     @property
     def evaluated(self) -> PartDecoder:

@@ -21,7 +21,7 @@ from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import TimeMLP, whole_time
 from lit_transdiff.models.layers import KeysValues, RMSNorm, initialise, learned
 from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
-from lit_transdiff.models.rotary import RotaryBlock, grid_places, rotary_turns
+from lit_transdiff.models.rotary import RotaryBlock, grid_places, through
 from lit_transdiff.models.tokens import join_squares, split_squares
 
 if TYPE_CHECKING:
@@ -91,30 +91,20 @@ class XAR(Paradigm):
     def transform(
         self, x: Tensor, t: Tensor, labels: Tensor, first: int, past: Sequence[KeysValues]
     ) -> Tensor:
-        """Cells [R, n, c] from the place ``first`` on, given those of ``past``, which then holds them, too:
-        [R, n, D].
-        """
+        """Cells [R, n, c] from the place ``first`` on -> [R, n, D]; ``past`` then holds them, too."""
         config, number = self.config, self.config.encoder_blocks
         times = self.time_embed(whole_time(t).flatten()).unflatten(0, t.shape)
         condition = self.class_emb(labels)[:, None] + times
         groups, at = (config.tokens_of_part,) * t.shape[1], slice(first, first + x.shape[1])
         places = grid_places(config.grid, config.grid, x.device).movedim(-1, 0)
         places = split_squares(places[:, None], config.parts_per_side, 1)[:, at, 0].T
-
-        def through(blocks: nn.ModuleList, x: Tensor, heads: int, past: Sequence[KeysValues]) -> Tensor:
-            turns = rotary_turns(places, config.width // heads)
-            for i, block in enumerate(blocks):
-                x = block(x, condition, turns, groups, past[i] if past else None)
-            return x
-
         x = self.z_proj(x.to(self.z_proj.weight.dtype)) + self.encoder_pos_embed_learned[:, at]
-        x = through(self.encoder_blocks, self.z_proj_ln(x), config.num_heads, past[:number])
+        x = through(self.encoder_blocks, self.z_proj_ln(x), condition, places, groups, past[:number])
         x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_pos_embed_learned[:, at]
-        x = through(self.decoder_blocks, x, config.heads_of_decoder, past[number:])
+        x = through(self.decoder_blocks, x, condition, places, groups, past[number:])
         return self.decoder_norm(x)
 
     # --- the seam
-    # --------------------------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> Tensor:
         return split_squares(x[:, 0], self.config.parts_per_side, self.config.patch_size)
