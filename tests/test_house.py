@@ -34,20 +34,17 @@ LAYERS = {room: layer for layer, rooms in enumerate(ORDER) for room in rooms}
 MAX_FILE, MAX_FUNCTION = 300, 45  # lines, of at most 110 columns
 # Files and functions that are longer since lines became shorter, each with its length: they may only shrink.
 LONGER = {
-    "checkpoints/export.py": 302,
-    "cli/pipeline.py": 313,
-    "data/index.py": 342,
+    "cli/pipeline.py": 306,
+    "data/index.py": 337,
     "models/autoencoder.py": 312,
-    "released/convert.py": 333,
+    "released/convert.py": 316,
     "study/compare.py": 306,
     "study/plots.py": 309,
-    "training/callbacks.py": 323,
+    "training/callbacks.py": 316,
     "__main__.py:add_data_commands": 47,
     "models/adapt.py:match": 54,
-    "released/convert.py:convert": 56,
-    "released/key_names.py:read_shape": 50,
-    "released/key_names.py:released_shapes": 48,
-    "sampling/pictures.py:grid": 49,
+    "released/convert.py:convert": 48,
+    "sampling/pictures.py:grid": 47,
 }
 DOORS = {
     "webdataset": {"data/shards.py", "data/stream.py"},

@@ -53,7 +53,6 @@ def width_of(state: str) -> float | None:
 
 
 # --- decay
-# ------------------------------------------------------------------------------------------------------------
 
 
 def average_decays(config: OptimizerConfig) -> dict[str, Decay]:
@@ -81,7 +80,6 @@ def power_decay(update: int, width: float) -> float:
 
 
 # --- update
-# ------------------------------------------------------------------------------------------------------------
 
 
 class Averaging(torch.optim.Optimizer):
@@ -148,7 +146,6 @@ def loss_of(closure: Callable[[], float] | None) -> float | None:
 
 
 # --- holders
-# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -258,7 +255,6 @@ class Averages(ABC):
 
 
 # --- combination
-# ------------------------------------------------------------------------------------------------------------
 
 
 def overlap(update_a: float, width_a: float, update_b: float, width_b: float) -> float:

@@ -48,13 +48,8 @@ FILES = (
     *("config.json", "diffusion_pytorch_model.safetensors", "classifier.safetensors", *OF_DIFFUSERS),
 )
 # Path settings that a trained model needs; an export also stores them relative to its folder.
-EXPORT_PLACES = (
-    "autoencoder.path",
-    "evaluation.extractor_weights",
-    "evaluation.reference",
-    "data.train",
-    "data.evaluation",
-)
+OF_SCORES = "evaluation.extractor_weights", "evaluation.reference"
+EXPORT_PLACES = ("autoencoder.path", *OF_SCORES, "data.train", "data.evaluation")
 FARTHEST = 0.1  # maximal relative distance of a combination of averages from the requested profile
 
 
@@ -190,12 +185,8 @@ def export_checkpoint(
     state = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
     if half:
         state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    info = {
-        **info,
-        "step": checkpoint.step,
-        "images_seen": checkpoint.manifest["images_seen"],
-        "weights": origin,
-    }
+    seen = checkpoint.manifest["images_seen"]
+    info = {**info, "step": checkpoint.step, "images_seen": seen, "weights": origin}
     write_export(folder, run, info, lambda partial: write_generator(state, partial), own=own)
 
 
@@ -259,16 +250,11 @@ def write_export(
         write_weights(new)
         save_yaml(run, new / "config.yaml")
         names = sorted({*files_in(new), INFO})
-        about = versioned(info) | {
-            "paths": paths_from(folder, run),
-            "files": names,
-            "crc32": crc32_of_files(new),
-        }
+        about = versioned(info) | {"paths": paths_from(folder, run), "files": names}
+        about["crc32"] = crc32_of_files(new)
         replace_file(new / INFO, sealed(about))
-        unfinished = {
-            "unfinished": "a new export was being put here: export again",
-            "files": sorted({*earlier, *names}),
-        }
+        reason = "a new export was being put here: export again"
+        unfinished = {"unfinished": reason, "files": sorted({*earlier, *names})}
         put_files(new, folder, earlier, INFO, lambda: replace_file(folder / INFO, sealed(unfinished)))
 
 

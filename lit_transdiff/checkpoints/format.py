@@ -96,10 +96,7 @@ class Checkpoint:
         return [state for parameter, state in self.slices if parameter == name]
 
     def read(self, name: str, state: str, start: int = 0, length: int | None = None) -> Tensor:
-        """Elements ``start`` ..
-
-        ``start + length`` of a flattened state [length]; ``ValueError`` if some are missing.
-        """
+        """``length`` elements from ``start`` on of a flattened state; ``ValueError`` if some are missing."""
         length = math.prod(self.shapes[name]) - start if length is None else length
         pieces = [
             (piece, max(start, piece.start), min(start + length, piece.start + piece.length))

@@ -35,20 +35,8 @@ from lit_transdiff.data.index_files import header_bytes
 
 GIT_TIMEOUT = 10.0  # seconds; a hanging disk must not stop a run
 PACKAGES = (
-    "lit-transdiff",
-    "torch",
-    "lightning",
-    "wandb",
-    "omegaconf",
-    "webdataset",
-    "timm",
-    "einops",
-    "torchmetrics",
-    "torch-fidelity",
-    "deepspeed",
-    "diffusers",
-    "numpy",
-    "pillow",
+    *("lit-transdiff", "torch", "lightning", "wandb", "omegaconf", "webdataset", "timm", "einops"),
+    *("torchmetrics", "torch-fidelity", "deepspeed", "diffusers", "numpy", "pillow"),
 )
 # Settings that may change between two starts of a run, because its numbers so far do not depend on them (they
 # do on max_steps if the learning rate does, and on num_workers for a stream, which refuses another value
@@ -106,7 +94,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
 def content_checksum(place: str | None) -> str | None:
     """A checksum of the shard index, model weights or file at a path, or None if there is none.
 
-    Of a URL it is that of the index, which is equal for a copy of the shards elsewhere.
+    For a URL it is that of the index, which is equal for a copy of the shards elsewhere.
     """
     on_hub = is_on_hub(place) and not str(place).startswith("hf://datasets/")  # pinned by its commit
     if place is None or is_stream(place) or on_hub:

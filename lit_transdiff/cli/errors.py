@@ -21,24 +21,10 @@ QUIET = (  # loggers whose information does not help users; cuda logs LOCAL_RANK
     "lightning.pytorch.accelerators.cuda",
 )
 # A path that cannot be meant.
-NOT_HERE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.EROFS,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-)
-FAILURES = (
-    FloatingPointError,
-    CheckpointError,
-    HubError,
-    TrialsFailed,
-    RankFailed,
-    RemoteError,
-)  # their message is the whole line
+NAMES_OF_CODES = "EACCES EPERM ENOTDIR EISDIR EEXIST EROFS ENAMETOOLONG ELOOP"
+NOT_HERE = {getattr(errno, name) for name in NAMES_OF_CODES.split()}
+# Their message is the whole line.
+FAILURES = (FloatingPointError, CheckpointError, HubError, TrialsFailed, RankFailed, RemoteError)
 ENDINGS = (ValueError, OSError, Preempted, *FAILURES)  # the errors that ``status_of`` handles
 
 

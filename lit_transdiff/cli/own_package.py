@@ -20,11 +20,8 @@ def write_package(folder: Path) -> list[Path]:
     """
     name = folder.resolve().name
     proposed = re.sub(r"\W", "_", name.lower()).lstrip("0123456789_") or NAME
-    fits = (
-        name.isidentifier()
-        and not keyword.iskeyword(name)
-        and name not in sys.stdlib_module_names | {"lit_transdiff"}
-    )
+    taken = {*keyword.kwlist, *sys.stdlib_module_names, "lit_transdiff"}
+    fits = name.isidentifier() and name not in taken
     allowed = f"a folder whose name a Python module can have, as in {folder.with_name(proposed)}"
     require(fits, "init", str(folder), allowed)
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))

@@ -99,16 +99,13 @@ def load_pipeline(
     ``overrides`` and ``imports`` apply to all runs. ``output_dir`` also moves the pipeline's own files, whose
     paths may begin with ``${output_dir}``.
     """
-    pipeline = read_pipeline(
-        path, [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")]
-    )
+    moved = [item.split("=", 1)[1] for item in overrides if item.startswith("output_dir=")]
+    pipeline = read_pipeline(path, moved)
     common = [*pipeline.overrides, *overrides, f"output_dir={pipeline.output_dir}"]
-    runs = [
-        load_run(
-            Path(path).parent / expanded(step.recipe, f"{path}: recipe"), [*step.overrides, *common], imports
-        )
-        for step in pipeline.runs
-    ]
+    runs = []
+    for step in pipeline.runs:
+        recipe = Path(path).parent / expanded(step.recipe, f"{path}: recipe")
+        runs.append(load_run(recipe, [*step.overrides, *common], imports))
     names = [run.name for run in runs]
     require(len(set(names)) == len(names), "runs", names, "runs of different names")
     allowed = f"at least one run of {', '.join(STAGES)}"
@@ -195,9 +192,7 @@ def check_images(pipeline: Pipeline, runs: Sequence[RunConfig]) -> None:
 def farewell(root: Path, last: RunConfig) -> str:
     """The closing lines: where the pictures are, and commands to try next."""
     module = Path(sys.argv[0]).name == "__main__.py"  # started by python -m lit_transdiff
-    started = (
-        f"{os.path.relpath(sys.executable)} -m lit_transdiff" if module else os.path.relpath(sys.argv[0])
-    )
+    started = os.path.relpath(sys.executable if module else sys.argv[0]) + " -m lit_transdiff" * module
     command = "lit-transdiff" if shutil.which("lit-transdiff") else started
     trained = f"--checkpoint {shlex.quote(str(last.folder))}"
     pair = f"0,{last.model.num_classes - 1}" if last.model.num_classes > 1 else "0"
@@ -208,10 +203,8 @@ def farewell(root: Path, last: RunConfig) -> str:
         f"{command} evaluate {trained} sampling.solver=heun sampling.num_steps=10",
         f"{command} compare {shlex.quote(str(root))}",
     ]
-    pictures = [
-        f"{root / 'comparison.png'}  (the stages side by side)",
-        str(last.folder / "samples" / "final" / "grid.png"),
-    ]
+    grid = last.folder / "samples" / "final" / "grid.png"
+    pictures = [f"{root / 'comparison.png'}  (the stages side by side)", str(grid)]
     gap = "\n" + " " * len("Try next:  ")
     return f"Pictures:  {gap.join(pictures)}\nTry next:  {gap.join(commands)}"
 

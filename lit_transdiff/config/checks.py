@@ -52,12 +52,9 @@ FOLDER_NAME = "the name of one folder, without '/', '\\' and '$', in which '~' o
 
 def is_folder_name(name: Any) -> bool:
     """Whether a string is the name of a single folder, also for a shell."""
-    return (
-        isinstance(name, str)
-        and name not in ("", ".", "..")
-        and name.isprintable()
-        and not re.search(r"^[~\s]|[/\\$]", name)
-    )
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    return name.isprintable() and not re.search(r"^[~\s]|[/\\$]", name)
 
 
 def expanded(path: str, what: str) -> str:
@@ -150,11 +147,9 @@ def require_classes(what: str, names: Sequence[str], expected: Sequence[str], wh
         return
     only, missing = [n for n in names if n not in expected], [n for n in expected if n not in names]
     if len(names) != len(expected):
-        got = (
-            f"{len(names)} classes"
-            + (f", with {some(only)}" if only else "")
-            + (f", without {some(missing)}" if missing else "")
-        )
+        more = f", with {some(only)}" if only else ""
+        less = f", without {some(missing)}" if missing else ""
+        got = f"{len(names)} classes{more}{less}"
         allowed = (
             f"the {len(expected)} of {whose}; an empty folder keeps the number of a class without images"
         )
@@ -163,6 +158,12 @@ def require_classes(what: str, names: Sequence[str], expected: Sequence[str], wh
         got = f"class {c} {names[c]!r}" + ("" if only else ", the same classes in another order")
         allowed = f"{expected[c]!r}, which is class {c} of {whose}; pack both from folders of the same names"
     raise ValueError(f"{what}: got {got}; allowed: {allowed}.")
+
+
+def listed(items: Sequence[object], most: int = 10, between: str = ", ") -> str:
+    """The first items, and the number of the others, for messages."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return between.join(map(str, items[:most])) + more
 
 
 def some(names: Sequence[object]) -> str:

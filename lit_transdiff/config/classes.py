@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 
 from lit_transdiff.config import require
 
@@ -94,19 +95,15 @@ def embedding_rows(
 def same(names: Sequence[str], old: Sequence[str]) -> ClassRows:
     """Identical classes. Raises ``ValueError`` for other classes, with the settings that allow them."""
     unnamed = any(all(name == str(c) for c, name in enumerate(known)) for known in (names, old))
-    fits = len(names) == len(old) and (unnamed or list(names) == list(old))
-    differ = next(
-        (c for c, (one, other) in enumerate(zip(names, old, strict=False)) if one != other),
-        min(len(names), len(old)),
-    )
-    here, there = (
-        f"{len(known)} classes, class {differ} is {known[differ] if differ < len(known) else 'none'}"
-        for known in (names, old)
-    )
+    if len(names) == len(old) and (unnamed or list(names) == list(old)):
+        return list(range(len(names)))
+    pairs = enumerate(zip_longest(names, old))
+    differ, pair = next((c, pair) for c, pair in pairs if pair[0] != pair[1])
+    counts = zip((len(names), len(old)), pair, strict=True)
+    here, there = (f"{count} classes, class {differ} is {name or 'none'}" for count, name in counts)
     ways = (
         "init_classes=new (all class embeddings are made anew; all else is kept), init_classes=by_name "
         "(those of equal names are kept), init_classes=by_number, or init_classes={new name: old name}"
     )
     allowed = f"for the same classes only, but {here} here, and {there} there; for others: {ways}"
-    require(fits, "init_classes", "same", allowed)
-    return list(range(len(names)))
+    raise ValueError(f"init_classes: got 'same'; allowed: {allowed}.")

@@ -53,11 +53,8 @@ def typed(value: Any, hint: Any, name: str) -> Any:
         if value is None and types.NoneType in parts:
             return None
         kinds = [part for part in parts if part is not types.NoneType]
-        fits = [
-            part
-            for part in kinds
-            if (typing.get_origin(part) in (list, dict)) == isinstance(value, list | dict)
-        ]
+        nested = isinstance(value, list | dict)
+        fits = [part for part in kinds if (typing.get_origin(part) in (list, dict)) == nested]
         return typed_or_refused(value, (fits or kinds)[0], name, hint)
     return typed_or_refused(value, hint, name, hint)
 

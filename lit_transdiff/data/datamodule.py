@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Optional
 
 import lightning.pytorch as pl
@@ -158,7 +159,8 @@ class DataModule(pl.LightningDataModule):
             "number of samples": len(index),
         }
         identity |= AUGMENTATION if self.data.horizontal_flip or self.data.crops_at_random else {}
-        total = self.num_steps() * layout.accumulation
+        total, options = self.num_steps() * layout.accumulation, loader_options(self.data.num_workers)
+        start = partial(self.start, layout)
         if is_stream(self.data.train):
             stream = StreamDataset(index, self.data, self.seed, layout, total, self.num_references)
             identity |= {
@@ -166,15 +168,10 @@ class DataModule(pl.LightningDataModule):
                 "micro_batch_size": layout.micro_batch,
                 "num_workers": self.data.num_workers,
             }
-            return TrainLoader(
-                stream, lambda: self.start(layout), identity, **loader_options(self.data.num_workers)
-            )
-        groups = (
-            None if self.data.groups is None else read_groups(self.data.groups, index, self.num_references)
-        )
-        plan = TrainPlan(
-            index, self.seed, num_references=self.num_references, block=self.data.shuffle_block, groups=groups
-        )
+            return TrainLoader(stream, start, identity, **options)
+        given, block = self.data.groups, self.data.shuffle_block
+        groups = None if given is None else read_groups(given, index, self.num_references)
+        plan = TrainPlan(index, self.seed, num_references=self.num_references, block=block, groups=groups)
         self.plan = plan
         identity["number of groups"] = plan.num_items
         dataset = PlannedDataset(index, self.data, self.seed, training=True)
@@ -182,14 +179,8 @@ class DataModule(pl.LightningDataModule):
         if isinstance(dataset.reader, CachedReader):
             ahead = ShardsAhead(plan, dataset.reader.cache.limit)
             dataset.reader.cache.require_limit(ahead.at_once(), "the shards that are read at a time")
-        sampler = PlanSampler(plan, layout, total, lambda: self.start(layout), ahead)
-        return TrainLoader(
-            dataset,
-            lambda: self.start(layout),
-            identity,
-            sampler=sampler,
-            **loader_options(self.data.num_workers),
-        )
+        sampler = PlanSampler(plan, layout, total, start, ahead)
+        return TrainLoader(dataset, start, identity, sampler=sampler, **options)
 
     def check_trainer(self, layout: BatchLayout) -> None:
         """Check that the trainer's steps agree with this module."""
@@ -225,13 +216,9 @@ class DataModule(pl.LightningDataModule):
             seed=self.seed,
             num_samples=self.num_validation_samples,
         )
-        options = loader_options(self.data.num_workers)
-        return DataLoader(
-            PlannedDataset(index, self.data, few=self.num_validation_samples is not None),
-            sampler=RowsInOrder(batches),
-            persistent_workers=self.data.num_workers > 0,
-            **options,
-        )
+        dataset = PlannedDataset(index, self.data, few=self.num_validation_samples is not None)
+        options = loader_options(self.data.num_workers) | {"persistent_workers": self.data.num_workers > 0}
+        return DataLoader(dataset, sampler=RowsInOrder(batches), **options)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Copy from pinned memory without waiting."""

@@ -26,15 +26,8 @@ from lit_transdiff.data.pixels import from_bytes
 
 MAX_IMAGE_PIXELS = 64_000_000  # larger images are refused before decoding
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
-READ_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+OF_CODECS = (struct.error, zlib.error, Image.DecompressionBombError)
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, *OF_CODECS)
 ORIENTED, TRANSPARENT, ANIMATED = "oriented", "transparent", "animated"  # oddities of a file
 DEPTH = re.compile(r"^(?:L|RGB);(2|4|16)B?$")  # bits per channel of a PNG without palette, unless 8 or 1
 TURNS = {  # EXIF orientation -> transpose; 1 is upright
@@ -69,10 +62,8 @@ def open_image(
     image file of moderate size with 8 bits per channel. Unreadable EXIF data are ignored.
     """
     try:
-        image = Image.open(
-            io.BytesIO(data) if isinstance(data, bytes) else data,
-            formats=tuple(f for f in FORMATS if f != "MPO"),
-        )
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        image = Image.open(file, formats=[name for name in FORMATS if name != "MPO"])
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"{image.width} x {image.height} pixels; allowed: at most {MAX_IMAGE_PIXELS} pixels"

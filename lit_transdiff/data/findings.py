@@ -14,6 +14,7 @@ import numpy as np
 
 from lit_transdiff.base.files import read_json, replace_file, sealed
 from lit_transdiff.config import are_numbers
+from lit_transdiff.config.checks import listed
 from lit_transdiff.data.decode import ANIMATED, ORIENTED, TRANSPARENT
 from lit_transdiff.data.encode import Encoding
 from lit_transdiff.data.index import ShardIndex
@@ -146,7 +147,7 @@ def notes_on_doubles(twice: Sequence[Sequence[str]]) -> Iterator[str]:
 def notes_on_classes(index: ShardIndex) -> Iterator[str]:
     """Notes on classes without images."""
     if empty := [f"{c} ({index.class_names[c]!r})" for c in np.flatnonzero(index.class_counts == 0)]:
-        yield f"{len(empty)} classes have no images: {first_few(empty)}"
+        yield f"{len(empty)} classes have no images: {listed(empty, NAMES_PRINTED)}"
 
 
 def notes_on_names(names: Sequence[str]) -> Iterator[str]:
@@ -155,17 +156,16 @@ def notes_on_names(names: Sequence[str]) -> Iterator[str]:
         if moved := [f"class {c} is {name!r}" for c, name in enumerate(names) if int(name) != c]:
             yield (
                 "classes are numbered from 0 without gaps, so that their numbers are not their names: "
-                f"{first_few(moved)}"
+                f"{listed(moved, NAMES_PRINTED)}"
             )
     elif wrong := next((pair for pair in pairs_by_number(names) if pair[0] != pair[1]), None):
         yield (
             f"classes are in the order of text, not of the numbers in their names: {wrong[0]!r} has the "
-            f"place of {wrong[1]!r}, "
-            "which is why index.json lists the names in order of the class number"
+            f"place of {wrong[1]!r}, which is why index.json lists the names in order of the class number"
         )
     alike = Counter(name.casefold() for name in names)
     if same := [name for name in names if alike[name.casefold()] > 1]:
-        yield f"names of classes differ in upper and lower case alone: {first_few(same)}"
+        yield f"names of classes differ in upper and lower case alone: {listed(same, NAMES_PRINTED)}"
 
 
 def pairs_by_number(names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -177,7 +177,3 @@ def pairs_by_number(names: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield from zip(
             family, sorted(family, key=lambda name: [int(part) for part in DIGITS.findall(name)]), strict=True
         )
-
-
-def first_few(items: Sequence[str]) -> str:
-    return ", ".join(items[:NAMES_PRINTED]) + (", ..." if len(items) > NAMES_PRINTED else "")

@@ -271,13 +271,8 @@ def index_shards(
     if save:
         check_free(folder)
     tasks = ((path, latents, Labels.of(label, class_names or ())) for path in paths)
-    rows = tqdm(
-        in_processes(shard_rows, tasks, workers),
-        desc="indexing",
-        unit="shard",
-        total=len(paths),
-        disable=not progress,
-    )
+    shown = dict(desc="indexing", unit="shard", total=len(paths), disable=not progress)
+    rows = tqdm(in_processes(shard_rows, tasks, workers), **shown)
     index = join_rows(
         folder, sorted(rows, key=lambda shard_row: shard_row.shard.name), class_names, seed, latents
     )

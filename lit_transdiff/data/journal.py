@@ -57,8 +57,7 @@ class ShardJournal:
             if present and not path.exists():  # another process may have written it since
                 raise ValueError(
                     f"{self.folder} already holds {present[0]} ({len(present)} files and folders) but no "
-                    f"{self.plan_file}, which "
-                    f"says how shards in it were made; choose an empty folder."
+                    f"{self.plan_file}, which says how shards in it were made; choose an empty folder."
                 )
             if not path.exists():
                 return
@@ -75,8 +74,7 @@ class ShardJournal:
         if differences:
             raise ValueError(
                 f"{self.folder} was made with other settings ({'; '.join(differences)}); choose an empty "
-                "folder, or go on with "
-                f"the settings in {self.plan_file}."
+                f"folder, or go on with the settings in {self.plan_file}."
             )
 
     @contextmanager

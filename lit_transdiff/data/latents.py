@@ -92,8 +92,7 @@ class LatentCache:
         some = "" if len(left) == len(shards) else f"; {len(shards) - len(left)} of them are there already"
         say(
             f"{len(self.source)} x {self.info.flips} latents of shape {self.info.shape} in {self.info.dtype} "
-            f"-> {len(shards)} "
-            f"shards in {self.dest}, {format_bytes(sum(sizes.values()))}{some}; "
+            f"-> {len(shards)} shards in {self.dest}, {format_bytes(sum(sizes.values()))}{some}; "
             f"{format_bytes(free_bytes(self.dest))} are free"
         )
         require_space(self.dest, sum(sizes[name] for name in left))
@@ -140,11 +139,8 @@ class LatentCache:
         """The images of the shards in order; no batch spans two shards."""
         parts = [part for shard in shards for part in shard_batches(self.source, shard, batch_size)]
         rows = [Rows(part, np.zeros_like(part), part[:, None]) for part in parts]
-        return iter(
-            DataLoader(
-                PlannedDataset(self.source, self.data), sampler=rows, **loader_options(self.data.num_workers)
-            )
-        )
+        options = loader_options(self.data.num_workers)
+        return iter(DataLoader(PlannedDataset(self.source, self.data), sampler=rows, **options))
 
     def encoded(
         self, batches: Iterable[Batch], encode_fn: EncodeFn, device: torch.device
@@ -152,10 +148,8 @@ class LatentCache:
         """The samples [B] of each batch and their moments."""
         for batch in batches:
             samples = batch.samples[:, 0].numpy()
-            yield (
-                samples,
-                self.encode_batch(samples, batch.values[:, 0].to(device, non_blocking=True), encode_fn),
-            )
+            images = batch.values[:, 0].to(device, non_blocking=True)
+            yield samples, self.encode_batch(samples, images, encode_fn)
 
     def encode_batch(self, samples: np.ndarray, images: Tensor, encode_fn: EncodeFn) -> np.ndarray:
         """The moments [B, F, 2c, h, w] float16 of images [B, C, H, W]; F = 2 with flips."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_transdiff.config.checks import listed
+
 NAMES_SHOWN = 16  # number of names in a message
 
 
@@ -36,5 +38,4 @@ def names_in_words(names: Callable[[], Sequence[str]]) -> str:
         known = list(names())
     except Exception:
         return "unknown"
-    more = f" and {len(known) - NAMES_SHOWN} more" if len(known) > NAMES_SHOWN else ""
-    return (", ".join(map(str, known[:NAMES_SHOWN])) or "unknown") + more
+    return listed(known, NAMES_SHOWN) or "unknown"

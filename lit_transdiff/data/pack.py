@@ -185,8 +185,7 @@ def announce(packing: Packing, shards: Sequence[int], progress: bool) -> None:
         size = ("" if packing.encoding.keeps_files else "about ") + format_bytes(sum(shards))
         tqdm.write(
             f"{packing.num_images} of {len(images.labels)} images of {len(images.class_names)} classes -> "
-            f"{len(shards)} shards in {dest}, {size}{some}; "
-            f"{format_bytes(free_bytes(dest))} are free"
+            f"{len(shards)} shards in {dest}, {size}{some}; {format_bytes(free_bytes(dest))} are free"
         )
     require_space(dest, left)
 
@@ -251,11 +250,8 @@ def finish_packing(packing: Packing, source: str) -> PackReport:
     index = join_rows(
         journal.folder, [record.rows for record in records], images.class_names, packing.seed, None
     )
-    write_findings(
-        journal.folder,
-        findings,
-        in_two_classes(index, findings.digests, dict(zip(images.keys, images.origins, strict=True))),
-    )
+    origins = dict(zip(images.keys, images.origins, strict=True))
+    write_findings(journal.folder, findings, in_two_classes(index, findings.digests, origins))
     index.save()
     journal.close()
     return read_report(index, packing.encoding, images.passed_over, images.source_names)
@@ -272,10 +268,8 @@ def choose_samples(images: ImageSource, limit: Optional[int], seed: int) -> np.n
     quota = np.full(num_classes, limit // num_classes) + (np.arange(num_classes) < limit % num_classes)
     counts = np.bincount(images.labels, minlength=num_classes)
     for c in np.flatnonzero(counts < quota):
-        raise ValueError(
-            f"limit: got {limit}, which is {quota[c]} a class; class {images.class_names[c]!r} has "
-            f"{counts[c]}."
-        )
+        name = images.class_names[c]
+        raise ValueError(f"limit: got {limit}, which is {quota[c]} a class; class {name!r} has {counts[c]}.")
     labels = images.labels[order]
     chosen = [order[labels == c][: quota[c]] for c in range(num_classes)]
     return order[np.isin(order, np.concatenate(chosen))]

@@ -47,10 +47,8 @@ def group_references(
     of_class = np.repeat(np.arange(len(counts)), groups_of)  # n
     # of the group in its class
     number = np.arange(len(of_class)) - np.repeat(np.cumsum(groups_of) - groups_of, groups_of)
-    first = (
-        np.minimum(number * num_references, counts[of_class] - num_references)
-        + (np.cumsum(counts) - counts)[of_class]
-    )
+    in_class = np.minimum(number * num_references, counts[of_class] - num_references)
+    first = in_class + (np.cumsum(counts) - counts)[of_class]
     places = by_class[first[:, None] + np.arange(num_references)]  # n R
     groups = order[places[np.argsort(places[:, -1])]]
     return groups, 0 if fill_up else len(order) - groups.size
@@ -61,9 +59,8 @@ def check_class_sizes(index: ShardIndex, num_references: int) -> None:
     for c in np.flatnonzero((index.class_counts > 0) & (index.class_counts < num_references)):
         raise ValueError(
             f"model.num_references: got {num_references}, but class {index.class_names[c]!r} of "
-            f"{index.folder} has only "
-            f"{index.class_counts[c]} images; allowed: at most the size of the smallest class, or leave that "
-            "class out."
+            f"{index.folder} has only {index.class_counts[c]} images; allowed: at most the size of the "
+            "smallest class, or leave that class out."
         )
 
 
@@ -74,10 +71,8 @@ def without_small_classes(index: ShardIndex, num_references: int) -> np.ndarray:
     if not large.any():
         raise ValueError(
             f"data.evaluation: no class of {index.folder} has more than {most} images, and validation takes "
-            "groups of "
-            f"model.num_references={num_references}; allowed: more held-out images of a class, at most "
-            f"{most} references, or "
-            "training.num_validation_samples=0, which validates nothing."
+            f"groups of model.num_references={num_references}; allowed: more held-out images of a class, at "
+            f"most {most} references, or training.num_validation_samples=0, which validates nothing."
         )
     return large
 

@@ -172,8 +172,6 @@ def damaged(index: ShardIndex, sample: int) -> ValueError:
     """The error for a sample that differs from its checksum."""
     return ValueError(
         f"{index.name_of(sample)}: the sample at byte {index.offset[sample]} of the shard is damaged: its "
-        "checksum differs from "
-        "that in the index. Copy the shard again, or make the shards again; what else is damaged says: "
-        "lit-transdiff verify "
-        f"{index.folder}"
+        "checksum differs from that in the index. Copy the shard again, or make the shards again; what else "
+        f"is damaged says: lit-transdiff verify {index.folder}"
     )

@@ -146,11 +146,8 @@ def list_source(path: Path, class_names: ClassNames) -> ImageSource:
     """
     lines = list(text_lines(path))
     delimiter = "\t" if any("\t" in line for line in lines) else ","
-    rows = [
-        (f"{path}: line {number}", row)
-        for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1)
-        if row
-    ]
+    numbered = enumerate(csv.reader(lines, delimiter=delimiter), 1)
+    rows = [(f"{path}: line {number}", row) for number, row in numbered if row]
     for where, row in rows:
         require(len(row) == 2, where, delimiter.join(row), "path and label, with a tab or a comma between")
     require(len(rows) > 0, str(path), "an empty list", "lines of path and label")

@@ -123,9 +123,8 @@ class StreamDataset(IterableDataset):
         if not counts.any():
             raise ValueError(
                 f"model.num_references: got {self.num_references}, but no class is as often in {len(shards)} "
-                f"of {len(self.urls)} "
-                f"shards, which each of {readers} readers (ranks times data.num_workers) has in an epoch; "
-                "allowed: fewer readers."
+                f"of {len(self.urls)} shards, which each of {readers} readers (ranks times data.num_workers) "
+                "has in an epoch; allowed: fewer readers."
             )
         return shards, counts
 

@@ -95,16 +95,12 @@ def index_again(
     names = class_names or before.class_names
     index = index_shards(folder, names, before.seed, before.latents, workers, save=False, label=label)
     now = {(shard.name, shard.bytes): shard.sha256 for shard in index.shards}
-    differing = [
-        shard.name
-        for shard in before.shards
-        if now.get((shard.name, shard.bytes), shard.sha256) != shard.sha256
-    ]
+    known = ((shard.name, shard.bytes, shard.sha256) for shard in before.shards)
+    differing = [name for name, size, digest in known if now.get((name, size), digest) != digest]
     if differing:
         raise ValueError(
             f"{folder}: {', '.join(differing)}: not what was indexed, and as long: damaged. Copy them again, "
-            "or make the shards "
-            "again. If you replaced them, remove index.json and start this command again."
+            "or make the shards again. If you replaced them, remove index.json and start this command again."
         )
     if (index.shards, index.class_names) == (before.shards, before.class_names):
         # which stays, to the byte: runs know their data by it

@@ -122,9 +122,8 @@ class Sharding(Holders):
         if not self.is_whole:
             raise ValueError(
                 f"ModelCheckpoint, Trainer.save_checkpoint: strategy {type(self).__name__} holds tensors in "
-                "parts, which they "
-                "would leave out; allowed: the checkpoints that lit_transdiff.train writes by itself, or "
-                "strategy single or ddp."
+                "parts, which they would leave out; allowed: the checkpoints that lit_transdiff.train "
+                "writes by itself, or strategy single or ddp."
             )
         return super()
 

@@ -93,12 +93,8 @@ def precision_of(run: RunConfig) -> str:
     if precision == "fp16-mixed" and accelerator == "cpu":
         log.warning("training.precision: CPUs have no fp16-mixed; bf16-mixed is used")
         precision = "bf16-mixed"
-    return {
-        "fp32": "32-true",
-        "bf16-mixed": "bf16-mixed",
-        "fp16-mixed": "16-mixed",
-        "bf16-true": "bf16-mixed",
-    }[precision]
+    others = {"fp32": "32-true", "fp16-mixed": "16-mixed", "bf16-true": "bf16-mixed"}
+    return others.get(precision, precision)
 
 
 def compute_dtype(run: RunConfig) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_transdiff.config.checks import listed
 from lit_transdiff.models.state_dicts import Mapped, check_layout
 
 TRAINING_ONLY = "loss."  # the discriminator in some checkpoints
@@ -34,22 +35,16 @@ BEGINNINGS: tuple[tuple[str, str], ...] = (
 )
 # The names of the parts of attentions and residual blocks.
 ATTENTION = (
-    ("norm.", "group_norm."),
-    ("q.", "to_q."),
-    ("k.", "to_k."),
-    ("v.", "to_v."),
-    ("proj_out.", "to_out.0."),
+    *(("norm.", "group_norm."), ("q.", "to_q."), ("k.", "to_k.")),
+    *(("v.", "to_v."), ("proj_out.", "to_out.0.")),
 )
 RESIDUAL = (("nin_shortcut.", "conv_shortcut."),)
 
 
 def is_ldm(state: Mapping[str, Any]) -> bool:
     """Whether a state dict has the keys of a latent-diffusion autoencoder."""
-    return {
-        "encoder.conv_in.weight",
-        "encoder.down.0.block.0.conv1.weight",
-        "post_quant_conv.weight",
-    } <= state.keys()
+    first = "encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"
+    return {*first, "post_quant_conv.weight"} <= state.keys()
 
 
 def num_levels(state: Mapping[str, Any]) -> int:
@@ -68,13 +63,10 @@ def read_architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
     outputs = [f"encoder.down.{level}.block.0.conv2.weight" for level in levels]
     telling = ["encoder.conv_in.weight", *outputs, "decoder.conv_out.weight", "post_quant_conv.weight"]
     wrong = [f"missing: {key}" for key in telling if key not in state]
-    wrong += [
-        f"no convolution: {key} {list(state[key].shape)}"
-        for key in telling
-        if key in state and state[key].ndim != 4
-    ]
+    flat = [key for key in telling if key in state and state[key].ndim != 4]
+    wrong += [f"no convolution: {key} {list(state[key].shape)}" for key in flat]
     if wrong:
-        raise ValueError("the checkpoint does not fit:\n  " + "\n  ".join(wrong))
+        raise ValueError(f"the checkpoint does not fit: {listed(wrong, between='; ')}")
     return {
         "in_channels": state["encoder.conv_in.weight"].shape[1],
         "out_channels": state["decoder.conv_out.weight"].shape[0],

@@ -119,11 +119,8 @@ def check_versions(fabric: Fabric, folder: Path) -> Finding:
     """Whether Python, the packages and the commit of this code are the same on every rank."""
     versions = {"python": platform.python_version(), "commit": str(git_commit()), **package_versions()}
     everywhere = gather(fabric, versions)
-    different = [
-        f"{name}: {sorted({v[name] for v in everywhere})}"
-        for name in versions
-        if len({v[name] for v in everywhere}) > 1
-    ]
+    by_name = {name: {node[name] for node in everywhere} for name in versions}
+    different = [f"{name}: {sorted(several)}" for name, several in by_name.items() if len(several) > 1]
     found = f"Python {versions['python']}, torch {versions['torch']}, lightning {versions['lightning']}"
     return Finding("versions", found, "; ".join(different))
 
@@ -132,11 +129,8 @@ def check_threads(fabric: Fabric, folder: Path) -> Finding:
     """The CPU cores for the ranks of this node and their data workers."""
     cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     problem = f"{ranks} ranks share {cores} cores; leave OMP_NUM_THREADS=1" if ranks > cores else ""
-    return Finding(
-        "cores",
-        f"{cores} per node for {ranks} rank(s), {torch.get_num_threads()} thread(s) per rank",
-        problem,
-    )
+    threads = f"{torch.get_num_threads()} thread(s) per rank"
+    return Finding("cores", f"{cores} per node for {ranks} rank(s), {threads}", problem)
 
 
 def check_shards(fabric: Fabric, shards: str) -> Finding:
@@ -151,10 +145,8 @@ def check_shards(fabric: Fabric, shards: str) -> Finding:
         count += 1
     both = gather(fabric, (count / READ_SECONDS, size / READ_SECONDS))
     samples, rate = sum(c for c, _ in both), sum(s for _, s in both)
-    return Finding(
-        "shards",
-        f"{shards}: {samples:,.0f} {index.kind}/s, {rate / 1e6:,.0f} MB/s, all ranks together, undecoded",
-    )
+    speed = f"{samples:,.0f} {index.kind}/s, {rate / 1e6:,.0f} MB/s, all ranks together, undecoded"
+    return Finding("shards", f"{shards}: {speed}")
 
 
 CHECKS: dict[str, Callable[[Fabric, Path], Finding]] = {

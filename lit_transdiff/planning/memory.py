@@ -85,11 +85,8 @@ def model_cost(run: RunConfig) -> ModelCost:
     """Count the parameters."""
     with torch.device("meta"):
         model = fake_stage(run).model
-    units = [
-        sum(p.numel() for p in block.parameters())
-        for blocks in model.block_lists().values()
-        for block in blocks
-    ]
+    blocks = (block for stack in model.block_lists().values() for block in stack)
+    units = [sum(p.numel() for p in block.parameters()) for block in blocks]
     total = sum(p.numel() for p in model.parameters())
     return ModelCost(
         parameters=total,
@@ -141,11 +138,8 @@ def pass_cost(run: RunConfig, bf16: bool, counts: Counts | None = None) -> PassC
     blocks: list[tuple[float, float]] = []  # bytes per row kept by a block and made in its backward pass
     for name, count in more.items():
         _, whole, inputs = (count[1] - count[0]).tolist()
-        chosen = range(
-            0,
-            stacks[name] if name in training.recomputed(stacks) else 0,
-            training.activation_checkpointing_every,
-        )
+        recomputed = stacks[name] if name in training.recomputed(stacks) else 0
+        chosen = range(0, recomputed, training.activation_checkpointing_every)
         blocks += [(inputs, whole) if i in chosen else (whole, whole / 8) for i in range(stacks[name])]
         kept = kept - len(chosen) * (count[:, 1] - count[:, 2])
         again += cost.stacks[name] * len(chosen) / stacks[name]

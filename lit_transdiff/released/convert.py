@@ -69,12 +69,7 @@ def convert(
     option that has no effect on ``source``, and for a ``dest`` that exists.
     """
     source, dest = Path(source), Path(dest)
-    options = {
-        "autoencoder": autoencoder,
-        "recipe": recipe,
-        "num_heads": num_heads,
-        "scaling_factor": scaling_factor,
-    }
+    options = dict(autoencoder=autoencoder, recipe=recipe, num_heads=num_heads, scaling_factor=scaling_factor)
     given = {name for name, value in options.items() if value is not None}
     check_source(source)
     allowed = "a name that does not exist yet: nothing is overwritten"
@@ -92,9 +87,6 @@ def convert(
     content = state if bare else content | {"model": state}
     if is_ldm(state):
         check_options(given, {"scaling_factor"}, f"the autoencoder {file}")
-        check_tensors(
-            {key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}, "model", file
-        )
         return autoencoder_from_ldm(
             file, state, dest, LATENT_SCALE if scaling_factor is None else scaling_factor
         )
@@ -185,16 +177,14 @@ def run_of(
         num_heads = getattr(recipe.model, "num_heads", None)
     implied = layout.settings(checkpoint.model, Hints(autoencoder.latent_channels, size, num_heads))
     shape = implied["model"]
+    channels, side = shape["latent_channels"], shape["latent_size"]
+    image_size = side * autoencoder.downsampling
     if recipe is not None:
         check_recipe(recipe, shape, checkpoint.path)
-    channels = shape["latent_channels"]
     fits = autoencoder.latent_channels == channels
     require(fits, "autoencoder: latent channels", autoencoder.latent_channels, f"{channels}")
-    image_size = shape["latent_size"] * autoencoder.downsampling
     if recipe is not None:
-        where = (
-            f"{autoencoder_path}: image size of latents of {shape['latent_size']} x {shape['latent_size']}"
-        )
+        where = f"{autoencoder_path}: image size of latents of {side} x {side}"
         allowed = f"data.image_size={recipe.data.image_size} of the recipe"
         require(image_size == recipe.data.image_size, where, image_size, allowed)
     settings = to_dict(recipe or RunConfig())
@@ -213,11 +203,8 @@ def run_of(
 def check_recipe(recipe: RunConfig, shape: Mapping[str, Any], path: Path) -> None:
     """Raise ``ValueError`` for settings of a recipe's model that are not those of the file."""
     given = {key: getattr(recipe.model, key) for key in shape if key != "size"}
-    wrong = [
-        f"model.{key}: {shape[key]} in the checkpoint, {value} in the recipe"
-        for key, value in given.items()
-        if value != shape[key]
-    ]
+    differ = {key: value for key, value in given.items() if value != shape[key]}
+    wrong = [f"model.{key}: {shape[key]} in the checkpoint, {differ[key]} in the recipe" for key in differ]
     if wrong:
         raise ValueError(f"{path} has a different shape than the recipe: {'; '.join(wrong)}")
 
@@ -255,22 +242,17 @@ def export_to_released(source: Path, dest: Path) -> str:
     states = {"model": released_state(raw), average: released_state(folder)}
     if export.info.get("weights") == "last":  # the file had no averaged weights
         del states[average]
-    content: dict[str, Any] = {
-        name: {key: value for key, value in mapped.state.items() if key not in made}
-        for name, mapped in states.items()
-    }
+    content: dict[str, Any] = {}
+    for name, mapped in states.items():
+        content[name] = {key: value for key, value in mapped.state.items() if key not in made}
     content |= {"epoch": origin["epoch"]} if origin.get("epoch") is not None else {}
     content |= {"args": argparse.Namespace(**origin["args"])} if origin.get("args") else {}
     with whole(dest) as file:
         save_pickled(content, file)
-    lines = [
-        f"{folder} -> {dest}: "
-        f"{', '.join(f'{key} ({len(mapped.state)} tensors)' for key, mapped in states.items())}"
-    ]
-    lines += [
-        f"  made of zeros: {key} (the model has none; it has no effect)"
-        for key in states[average if average in states else "model"].left_over
-    ]
+    counts = ", ".join(f"{key} ({len(mapped.state)} tensors)" for key, mapped in states.items())
+    zeros = states[average if average in states else "model"].left_over
+    lines = [f"{folder} -> {dest}: {counts}"]
+    lines += [f"  made of zeros: {key} (the model has none; it has no effect)" for key in zeros]
     if raw == folder and average in states:
         lines.append("  model: the averaged weights, as the export has no others")
     return "\n".join(lines)
@@ -294,8 +276,10 @@ def autoencoder_from_ldm(file: Path, state: Mapping[str, Tensor], dest: Path, sc
     """Write a latent-diffusion autoencoder as a diffusers folder."""
     allowed = "a finite number above 0"
     require(math.isfinite(scaling_factor) and scaling_factor > 0, "scaling_factor", scaling_factor, allowed)
+    weights = {key: value for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
+    check_tensors(weights, "model", file)
     network, dropped = KLAutoencoder.from_ldm(state, scaling_factor)
-    dtypes = {value.dtype for key, value in state.items() if not key.startswith(TRAINING_ONLY)}
+    dtypes = {value.dtype for value in weights.values()}
     dtype = one_type(dtypes)
     with whole(dest) as folder:
         network.save(folder, dtype)
@@ -323,9 +307,8 @@ def autoencoder_to_ldm(source: Path, dest: Path) -> str:
     require(dest.suffix in (".ckpt", ".pth"), "dest", str(dest), "a file name ending in .ckpt or .pth")
     channels = json_of((source / CONFIG_FILE).read_text()).get("in_channels")
     network = KLAutoencoder.load(source, channels)
-    dtype = one_type(
-        {value.dtype for file in source.glob("*.safetensors") for value in read_weights(file).values()}
-    )
+    files = map(read_weights, source.glob("*.safetensors"))
+    dtype = one_type({value.dtype for weights in files for value in weights.values()})
     state = {key: value.to(dtype) for key, value in network.to_ldm().items()}
     with whole(dest) as file:
         save_pickled({"model": state}, file)

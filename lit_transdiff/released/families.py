@@ -23,20 +23,18 @@ from lit_transdiff.config.sit import SIT_SIZES
 from lit_transdiff.config.xar import XAR_SIZES
 from lit_transdiff.models.paradigm import network_class
 from lit_transdiff.models.sit import position_table
-from lit_transdiff.models.state_dicts import Mapped
-from lit_transdiff.released.files import listed
+from lit_transdiff.models.state_dicts import Mapped, check_layout
 
 State = Mapping[str, Tensor]
 Sizes = Mapping[str, Mapping[str, int]]
 FIXED = "pos_embed"  # of SiT and DiT: a formula, which a file may leave out
-NO_WEIGHTS = re.compile(
-    r"(^|[._])(rope|rotary|freqs?|mask|pos(ition)?_ids)([._]|$)"
-)  # buffers without weights
+# buffers without weights
+NO_WEIGHTS = re.compile(r"(^|[._])(rope|rotary|freqs?|mask|pos(ition)?_ids)([._]|$)")
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What is known beside the tensors of a file."""
+    """Facts that the tensors of a file do not tell."""
 
     latent_channels: int  # of the autoencoder
     latent_size: int  # of the recipe's model, or of images of 256 px
@@ -74,7 +72,7 @@ def ratio_of(hidden: int, width: int, gated: bool = False) -> float:
 def size_of(shape: dict[str, int], sizes: Sizes, num_heads: int | None) -> dict[str, Any]:
     """The name of the size with these numbers, if there is one, and the heads, which the tensors do not tell.
 
-    Of a model without a size, the heads are those of a size of the same transformer, or ``num_heads``.
+    The heads of a model without a size are those of a size of the same transformer, or ``num_heads``.
     """
     of_transformer = {k: n for k, n in shape.items() if not k.startswith("head_")}
     same = {name: row for name, row in sizes.items() if row.items() >= shape.items()}
@@ -96,16 +94,13 @@ def has_variances(state: State) -> bool:
 
 def sit_shape(state: State, hints: Hints) -> dict[str, Any]:
     width, channels, p, _ = state["x_embedder.proj.weight"].shape
-    if FIXED in state:
-        size = square_root(state[FIXED].shape[1], "pos_embed: tokens") * p
-    else:
-        size = hints.latent_size
+    tokens = state[FIXED].shape[1] if FIXED in state else (hints.latent_size // p) ** 2
     return {
         **size_of(dict(width=width, num_blocks=blocks_in(state, "blocks")), SIT_SIZES, hints.num_heads),
         "mlp_ratio": ratio_of(state["blocks.0.mlp.fc1.weight"].shape[0], width),
         "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
         "latent_channels": channels,
-        "latent_size": size,
+        "latent_size": square_root(tokens, "pos_embed: tokens") * p,
         "patch_size": p,
         "learn_sigma": has_variances(state),
     }
@@ -125,7 +120,7 @@ def acdit_shape(state: State, hints: Hints) -> dict[str, Any]:
 
 
 def of_two_halves(state: State, hints: Hints, sizes: Sizes, **head: int) -> dict[str, Any]:
-    """What xAR's and FlowAR's tensors say alike."""
+    """The settings that tensors of xAR and FlowAR tell in the same way."""
     width, features = state["z_proj.weight"].shape
     blocks = {f"{half}_blocks": blocks_in(state, f"{half}_blocks") for half in ("encoder", "decoder")}
     hidden = state["encoder_blocks.0.mlp.fc1_g.weight"].shape[0]
@@ -157,11 +152,9 @@ def flowar_shape(state: State, hints: Hints) -> dict[str, Any]:
 
 
 def token_head(state: State) -> dict[str, int]:
-    net = "diffloss.net"
-    return {
-        "head_width": state[f"{net}.input_proj.weight"].shape[0],
-        "head_blocks": blocks_in(state, f"{net}.res_blocks"),
-    }
+    """The size of the network that denoises a token."""
+    width = state["diffloss.net.input_proj.weight"].shape[0]
+    return {"head_width": width, "head_blocks": blocks_in(state, "diffloss.net.res_blocks")}
 
 
 def mar_shape(state: State, hints: Hints) -> dict[str, Any]:
@@ -241,13 +234,13 @@ class FamilyLayout:
         for name in made:
             _, number, width = shapes[name]
             found[name] = position_table(width, math.isqrt(number))[None]
-        check_names(found, shapes)
+        check_layout(found, shapes)
         return Mapped({key: found[key] for key in shapes}, aside, made)
 
     def to_released(self, state: State, config: ModelSettings, left_over: State) -> Mapped:
         """Our state dict as a released one, with ``left_over`` put back."""
         shapes = shapes_of(config)
-        check_names(state, shapes)
+        check_layout(state, shapes)
         return Mapped({key: state[key] for key in shapes} | dict(left_over), {})
 
 
@@ -256,16 +249,3 @@ def shapes_of(config: ModelSettings) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         state = network_class(config)(config).state_dict()  # type: ignore[call-arg]
     return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def check_names(state: State, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ``ValueError`` with all keys that are missing, unexpected or of another shape, in one line."""
-    wrong = [f"missing {key}" for key in shapes if key not in state]
-    wrong += [f"unexpected {key}" for key in state if key not in shapes]
-    wrong += [
-        f"{key} {list(state[key].shape)} in place of {list(shape)}"
-        for key, shape in shapes.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-    if wrong:
-        raise ValueError(f"the checkpoint does not fit: {listed(wrong)}")

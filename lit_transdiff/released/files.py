@@ -19,25 +19,14 @@ from torch import Tensor
 
 from lit_transdiff.base.files import check_zip, short_hash
 from lit_transdiff.config import require
+from lit_transdiff.config.checks import listed
 
 CHECKPOINT = "checkpoint-last.pth"
 # The errors of torch and zipfile for a damaged file; a UnicodeDecodeError is a ValueError.
-DAMAGE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    TypeError,
-)
+OF_FILES = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError)
+DAMAGE = (*OF_FILES, ValueError, ArithmeticError, LookupError, AttributeError, TypeError)
 log = logging.getLogger(__name__)
 PARALLEL, COMPILED = "module.", "_orig_mod"  # added to names by DistributedDataParallel and torch.compile
-LISTED_NAMES = 10  # the most names in a message
 KNOWN = {"model", "model_ema", "optimizer", "scaler", "epoch", "args"}  # entries of the training code
 AVERAGES = ("model_ema", "ema")  # names of the averaged weights; the latter beside "opt" (SiT, DiT, ACDiT)
 SAVE_TENSORS = "Where it was made, save its tensors alone: torch.save({'model': model.state_dict()}, FILE)"
@@ -108,12 +97,7 @@ def state_dict(value: Any, name: str, path: Path) -> dict[str, Tensor]:
 
 def unwrapped(state: Mapping[Any, Tensor], name: str, path: Path) -> dict[str, Tensor]:
     """``state`` with the additions of training wrappers removed from its names, which is logged."""
-    names = {str(key): str(key) for key in state}
-    if any(COMPILED in key.split(".") for key in names):
-        names = {
-            key: ".".join(part for part in short.split(".") if part != COMPILED)
-            for key, short in names.items()
-        }
+    names = {str(key): ".".join(part for part in str(key).split(".") if part != COMPILED) for key in state}
     while names and all(short.startswith(PARALLEL) for short in names.values()):
         names = {key: short.removeprefix(PARALLEL) for key, short in names.items()}
     first = next((key for key, short in names.items() if key != short), None)
@@ -139,12 +123,6 @@ def no_weight(value: Tensor) -> str | None:
         return str(value.dtype).removeprefix("torch.")
     wide = value.float() if value.dtype.itemsize < 2 else value  # torch has no isfinite for float8
     return None if bool(torch.isfinite(wide).all()) else "NaN or Inf"
-
-
-def listed(names: list[str]) -> str:
-    """The first ``LISTED_NAMES`` of ``names``, and the number of the others."""
-    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
-    return ", ".join(names[:LISTED_NAMES]) + more
 
 
 def json_safe(value: Any) -> Any:

@@ -10,14 +10,14 @@ Shapes: D width, T features of a reference token, M mask tokens, K classes.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from lit_transdiff.config import SIZES, ModelConfig
+from lit_transdiff.config import SIZES, ModelConfig, require
 from lit_transdiff.models.state_dicts import Mapped, check_layout
+from lit_transdiff.released.families import blocks_in, shapes_of
 
 # (released, ours), tried in order; a prefix of a released name is replaced by the right side.
 PREFIXES: tuple[tuple[str, str], ...] = (
@@ -31,8 +31,8 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("encoder_blocks.", "encoder.blocks."),
     ("encoder_norm.", "encoder.norm."),
     ("diffdecoder.net.diffusion_pos_embed_learned", "decoder.position"),
-    ("diffdecoder.net.time_embed.time_embedder.", "decoder.time_embedding."),
     ("diffdecoder.net.time_embed.time_proj.", "decoder.time_embedding.modulation."),
+    ("diffdecoder.net.time_embed.time_embedder.", "decoder.time_embedding."),
     ("diffdecoder.net.cond_embed.", "decoder.context_projection."),
     ("diffdecoder.net.input_proj.", "decoder.input_projection."),
     ("diffdecoder.net.res_blocks.", "decoder.blocks."),
@@ -69,13 +69,23 @@ def is_released(state: Mapping[str, Any]) -> bool:
 
 def our_name(released: str) -> str:
     """Our key for a released one. Raises ``KeyError`` for a key that the released models do not have."""
-    for theirs, ours in PREFIXES:
-        if released == theirs or (released.startswith(theirs) and theirs.endswith(".")):
-            name = ours + released[len(theirs) :]
-            for part, our_part in PARTS:
-                name = name.replace(part, our_part)
+    return renamed(released, PREFIXES, PARTS)
+
+
+def released_name(ours: str) -> str:
+    """The inverse of ``our_name``."""
+    return renamed(ours, *([(new, old) for old, new in table] for table in (PREFIXES, PARTS)))
+
+
+def renamed(key: str, prefixes: Iterable[tuple[str, str]], parts: Iterable[tuple[str, str]]) -> str:
+    """``key`` with the first of ``prefixes`` that it has, and all ``parts``, replaced by their partners."""
+    for old, new in prefixes:
+        if key == old or (key.startswith(old) and old.endswith(".")):
+            name = new + key[len(old) :]
+            for part, new_part in parts:
+                name = name.replace(part, new_part)
             return name
-    raise KeyError(f"{released!r} is not a key of the released checkpoints.")
+    raise KeyError(f"{key!r} is not a key of the checkpoints of TransDiff.")
 
 
 def check_telling(state: Mapping[str, Tensor]) -> None:
@@ -106,22 +116,10 @@ def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dic
         raise ValueError(
             f"mask_token: got {masks} tokens; allowed: 1, or as many as divide the {context} context tokens"
         )
-    blocks = {
-        "encoder_blocks": r"encoder_blocks\.(\d+)\.",
-        "decoder_blocks": r"diffdecoder\.net\.res_blocks\.(\d+)\.",
-    }
-    counts = {
-        name: len({m[1] for key in state if (m := re.match(pattern, key))})
-        for name, pattern in blocks.items()
-    }
-    size, row = next(
-        (
-            (name, row)
-            for name, row in SIZES.items()
-            if row["width"] == width and {k: row[k] for k in counts} == counts
-        ),
-        ("", {}),
-    )
+    stacks = {"encoder_blocks": "encoder_blocks", "decoder_blocks": "diffdecoder.net.res_blocks"}
+    counts = {name: blocks_in(state, stack) for name, stack in stacks.items()}
+    shape = {"width": width, **counts}
+    size, row = next(((n, row) for n, row in SIZES.items() if row.items() >= shape.items()), ("", {}))
     heads = row.get("num_heads") if num_heads is None else num_heads
     if row and heads != row["num_heads"]:
         allowed = f"{row['num_heads']}, as the checkpoint is of size {size!r}"
@@ -130,9 +128,8 @@ def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dic
         raise ValueError(f"model.num_heads: no known size has width {width} and {counts}; give num_heads")
     return {
         **({"size": size} if size else {}),
-        "width": width,
+        **shape,
         "num_heads": heads,
-        **counts,
         "mlp_ratio": state["encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
         "num_classes": state["class_emb.weight"].shape[0],
         "num_class_tokens": state["encoder_pos_embed_learned"].shape[1] - context,
@@ -147,15 +144,18 @@ def read_shape(state: Mapping[str, Tensor], num_heads: int | None = None) -> dic
 def check_model(config: ModelConfig) -> None:
     """Refuse a model that the released layout cannot represent.
 
-    The layout has no decoder patches above 1, and in MRAR (released for 256 px only) no references at another
-    resolution than the context's.
+    The layout has the default networks, no decoder patches above 1, and in MRAR (released for 256 px only) no
+    references at another resolution than the context's.
     """
+    for name in ("encoder", "decoder", "condition"):
+        allowed = f"{getattr(ModelConfig, name)}, as in the released files"
+        fits = getattr(config, name) == getattr(ModelConfig, name)
+        require(fits, f"model.{name}", getattr(config, name), allowed)
     multi = config.num_references > 1
     if config.patch_size != 1 or (multi and config.latent_size**2 != config.num_context_tokens):
         raise ValueError(
             "the released layout has model.patch_size=1 and, for MRAR, as many context tokens as the latent "
-            "has pixels; got "
-            f"patch_size={config.patch_size}, num_references={config.num_references}, "
+            f"has pixels; got patch_size={config.patch_size}, num_references={config.num_references}, "
             f"{config.num_context_tokens} context tokens for {config.latent_size} x {config.latent_size} "
             "pixels"
         )
@@ -167,57 +167,12 @@ def released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     Raises ``ValueError`` for a model that the layout cannot represent.
     """
     check_model(config)
-    multi = config.num_references > 1
-    patch = config.reference_patch_size if multi else 1
-    d, hidden, tokens = config.width, int(config.width * config.mlp_ratio), config.num_context_tokens
-    mlp = {"mlp.fc1": (hidden, d), "mlp.fc2": (d, hidden)}
-    shapes: dict[str, tuple[int, ...]] = {
-        "fake_latent": (1, d),
-        "mask_token": (1, config.tokens_per_reference if multi else 1, d),
-        "encoder_pos_embed_learned": (1, config.num_class_tokens + tokens, d),
-        "diffusion_pos_embed_learned": (1, tokens, d),
-        "class_emb.weight": (config.num_classes, d),
-        **linear("z_proj", d, config.latent_channels * patch**2),
-        **norm("z_proj_ln", d),
-    }
-    for i in range(config.encoder_blocks):
-        name = f"encoder_blocks.{i}."
-        shapes |= (
-            norm(f"{name}norm1", d) | linear(f"{name}attn.qkv", 3 * d, d) | linear(f"{name}attn.proj", d, d)
-        )
-        shapes |= norm(f"{name}norm2", d)
-        for part, shape in mlp.items():
-            shapes |= linear(name + part, *shape)
-    shapes |= norm("encoder_norm", d)
-    net = "diffdecoder.net."
-    shapes[f"{net}diffusion_pos_embed_learned"] = (1, config.num_tokens, d)
-    shapes |= linear(f"{net}time_embed.time_embedder.linear_1", d, 256) | linear(
-        f"{net}time_embed.time_embedder.linear_2", d, d
-    )
-    shapes |= linear(f"{net}time_embed.time_proj", 6 * d, d) | linear(f"{net}cond_embed", d, d)
-    shapes |= linear(f"{net}input_proj", d, config.latent_channels)
-    for i in range(config.decoder_blocks):
-        name = f"{net}res_blocks.{i}."
-        shapes[f"{name}scale_shift_table"] = (1, 6, d)
-        shapes |= (
-            norm(f"{name}norm1", d) | linear(f"{name}attn1.qkv", 3 * d, d) | linear(f"{name}attn1.proj", d, d)
-        )
-        shapes |= norm(f"{name}norm2", d)
-        for part in ("wq", "wk", "wv", "proj"):
-            shapes |= linear(f"{name}attn2.{part}", d, d)
-        shapes |= norm(f"{name}norm3", d)
-        for part, shape in mlp.items():
-            shapes |= linear(name + part, *shape)
-    shapes[f"{net}final_layer.scale_shift_table"] = (1, 2, d)
-    return shapes | linear(f"{net}final_layer.linear", config.latent_channels, d)
-
-
-def linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes_of(config).items():
+        shapes[released_name(name)] = shape
+        if name == "encoder.class_embedding.weight" and config.num_references == 1:
+            shapes |= zip(DEAD, ((config.width, config.latent_channels), (config.width,)), strict=True)
+    return shapes
 
 
 def from_released(state: Mapping[str, Tensor], config: ModelConfig) -> Mapped:

@@ -43,14 +43,7 @@ class Files:
 
     def check(self, settings: EvaluationConfig) -> None:
         """Refuse missing files and mismatched statistics before any work starts."""
-        check_files(
-            {
-                "weights": self.checkpoint,
-                "vae": self.vae,
-                "inception": self.inception,
-                "reference": self.reference,
-            }
-        )
+        check_files({**vars(self), "weights": self.checkpoint})
         check_extractor(load_statistics(self.reference), load_extractor(settings.extractor, self.inception))
 
 
@@ -115,10 +108,8 @@ def check_origin(folder: Path, file: Path) -> None:
 def scores_table(name: str, row: dict[str, Any], result: dict[str, Any], overrides: Sequence[str]) -> str:
     """Our scores beside the published ones, with the settings behind ours."""
     made = result["manifest"]
-    lines = [
-        f"{row['model']}, {row['resolution']} x {row['resolution']}",
-        f"{'':22} {'ours':>10} {'published':>10}",
-    ]
+    head = f"{'':22} {'ours':>10} {'published':>10}"
+    lines = [f"{row['model']}, {row['resolution']} x {row['resolution']}", head]
     for metric, score in result["scores"].items():
         published = row.get(PUBLISHED.get(metric, ""))
         theirs = "-" if published is None else published

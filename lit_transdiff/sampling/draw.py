@@ -85,12 +85,8 @@ def labelled(rows: Tensor, names: Sequence[str], references: bool) -> Image.Imag
     rows = rows[:, :IMAGES_SHOWN]
     first = f"the first {IMAGES_SHOWN} of {count:,} images of a class" if count > IMAGES_SHOWN else ""
     if not references:
-        return grid(
-            rearrange(rows[:, :, -1], "k n c h w -> (k n) c h w"),
-            rows.shape[1],
-            row_labels=names,
-            title=first or None,
-        )
+        shown = rearrange(rows[:, :, -1], "k n c h w -> (k n) c h w")
+        return grid(shown, rows.shape[1], row_labels=names, title=first or None)
     labels = [name if n == 0 else "" for name in names for n in range(rows.shape[1])]
     heads = [f"image {r + 1}" for r in range(rows.shape[2])]
     title = "; ".join(filter(None, ["successive images", first]))
@@ -135,13 +131,10 @@ def images_in_batches(
     batch_size: int,
 ) -> Tensor:
     """Sample the images [N, R, C, H, W] of all labels in batches, and collect them on the CPU."""
-    starts = tqdm(
-        range(0, len(labels), batch_size), desc="sampling", unit="batch", disable=len(labels) <= batch_size
-    )
-    parts = [
-        generator.images(labels[i : i + batch_size], seeds[i : i + batch_size], sampling).cpu()
-        for i in starts
-    ]
+    parts, starts = [], range(0, len(labels), batch_size)
+    for i in tqdm(starts, desc="sampling", unit="batch", disable=len(starts) <= 1):
+        batch = slice(i, i + batch_size)
+        parts.append(generator.images(labels[batch], seeds[batch], sampling).cpu())
     return torch.cat(parts)
 
 

@@ -69,10 +69,8 @@ def grid(
         pen.text((x_0 - 10, y_0 + i * step_y + (step_y - gap) // 2), label, FAINT, font=small, anchor="rm")
     for i, tile in enumerate(tiles):
         row, column = divmod(i, columns)
-        corner = (
-            x_0 + column * step_x + (step_x - gap - width) // 2,
-            y_0 + row * step_y + (step_y - gap - height) // 2,
-        )
+        x = x_0 + column * step_x + (step_x - gap - width) // 2
+        corner = x, y_0 + row * step_y + (step_y - gap - height) // 2
         canvas.paste(picture(tile), corner)
     return canvas
 

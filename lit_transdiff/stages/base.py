@@ -180,10 +180,8 @@ class TransDiffStage(Stage):
         """Refuse values that are not latents, and an autoencoder with another normalisation."""
         model, data = self.run.model, self.run.data
         latents = (model.latent_channels, model.latent_size, model.latent_size)
-        posterior = (
-            latents[0] if isinstance(self.autoencoder, IdentityAutoencoder) else 2 * latents[0],
-            *latents[1:],
-        )
+        several = 1 if isinstance(self.autoencoder, IdentityAutoencoder) else 2
+        posterior = (several * latents[0], *latents[1:])
         images = (data.image_channels, data.image_size, data.image_size)
         sizes = f"{images} (images) or {posterior} (moments)"
         allowed = f"[B, R, C, H, W] with R = {model.num_references} and C, H, W = {sizes}"

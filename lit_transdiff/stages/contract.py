@@ -165,13 +165,8 @@ def try_drawing(model: Paradigm) -> None:
             try_problem(model, problem, solution)
     else:
         return
-    latents = (
-        NUM_ROWS,
-        config.num_references,
-        config.latent_channels,
-        config.latent_size,
-        config.latent_size,
-    )
+    size = config.latent_size
+    latents = NUM_ROWS, config.num_references, config.latent_channels, size, size
     require_shape(kind, "decode", images, latents, "B, R, C, H, W")
 
 

@@ -117,9 +117,7 @@ def averages_of(trainer: pl.Trainer) -> Holders:
     if not known or isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
             f"Trainer(strategy): got {type(strategy).__name__}, which hides the averages of the weights; "
-            "allowed: "
-            "one device, 'ddp', ModelParallelStrategy, or lit_transdiff.train with distributed.strategy "
-            "zero1, "
-            "zero2, zero3 or fsdp."
+            "allowed: one device, 'ddp', ModelParallelStrategy, or lit_transdiff.train with "
+            "distributed.strategy zero1, zero2, zero3 or fsdp."
         )
     return StockHolders(trainer)

@@ -82,7 +82,5 @@ class JudgeStage(ClassifierStage):
         features = self.classifier.features(images)
         logits = self.classifier.head(self.classifier.dropout(features))
         classes = F.cross_entropy(logits, batch.labels, label_smoothing=0.05)
-        return (
-            classes
-            + DISTORTION_WEIGHT * (self.distortion_head(features) - strengths).square().sum(dim=1).mean()
-        )
+        errors = (self.distortion_head(features) - strengths).square().sum(dim=1)
+        return classes + DISTORTION_WEIGHT * errors.mean()

@@ -33,20 +33,8 @@ from lit_transdiff.sweep.distributions import is_number
 from lit_transdiff.sweep.launching import launcher_from
 from lit_transdiff.sweep.trial import Trial
 
-KEYS_OF_STUDIES = (
-    "name",
-    "project",
-    "description",
-    "score",
-    "arms",
-    "baseline",
-    "seeds",
-    "budget",
-    "inputs",
-    "command",
-    "program",
-    "launcher",
-)
+OF_THE_CLAIM = ("score", "arms", "baseline", "seeds", "budget", "inputs")
+KEYS_OF_STUDIES = ("name", "project", "description", *OF_THE_CLAIM, "command", "program", "launcher")
 SCORE_KEYS = ("name", "goal", "smallest")
 
 

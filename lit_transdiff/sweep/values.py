@@ -18,11 +18,8 @@ def logged_values(folder: Path, metric: str) -> list[float]:
     """The values of ``metric`` in the order logged, NaN for any that is not a number."""
     file, logs = folder / "metrics.csv", folder / "wandb"
     if file.is_file():
-        return [
-            as_number(row["value"])
-            for row in rows_of(file)
-            if row.get("metric") == metric and row.get("value")
-        ]
+        rows = (row for row in rows_of(file) if row.get("metric") == metric and row.get("value"))
+        return [as_number(row["value"]) for row in rows]
     return values_in_log(logs, metric) if logs.is_dir() else []
 
 

@@ -226,15 +226,8 @@ class Progress(TQDMProgressBar):
     def init_train_tqdm(self) -> Tqdm:
         rare = {} if sys.stderr.isatty() else {"mininterval": 10.0}
         total, done = self.trainer.max_steps, self.trainer.global_step
-        return Tqdm(
-            desc=self.name,
-            total=total,
-            initial=done,
-            unit="step",
-            disable=self.is_disabled,
-            dynamic_ncols=True,
-            **rare,
-        )
+        shown = dict(desc=self.name, total=total, initial=done, unit="step", disable=self.is_disabled)
+        return Tqdm(**shown, dynamic_ncols=True, **rare)
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)

@@ -36,11 +36,8 @@ class StopRequest:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is None and os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(
-                2,
-                b"\nlit-transdiff: Ctrl-C: the run is saved at the end of this step; a second one quits at "
-                b"once.\n",
-            )
+            said = "Ctrl-C: the run is saved at the end of this step; a second one quits at once."
+            os.write(2, f"\nlit-transdiff: {said}\n".encode())
         if self.received is None:
             self.received, self.since = signal.Signals(number).name, time.monotonic()
 

@@ -287,13 +287,7 @@ def export_model(parts: Parts, trainer: pl.Trainer, folder: Path, more: Mapping[
     assert isinstance(stage, TransDiffStage)
     state = {name: value.cpu().contiguous() for name, value in stage.averaged_model().state_dict().items()}
     if trainer.is_global_zero:
-        weights = f"ema {run.optimizer.ema_decay}"
-        info = {
-            **export_info(parts),
-            "step": step,
-            "images_seen": step * run.images_per_step,
-            "weights": weights,
-            **more,
-        }
+        weights = {"weights": f"ema {run.optimizer.ema_decay}", **more}
+        info = {**export_info(parts), "step": step, "images_seen": step * run.images_per_step, **weights}
         with unless_full(folder, run.checkpoint.on_error == "continue"):
             write_export(folder, run, info, lambda path: write_generator(state, path), own=True)
