@@ -80,29 +80,20 @@ def test_planned(trained: Path, name: str, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sit", "acdit", "mar"])
-def test_swept(trained: Path, name: str):
-    setting = {"mar": "sampling.num_parts"}.get(name, "sampling.num_steps")
-    command = [
-        "${env}",
-        "${interpreter}",
-        "-m",
-        "lit_transdiff",
-        "evaluate",
-        "--checkpoint",
-        str(trained / name),
-    ]
+def test_a_setting_of_a_family_is_swept(tmp_path: Path):
+    """By evaluations of a trained model in processes of their own."""
+    train(load_run(recipe(tmp_path, "mar")), say=lambda text: None)
+    program = ["${env}", "${interpreter}", "-m", "lit_transdiff"]
     sweep = {
-        "name": f"sweep-{name}",
+        "name": "sweep-mar",
         "method": "grid",
         "metric": {"name": "eval/class_accuracy", "goal": "maximize"},
-        "parameters": {setting: {"values": [2, 4]}},
-        "command": [*command, "${args_no_hyphens}"],
+        "parameters": {"sampling.num_parts": {"values": [2, 4]}},
+        "command": [*program, "evaluate", "--checkpoint", str(tmp_path / "mar"), "${args_no_hyphens}"],
     }
-    (trained / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    output = trained / f"sweep-{name}"
-    assert main(["sweep", str(trained / "sweep.yaml"), "--output", str(output)]) == 0
-    assert len(list(output.rglob("evaluations/*.json"))) == 2
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    assert main(["sweep", str(tmp_path / "sweep.yaml"), "--output", str(tmp_path / "sweep")]) == 0
+    assert len(list((tmp_path / "sweep").rglob("evaluations/*.json"))) == 2
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lit_transdiff.base.endings import EXIT_REQUEUE
 from lit_transdiff.cli.pipeline import dry_run
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.distributed import sizes
@@ -89,8 +90,7 @@ def test_a_run_that_is_started_must_fit_here(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_largest_batch_that_is_allowed_answers_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+def test_the_largest_batch_that_is_allowed_answers_a_signal(tmp_path: Path) -> None:
     run = small_run(
         tmp_path, training={"global_batch_size": 40_000, "micro_batch_size": 1, "checkpoint_every": 1}
     )
@@ -100,8 +100,8 @@ def test_the_largest_batch_that_is_allowed_answers_a_signal(tmp_path: Path, numb
     while not (run.folder / "environment.json").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(2)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     code = process.wait(60)
     assert time.monotonic() - asked < 45
-    assert code == (130 if number == signal.SIGINT else 75), (tmp_path / "log").read_text()
+    assert code == EXIT_REQUEUE, (tmp_path / "log").read_text()
