@@ -7,19 +7,23 @@ in ``AWS_PROFILE``, ``AWS_ENDPOINT_URL`` and ``FSSPEC_S3_ANON``.
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout  # not yet the built-in one in Python 3.10
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lit_transdiff.base.files import whole
+from lit_transdiff.base.remote_errors import explained, http_status, is_final, one_line
 
 Reply = TypeVar("Reply")
 ATTEMPTS = 5
@@ -39,11 +43,12 @@ SCHEMES = {
     "az": "adlfs",
     "abfs": "adlfs",
 }
+# Attempts are counted here, and a range of a file on the Hub is read without the megabytes behind it.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}},
+    "hf": {"block_size": 1},
+}
 log = logging.getLogger(__name__)
-
-
-class RemoteError(OSError):
-    """A place that cannot be reached, read or written, in one line."""
 
 
 def is_remote(place: object) -> bool:
@@ -56,11 +61,8 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     import fsspec
 
     scheme = url.partition("://")[0] if is_remote(url) else "file"
-    options: dict[str, Any] = {}
-    if scheme == "s3":
-        options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}  # attempts are counted here
     try:
-        filesystem, path = fsspec.core.url_to_fs(url, **options)
+        filesystem, path = fsspec.core.url_to_fs(url, **OPTIONS.get(scheme, {}))
     except ImportError as error:
         package = SCHEMES.get(scheme, f"the package that fsspec reads {scheme}:// with")
         raise ValueError(f"{url}: {scheme}:// needs a package: pip install {package} ({error})") from error
@@ -94,14 +96,18 @@ class RemoteFolder:
     def opened(self) -> tuple[Any, str]:
         return filesystem_of(self.url)
 
+    def is_on(self, *schemes: str) -> bool:
+        return self.url.partition("://")[0] in schemes
+
     def at(self, *parts: str) -> RemoteFolder:
         """A folder in this one."""
         return RemoteFolder("/".join([self.url, *parts]))
 
-    def call(self, method: str, name: str, **options: Any) -> Any:
+    def call(self, method: str, name: str, *arguments: Any, **options: Any) -> Any:
         """One attempt to call a method of the filesystem for the file ``name``; "" is the folder."""
         filesystem, root = self.opened
-        return within_limit(filesystem, method, REQUEST_LIMIT, f"{root}/{name}" if name else root, **options)
+        place = f"{root}/{name}" if name else root
+        return within_limit(filesystem, method, REQUEST_LIMIT, place, *arguments, **options)
 
     def repeated(self, act: Callable[[], Reply], name: str) -> Reply:
         """The result of ``act``, which is repeated after errors that may pass."""
@@ -118,7 +124,10 @@ class RemoteFolder:
         raise AssertionError
 
     def read(self, name: str) -> bytes:
-        """A whole file."""
+        """A whole file, a large one in parts."""
+        size = self.size(name)
+        if size is not None and size > REQUEST_BYTES:
+            return b"".join(self.chunks(name, size))
         return bytes(self.repeated(lambda: self.call("cat_file", name), name))
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
@@ -150,7 +159,7 @@ class RemoteFolder:
     def sizes(self, names: Sequence[str]) -> dict[str, int | None]:
         """The sizes of files of this folder, None if the server does not say; missing files are left out."""
         filesystem, _ = self.opened
-        if {"http", "https"} & {filesystem.protocol, *filesystem.protocol}:  # without a list of files
+        if self.is_on("http", "https"):  # without a list of files
             with ThreadPoolExecutor(THREADS) as threads:
                 found = dict(zip(names, threads.map(self.size, names), strict=True))
             return {name: size for name, size in found.items() if size != -1}
@@ -167,7 +176,7 @@ class RemoteFolder:
                 return self.call("info", name)
             except FileNotFoundError as error:  # over HTTP so is every error
                 cause = error.__cause__
-                if isinstance(cause, Exception) and getattr(cause, "status", 0) != 404:
+                if self.is_on("http", "https") and isinstance(cause, Exception) and http_status(cause) != 404:
                     raise cause from None
                 raise
 
@@ -219,6 +228,39 @@ class RemoteFolder:
             file.write_bytes(content)
             self.put(file, name)
 
+    def replace(self, name: str, content: bytes, tag: str | None) -> None:
+        """Write a small file if it has this tag (None: if there is none); reading it again tells. Only S3
+        compares; elsewhere it is written in any case.
+        """
+        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+
+        def once() -> bool:
+            try:
+                self.call("pipe_file", name, content, **condition)
+            except FileNotFoundError:
+                if tag is None:  # the bucket itself
+                    raise
+            except FileExistsError:
+                pass
+            except Exception as error:
+                lacks = type(error).__name__ == "ParamValidationError"  # in a client before 2025
+                number = getattr(error, "errno", None)
+                if not lacks and number not in (
+                    errno.ENOSYS,
+                    errno.EINVAL,
+                ):  # a service without it; another tag
+                    raise
+                return lacks or number == errno.ENOSYS
+            return False
+
+        if not self.is_on("s3") or self.repeated(once, name):
+            self.write(name, content)
+
+    def tag(self, name: str) -> str | None:
+        """The service's hash of the content of a file; None without such a service."""
+        self.opened[0].invalidate_cache()
+        return self.repeated(lambda: self.call("info", name), name).get("ETag")
+
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         try:
@@ -228,49 +270,32 @@ class RemoteFolder:
 
 
 def within_limit(filesystem: Any, method: str, seconds: float, *arguments: Any, **options: Any) -> Any:
-    """Call a method of a filesystem; those that work asynchronously have a limit of time."""
+    """Call a method of a filesystem. ``TimeoutError`` unless its answer is complete after so many seconds,
+    however many bytes have come.
+    """
     from fsspec.asyn import sync
+    from fsspec.exceptions import FSTimeoutError
 
-    if getattr(filesystem, "async_impl", False):
-        return sync(
-            filesystem.loop, getattr(filesystem, f"_{method}"), *arguments, timeout=seconds, **options
-        )
-    return getattr(filesystem, method)(*arguments, **options)
-
-
-def is_final(error: Exception) -> bool:
-    """Whether another attempt would end in the same error."""
-    status = getattr(error, "status", None)  # of HTTP
-    if isinstance(status, int):
-        return 400 <= status < 500 and status not in (408, 425, 429)
-    lasting = (FileNotFoundError, PermissionError, ValueError, TypeError, AttributeError)
-    return isinstance(error, lasting) or lacks_credentials(error)
+    if "file" in filesystem.protocol:
+        return getattr(filesystem, method)(*arguments, **options)
+    try:
+        if getattr(filesystem, "async_impl", False):
+            function = getattr(filesystem, f"_{method}")
+            return sync(filesystem.loop, function, *arguments, timeout=seconds, **options)
+        return in_thread(partial(getattr(filesystem, method), *arguments, **options)).result(seconds)
+    except (FSTimeoutError, FutureTimeout) as error:
+        raise TimeoutError(f"no complete answer within {seconds:g} s") from error
 
 
-def lacks_credentials(error: Exception) -> bool:
-    return "credential" in f"{type(error).__name__} {error}".lower()
+def in_thread(act: Callable[[], Reply]) -> Future[Reply]:
+    """The result of ``act`` in a thread of its own, which nobody has to wait for."""
+    future: Future[Reply] = Future()
 
+    def run() -> None:
+        try:
+            future.set_result(act())
+        except BaseException as error:
+            future.set_exception(error)
 
-def explained(error: Exception, where: str, attempts: int) -> OSError:
-    """The error in one line that names the place and the way on."""
-    said = one_line(error)
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{where}: no such file ({said})")
-    if lacks_credentials(error):
-        return RemoteError(
-            f"{where}: {said}. Give credentials as the service expects them (AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY or AWS_PROFILE; gcloud auth; HF_TOKEN), or for a public bucket "
-            "FSSPEC_S3_ANON=true."
-        )
-    if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
-        return RemoteError(
-            f"{where}: access refused ({said}). Check the credentials and the bucket's policy."
-        )
-    tries = f" after {attempts} attempts" if attempts > 1 else ""
-    return RemoteError(f"{where}: failed{tries}: {said}")
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text, or its kind if it says nothing, in one line."""
-    kind = type(error).__name__
-    return " ".join(str(error).split()) or ("no answer in time" if "Timeout" in kind else kind)
+    threading.Thread(target=run, daemon=True, name="request").start()
+    return future

@@ -2,15 +2,13 @@
 
 A checkpoint there counts once its marker is there, which is uploaded last and removed first; the same holds
 for the ``export.json`` of an export. Checkpoints that the run folder no longer keeps are removed after newer
-ones are complete. One process writes to a mirror.
+ones are complete. One process at a time writes to a mirror (``mirror_holder``).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import platform
 import threading
 import time
 from contextlib import suppress
@@ -23,7 +21,6 @@ from lit_transdiff.checkpoints.format import DAMAGED, MARKER, PARTIAL, WRITTEN
 from lit_transdiff.checkpoints.mirror_files import (
     CHECKPOINT_FILE,
     LEFT_OUT,
-    WRITER,
     MirrorFiles,
     is_beside,
     marks_complete,
@@ -38,7 +35,9 @@ log = logging.getLogger(__name__)
 
 
 class Mirror(MirrorFiles):
-    """The mirror of a run folder. ``start`` begins to upload in the background, ``finish`` ends it."""
+    """The mirror of a run folder. After ``hold.take``, ``start`` begins to upload in the background, and
+    ``finish`` ends it.
+    """
 
     def __init__(self, folder: Path, url: str) -> None:
         super().__init__(folder, url)
@@ -108,9 +107,8 @@ class Mirror(MirrorFiles):
         self.withdraw(marker)
 
     def start(self) -> None:
-        """Upload in a thread from now on. Raises ``RemoteError`` if the mirror cannot be written."""
+        """Upload in a thread from now on."""
         if self.thread is None:
-            self.remote.write(WRITER, json.dumps({"host": platform.node(), "pid": os.getpid()}).encode())
             self.thread = threading.Thread(target=self.run, name="mirror", daemon=True)
             self.thread.start()
 
@@ -136,21 +134,21 @@ class Mirror(MirrorFiles):
         return not self.problem
 
     def finish(self) -> str:
-        """Upload the rest; why the mirror is incomplete, or "".
+        """Upload the rest, and let others write; why the mirror is incomplete, or "".
 
         Attempts end when nothing has been uploaded for ``MIRROR_PATIENCE`` seconds.
         """
-        if self.thread is None:
-            return ""
-        self.ends = True
-        self.wake.set()
-        self.thread.join()
+        if self.thread is not None:
+            self.ends = True
+            self.wake.set()
+            self.thread.join()
         deadline, sent = time.monotonic() + MIRROR_PATIENCE, dict(self.sent)
-        while self.problem and time.monotonic() < deadline:
+        while self.problem and not self.hold.lost and time.monotonic() < deadline:
             time.sleep(min(MIRROR_RETRY, MIRROR_PATIENCE))
             self.attempt()
             if self.sent != sent:
                 deadline, sent = time.monotonic() + MIRROR_PATIENCE, dict(self.sent)
+        self.hold.release()
         return self.problem
 
     def upload(self) -> None:

@@ -13,10 +13,10 @@ from lit_transdiff.base.files import remove
 from lit_transdiff.base.remote import RemoteFolder
 from lit_transdiff.checkpoints.export import INFO
 from lit_transdiff.checkpoints.format import MARKER, Checkpoint, complete_checkpoints
+from lit_transdiff.checkpoints.mirror_holder import HOLDER, Hold
 
 STAGED = ".mirror"  # links to the files that are being uploaded
-WRITER = "mirror.json"  # the last process that wrote to the mirror
-LEFT_OUT = ("lock", "wandb", "checkpoints", STAGED, WRITER)
+LEFT_OUT = ("lock", "wandb", "checkpoints", STAGED, HOLDER)
 LIVE = ("config.yaml", "environment.json", "metrics.csv")  # grow or change without a new name
 CHECKPOINT_FILE = re.compile(r"checkpoints/(step-\d+)/([^/]+)")
 
@@ -26,6 +26,7 @@ class MirrorFiles:
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.remote = folder, RemoteFolder(url)
+        self.hold = Hold(self.remote, folder)
         self.there: dict[str, int] = {}  # files of the mirror and their sizes
         self.sent: dict[str, tuple[int, int]] = {}  # size and time of the local files that are there
 
@@ -89,12 +90,14 @@ class MirrorFiles:
 
     def send(self, file: Path, name: str) -> None:
         """Upload a file."""
+        self.hold.check()
         stat = size_and_time(file)
         self.remote.put(file, name)
         self.there[name], self.sent[name] = stat[0], stat
 
     def withdraw(self, name: str) -> None:
         """Remove a file from the mirror."""
+        self.hold.check()
         self.remote.remove(name)
         self.there.pop(name, None)
         self.sent.pop(name, None)

@@ -13,7 +13,7 @@ import warnings
 
 from lit_transdiff.base.endings import CheckpointError, HubError, Preempted, RankFailed, TrialsFailed
 from lit_transdiff.base.files import is_full
-from lit_transdiff.base.remote import RemoteError
+from lit_transdiff.base.remote_errors import RemoteError
 
 QUIET = (  # loggers whose information does not help users; cuda logs LOCAL_RANK at every start of a Trainer
     "lightning.pytorch.utilities.rank_zero",

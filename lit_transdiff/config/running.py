@@ -78,8 +78,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         expand(self, "checkpoint.mirror")
-        web = self.mirror is not None and self.mirror.startswith(("http://", "https://"))
-        allowed = "a URL to which files can be written, as in s3://bucket/runs, or a folder"
+        web = self.mirror is not None and self.mirror.startswith(("http://", "https://", "hf://"))
+        allowed = "a URL to which files can be written at any time, as in s3://bucket/runs, or a folder"
         require(not web, "checkpoint.mirror", self.mirror, allowed)
         require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1")
         allowed = "0 (none) or more"

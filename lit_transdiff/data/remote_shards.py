@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_transdiff.base.remote import THREADS, RemoteFolder, one_line
+from lit_transdiff.base.remote import THREADS, RemoteFolder
+from lit_transdiff.base.remote_errors import one_line
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.checksums import checksum_of
 from lit_transdiff.data.index import ShardIndex

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from lit_transdiff.base.files import NoSpaceError, format_bytes, free_bytes, is_full
 from lit_transdiff.base.locks import LOCK
-from lit_transdiff.base.remote import RemoteError, RemoteFolder
+from lit_transdiff.base.remote import RemoteFolder
+from lit_transdiff.base.remote_errors import RemoteError
 from lit_transdiff.config import DataConfig, require
 from lit_transdiff.data.checksums import damaged_samples
 from lit_transdiff.data.index import ShardIndex

@@ -17,6 +17,7 @@ from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.base.remote import is_remote
 from lit_transdiff.checkpoints.export import INFO
 from lit_transdiff.checkpoints.mirror import Mirror
+from lit_transdiff.checkpoints.mirror_holder import MirrorTaken
 from lit_transdiff.checkpoints.run_folder import (
     PLACES,
     changed,
@@ -43,14 +44,16 @@ def mirrored(run: RunConfig, say: Callable[[str], None]) -> Iterator[Callable[[]
         yield lambda: None
         return
     mirror = mirror_of(run)
-    mirror.look()
     if getattr(rank_zero_only, "rank", 0) != 0:
+        mirror.look()
         wait_for_first_rank(mirror, run)
         yield lambda: None
         return
-    if is_further(mirror, run):
-        fetch(mirror, run, say)
+    mirror.hold.take()
     try:
+        mirror.look()
+        if is_further(mirror, run):
+            fetch(mirror, run, say)
         yield mirror.start
     except BaseException:
         tell(mirror, run, fails=False)
@@ -60,9 +63,17 @@ def mirrored(run: RunConfig, say: Callable[[str], None]) -> Iterator[Callable[[]
 
 @rank_zero_only
 def mirror_results(run: RunConfig) -> None:
-    """Upload what later steps than training have written to the run folder."""
+    """Upload what later steps than training have written to the run folder.
+
+    A process that trains it at the same time does this itself.
+    """
     if run.checkpoint.mirror is not None:
         mirror = mirror_of(run)
+        try:
+            mirror.hold.take(patience=0)
+        except MirrorTaken as error:
+            log.warning("%s", error)
+            return
         mirror.look()
         mirror.start()
         tell(mirror, run, fails=False)

@@ -3,7 +3,7 @@
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from lit_transdiff.base.remote import RemoteError
+from lit_transdiff.base.remote_errors import RemoteError
 from lit_transdiff.cli.errors import ending_of
 from lit_transdiff.data.dataset import loader_options
 

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import s3fs
 import torch
 
 from lit_transdiff.base import remote
-from lit_transdiff.base.remote import RemoteError
+from lit_transdiff.base.remote_errors import RemoteError
 from lit_transdiff.config import DataConfig
 from lit_transdiff.data.dataset import PlannedDataset
 from lit_transdiff.data.index import index_shards, read_index
@@ -20,8 +21,10 @@ from lit_transdiff.data.shard_cache import ShardCache
 from lit_transdiff.data.verify import verify
 from tests.helpers.buckets import upload
 from tests.helpers.datamodule import fit, module_for
+from tests.helpers.hub_stub import HubStub
 
 BLOCK = 3  # shards that are shuffled together
+HF = "hf://datasets/lab/data/train"
 
 
 pytestmark = pytest.mark.usefixtures("network")
@@ -34,7 +37,20 @@ def urls(bucket, shards):
         for name, value in bucket.environment().items():
             patch.setenv(name, value)
         upload(shards, "s3://lab/data/train")
-    return {"s3": "s3://lab/data/train", "http": f"{bucket.http}/lab/data/train", "file": f"file://{shards}"}
+    web = f"{bucket.http}/lab/data/train"
+    return {"s3": "s3://lab/data/train", "http": web, "file": f"file://{shards}", "hf": HF}
+
+
+@pytest.fixture(scope="module")
+def hub(shards, tmp_path_factory):
+    """The shards in a dataset on a Hub."""
+    with pytest.MonkeyPatch.context() as patch, HubStub() as server:
+        server.used_by(patch, tmp_path_factory.mktemp("home"))
+        server.add(
+            "lab/data", {f"train/{file.name}": file.read_bytes() for file in shards.iterdir()}, "dataset"
+        )
+        yield server
+        assert server.unknown == []
 
 
 def batches(module):
@@ -60,9 +76,9 @@ def kept(cache):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "workers", "num_references"), [("s3", 0, 1), ("s3", 0, 3), ("http", 2, 3)]
+    ("scheme", "workers", "num_references"), [("hf", 0, 1), ("s3", 0, 3), ("http", 2, 3)]
 )
-def test_batches_are_those_of_a_folder(urls, shards, tmp_path, scheme, workers, num_references):
+def test_batches_are_those_of_a_folder(urls, hub, shards, tmp_path, scheme, workers, num_references):
     def module(place, **data):
         return module_for(
             place,
@@ -161,6 +177,56 @@ def test_a_server_that_hangs_is_asked_again(urls, shards, bucket, tmp_path, monk
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
     with pytest.raises(RemoteError, match=r"index.json: failed after 2 attempts: "):
         read_index(urls["s3"])
+
+
+@pytest.mark.parametrize("scheme", ["s3", "http"])
+def test_a_server_that_trickles_is_asked_again(urls, shards, bucket, monkeypatch, scheme):
+    index = read_index(urls[scheme])
+    monkeypatch.setattr(remote, "REQUEST_LIMIT", 0.2)
+    reader, local = (
+        reader_of(index, DataConfig(), 4, few=True),
+        reader_of(read_index(shards), DataConfig(), 4),
+    )
+    bucket.delay, bucket.faults["train-000005.tar"] = 0.05, ["trickle"]  # each read of a byte succeeds
+    sample = int(index.starts[5])
+    assert reader.read(sample) == local.read(sample)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    bucket.faults["train-000005.tar"] = ["trickle"] * 2
+    with pytest.raises(
+        RemoteError, match=r"train-000005.tar: failed after 2 .*: no complete answer within 0.2"
+    ):
+        reader.read(sample)
+
+
+def test_a_dataset_on_the_hub_is_read_by_ranges_and_bounded_in_time(hub, shards, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(hub, "spoil", lambda content: (sizes.append(len(content)), content)[1])
+    index = read_index(HF)
+    reader, local = (
+        reader_of(index, DataConfig(), 4, few=True),
+        reader_of(read_index(shards), DataConfig(), 4),
+    )
+    sizes.clear()
+    assert reader.read(9) == local.read(9)
+    assert sizes == [index.size[9] + 1]  # not the shard behind it
+    monkeypatch.setattr(remote, "REQUEST_LIMIT", 0.1)
+    monkeypatch.setattr(hub, "spoil", lambda content: (time.sleep(0.1 + 0.2 * (not sizes)), content)[1])
+    with pytest.raises(RemoteError, match=r"tar: failed after 5 attempts: no complete answer within 0.1 s"):
+        reader.read(9)
+    for place, said in (("lab/none", "has no index.json"), ("lab/data@v9/train", "has no index.json")):
+        with pytest.raises(FileNotFoundError, match=said):
+            read_index(f"hf://datasets/{place}")
+    hub.trouble = 403
+    with pytest.raises(RemoteError, match="access refused"):
+        read_index(HF)
+    hub.trouble = None
+
+
+def test_a_large_index_comes_in_parts(urls, bucket, monkeypatch):
+    monkeypatch.setattr(remote, "REQUEST_BYTES", 1000)
+    asked = len(bucket.requests)
+    assert len(read_index(urls["s3"])) == 65
+    assert sum("index.npz" in path for _, path in bucket.requests[asked:]) > 2
 
 
 def test_a_shard_that_arrives_damaged_is_downloaded_again(urls, shards, bucket, tmp_path):
@@ -324,7 +390,7 @@ class TestErrors:
         s3fs.S3FileSystem.clear_instance_cache()
 
     def test_refused(self, urls, bucket):
-        bucket.faults["index.json"] = ["403"]
+        bucket.faults["index.json"] = ["403"] * 2  # to HEAD and GET
         with pytest.raises(RemoteError, match=r"index.json: access refused \("):
             read_index(urls["http"])
 

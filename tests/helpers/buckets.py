@@ -21,7 +21,8 @@ class Bucket:
     """The server and its proxy. ``faults[part of a path]`` are what happens to the next requests of it:
 
     ``drop`` (no answer), ``truncate`` (half an answer), ``damage`` (other bytes), ``whole`` (the file in
-    place of a range), ``hang`` (an answer after ``delay`` seconds), or a status such as ``503``.
+    place of a range), ``hang`` (an answer after ``delay`` seconds), ``trickle`` (a byte each ``delay``
+    seconds), or a status such as ``503``.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,12 @@ class Bucket:
                         self.send_header(name, value)
                 self.send_header("Content-Length", str(length))
                 self.end_headers()
-                self.wfile.write(content[: len(content) // 2] if fault == "truncate" else content)
+                for i in range(len(content) if fault == "trickle" else 0):
+                    self.wfile.write(content[i : i + 1])
+                    time.sleep(outer.delay)
+                self.wfile.write(
+                    {"truncate": content[: len(content) // 2], "trickle": b""}.get(fault, content)
+                )
                 if fault == "truncate":
                     self.close_connection = True
 

@@ -157,18 +157,29 @@ class Handler(BaseHTTPRequestHandler):
             dict(id=id, sha=sha, private=repo.private, siblings=siblings, tags=[], downloads=0, likes=0)
         )
 
-    def tree(self, body: bytes, kind: str, id: str, revision: str) -> None:
+    def tree(self, body: bytes, kind: str, id: str, revision: str, folder: str = "") -> None:
+        """The files below a folder, or the files and folders in it."""
         if (found := self.commit_of(id, kind, revision)) is None:
             return
         repo, sha = found
-        entries = []
-        for name, content in repo.commits[sha].items():
-            entry: dict[str, Any] = dict(type="file", path=name, size=len(content), oid=sha1_of(content))
-            if is_lfs(name, content):
-                oid = hashlib.sha256(content).hexdigest()
-                entry["lfs"] = dict(oid=oid, size=len(content), pointerSize=130)
-            entries.append(entry)
-        self.answer(entries)
+        inside, whole = f"{folder}/" if folder else "", "recursive=false" not in self.path.lower()
+        below = {name for name in repo.commits[sha] if name.startswith(inside)}
+        if folder and not below:
+            return self.refuse(404, "EntryNotFound", f"{folder} does not exist")
+        shown = {name if whole else inside + name.removeprefix(inside).split("/")[0] for name in below}
+        self.answer([self.entry(repo.commits[sha], name) for name in sorted(shown)])
+
+    @staticmethod
+    def entry(files: Files, name: str) -> dict[str, Any]:
+        """A file or folder in a tree."""
+        if name not in files:
+            return dict(type="directory", path=name, oid=sha1_of(name.encode()), size=0)
+        content = files[name]
+        entry: dict[str, Any] = dict(type="file", path=name, size=len(content), oid=sha1_of(content))
+        if is_lfs(name, content):
+            oid = hashlib.sha256(content).hexdigest()
+            entry["lfs"] = dict(oid=oid, size=len(content), pointerSize=130)
+        return entry
 
     def branch(self, body: bytes, kind: str, id: str, branch: str) -> None:
         if (repo := self.repo(id, kind)) is not None:
@@ -261,7 +272,7 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("POST", "/api/validate-yaml", Handler.validate),
     ("GET", API, Handler.info),
     ("GET", rf"{API}/revision/(?P<revision>.+)", Handler.info),
-    ("GET", rf"{API}/tree/(?P<revision>[^/]+)/?", Handler.tree),
+    ("GET", rf"{API}/tree/(?P<revision>[^/]+)/?(?P<folder>.*)", Handler.tree),
     ("POST", rf"{API}/branch/(?P<branch>.+)", Handler.branch),
     ("POST", rf"{API}/preupload/(?P<revision>.+)", Handler.preupload),
     ("POST", rf"{API}/commit/(?P<revision>.+)", Handler.commit),

@@ -1,6 +1,8 @@
 """A run whose machine is lost goes on from its mirror, bit for bit."""
 
+import dataclasses
 import itertools
+import os
 import shutil
 import signal
 import time
@@ -11,11 +13,14 @@ import pytest
 
 from lit_transdiff.base.endings import CheckpointError
 from lit_transdiff.base.files import read_json, replace_file, sealed, unsealed
-from lit_transdiff.base.remote import RemoteError, RemoteFolder
+from lit_transdiff.base.remote import RemoteFolder
+from lit_transdiff.base.remote_errors import RemoteError
 from lit_transdiff.checkpoints import mirror as mirror_module
+from lit_transdiff.checkpoints import mirror_holder
 from lit_transdiff.checkpoints.export import export_checkpoint, read_export
 from lit_transdiff.checkpoints.format import MARKER, checkpoint_folder, complete_checkpoints
 from lit_transdiff.checkpoints.mirror import Mirror
+from lit_transdiff.checkpoints.mirror_holder import Hold, MirrorTaken, start_of
 from lit_transdiff.config.loading import save_yaml
 from lit_transdiff.training.mirroring import mirror_results, mirrored
 from lit_transdiff.training.trainer import train
@@ -118,7 +123,7 @@ def trained(whole, tmp_path):
 
 def places(mirror):
     mirror.look()
-    return {name for name in mirror.there if name != mirror_module.WRITER}
+    return {name for name in mirror.there if name != mirror_holder.HOLDER}
 
 
 def test_only_complete_checkpoints_are_visible(trained, monkeypatch):
@@ -318,6 +323,95 @@ def test_results_of_later_commands_are_mirrored(whole, tmp_path):
     assert complete_steps(run) == [4, 6]
 
 
+@pytest.fixture
+def hold_of():
+    """Makes holds of other processes, by default on another machine; they end with the test."""
+    made = []
+
+    def make(url, folder, **of):
+        hold = Hold(RemoteFolder(url), folder)
+        hold.own = dataclasses.replace(hold.own, **({"host": "node7", "machine": "node7", "pid": 4711} | of))
+        made.append(hold)
+        return hold
+
+    yield make
+    for hold in made:
+        hold.released.set()
+
+
+class TestOneWriter:
+    """A mirror is written by one process at a time."""
+
+    @pytest.fixture(autouse=True)
+    def soon(self, monkeypatch):
+        for name, seconds in {"REFRESH": 0.2, "PATIENCE": 0.4, "POLL": 0.1}.items():
+            monkeypatch.setattr(mirror_holder, f"HOLDER_{name}", seconds)
+
+    @pytest.fixture(params=["s3", "folder"])
+    def url(self, request, s3, tmp_path):
+        return f"{s3}/{tmp_path.name}" if request.param == "s3" else str(tmp_path / "mirror")
+
+    def test_a_second_machine_waits_for_silence(self, hold_of, url, tmp_path, monkeypatch, caplog):
+        first, second = (hold_of(f"{url}/small", tmp_path, host=host, machine=host) for host in "ab")
+        first.take()
+        run = run_with(tmp_path / "runs", url)
+        line = (
+            r"another process writes to .*/small \(a, pid 4711, run .*, last seen 20.*\)\..* in 5 minutes; "
+            rf"to take its place now, remove {url}/small/mirror.json\.$"
+        )
+        with pytest.raises(ValueError, match=line):
+            train(run, say=quiet)
+        assert not run.folder.exists() and not first.lost
+        first.released.set()  # it is killed
+        monkeypatch.setattr(mirror_holder, "HOLDER_STALE", 0.5)
+        second.take()
+        assert "gives no sign of life" in caplog.text
+        first.released.clear()  # it was only cut off
+        first.keep()
+        with pytest.raises(
+            RemoteError, match=r"mirror.json is now that of b, .*: this process uploads no more"
+        ):
+            first.check()
+        second.release()
+        first.release()
+        hold_of(f"{url}/small", tmp_path).take()
+
+    def test_who_removes_the_file_takes_the_place(self, hold_of, url, tmp_path):
+        first, second = hold_of(url, tmp_path), hold_of(url, tmp_path)
+        first.take()
+        first.remote.remove(mirror_holder.HOLDER)
+        second.take(patience=0)
+        first.keep()
+        second.keep()
+        assert first.lost and not second.lost
+
+    def test_of_two_at_once_one_holds_it(self, hold_of, url, tmp_path):
+        first, second = hold_of(url, tmp_path), hold_of(url, tmp_path)
+        assert first.there() is None and second.there() is None
+        first.write()
+        second.write()
+        first.keep()
+        second.keep()
+        assert bool(first.lost) != bool(second.lost)
+
+    def test_processes_of_this_machine(self, hold_of, url, tmp_path):
+        mine = Hold(RemoteFolder(url), tmp_path)
+        here, parent = {"host": mine.own.host, "machine": mine.own.machine}, os.getppid()
+        ended = hold_of(url, tmp_path, **here, pid=parent, started=1)  # its number is another's now
+        ended.write()
+        mine.take(patience=0)
+        mine.release()
+        alive = hold_of(url, tmp_path, **here, pid=parent, started=start_of(parent))
+        alive.take()
+        with pytest.raises(MirrorTaken, match=f"pid {parent}"):
+            mine.take(patience=0)
+
+    def test_results_wait_for_the_run_that_trains(self, hold_of, trained, caplog):
+        hold_of(trained.remote.url, trained.folder).take()
+        mirror_results(run_with(trained.folder.parent, trained.remote.url.removesuffix("/small")))
+        assert "another process writes to" in caplog.text and not places(trained)
+
+
 class TestErrors:
     def test_another_run(self, trained, tmp_path):
         trained.upload()
@@ -337,8 +431,9 @@ class TestErrors:
             train(run, say=quiet)
 
     def test_places_that_cannot_be_written(self, s3, tmp_path):
-        with pytest.raises(ValueError, match=r"checkpoint.mirror: got 'http://host'; allowed: a URL to"):
-            run_with(tmp_path, "http://host")
+        for place in ("http://host", "hf://lab/runs"):
+            with pytest.raises(ValueError, match=rf"checkpoint.mirror: got '{place}'; allowed: a URL to"):
+                run_with(tmp_path, place)
         with pytest.raises(FileNotFoundError, match=r"s3://nowhere/small/mirror.json: no such file"):
             train(run_with(tmp_path / "runs", "s3://nowhere"), say=quiet)
 
