@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lit_transdiff.base.hub import SCHEME, hub_place
 from lit_transdiff.config import require
-from lit_transdiff.config.paths import checkpoints_folder, export_folder
+from lit_transdiff.config.loading import load_run
+from lit_transdiff.config.paths import checkpoints_folder, uploaded_folder
 
 
 def exported(args: argparse.Namespace) -> Path:
@@ -18,8 +19,12 @@ def exported(args: argparse.Namespace) -> Path:
     if args.hub is not None:
         hub_place(f"{SCHEME}{args.hub}", "--hub")
         if not chosen:
-            return export_folder(args.run_folder)
+            return uploaded_folder(args.run_folder)
     checkpoints_folder(args.run_folder)
     from lit_transdiff.checkpoints.export import export_run
+    from lit_transdiff.stages import PREPARATORY
 
+    stage = load_run(Path(args.run_folder, "config.yaml")).stage
+    allowed = f"a run of a generator; one of stage {stage} has no other model than that in its folder export"
+    require(stage not in PREPARATORY, "run", args.run_folder, allowed)
     return export_run(Path(args.run_folder), args.step, args.average, args.output, half=args.half)

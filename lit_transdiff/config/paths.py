@@ -87,6 +87,14 @@ def export_folder(path: str | Path) -> Path:
     raise FileNotFoundError(f"{asked} holds no trained model (no export/model.safetensors).{hint}")
 
 
+def uploaded_folder(path: str | Path) -> Path:
+    """The export folder of ``path``, a run folder or an export folder of any stage on this machine."""
+    for candidate in (Path(path) / folder for folder in OF_RUN):
+        if (candidate / "export.json").is_file():
+            return candidate
+    return export_folder(path)
+
+
 def trained_place(checkpoint: str) -> str:
     """Where a trained model is, on the Hub with its commit. Raises ``FileNotFoundError`` if there is none."""
     place = pinned(checkpoint)

@@ -165,11 +165,14 @@ def load_extractor(
 ) -> FeatureExtractor:
     """Load the extractor ``name`` with the weights of a file to ``device``; only ``hf://`` is downloaded.
 
-    Raises ``ValueError`` for an unknown name and a missing or wrong file argument, and ``FileNotFoundError``
-    if the file does not exist. ``main`` is the evaluation's main extractor, if it has several.
+    A folder, or a repository there, is that of a classifier's export. ``main`` is the evaluation's main
+    extractor, if it has several. Raises ``ValueError`` for an unknown name and a missing or wrong file
+    argument, and ``FileNotFoundError`` if the file does not exist.
     """
     check_extractor_weights(name, weights, main)
-    path = local(str(weights))
+    path = local(str(weights), [f"{name}.safetensors", "export.json"])
+    if path.is_dir():
+        path = path / f"{name}.safetensors"
     if not path.is_file():
         expected, setting = EXTRACTORS[name].weights_file, weights_setting(name, main)
         raise FileNotFoundError(f"{setting}: {weights} does not exist; expected {expected}.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import Tensor
 
 from lit_transdiff import __version__
 from lit_transdiff.checkpoints.export import Export
@@ -46,7 +48,7 @@ def card_of(export: Export, repo: str, evaluations: Sequence[Evaluation], licenc
         "## Images",
         usage(export, repo),
         "## Training",
-        markdown(("", ""), [*training(export).items()]).rstrip(),
+        training(run, export.info, export.state, sizes(run)),
         "## Scores",
         "None yet." if main is None else scores(main),
     ]
@@ -64,14 +66,25 @@ def main_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation | None:
 
 def introduction(export: Export) -> str:
     run, info = export.run, export.info
-    size, colour = run.data.image_size, "grey" if run.data.image_channels == 1 else "colour"
-    named = full_names(info["class_names"], run.model.num_classes)
-    classes = f": {escaped(', '.join(named))}" if len(named) <= NAMED_CLASSES else ""
     return (
-        f"A generator of {colour} images of {size} x {size} pixels of {len(named):,} classes{classes}. "
-        f"It was trained with lit_transdiff {__version__} in the stage `{run.stage}`; its family is "
+        f"A generator of {image_kind(run)} of {classes(run, info)}. {trained_by(run)}; its family is "
         f"`{run.model.paradigm}`."
     )
+
+
+def image_kind(run: RunConfig) -> str:
+    size, colour = run.data.image_size, "grey" if run.data.image_channels == 1 else "colour"
+    return f"{colour} images of {size} x {size} pixels"
+
+
+def classes(run: RunConfig, info: Mapping[str, Any]) -> str:
+    named = full_names(info["class_names"], run.model.num_classes)
+    names = f": {escaped(', '.join(named))}" if len(named) <= NAMED_CLASSES else ""
+    return f"{len(named):,} classes{names}"
+
+
+def trained_by(run: RunConfig) -> str:
+    return f"It was trained with lit_transdiff {__version__} in the stage `{run.stage}`"
 
 
 def usage(export: Export, repo: str) -> str:
@@ -104,22 +117,21 @@ def command(repo: str, num_classes: int) -> str:
     return f"lit-transdiff sample --checkpoint hf://{repo} {chosen}"
 
 
-def training(export: Export) -> dict[str, str]:
-    """A paragraph on the model, its data and its training."""
-    run, info = export.run, export.info
-    count = sum(value.numel() for value in export.state.values())
+def training(run: RunConfig, info: Mapping[str, Any], state: Mapping[str, Tensor], sizes: str = "") -> str:
+    """A table on the model, its data and its training."""
+    count = sum(value.numel() for value in state.values())
     rows = {
-        "model": f"{count:,} parameters and buffers, {sizes(run)}",
+        "model": f"{count:,} parameters and buffers" + (f", {sizes}" if sizes else ""),
         "data": run.data.train,
         "steps": f"{info['step']:,} of {run.training.global_batch_size:,} rows" if "step" in info else "",
         "images seen": f"{info['images_seen']:,}" if "images_seen" in info else "",
         "weights": str(info.get("weights", "")),
         "started from": run.init_from or "random weights",
-        "autoencoder": f"{run.autoencoder.kind}, {info['autoencoder'][:16]}",
+        "autoencoder": f"{run.autoencoder.kind}, {info['autoencoder'][:16]}" if info["autoencoder"] else "",
         "optimizer": f"{run.optimizer.name}, learning rate {run.optimizer.lr:g}",
         "seed": str(run.seed),
     }
-    return {name: text for name, text in rows.items() if text}
+    return markdown(("", ""), [(name, text) for name, text in rows.items() if text]).rstrip()
 
 
 def sizes(run: RunConfig) -> str:

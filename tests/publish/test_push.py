@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+import yaml
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import ModelCard, constants
 from PIL import Image
@@ -215,6 +216,48 @@ def test_every_new_export_is_a_pipeline_of_diffusers(tmp_path: Path, monkeypatch
     assert torch.equal(images, ours)
 
 
+@pytest.mark.parametrize("stage", ["autoencoder", "judge"])
+def test_what_a_preparatory_stage_trained_is_used_from_the_hub(
+    hub: HubStub, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+):
+    run = preparatory_run(tmp_path / "runs", stage)
+    train(run, say=quiet)
+    assert main(["export", str(run.folder), "--hub", "lab/prepared", "--license", "cc0-1.0"]) == 0
+    repo, place = hub.repos["model", "lab/prepared"], capsys.readouterr().out.split()[-1]
+    assert place == f"hf://lab/prepared@{repo.branches['main']}"
+    export = run.folder / "export"
+    assert set(repo.files) == {".gitattributes", "README.md", *(file.name for file in export.iterdir())}
+    card = ModelCard(repo.files["README.md"].decode())
+    assert (card.data.license, card.data.tags) == ("cc0-1.0", ["lit-transdiff", stage])
+    used = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card.text, flags=re.DOTALL)[0])
+    assert "val/" in card.text and "1 of 4 rows" in card.text
+    if stage == "autoencoder":
+        there = load_autoencoder(**used["autoencoder"], image_channels=1)
+        assert there.fingerprint == load_autoencoder("kl", export, 1).fingerprint
+        model = AutoencoderKL.from_pretrained("lab/prepared")
+        assert model.config.latents_mean == pytest.approx(there.latents_mean.flatten().tolist())
+    else:
+        there = load_extractor(stage, used["evaluation"]["extractor_weights"])
+        assert there.fingerprint == load_extractor(stage, export / "judge.safetensors").fingerprint
+        with pytest.raises(
+            FileNotFoundError, match=r"extractor_weights: hf://lab/prepared does not exist; exp"
+        ):
+            load_extractor("classifier", "hf://lab/prepared")
+    assert main(["export", str(run.folder), "--step", "1"]) == 2
+    assert f"one of stage {stage} has no other model" in capsys.readouterr().err
+    (export / "config.yaml").write_text("name: other")
+    assert "config.yaml" in refusal(hub, capsys, "--hub", "lab/prepared", run=export)
+
+
+def preparatory_run(folder: Path, stage: str) -> RunConfig:
+    """A run of one step of a preparatory stage."""
+    training = {"max_steps": 1, "sample_every": 0, "global_batch_size": 4, "num_validation_samples": 4}
+    small = {"block_channels": [8, 8], "latent_channels": 2, "norm_groups": 4, "num_statistics_images": 4}
+    return small_run(
+        folder, stage=stage, training=training, optimizer={"warmup_steps": 0}, autoencoder_training=small
+    )
+
+
 def test_a_second_upload_replaces_the_export_and_keeps_the_rest(
     hub: HubStub, monkeypatch: pytest.MonkeyPatch
 ):
@@ -229,10 +272,10 @@ def test_a_second_upload_replaces_the_export_and_keeps_the_rest(
     assert "run/export/left_over.safetensors" in repo.files  # the other branch is as it was
 
 
-def refusal(hub: HubStub, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+def refusal(hub: HubStub, capsys: pytest.CaptureFixture[str], *options: str, run: Path = MODEL) -> str:
     """The line of a refused ``export``, which has drawn and uploaded nothing."""
     before = len(hub.downloads), {key: len(repo.commits) for key, repo in hub.repos.items()}
-    assert main(["export", str(MODEL), *options]) in (1, 2)
+    assert main(["export", str(run), *options]) in (1, 2)
     assert before == (len(hub.downloads), {key: len(repo.commits) for key, repo in hub.repos.items()})
     printed = capsys.readouterr()
     assert "drawing" not in printed.out
