@@ -22,7 +22,8 @@ RUN /opt/venv/bin/pip install --no-deps .
 
 FROM python:${PYTHON}-slim
 ARG USER_ID=1000
-# Triton and torch.compile call a compiler.
+# Triton and torch.compile call a compiler, of any version.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
@@ -30,7 +31,7 @@ RUN useradd --create-home --uid "$USER_ID" user \
     && install --directory --owner user /workspace
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
-USER user
+USER $USER_ID
 WORKDIR /workspace
 ENTRYPOINT ["lit-transdiff"]
 CMD ["--help"]

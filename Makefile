@@ -4,7 +4,7 @@
 # make test      set up, then the tests;  make test-all: also the slow ones
 # make test-numeric  the tests that compare numbers, as an older processor with two cores would run them
 # make test-lowest  the tests with the lowest versions that requirements.txt allows;  make test-newest: with the newest
-# make lint      ruff and mypy
+# make lint      ruff and mypy; hadolint for the Dockerfile, and the schema of compose.yaml
 # make constraints  constraints.txt anew from the versions in the environment, when it has passed the tests
 
 PYTHON ?= python3
@@ -78,6 +78,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-newest runs build *.egg-info

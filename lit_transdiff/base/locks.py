@@ -50,6 +50,16 @@ class FolderLock:
     def conflict(self) -> str:
         return f"another process {self.does} ({self.holder or 'it does not say which'})"
 
+    @property
+    def is_free(self) -> bool:
+        """Whether no process holds the folder, so far as the disk knows."""
+        try:
+            self.lock.acquire(0)
+        except (Timeout, OSError):
+            return False
+        self.lock.release()
+        return True
+
     def taken(self, patience: float) -> bool:
         """Try for so many seconds. Where the disk has no locks, say so and go on."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,8 @@ TRACE_FOLDER = "collectives"  # in the run folder
 
 
 def record_collectives(folder: Path) -> None:
-    """Switch the recorder on, with files ``rank-*`` below ``folder``; before the process group is made.
+    """Switch the recorder on, with NCCL's files ``rank-0``, ``rank-1``, ... below ``folder``, which PyTorch's
+    ``torchfrtrace`` reads; before the process group is made.
 
     Variables that are set already stay.
     """
@@ -39,7 +40,7 @@ def last_collectives(folder: Path, rank: int) -> str:
     trace = recorded()
     if not trace:
         return ""
-    file = folder / TRACE_FOLDER / f"rank-{rank}.json"
+    file = folder / TRACE_FOLDER / f"last-{rank}.json"
     told = "; ".join(map(collective_in_words, trace["entries"][-LAST_TOLD:]))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,7 @@ def last_collectives(folder: Path, rank: int) -> str:
     except OSError as error:  # such as a file system that has gone, too
         place = f"{file} could not be written ({error.strerror})"
     others = os.environ.get(DUMP_FILES[-1], os.environ.get(DUMP_FILES[0]))
-    nccl = f", and NCCL's own dumps, after its time limit, in {others}*" if others else ""
+    nccl = f", and NCCL's own dumps, after its time limit, in {others}*, for torchfrtrace" if others else ""
     return f"The last collectives of this rank: {told}. {place}{nccl}."
 
 

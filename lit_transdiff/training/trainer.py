@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_transdiff.base.endings import CheckpointError, RankFailed
+from lit_transdiff.base.endings import CheckpointError
 from lit_transdiff.base.files import unless_full
 from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.checkpoints.export import export_checkpoint, write_export
@@ -59,6 +58,7 @@ from lit_transdiff.training.callbacks import (
 )
 from lit_transdiff.training.checkpointing import Checkpoints, TryAgain, agreed_checkpoint, what_changes
 from lit_transdiff.training.execution import FirstStep, execution_of, matmul_precision
+from lit_transdiff.training.first_rank import wait_for_export
 from lit_transdiff.training.guard import GuardSteps, RollBack
 from lit_transdiff.training.mirroring import mirrored
 from lit_transdiff.training.online_evaluation import OnlineEvaluation
@@ -201,17 +201,8 @@ def train_in_folder(
         if (tracker := wandb_of(all_loggers)) is not None:
             log_models(tracker, parts.run, result.metrics.get(WATCHED))
             tracker.finish()
-        wait_for_export(run, result.step)
+        wait_for_export(run, result.step, lock)
     return result
-
-
-def wait_for_export(run: RunConfig, step: int) -> None:
-    """Wait until the first rank has written the trained model."""
-    deadline = time.monotonic() + 60 * run.distributed.timeout_minutes
-    while trained_steps(run) < step:
-        if time.monotonic() > deadline:
-            raise RankFailed(f"{run.folder / 'export'}: the first rank has not written it.")
-        time.sleep(0.1)
 
 
 def fit(

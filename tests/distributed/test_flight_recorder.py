@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def test_the_last_collectives_are_told_and_written(group: None, tmp_path: Path) 
     for size in range(1, 9):
         dist.all_reduce(torch.ones(3, size))
     told = last_collectives(tmp_path, 0)
-    file = tmp_path / "collectives" / "rank-0.json"
+    file = tmp_path / "collectives" / "last-0.json"
     entries = json.loads(file.read_text())["entries"]
     assert "all_reduce #8 3x8 completed. All are in" in told and str(file) in told and "3x3" not in told
     assert [entry["input_sizes"] for entry in entries[-8:]] == [[[3, size]] for size in range(1, 9)]
@@ -42,6 +43,16 @@ def test_a_folder_that_cannot_be_written_to_is_told(group: None, tmp_path: Path)
     dist.barrier()
     (tmp_path / "collectives").write_text("")
     assert "could not be written (File exists)" in last_collectives(tmp_path, 0)
+
+
+def test_the_tool_of_pytorch_reads_the_dumps_beside_them(group: None, tmp_path: Path) -> None:
+    loader = pytest.importorskip("torch.distributed.flight_recorder.components.loader")
+    dist.all_reduce(torch.ones(2))
+    last_collectives(tmp_path, 0)
+    folder = tmp_path / "collectives"
+    (folder / "rank-0").write_bytes(torch._C._distributed_c10d._dump_fr_trace())  # as NCCL writes it
+    details, _ = loader.read_dir(argparse.Namespace(trace_dir=str(folder), prefix=None))
+    assert [*details] == ["rank-0"] and details["rank-0"]["entries"][-1]["profiling_name"].endswith("reduce")
 
 
 def test_the_watchdog_tells_them(

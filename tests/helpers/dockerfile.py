@@ -48,7 +48,7 @@ class Stage:
         elif word == "WORKDIR":
             self.place = rest
         elif word == "USER":
-            self.user = rest
+            self.user = rest.replace("$USER_ID", self.variables["USER_ID"])
         elif word == "COPY":
             self.copy(*rest.split(), stages=stages)
         elif word == "RUN":

@@ -18,8 +18,17 @@ import pytest
 import yaml
 from PIL import Image
 
+from benchmarks import report_page
 from lit_transdiff.__main__ import main
-from lit_transdiff.study.page import ALL_POINTS, MAX_POINTS, NARROWEST, Limits, content_of, limits_for
+from lit_transdiff.study.page import (
+    ALL_POINTS,
+    MAX_POINTS,
+    NARROWEST,
+    Limits,
+    as_json,
+    content_of,
+    limits_for,
+)
 from lit_transdiff.study.records import Run
 from lit_transdiff.study.report import RunSet, page_data, read_sets, report_file, write_report
 from lit_transdiff.study.runs import archive, runs
@@ -155,6 +164,14 @@ def test_long_runs_make_small_pages(tmp_path: Path) -> None:
     found = runs(write_long(tmp_path, 10_000))
     assert len(on_the_page(found)[0]["curves"]["a"]["value"]) <= MAX_POINTS
     assert write_report([RunSet(found)], tmp_path / "page.html").stat().st_size < 1_000_000
+
+
+def test_each_of_500_runs_has_a_bounded_weight(tmp_path: Path) -> None:
+    """A page of 31 MB opens in a second (``benchmarks/report_page.py``)."""
+    report_page.write_run(tmp_path, 0, 500, report_page.sample_grids(2))
+    (run,) = runs(tmp_path)
+    content = json.dumps(as_json(content_of(run, limits_for([run] * 500))))
+    assert 30_000 < len(content) < 65_000
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ of a run that never was.
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from lit_transdiff.base.endings import EXIT_INTERRUPTED, Preempted
+from lit_transdiff.base.endings import EXIT_INTERRUPTED, Preempted, RankFailed
+from lit_transdiff.base.locks import FolderLock
 from lit_transdiff.checkpoints.format import complete_checkpoints
 from lit_transdiff.config import RunConfig
+from lit_transdiff.training import first_rank
 from lit_transdiff.training.trainer import train
 from tests.helpers.small import small_run
 
@@ -107,3 +110,18 @@ def test_a_signal_saves_at_once_and_leaves_no_trace(
     assert complete_checkpoints(run.folder / "checkpoints")[-1].step == 8
     train(run, say=quiet)
     assert rows(run) == untouched("one-step")
+
+
+def test_ranks_soon_leave_when_the_first_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(first_rank, "EXPORT_PATIENCE", 0.05)
+    monkeypatch.setattr(first_rank, "EXPORT_POLL", 0.01)
+    run = small_run(tmp_path, distributed={"timeout_minutes": 0.005})
+    start = time.monotonic()
+    with FolderLock(run.folder) as lock:
+        lock.take()  # it still writes the model
+        with pytest.raises(RankFailed, match=r"small/export: the first rank has not written it"):
+            first_rank.wait_for_export(run, 6, FolderLock(run.folder))
+    assert time.monotonic() - start > 0.3
+    run = small_run(tmp_path)  # half an hour
+    with pytest.raises(RankFailed, match="has not written it"):
+        first_rank.wait_for_export(run, 6, FolderLock(run.folder))
