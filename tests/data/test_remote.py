@@ -76,7 +76,7 @@ def kept(cache):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "workers", "num_references"), [("hf", 0, 1), ("s3", 0, 3), ("http", 2, 3)]
+    ("scheme", "workers", "num_references"), [("hf", 0, 1), ("s3", 0, 3), ("http", 1, 3)]
 )
 def test_batches_are_those_of_a_folder(urls, hub, shards, tmp_path, scheme, workers, num_references):
     def module(place, **data):
