@@ -106,7 +106,7 @@ class RemoteFolder:
     def call(self, method: str, name: str, *arguments: Any, **options: Any) -> Any:
         """One attempt to call a method of the filesystem for the file ``name``; "" is the folder."""
         filesystem, root = self.opened
-        place = f"{root}/{name}" if name else root
+        place = f"{root}/{name}".rstrip("/")
         return within_limit(filesystem, method, REQUEST_LIMIT, place, *arguments, **options)
 
     def repeated(self, act: Callable[[], Reply], name: str) -> Reply:
@@ -270,9 +270,7 @@ class RemoteFolder:
 
 
 def within_limit(filesystem: Any, method: str, seconds: float, *arguments: Any, **options: Any) -> Any:
-    """Call a method of a filesystem. ``TimeoutError`` unless its answer is complete after so many seconds,
-    however many bytes have come.
-    """
+    """Call a method of a filesystem. ``TimeoutError`` unless its answer is complete after so many seconds."""
     from fsspec.asyn import sync
     from fsspec.exceptions import FSTimeoutError
 
