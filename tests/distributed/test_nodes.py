@@ -16,6 +16,7 @@ from torch.distributed import HashStore, Store
 
 from lit_transdiff.config import RunConfig
 from lit_transdiff.distributed.restarts import agree
+from tests.helpers.buckets import Bucket, upload
 from tests.helpers.forks import PROGRAM, run_forked
 from tests.helpers.processes import (
     assert_same_weights,
@@ -27,8 +28,10 @@ from tests.helpers.processes import (
     until,
     values,
 )
-from tests.helpers.small import ROOT
+from tests.helpers.small import FASHION, ROOT
 from tests.helpers.wandb_stub import Stub
+
+SHARD_BY_SHARD = "data.shuffle_block=1"
 
 
 def two_nodes(folder: Path, file: str, *words: str, **environment: str) -> list[subprocess.Popen]:
@@ -43,7 +46,7 @@ def one_node(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """The same run in two processes of one node."""
     folder = tmp_path_factory.mktemp("one")
     run, file = run_in(folder, "one")
-    run_forked(2, PROGRAM, "train", file)
+    run_forked(2, PROGRAM, "train", file, SHARD_BY_SHARD)
     return run
 
 
@@ -73,7 +76,7 @@ def test_two_nodes_train_as_one(tmp_path: Path, one_node: RunConfig):
     quick = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", "WANDB_X_STATS_SAMPLING_INTERVAL": "1"}
     with Stub() as stub:
         environment = {**stub.environment, **quick, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-        words = ("tracking.wandb=true", "tracking.project=p", "imports=[slow_second]")
+        words = (SHARD_BY_SHARD, "tracking.wandb=true", "tracking.project=p", "imports=[slow_second]")
         agents = two_nodes(tmp_path, file, *words, **environment)
         assert [agent.wait(200) for agent in agents] == [0, 0], (tmp_path / "node-0.log").read_text()
     assert values(run.folder) == values(one_node.folder)
@@ -90,12 +93,15 @@ def test_two_nodes_train_as_one(tmp_path: Path, one_node: RunConfig):
 
 
 @pytest.mark.slow
-def test_a_rank_lost_on_one_node_restarts_both(tmp_path: Path, one_node: RunConfig):
+def test_a_rank_lost_on_one_node_restarts_both(tmp_path: Path, one_node: RunConfig, network: Bucket):
     """Each node counts its own restarts; the ranks still meet, continue from the checkpoint and end bit for
-    bit equal.
+    bit equal, although their shards come from a bucket, through one cache for two of eight.
     """
     run, file = run_in(tmp_path, "two")
-    agents = two_nodes(tmp_path, file)
+    cache, place = tmp_path / "cache", upload(FASHION / "train", "s3://lab/fashion/train")
+    words = (SHARD_BY_SHARD, f"data.train={place}", f"data.cache_dir={cache}", "data.cache_gb=0.0025")
+    network.requests.clear()
+    agents = two_nodes(tmp_path, file, *words, **network.environment())
     logs = [tmp_path / f"node-{node}.log" for node in range(2)]
     for restarts, node in enumerate((1, 0), start=1):
         until(steps_logged(run, 4 + 4 * restarts), agents[node])
@@ -108,6 +114,8 @@ def test_a_rank_lost_on_one_node_restarts_both(tmp_path: Path, one_node: RunConf
     assert values(run.folder) == values(one_node.folder)
     assert_same_weights(run, one_node)
     assert "exitcode: -9" in (tmp_path / "node-1.log").read_text()
+    read = {path.partition("?")[0] for method, path in network.requests if method == "GET" and "tar" in path}
+    assert len(read) >= 2 and sum(shard.stat().st_size for shard in cache.glob("*.tar")) <= 2.5e6
 
 
 def meet(store: Store, world: int, ranks: range, seconds: float) -> dict[int, str]:
