@@ -102,8 +102,7 @@ def archive(
 ) -> Path:
     """Write the run folders below ``folder``, without weights, and the journals of sweeps to a ``.zip``.
 
-    Pictures are reduced in size, and included only for run folders for which ``pictures_of`` is true. Paths
-    below the current folder become relative to it.
+    Pictures are reduced in size, and included only for run folders for which ``pictures_of`` is true.
     """
     folder, file = Path(folder), Path(file)
     require(file.suffix == ".zip", "file", str(file), "a name ending in .zip")
@@ -117,8 +116,7 @@ def archive(
             results = [file for pattern in RESULTS for file in sorted(run.glob(pattern))]
             for part in [*(run / name for name in KEPT), *results]:
                 if part.is_file():
-                    text = part.read_bytes().replace(f"{Path.cwd()}/".encode(), b"")
-                    packed.writestr(str(part.relative_to(folder)), text)
+                    packed.write(part, part.relative_to(folder))
             places = [place for pattern in PICTURES for place in sorted(run.glob(pattern))]
             pictures = {str(place.relative_to(folder)): opener(place) for place in places}
             for name, picture in opened_pictures(pictures if pictures_of(run) else {}).items():
