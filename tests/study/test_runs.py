@@ -87,6 +87,16 @@ def test_an_archive_holds_what_is_read(tmp_path: Path) -> None:
     assert not list(Path(other.where).rglob("*.safetensors"))
 
 
+SHIPPED = sorted(
+    file for folder in ("experiments/studies", "notebooks") for file in Path(folder).glob("*.zip")
+)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_results_are_undamaged(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert runs(file) and not caplog.records
+
+
 def test_time_adds_up_over_restarts(tmp_path: Path) -> None:
     file = make_run(tmp_path, "a", 1.0) / "metrics.csv"
     with open(file, "w", newline="") as out:
