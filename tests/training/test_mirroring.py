@@ -363,6 +363,7 @@ class TestOneWriter:
             train(run, say=quiet)
         assert not run.folder.exists() and not first.lost
         first.released.set()  # it is killed
+        first.thread.join()
         monkeypatch.setattr(mirror_holder, "HOLDER_STALE", 0.5)
         second.take()
         assert "gives no sign of life" in caplog.text
