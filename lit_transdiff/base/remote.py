@@ -243,14 +243,12 @@ class RemoteFolder:
             except FileExistsError:
                 pass
             except Exception as error:
-                lacks = type(error).__name__ == "ParamValidationError"  # in a client before 2025
                 number = getattr(error, "errno", None)
-                if not lacks and number not in (
-                    errno.ENOSYS,
-                    errno.EINVAL,
-                ):  # a service without it; another tag
+                # a client before 2025, or a service, that knows no conditions
+                lacks = type(error).__name__ == "ParamValidationError" or number == errno.ENOSYS
+                if not lacks and number != errno.EINVAL:  # which says that the tag is another
                     raise
-                return lacks or number == errno.ENOSYS
+                return lacks
             return False
 
         if not self.is_on("s3") or self.repeated(once, name):
