@@ -132,7 +132,7 @@ def has_fast_bfloat16() -> bool:
 
 
 def words_of_cpu() -> set[str]:
-    """What Linux says of the processor, its maker and flags among it."""
+    """The words with which Linux describes the processor, among them its maker and its flags."""
     try:
         return set(Path("/proc/cpuinfo").read_text().split())
     except OSError:

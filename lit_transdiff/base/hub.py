@@ -89,26 +89,28 @@ def commit_of(at: HubPlace) -> str:
 
 
 def local(place: str | Path, files: Sequence[str] = ("*",)) -> Path:
-    """The path of ``place`` on this machine. That of a place on the Hub is in its cache, to which the
-    ``files`` below it (patterns, in which ``*`` also matches ``/``) are downloaded, once on each machine.
+    """The path of ``place`` on this machine.
 
-    Raises ``ValueError`` for files that are not what the Hub has, and if it refuses them,
-    ``FileNotFoundError`` if they do not exist, and ``HubError`` if it does not answer.
+    The ``files`` below a place on the Hub (patterns, in which ``*`` also matches ``/``) are downloaded to its
+    cache, once on each machine. Raises ``ValueError`` for files that differ from the Hub's and if it refuses
+    access, ``FileNotFoundError`` if they do not exist, and ``HubError`` if it does not answer.
     """
     if not is_on_hub(place):
         return Path(place)
+    from huggingface_hub import get_cached_repo_tree
+
     at = hub_place(pinned(str(place)))
-    beside = (
-        [at.path, *(str(PurePosixPath(at.path).with_name(name)) for name in KNOWN_BESIDE)] if at.path else []
-    )
-    patterns = [*beside, *(f"{at.path}/{name}".lstrip("/") for name in files)]
+    patterns = [f"{at.path}/{name}".lstrip("/") for name in files]
+    if at.path:
+        patterns += [at.path, *(str(PurePosixPath(at.path).with_name(name)) for name in KNOWN_BESIDE)]
     folder = snapshot(at, patterns)
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and any(fnmatch(name, pattern) for pattern in patterns):
             check_download(file, at)
     if not (folder / at.path).exists():
-        there = ", ".join(sorted(names_at(at))[:8]) or "nothing"
+        entries = get_cached_repo_tree(at.repo, repo_type=at.kind, revision=at.revision)
+        there = ", ".join(sorted({entry.path.split("/")[0] for entry in entries})[:8]) or "no files"
         raise FileNotFoundError(f"{place}: {at.repo} has no {at.path or ' or '.join(files)}; it has {there}.")
     return folder / at.path
 
@@ -118,7 +120,7 @@ def snapshot(at: HubPlace, patterns: Sequence[str]) -> Path:
 
     Of several processes on a machine one downloads, and the others wait for it.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     asked: dict[str, Any] = dict(repo_type=at.kind, revision=at.revision, allow_patterns=list(patterns))
@@ -127,21 +129,17 @@ def snapshot(at: HubPlace, patterns: Sequence[str]) -> Path:
     except LocalEntryNotFoundError:
         pass
     with asking(at), one_at_a_time(Path(constants.HF_HUB_CACHE), at):
-        if not constants.is_offline_mode():
-            check_access(at)
+        if (
+            not constants.is_offline_mode()
+        ):  # the client itself answers only some refusals, and after long waits
+            limit = constants.HF_HUB_ETAG_TIMEOUT
+            HfApi().repo_info(at.repo, repo_type=at.kind, revision=at.revision, timeout=limit)
         return Path(snapshot_download(at.repo, **asked))
-
-
-def check_access(at: HubPlace) -> None:
-    """Ask the Hub for the commit, because the client answers only some refusals, and after long waits."""
-    from huggingface_hub import HfApi, constants
-
-    HfApi().repo_info(at.repo, repo_type=at.kind, revision=at.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 @contextmanager
 def one_at_a_time(cache: Path, at: HubPlace) -> Iterator[None]:
-    """Held by one process of this machine while it downloads from a repository."""
+    """Let one process of this machine at a time download from a repository."""
     from filelock import FileLock
 
     file = cache / ".locks" / f"lit-transdiff-{at.kind}-{at.repo.replace('/', '--')}.lock"
@@ -155,25 +153,15 @@ def one_at_a_time(cache: Path, at: HubPlace) -> Iterator[None]:
         yield
 
 
-def names_at(at: HubPlace) -> set[str]:
-    """The top files and folders of a commit that the cache knows."""
-    from huggingface_hub import get_cached_repo_tree
-
-    return {
-        entry.path.split("/")[0]
-        for entry in get_cached_repo_tree(at.repo, repo_type=at.kind, revision=at.revision)
-    }
-
-
 def check_download(file: Path, at: HubPlace) -> None:
-    """Raise ``ValueError`` if a file of the cache is not what the Hub has: a link there names its hash."""
+    """Raise ``ValueError`` if a file of the cache differs from the Hub's, whose hash is the link's target."""
     if not file.is_symlink():  # a disk without links
         return
     stat, known = file.stat(), Path(os.readlink(file)).name
     if not is_intact(file.resolve(), known, stat.st_size, stat.st_mtime_ns):
         raise ValueError(
-            f"{at}: {file} is damaged: it is not what the Hub has. Remove {file.resolve()}, and start the "
-            "same command again: it is downloaded again."
+            f"{at}: {file} is damaged: it differs from the file on the Hub. Remove {file.resolve()}, and "
+            "start the same command again: it is downloaded again."
         )
 
 

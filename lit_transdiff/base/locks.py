@@ -24,9 +24,9 @@ class FolderLock:
         self.lock = FileLock(self.file, thread_local=False, poll_interval=0.2, preserve_lock_file=True)
 
     def take(self) -> bool:
-        """Whether another process had to be waited for.
+        """Hold the folder, and return whether another process had to be waited for.
 
-        ``ValueError`` names its holder after ``LOCK_PATIENCE`` seconds.
+        Raises ``ValueError`` with the name of its holder after ``LOCK_PATIENCE`` seconds.
         """
         if self.lock.is_locked:
             return False

@@ -229,8 +229,9 @@ class RemoteFolder:
             self.put(file, name)
 
     def replace(self, name: str, content: bytes, tag: str | None) -> None:
-        """Write a small file if it has this tag (None: if there is none); reading it again tells. Only S3
-        compares; elsewhere it is written in any case.
+        """Write a small file if its tag is still this one (None: if it does not exist yet).
+
+        Only S3 compares tags; other services write in any case. Reading the file again shows the outcome.
         """
         condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
 
@@ -284,7 +285,7 @@ def within_limit(filesystem: Any, method: str, seconds: float, *arguments: Any, 
 
 
 def in_thread(act: Callable[[], Reply]) -> Future[Reply]:
-    """The result of ``act`` in a thread of its own, which nobody has to wait for."""
+    """The result of ``act``, computed in a thread that nobody has to wait for."""
     future: Future[Reply] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Student's t: how many standard errors an interval reaches to both sides."""
+"""Student's t: the number of standard errors that an interval extends to either side."""
 
 from __future__ import annotations
 

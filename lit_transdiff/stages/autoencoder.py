@@ -16,7 +16,7 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.models.autoencoder import KLAutoencoder, kl_divergence, posterior
 from lit_transdiff.stages.preparatory import PreparatoryStage
 
-STORAGE = torch.float16  # of the exported weights: half the size, and the error is far below one grey level
+STORAGE = torch.float16  # the type of exported weights: half the size, at an error far below one grey level
 
 
 def edge_error(error: Tensor) -> Tensor:

@@ -69,6 +69,12 @@ class Stage(pl.LightningModule):
         if self.logs_itself:  # the last step, whatever the logging interval
             self.log("train/loss", self.trainer.callback_metrics["train/loss"])
 
+    def scheduled(self, optimizer: torch.optim.Optimizer) -> Any:
+        """An optimizer with the run's learning-rate schedule, in Lightning's form."""
+        config, steps = self.run.optimizer, self.run.training.max_steps
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
     def log_loss(self, loss: Tensor, batch_size: int) -> None:
         """Log ``train/loss`` of a pass, unless a callback does so."""
         if self.logs_itself:
@@ -284,7 +290,4 @@ class TransDiffStage(Stage):
             self.clip_gradients(optimizer, **clipping)
 
     def configure_optimizers(self) -> Any:
-        config, steps = self.run.optimizer, self.run.training.max_steps
-        optimizer = build_optimizer(self.model, config)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return self.scheduled(build_optimizer(self.model, self.run.optimizer))

@@ -26,7 +26,7 @@ TRIED: set[str] = set()  # settings, with the class
 
 
 class NeedsValues(Exception):
-    """A method depends on the values of tensors: what it gives is not known before it runs."""
+    """A method depends on the values of tensors, so its result is not known before it runs."""
 
 
 def check_family_class(config: ModelSettings) -> None:
@@ -92,7 +92,7 @@ def in_one_line(kind: type, method: str) -> Iterator[None]:
 
 
 def check_structure(model: Paradigm) -> None:
-    """Its attributes, and the places in it that the class names."""
+    """Refuse a model that lacks attributes, or the modules, methods and weights that its class names."""
     name = type(model).__name__
     for attribute in ("config", "part_sizes", "token"):
         given = getattr(model, attribute, None)
@@ -120,7 +120,7 @@ def check_structure(model: Paradigm) -> None:
 
 
 def try_training(model: Paradigm) -> None:
-    """A pass of a training step."""
+    """Refuse a model whose methods fail in a pass of a training step, or give wrong shapes there."""
     config, kind, normal = model.config, type(model), Zeros(NUM_ROWS)
     latents = (config.latent_channels, config.latent_size, config.latent_size)
     x, number = torch.zeros(NUM_ROWS, config.num_references, *latents), sum(model.part_sizes)
@@ -143,7 +143,7 @@ def try_training(model: Paradigm) -> None:
 
 
 def try_drawing(model: Paradigm) -> None:
-    """The parts of images, with guidance, where each solution is zeros."""
+    """Refuse a model that cannot draw the parts of images, with guidance, from solutions of zeros."""
     config, kind = model.config, type(model)
     sampling = SamplingConfig(guidance_scale=2.0, num_parts=2 if model.parts_are_free else None)
     with in_one_line(kind, "decode"):
@@ -171,7 +171,7 @@ def try_drawing(model: Paradigm) -> None:
 
 
 def try_problem(model: Paradigm, problem: Problem, x_t: Tensor) -> None:
-    """The network of the solver."""
+    """Refuse a problem whose network fails or gives wrong shapes."""
     kind, twice = type(model), gives_variances(model)
     with in_one_line(kind, "decode, Problem.predict"):
         alone = problem.predict(x_t, 1)
@@ -188,7 +188,7 @@ def gives_variances(model: Paradigm) -> bool:
 def require_shape(
     kind: type, method: str, given: Any, shape: Sequence[int], meaning: str, twice: bool = False
 ) -> None:
-    """Refuse what is no tensor of this shape; where ``twice``, of this shape with an axis twice as long."""
+    """Refuse anything but a tensor of this shape or, with ``twice``, of this shape with one axis doubled."""
     got, expected = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__, tuple(shape)
     shapes = [expected]
     if twice:

@@ -31,7 +31,7 @@ class ObjectiveFn(Protocol):
 
 
 class HostDecides(Exception):
-    """What a pass computes depends on random numbers of the host."""
+    """A pass computes other things depending on random numbers of the host."""
 
     def __init__(self) -> None:
         super().__init__("this family computes other things at every pass")
@@ -157,7 +157,7 @@ class GraphedObjective:
     def attempt(
         self, moments: Tensor, conditions: Tensor, make_normal: Callable[[], Normal]
     ) -> Replay | None:
-        """The captured pass, or None where it cannot be captured."""
+        """The captured pass, or None if it cannot be captured."""
         devices = [moments.device] if moments.device.type == "cuda" else []
         with torch.random.fork_rng(devices), nothing_cached(moments.device):
             try:
@@ -165,12 +165,10 @@ class GraphedObjective:
             except (HostDecides, RuntimeError) as error:
                 forget_capture(moments.device)
                 if self.required:
-                    raise ValueError(
-                        f"training.cuda_graphs: got True; allowed: 'auto' or false, as {error}"
-                    ) from error
-                log.warning(
-                    "training.cuda_graphs: the passes run without graphs: %s", str(error).splitlines()[0]
-                )
+                    allowed = f"'auto' or false, as {error}"
+                    raise ValueError(f"training.cuda_graphs: got True; allowed: {allowed}") from error
+                reason = str(error).splitlines()[0]
+                log.warning("training.cuda_graphs: the passes run without graphs: %s", reason)
                 return None
 
     def record(self, moments: Tensor, conditions: Tensor, make_normal: Callable[[], Normal]) -> Replay:

@@ -1,8 +1,8 @@
 """Preparation: train the judge, used only for scoring, to name the class and the distortion of an image.
 
 A network that only names classes becomes blind to noise and scratches, because they do not change the class.
-The judge therefore learns the strength of synthetic distortion, too, as networks for blind image quality do
-(arXiv 1907.02665). The layer that answers this is not exported: scores use the features below it.
+The judge therefore also learns the strength of synthetic distortions, like networks for blind image quality
+(arXiv 1907.02665). The layer for them is not exported: scores use the features below it.
 
 Shapes: B batch, C image channels, H W pixels. Images are in [-1, 1]. Strengths [B] are in [0, 1]; 0 is none.
 """
@@ -20,8 +20,8 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.models.classifier import Judge
 from lit_transdiff.stages.classifier import ClassifierStage
 
-SHARE = 0.3  # of the images that each kind of distortion changes
-# of the squared errors of the strengths, summed over kinds, against the cross-entropy
+SHARE = 0.3  # the share of the images that each kind of distortion changes
+# the weight of the strengths' squared errors, summed over kinds, relative to the cross-entropy
 DISTORTION_WEIGHT = 4.0
 
 
@@ -46,7 +46,7 @@ def scratches(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def patch(images: Tensor, strength: Tensor) -> Tensor:
-    """A square of a third of the width that is another image's, mixed with the image."""
+    """A square of another image, a third of the width wide, mixed with the image."""
     size = images.shape[-1]
     corner = torch.randint(size - size // 3, (2, len(images), 1), device=images.device)
     place = torch.arange(size, device=images.device)

@@ -12,7 +12,6 @@ import torch
 from lit_transdiff.base.randomness import mix
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.stages.base import Stage, log_now
-from lit_transdiff.stages.optim import lr_factor
 
 
 class PreparatoryStage(Stage, ABC):
@@ -54,8 +53,7 @@ class PreparatoryStage(Stage, ABC):
             log_now(self.trainer, {name: float(v) for name, v in values.items() if name.startswith("val/")})
 
     def configure_optimizers(self) -> Any:
-        config, steps = self.run.optimizer, self.run.training.max_steps
+        config = self.run.optimizer
         betas = (config.betas[0], config.betas[1])
         optimizer = torch.optim.AdamW(self.parameters(), config.lr, betas, config.eps, config.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled(optimizer)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_transdiff.base.files import crc32_of, read_json
+from lit_transdiff.checkpoints.version import read_versioned
 from lit_transdiff.config.yaml_text import read_file
 from lit_transdiff.evaluation.scores import EVALUATE, FOLDER, value
 from lit_transdiff.sampling.pictures import opener
@@ -20,7 +21,6 @@ from lit_transdiff.study.records import AXES, Evaluation, Pictures, Run
 from lit_transdiff.study.repeats import repeats
 from lit_transdiff.tracking.metrics_file import (
     devices_of_starts,
-    json_content,
     last_logged,
     read_rows,
     starts_of,
@@ -105,7 +105,7 @@ def state_of(folder: Path, config: dict[str, Any]) -> str:
     """finished if the run's result exists, else unfinished; a folder does not show running processes."""
     if config["stage"] == EVALUATE:
         return "finished" if any((folder / FOLDER).glob("*.json")) else "unfinished"
-    export = json_content(folder / "export" / "export.json") or {}
+    export = unless_damaged(read_versioned, folder / "export" / "export.json") or {}
     step = export.get("step")
     return "finished" if isinstance(step, int) and step >= config["training"]["max_steps"] else "unfinished"
 

@@ -24,17 +24,16 @@ def trial_command(
     filled |= dict(env=["/usr/bin/env"], interpreter=[sys.executable], program=[program] if program else [])
     filled |= dict(args_json_file=[str(json_file)])
     json_file.write_text(json.dumps(settings))
+    lists = {name: value for name, value in filled.items() if isinstance(value, list)}
     words: list[str] = []
     for word in create_sweep_command(list(command) if command else None):
         macro = str(word)[2:-1] if str(word).startswith("${") and str(word).endswith("}") else None
         if macro is None:
             words.append(str(word))
-        elif macro in filled and isinstance(filled[macro], list):
-            words += filled[macro]
+        elif macro in lists:
+            words += lists[macro]
         else:
-            raise unknown(
-                "command: macro", macro, [name for name, value in filled.items() if isinstance(value, list)]
-            )
+            raise unknown("command: macro", macro, lists)
     return words
 
 

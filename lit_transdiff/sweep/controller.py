@@ -67,7 +67,7 @@ class Controller:
         self.journal = SweepJournal(self.folder, sweep, seed)
         (self.folder / "logs").mkdir(exist_ok=True)
         self.trials = self.journal.read()
-        self.retry(tries)
+        self.retry()
         self.again = [trial for trial in self.trials if trial.state == "running"]
         self.live: list[Agent] = []
         self.asked: list[int] = []  # the signals received so far
@@ -75,11 +75,11 @@ class Controller:
         self.retried = Counter[str]()  # those that it has had
         self.lost: dict[str, tuple[int, int]] = {}  # losses in a row, and the values before the last one
 
-    def retry(self, tries: int) -> None:
-        """Retry failed trials with fewer than ``tries`` attempts, or all if no trial ever succeeded."""
+    def retry(self) -> None:
+        """Retry failed trials that have attempts left, or all if no trial ever succeeded."""
         always = hopeless(self.trials)
         for trial in self.trials:
-            if trial.state == "failed" and (always or trial.failures < tries):
+            if trial.state == "failed" and (always or trial.failures < self.tries):
                 self.journal.write("again", id=trial.id)
                 trial.begin_again()
 
@@ -197,15 +197,13 @@ class Controller:
     def stop_losers(self) -> None:
         """Early termination: SIGTERM, so that a trial can save its state, and SIGKILL if it does not end."""
         if self.sweep.early_terminate is not None:
-            lost = {
-                trial.id for trial in to_stop(self.sweep.early_terminate, self.trials, self.sweep.maximize)
-            }
+            losers = to_stop(self.sweep.early_terminate, self.trials, self.sweep.maximize)
+            lost = {trial.id for trial in losers}
             for agent in self.live:
-                if agent.trial.id in lost and agent.stopped_at is None and agent.job.outcome() is None:
+                trial = agent.trial
+                if trial.id in lost and agent.stopped_at is None and agent.job.outcome() is None:
                     agent.stopped_at = time.monotonic()
-                    self.say(
-                        f"stop      {self.place(agent.trial).name} after {len(agent.trial.values)} values"
-                    )
+                    self.say(f"stop      {self.place(trial).name} after {len(trial.values)} values")
                     agent.job.stop()
         for agent in self.live:
             if agent.stopped_at is not None and time.monotonic() - agent.stopped_at > self.launcher.patience:
@@ -222,23 +220,17 @@ class Controller:
             reason = f": {outcome.reason}" if outcome.reason else ""
             self.say(f"again     {self.place(trial).name}{reason}")
             return
-        state: TrialState = (
-            "stopped" if agent.stopped_at is not None else "finished" if outcome.code == 0 else "failed"
-        )
+        state: TrialState = "finished" if outcome.code == 0 else "failed"
+        state = "stopped" if agent.stopped_at is not None else state
         trial.end(state, self.values(trial) if outcome.code == 0 else self.new_values(agent))
         self.journal.write("end", id=trial.id, state=trial.state, values=trial.values)
         self.launcher.end(agent.job)
-        first = [each.state for each in self.trials].count("finished") == 1
-        if (
-            trial.state == "finished"
-            and first
-            and (warning := no_value(trial, self.place(trial), self.sweep))
-        ):
+        is_first = state == "finished" and [each.state for each in self.trials].count(state) == 1
+        if is_first and (warning := no_value(trial, self.place(trial), self.sweep)):
             self.say(f"warning   metric.name: {warning}")
         self.say(f"{trial.state:9} {self.place(trial).name}{self.in_words(trial, outcome)}")
-        if trial.state == "failed" and self.retried[trial.id] < min(
-            self.retries, self.tries - trial.failures
-        ):
+        left = min(self.retries, self.tries - trial.failures)
+        if state == "failed" and self.retried[trial.id] < left:
             self.retried[trial.id] += 1
             self.journal.write("again", id=trial.id)
             trial.begin_again()
@@ -286,8 +278,9 @@ def run_sweep(
     launcher: LauncherConfig | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Trial]:
-    """Run or continue a sweep to its end, or for so many ``hours``; the trials are run folders in
-    ``folder``. ``launcher`` says where trials run, by default as the sweep's file does.
+    """Run or continue a sweep to its end, or for so many ``hours``; trials are run folders in ``folder``.
+
+    ``launcher`` says where trials run; by default, the sweep's file does.
     """
     require(tries >= 1, "--tries", tries, "at least 1")
     config = launcher or sweep.launcher

@@ -15,6 +15,7 @@ from lit_transdiff.config import is_folder_name, require
 from lit_transdiff.config.yaml_text import dump, read_file
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.trial import Trial
+from lit_transdiff.tracking.metrics_file import drop_cut_line
 from lit_transdiff.tracking.origin import COPIED_FROM, is_copy, keep_record, read_record
 from lit_transdiff.tracking.place import SWEEP_SIGN
 
@@ -110,14 +111,6 @@ def settings_in(file: Path) -> dict[str, Any]:
         way = "Remove it if this is the sweep that the folder was made for."
         raise ValueError(f"{file} is damaged: it holds no sweep. {way}")
     return found
-
-
-def drop_cut_line(file: Path) -> None:
-    """Remove a last line truncated by a kill, because the next line would continue it."""
-    if file.exists():
-        content = file.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(file, content.rfind(b"\n") + 1)
 
 
 def without_cap(settings: dict[str, Any]) -> dict[str, Any]:

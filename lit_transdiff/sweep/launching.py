@@ -1,4 +1,4 @@
-"""Where the trials of a sweep run: the settings (``launcher:`` of its file), and what a launcher is."""
+"""Where the trials of a sweep run: the settings (``launcher:`` of its file), and the launchers' protocol."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ Slot = tuple[int, ...]  # GPUs of one trial; empty on CPUs
 
 
 def slots_of(agents: int | None, devices_per_run: int) -> list[Slot]:
-    """The GPUs of ``agents`` concurrent trials; default: as many trials as the GPUs allow, or one on CPUs.
+    """The GPUs of ``agents`` concurrent trials, by default as many as the GPUs allow, or one on CPUs.
 
-    More trials of one GPU each than there are GPUs share them, as small models can.
+    If there are more trials of one GPU each than GPUs, they share them, as small models can.
     """
     gpus = torch.cuda.device_count()
     if gpus == 0:
@@ -97,13 +97,13 @@ class LocalLauncher:
         return LocalJob(process, slot)
 
     def adopt(self, orders: Sequence[Order], known: Mapping[str, Mapping[str, Any]]) -> dict[str, TrialJob]:
-        """None: those that a killed controller has left are ended, and continue from their checkpoints."""
+        """End the processes that a killed controller has left; their trials continue from checkpoints."""
         if orders:
             end_orphans({order.id for order in orders}, self.folder)
         return {}
 
     def look(self) -> None:
-        """Processes are asked one by one."""
+        """Do nothing: the outcome of each process is read on demand."""
 
     def end(self, job: TrialJob) -> None:
         assert isinstance(job, LocalJob)

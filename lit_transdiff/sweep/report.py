@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
 
 def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
     """The table of the trials, best settings (averaged over seeds) first, and the place of their files."""
-    count = {
-        state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed")
-    }
-    told = ", ".join(f"{number} {state}" for state, number in count.items() if number)
+    count = Counter[str](trial.state for trial in trials)
+    told = ", ".join(f"{count[state]} {state}" for state in ("finished", "stopped", "failed") if count[state])
     head = f"\n{len(trials)} trials: {told}"
     try:
         found = runs(folder)
@@ -41,9 +40,8 @@ def outcome(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:
     for rows, of_group in zip(compared.members, compared.groups[f"{metric} mean"], strict=True):
         mean[rows] = of_group
     table = compared.table.assign(verdict=compared.verdict_of_rows(metric), mean=mean)
-    return told_of(
-        head, table.sort_values(["mean", metric], ascending=not sweep.maximize).drop(columns="mean"), folder
-    )
+    table = table.sort_values(["mean", metric], ascending=not sweep.maximize)
+    return told_of(head, table.drop(columns="mean"), folder)
 
 
 def write_claims(sweep: Sweep, trials: Sequence[Trial], folder: Path) -> str:

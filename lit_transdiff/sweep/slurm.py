@@ -104,17 +104,17 @@ class SlurmJob:
         self.stopped.unlink(missing_ok=True)
 
     def seen(self, number: str, state: str) -> None:
-        """The job is in the queue."""
+        """Record that the job is in the queue."""
         self.number, self.state, self.absences = number, state, 0
 
     def missed(self) -> None:
-        """The job is not in the queue: read how it ended."""
+        """Record that the job is not in the queue, and read how it ended."""
         self.absences += 1
         code = self.code_left()
-        if code is not None:
-            self.found = Outcome(
-                code, "it has stalled" if code == EXIT_STALLED else "", lost=code == EXIT_STALLED
-            )
+        if code == EXIT_STALLED:
+            self.found = Outcome(code, "it has stalled", lost=True)
+        elif code is not None:
+            self.found = Outcome(code)
         elif self.absences >= ABSENCES:
             self.found = accounted(self.number)
 
@@ -243,7 +243,7 @@ class SlurmLauncher:
         job.clear()
 
     def leave(self, jobs: Sequence[TrialJob]) -> str:
-        """They go on: the same command finds them."""
+        """Leave the jobs in the queue, where the same command finds them."""
         numbers = " ".join(job.number for job in self.jobs)
         many = f"{len(self.jobs)} jobs go on" if len(self.jobs) > 1 else "A job goes on"
         return f"{many}, and the same command takes over; to end: scancel {numbers}" if self.jobs else ""

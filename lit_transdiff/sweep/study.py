@@ -81,7 +81,7 @@ class Study:
         return [self.baseline, *left] if left else []
 
     def missing(self, trials: Sequence[Trial], arm: str) -> list[dict[str, Any]]:
-        """The seeds that an arm or the baseline has no score of."""
+        """The seeds for which an arm or the baseline has no score."""
         ours, theirs = self.values(trials, arm), self.values(trials, self.baseline)
         return [seed for i, seed in enumerate(self.seeds) if i not in ours or i not in theirs]
 

@@ -41,11 +41,8 @@ def values_in_log(folder: Path, metric: str) -> list[float]:
     for run in runs:
         history, last = run.history(), run.summary.get(metric)
         values += [as_number(value) for value in history[metric].dropna()] if metric in history else []
-        if (
-            last is not None
-            and not math.isfinite(as_number(last))
-            and not (values and math.isnan(values[-1]))
-        ):
+        ends_in_nan = bool(values) and math.isnan(values[-1])
+        if last is not None and not math.isfinite(as_number(last)) and not ends_in_nan:
             values.append(math.nan)  # in the history, NaN looks like a step without a value
     return values
 
@@ -77,4 +74,4 @@ def no_value(trial: Trial, folder: Path, sweep: Sweep) -> str | None:
         return f"the trial has logged no finite value of {sweep.metric!r}"
     names = logged_names(folder)
     near = difflib.get_close_matches(sweep.metric, names, n=3, cutoff=0.3) or names
-    return f"the trial has not logged {sweep.metric!r}, but {', '.join(near) or 'nothing'}"
+    return f"the trial has not logged {sweep.metric!r}, but {', '.join(near) or 'no metric at all'}"

@@ -18,7 +18,7 @@ from lit_transdiff.tracking.loggers import MetricsCSV
 from lit_transdiff.tracking.metrics_file import last_logged, read_rows
 from lit_transdiff.tracking.wandb_run import WandbRun, open_run
 
-REFERENCES = "references"  # name of the picture of an MRAR run's successive images
+REFERENCES = "references"  # the name of the picture of an MRAR run's successive images
 
 
 def numbers(scores: Mapping[str, Any]) -> dict[str, float]:

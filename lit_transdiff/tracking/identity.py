@@ -42,12 +42,11 @@ def known_id(folder: Path, file: Path) -> str:
     elif is_copy(file) or (not record and has_older_sibling(file)):
         origin = {"run": known, "folder": str(Path(record.get("folder", "")).parent) if record else None}
         known = secrets.token_hex(4)
-        log.warning(
+        text = (
             "%s is a copy of %s, which is the W&B run %s: this one continues as run %s. If no other folder "
-            "writes to the first (after a move from another disk), write its id into %s and remove %s beside "
-            "it.",
-            *(folder, origin["folder"] or "another folder", origin["run"], known, file, RECORD),
+            "writes to the first (after a move from another disk), write its id into %s and remove %s there."
         )
+        log.warning(text, folder, origin["folder"] or "another folder", origin["run"], known, file, RECORD)
         replace_file(file, known.encode())
         record = {COPIED_FROM: origin}
     keep_record(file, record.get(COPIED_FROM))

@@ -17,7 +17,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_transdiff.base.files import is_full, naming_full, replace_file, to_disk
 from lit_transdiff.config import RunConfig
-from lit_transdiff.tracking.metrics_file import COLUMNS, NEEDED, cells_of, devices_of_starts, row_checksum
+from lit_transdiff.tracking.metrics_file import (
+    COLUMNS,
+    NEEDED,
+    cells_of,
+    devices_of_starts,
+    drop_cut_line,
+    row_checksum,
+)
 from lit_transdiff.tracking.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -59,12 +66,9 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         seconds = round(time.monotonic() - self.start, 3)
         images = (step or 0) * self.images_per_step
-        rows = [
-            [step, images, seconds, name, value, self.run_start]
-            for name, value in metrics.items()
-            if name != "epoch"
-        ]
-        rows = [[*row, row_checksum(row)] for row in rows]
+        given = {name: value for name, value in metrics.items() if name != "epoch"}
+        cells = [[step, images, seconds, name, value, self.run_start] for name, value in given.items()]
+        rows = [[*row, row_checksum(row)] for row in cells]
         if step == self.resumed:
             self.insert(rows)
         else:
@@ -92,7 +96,7 @@ class MetricsCSV(Logger):
         """Append the waiting rows to the file on disk, all or none."""
         if not self.waiting:
             return
-        cut_torn_line(self.path)
+        drop_cut_line(self.path)
         columns, size = self.columns(), self.path.stat().st_size if self.path.exists() else 0
         rows = [row[:columns] for row in self.waiting] if columns else [COLUMNS, *self.waiting]
         try:
@@ -125,10 +129,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def drop_after(self, step: int) -> int:
-        """Drop the rows after ``step``, and lines truncated by a kill or a damaged disk.
-
-        Returns the number of rows.
-        """
+        """Drop the rows after ``step`` and damaged lines, and return the number of these rows."""
         self.resumed = step
         if not self.path.exists():
             return 0
@@ -156,16 +157,6 @@ class MetricsCSV(Logger):
         replace_file(self.path, as_csv([names, *rows]).encode())
 
 
-def cut_torn_line(path: Path) -> None:
-    """Remove a last line truncated by a kill, because the next row would continue it."""
-    if path.exists() and path.stat().st_size:
-        with open(path, "rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-
-
 def as_csv(rows: Iterable[Sequence[Any]]) -> str:
     """Format rows as CSV text."""
     text = io.StringIO(newline="")
@@ -175,10 +166,9 @@ def as_csv(rows: Iterable[Sequence[Any]]) -> str:
 
 def build_loggers(run: RunConfig) -> list[Logger]:
     """The CSV logger and, unless ``tracking.wandb`` is false, the W&B logger of this run folder."""
-    loggers: list[Logger] = [
-        MetricsCSV(run.folder / "metrics.csv", run.images_per_step, run.checkpoint.on_error == "continue")
-    ]
-    return loggers + ([WandbRun(run)] if run.tracking.wandb else [])
+    goes_on = run.checkpoint.on_error == "continue"
+    metrics = MetricsCSV(run.folder / "metrics.csv", run.images_per_step, goes_on)
+    return [metrics, WandbRun(run)] if run.tracking.wandb else [metrics]
 
 
 def wandb_of(loggers: Iterable[Logger]) -> WandbRun | None:

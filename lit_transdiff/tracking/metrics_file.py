@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,22 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lit_transdiff.base.files import SEAL, Damaged
-from lit_transdiff.checkpoints.version import read_starts, read_versioned
+from lit_transdiff.checkpoints.version import read_starts
 from lit_transdiff.config import some
 
 if TYPE_CHECKING:
     import pandas as pd
 
 NEEDED = ("step", "images_seen", "seconds", "metric", "value")
-# of metrics.csv; earlier versions wrote no checksum, still earlier ones no start
+# The columns of metrics.csv; earlier versions wrote no checksum, and still earlier ones no start.
 COLUMNS = (*NEEDED, "start", SEAL)
 Content = TypeVar("Content")
 log = logging.getLogger(__name__)
-
-
-def json_content(file: Path) -> dict[str, Any] | None:
-    """The content of a JSON file; None if it does not exist or, with a warning, if it is damaged."""
-    return unless_damaged(read_versioned, file)
 
 
 def unless_damaged(read: Callable[[Path], Content], file: Path) -> Content | None:
@@ -75,19 +71,16 @@ class MetricLines:
 
 def read_lines(file: Path) -> MetricLines:
     """Read the lines of ``metrics.csv``."""
-    first, *rest = (
-        file.read_text("utf-8", errors="replace").split("\n") if file.is_file() else [",".join(COLUMNS), ""]
-    )
+    text = file.read_text("utf-8", errors="replace") if file.is_file() else ",".join(COLUMNS) + "\n"
+    first, *rest = text.split("\n")
     names = cells_of(first)
     before = names.index(SEAL) if SEAL in names else len(names)
     lines = MetricLines(names, {}, [], [], [len(rest) + 1] if rest and rest[-1] else [])
     for number, line in enumerate(rest[:-1], 2):
         cells = cells_of(line)
         checksum = "".join(cells[before : before + 1])
-        if not len(NEEDED) <= len(cells) <= len(names) or checksum not in (
-            "",
-            str(row_checksum(cells[:before])),
-        ):
+        intact = checksum in ("", str(row_checksum(cells[:before])))
+        if not intact or not len(NEEDED) <= len(cells) <= len(names):
             lines.changed.append(number)
             continue
         lines.cells[number] = cells + [""] * (len(names) - len(cells))
@@ -102,6 +95,16 @@ def cells_of(line: str) -> list[str]:
         return next(csv.reader([line])) if '"' in line else line.split(",")
     except csv.Error:
         return []
+
+
+def drop_cut_line(file: Path) -> None:
+    """Remove a last line truncated by a kill, because the next line would continue it."""
+    if file.exists() and file.stat().st_size:
+        with open(file, "rb+") as lines:
+            lines.seek(-1, os.SEEK_END)
+            if lines.read(1) != b"\n":
+                lines.seek(0)
+                lines.truncate(lines.read().rfind(b"\n") + 1)
 
 
 def changed_in_words(file: Path, lines: Sequence[int]) -> str:
@@ -131,9 +134,8 @@ def read_rows(file: Path) -> pd.DataFrame:
     words = rows["value"].str.lower() if len(rows) else rows["value"]
     numeric = [name for name in COLUMNS if name in lines.names and name != "metric"]
     rows[numeric] = rows[numeric].apply(pd.to_numeric, errors="coerce")
-    sound = rows[["step", "images_seen", "seconds"]].notna().all(axis=1) & (
-        rows["value"].notna() | (words == "nan")
-    )
+    complete = rows[["step", "images_seen", "seconds"]].notna().all(axis=1)
+    sound = complete & (rows["value"].notna() | (words == "nan"))
     if left_out := sorted([*lines.changed, *rows.index[~sound], *lines.torn]):
         log.warning("%s", changed_in_words(file, left_out))
     if lines.without_checksum:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from typing import TYPE_CHECKING
 
+from lit_transdiff.base.remote_errors import one_line
 from lit_transdiff.tracking.server import finish_timeout, finished_within, wait_of
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ class NodeClient:
         try:
             self.run = wandb.init(mode="shared", project=project, id=id_, dir=self.folder, settings=settings)
         except wandb.errors.Error as error:
-            reason = " ".join(str(error).split())
-            log.warning("W&B gets no system metrics of node %d (%s)", node, reason)
+            log.warning("W&B gets no system metrics of node %d (%s)", node, one_line(error))
 
     def close(self) -> None:
         """End the client, whatever becomes of the run."""

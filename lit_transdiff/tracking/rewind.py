@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lit_transdiff.base.remote_errors import one_line
 from lit_transdiff.tracking.server import answers
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def rewound(moment: str | None, given: Mapping[str, Any]) -> wandb.Run | None:
     try:
         return wandb.init(resume_from=moment, **given)
     except wandb.errors.Error as error:
-        reason = " ".join(str(error).split())
-        log.info("W&B does not rewind the run to its checkpoint, and shows later points twice (%s)", reason)
+        text = "W&B does not rewind the run to its checkpoint, and shows later points twice (%s)"
+        log.info(text, one_line(error))
         wandb.teardown()  # the service still has the run that could not start
         return None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import psutil
 
 from lit_transdiff.base.files import is_full
+from lit_transdiff.base.remote_errors import one_line
 from lit_transdiff.config import require
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ def going_on_without(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
-        log.warning("W&B does not answer and skips %s; the numbers are not lost (%s)", name, reason)
+        log.warning("W&B does not answer and skips %s; the numbers are not lost (%s)", name, one_line(error))
 
 
 @contextmanager
@@ -118,9 +118,8 @@ def answers(question: Callable[[], Iterable[Answer]], what: str) -> Iterator[Ans
             error = TimeoutError(f"no answer in {seconds:g} s")
         if error is not None:
             end_service()  # otherwise it repeats the request and delays the end of this process
-            said = " ".join(str(error).split())
             way_on = "Try again later (WANDB_HTTP_TIMEOUT waits longer), or name a folder of runs."
-            raise ConnectionError(f"W&B does not give {what} ({said}). {way_on}") from error
+            raise ConnectionError(f"W&B does not give {what} ({one_line(error)}). {way_on}") from error
         if not part:
             return
         yield part[0]

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from lit_transdiff.base.files import replace_file
+from lit_transdiff.base.remote_errors import one_line
 from lit_transdiff.config import RunConfig, require
 from lit_transdiff.config.loading import to_dict
 from lit_transdiff.distributed import num_nodes
@@ -114,7 +115,7 @@ def resumed(mode: Any, given: dict[str, Any], folder: Path) -> wandb.Run:
         raise ValueError(f"WANDB_MODE: got {mode!r}; {error}") from error
     except wandb.errors.CommError as error:
         text = "W&B cannot be reached (%s). This run is recorded offline; later: wandb sync %s/offline-run-*"
-        log.warning(text, " ".join(str(error).split()), folder / "wandb")
+        log.warning(text, one_line(error), folder / "wandb")
         wandb.teardown()  # the service still has the run that could not start
         return wandb.init(mode="offline", resume="allow", settings=client_settings(mode), **given)
 
@@ -126,7 +127,7 @@ def origin_of(folder: Path) -> dict[str, Any]:
 
 
 def wandb_mode() -> Any:
-    """The value of WANDB_MODE, one of ``MODES``; if it is not set, online with an API key, else offline."""
+    """The value of WANDB_MODE, one of ``MODES``; by default online with an API key, and offline without."""
     import wandb
 
     check_mode()
@@ -157,12 +158,9 @@ def keep_below(folder: Path) -> None:
 
 def keep_linked(folder: Path) -> None:
     """Replace links by files: W&B's cache is removed, and other links break if the run is moved."""
-    for link in [
-        path
-        for path in folder.rglob("*")
-        if path.is_symlink() and os.path.isabs(os.readlink(path)) and path.is_file()
-    ]:
-        replace_file(link, link.read_bytes())
+    for path in list(folder.rglob("*")):
+        if path.is_symlink() and os.path.isabs(os.readlink(path)) and path.is_file():
+            replace_file(path, path.read_bytes())
 
 
 class WandbRun(Logger):
@@ -264,6 +262,5 @@ class WandbRun(Logger):
         keep_linked(place)
         shutil.rmtree(place.with_name("cache"), ignore_errors=True)  # only copies of other files
         if not ended or (not opened.offline and time.monotonic() - start >= limit):
-            log.warning(
-                "W&B did not take everything in %.0f s; later: wandb sync --include-online %s", limit, place
-            )
+            text = "W&B did not take everything in %.0f s; later: wandb sync --include-online %s"
+            log.warning(text, limit, place)
