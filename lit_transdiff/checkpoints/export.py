@@ -43,10 +43,8 @@ from lit_transdiff.config.targets import (
 )
 
 # The possible files of an export of an earlier version, which does not list them.
-FILES = (
-    *("config.yaml", INFO, "model.safetensors", "left_over.safetensors"),
-    *("config.json", "diffusion_pytorch_model.safetensors", "classifier.safetensors", *OF_DIFFUSERS),
-)
+OF_NETWORKS = ("model", "left_over", "diffusion_pytorch_model", "classifier")
+FILES = ("config.yaml", "config.json", INFO, *(f"{name}.safetensors" for name in OF_NETWORKS), *OF_DIFFUSERS)
 # Path settings that a trained model needs; an export also stores them relative to its folder.
 OF_SCORES = "evaluation.extractor_weights", "evaluation.reference"
 EXPORT_PLACES = ("autoencoder.path", *OF_SCORES, "data.train", "data.evaluation")

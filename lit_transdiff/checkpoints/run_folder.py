@@ -35,9 +35,9 @@ from lit_transdiff.data.index_files import header_bytes
 
 GIT_TIMEOUT = 10.0  # seconds; a hanging disk must not stop a run
 PACKAGES = (
-    *("lit-transdiff", "torch", "lightning", "wandb", "omegaconf", "webdataset", "timm", "einops"),
-    *("torchmetrics", "torch-fidelity", "deepspeed", "diffusers", "numpy", "pillow"),
-)
+    "lit-transdiff torch lightning wandb omegaconf webdataset timm einops "
+    "torchmetrics torch-fidelity deepspeed diffusers numpy pillow"
+).split()
 # Settings that may change between two starts of a run, because its numbers so far do not depend on them (they
 # do on max_steps if the learning rate does, and on num_workers for a stream, which refuses another value
 # itself). The folder may be reached by any path.

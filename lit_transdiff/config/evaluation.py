@@ -8,6 +8,9 @@ from typing import Literal, Optional
 from lit_transdiff.config.checks import expand, require
 
 OF_IMAGES = ("reference_images", "real_images", "training_images")
+USUAL_METRICS = (
+    "frechet_distance spatial_frechet_distance inception_score kernel_distance precision recall"
+).split()
 OWN_PATHS = ("extractor_weights", "weights", "reference", *OF_IMAGES)
 MOST = 10_000_000  # images of an evaluation, whose features must fit into memory
 
@@ -33,12 +36,7 @@ class EvaluationConfig:
     real_images: Optional[str] = None
     # other real images (shards or .npz): their scores are those to reach, and 1 in ratios
     training_images: Optional[str] = None  # images of training (shards or .npz), to find copies of them
-    metrics: list[str] = field(
-        default_factory=lambda: [
-            *("frechet_distance", "spatial_frechet_distance", "inception_score"),
-            *("kernel_distance", "precision", "recall"),
-        ]
-    )  # names in evaluation.metrics.METRICS
+    metrics: list[str] = field(default_factory=USUAL_METRICS.copy)  # names in evaluation.metrics.METRICS
     keep: Literal["last", "all"] = "last"
     # the images of an MRAR row that are scored: the final one, or all R of them
     num_neighbours: int = 3  # k of precision and recall

@@ -19,10 +19,7 @@ from lit_transdiff.config.family import (
 
 HEAD_DIM = 64  # numbers of an attention head of the flow network
 # The three sizes of the released code (arXiv 2412.15205), and small ones for laptops and tests.
-OF_A_SIZE = (
-    *("width", "num_heads", "encoder_blocks", "decoder_blocks"),
-    *("head_width", "head_blocks", "head_version"),
-)
+OF_A_SIZE = "width num_heads encoder_blocks decoder_blocks head_width head_blocks head_version".split()
 FLOWAR_SIZES: dict[str, dict[str, int]] = {
     "test": dict(zip(OF_A_SIZE, (32, 2, 2, 2, 32, 2, 2), strict=True)),
     "nano": dict(zip(OF_A_SIZE, (128, 4, 2, 2, 128, 2, 2), strict=True)),

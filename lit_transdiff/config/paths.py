@@ -11,12 +11,12 @@ from lit_transdiff.base.remote import is_remote
 from lit_transdiff.config import expanded, require, shipped
 from lit_transdiff.config.checks import BUNDLED, roots
 
-PATHS = (  # arguments and options in which ~ and $NAME are replaced
-    *("source", "dest", "folder", "file", "run", "pipeline", "run_folder", "checkpoint", "output", "shards"),
-    *("autoencoder", "recipe", "weights", "vae", "inception", "reference", "experiments"),
-)
-
-MADE_HERE = ("dest", "output", "folder")  # those that are written to
+# Arguments and options in which ~ and $NAME are replaced, and those of them that are written to.
+PATHS = (
+    "source dest folder file run pipeline run_folder checkpoint output shards "
+    "autoencoder recipe weights vae inception reference experiments"
+).split()
+MADE_HERE = ("dest", "output", "folder")
 # Where the export lies in a run folder, and in a repository of the Hub; and the files that it may have.
 OF_RUN = ("", "export/", "run/export/")
 OF_EXPORT = ("model.safetensors", "config.yaml", "export.json", "autoencoder/*")

@@ -105,9 +105,8 @@ class DataModule(pl.LightningDataModule):
     def checked(self, index: ShardIndex, field: str) -> ShardIndex:
         """The index, checked against the model, the autoencoder and the training data."""
         if field == "data.evaluation" and self.train_index is not None and self.uses_labels:
-            require_classes(
-                f"{field}: {index.folder}", index.class_names, self.train_index.class_names, "data.train"
-            )
+            known = self.train_index.class_names
+            require_classes(f"{field}: {index.folder}", index.class_names, known, "data.train")
         allowed = f"model.num_classes={self.num_classes}"
         fits = index.num_classes == self.num_classes
         require(fits, f"{field}: classes in {index.folder}", index.num_classes, allowed)
@@ -128,7 +127,7 @@ class DataModule(pl.LightningDataModule):
         index = self.train_index if field == "data.train" else self.evaluation_index
         if index is None:
             allowed = "a folder of shards (make one with: lit-transdiff pack SRC DEST)"
-            raise ValueError(f"{field}: got nothing; allowed: {allowed}.")
+            raise ValueError(f"{field}: got None; allowed: {allowed}.")
         return index
 
     @property
@@ -163,11 +162,8 @@ class DataModule(pl.LightningDataModule):
         start = partial(self.start, layout)
         if is_stream(self.data.train):
             stream = StreamDataset(index, self.data, self.seed, layout, total, self.num_references)
-            identity |= {
-                "world": layout.world,
-                "micro_batch_size": layout.micro_batch,
-                "num_workers": self.data.num_workers,
-            }
+            identity |= dict(world=layout.world, micro_batch_size=layout.micro_batch)
+            identity |= dict(num_workers=self.data.num_workers)
             return TrainLoader(stream, start, identity, **options)
         given, block = self.data.groups, self.data.shuffle_block
         groups = None if given is None else read_groups(given, index, self.num_references)
@@ -225,14 +221,14 @@ class DataModule(pl.LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def planned_keys(self, micro_step: int) -> list[str]:
-        """``shard/key`` of the samples of this rank in a micro-step, for messages; [] for a stream."""
+        """``shard/key`` of this rank's samples in a micro-step, for messages; [] for a stream."""
         if self.plan is None:
             return []
         layout = self.layout()
         first = layout.start(micro_step)
         return self.keys(torch.from_numpy(self.plan.rows(first, first + layout.micro_batch).samples))
 
-    def keys(self, samples: Tensor, evaluation: bool = False) -> list[str]:
-        """``shard/key`` of each sample (any shape, flattened), for messages."""
-        index = self.index_of("data.evaluation" if evaluation else "data.train")
+    def keys(self, samples: Tensor) -> list[str]:
+        """``shard/key`` of each training sample (any shape, flattened), for messages."""
+        index = self.index_of("data.train")
         return [index.name_of(sample) for sample in samples.flatten().tolist()]

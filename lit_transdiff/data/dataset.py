@@ -50,9 +50,7 @@ class Batch:
 
     def each(self, act: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with ``act`` applied to its tensors."""
-        fields: dict[str, Any] = {
-            name: tensor if tensor is None else act(tensor) for name, tensor in vars(self).items()
-        }
+        fields: dict[str, Any] = {name: z if z is None else act(z) for name, z in vars(self).items()}
         return Batch(**fields)
 
 
@@ -83,13 +81,9 @@ class SampleDecoder:
 
     def __init__(self, index: ShardIndex, data: DataConfig, seed: int, training: bool) -> None:
         if training and index.latents is not None:
-            require(
-                index.latents.flips == 2 or not data.horizontal_flip,
-                "data.horizontal_flip",
-                True,
-                f"false, because the latents in {index.folder} were cached without flips (or cache them "
-                "again with flips)",
-            )
+            allowed = f"false, as {index.folder} was cached without flips; or cache it again with flips"
+            fits = index.latents.flips == 2 or not data.horizontal_flip
+            require(fits, "data.horizontal_flip", True, allowed)
             allowed = "'center' or 'none' for cached latents, which cannot be cropped"
             require(not data.crops_at_random, "data.crop", data.crop, allowed)
         self.index, self.data, self.seed, self.training = index, data, seed, training
@@ -182,10 +176,8 @@ class PlannedDataset(Dataset):
                 values = self.decode(self.reader.read(substitute), substitute, epoch)
             except ValueError:
                 continue
-            name = self.index.name_of(substitute)
-            log.warning(
-                "bad sample %s; %s is used instead (%d skipped by this process)", bad, name, self.num_skipped
-            )
+            text = "bad sample %s; %s is used instead (%d skipped by this process)"
+            log.warning(text, bad, self.index.name_of(substitute), self.num_skipped)
             return substitute, values
         text = "cannot be read, nor can any other sample of its class be used instead."
         raise ValueError(f"{self.index.name_of(sample)}: {text}")

@@ -65,9 +65,8 @@ def open_image(
         file = io.BytesIO(data) if isinstance(data, bytes) else data
         image = Image.open(file, formats=[name for name in FORMATS if name != "MPO"])
         if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise ValueError(
-                f"{image.width} x {image.height} pixels; allowed: at most {MAX_IMAGE_PIXELS} pixels"
-            )
+            size = f"{image.width} x {image.height}"
+            raise ValueError(f"{size} pixels; allowed: at most {MAX_IMAGE_PIXELS} pixels")
         stored = str(image.tile[0].args) if image.tile else ""
         image.load()
         if image.mode[0] in "IF":
@@ -80,9 +79,8 @@ def open_image(
         if turn is not None and exif == "turn":
             shown = shown.transpose(turn)
     except UnidentifiedImageError:  # its message is a memory address
-        raise ValueError(
-            f"not a readable image: the content is of none of the formats {', '.join(FORMATS)}"
-        ) from None
+        problem = f"the content is of none of the formats {', '.join(FORMATS)}"
+        raise ValueError(f"not a readable image: {problem}") from None
     except READ_ERRORS as error:
         raise ValueError(f"not a readable image: {error}") from error
     oddities = ((ORIENTED, turn is not None), (TRANSPARENT, transparent), (ANIMATED, frames > 1))
@@ -108,9 +106,8 @@ def opaque(image: Image.Image, stored: str, background: str) -> tuple[Image.Imag
         return image if image.mode in ("L", "RGB") else image.convert("RGB"), False
     if (depth := DEPTH.search(stored)) and (colour := image.info.get("transparency")) is not None:
         highest = 2 ** int(depth[1]) - 1
-        scaled = tuple(
-            value * 255 // highest for value in (colour if isinstance(colour, tuple) else (colour,))
-        )
+        values = colour if isinstance(colour, tuple) else (colour,)
+        scaled = tuple(value * 255 // highest for value in values)
         image.info["transparency"] = scaled if len(scaled) > 1 else scaled[0]
     picture = image.convert("RGBA")
     alpha = picture.getchannel("A")

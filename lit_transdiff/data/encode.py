@@ -37,10 +37,8 @@ class Encoding:
         require(is_colour(self.background), "background", self.background, BACKGROUNDS)
         for name, default in (("exif", "turn"), ("background", "white")):
             kept = f"files are kept as they are, and data.{name} says how they are read"
-            allowed = f"{default!r} without image_size or pad_to: {kept}"
-            require(
-                not self.keeps_files or getattr(self, name) == default, name, getattr(self, name), allowed
-            )
+            value, allowed = getattr(self, name), f"{default!r} without image_size or pad_to: {kept}"
+            require(not self.keeps_files or value == default, name, value, allowed)
 
     @property
     def keeps_files(self) -> bool:

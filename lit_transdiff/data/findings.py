@@ -81,11 +81,9 @@ class PackReport:
     notes: list[str] = field(default_factory=list)  # sentences
 
     def __str__(self) -> str:
-        total = sum(shard.bytes for shard in self.index.shards)
-        text = (
-            f"{len(self.index)} images of {self.index.num_classes} classes in {len(self.index.shards)} "
-            f"shards, {total:,} bytes"
-        )
+        shards, total = self.index.shards, sum(shard.bytes for shard in self.index.shards)
+        text = f"{len(self.index)} images of {self.index.num_classes} classes in {len(shards)} shards"
+        text += f", {total:,} bytes"
         if self.skipped:
             text += f"; {len(self.skipped)} unreadable images skipped, listed in {SKIPPED_FILE}"
         text += f"; passed over: {listed_kinds(self.passed_over)}" if self.passed_over else ""
@@ -174,6 +172,5 @@ def pairs_by_number(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name in names:
         families[DIGITS.sub("0", name)].append(name)
     for family in families.values():
-        yield from zip(
-            family, sorted(family, key=lambda name: [int(part) for part in DIGITS.findall(name)]), strict=True
-        )
+        by_number = sorted(family, key=lambda name: [int(part) for part in DIGITS.findall(name)])
+        yield from zip(family, by_number, strict=True)

@@ -135,9 +135,7 @@ class ShardIndex:
             "kind": self.kind,
             "samples": len(self),
             "seed": self.seed,
-            "classes": {
-                name: int(count) for name, count in zip(self.class_names, self.class_counts, strict=True)
-            },
+            "classes": dict(zip(self.class_names, self.class_counts.tolist(), strict=True)),
             "latents": None if self.latents is None else asdict(self.latents),
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -175,9 +173,8 @@ def read_index(path: str | Path, check_files: bool = True) -> ShardIndex:
         index = index_from(folder, header, columns)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError) as error:
         again = f"Make it again: lit-transdiff index {folder}"
-        raise ValueError(
-            f"{folder}: the index is damaged or of another version ({error}). {again}"
-        ) from error
+        problem = f"the index is damaged or of another version ({error})"
+        raise ValueError(f"{folder}: {problem}. {again}") from error
     if check_files:
         check_shard_sizes(index)
     return index
@@ -226,13 +223,11 @@ def check_columns(index: ShardIndex) -> None:
         allowed = "whole numbers of shape [samples, parts]"
         require(fits, "checksum", f"{sums.dtype} of shape {sums.shape}", allowed)
     ends = np.repeat([shard.bytes for shard in index.shards], [shard.samples for shard in index.shards])
-    within = (
-        (index.offset >= 0) & (index.size >= 0) & (index.size <= ends) & (index.offset <= ends - index.size)
-    )
+    positive = (index.offset >= 0) & (index.size >= 0)
+    within = positive & (index.size <= ends) & (index.offset <= ends - index.size)
     if not within.all():
-        raise ValueError(
-            f"a sample lies outside of its shard: {index.name_of(int(np.flatnonzero(~within)[0]))}"
-        )
+        first = int(np.flatnonzero(~within)[0])
+        raise ValueError(f"a sample lies outside of its shard: {index.name_of(first)}")
 
 
 def check_shard_sizes(index: ShardIndex) -> None:
@@ -273,9 +268,8 @@ def index_shards(
     tasks = ((path, latents, Labels.of(label, class_names or ())) for path in paths)
     shown = dict(desc="indexing", unit="shard", total=len(paths), disable=not progress)
     rows = tqdm(in_processes(shard_rows, tasks, workers), **shown)
-    index = join_rows(
-        folder, sorted(rows, key=lambda shard_row: shard_row.shard.name), class_names, seed, latents
-    )
+    ordered = sorted(rows, key=lambda shard_row: shard_row.shard.name)
+    index = join_rows(folder, ordered, class_names, seed, latents)
     if class_names is None:
         require_class_0(str(folder), index.label.tolist())
     if save:
@@ -288,10 +282,9 @@ def shard_rows(path: Path, latents: Optional[LatentInfo], labels: Labels = CLS) 
     scanned, parts = scan_shard(path, labels), latents.flips if latents else 1
     for sample in scanned:
         check_sample(path.name, sample, latents)
-    columns = {
-        name: np.array([getattr(sample, name) for sample in scanned], kind)
-        for name, kind in COLUMN_TYPES.items()
-    }
+    columns = {}
+    for name, kind in COLUMN_TYPES.items():
+        columns[name] = np.array([getattr(sample, name) for sample in scanned], kind)
     columns["key"] = np.array([sample.key.encode() for sample in scanned], np.bytes_)
     columns["checksum"] = checksums_in(path, ((sample.offset, sample.size) for sample in scanned), parts)
     classes = len({sample.label for sample in scanned})
@@ -314,9 +307,8 @@ def join_rows(
     highest = int(columns["label"].max())
     classes = tuple(str(c) for c in range(highest + 1)) if class_names is None else tuple(class_names)
     require(highest < len(classes), f"{folder}: label", highest, f"0 to {len(classes) - 1} (class names)")
-    index = ShardIndex(
-        folder, classes, tuple(each.shard for each in rows), seed=seed, latents=latents, **columns
-    )
+    shards = tuple(each.shard for each in rows)
+    index = ShardIndex(folder, classes, shards, seed=seed, latents=latents, **columns)
     by_key = np.argsort(index.key, kind="stable")
     for place in np.flatnonzero(index.key[by_key[1:]] == index.key[by_key[:-1]]):
         one, other = (index.shards[index.shard_of(sample)].name for sample in by_key[place : place + 2])

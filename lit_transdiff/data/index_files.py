@@ -14,27 +14,21 @@ FORMAT = "lit_transdiff shards"
 Folder = Path | RemoteFolder  # of shards
 
 
-def index_files(path: str | Path) -> tuple[Path, Path]:
-    """The two files of the index of a folder (or of an ``index.json``).
-
-    Raises ``FileNotFoundError`` if they are missing.
-    """
-    path = Path(path)
-    folder = path.parent if path.name == "index.json" else path
-    header_path, sidecar_path = folder / "index.json", folder / "index.npz"
+def index_file(folder: Path) -> Path:
+    """The ``index.json`` of a folder. Raises ``FileNotFoundError`` if it or the ``index.npz`` is missing."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} does not exist. Make shards from images with: lit-transdiff pack SRC {folder}; "
             f"latents from shards with: lit-transdiff cache RUN.yaml SHARDS {folder} (lit-transdiff run does "
             "it by itself)"
         )
-    if not header_path.is_file() or not sidecar_path.is_file():
-        missing = header_path.name if not header_path.is_file() else sidecar_path.name
-        raise FileNotFoundError(
-            f"{folder} has no {missing}. Index shards that are there with: lit-transdiff index {folder}; "
-            f"make shards from images with: lit-transdiff pack SRC {folder}"
-        )
-    return header_path, sidecar_path
+    for name in ("index.json", "index.npz"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}. Index shards that are there with: lit-transdiff index {folder}; "
+                f"make shards from images with: lit-transdiff pack SRC {folder}"
+            )
+    return folder / "index.json"
 
 
 def shard_folder(place: str | Path) -> Folder:
@@ -47,19 +41,17 @@ def shard_folder(place: str | Path) -> Folder:
 def header_bytes(place: str | Path) -> bytes:
     """The content of the ``index.json`` of a folder or URL.
 
-    Raises ``FileNotFoundError`` without an index, ``RemoteError`` for a URL that cannot be read.
+    Raises ``FileNotFoundError`` without an index, and ``RemoteError`` for a URL that cannot be read.
     """
     folder = shard_folder(place)
-    return (
-        index_files(folder)[0].read_bytes() if isinstance(folder, Path) else remote_file(folder, "index.json")
-    )
+    return index_file(folder).read_bytes() if isinstance(folder, Path) else remote_file(folder, "index.json")
 
 
 def check_index(place: str | Path) -> None:
     """Refuse a place without an index, as ``header_bytes`` does."""
     folder = shard_folder(place)
     if isinstance(folder, Path):
-        index_files(folder)
+        index_file(folder)
     else:
         header_bytes(place)
 

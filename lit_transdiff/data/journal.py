@@ -27,7 +27,7 @@ from lit_transdiff.data.index import Shard, ShardRows
 
 RECORDS = "finished"
 NEWER = ("exif", "background")  # settings introduced later: earlier versions took images as stored
-NOTHING = Findings()
+NO_FINDINGS = Findings()
 log = logging.getLogger(__name__)
 
 
@@ -49,9 +49,8 @@ class ShardJournal:
         """Raise ``ValueError`` unless the folder is new or has this plan; the error lists the differences."""
         path = self.folder / self.plan_file
         if not path.exists():
-            present = [
-                name for name in contents(self.folder) if not name.startswith((".", f"{self.plan_file}."))
-            ]
+            ignored = (".", f"{self.plan_file}.")
+            present = [name for name in contents(self.folder) if not name.startswith(ignored)]
             if present == [RECORDS] and set(contents(self.folder / RECORDS)) <= {LOCK}:  # just created
                 present = []
             if present and not path.exists():  # another process may have written it since
@@ -68,12 +67,10 @@ class ShardJournal:
             text = "%s was made by an earlier version, without %s; it is left as it is"
             log.warning(text, self.folder, " and ".join(unknown))
             return
-        differences = [
-            f"{name} was {brief(before.get(name))}, now {brief(now.get(name))}" for name in different
-        ]
-        if differences:
+        if different:
+            told = (f"{name} was {brief(before.get(name))}, now {brief(now.get(name))}" for name in different)
             raise ValueError(
-                f"{self.folder} was made with other settings ({'; '.join(differences)}); choose an empty "
+                f"{self.folder} was made with other settings ({'; '.join(told)}); choose an empty "
                 f"folder, or go on with the settings in {self.plan_file}."
             )
 
@@ -101,7 +98,7 @@ class ShardJournal:
         if not (self.folder / self.plan_file).exists():
             replace_file(self.folder / self.plan_file, (json.dumps(plan, indent=1) + "\n").encode())
 
-    def add(self, rows: ShardRows, findings: Findings = NOTHING) -> None:
+    def add(self, rows: ShardRows, findings: Findings = NO_FINDINGS) -> None:
         """Record a finished shard; to be called after it has its final name."""
         buffer = io.BytesIO()
         about = json.dumps({"shard": asdict(rows.shard), **asdict(findings)})

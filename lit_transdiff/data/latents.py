@@ -117,21 +117,16 @@ class LatentCache:
         mine = range(rank, len(shards), world)
         left = [shard for shard in mine if self.journal.finished(shards[shard].name) is None]
         encoded = ahead(self.encoded(self.batches(left, batch_size), encode_fn, device), BATCHES_AHEAD)
-        with tqdm(
-            total=sum(shards[s].samples for s in mine), desc="encoding", unit="image", disable=not progress
-        ) as bar:
+        total = sum(shards[s].samples for s in mine)
+        with tqdm(total=total, desc="encoding", unit="image", disable=not progress) as bar:
             bar.update(bar.total - sum(shards[s].samples for s in left))
             for shard in left:
                 with ShardWriter(self.dest / shards[shard].name) as writer:
                     for _ in shard_batches(self.source, shard, batch_size):
                         samples, moments = next(encoded)
                         for sample, array in zip(samples.tolist(), moments, strict=True):
-                            writer.write(
-                                self.source.key_of(sample),
-                                int(self.source.label[sample]),
-                                "bin",
-                                array.tobytes(),
-                            )
+                            key, label = self.source.key_of(sample), int(self.source.label[sample])
+                            writer.write(key, label, "bin", array.tobytes())
                         bar.update(len(samples))
                 self.journal.add(shard_rows(self.dest / shards[shard].name, self.info))
 
@@ -167,9 +162,8 @@ class LatentCache:
     def finish(self) -> ShardIndex:
         """Index the latent shards and check that they have the samples of the source in its order."""
         source, records = self.source, self.journal.all_finished([shard.name for shard in self.source.shards])
-        index = join_rows(
-            self.dest, [record.rows for record in records], source.class_names, source.seed, self.info
-        )
+        rows = [record.rows for record in records]
+        index = join_rows(self.dest, rows, source.class_names, source.seed, self.info)
         if not (np.array_equal(index.key, source.key) and np.array_equal(index.label, source.label)):
             way = "make the latents again in a new folder."
             raise ValueError(f"{self.dest}: keys or labels differ from the source's; {way}")

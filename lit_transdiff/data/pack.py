@@ -157,9 +157,7 @@ def pack(
     return read_report(read_index(dest), encoding, images.passed_over, images.source_names)
 
 
-def open_source(
-    source: str | Path, split: Optional[str] = None, class_names: ClassNames = None
-) -> ImageSource:
+def open_source(source: str | Path, split: Optional[str], class_names: ClassNames) -> ImageSource:
     """Open ``source``: a list file, a folder of IDX files (``split``: train or t10k), or class folders."""
     source = Path(source)
     check_pack_source(source)
@@ -169,7 +167,7 @@ def open_source(
         return idx_source(source, split, class_names)
     else:
         images = folder_source(source, class_names)
-    require(split is None, "split", split, "nothing: only IDX files have splits")
+    require(split is None, "split", split, "None: only IDX files have splits")
     return images
 
 
@@ -247,9 +245,8 @@ def finish_packing(packing: Packing, source: str) -> PackReport:
     readable_images = sum(record.rows.shard.samples for record in records)
     allowed = "at least one readable image"
     require(readable_images > 0, source, f"{len(findings.skipped)} unreadable images", allowed)
-    index = join_rows(
-        journal.folder, [record.rows for record in records], images.class_names, packing.seed, None
-    )
+    rows = [record.rows for record in records]
+    index = join_rows(journal.folder, rows, images.class_names, packing.seed, None)
     origins = dict(zip(images.keys, images.origins, strict=True))
     write_findings(journal.folder, findings, in_two_classes(index, findings.digests, origins))
     index.save()

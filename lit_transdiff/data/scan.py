@@ -75,13 +75,9 @@ class Labels:
                 fields = ", ".join(value) if isinstance(value, dict) else "no fields"
                 raise ValueError(f".json: got {fields}; allowed: with the field {self.field!r}")
             value = value[self.field]
-        if (
-            not isinstance(value, bool)
-            and len(str(value)) <= MAX_CLASS_DIGITS
-            and LABEL.fullmatch(str(value))
-        ):
-            # digits are the number of a class, even if a class has another number as its name
-            return int(value)
+        text = "" if isinstance(value, bool) else str(value)
+        if len(text) <= MAX_CLASS_DIGITS and LABEL.fullmatch(text):
+            return int(value)  # digits are a class number, even if a class has another number as its name
         if value not in self.names:
             raise ValueError(
                 f"label {str(value)[:40]!r}; allowed: {LABELS}, or one of the names that --class-names gives"

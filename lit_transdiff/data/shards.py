@@ -30,9 +30,8 @@ def tar_bytes(sizes: np.ndarray) -> int:
 class ShardWriter:
     """Writes one shard under a temporary name and renames it when complete.
 
-    The same samples give the same bytes.
-
-    The temporary name is unique to this process, so that leftovers of others cannot interfere.
+    The same samples give the same bytes. The temporary name is unique to this process, so that leftovers of
+    others cannot interfere.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,7 +101,7 @@ class ShardReader:
         return os.open(f"{self.index.folder}/{self.index.shards[shard].name}", os.O_RDONLY)
 
     def expect(self, rows: Rows) -> None:
-        """Prepare for the samples of a batch: nothing is to be done for local files."""
+        """Prepare for the samples of a batch; local files need no preparation."""
 
     @cached_property
     def unread(self) -> np.ndarray:
@@ -172,6 +171,6 @@ def damaged(index: ShardIndex, sample: int) -> ValueError:
     """The error for a sample that differs from its checksum."""
     return ValueError(
         f"{index.name_of(sample)}: the sample at byte {index.offset[sample]} of the shard is damaged: its "
-        "checksum differs from that in the index. Copy the shard again, or make the shards again; what else "
-        f"is damaged says: lit-transdiff verify {index.folder}"
+        "checksum differs from that in the index. Copy the shard again, or make the shards again. To list "
+        f"all damaged samples: lit-transdiff verify {index.folder}"
     )

@@ -66,22 +66,19 @@ def folder_source(folder: Path, class_names: ClassNames) -> ImageSource:
         listed = list(threads.map(images_in, [f"{folder}/{name}" for name in classes]))
     if not any(of.images for of in listed):
         refuse_empty(f"{folder}/{classes[0]}", listed[0])
-    origins = [
-        f"{folder}/{name}/{image}" for name, of in zip(classes, listed, strict=True) for image, _ in of.images
-    ]
-    keys = [key_of(name, image) for name, of in zip(classes, listed, strict=True) for image, _ in of.images]
-    sizes = [size for of in listed for _, size in of.images]
+    found = [(name, *image) for name, of in zip(classes, listed, strict=True) for image in of.images]
+    origins = [f"{folder}/{name}/{image}" for name, image, _ in found]
+    keys = [key_of(name, image) for name, image, _ in found]
+    sizes = [size for *_, size in found]
     labels = np.repeat(np.arange(len(classes)), [len(of.images) for of in listed])
     passed_over = Counter(kind for _, is_folder, kind in visible if not is_folder)
-    passed_over["hidden folders"] = sum(
-        is_folder for name, is_folder, _ in entries_found if name.startswith(".")
-    )
+    hidden = [is_folder for name, is_folder, _ in entries_found if name.startswith(".")]
+    passed_over["hidden folders"] = sum(hidden)
     for of in listed:
         passed_over.update(of.passed_over)
     broken = [link for of in listed for link in of.broken]
-    return replace(
-        file_source(origins, sizes, labels, keys, names, classes), broken=broken, passed_over=+passed_over
-    )
+    images = file_source(origins, sizes, labels, keys, names, classes)
+    return replace(images, broken=broken, passed_over=+passed_over)
 
 
 class Listing(NamedTuple):
@@ -104,7 +101,7 @@ def images_in(directory: str) -> Listing:
             elif entry.is_file():
                 images.append((entry.name, entry.stat().st_size))
             else:
-                broken.append((entry.path, "a link to nothing" if entry.is_symlink() else "not a file"))
+                broken.append((entry.path, "a dangling link" if entry.is_symlink() else "not a file"))
     return Listing(sorted(images), sorted(broken), passed_over)
 
 
@@ -160,9 +157,8 @@ def list_source(path: Path, class_names: ClassNames) -> ImageSource:
         header = HEADER_HINT * (where == rows[0][0])
         require(os.path.isfile(origin), where, origin, f"a file that exists{header}")
     sizes = [os.path.getsize(origin) for origin in origins]
-    return file_source(
-        origins, sizes, np.array(labels), [f"{i:08d}" for i in range(len(rows))], names, classes
-    )
+    keys = [f"{i:08d}" for i in range(len(rows))]
+    return file_source(origins, sizes, np.array(labels), keys, names, classes)
 
 
 def text_lines(path: str | Path) -> Iterator[str]:

@@ -140,11 +140,9 @@ class StreamDataset(IterableDataset):
                 total += sum(self.index.shards[shard].samples for shard in shards)
                 epoch += 1
         if taken < total:
-            log.warning(
-                "data.train: %.2g%% of the images are left out of an epoch, as one of %d readers has fewer "
-                "than %d of a class",
-                *(100 * (1 - taken / total), readers, self.num_references),
-            )
+            share = 100 * (1 - taken / total)
+            reason = f"one of {readers} readers has fewer than {self.num_references} of a class"
+            log.warning("data.train: %.2g%% of the images are left out of an epoch: %s", share, reason)
 
     def stream(self, reader: int, readers: int, done: int) -> Iterator[tuple[int, list[StreamedSample]]]:
         """Endless (epoch, row of R samples) after the first ``done``; bad samples count as indexed."""

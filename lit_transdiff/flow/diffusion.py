@@ -79,9 +79,8 @@ class Chain:
         variance[0] = variance[min(1, len(self) - 1)]  # the first is 0 and has no logarithm
         of_x = self.betas * before.sqrt() / (1 - after)
         of_x_t = (1 - before) * (1 - self.betas).sqrt() / (1 - after)
-        return torch.stack(
-            [after.sqrt(), (1 - after).sqrt(), of_x, of_x_t, variance.log(), self.betas.log()]
-        ).float()
+        rows = [after.sqrt(), (1 - after).sqrt(), of_x, of_x_t, variance.log(), self.betas.log()]
+        return torch.stack(rows).float()
 
     def respaced(self, steps: list[int]) -> Chain:
         """The chain of a subset of ``steps``, in rising order, with the same signal and noise at each."""
@@ -133,9 +132,8 @@ def noise_error(predicted: Tensor, noise: Tensor) -> Tensor:
 
 def halves(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Split the network's output for ``x`` into noise and variance, along the axis of twice the length."""
-    axis = next(
-        i for i, (long, length) in enumerate(zip(output.shape, x.shape, strict=True)) if long != length
-    )
+    lengths = zip(output.shape, x.shape, strict=True)
+    axis = next(i for i, (long, length) in enumerate(lengths) if long != length)
     noise, values = output.chunk(2, dim=axis)
     return noise, values
 

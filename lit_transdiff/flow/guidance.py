@@ -44,8 +44,8 @@ def guide(
 ) -> Velocity:
     """v = u + scale(t) (c - u) where low <= t <= high, else c (arXiv 2207.12598; interval: arXiv 2404.07724).
 
-    ``both`` returns (c, u) in one pass. It is never called outside the interval or for a scale of 1 (no
-    guidance).
+    ``both`` returns (c, u) in one pass, and is not called outside the interval or for a scale of 1, which is
+    no guidance.
     """
     if scale < 1:
         raise ValueError(f"guidance scale: got {scale!r}; allowed: at least 1 (no guidance).")

@@ -88,9 +88,8 @@ OBJECTIVES: dict[str, LossFn] = {"velocity": velocity_error, "clean": clean_erro
 LOSS_TERMS: dict[str, LossFn] = {"direction": direction_error}
 
 
-def flow_matching_loss(prediction: Prediction, config: FlowConfig | None = None) -> Tensor:
+def flow_matching_loss(prediction: Prediction, config: FlowConfig) -> Tensor:
     """The objective plus weighted loss terms of every row, [B]; the batch loss is the mean."""
-    config = config or FlowConfig()
     rows = OBJECTIVES[config.objective](prediction, config)
     for name, weight in config.loss_terms.items():
         rows = rows + weight * LOSS_TERMS[name](prediction, config)

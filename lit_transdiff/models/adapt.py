@@ -31,10 +31,10 @@ class Adaptation:
     """The rules of a family for initialising a model from one of another shape, by tensor name."""
 
     classes: str = ""  # the table of class embeddings, one row per class
-    rules: Rules = field(default_factory=dict)  # always
-    # for another latent size with interpolated positions, otherwise made anew
+    rules: Rules = field(default_factory=dict)  # the rules that always apply
+    # the rules for another latent size with interpolated positions; otherwise these tensors are made anew
     sized: Rules = field(default_factory=dict)
-    # depend on patch, channels and numbers of tokens; made anew with init_shapes=new
+    # tensors that depend on patch, channels and numbers of tokens; made anew with init_shapes=new
     shaped: Sequence[str] = ()
     optional: tuple[str, ...] = ()  # prefixes of names that only one of the two models may have
 

@@ -82,10 +82,9 @@ class ARDiff(Paradigm):
     adaptation = Adaptation(
         classes="class_emb.weight",
         shaped=(
-            *("pos_embed", "target_pos_embed", "timesteps_embeddings", "x_embedder.weight"),
-            "diffloss.net.input_proj.weight",
-            *("diffloss.net.final_layer.linear.weight", "diffloss.net.final_layer.linear.bias"),
-        ),
+            "pos_embed target_pos_embed timesteps_embeddings x_embedder.weight diffloss.net.input_proj.weight"
+            " diffloss.net.final_layer.linear.weight diffloss.net.final_layer.linear.bias"
+        ).split(),
     )
     config: ARDiffConfig
 

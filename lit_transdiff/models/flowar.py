@@ -172,10 +172,9 @@ class FlowAR(Paradigm):
     adaptation = Adaptation(
         classes="class_emb.weight",
         shaped=(
-            *("encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"),
-            *("z_proj.weight", "flownet.input_proj.weight"),
-            *("flownet.final_layer.linear.weight", "flownet.final_layer.linear.bias"),
-        ),
+            "encoder_pos_embed_learned decoder_pos_embed_learned diffusion_pos_embed_learned z_proj.weight "
+            "flownet.input_proj.weight flownet.final_layer.linear.weight flownet.final_layer.linear.bias"
+        ).split(),
     )
     config: FlowARConfig
 

@@ -35,8 +35,11 @@ BEGINNINGS: tuple[tuple[str, str], ...] = (
 )
 # The names of the parts of attentions and residual blocks.
 ATTENTION = (
-    *(("norm.", "group_norm."), ("q.", "to_q."), ("k.", "to_k.")),
-    *(("v.", "to_v."), ("proj_out.", "to_out.0.")),
+    ("norm.", "group_norm."),
+    ("q.", "to_q."),
+    ("k.", "to_k."),
+    ("v.", "to_v."),
+    ("proj_out.", "to_out.0."),
 )
 RESIDUAL = (("nin_shortcut.", "conv_shortcut."),)
 

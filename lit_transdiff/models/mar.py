@@ -69,10 +69,10 @@ class MAR(Paradigm):
     adaptation = Adaptation(
         classes="class_emb.weight",
         shaped=(
-            *("encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"),
-            *("z_proj.weight", "diffloss.net.input_proj.weight"),
-            *("diffloss.net.final_layer.linear.weight", "diffloss.net.final_layer.linear.bias"),
-        ),
+            "encoder_pos_embed_learned decoder_pos_embed_learned diffusion_pos_embed_learned z_proj.weight "
+            "diffloss.net.input_proj.weight diffloss.net.final_layer.linear.weight "
+            "diffloss.net.final_layer.linear.bias"
+        ).split(),
     )
     config: MARConfig
 

@@ -154,10 +154,10 @@ class TransDiffParts(Paradigm):
     adaptation = Adaptation(
         classes="encoder.class_embedding.weight",
         shaped=(
-            *("encoder.class_position", "encoder.given_position", "encoder.position"),
-            *("encoder.context_position", "encoder.projection.weight", "decoder.position"),
-            *("decoder.input_projection.weight", "decoder.final.linear.weight", "decoder.final.linear.bias"),
-        ),
+            "encoder.class_position encoder.given_position encoder.position encoder.context_position "
+            "encoder.projection.weight decoder.position decoder.input_projection.weight "
+            "decoder.final.linear.weight decoder.final.linear.bias"
+        ).split(),
     )
     config: TransDiffPartsConfig
 

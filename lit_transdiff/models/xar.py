@@ -51,9 +51,8 @@ class XAR(Paradigm):
     adaptation = Adaptation(
         classes="class_emb.weight",
         shaped=(
-            *("encoder_pos_embed_learned", "decoder_pos_embed_learned"),
-            *("z_proj.weight", "pred.weight", "pred.bias"),
-        ),
+            "encoder_pos_embed_learned decoder_pos_embed_learned z_proj.weight pred.weight pred.bias"
+        ).split(),
     )
     config: XARConfig
 

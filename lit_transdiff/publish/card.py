@@ -23,11 +23,11 @@ CARD_CLASSES, CARD_PER_CLASS = 10, 4  # of the picture
 SIZES_SHOWN = ("size", "width", "depth", "encoder_blocks", "decoder_blocks", "num_references", "patch_size")
 NAMED_CLASSES = 20  # more classes than these are only counted
 CARD_PICTURE = "samples.png"
-# of a manifest, for each score in the metadata
+# The entries of a manifest that the metadata give for each score.
 CARD_CONDITIONS = (
-    *("num_images", "label_mode", "seed", "extractor", "extractor_fingerprint", "reference_hash"),
-    *("num_neighbours", "sampling", "precision", "weights_fingerprint"),
-)
+    "num_images label_mode seed extractor extractor_fingerprint reference_hash "
+    "num_neighbours sampling precision weights_fingerprint"
+).split()
 
 
 def card_of(export: Export, repo: str, evaluations: Sequence[Evaluation], licence: str) -> str:

@@ -171,7 +171,9 @@ def test_a_damaged_file_of_the_cache_is_named_with_the_way_on(hub: HubStub):
     for name in ("sub/w.safetensors", "a.json"):  # whose hashes are SHA-256, and git's
         file = local(f"hf://lab/model/{name}")
         file.resolve().write_bytes(FILES[name][:-1] + b"!")
-        with pytest.raises(ValueError, match=r"is damaged: it differs from the file on the Hub\. Remove ") as error:
+        with pytest.raises(
+            ValueError, match=r"is damaged: it differs from the file on the Hub\. Remove "
+        ) as error:
             local(f"hf://lab/model/{name}")
         Path(str(error.value).split("Remove ")[1].split(", and")[0]).unlink()
         assert local(f"hf://lab/model/{name}").read_bytes() == FILES[name]

@@ -127,7 +127,7 @@ def test_validation_sizes(shards):
     [
         (dict(train="/nowhere"), "lit-transdiff pack SRC /nowhere"),
         (dict(train="ftps://host/x"), "ftps://host/x: got 'ftps'; allowed: a folder, or a URL of s3://"),
-        (dict(train=""), "data.train: got nothing"),
+        (dict(train=""), "data.train: got None"),
         (dict(index="index.json"), "data.index: got 'index.json'"),
         (dict(num_references=14), "has only 13 images"),
         (dict(num_classes=10), r"data.train: classes in .*: got 5; allowed: model.num_classes=10"),

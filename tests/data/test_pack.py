@@ -110,7 +110,7 @@ def test_names_that_are_not_utf8_are_told(tmp_path):
 
 
 def test_what_is_no_image_among_the_images_is_reported(tmp_path):
-    """A folder called 2.png, a link to nothing, a sub-folder, files of other formats, and a file beside the
+    """A folder called 2.png, a dangling link, a sub-folder, files of other formats, and a file beside the
     class folders.
     """
     (tmp_path / "in/a/2.png").mkdir(parents=True)
@@ -126,8 +126,8 @@ def test_what_is_no_image_among_the_images_is_reported(tmp_path):
     (tmp_path / "in/a/7.png").symlink_to("1.png")
     report = pack(tmp_path / "in", tmp_path / "out", progress=False)
     assert sorted(report.index.key.tolist()) == [b"a_1", b"a_7"]
-    assert report.skipped == [(f"{tmp_path}/in/a/6.png", "a link to nothing")]
-    assert "6.png\ta link to nothing" in (tmp_path / "out/skipped.txt").read_text()
+    assert report.skipped == [(f"{tmp_path}/in/a/6.png", "a dangling link")]
+    assert "6.png\ta dangling link" in (tmp_path / "out/skipped.txt").read_text()
     expected = "; passed over: .gif (2), .tif (1), .txt (1), files without an extension (1), folders (2)"
     assert str(report).endswith(f"1 unreadable images skipped, listed in skipped.txt{expected}")
     assert str(pack(tmp_path / "in", tmp_path / "out", progress=False)) == str(report)
