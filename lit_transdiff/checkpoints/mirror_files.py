@@ -22,7 +22,7 @@ CHECKPOINT_FILE = re.compile(r"checkpoints/(step-\d+)/([^/]+)")
 
 
 class MirrorFiles:
-    """What a mirror has (``there``), and which local files are known to be there (``sent``)."""
+    """The files of a mirror (``there``), and the local files that are known to be in it (``sent``)."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.remote = folder, RemoteFolder(url)

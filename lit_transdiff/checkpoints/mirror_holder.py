@@ -37,7 +37,7 @@ class MirrorTaken(ValueError):
 
 
 def machine() -> str:
-    """What processes share whose numbers can be compared: this start of the machine, and its container."""
+    """The scope within which process numbers are unique: this start of the machine, and its container."""
     parts = [platform.node()]
     for read in (Path("/proc/sys/kernel/random/boot_id").read_text, lambda: os.readlink("/proc/self/ns/pid")):
         with suppress(OSError):

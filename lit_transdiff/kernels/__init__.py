@@ -1,1 +1,1 @@
-"""Triton kernels for what surrounds the matrix products of a transformer, each with its plain form."""
+"""Triton kernels for the operations around the matrix products of a transformer, and for AdamW."""

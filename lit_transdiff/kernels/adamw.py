@@ -1,7 +1,7 @@
 """AdamW with averages of the weights in one pass over memory, and the norm of all gradients in another.
 
 A launch serves all tensors of a group: a table has their addresses, and a program updates one chunk of one of
-them. The norm stays on the device, where the update reads it, so that the host waits for nothing.
+them. The norm stays on the device, where the update reads it, so that the host never waits.
 
 Shapes: T tensors, C chunks, K averages.
 """
@@ -26,13 +26,13 @@ ADAMW_CHUNK, ADAMW_BLOCK = 8192, 1024  # elements of a program, and those that i
 
 @dataclass(frozen=True)
 class Updated:
-    """What a step reads and writes of a parameter: float32, all of its shape but ``step`` []."""
+    """A parameter and its states, which a step reads and writes: float32, of one shape but ``step`` []."""
 
-    step: Tensor  # that is done, 1 at the first
+    step: Tensor  # the number of the present step; the first is 1
     weight: Tensor
     gradient: Tensor
-    mean: Tensor  # of the gradients, decayed
-    square: Tensor  # of their squares
+    mean: Tensor  # the decayed mean of the gradients
+    square: Tensor  # the decayed mean of their squares
     averages: tuple[Tensor, ...]
 
     @property
@@ -73,7 +73,7 @@ class Tables:
 
 
 def on_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """``numbers`` on a device, for which the host does not wait."""
+    """Copy ``numbers`` to a device without waiting for it."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
@@ -91,8 +91,7 @@ def adamw_step(
 ) -> None:
     """A step of all groups; averages then move to the weights by ``shares``.
 
-    With ``max_norm`` all gradients are first scaled such that their norm is at most that; they remain as they
-    are in memory.
+    With ``max_norm`` the step uses gradients that are scaled to at most this norm; those in memory stay.
     """
     norm = None if max_norm is None else gradient_norm(tables)
     of_averages = on_device(torch.tensor(shares), tables.device)
@@ -108,7 +107,7 @@ def adamw_step(
 
 
 def log2(beta: float) -> float:
-    """The binary logarithm of a decay, of which a power is 2 ^ (steps log2)."""
+    """The binary logarithm of a decay, whose power after n steps is 2 ^ (n log2)."""
     return math.log2(beta) if beta > 0 else -1e4
 
 
@@ -123,9 +122,7 @@ def address(table_ptr, row, columns, column: tl.constexpr, ALIGNED: tl.constexpr
 
 @triton.jit
 def program_chunk(table_ptr, chunks_ptr, columns, CHUNK: tl.constexpr):
-    """The tensor of this program's chunk, as a row of the table; the chunk's first element, and the tensor's
-    size.
-    """
+    """The table row with the tensor of this program's chunk, the chunk's start, and the tensor's size."""
     row = tl.load(chunks_ptr + 2 * tl.program_id(0))
     start = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
     return row, start, tl.load(table_ptr + row * columns)

@@ -170,9 +170,7 @@ def attention_of_keys(
     v = tile_of(v_ptr, key_row, v_row, key, v_token, head, keys, D, WHOLE)
     of_k, of_v = tl.zeros([TILE, D], dtype=tl.float32), tl.zeros([TILE, D], dtype=tl.float32)
     tiles = tl.cdiv(queries, TILE)
-    for tile in range(
-        views * tiles
-    ):  # the tiles of all views, one after the other; scores are [keys, queries]
+    for tile in range(views * tiles):  # the tiles of all views in turn; scores are [keys, queries]
         row = key_row + (tile // tiles) * key_rows
         query = (tile % tiles) * TILE + tl.arange(0, TILE)
         seen = seen_keys(visible_ptr, row, seen_row, query, seen_query, queries, keys, MASKED)

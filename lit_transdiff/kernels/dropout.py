@@ -16,7 +16,7 @@ from torch import Tensor
 
 FIRST, SECOND, COLUMN = 0x21F0AAAD, 0xD35A2D97, 0x9E3779B9
 _FIRST, _SECOND, _COLUMN = tl.constexpr(FIRST), tl.constexpr(SECOND), tl.constexpr(COLUMN)
-PAIR = 8  # columns whose numbers differ in this bit share a hash where it serves two
+PAIR = 8  # two columns whose numbers differ in this bit alone share a hash (see ``kept_in_pairs``)
 
 
 def threshold_of(p: float) -> int:
@@ -25,7 +25,7 @@ def threshold_of(p: float) -> int:
 
 
 def threshold_in_pairs(p: float) -> int:
-    """The same where a hash serves two columns: of 16 bits, as the higher half of 32."""
+    """``threshold_of`` for a hash that serves two columns: 16 bits, as the higher half of 32."""
     return round(p * 2**16) << 16
 
 
@@ -60,10 +60,10 @@ def kept(rows, columns, THRESHOLD: tl.constexpr):
 
 @triton.jit
 def kept_in_pairs(rows, firsts, is_second, THRESHOLD: tl.constexpr):
-    """``kept`` where two columns share a hash, of which each has 16 bits.
+    """``kept`` where the two columns of a pair share a hash, each with 16 of its bits.
 
-    Of the keys of the rows and of the first columns of the pairs, and of whether a column is the second one,
-    which broadcast. A thread that has both columns computes the hash once: the compiler sees that it is one.
+    The keys of rows and of the pairs' first columns broadcast, and so does ``is_second``, which marks second
+    columns. A thread that has both columns computes the hash once, because the compiler merges equal terms.
     """
     x = (rows ^ firsts) * _FIRST
     x = (x ^ (x >> 15)) * _SECOND

@@ -23,7 +23,7 @@ from lit_transdiff.kernels.norm_passes import add_norm_backward, add_norm_forwar
 NORM_TOKENS = 1  # tokens of a tile
 NORM_TILES = 16  # tiles that one program computes one after the other
 NORM_STAGES, NORM_STAGES_BACK = 2, 3  # tiles in flight; the fastest on an H100 at widths of 768 and 1024
-NORM_MANY = 8192  # tokens from which all processors have programs of so many tiles; of fewer, of one
+NORM_MANY = 8192  # tokens from which programs of so many tiles occupy all processors; below, of one tile
 NORM_COLUMNS = 256  # columns that one program adds up over the tiles of a row
 
 
@@ -50,8 +50,9 @@ class Norm:
 
 
 def add_norm(x: Tensor, branch: LayerOutput | None, norm: Norm | None) -> tuple[Tensor, Tensor]:
-    """The stream ``x`` [B, N, D] plus the ``branch``, in x's dtype, and its normalised form in bfloat16, or
-    float16 under such an autocast; without a ``norm`` the second is the first.
+    """The stream ``x`` [B, N, D] plus the ``branch``, in x's dtype, and its normalised form.
+
+    The latter is in bfloat16, or float16 under such an autocast; without a ``norm`` it is the stream itself.
     """
     b, n = branch or LayerOutput(None, None), norm or Norm(None, None)  # type: ignore[arg-type]
     dtype = torch.get_autocast_dtype(x.device.type) if b.y is None else b.y.dtype
@@ -139,6 +140,5 @@ class AddNorm(torch.autograd.Function):
 
 def like(gradient: Tensor, modulation: Tensor) -> Tensor:
     """The gradient [B, D] of a modulation with as many rows as it has."""
-    return (gradient if len(gradient) == len(modulation) else gradient.sum(0, keepdim=True)).to(
-        modulation.dtype
-    )
+    summed = gradient if len(gradient) == len(modulation) else gradient.sum(0, keepdim=True)
+    return summed.to(modulation.dtype)

@@ -144,8 +144,9 @@ def sums_of_rows(
     sums_ptr, weight_ptr, norm_bias_ptr, scale_ptr, of_rows_ptr, programs, rows, width, scale_step,
     BRANCH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MODULATION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Per row, the gradients of shift, scale and gate, and what the norm's bias, its weight and the branch's
-    bias have of it.
+    """The gradients of a row: of shift, scale and gate, and its share of those of the three vectors.
+
+    The vectors are the norm's bias and weight, and the branch's bias.
     """
     row = tl.program_id(0)
     column = tl.program_id(1) * C + tl.arange(0, C)

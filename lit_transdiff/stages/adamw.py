@@ -59,7 +59,7 @@ class AveragedAdamW(Averaging, torch.optim.AdamW):
         return [p for p in self._trained() if p.grad is not None]
 
     def tables(self) -> Tables | None:
-        """What the kernels read and write in a step; None where they do not apply."""
+        """The addresses that the kernels read and write in a step; None where the kernels do not apply."""
         if not self.kernels:
             return None
         now = [tensor.data_ptr() for p in self.moved() for tensor in (p, p.grad, *self.state[p].values())]

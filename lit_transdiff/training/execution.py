@@ -23,7 +23,7 @@ from lit_transdiff.stages.blocks import wants_kernels
 
 
 def execution_of(run: RunConfig, stage: nn.Module) -> dict[str, Any]:
-    """What the settings that are ``auto`` mean for this run here."""
+    """The values that settings of ``auto`` take for this run on this machine."""
     training, dtype = run.training, compute_dtype(run)
     on_gpu = accelerator_and_devices(run)[0] == "gpu"
     device = torch.device("cuda" if on_gpu else "cpu")

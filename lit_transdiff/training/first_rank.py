@@ -1,4 +1,4 @@
-"""What the other ranks wait for after the last step: the first rank writes the trained model alone."""
+"""The wait of the other ranks after the last step, while the first rank alone writes the trained model."""
 
 from __future__ import annotations
 
