@@ -30,7 +30,7 @@ RESUMABLE = (
     studies.sweep_command,
     studies.study_command,
 )
-AddArgument = Callable[..., argparse.Action]  # of a command
+AddArgument = Callable[..., argparse.Action]  # adds an argument to a command
 EXIF = "turn images upright by EXIF orientation, or not (as ADM); for files kept unchanged, set data.exif too"
 
 

@@ -28,7 +28,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded
 
 
 def user_cache(kind: str) -> Path:
-    """Where files of a ``kind`` are kept between the runs of a user."""
+    """The folder in which files of a ``kind`` are kept between the runs of a user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lit-transdiff", kind)
 
 
@@ -247,7 +247,7 @@ def naming_full(path: Path) -> Iterator[None]:
 
 @contextmanager
 def unless_full(path: Path, go_on: bool) -> Iterator[None]:
-    """With ``go_on``, give up the file ``path`` with a warning when the disk is full in the block."""
+    """Give up the file ``path`` with a warning if the disk is full in the block, but only with ``go_on``."""
     try:
         yield
     except Exception as error:

@@ -25,7 +25,7 @@ class Device:
 
     memory: float
     flops: float
-    bandwidth: float  # of the memory
+    bandwidth: float  # bandwidth of the memory
     link: float  # between GPUs of a node, per GPU and direction
     network: float  # between nodes of eight GPUs, per node and direction
     name: str  # part of the driver's name for it

@@ -208,7 +208,7 @@ def in_our_words(error: BaseException, at: HubPlace) -> Exception | None:
     """An error of the client in our words; None for one of another kind."""
     from huggingface_hub import constants, errors, get_token
 
-    if isinstance(error, OSError) and error.filename is not None:  # of this machine's files
+    if isinstance(error, OSError) and error.filename is not None:  # an error of this machine's files
         return None
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:

@@ -49,7 +49,7 @@ class PerImageNormal:
         return self.on_device(torch.stack([torch.randn(shape, generator=g) for g in self.generators]))
 
     def several(self, count: int, *shape: int) -> Tensor:
-        """As many calls at once: [count, B, *shape]."""
+        """The numbers of ``count`` calls at once: [count, B, *shape]."""
 
         def rows(generator: torch.Generator) -> Tensor:
             if prod(shape) % BLOCK == 0:
@@ -94,5 +94,5 @@ class GlobalBatchNormal:
         return numbers[self.rows]
 
     def shared(self) -> float:
-        """The same number on every rank, without waiting for the device."""
+        """A number that is equal on every rank, without waiting for the device."""
         return torch.randn((), generator=self.common).item()

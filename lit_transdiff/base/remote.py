@@ -247,7 +247,7 @@ class RemoteFolder:
                 number = getattr(error, "errno", None)
                 # a client before 2025, or a service, that knows no conditions
                 lacks = type(error).__name__ == "ParamValidationError" or number == errno.ENOSYS
-                if not lacks and number != errno.EINVAL:  # which says that the tag is another
+                if not lacks and number != errno.EINVAL:  # EINVAL says that the tag is another
                     raise
                 return lacks
             return False

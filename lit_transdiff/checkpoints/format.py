@@ -61,7 +61,7 @@ class Checkpoint:
     folder: Path
     manifest: dict[str, Any]
     slices: dict[tuple[str, str], list[Slice]] = field(default_factory=dict)
-    contents: dict[Path, Any] = field(default_factory=dict, compare=False, repr=False)  # of open files
+    contents: dict[Path, Any] = field(default_factory=dict, compare=False, repr=False)  # open files
 
     @property
     def step(self) -> int:
@@ -73,7 +73,7 @@ class Checkpoint:
         return dict(self.manifest["shapes"])
 
     def index(self) -> Checkpoint:
-        """The same checkpoint with its list of slices, from the header of each file."""
+        """A copy of this checkpoint with its list of slices, from the header of each file."""
         slices: dict[tuple[str, str], list[Slice]] = defaultdict(list)
         for file in sorted(self.folder.glob("rank-*.safetensors")):
             content = self.content(file)

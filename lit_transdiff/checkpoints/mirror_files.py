@@ -106,7 +106,7 @@ class MirrorFiles:
     def linked(self, files: Iterable[Path]) -> Iterator[list[Path]]:
         """Second names of files, which keep their content when the first are removed or replaced."""
         place = self.folder / STAGED
-        remove(place)  # those of a process that was killed
+        remove(place)  # the remains of a process that was killed
         place.mkdir()
         try:
             yield [link_or_copy(file, place / file.name) for file in files]

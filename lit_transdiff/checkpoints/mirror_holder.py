@@ -1,4 +1,4 @@
-"""Which process writes to a mirror: one at a time, although buckets have no locks.
+"""The one process that may write to a mirror, although buckets have no locks.
 
 Its file there names it, and is written again every ``HOLDER_REFRESH`` seconds. Another process takes the
 mirror if there is no such file, if the process that it names has ended on this machine, or after it has not
@@ -46,7 +46,7 @@ def machine() -> str:
 
 
 def start_of(pid: int) -> int | None:
-    """When a process of this machine was started, in ticks of Linux (elsewhere 0); None if it has ended."""
+    """The start of a process of this machine in Linux's ticks (0 elsewhere); None if it has ended."""
     import psutil
 
     try:
@@ -65,7 +65,7 @@ class MirrorHolder:
     pid: int = field(default_factory=os.getpid)
     machine: str = field(default_factory=machine)
     started: int | None = field(default_factory=lambda: start_of(os.getpid()))
-    number: str = field(default_factory=lambda: secrets.token_hex(8))  # of this start of the mirror
+    number: str = field(default_factory=lambda: secrets.token_hex(8))  # this start of the mirror
     time: float = field(default_factory=time.time)  # in seconds since 1970
 
     def __str__(self) -> str:

@@ -29,7 +29,7 @@ class ARDiffConfig(PatchSettings):
     num_blocks: int = OF_SIZE  # number of blocks of the transformer
     head_width: int = OF_SIZE  # width of the network that denoises a token
     head_blocks: int = OF_SIZE  # number of blocks of that network
-    order: Literal["raster", "random"] = "raster"  # of the tokens: row by row, or a new one for each image
+    order: Literal["raster", "random"] = "raster"  # order of tokens: by rows, or random for each image
     process: Literal["cosine_diffusion", "flow"] = (
         "cosine_diffusion"  # the family's own diffusion in discrete steps, or TransDiff's flow matching
     )

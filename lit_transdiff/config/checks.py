@@ -90,7 +90,7 @@ BUNDLED = "data/fashion"  # images and trained models: nothing is written there
 
 
 def roots() -> tuple[Path, Path]:
-    """Where what comes with this program may lie: the checkout, and the place of an installed package."""
+    """The folders of this program's own files: the checkout, and the place of an installed package."""
     return Path(__file__).parents[2], Path(sys.prefix, "share", "lit-transdiff")
 
 

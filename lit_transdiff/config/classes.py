@@ -73,7 +73,7 @@ def allowed(names: Sequence[str], word: str) -> str:
 def embedding_rows(
     how: str | Mapping[str, str | None], names: Sequence[str], old: Sequence[str]
 ) -> ClassRows:
-    """For each class of ``names``, the class of ``old`` that provides its embedding, or None.
+    """The class of ``old`` that provides the embedding of each class of ``names``, or None.
 
     Raises ``ValueError`` if the classes are not the ``same``, and for an unknown class in a map.
     """

@@ -66,7 +66,7 @@ class DataConfig:
 
     @property
     def cache_folder(self) -> Path:
-        """Where shards from URLs are kept."""
+        """The folder in which shards from URLs are kept."""
         return user_cache("shards") if self.cache_dir is None else Path(self.cache_dir)
 
     @property

@@ -84,7 +84,7 @@ class ModelSettings:
     latent_size: int
     of_a_row: ClassVar[tuple[str, ...]] = ("latent_size",)  # settings that determine the memory of a row
     num_references: int = 1  # images per row; a field of families with several
-    # of noise, where it is not that of the family's class; a field of families with a choice
+    # noise process, where it is not that of the family's class; a field of families with a choice
     process: str | None = None
 
     @classmethod
@@ -120,7 +120,7 @@ class ModelSettings:
 class PatchSettings(ModelSettings):
     """The base of settings of transformers whose tokens are squares of latent pixels."""
 
-    sizes: ClassVar[Mapping[str, Mapping[str, int]]]  # what ``size`` names: fields and their defaults
+    sizes: ClassVar[Mapping[str, Mapping[str, int]]]  # the defaults of fields for each name of ``size``
     of_a_row: ClassVar[tuple[str, ...]] = ("width", "latent_size", "patch_size")
     paradigm: str = ""  # family of the model, a name in config.paradigms.PARADIGMS; each has its own settings
     size: str = "base"

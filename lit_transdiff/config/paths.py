@@ -96,7 +96,7 @@ def uploaded_folder(path: str | Path) -> Path:
 
 
 def trained_place(checkpoint: str) -> str:
-    """Where a trained model is, on the Hub with its commit. Raises ``FileNotFoundError`` if there is none."""
+    """The place of a trained model, on the Hub with its commit. ``FileNotFoundError`` if there is none."""
     place = pinned(checkpoint)
     export_folder(place)
     return place

@@ -68,7 +68,7 @@ class CheckpointConfig:
     keep_every_images: int = 0
     # also keep the first checkpoint after each multiple of this number of images; 0: none
     keep_best: Optional[str] = None  # also keep the best checkpoint by this metric, such as val/loss
-    best_is: Literal["lowest", "highest"] = "lowest"  # which value of the metric keep_best is best
+    best_is: Literal["lowest", "highest"] = "lowest"  # the better direction of the metric keep_best
     asynchronous: bool = True  # write files in the background, from a copy in CPU memory
     on_error: Literal["stop", "continue"] = "stop"
     # reaction to a checkpoint that cannot be written (full disk); earlier ones remain

@@ -48,7 +48,7 @@ class SamplingConfig:
     diffusion: Literal["sigma", "decreasing"] = "sigma"
     # noise of stochastic solvers at t: the paper's t, or SiT's (1 - cos(pi t))^2 / 4
     last_step: Literal["drift", "velocity"] = "drift"
-    # of stochastic solvers, without noise: along their drift, as in the paper, or along the velocity
+    # direction of the last step of stochastic solvers, without noise: their drift (paper), or the velocity
     guidance_scale: float = 1.0  # v = u + scale (c - u) of classifier-free guidance; 1: none
     guidance: str = "constant"  # a name in flow.guidance.GUIDANCE: dependence of the scale on t
     part_guidance: str = "constant"  # a name in flow.guidance.PART_GUIDANCE: how the scale grows over parts
@@ -60,8 +60,8 @@ class SamplingConfig:
     num_parts: Optional[int] = None
     # parts of an image in families that let you choose; null: the family's default
     precision: Precision = "fp32"
-    # of the model in sampling; the solver's state is float32. auto: bf16 on GPUs that have it, and on CPUs
-    # with instructions for it (AMX), else fp32
+    # precision of the model in sampling; the solver's state is float32. auto: bf16 on GPUs that have it, and
+    # on CPUs with instructions for it (AMX), else fp32
 
     def __post_init__(self) -> None:
         steps = [self.num_steps, *(self.reference_steps or [])]

@@ -121,7 +121,7 @@ class TrainingConfig:
     residual_dtype: Literal["fp32", "bf16"] = "fp32"
     # the sum of the layers' outputs, with mixed precision; bf16 is faster on GPUs, and rounds at every layer
     matmul_precision: Literal["highest", "high"] = "highest"
-    # of products of float32 matrices, as torch calls it; high allows TF32 on GPUs that have it
+    # precision of products of float32 matrices, in torch's words; high allows TF32 on GPUs that have it
     compile: Literal["auto", True, False] = "auto"
     # torch.compile of the blocks; auto: on GPUs, of blocks without kernels. If it fails, the run continues
     # without it, with a warning

@@ -23,13 +23,11 @@ class TransDiffPartsConfig(CellSettings):
     size: str = "base"  # a name in config.model.SIZES: defaults of width, heads and blocks
     encoder_blocks: int = OF_SIZE  # number of blocks of the autoregressive transformer
     decoder_blocks: int = OF_SIZE  # number of blocks of the diffusion decoder
-    parts: Literal["cells", "scales"] = (
-        "cells"  # of an image, one after the other: squares of tokens, or ever finer means over squares
-    )
-    order: Literal["raster", "random"] = "raster"  # of the cells: row by row, or a new one for each image
-    num_class_tokens: int = (
-        64  # number of copies of the class embedding at the start of the encoder's sequence
-    )
+    parts: Literal["cells", "scales"] = "cells"
+    # the parts of an image, drawn in turn: squares of tokens, or ever finer means over squares
+    order: Literal["raster", "random"] = "raster"  # order of cells: by rows, or random for each image
+    num_class_tokens: int = 64
+    # number of copies of the class embedding at the start of the encoder's sequence
     attention_dropout: float = 0.1  # dropout of attention weights; 0 allows fused attention on CPUs
     projection_dropout: float = 0.1  # dropout after attention and within MLPs
 

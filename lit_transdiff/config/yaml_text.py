@@ -21,9 +21,9 @@ NOT_FINITE = r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 NUMBER = re.compile(f"(?:{FLOAT}|{NOT_FINITE})$")
 BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 NULLS = ("", "~", "null", "Null", "NULL")
-MAX_DIGITS = 400  # of a number; longer digit strings are text
-MAX_BYTES = 10_000_000  # of a file
-MAX_NODES, MAX_DEPTH = 200_000, 60  # of a document, counting each use of an anchor
+MAX_DIGITS = 400  # digits of a number; longer digit strings are text
+MAX_BYTES = 10_000_000  # bytes of a file
+MAX_NODES, MAX_DEPTH = 200_000, 60  # nodes and depth of a document, counting each use of an anchor
 TAG = "tag:yaml.org,2002:"
 
 

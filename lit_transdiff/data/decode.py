@@ -50,7 +50,7 @@ class Opened(NamedTuple):
 
     image: Image.Image  # grey (L) or RGB
     format: str  # a key of FORMATS
-    oddities: tuple[str, ...]  # of ORIENTED, TRANSPARENT, ANIMATED
+    oddities: tuple[str, ...]  # any of ORIENTED, TRANSPARENT, ANIMATED
 
 
 def open_image(

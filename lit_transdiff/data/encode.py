@@ -14,7 +14,7 @@ from lit_transdiff.config import BACKGROUNDS, is_colour, require
 from lit_transdiff.data.decode import FORMATS, crop_to_square, open_image
 
 LARGEST_SIDE = 16384  # pixels per side
-JPEG_QUALITY = 95  # of images that are encoded again
+JPEG_QUALITY = 95  # quality of images that are encoded again
 
 
 @dataclass(frozen=True)

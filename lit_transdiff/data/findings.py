@@ -34,7 +34,7 @@ class Findings:
     skipped: Skipped = field(default_factory=list)
     # numbers of oriented, transparent and animated images
     oddities: dict[str, int] = field(default_factory=dict)
-    digests: list[str] = field(default_factory=list)  # of the packed images, in shard order
+    digests: list[str] = field(default_factory=list)  # hashes of the packed images, in shard order
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Findings:

@@ -66,7 +66,7 @@ class LatentInfo:
 
     shape: tuple[int, int, int]
     flips: int  # 1: the image; 2: the image, then its mirror image
-    fingerprint: str  # of the autoencoder
+    fingerprint: str  # the autoencoder's fingerprint
     image_size: int  # pixels of the encoded images
     dtype: Literal["float16"] = "float16"
 
@@ -86,7 +86,7 @@ class ShardIndex:
     size: np.ndarray  # [N] int32
     label: np.ndarray  # [N] int32
     key: np.ndarray  # [N] bytes
-    seed: Optional[int] = None  # of the shuffle in packing
+    seed: Optional[int] = None  # seed of the shuffle in packing
     latents: Optional[LatentInfo] = None
     checksum: Optional[np.ndarray] = None  # [N, parts] uint32
 

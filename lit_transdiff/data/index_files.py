@@ -11,7 +11,7 @@ from lit_transdiff.base.remote import RemoteFolder, is_remote
 from lit_transdiff.config.targets import check_replaces, check_replaces_json
 
 FORMAT = "lit_transdiff shards"
-Folder = Path | RemoteFolder  # of shards
+Folder = Path | RemoteFolder  # a folder of shards
 
 
 def index_file(folder: Path) -> Path:

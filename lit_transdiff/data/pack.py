@@ -78,7 +78,7 @@ class Packing:
 
     images: ImageSource
     pieces: Sequence[np.ndarray]  # the samples of each shard
-    names: list[str]  # of the shards
+    names: list[str]  # names of the shards
     encoding: Encoding
     seed: int
     journal: ShardJournal

@@ -41,11 +41,11 @@ def group_references(
     classes = labels[order]
     counts = np.bincount(classes)
     if len(counts) <= 2**16:
-        classes = classes.astype(np.uint16)  # which numpy sorts in linear time
+        classes = classes.astype(np.uint16)  # numpy sorts this type in linear time
     by_class = np.argsort(classes, kind="stable")  # places in order, class by class
     groups_of = (counts + num_references - 1) // num_references if fill_up else counts // num_references
     of_class = np.repeat(np.arange(len(counts)), groups_of)  # n
-    # of the group in its class
+    # the number of each group in its class
     number = np.arange(len(of_class)) - np.repeat(np.cumsum(groups_of) - groups_of, groups_of)
     in_class = np.minimum(number * num_references, counts[of_class] - num_references)
     first = in_class + (np.cumsum(counts) - counts)[of_class]

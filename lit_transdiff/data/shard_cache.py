@@ -30,7 +30,7 @@ from lit_transdiff.data.index import ShardIndex
 
 SUFFIX, UNFINISHED = ".tar", ".partial"
 OURS = re.compile(rf"[0-9a-f]{{64}}({SUFFIX}|{UNFINISHED})")  # other files of the folder are left alone
-DOWNLOADS = 3  # of a shard that arrives damaged
+DOWNLOADS = 3  # downloads of a shard that arrives damaged
 DOWNLOAD_POLL = 0.05  # seconds between looks at what another process downloads
 log = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class ShardCache:
 def mark_used(file: int | Path) -> None:
     """Note that a shard is read now."""
     now = time.time_ns()
-    with suppress(PermissionError):  # of another user
+    with suppress(PermissionError):  # a file of another user
         os.utime(file, ns=(now, now))
 
 

@@ -103,7 +103,7 @@ def index_again(
             "or make the shards again. If you replaced them, remove index.json and start this command again."
         )
     if (index.shards, index.class_names) == (before.shards, before.class_names):
-        # which stays, to the byte: runs know their data by it
+        # index.json stays as it is, to the byte, because runs know their data by it
         index.save_sidecar((folder / "index.json").read_bytes())
     else:
         index.save()

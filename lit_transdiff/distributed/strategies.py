@@ -169,7 +169,7 @@ def strategy_name(run: RunConfig) -> str:
     parameters = run.distributed.offload_parameters
     possible = not parameters or kind.offloads_parameters
     require(possible, "distributed.offload_parameters", parameters, f"false with strategy {name}")
-    fits = run.training.kernels is not True or name != "zero3"  # which gathers weights layer by layer
+    fits = run.training.kernels is not True or name != "zero3"  # zero3 gathers weights layer by layer
     require(fits, "training.kernels", True, f"'auto' or false with strategy {name}")
     if run.optimizer.name == "muon":
         takers = [taker for taker, other in STRATEGIES.items() if other.takes_muon]

@@ -164,7 +164,7 @@ class ZeRO(Sharding, DeepSpeedStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Not needed: ``backward`` sets the boundary."""
+        """Do nothing: ``backward`` sets the boundary."""
         yield
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -179,14 +179,14 @@ class ZeRO(Sharding, DeepSpeedStrategy):
         return isinstance(self.accelerator, CPUAccelerator)
 
     def setup_environment(self) -> None:
-        """As in Lightning, whose check would refuse CPUs."""
+        """Set up as Lightning does, whose check would refuse CPUs."""
         if not self.on_cpu:
             return super().setup_environment()
         os.environ["DS_ACCELERATOR"] = "cpu"
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
-        """As in Lightning, without the check of GPU numbers."""
+        """Set up as Lightning does, without its check of GPU numbers."""
         if not self.on_cpu:
             return super().setup_distributed()
         reset_seed()

@@ -215,7 +215,7 @@ def finish_evaluation(
         "nearest_training_images": memorised,
         "images_per_second": job.settings.num_images / seconds,  # per device
         "decoder_evaluations_per_image": evaluations / job.settings.num_images,
-        "wall_seconds": time.time() - start,  # of the whole command
+        "wall_seconds": time.time() - start,  # the time of the whole command
     }
     shown = choose_shown(job.labels)
     picture = sample_picture(

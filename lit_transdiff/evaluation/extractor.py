@@ -52,7 +52,7 @@ class FeatureExtractor(nn.Module, ABC):
         self.network = network.requires_grad_(False).eval()
         self.fingerprint = fingerprint  # hash of the weights file
         self.num_features = num_features
-        self.num_classes = num_classes  # of the data set, if the logits are over its classes
+        self.num_classes = num_classes  # classes of the data set, if the logits are over them
 
     @abstractmethod
     def extract(self, pixels: Tensor, spatial: bool) -> Features:

@@ -45,7 +45,7 @@ class Job:
     generator: Generator
     settings: EvaluationConfig
     sampling: SamplingConfig
-    representations: list[Representation]  # of every extractor; the main one first
+    representations: list[Representation]  # one for each extractor, the main one first
     labels: Tensor  # [N]
     images_of_row: int  # number of scored images per row
 
@@ -183,7 +183,7 @@ def clock(device: torch.device) -> float:
 def counted_rows(generator: Generator) -> Iterator[Callable[[], int]]:
     """A function that says how many rows the solver's network had within the context."""
     network, graphs = generator.network, generator.graphs
-    if graphs is not None:  # which do not call a module
+    if graphs is not None:  # graphs do not call the module
         before = graphs.rows
         yield lambda: graphs.rows - before
         return

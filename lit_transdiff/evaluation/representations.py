@@ -42,11 +42,11 @@ class Representation:
 
     extractor: FeatureExtractor
     metrics: list[str]
-    prefix: str  # of the names of its scores; empty for the main extractor
+    prefix: str  # the beginning of its scores' names; empty for the main extractor
     same_classes: bool  # whether its logits are over the classes of the generated images
-    reference_hash: str | None = None  # of the statistics file, or of the images
+    reference_hash: str | None = None  # hash of the statistics file, or of the images
     reference: Statistics | None = None  # from images only after ``with_images``
-    real: Statistics | None = None  # of other real images
+    real: Statistics | None = None  # statistics of other real images
     training: Statistics | None = None
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_transdiff.evaluation.groups import number_of_groups
 
-DIRECTIONS, SEED = 1000, 2020  # those of torch-fidelity for sets of one size
+DIRECTIONS, SEED = 1000, 2020  # the values of torch-fidelity for sets of one size
 PROJECTIONS = 1 << 17  # projections at a time: few enough for a processor's cache
 OfSorted = Callable[[np.ndarray], np.ndarray]  # sorted rows [u, n] -> their squared distances [u]
 

@@ -14,7 +14,7 @@ Schedule = Callable[[float, float], float]  # maximal scale, t -> scale at t
 
 
 def constant_scale(scale: float, t: float) -> float:
-    """The same scale for all times, or all parts."""
+    """A constant scale, for all times or all parts."""
     return scale
 
 

@@ -1,4 +1,4 @@
-"""Which steps of a diffusion chain a sampler takes: ``spacing(num_steps, length)``, in rising order."""
+"""The steps of a diffusion chain that a sampler takes: ``spacing(num_steps, length)``, in rising order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def strided_steps(num_steps: int, length: int) -> list[int]:
 
 def nonzero_steps(num_steps: int, length: int) -> list[int]:
     """n steps after the first, to the last, at equal distances (the spacing of ACDiT's released sampler)."""
-    stride = (length - 1) / num_steps  # which decides where the half is rounded
+    stride = (length - 1) / num_steps  # this form of the division decides how halves are rounded
     return [round(i * stride) for i in range(1, num_steps + 1)]
 
 

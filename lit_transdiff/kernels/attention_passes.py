@@ -58,7 +58,7 @@ def seen_keys(visible_ptr, row, row_step, query, query_step, queries, keys, MASK
 
 @triton.jit
 def kept_keys(rows, start, axis: tl.constexpr, THRESHOLD: tl.constexpr):
-    """Which shares of a tile of keys from ``start`` are kept, by the keys of the rows of queries.
+    """The mask of the shares that are kept in a tile of keys from ``start``, by the keys of rows of queries.
 
     A thread has both keys of a pair, on either axis of a product.
     """

@@ -109,7 +109,7 @@ class AddNorm(torch.autograd.Function):
         normal, device = of_z is not None, (of_z if of_out is None else of_out).device  # type: ignore[union-attr]
         settings = {**ctx.settings, "NORM": normal, "PASSED": of_out is not None}
         of_out, of_z = (None if g is None else g.contiguous() for g in (of_out, of_z))
-        of_x = torch.empty(ctx.shape, dtype=ctx.dtype, device=device) if normal else of_out  # which passes
+        of_x = torch.empty(ctx.shape, dtype=ctx.dtype, device=device) if normal else of_out  # unchanged
         of_y = torch.empty(ctx.shape, dtype=ctx.branch[0], device=device) if ctx.branch else None
         sums = torch.empty(rows, ctx.grid[0], 4, width, device=device)
         add_norm_backward[ctx.grid](
@@ -123,7 +123,7 @@ class AddNorm(torch.autograd.Function):
             num_warps=2,
         )  # fmt: skip
         of_shift, of_scale, of_gate = of_rows[:3]
-        of_norm_bias, of_weight, of_bias = of_rows[3:].sum(1)  # of what is not there, numbers without meaning
+        of_norm_bias, of_weight, of_bias = of_rows[3:].sum(1)  # meaningless where there is no norm or branch
         modulated = normal and scale is not None
         return (
             of_x,

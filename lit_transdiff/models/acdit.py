@@ -131,13 +131,11 @@ class Known:
     # [B, N, c]: the image, of which a noised part sees the parts before; of no rows where ``past`` has them
     clean: Tensor
     first: int = 0  # position of the first noised token in the image
-    past: Sequence[KeysValues | None] = ()  # of the earlier clean parts, for each block
+    past: Sequence[KeysValues | None] = ()  # keys and values of the earlier clean parts, for each block
 
 
 class ACDiT(Paradigm):
-    """In training all parts are noised, each with its own time, and pass the network together with the clean
-    image.
-
+    """ACDiT: in training all parts, each at its own time, pass the network together with the clean image.
     Clean tokens see neither class nor time, so that in sampling their keys and values serve both passes of
     the guidance.
     """

@@ -95,9 +95,9 @@ class ARDiff(Paradigm):
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = learned(1, width)  # the null class
         self.bos_token = learned(1, 1, width)
-        self.pos_embed = learned(1, number + 1, width)  # of the start, and of the places of given tokens
-        self.target_pos_embed = learned(1, number, width)  # of the places of the tokens to predict
-        self.timesteps_embeddings = learned(1, number + 1, width)  # of the numbers of given tokens
+        self.pos_embed = learned(1, number + 1, width)  # positions of the start and of given tokens
+        self.target_pos_embed = learned(1, number, width)  # positions of the tokens to predict
+        self.timesteps_embeddings = learned(1, number + 1, width)  # embeddings of the number of given tokens
         self.x_embedder = nn.Linear(config.token_features, width)
         self.ln_pre = layer_norm(width)
         blocks = (CausalBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_blocks))

@@ -29,7 +29,7 @@ from lit_transdiff.models.ldm import check_ldm, from_diffusers, read_architectur
 
 LOGVAR_RANGE = (-30.0, 20.0)  # clamp of the posterior's log variance, as in latent diffusion
 CONFIG_FILE = "config.json"
-LDM_NORM_GROUPS = 32  # of every normalisation in the autoencoders of latent diffusion
+LDM_NORM_GROUPS = 32  # groups of every normalisation in the autoencoders of latent diffusion
 
 
 def posterior(moments: Tensor) -> tuple[Tensor, Tensor]:

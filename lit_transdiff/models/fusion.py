@@ -32,14 +32,14 @@ class FusedContexts:
     done: int = 0  # tokens
 
     def advance(self, images: Tensor) -> Tensor:
-        """As ``ContextStream.advance``."""
+        """Advance both streams as ``ContextStream.advance`` does, and mix their contexts."""
         first, second = self.first.advance(images), self.second.advance(images)
         start, self.done = self.done, self.done + first.shape[1]
         return torch.where(self.pattern[start : self.done, None].to(first.device), second, first)
 
 
 def fusion_pattern(num_tokens: int, kind: str, seed: int = 0) -> Tensor:
-    """Which context tokens [S] come from the second class: a random half, or those of the second half."""
+    """Mask [S] of the context tokens from the second class: a random half, or the second half."""
     if kind == "random":
         generator = torch.Generator().manual_seed(mix("fusion", seed))
         return torch.rand(num_tokens, generator=generator).argsort() < num_tokens // 2

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 HAS_TRITON = find_spec("triton") is not None
-HEAD_DIMENSIONS = (16, 32, 64, 128)  # those of the attention kernel
+HEAD_DIMENSIONS = (16, 32, 64, 128)  # the dimensions that the attention kernel takes
 
 
 def has_kernels(module: nn.Module) -> bool:

@@ -59,14 +59,14 @@ class KeysValues:
     values: Tensor | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append those of new tokens and return all."""
+        """Append the keys and values of new tokens, and return all."""
         if self.keys is not None and self.values is not None:
             keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
         self.keys, self.values = keys, values
         return keys, values
 
     def first(self, number: int) -> KeysValues:
-        """Those of the first rows."""
+        """The keys and values of the first rows."""
         if self.keys is None or self.values is None:
             return KeysValues()
         return KeysValues(self.keys[:number], self.values[:number])

@@ -42,13 +42,13 @@ class Problem:
     arguments alone, the solver's whole loop can become one CUDA graph for all batches of a form.
     """
 
-    shape: tuple[int, ...]  # of a row
-    predict: Predict  # with the condition
-    pair: PredictPair  # with it and without, in one pass; equal where nothing is to be guided
+    shape: tuple[int, ...]  # the shape of a row
+    predict: Predict  # the prediction with the condition
+    pair: PredictPair  # with and without the condition, in one pass; equal where there is no guidance
     # share of the tokens that are drawn when this part is, for guidance that grows with it
     progress: float = 1.0
-    scale: float | None = None  # of the guidance, in place of the sampler's
-    num_steps: int | None = None  # of the solver, in place of the sampler's
+    scale: float | None = None  # the guidance scale in place of the sampler's
+    num_steps: int | None = None  # the solver's steps in place of the sampler's
     reuses_noise: bool = False  # begins with the noise of the part before, not with new noise
 
 
@@ -64,7 +64,7 @@ def in_one_pass(
 class Stack:
     """A list of equal blocks within a model: by them it is compiled, computed again, cut, and counted."""
 
-    path: str  # of its nn.ModuleList
+    path: str  # the path of its nn.ModuleList
     depth: str  # the setting of the number of its blocks
 
 
@@ -80,12 +80,12 @@ class Paradigm(nn.Module, ABC):
 
     # a name in flow.processes.PROCESSES: how data become noise, and noise data
     process: ClassVar[str] = "flow"
-    prediction: ClassVar[str] = "velocity"  # what ``predict`` gives, a word that the process knows
+    prediction: ClassVar[str] = "velocity"  # the output of ``predict``, in a word that the process knows
     stacks: ClassVar[Mapping[str, Stack]]  # by the names that training.activation_checkpointing knows
-    # of the names of what ``predict`` alone reads, which a stage can train alone
+    # prefixes of the weights that ``predict`` alone reads, which a stage can train alone
     head_prefixes: ClassVar[tuple[str, ...]] = ()
     undecayed: ClassVar[tuple[str, ...]] = ()  # prefixes of the names of weights that have no weight decay
-    # that read weights and are called from outside
+    # methods that read weights and are called from outside
     methods: ClassVar[tuple[str, ...]] = ("condition", "predict")
     # called while an image is drawn, besides ``evaluated``: functions of weights and arguments alone, which
     # change no argument and wait for no number, so that each may become a CUDA graph
@@ -96,7 +96,7 @@ class Paradigm(nn.Module, ABC):
     config: ModelSettings
     part_sizes: tuple[int, ...]  # tokens of each part, in training
     token: tuple[int, ...]  # shape of a token
-    condition_shape: tuple[int, ...] | None = None  # of what a row is drawn of, where that is no label
+    condition_shape: tuple[int, ...] | None = None  # the shape of a row's condition, if it is no label
 
     @classmethod
     def process_of(cls, config: ModelSettings) -> tuple[str, str]:

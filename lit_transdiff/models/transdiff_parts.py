@@ -282,6 +282,6 @@ class TransDiffParts(Paradigm):
         return self.enlarged(latest) if self.config.parts == "scales" else super().stand_in(latest, shape)
 
     def units(self) -> Iterator[nn.Module | list[nn.Module]]:
-        """As TransDiff's: the layers for the decoder's keys and values together, then block by block."""
+        """The layers for the decoder's keys and values together, then block by block, as in TransDiff."""
         yield self.decoder.memory_layers()
         yield from super().units()

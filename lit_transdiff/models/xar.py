@@ -35,11 +35,11 @@ class NoisyCells:
 
     labels: Tensor  # [B], ``num_classes`` is the null class
     first: int = 0  # place of the first noisy token in the sequence
-    past: Sequence[KeysValues] = ()  # of the clean cells before, for each block
+    past: Sequence[KeysValues] = ()  # keys and values of the clean cells before, for each block
 
 
 class XAR(Paradigm):
-    """In training all cells are noisy, each with its own time, and a cell sees itself and those before it.
+    """xAR: in training all cells are noisy, each at its own time, and a cell sees itself and those before it.
 
     In sampling the cells before are clean: they pass the network once, at the time 0.
     """

@@ -1,4 +1,4 @@
-"""Which rows per pass and which recomputation are the fastest, by counts of operations and of bytes.
+"""The fastest number of rows per pass and the fastest recomputation, by counts of operations and bytes.
 
 A pass costs its operations, those of recomputed blocks again, and once, whatever its rows, the bytes of
 weights and gradients that are read and written for it. More rows save these; recomputation makes room for
@@ -17,7 +17,7 @@ from lit_transdiff.planning.memory import Counts, ModelCost, PassCost, pass_cost
 from lit_transdiff.planning.rows import PlanRow, plan_rows
 from lit_transdiff.stages import STAGES
 
-# of each weight in each pass: read and rounded to bfloat16; the gradient rounded up and added to its sum
+# Bytes of a weight in a pass: it is read and rounded to bfloat16; its gradient is rounded up and added up.
 PASS_BYTES = 4 + 2 + 2 + 3 * 4
 HIDDEN_SHARE = 0.6  # the share of the compute time behind which a GPU sends
 

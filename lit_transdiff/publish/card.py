@@ -19,7 +19,7 @@ from lit_transdiff.study.records import Evaluation
 from lit_transdiff.study.text import escaped, markdown
 
 TASK = "unconditional-image-generation"  # the Hub has no name for images of classes
-CARD_CLASSES, CARD_PER_CLASS = 10, 4  # of the picture
+CARD_CLASSES, CARD_PER_CLASS = 10, 4  # classes, and images of each, in the picture
 SIZES_SHOWN = ("size", "width", "depth", "encoder_blocks", "decoder_blocks", "num_references", "patch_size")
 NAMED_CLASSES = 20  # more classes than these are only counted
 CARD_PICTURE = "samples.png"

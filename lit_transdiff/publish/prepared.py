@@ -79,7 +79,7 @@ def what_it_is(run: RunConfig, info: Mapping[str, Any]) -> str:
         return f"An autoencoder of {image_kind(run)} with {channels} latent channels."
     if run.stage in USES:
         return f"A classifier of {image_kind(run)} of {classes(run, info)}, whose features score generators."
-    return f"A network of {image_kind(run)}."  # of the user's own stage
+    return f"A network of {image_kind(run)}."  # a network of the user's own stage
 
 
 OF_AUTOENCODER = """A run takes it as its autoencoder:

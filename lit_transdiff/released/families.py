@@ -27,7 +27,7 @@ from lit_transdiff.models.state_dicts import Mapped, check_layout
 
 State = Mapping[str, Tensor]
 Sizes = Mapping[str, Mapping[str, int]]
-FIXED = "pos_embed"  # of SiT and DiT: a formula, which a file may leave out
+FIXED = "pos_embed"  # the positions of SiT and DiT: a formula, which a file may leave out
 # buffers without weights
 NO_WEIGHTS = re.compile(r"(^|[._])(rope|rotary|freqs?|mask|pos(ition)?_ids)([._]|$)")
 
@@ -36,8 +36,8 @@ NO_WEIGHTS = re.compile(r"(^|[._])(rope|rotary|freqs?|mask|pos(ition)?_ids)([._]
 class Hints:
     """Facts that the tensors of a file do not tell."""
 
-    latent_channels: int  # of the autoencoder
-    latent_size: int  # of the recipe's model, or of images of 256 px
+    latent_channels: int  # channels of the autoencoder's latents
+    latent_size: int  # latent pixels per side: of the recipe's model, or of images of 256 px
     num_heads: int | None = None
 
 

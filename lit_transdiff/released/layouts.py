@@ -13,7 +13,7 @@ from lit_transdiff.models.state_dicts import Mapped
 from lit_transdiff.released import families, key_names
 from lit_transdiff.released.families import FamilyLayout, Hints
 
-IMAGE_SIZE = 256  # of released models whose tensors do not tell it
+IMAGE_SIZE = 256  # the image size of released models whose tensors do not tell it
 GUIDED_BY_PARTS = {"part_guidance": "growing"}
 ANCESTRAL = {"solver": "ancestral", "num_steps": 100}
 

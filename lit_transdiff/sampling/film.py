@@ -37,7 +37,7 @@ class Recorded:
     """Solves the parts, and keeps each solution and the solver's states on the way to it."""
 
     solutions: list[Tensor] = field(default_factory=list)
-    states: dict[float, Tensor] = field(default_factory=dict)  # of the last part, by level of noise
+    states: dict[float, Tensor] = field(default_factory=dict)  # states of the last part, by level of noise
 
     def solve(self, task: Task) -> Tensor:
         self.states = {}

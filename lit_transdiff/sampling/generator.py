@@ -31,7 +31,7 @@ from lit_transdiff.models.state_dicts import check_layout
 from lit_transdiff.sampling.graphs import CUDARecorder, Graphs, replay
 from lit_transdiff.sampling.loop import Solving, check_sampling, generate
 
-MANY_FLOPS = 3e16  # of the solver's network: a GPU needs 100 s for them, and compilation 20 s
+MANY_FLOPS = 3e16  # FLOPs of the solver's network, for which a GPU needs 100 s; compilation needs 20 s
 
 
 @dataclass(eq=False)

@@ -24,8 +24,8 @@ from lit_transdiff.sampling.forms import FormlessError, put_together, take_apart
 
 log = logging.getLogger(__name__)
 
-MOST_FORMS = 1000  # of calls, with their graphs: the one that was not used for longest goes
-MOST_STEPS_OF_A_GRAPH = 50  # of a solver; of more steps, each evaluation is a graph
+MOST_FORMS = 1000  # forms of calls with their graphs; the one that was not used for longest goes
+MOST_STEPS_OF_A_GRAPH = 50  # steps of a solver in one graph; of more steps, each evaluation is a graph
 
 Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 Call = tuple[Callable[..., Any], Hashable, tuple[bool, bool]]  # function, form of arguments, mode
@@ -96,7 +96,7 @@ class Graph:
         # the tensor and its version in each buffer
         self.held: list[tuple[Callable[[], Tensor | None], int | None]] = [(lambda: None, 0) for _ in tensors]
         self.fill(tensors)
-        self.rows = 0  # of the evaluations within it
+        self.rows = 0  # rows of the evaluations within it
         self.play, result = record(lambda: function(*put_together(form, self.buffers)))
         self.form, self.results = take_apart(result)
 
@@ -201,7 +201,7 @@ class Graphs:
             return graph
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, FormlessError) as error:  # of CUDA, which names no narrower class
+        except (RuntimeError, FormlessError) as error:  # CUDA names no narrower class
             self.refused.add(key)
             reason = str(error).strip().splitlines()[:1]
             log.warning("a part of sampling cannot become a CUDA graph and runs as it is: %s", *reason)

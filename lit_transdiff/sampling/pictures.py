@@ -21,7 +21,7 @@ from lit_transdiff.data.pixels import to_bytes
 
 BACKGROUND, INK, FAINT = (255, 255, 255), (28, 30, 34), (110, 114, 122)
 SHOWN_PIXELS = 96  # the approximate smallest width of an image in a grid
-MILLISECONDS = 250  # of a picture of a film
+MILLISECONDS = 250  # duration of a picture of a film
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 

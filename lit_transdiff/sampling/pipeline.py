@@ -72,7 +72,7 @@ class TrainedRun(nn.Module):
         """The generator on the device where the networks are now."""
         allowed = "float32, in which the weights stay; for bfloat16 call with precision='bf16'"
         require(self.dtype == torch.float32, "dtype", self.dtype, allowed)
-        if self.made.device != self.device_made:  # what it keeps is of the other device
+        if self.made.device != self.device_made:  # its kept tensors are on the other device
             self.made, self.device_made = replace(self.made), self.made.device
         return self.made
 

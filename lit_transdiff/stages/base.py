@@ -32,7 +32,7 @@ from lit_transdiff.stages.holders import averages_of
 from lit_transdiff.stages.objective import losses_of
 from lit_transdiff.stages.optim import build_optimizer, check_optimizer, lr_factor
 
-PREFIX = "model."  # of the model's parameter names in the stage
+PREFIX = "model."  # the beginning of the model's parameter names in the stage
 
 
 def log_now(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
@@ -109,7 +109,7 @@ class TransDiffStage(Stage):
         arrange_blocks(self.model, run)
         if run.training.precision == "bf16-true":
             self.model.to(torch.bfloat16)
-        vars(self)["graphs"] = None  # of the objective, made when training starts
+        vars(self)["graphs"] = None  # the objective's graphs, made when training starts
         self.prepare()
 
     @classmethod

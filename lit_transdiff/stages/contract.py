@@ -21,7 +21,7 @@ from lit_transdiff.models.paradigm import Paradigm, Problem, network_class
 
 OWN_PACKAGE = __name__.partition(".")[0]
 NUM_ROWS, NUM_DRAWS = 2, 3
-MOST_PARTS = 16  # that are drawn: of an image of more parts, only the first ones are
+MOST_PARTS = 16  # parts that are drawn; of an image with more, only the first ones are
 TRIED: set[str] = set()  # settings, with the class
 
 

@@ -22,7 +22,7 @@ from lit_transdiff.config import require
 from lit_transdiff.models.execution import shard_blocks
 from lit_transdiff.models.paradigm import Paradigm
 
-TENSORS_AT_ONCE = 64  # whose differences are in memory together
+TENSORS_AT_ONCE = 64  # tensors whose differences are in memory together
 
 
 def shard_piece(name: str, p: DTensor, rank: int, world: int) -> Piece:

@@ -29,10 +29,10 @@ from lit_transdiff.study.scored import (
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_POINTS, MIN_POINTS = 500, 50  # of a curve; longer ones are thinned evenly
-MAX_GRIDS = 12  # of a run, evenly over training
+MAX_POINTS, MIN_POINTS = 500, 50  # points of a curve; longer ones are thinned evenly
+MAX_GRIDS = 12  # grids of a run, evenly over training
 WIDEST, NARROWEST = 520, 290  # the largest width of a picture in pixels; the second is that on the page
-ALL_POINTS, ALL_GRIDS = 750_000, 600  # of a page
+ALL_POINTS, ALL_GRIDS = 750_000, 600  # points and grids of a page
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def view_data(view: RunSet) -> dict[str, Any]:
     scored = [entry for entry in compared.entries if entry.repeats]
     return {
         "name": view.name,
-        "differing": [name for name in differing(view.runs) if name != "stage"],  # which has a column already
+        "differing": [name for name in differing(view.runs) if name != "stage"],  # it has a column
         "scores": [titled(key) for key in compared.metrics],
         "remarks": [*view.claims, *notes_on_scores(scored, compared.metrics)],
         "rows": [row_data(run, compared, verdicts) for run in view.runs],

@@ -23,7 +23,7 @@ from lit_transdiff.study.folders import loose_results, read_folder, run_folders
 from lit_transdiff.study.records import Run, check_filters, fits, opened_pictures
 from lit_transdiff.study.wandb_logs import log_files, read_log, read_server
 
-KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # of a run, in archives
+KEPT = ("config.yaml", "metrics.csv", "environment.json", "export/export.json")  # in archives
 # Of a sweep or study, which continues where an archive is unpacked.
 JOURNAL = ("sweep.yaml", "trials.jsonl", "inputs.json")
 RESULTS, PICTURES = (f"{FOLDER}/*.json",), (f"{FOLDER}/*.png", "samples/*.png", "samples/*/*.png")

@@ -72,7 +72,7 @@ class Controller:
         self.live: list[Agent] = []
         self.asked: list[int] = []  # the signals received so far
         self.retries = retries  # further attempts of a failed trial in this call
-        self.retried = Counter[str]()  # those that it has had
+        self.retried = Counter[str]()  # further attempts that each trial has had
         self.lost: dict[str, tuple[int, int]] = {}  # losses in a row, and the values before the last one
 
     def retry(self) -> None:

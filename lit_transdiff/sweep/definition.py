@@ -51,7 +51,7 @@ class Sweep:
     maximize: bool = False
     target: float | None = None  # no further trial starts after one has reached it
     impute: str = "worst"  # the value of a failed trial in bayes: worst, best or latest
-    impute_while_running: str = "false"  # that of a running trial: false (no value), worst, best or latest
+    impute_while_running: str = "false"  # for a running trial: false (none), worst, best or latest
     early_terminate: Hyperband | None = None
     command: list[str] | None = None
     program: str | None = None

@@ -1,4 +1,4 @@
-"""Where the trials of a sweep run: the settings (``launcher:`` of its file), and the launchers' protocol."""
+"""The place where trials of a sweep run: its settings (``launcher:``), and the protocol of launchers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # the forms of sbatch
 
 @dataclass(frozen=True)
 class LauncherConfig:
-    """Where trials run. All settings but ``kind`` and ``parallel`` are for SLURM."""
+    """The place where trials run. All settings but ``kind`` and ``parallel`` are for SLURM."""
 
     kind: Literal["local", "slurm"] = "local"  # processes of this machine, or a job of SLURM per trial
     parallel: Optional[int] = None

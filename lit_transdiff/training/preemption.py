@@ -64,7 +64,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 class StopOnRequest(pl.Callback):
-    """If any rank was asked to stop, all ranks save between two steps and ``leave`` together."""
+    """Lets all ranks save between two steps and ``leave`` together if any rank was asked to stop."""
 
     def __init__(self, request: StopRequest) -> None:
         self.request = request

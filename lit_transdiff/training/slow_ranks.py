@@ -1,7 +1,7 @@
-"""Which rank makes the others wait.
+"""The rank that makes the others wait.
 
-In a step all ranks wait for the slowest, so that steps take equally long everywhere. What differs is a
-rank's own work before it meets the others: waiting for data, and the forward pass. (With zero3 and fsdp ranks
+In a step all ranks wait for the slowest, so that steps take equally long everywhere. Ranks differ in their
+own work before they meet the others: the wait for data, and the forward pass. (With zero3 and fsdp, ranks
 also meet in the forward pass, and only the wait for data is a rank's own.)
 
 Shapes: W ranks.

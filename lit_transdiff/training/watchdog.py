@@ -29,7 +29,7 @@ class Watchdog(pl.Callback):
 
     def __init__(self, seconds: float, folder: Path) -> None:
         self.seconds = seconds
-        self.folder = folder  # of the run
+        self.folder = folder  # the run folder
         self.poll = min(1.0, seconds / 4)
         self.busy_with: tuple[str, int] | None = None  # (activity, micro-step); None between two steps
         self.last = ("starting", 0)

@@ -63,7 +63,7 @@ class Window:
         """Continue an earlier window: exactly with the same number of ranks, else with equal shares."""
         sums, world = state["sums"].to(self.loss.device), trainer.world_size
         own = sums[trainer.global_rank] if len(sums) == world else sums.mean(dim=0)
-        share = 1.0 if len(sums) == world else len(sums) / world  # of the rows; a mean loss needs no share
+        share = 1.0 if len(sums) == world else len(sums) / world  # a mean loss needs no share
         longer = trainer.accumulate_grad_batches / state["accumulation"]  # current passes per earlier pass
         self.bins = own[:-1].view(2, TIME_BINS) * share
         self.loss = own[-1] * longer
