@@ -182,6 +182,7 @@ def test_what_is_kept_gives_what_the_whole_pass_gives_and_finer_scales_are_not_s
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("float64")
 def test_attention_to_the_context_written_out():
     """Version 2 of a block for a scale alone, by the formulas: no official numbers of it are at hand."""
     torch.manual_seed(0)
