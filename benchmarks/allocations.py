@@ -1,6 +1,4 @@
-"""What tensors take, on any device: the benchmarks measure with it, and the tests
-check the plan against it.
-"""
+"""The memory of tensors on any device: benchmarks measure with it, and tests check the plan against it."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def photo(i: int, width: int, height: int) -> bytes:
 
 
 def planned(folder: Path, batch_size: int, workers: int, **settings: object) -> DataLoader:
-    """What training iterates over."""
+    """The loader over which training iterates."""
     index: ShardIndex = read_index(folder)
     plan = TrainPlan(index, seed=0)
     batches = [plan.rows(start, start + batch_size) for start in range(0, 400 * batch_size, batch_size)]

@@ -209,7 +209,7 @@ def cell(row: dict[str, Any] | None, batch: int) -> str:
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
-    """What else the rows say."""
+    """The differences between the ways of computing, and other notes on the rows."""
     apart = {way: max((r["difference"] for r in rows if r["way"] == way), default=None) for way in WAYS[1:]}
     said = ", ".join(f"{way} {value:.0e}" for way, value in apart.items() if value is not None)
     most = {way: max((r["memory_gb"] or 0 for r in rows if r["way"] == way), default=0) for way in WAYS}

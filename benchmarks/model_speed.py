@@ -181,7 +181,7 @@ def training_pair(setup: Setup) -> tuple[Callable[[], Tensor], Callable[[], Tens
 
 
 def machine(device: torch.device) -> str:
-    """What runs it, for the head of a table."""
+    """The machine and the versions, for the head of a table."""
     where = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     return f"{where}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}"
 
@@ -242,7 +242,7 @@ def measure(
 
 
 def options(text: str) -> argparse.ArgumentParser:
-    """What every benchmark of models can be told."""
+    """A parser with the options of every benchmark of models."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--batch", type=int, default=1)

@@ -147,9 +147,7 @@ def test_bad_commands_end_in_one_clear_line(
 
 @pytest.mark.slow
 def test_a_folder_of_colour_photographs_becomes_a_trained_and_scored_model(tmp_path: Path):
-    """What the README says about one's own images, with bundled ones written out as colour JPEG files of odd
-    sizes.
-    """
+    """The README's steps for one's own images, with bundled ones written out as JPEG files of odd sizes."""
     index = read_index(ROOT / "data/fashion/evaluation")
     reader = ShardReader(index)
     for c in range(3):

@@ -35,7 +35,7 @@ MAX_FILE, MAX_FUNCTION = 300, 45  # lines, of at most 110 columns
 # Files and functions that are longer since lines became shorter, each with its length: they may only shrink.
 LONGER = {
     "cli/pipeline.py": 306,
-    "data/index.py": 337,
+    "data/index.py": 329,
     "models/autoencoder.py": 312,
     "released/convert.py": 316,
     "study/compare.py": 306,
@@ -160,6 +160,15 @@ def defined(path: Path) -> set[str]:
     return {name for name in names if not name.startswith("__")}
 
 
+def test_no_docstring_begins_with_what():
+    """A docstring names its subject."""
+    for path in [*FILES, *TESTS, *(ROOT / "benchmarks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "").split(" ")[0]
+                assert first not in ("What", "Whatever"), f"{path}: {ast.get_docstring(node)}"
+
+
 def test_a_name_is_defined_in_one_file():
     homes: dict[str, list[str]] = {}
     for path in FILES:
@@ -172,7 +181,7 @@ def test_a_name_is_defined_in_one_file():
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT / "tests")))
 def test_tests_share_nothing_but_helpers(path: Path):
-    """What two test modules need is made in ``tests/helpers``."""
+    """Helpers of two test modules are in ``tests/helpers``."""
     for name in imported(path):
         assert name.split(".")[0] != "tests" or name.startswith("tests.helpers"), (
             f"{path.relative_to(ROOT)} imports {name}"

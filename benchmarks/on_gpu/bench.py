@@ -1,4 +1,4 @@
-"""What every part of the benchmark on a GPU uses: where results go, the time that is left, and clocks."""
+"""The base of every part of the benchmark on a GPU: the place of results, the time left, and clocks."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def copy_rate(device: torch.device, tiny: bool) -> float:
 
 
 def ceilings(bench: Bench) -> None:
-    """What the card reaches at best."""
+    """The highest rates that the card reaches."""
     rate = measure_flops(bench.device, torch.bfloat16)
     bench.say(
         f"\ncopy {copy_rate(bench.device, bench.tiny) / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s"

@@ -52,7 +52,7 @@ def several(bench: Bench) -> None:
 
 
 def started(bench: Bench, folder: Path, strategy: str, number: int) -> dict[str, float] | None:
-    """What the first rank found; None if the processes failed."""
+    """The measurements of the first rank; None if the processes failed."""
     result = folder / f"{strategy}-{number}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     command += ["-m", __name__, str(folder), strategy, str(result), *["--tiny"] * bench.tiny]

@@ -143,7 +143,7 @@ def recompute(bench: Bench) -> None:
 
 
 def steps(bench: Bench) -> None:
-    """What else the page of results compares."""
+    """The other comparisons on the page of results."""
     kernels = TrainingConfig(compile=False)
     plain, compiled = (TrainingConfig(kernels=False, compile=on) for on in (False, True))
     more = [

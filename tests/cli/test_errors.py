@@ -1,4 +1,4 @@
-"""What users read when a command fails."""
+"""The messages that users read when a command fails."""
 
 import pytest
 from torch.utils.data import DataLoader, Dataset

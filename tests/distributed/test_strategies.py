@@ -65,9 +65,7 @@ def start_from(folder: Path, donor: str, run: RunConfig) -> RunConfig:
 
 
 def without_checksums(info: dict[str, object]) -> dict[str, object]:
-    """What an export says, but for the checksums of its files, which differ by rounding, and of its own
-    content.
-    """
+    """The content of ``export.json`` without checksums: those of files differ by rounding."""
     return {key: value for key, value in info.items() if key not in ("crc32", "checksum")}
 
 

@@ -49,7 +49,7 @@ def module_for(shards, max_steps=6, accumulation=1, num_references=1, **data):
 
 
 def fit(module, folder, stop_at, accumulation=1, ckpt_path=None, **options):
-    """What training read up to ``stop_at`` steps, and the checkpoint of its last step."""
+    """The batches that training read in ``stop_at`` steps, and the checkpoint of its last step."""
     recorder = Recorder()
     trainer = pl.Trainer(
         max_steps=stop_at,

@@ -88,7 +88,7 @@ def fit_all(folder: Path, processes: int, plan: list[tuple[RunConfig, int | None
 
 
 def run(module: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
-    """What a forked process does."""
+    """The life of a forked process."""
     os.setsid()
     os.chdir(ROOT)
     os.environ.clear()

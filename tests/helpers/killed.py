@@ -30,7 +30,7 @@ from lit_transdiff.training.trainer import train
 
 @dataclass
 class Kill:
-    """What dies, once: at ``where`` in step ``step`` of rank ``rank``. ``time_file`` gets the moment."""
+    """A death, once: at ``where`` in step ``step`` of rank ``rank``. ``time_file`` gets the moment."""
 
     time_file: Path
     where: str

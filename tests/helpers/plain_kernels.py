@@ -1,4 +1,4 @@
-"""What the kernels of ``lit_transdiff.kernels`` compute, written plainly over torch."""
+"""The functions of the kernels of ``lit_transdiff.kernels``, written plainly in torch."""
 
 import math
 from collections.abc import Sequence

@@ -87,6 +87,6 @@ def evaluate_again(
 
 
 def on_the_page(found: Sequence[Run]) -> list[dict[str, Any]]:
-    """What the page about these runs says of each of them."""
+    """The entries of the page about these runs, one for each run."""
     page = page_data([RunSet(found)])
     return [run | row for run, row in zip(page["runs"], page["views"][0]["rows"], strict=True)]

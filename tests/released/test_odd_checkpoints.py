@@ -109,7 +109,7 @@ def test_a_damaged_file_is_refused_by_its_checksums(tmp_path: Path, autoencoder:
 
 
 def test_every_damaged_file_is_named(tmp_path: Path):
-    """Whatever torch or zipfile raise for it."""
+    """Any error of torch or zipfile becomes one that names the file."""
     file = write_checkpoint(tmp_path / "released", ModelConfig(**SMALL))
     whole, generator = file.read_bytes(), np.random.default_rng(0)
     torch.save({"model": {"a": torch.zeros(3)}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)

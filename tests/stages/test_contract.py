@@ -223,7 +223,7 @@ def test_settings_without_a_field_of_all_families_are_refused(tmp_path: Path):
 
 
 def test_a_family_that_draws_by_values_is_taken(tmp_path: Path):
-    """What a method gives cannot be told without values: such a family is not judged by it."""
+    """A family is not judged by a method whose result depends on values."""
 
     def parts(self: Any, x: Tensor) -> Tensor:
         return Plain.parts(self, x) * x.sum().item()

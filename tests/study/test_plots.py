@@ -89,7 +89,7 @@ def test_the_rest_is_labelled(found: list[Run]) -> None:
 
 
 def test_pictures_side_by_side_keep_their_pixels() -> None:
-    """What is written in them can be read as before; wide ones are made smaller."""
+    """Text in pictures can be read as before; wide ones are made smaller."""
     given = {
         "wide": Image.new("RGB", (400, 40)),
         "high": Image.new("RGB", (40, 80)),

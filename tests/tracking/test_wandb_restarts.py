@@ -1,4 +1,4 @@
-"""What W&B shows of a run that was killed or preempted, with the real client and our own server."""
+"""The view of W&B on a run that was killed or preempted, with the real client and our own server."""
 
 from __future__ import annotations
 

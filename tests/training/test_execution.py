@@ -1,4 +1,4 @@
-"""What the record of a run says about its computation, and the settings that this is of."""
+"""The record of a run about its computation, and the settings behind it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Whatever a step waits for is watched, what may take long is not, and what is said names rank, step and
-samples.
-"""
+"""Waits of a step are watched, work that may take long is not; messages name rank, step and samples."""
 
 import json
 import os

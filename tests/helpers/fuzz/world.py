@@ -144,7 +144,7 @@ def write_released(healthy: Path) -> None:
 
 
 def picture_of(root: Path, but: list[str]) -> dict[str, str]:
-    """What every file, folder and link below ``root`` is, but for those in the folders or files ``but``."""
+    """The content of every file, folder and link below ``root``, without the folders and files ``but``."""
     found: dict[str, str] = {}
     for folder, folders, files in os.walk(root):
         place = os.path.relpath(folder, root)
