@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from lit_transdiff.models.paradigm import Paradigm as Paradigm
     from lit_transdiff.models.paradigm import Problem as Problem
     from lit_transdiff.models.paradigm import Stack as Stack
+    from lit_transdiff.models.paradigm import in_one_pass as in_one_pass
+    from lit_transdiff.models.paradigm import times_of_rows as times_of_rows
     from lit_transdiff.models.transdiff import TransDiff as TransDiff
     from lit_transdiff.publish.push import push as push
     from lit_transdiff.sampling.generator import load_generator as load_generator
@@ -95,6 +97,8 @@ PUBLIC = {
     "Paradigm": "models.paradigm",
     "Problem": "models.paradigm",
     "Stack": "models.paradigm",
+    "in_one_pass": "models.paradigm",
+    "times_of_rows": "models.paradigm",
     "Family": "config",
     "ModelSettings": "config",
     "ARTransformer": "models.encoder",

@@ -41,8 +41,10 @@ class SamplingConfig:
     solver: str = "euler_maruyama"
     # a name in flow.solvers.SOLVERS, or for discrete diffusion in flow.diffusion.CHAIN_SOLVERS
     grid: str = "paper"  # a name in flow.solvers.GRIDS
-    num_steps: int = 100  # solver steps per image
+    num_steps: int = 100  # solver steps per image; of dopri5, which chooses them, the most
     shift: float = 1.0  # shift of the grid, by the formula of flow.shift
+    rtol: float = 1e-3  # error of a step of dopri5 that is accepted, relative to the state
+    atol: float = 1e-6  # the same, absolute: each error stays below atol + rtol |x|
     drift_scale: float = 1.0  # the paper's scale_0
     noise_scale: float = 1.0  # the paper's scale_1; for discrete diffusion the temperature
     diffusion: Literal["sigma", "decreasing"] = "sigma"
@@ -70,6 +72,8 @@ class SamplingConfig:
         allowed = "at least 1"
         require(self.num_parts is None or self.num_parts >= 1, "sampling.num_parts", self.num_parts, allowed)
         require(self.shift > 0, "sampling.shift", self.shift, "above 0")
+        require(1e-6 <= self.rtol <= 1, "sampling.rtol", self.rtol, "1e-6 (the state is float32) to 1")
+        require(0 < self.atol <= 1, "sampling.atol", self.atol, "above 0, at most 1")
         scales = [self.guidance_scale, *(self.reference_guidance or [])]
         require(all(s >= 1 for s in scales), "sampling.guidance_scale", scales, "at least 1 (no guidance)")
         low_high = self.guidance_interval

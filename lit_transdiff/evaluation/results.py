@@ -33,6 +33,8 @@ ADDED = (
     "num_parts",
     "diffusion",
     "last_step",
+    "rtol",
+    "atol",
 )  # sampler settings added after the first results
 
 

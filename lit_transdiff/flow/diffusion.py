@@ -11,10 +11,10 @@ along one axis; step [R], integers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -225,17 +225,24 @@ class Diffusion(Process):
     def check(cls, config: FlowConfig) -> None:
         """Refuse changed settings of the continuous path, which have no effect here."""
         unread = ("density", "density_mean", "density_std", "shift", "discretize", "objective", "loss_terms")
-        refuse_changed("flow", config, unread)
+        for name in unread:
+            value, default = getattr(config, name), getattr(FlowConfig(), name)
+            allowed = f"{default!r}, which a diffusion in discrete steps does not read"
+            require(value == default, f"flow.{name}", value, allowed)
 
     @classmethod
     def check_sampling(cls, sampling: SamplingConfig) -> None:
         """Refuse solvers and grids of other processes, and more steps than the chain has."""
         for field, table in (("solver", CHAIN_SOLVERS), ("grid", SPACINGS), ("guidance", GUIDANCE)):
             require_known(f"sampling.{field}", getattr(sampling, field), table)
-        refuse_changed("sampling", sampling, ("shift", "drift_scale", "diffusion", "last_step"))
         steps, length, spacing = sampling.num_steps, len(cls.chain()), SPACINGS[sampling.grid]
         most = next(number for number in range(length, 0, -1) if len({*spacing(number, length)}) == number)
         require(2 <= steps <= most, "sampling.num_steps", steps, f"2 to {most}, the steps of the chain")
+
+    @classmethod
+    def unread(cls, sampling: SamplingConfig) -> Mapping[str, str]:
+        names = ("shift", "drift_scale", "diffusion", "last_step", "rtol", "atol")
+        return dict.fromkeys(names, "with a diffusion in discrete steps, which does not read it")
 
     def __init__(self, config: FlowConfig, prediction: str) -> None:
         super().__init__(config, prediction)
@@ -283,11 +290,3 @@ class LinearDiffusion(Diffusion):
     """Diffusion with the linear schedule of arXiv 2006.11239."""
 
     chain = staticmethod(linear_chain)
-
-
-def refuse_changed(section: str, settings: Any, names: Sequence[str]) -> None:
-    """Raise ``ValueError`` for a setting that differs from its default although it has no effect."""
-    for name in names:
-        value, default = getattr(settings, name), getattr(type(settings)(), name)
-        allowed = f"{default!r}, which a diffusion in discrete steps does not read"
-        require(value == default, f"{section}.{name}", value, allowed)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
+from lit_transdiff.flow.path import expand_like
 from lit_transdiff.flow.solvers import Velocity
 
 TIME_TOLERANCE = 1e-6  # grid times are float32; that of 0.7 must lie in [0.7, 1]
-Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # x_t, t -> conditional and unconditional velocity
+Pair = Callable[[Tensor, Any], tuple[Tensor, Tensor]]  # x_t, t -> conditional and unconditional velocity
 Schedule = Callable[[float, float], float]  # maximal scale, t -> scale at t
 
 
@@ -53,10 +55,21 @@ def guide(
         return conditional
     low, high = interval[0] - TIME_TOLERANCE, interval[1] + TIME_TOLERANCE
 
-    def guided(x_t: Tensor, t: float) -> Tensor:
+    def guided(x_t: Tensor, t: float | Tensor) -> Tensor:
+        if isinstance(t, Tensor):
+            return guided_by_row(x_t, t)
         if not low <= t <= high:
             return conditional(x_t, t)
         c, u = both(x_t, t)
         return u + schedule(scale, t) * (c - u)
+
+    def guided_by_row(x_t: Tensor, t: Tensor) -> Tensor:
+        """At a time of each row [B], of which those beyond the data count as the data's."""
+        times = t.clamp(0, 1).tolist()
+        scales = [schedule(scale, time) if low <= time <= high else 1.0 for time in times]
+        if all(each == 1 for each in scales):
+            return conditional(x_t, t)
+        c, u = both(x_t, t)
+        return u + expand_like(x_t.new_tensor(scales), x_t) * (c - u)
 
     return guided

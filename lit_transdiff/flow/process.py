@@ -6,7 +6,7 @@ Shapes: n rows (parts of images) of any shape. Times are in the unit of the proc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -18,9 +18,9 @@ from lit_transdiff.flow.solvers import DrawNoise
 class Unsolved(Protocol):
     """A part that is to be sampled (see ``models.paradigm.Problem``)."""
 
-    def predict(self, x_t: Tensor, t: float) -> Tensor: ...
+    def predict(self, x_t: Tensor, t: float | Tensor) -> Tensor: ...
 
-    def pair(self, x_t: Tensor, t: float) -> tuple[Tensor, Tensor]: ...
+    def pair(self, x_t: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Process(ABC):
@@ -42,6 +42,11 @@ class Process(ABC):
     @abstractmethod
     def check_sampling(cls, sampling: SamplingConfig) -> None:
         """Refuse sampling settings that are unknown to it or have no effect."""
+
+    @classmethod
+    def unread(cls, sampling: SamplingConfig) -> Mapping[str, str]:
+        """The settings of sampling that have no effect with the others, and with which of them and why."""
+        return {}
 
     @abstractmethod
     def times(self, normal: Tensor) -> Tensor:

@@ -2,22 +2,25 @@
 
 A solver is ``solver(velocity, x, grid, draw, config) -> x``: ``x`` [B, ...] is the state at ``grid[0]``,
 ``grid`` a falling list of times that ends in 0, ``velocity(x, t)`` the field at a time shared by all rows,
-and ``draw()`` returns fresh Gaussian noise of x's shape (deterministic solvers never call it).
+or at one of each [B], and ``draw()`` returns fresh Gaussian noise of x's shape (deterministic solvers never
+call it).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_transdiff.config import SamplingConfig
+from lit_transdiff.flow.adaptive import dopri5
 from lit_transdiff.flow.loss import shift_times
 
-Velocity = Callable[[Tensor, float], Tensor]  # x_t [B, ...], t -> velocity [B, ...]
+Velocity = Callable[[Tensor, Any], Tensor]  # x_t [B, ...], t or the rows' own [B] -> velocity [B, ...]
 DrawNoise = Callable[[], Tensor]
 Solver = Callable[[Velocity, Tensor, list[float], DrawNoise, SamplingConfig], Tensor]
 
@@ -142,8 +145,29 @@ SOLVERS: dict[str, Solver] = {
     "euler": euler,
     "heun": heun,
     "adams_bashforth": adams_bashforth,
+    "dopri5": dopri5,
 }
-DETERMINISTIC = ("euler", "heun", "adams_bashforth")
+ADAPTIVE = ("dopri5",)  # their num_steps are the most, and numbers decide how they go on
+EVALUATIONS = {"stochastic_heun": 2, "heun": 2, "dopri5": 6}  # of a step, where it is not one
+
+# The settings that a solver does not read, and why.
+NO_NOISE = dict.fromkeys(("diffusion", "last_step"), "draws no noise")
+NO_ERROR = dict.fromkeys(("rtol", "atol"), "measures no error")
+NO_TIMES = dict.fromkeys(("grid", "shift"), "chooses its times")
+NOT_READ: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("euler_maruyama", "stochastic_heun"), NO_ERROR),
+    **dict.fromkeys(("euler", "heun", "adams_bashforth"), NO_NOISE | NO_ERROR),
+    "dopri5": NO_NOISE | NO_TIMES,
+}
+
+
+def steps_in_words(sampling: Mapping[str, Any]) -> str:
+    """The number of steps of a recorded sampler, or what decides it: ``100 steps``, ``rtol 0.001``."""
+    if sampling["solver"] in ADAPTIVE:
+        plain = SamplingConfig()
+        rtol, atol = (sampling.get(name, getattr(plain, name)) for name in ("rtol", "atol"))
+        return f"rtol {rtol:g}" + ("" if atol == plain.atol else f", atol {atol:g}")
+    return "/".join(map(str, sampling.get("reference_steps") or [sampling["num_steps"]])) + " steps"
 
 
 @torch.no_grad()

@@ -5,17 +5,17 @@ Shapes: n rows (parts of images) of any shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from lit_transdiff.config import FlowConfig, SamplingConfig, require, require_known
+from lit_transdiff.config import FlowConfig, SamplingConfig, require_known
 from lit_transdiff.flow.guidance import GUIDANCE, guide
 from lit_transdiff.flow.loss import Prediction, check_flow, draw_times, flow_matching_loss
 from lit_transdiff.flow.path import expand_like, interpolate
 from lit_transdiff.flow.process import Process, Unsolved
-from lit_transdiff.flow.solvers import DETERMINISTIC, GRIDS, SOLVERS, DrawNoise, solve
+from lit_transdiff.flow.solvers import GRIDS, NOT_READ, SOLVERS, DrawNoise, solve
 
 NEAREST = 0.05  # lower bound of the divisors t and 1 - t, when the network predicts clean data or noise
 VelocityOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # prediction, x_t [n, ...], t [n] or scalar
@@ -37,13 +37,14 @@ class Flow(Process):
 
     @classmethod
     def check_sampling(cls, sampling: SamplingConfig) -> None:
-        """Refuse unknown solvers, grids and guidance schedules, and kinds of noise where there is none."""
+        """Refuse unknown solvers, grids and guidance schedules."""
         for field, table in (("solver", SOLVERS), ("grid", GRIDS), ("guidance", GUIDANCE)):
             require_known(f"sampling.{field}", getattr(sampling, field), table)
-        for field in ("diffusion", "last_step") if sampling.solver in DETERMINISTIC else ():
-            value, default = getattr(sampling, field), getattr(SamplingConfig(), field)
-            allowed = f"{default!r} with sampling.solver {sampling.solver}, which draws no noise"
-            require(value == default, f"sampling.{field}", value, allowed)
+
+    @classmethod
+    def unread(cls, sampling: SamplingConfig) -> Mapping[str, str]:
+        unread = NOT_READ.get(sampling.solver, {})
+        return {name: f"with sampling.solver {sampling.solver}, which {why}" for name, why in unread.items()}
 
     def times(self, normal: Tensor) -> Tensor:
         return draw_times(normal, self.config)
@@ -63,12 +64,15 @@ class Flow(Process):
         return VELOCITIES[self.prediction](output, x_t, t)
 
     def solve(self, problem: Unsolved, noise: Tensor, draw: DrawNoise, sampling: SamplingConfig) -> Tensor:
-        def velocity(x_t: Tensor, t: float) -> Tensor:
-            return self.velocity(problem.predict(x_t, t), x_t, torch.tensor(t))
+        def velocity(x_t: Tensor, t: float | Tensor) -> Tensor:
+            return self.velocity(problem.predict(x_t, t), x_t, times(x_t, t))
 
-        def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        def pair(x_t: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
             c, u = problem.pair(x_t, t)
-            return self.velocity(c, x_t, torch.tensor(t)), self.velocity(u, x_t, torch.tensor(t))
+            return self.velocity(c, x_t, times(x_t, t)), self.velocity(u, x_t, times(x_t, t))
+
+        def times(x_t: Tensor, t: float | Tensor) -> Tensor:
+            return t.to(x_t.device) if isinstance(t, Tensor) else torch.tensor(t)
 
         low, high = sampling.guidance_interval
         guided = guide(velocity, pair, sampling.guidance_scale, (low, high), GUIDANCE[sampling.guidance])

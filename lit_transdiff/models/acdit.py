@@ -29,7 +29,7 @@ from lit_transdiff.models.adaptive import (
     scale_of_time,
 )
 from lit_transdiff.models.layers import MLP, KeysValues, RMSNorm, attend_to_all, initialise, modulate
-from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass, times_of_rows
 from lit_transdiff.models.tokens import join_squares, split_squares
 
 if TYPE_CHECKING:
@@ -234,6 +234,6 @@ class ACDiT(Paradigm):
         pair = partial(in_one_pass, self.at_one_time, guided)
         return Problem(shape, partial(self.at_one_time, alone), pair, progress)
 
-    def at_one_time(self, known: Known, x_t: Tensor, t: float) -> Tensor:
-        """The noise at a step shared by all rows, in the precision of the state."""
-        return self(x_t, torch.full((1, 1), t, device=x_t.device), known).to(x_t.dtype)
+    def at_one_time(self, known: Known, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """The noise at a step of all rows, or of each, in the precision of the state."""
+        return self(x_t, times_of_rows(t, x_t)[:, None], known).to(x_t.dtype)

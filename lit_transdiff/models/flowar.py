@@ -23,7 +23,7 @@ from lit_transdiff.base.randomness import Normal
 from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import AdaptiveOutput, TimeMLP, whole_time
 from lit_transdiff.models.layers import KeysValues, RMSNorm, attend, initialise, learned, modulate
-from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass, times_of_rows
 from lit_transdiff.models.rotary import (
     GatedMLP,
     RotaryAttention,
@@ -287,6 +287,6 @@ class FlowAR(Paradigm):
         pair = partial(in_one_pass, self.at_one_time, scales)
         return Problem((scales.sizes[0], *self.token), partial(self.at_one_time, alone), pair, progress)
 
-    def at_one_time(self, scales: Scales, x_t: Tensor, t: float) -> Tensor:
-        """The velocity at a time shared by all rows, in the precision of the state."""
-        return self.flownet(x_t, torch.full((1, 1), t, device=x_t.device), scales).to(x_t.dtype)
+    def at_one_time(self, scales: Scales, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """The velocity at a time of all rows, or of each, in the precision of the state."""
+        return self.flownet(x_t, times_of_rows(t, x_t)[:, None], scales).to(x_t.dtype)

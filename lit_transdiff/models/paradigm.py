@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from lit_transdiff.config import SamplingConfig
     from lit_transdiff.config.paradigms import ModelSettings
 
-# x_t [B, *shape] and a time of the process that all rows share -> what the network predicts of the rows.
-Predict = Callable[[Tensor, float], Tensor]
-PredictPair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+# x_t [B, *shape] and a time of the process that all rows share, or the rows' own [B] (``times_of_rows``) ->
+# what the network predicts of the rows.
+Predict = Callable[[Tensor, Any], Tensor]
+PredictPair = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,18 @@ class Problem:
 
 
 def in_one_pass(
-    predict: Callable[[Any, Tensor, float], Tensor], both: Any, x_t: Tensor, t: float
+    predict: Callable[[Any, Tensor, Any], Tensor], both: Any, x_t: Tensor, t: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The predictions of all rows with the first half of a memory and with the second, in one call."""
-    c, u = predict(both, torch.cat([x_t, x_t]), t).chunk(2)
+    times = torch.cat([t, t]) if isinstance(t, Tensor) else t
+    c, u = predict(both, torch.cat([x_t, x_t]), times).chunk(2)
     return c, u
+
+
+def times_of_rows(t: float | Tensor, x_t: Tensor) -> Tensor:
+    """The times of the rows ``x_t`` for a network: [1] of one that they share, or their own [B]."""
+    times = t if isinstance(t, Tensor) else torch.full((1,), t, dtype=torch.float32, device=x_t.device)
+    return times.to(x_t.device, torch.float32)
 
 
 @dataclass(frozen=True)

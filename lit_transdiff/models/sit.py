@@ -18,7 +18,7 @@ from lit_transdiff.base.randomness import Normal
 from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, initialise_adaptive
 from lit_transdiff.models.layers import MLP, SelfAttention, initialise, layer_norm, modulate
-from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass, times_of_rows
 
 if TYPE_CHECKING:
     from lit_transdiff.config import ModelSettings, SamplingConfig
@@ -131,12 +131,11 @@ class SiT(Paradigm):
         image = yield Problem(self.token, partial(self.at_one_time, labels), partial(self.guided, both))
         return image[:, None]
 
-    def at_one_time(self, labels: Tensor, x_t: Tensor, t: float) -> Tensor:
-        """The prediction at a time shared by all rows, in the precision of the state."""
-        times = torch.full((1,), t, dtype=torch.float32, device=x_t.device)
-        return self.prediction_of(x_t, times, labels).to(x_t.dtype)
+    def at_one_time(self, labels: Tensor, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """The prediction at a time of all rows, or of each, in the precision of the state."""
+        return self.prediction_of(x_t, times_of_rows(t, x_t), labels).to(x_t.dtype)
 
-    def guided(self, both: Tensor, x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    def guided(self, both: Tensor, x_t: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """The predictions for the classes of ``both`` and for the null class, which stands after them."""
         c, u = in_one_pass(self.at_one_time, both, x_t, t)
         return c, torch.cat([u[:, : self.num_guided], c[:, self.num_guided :]], dim=1)

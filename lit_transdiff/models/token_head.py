@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_transdiff.models.adaptive import AdaptiveOutput, Modulation, TimeMLP, scale_of_time
 from lit_transdiff.models.layers import layer_norm, modulate
-from lit_transdiff.models.paradigm import Problem, in_one_pass
+from lit_transdiff.models.paradigm import Problem, in_one_pass, times_of_rows
 
 
 class HeadBlock(nn.Module):
@@ -64,13 +64,15 @@ class TokenHead(nn.Module):
         predict, pair = partial(self.at_one_time, of_images), partial(self.guided, of_all)
         return Problem((self.features, condition.shape[1]), predict, pair, progress)
 
-    def at_one_time(self, condition: Tensor, x_t: Tensor, t: float) -> Tensor:
-        """The prediction for ``x_t`` [B, c, n] at a time that all share, in the precision of the state."""
-        rows, times = rearrange(x_t, "b c n -> (b n) c"), torch.full((1,), t, device=x_t.device)
+    def at_one_time(self, condition: Tensor, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """The prediction for ``x_t`` [B, c, n] at a time of all rows, or each, in the state's precision."""
+        rows, times = rearrange(x_t, "b c n -> (b n) c"), times_of_rows(t, x_t)
+        if len(times) > 1:
+            times = times.repeat_interleave(x_t.shape[-1])
         output = self(rows, times, condition)
         return rearrange(output, "(b n) c -> b c n", n=x_t.shape[-1]).to(x_t.dtype)
 
-    def guided(self, of_all: Tensor, x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    def guided(self, of_all: Tensor, x_t: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """The predictions with and without the classes; variances are not guided."""
         c, u = in_one_pass(self.at_one_time, of_all, x_t, t)
         return c, torch.cat([u[:, : self.features], c[:, self.features :]], dim=1)

@@ -23,7 +23,7 @@ from lit_transdiff.models.decoder import DiffusionDecoder, Memory
 from lit_transdiff.models.decoders import DECODERS
 from lit_transdiff.models.encoder import ENCODERS, ARTransformer
 from lit_transdiff.models.fusion import fused, fusion_pattern
-from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass, times_of_rows
 
 if TYPE_CHECKING:
     from lit_transdiff.config import ModelConfig, SamplingConfig
@@ -178,10 +178,9 @@ class TransDiff(Paradigm):
             images = torch.cat([images, image[:, None]], dim=1)
         return images
 
-    def at_one_time(self, memory: Memory, x_t: Tensor, t: float) -> Tensor:
-        """The velocity at a time shared by all rows, in the precision of the state."""
-        times = torch.full((1,), t, dtype=torch.float32, device=x_t.device)
-        return self.velocity(x_t, times, memory).to(x_t.dtype)
+    def at_one_time(self, memory: Memory, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """The velocity at a time of all rows, or of each, in the precision of the state."""
+        return self.velocity(x_t, times_of_rows(t, x_t), memory).to(x_t.dtype)
 
     def stand_in(self, latest: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The image of the row before."""

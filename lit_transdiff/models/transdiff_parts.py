@@ -23,7 +23,7 @@ from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.decoder import DiffusionDecoder, Memory
 from lit_transdiff.models.encoder import EncoderBlock
 from lit_transdiff.models.layers import KeysValues, initialise, layer_norm, learned
-from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass, times_of_rows
 from lit_transdiff.models.tokens import join_squares, patchify, split_squares, unpatchify
 
 if TYPE_CHECKING:
@@ -272,10 +272,9 @@ class TransDiffParts(Paradigm):
         shape = (places.shape[1], *self.token)
         return Problem(shape, partial(self.at_one_time, alone), pair, progress)
 
-    def at_one_time(self, memory: SomeParts, x_t: Tensor, t: float) -> Tensor:
-        """The velocity at a time shared by all rows, in the precision of the state."""
-        times = torch.full((1,), t, dtype=torch.float32, device=x_t.device)
-        return self.decoder(x_t, times, memory).to(x_t.dtype)  # type: ignore[no-any-return]
+    def at_one_time(self, memory: SomeParts, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """The velocity at a time of all rows, or of each, in the precision of the state."""
+        return self.decoder(x_t, times_of_rows(t, x_t), memory).to(x_t.dtype)  # type: ignore[no-any-return]
 
     def stand_in(self, latest: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The scale before, enlarged; for a cell, zeros."""

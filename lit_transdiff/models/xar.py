@@ -20,7 +20,7 @@ from lit_transdiff.base.randomness import Normal
 from lit_transdiff.models.adapt import Adaptation
 from lit_transdiff.models.adaptive import TimeMLP, whole_time
 from lit_transdiff.models.layers import KeysValues, RMSNorm, initialise, learned
-from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass
+from lit_transdiff.models.paradigm import Paradigm, Problem, Stack, in_one_pass, times_of_rows
 from lit_transdiff.models.rotary import RotaryBlock, grid_places, through
 from lit_transdiff.models.tokens import join_squares, split_squares
 
@@ -139,6 +139,6 @@ class XAR(Paradigm):
         pair = partial(in_one_pass, self.at_one_time, cells)
         return Problem((self.part_sizes[0], *self.token), partial(self.at_one_time, alone), pair, progress)
 
-    def at_one_time(self, cells: NoisyCells, x_t: Tensor, t: float) -> Tensor:
-        """The velocity at a time shared by all rows, in the precision of the state."""
-        return self(x_t, torch.full((1, 1), t, device=x_t.device), cells).to(x_t.dtype)
+    def at_one_time(self, cells: NoisyCells, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """The velocity at a time of all rows, or of each, in the precision of the state."""
+        return self(x_t, times_of_rows(t, x_t)[:, None], cells).to(x_t.dtype)

@@ -15,6 +15,7 @@ from lit_transdiff.config import RunConfig
 from lit_transdiff.config.classes import full_names
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.scores import Score, measured_std, value
+from lit_transdiff.flow.solvers import steps_in_words
 from lit_transdiff.study.records import Evaluation
 from lit_transdiff.study.text import escaped, markdown
 
@@ -146,7 +147,7 @@ def scores(evaluation: Evaluation) -> str:
     rows = [(card_title(name), shown(score)) for name, score in evaluation.scores.items()]
     return markdown(("score", "value"), rows) + (
         f"\n{manifest['num_images']:,} images ({manifest['label_mode']} labels, seed {manifest['seed']}), "
-        f"drawn with `{sampling['solver']}` in {sampling['num_steps']} steps with guidance "
+        f"drawn with `{sampling['solver']}` ({steps_in_words(sampling)}) with guidance "
         f"{sampling['guidance_scale']}, on the features of the extractor `{manifest['extractor']}` "
         f"({manifest['extractor_fingerprint']}), against the reference {manifest['reference_hash']}. "
         "All conditions are in `run/evaluations`."

@@ -19,6 +19,7 @@ from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.scores import value
 from lit_transdiff.evaluation.statistics import check_extractor, load_statistics
+from lit_transdiff.flow.solvers import steps_in_words
 from lit_transdiff.models.ldm import is_ldm
 from lit_transdiff.released.convert import convert, converted_from
 from lit_transdiff.released.files import CHECKPOINT, read_torch_file
@@ -118,7 +119,7 @@ def scores_table(name: str, row: dict[str, Any], result: dict[str, Any], overrid
     guidance = sampling["reference_guidance"] or sampling["guidance_scale"]
     lines += [
         f"{made['num_images']:,} images, {made['label_mode']} labels, {sampling['solver']} "
-        f"{sampling['num_steps']} steps, guidance {guidance}, scales {sampling['drift_scale']} and "
+        f"{steps_in_words(sampling)}, guidance {guidance}, scales {sampling['drift_scale']} and "
         f"{sampling['noise_scale']}, {made['precision']}",
         f"published: {row['source']}",
         f"ours: {result['file']}",

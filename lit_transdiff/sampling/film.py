@@ -37,7 +37,7 @@ class Recorded:
     """Solves the parts, and keeps each solution and the solver's states on the way to it."""
 
     solutions: list[Tensor] = field(default_factory=list)
-    states: dict[float, Tensor] = field(default_factory=dict)  # states of the last part, by level of noise
+    states: dict[float, Tensor] = field(default_factory=dict)  # of the last part, by (mean) level of noise
 
     def solve(self, task: Task) -> Tensor:
         self.states = {}
@@ -46,20 +46,20 @@ class Recorded:
         self.solutions.append(replace(task, problem=problem).solve())
         return self.solutions[-1]
 
-    def watched(self, process: Process, function: Callable[[Tensor, float], Any]) -> Callable[..., Any]:
+    def watched(self, process: Process, function: Callable[[Tensor, Any], Any]) -> Callable[..., Any]:
         """``function``, whose states are kept. Of two at one time, the second is the corrected one."""
 
-        def run(x_t: Tensor, t: float) -> Any:
+        def run(x_t: Tensor, t: Any) -> Any:
             self.states[noise_level(process, t)] = x_t
             return function(x_t, t)
 
         return run
 
 
-def noise_level(process: Process, t: float) -> float:
-    """The standard deviation of the noise at a time."""
-    times = torch.tensor([t]).to(process.times(torch.zeros(1)).dtype)
-    return process.noised(torch.zeros(1), torch.ones(1), times).item()
+def noise_level(process: Process, t: float | Tensor) -> float:
+    """The standard deviation of the noise at a time, or its mean at a time of each row."""
+    times = torch.as_tensor(t).reshape(-1).to(process.times(torch.zeros(1)).dtype)
+    return process.noised(torch.zeros_like(times), torch.ones_like(times), times).mean().item()
 
 
 @dataclass
@@ -92,7 +92,7 @@ def film(
         captions = [f"{k} of {parts}" for k in range(1, parts + 1)]
         known = [recorded.solutions[:k] for k in range(1, parts + 1)]
     else:
-        noisy = {level: x_t for level, x_t in recorded.states.items() if level > 0}
+        noisy = {level: x_t for level, x_t in sorted(recorded.states.items(), reverse=True) if level > 0}
         captions = [*(f"noise {level:.2f}" for level in noisy), "noise 0"]
         known = [*([x_t] for x_t in noisy.values()), recorded.solutions]
     shown = shown_states(len(known))

@@ -21,6 +21,7 @@ from lit_transdiff.checkpoints.export import read_export
 from lit_transdiff.config import RunConfig, SamplingConfig, require, require_known
 from lit_transdiff.config.classes import full_names
 from lit_transdiff.config.sampling import Precision
+from lit_transdiff.flow.solvers import EVALUATIONS
 from lit_transdiff.models.autoencoder import Autoencoder, load_autoencoder
 from lit_transdiff.models.drawing_blocks import has_drawing_kernels, use_drawing_kernels
 from lit_transdiff.models.execution import compile_evaluated, round_linear, twin
@@ -76,7 +77,8 @@ class Generator:
         if self.compile is not None:
             return self
         slow = self.device.type == "cuda" and not (self.takes_kernels and has_drawing_kernels(self.model))
-        return replace(self, compile=slow and rows * flops_of_row(self.model, sampling) >= MANY_FLOPS)
+        flops = rows * EVALUATIONS.get(sampling.solver, 1) * flops_of_row(self.model, sampling)
+        return replace(self, compile=slow and flops >= MANY_FLOPS)
 
     @property
     def takes_kernels(self) -> bool:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from lit_transdiff.config import SamplingConfig
 from lit_transdiff.flow.process import Process
+from lit_transdiff.flow.solvers import ADAPTIVE
 from lit_transdiff.models.paradigm import Paradigm, Problem
 from lit_transdiff.sampling.forms import FormlessError, put_together, take_apart
 
 log = logging.getLogger(__name__)
 
 MOST_FORMS = 1000  # forms of calls with their graphs; the one that was not used for longest goes
-MOST_STEPS_OF_A_GRAPH = 50  # steps of a solver in one graph; of more steps, each evaluation is a graph
+MOST_STEPS_OF_A_GRAPH = 50  # steps of a fixed solver in one graph; else each evaluation is a graph
 
 Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 Call = tuple[Callable[..., Any], Hashable, tuple[bool, bool]]  # function, form of arguments, mode
@@ -228,7 +229,8 @@ class Graphs:
         """``Task.solve``, all steps as one graph where the problem allows it."""
         problem, sampling = task.problem, task.sampling
         explicit = isinstance(problem.predict, partial) and isinstance(problem.pair, partial)
-        if not explicit or sampling.num_steps > MOST_STEPS_OF_A_GRAPH:
+        waits = sampling.solver in ADAPTIVE or sampling.num_steps > MOST_STEPS_OF_A_GRAPH
+        if not explicit or waits:
             return task.solve()
         settings = (task.process, take_apart(sampling)[0])
         if settings not in self.draws:

@@ -30,7 +30,8 @@ def check_sampling(
     A setting without effect may be the ``recorded`` one of a trained run, which may be from before the rule.
     """
     kind = network_class(model)
-    process_class(kind.process_of(model)[0]).check_sampling(sampling)
+    process = process_class(kind.process_of(model)[0])
+    process.check_sampling(sampling)
     model.check_sampling(sampling)
     require_known("sampling.part_guidance", sampling.part_guidance, PART_GUIDANCE)
     allowed = f"null with model.paradigm {model.paradigm}, whose parts are given"
@@ -41,14 +42,15 @@ def check_sampling(
     for name in ("reference_guidance", "reference_steps"):
         value = getattr(sampling, name)
         require(value is None or model.has_references(), f"sampling.{name}", value, allowed)
-    for name, is_read, why_not in (
-        ("part_guidance", not model.is_drawn_at_once, "an image is drawn at once"),
-        ("reuse_noise", model.has_references(), "rows have no references"),
-    ):
+    unread = dict(process.unread(sampling))
+    if model.is_drawn_at_once:
+        unread["part_guidance"] = f"with model.paradigm {model.paradigm}, which draws an image at once"
+    if not model.has_references():
+        unread["reuse_noise"] = f"with model.paradigm {model.paradigm}, whose rows have no references"
+    for name, why in unread.items():
         value, default = getattr(sampling, name), getattr(SamplingConfig(), name)
         known = value == default or (recorded is not None and value == getattr(recorded, name))
-        allowed = f"{default!r} with model.paradigm {model.paradigm}, as {why_not}"
-        require(known or is_read, f"sampling.{name}", value, allowed)
+        require(known, f"sampling.{name}", value, f"{default!r} {why}")
 
 
 class Solving(Protocol):

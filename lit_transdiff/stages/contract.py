@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_transdiff.config import ModelSettings, SamplingConfig, require
 from lit_transdiff.flow.processes import process_class
+from lit_transdiff.flow.solvers import ADAPTIVE
 from lit_transdiff.models.flops import Zeros
 from lit_transdiff.models.paradigm import Paradigm, Problem, network_class
 
@@ -55,16 +56,16 @@ def check_family_class(config: ModelSettings) -> None:
     require(fits, f"{kind.__name__}.prediction", prediction, allowed)
 
 
-def check_family(config: ModelSettings) -> None:
+def check_family(config: ModelSettings, solver: str) -> None:
     """``try_family``, once for settings of a family from outside of this package, whose own are tested."""
     kind = network_class(config)
-    key = f"{id(kind)} {config!r}"
+    key = f"{id(kind)} {solver in ADAPTIVE} {config!r}"
     if kind.__module__.partition(".")[0] != OWN_PACKAGE and key not in TRIED:
-        try_family(config)
+        try_family(config, solver)
         TRIED.add(key)
 
 
-def try_family(config: ModelSettings) -> None:
+def try_family(config: ModelSettings, solver: str) -> None:
     """Refuse a class of models whose methods fail or give tensors of wrong shapes; with one block a stack."""
     kind = network_class(config)
     ones = {stack.depth: 1 for stack in kind.stacks.values()}
@@ -74,7 +75,7 @@ def try_family(config: ModelSettings) -> None:
         check_structure(model)
         with suppress(NeedsValues):
             try_training(model)
-        try_drawing(model)
+        try_drawing(model, solver)
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def try_training(model: Paradigm) -> None:
         require(tuple(weights.shape) in shapes, f"{kind.__name__}.weights", tuple(weights.shape), allowed)
 
 
-def try_drawing(model: Paradigm) -> None:
+def try_drawing(model: Paradigm, solver: str) -> None:
     """Refuse a model that cannot draw the parts of images, with guidance, from solutions of zeros."""
     config, kind = model.config, type(model)
     sampling = SamplingConfig(guidance_scale=2.0, num_parts=2 if model.parts_are_free else None)
@@ -162,7 +163,7 @@ def try_drawing(model: Paradigm) -> None:
         require(fits, f"what {kind.__name__}.decode yields", type(problem).__name__, "a Problem")
         solution = torch.zeros(NUM_ROWS, *problem.shape)
         if number == 0:
-            try_problem(model, problem, solution)
+            try_problem(model, problem, solution, solver)
     else:
         return
     size = config.latent_size
@@ -170,15 +171,17 @@ def try_drawing(model: Paradigm) -> None:
     require_shape(kind, "decode", images, latents, "B, R, C, H, W")
 
 
-def try_problem(model: Paradigm, problem: Problem, x_t: Tensor) -> None:
-    """Refuse a problem whose network fails or gives wrong shapes."""
+def try_problem(model: Paradigm, problem: Problem, x_t: Tensor, solver: str) -> None:
+    """Refuse a problem whose network fails or gives wrong shapes; of an adaptive solver, at times of rows."""
     kind, twice = type(model), gives_variances(model)
-    with in_one_line(kind, "decode, Problem.predict"):
-        alone = problem.predict(x_t, 1)
-    with in_one_line(kind, "decode, Problem.pair"):
-        c, u = problem.pair(x_t, 1)
-    for name, output in (("predict", alone), ("pair", c), ("pair", u)):
-        require_shape(kind, f"decode, Problem.{name}", output, x_t.shape, "B, *shape", twice)
+    times = {"": 1, f" at a time of each row [B], by {solver}": torch.ones(NUM_ROWS)}
+    for how, t in times.items() if solver in ADAPTIVE else [("", 1)]:
+        with in_one_line(kind, f"decode, Problem.predict{how}"):
+            alone = problem.predict(x_t, t)
+        with in_one_line(kind, f"decode, Problem.pair{how}"):
+            c, u = problem.pair(x_t, t)
+        for name, output in (("predict", alone), ("pair", c), ("pair", u)):
+            require_shape(kind, f"decode, Problem.{name}{how}", output, x_t.shape, "B, *shape", twice)
 
 
 def gives_variances(model: Paradigm) -> bool:

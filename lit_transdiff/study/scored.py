@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_transdiff.evaluation.metrics import METRICS
 from lit_transdiff.evaluation.scores import EVALUATE, judged_by
+from lit_transdiff.flow.solvers import steps_in_words
 from lit_transdiff.study.records import Evaluation, Run
 from lit_transdiff.study.repeats import Pooled, decided_by, pooled, repeats, seeds
 
@@ -160,7 +161,7 @@ def sampler_in_words(manifest: Mapping[str, Any]) -> str:
     sampling = manifest.get("sampling") or {}
     if not all(name in sampling for name in ("solver", "num_steps", "guidance_scale")):
         return ""
-    steps = "/".join(map(str, sampling.get("reference_steps") or [sampling["num_steps"]]))
+    steps = steps_in_words(sampling).removesuffix(" steps")
     guidance = "/".join(f"{s:g}" for s in sampling.get("reference_guidance") or [sampling["guidance_scale"]])
     low, high = sampling.get("guidance_interval") or (0, 1)
     interval = "" if (low, high) == (0, 1) else f" in [{low:g}, {high:g}]"

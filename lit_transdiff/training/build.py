@@ -88,7 +88,7 @@ def check_run(
     if own_stage is None:
         check_sizes(run, outline)
     if own_stage is None and run.stage in STAGES:
-        check_family(run.model)
+        check_family(run.model, run.sampling.solver)
 
 
 def build(

@@ -10,14 +10,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lit_transdiff.config import SamplingConfig
+from lit_transdiff.config import ModelConfig, SamplingConfig
 from lit_transdiff.flow.guidance import GUIDANCE, guide
-from lit_transdiff.flow.solvers import DETERMINISTIC, GRIDS, SOLVERS, solve, time_grid
-from lit_transdiff.flow.straight import Flow
+from lit_transdiff.flow.solvers import ADAPTIVE, EVALUATIONS, GRIDS, NOT_READ, SOLVERS, solve, time_grid
+from lit_transdiff.sampling.loop import check_sampling
 
 pytestmark = pytest.mark.numeric
 STD = 0.4
-EVALUATIONS = {"euler_maruyama": 1, "stochastic_heun": 2, "euler": 1, "heun": 2, "adams_bashforth": 1}
+STOCHASTIC = ("euler_maruyama", "stochastic_heun")
 ORDERS = {"euler": 1, "heun": 2, "adams_bashforth": 2}
 
 
@@ -31,8 +31,7 @@ def no_draw() -> torch.Tensor:
 
 
 def test_every_solver_is_tested_here():
-    assert set(EVALUATIONS) == set(SOLVERS)
-    assert set(ORDERS) == set(DETERMINISTIC) == set(SOLVERS) - {"euler_maruyama", "stochastic_heun"}
+    assert {*ORDERS, *STOCHASTIC, *ADAPTIVE} == set(SOLVERS) == set(NOT_READ)
 
 
 @pytest.mark.parametrize("solver", ORDERS)
@@ -98,20 +97,35 @@ def test_sits_stochastic_samplers_in_its_own_time(solver: str, diffusion: str, l
     torch.testing.assert_close(solve(field, noises[0], config, lambda: next(drawn)), x, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "value"), [("diffusion", "decreasing"), ("last_step", "velocity")])
-def test_noise_of_a_solver_without_noise_is_refused(name: str, value: str):
-    with pytest.raises(
-        ValueError, match=rf"sampling\.{name}: got '{value}'; allowed: .* which draws no noise"
-    ):
-        Flow.check_sampling(SamplingConfig(solver="heun", **{name: value}))  # type: ignore[arg-type]
-    Flow.check_sampling(SamplingConfig(solver="stochastic_heun", **{name: value}))  # type: ignore[arg-type]
+UNREAD_VALUES = {
+    **{"diffusion": "decreasing", "last_step": "velocity", "grid": "uniform", "shift": 2.0},
+    **{"rtol": 1e-4, "atol": 1e-5},
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", UNREAD_VALUES)
+def test_a_setting_that_a_solver_does_not_read_is_refused(solver: str, name: str):
+    """A trained run may have recorded it."""
+    value = UNREAD_VALUES[name]
+    changed = SamplingConfig(solver=solver, **{name: value})  # type: ignore[arg-type]
+    unread = {
+        **dict.fromkeys(("diffusion", "last_step"), solver not in STOCHASTIC),
+        **dict.fromkeys(("grid", "shift"), solver == "dopri5"),
+        **dict.fromkeys(("rtol", "atol"), solver != "dopri5"),
+    }
+    if not unread[name]:
+        return check_sampling(changed, ModelConfig())
+    with pytest.raises(ValueError, match=rf"sampling\.{name}: got {value!r}; allowed: .* {solver}, which "):
+        check_sampling(changed, ModelConfig())
+    check_sampling(changed, ModelConfig(), recorded=changed)
 
 
 def test_less_noise_gives_less_variance():
     assert stochastic_variance(64, noise_scale=0.8) < stochastic_variance(64)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [*ORDERS, *STOCHASTIC])
 def test_number_of_evaluations(solver: str):
     calls = []
 
@@ -123,7 +137,7 @@ def test_number_of_evaluations(solver: str):
     solve(counting, torch.ones(3), config, lambda: torch.zeros(3))
     extra = 1 if solver == "adams_bashforth" else 0  # its first step is a Heun step
     extra -= 1 if solver == "stochastic_heun" else 0  # whose last step is none
-    assert len(calls) == EVALUATIONS[solver] * 10 + extra
+    assert len(calls) == EVALUATIONS.get(solver, 1) * 10 + extra
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -143,7 +157,7 @@ def test_the_last_step_is_plain_and_draws_nothing():
 def test_solvers_leave_the_noise_as_it_is():
     noise = torch.ones(4)
     for solver in SOLVERS:
-        solve(field, noise, SamplingConfig(solver=solver, num_steps=3), lambda: torch.ones(4))
+        solve(field, noise, SamplingConfig(solver=solver, num_steps=30), lambda: torch.ones(4))
     assert torch.equal(noise, torch.ones(4))
 
 

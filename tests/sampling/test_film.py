@@ -78,3 +78,18 @@ def test_a_long_film_is_cut_to_states_at_equal_distances():
         and shown_states(256)[-1] == 255
         and len(set(shown_states(256))) == MOST_STATES
     )
+
+
+def test_a_film_of_an_adaptive_solver_is_in_the_order_of_the_mean_noise(tmp_path: Path):
+    sampling = {"solver": "dopri5", "num_steps": 100, "rtol": 0.05, "atol": 0.01}
+    run = small_run(tmp_path, **FAMILIES["sit"], sampling=sampling)
+    torch.manual_seed(0)
+    model = build_model(run.model).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    generator = Generator(model, load_autoencoder("identity", None, 1), run, ())
+    states, captions, sampling = filmed(generator)
+    torch.testing.assert_close(states[:, -1], generator.images(LABELS, SEEDS, sampling)[:, -1])
+    levels = [float(caption.removeprefix("noise ")) for caption in captions]
+    assert levels == sorted(levels, reverse=True) and (levels[0], levels[-1]) == (1, 0)
+    assert 6 < len(levels) <= MOST_STATES

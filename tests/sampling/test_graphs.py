@@ -130,14 +130,22 @@ def test_batches_settings_and_contexts_have_graphs_of_their_own():
                 assert torch.equal(found, generate(model, labels, sampling, seeds, contexts))
 
 
-def test_a_long_loop_has_graphs_of_its_evaluations(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "sampling",
+    [SAMPLING, SamplingConfig(solver="dopri5", rtol=0.1, atol=0.01, **GUIDED)],
+    ids=["long", "adaptive"],
+)
+def test_a_long_or_adaptive_loop_has_graphs_of_its_evaluations(
+    monkeypatch: pytest.MonkeyPatch, sampling: SamplingConfig
+):
     monkeypatch.setattr(graphs_file, "MOST_STEPS_OF_A_GRAPH", 2)
     model = build().requires_grad_(False)
     network, graphs = with_graphs(model)
     for labels, seeds in batches(3):
-        found = generate(network, labels, SAMPLING, seeds, solving=graphs)
-        assert torch.equal(found, generate(model, labels, SAMPLING, seeds))
+        found = generate(network, labels, sampling, seeds, solving=graphs)
+        assert torch.equal(found, generate(model, labels, sampling, seeds))
     assert graphs.recorder.played >= 3 * (SAMPLING.num_steps - 1)
+    assert not graphs.refused and not any(key[0] is graphs_file.solved for key in graphs.known)
 
 
 def test_a_problem_that_hides_what_it_reads_has_graphs_of_its_evaluations():

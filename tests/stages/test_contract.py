@@ -83,7 +83,7 @@ def test_all_families_keep_it(tmp_path: Path, name: str):
     run = small_run(tmp_path, **changes | few)
     assert run.model.paradigm == name
     check_family_class(run.model)
-    try_family(run.model)
+    try_family(run.model, "dopri5")
 
 
 def with_method(name: str, method: Callable[..., Any]) -> type[Plain]:
@@ -230,3 +230,21 @@ def test_a_family_that_draws_by_values_is_taken(tmp_path: Path):
 
     check_run(run_of(tmp_path, with_method("parts", parts)))
     assert "plain" in PARADIGMS
+
+
+def test_a_family_that_takes_one_time_for_all_rows_is_refused_with_an_adaptive_solver(tmp_path: Path):
+    def decode(self: Any, labels: Tensor, *more: Any) -> Any:
+        def predict(x_t: Tensor, t: float) -> Tensor:
+            return x_t + torch.full((len(x_t), 1), t)
+
+        yield Problem((512,), predict, lambda x_t, t: (predict(x_t, t),) * 2)
+        yield SAME
+        return torch.zeros(2, 1, 1, 32, 32)
+
+    run = run_of(tmp_path, with_method("decode", decode))
+    check_run(run)
+    adaptive = replace(run, sampling=replace(run.sampling, solver="dopri5"))
+    with pytest.raises(
+        ValueError, match=r"Problem\.predict at a time of each row \[B\], by dopri5: TypeError"
+    ):
+        check_run(adaptive)
