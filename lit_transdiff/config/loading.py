@@ -109,10 +109,10 @@ def refusing(source: str = "") -> Iterator[None]:
         raise ValueError(f"{name}: {reason}; allowed: {allowed}.") from error
 
 
-def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> dict[str, Any]:
+def read_yaml(path: str | Path, above: Sequence[Path] = (), *, spelled: bool = True) -> dict[str, Any]:
     """The settings of a YAML file merged over those of its ``base:`` (a path relative to the file).
 
-    ``above`` are the files with this base. Raises ``ValueError`` for a cycle.
+    ``above`` are the files with this base; ``spelled`` as in ``Spelled``. Raises ``ValueError`` for a cycle.
     """
     path = Path(path)
     chain, asked = [*above, path], f"{above[-1]}: base" if above else "the YAML of a run"
@@ -124,7 +124,7 @@ def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> dict[str, Any]:
         prefix = f"{asked}: " if above else ""
         hint = f" In that folder: {', '.join(nearby)}." if nearby else ""
         raise FileNotFoundError(f"{prefix}{path} does not exist.{hint}")
-    given = read_file(path, spelled=True)
+    given = read_file(path, spelled=spelled)
     if not isinstance(given, dict):
         raise ValueError(
             f"{path}: expected settings (key: value), got {'nothing' if given is None else repr(given)[:80]}."
@@ -136,7 +136,7 @@ def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> dict[str, Any]:
         return given
     allowed = "the path of one YAML file, relative to this one"
     require(isinstance(base, str) and base != "", f"{path}: base", base, allowed)
-    return merge(read_yaml(path.parent / expanded(base, f"{path}: base"), chain), given)
+    return merge(read_yaml(path.parent / expanded(base, f"{path}: base"), chain, spelled=spelled), given)
 
 
 def of_environment(settings: Any) -> Any:

@@ -13,7 +13,8 @@ A study's file has ``arms`` and ``seeds`` in place of ``method`` and ``parameter
 
 Every seed runs all arms that are not settled yet (see ``study.claims``), so arms are compared seed by seed.
 Settings of ``seeds`` vary together. ``budget`` (hours) and ``launcher`` may change between calls; all else is
-fixed. ``inputs`` are files on which the results depend, as a checkpoint (see ``sweep.results``).
+fixed. ``base`` is a file with further settings, as in a recipe. ``inputs`` are files on which the results
+depend, as a checkpoint (see ``sweep.results``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 from lit_transdiff.config import errors_at, is_folder_name, require, require_known
 from lit_transdiff.config.checks import FOLDER_NAME
-from lit_transdiff.config.yaml_text import read_file
+from lit_transdiff.config.loading import read_yaml
 from lit_transdiff.study.claims import FEWEST, OPEN, Claim, StudyRule, claim
 from lit_transdiff.sweep.definition import Sweep
 from lit_transdiff.sweep.distributions import is_number
@@ -102,7 +103,7 @@ def load_study(path: str | Path) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     with errors_at(path, (TypeError, ValueError)):
-        return study_from(read_file(path), path.stem)
+        return study_from(read_yaml(path, spelled=False), path.stem)
 
 
 def study_from(given: Any, name: str) -> Sweep:

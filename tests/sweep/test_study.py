@@ -210,3 +210,26 @@ def test_shipped_studies_use_seeds_that_nothing_is_tuned_on(file: Path) -> None:
         swept = read_file(sweep)["parameters"].get("evaluation.seed", {})
         tuned = [swept["value"]] if "value" in swept else swept.get("values", [])
         assert not seeds & {(("evaluation.seed", value),) for value in tuned}
+
+
+def test_a_study_may_have_a_base(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(SETTINGS))
+    (tmp_path / "longer.yaml").write_text("base: base.yaml\nname: longer\narms: {fast: {steps: 3.0e-1}}")
+    longer = load_study(tmp_path / "longer.yaml")
+    assert longer.name == "longer" and longer.command == SETTINGS["command"]
+    assert longer.study is not None and longer.study.arms == SETTINGS["arms"] | {
+        "fast": {"x": 0.5, "steps": 0.3}
+    }
+    (tmp_path / "base.yaml").write_text("base: longer.yaml")
+    with pytest.raises(ValueError, match="a file that is not its own base"):
+        load_study(tmp_path / "longer.yaml")
+
+
+def test_the_study_of_equal_images_is_that_of_equal_operations_with_fewer_steps():
+    images, operations = (
+        load_study(ROOT / f"experiments/studies/families_{of}.yaml") for of in ("images", "operations")
+    )
+    assert images.study is not None and operations.study is not None
+    steps = {"training.max_steps": 300}
+    assert images.study.arms == {arm: settings | steps for arm, settings in operations.study.arms.items()}
+    assert images.study.seeds == operations.study.seeds and images.command == operations.command

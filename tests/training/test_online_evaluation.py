@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from lit_transdiff.base.endings import Preempted
 from lit_transdiff.checkpoints.format import open_checkpoint
 from lit_transdiff.config import RunConfig
+from lit_transdiff.config.loading import read_yaml
 from lit_transdiff.evaluation.evaluate import evaluate
 from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.statistics import reference_statistics, save_statistics
 from lit_transdiff.sampling.generator import load_generator
 from lit_transdiff.training import online_evaluation as online
 from lit_transdiff.training.trainer import train
-from tests.helpers.small import FASHION, small_run
+from tests.helpers.small import FASHION, ROOT, small_run
 
 METRICS = [
     "frechet_distance",
@@ -109,6 +110,23 @@ def test_the_last_scores_are_those_of_the_exported_model(tmp_path: Path, referen
         value = expected[name]["mean"] if isinstance(expected[name], dict) else expected[name]
         assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
         assert result.metrics[f"online/{name}"] == pytest.approx(value, rel=1e-5, abs=1e-6)
+
+
+def test_at_the_rate_of_the_comparison_a_score_is_that_of_a_run_that_ends_there(
+    tmp_path: Path, reference: Path
+) -> None:
+    """So the runs of the study of equal operations have the scores at equal images, too."""
+    optimizer = read_yaml(ROOT / "experiments/fashion/flow.yaml")["optimizer"] | {"warmup_steps": 2}
+    short, long = (
+        run_of(tmp_path / str(steps), reference, 2, optimizer=optimizer, training={"max_steps": steps})
+        for steps in (4, 8)
+    )
+    for run in (short, long):
+        assert (run.optimizer.schedule, run.optimizer.name) == ("constant", "muon")
+        train(run, silent)
+    for prefix in ("train/loss", "online/"):
+        found = logged(short, prefix)
+        assert found and found == [row for row in logged(long, prefix) if row[0] <= 4]
 
 
 def test_the_global_generators_are_left_as_they_were(
