@@ -15,7 +15,7 @@ import torch.distributed
 
 ENTRIES = "2000"  # collectives that are kept
 LAST_TOLD = 5  # collectives that are told in words, the last ones
-# The names of PyTorch 2.6 to 2.9, and the present ones.
+# The names of PyTorch up to 2.9, and the present ones.
 BUFFER_SIZES = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE")
 DUMP_FILES = ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE")
 TRACES = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # the functions for NCCL and for all other backends

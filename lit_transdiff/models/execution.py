@@ -14,6 +14,7 @@ from functools import lru_cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -101,10 +102,22 @@ def forward_rounded(
     return forward(x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x, *more, **settings)
 
 
+def check_average(mesh: DeviceMesh) -> None:
+    """Refuse CPUs on which the average of the ranks' gradients is their sum, as in torch 2.7."""
+    if mesh.device_type != "cpu" or mesh.size() == 1:
+        return
+    average = torch.empty(1)
+    dist.reduce_scatter_tensor(average, torch.ones(mesh.size()), dist.ReduceOp.AVG, mesh.get_group())
+    if average.item() != 1:
+        problem = f"torch {torch.__version__} adds up the gradients of CPUs in place of averaging them"
+        raise ValueError(f"distributed.strategy: got 'fsdp'; allowed: another one, as {problem}.")
+
+
 def shard_blocks(model: Paradigm, mesh: DeviceMesh) -> None:
     """Shard the weights by rows over the devices of ``mesh`` (FSDP2), unit by unit, if they are whole."""
     if any(isinstance(p, DTensor) for p in model.parameters()):
         return
+    check_average(mesh)
     for unit in [*model.units(), model]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     for method in model.methods:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,3 +237,22 @@ def test_many_images_on_a_gpu_are_worth_a_compilation(tmp_path, monkeypatch: pyt
     for wish in (True, False):
         chosen = replace(generator, compile=wish)
         assert chosen.for_images(many, sampling) is chosen is chosen.for_images(1, sampling)
+
+
+@pytest.mark.parametrize(("device", "world", "share"), [("cpu", 2, 0.5), ("cpu", 1, 1.0), ("cuda", 2, 1.0)])
+def test_a_mesh_that_averages_is_taken(monkeypatch, device, world, share):
+    def reduce_scatter(average, ones, op, group):
+        average.fill_(ones.sum() * share)
+
+    monkeypatch.setattr(execution.dist, "reduce_scatter_tensor", reduce_scatter)
+    execution.check_average(SimpleNamespace(device_type=device, size=lambda: world, get_group=lambda: None))
+
+
+def test_cpus_that_add_gradients_up_are_refused(monkeypatch):
+    """gloo of torch 2.7 gives the sum where FSDP asks for the average: gradients are twice as long."""
+    monkeypatch.setattr(
+        execution.dist, "reduce_scatter_tensor", lambda average, ones, op, group: average.copy_(ones.sum())
+    )
+    mesh = SimpleNamespace(device_type="cpu", size=lambda: 2, get_group=lambda: None)
+    with pytest.raises(ValueError, match=r"distributed\.strategy: got 'fsdp'; .* adds up the gradients"):
+        execution.check_average(mesh)
