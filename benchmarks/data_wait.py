@@ -1,10 +1,12 @@
 """The share of training time that is spent waiting for cached latents, at a size of the paper.
 
     OMP_NUM_THREADS=1 python benchmarks/data_wait.py
-    OMP_NUM_THREADS=1 python benchmarks/data_wait.py --rate 2000 --steps 20   # a stand-in for a fast GPU
+    OMP_NUM_THREADS=1 python benchmarks/data_wait.py --rate 2000 --steps 120   # a stand-in for a fast GPU
+    OMP_NUM_THREADS=1 python benchmarks/data_wait.py --rate 2000 --steps 120 --workers 0 --busy
 
 The training loop of a run, with the callback that measures, on synthetic latents of real shapes; without
-checkpoints and sample grids. The numbers are those that every run logs.
+checkpoints and sample grids. The numbers are those that every run logs. With ``--busy``, for a machine with
+other work, time is that of this process on a processor, and the stand-in's: what an idle core would take.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -91,10 +95,15 @@ class StandIn:
     """
 
     def __init__(self, model: torch.nn.Module, rate: float) -> None:
-        self.rate, self.parameters, self.free = rate, [*model.parameters()], 0.0
+        self.rate, self.parameters = rate, [*model.parameters()]
+        self.begin = self.free = 0.0  # when the second step began, and when all work will be done
+        self.idle = -1.0  # seconds without work since the second step
 
     def __call__(self, moments: Tensor, *more: object) -> tuple[Tensor, Tensor]:
         now = time.perf_counter()
+        if self.begin == 0.0 and self.free > 0.0:
+            self.begin, self.idle, self.free = now, 0.0, now
+        self.idle += max(0.0, now - self.free) if self.begin else 0.0
         if now < self.free:
             time.sleep(self.free - now)
         self.free = max(now, self.free) + len(moments) / self.rate
@@ -102,14 +111,38 @@ class StandIn:
         return loss, torch.zeros(len(moments))
 
 
+class ProcessorClock:
+    """A clock that stands still while other processes run, and goes forward when someone sleeps."""
+
+    def __init__(self) -> None:
+        self.slept = 0.0
+
+    def now(self) -> float:
+        return time.process_time() + self.slept
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+
+    def __enter__(self) -> None:
+        self.patches = [mock.patch("time.perf_counter", self.now), mock.patch("time.sleep", self.sleep)]
+        for patch in self.patches:
+            patch.start()
+
+    def __exit__(self, *error: object) -> None:
+        for patch in self.patches:
+            patch.stop()
+
+
 def measure(run: RunConfig, rate: float | None = None) -> dict[str, list[float]]:
     """Metric -> its value in every logged step but the first, in which workers start; and the times of
-    ``STARTS``. With ``rate``, the device is a stand-in that computes so many images per second.
+    ``STARTS``. With ``rate``, the device is a stand-in that computes so many images per second, and
+    ``device_idle`` is the share of the time in which it has no work.
     """
     start = time.perf_counter()
     parts = build(run)
-    if rate is not None:
-        parts.stage.losses = StandIn(parts.stage.model, rate)  # type: ignore[assignment]
+    device = None if rate is None else StandIn(parts.stage.model, rate)
+    if device is not None:
+        parts.stage.losses = device  # type: ignore[assignment]
     rank_zero_only(open_folder)(run)
     steps = run.training.profile_steps
     profile = [ProfileSteps(steps, run.folder / "profile")] if steps else []
@@ -127,6 +160,8 @@ def measure(run: RunConfig, rate: float | None = None) -> dict[str, list[float]]
             if name in found and int(row["step"]) > 1:
                 found[name].append(float(row["value"]))
     found |= dict(zip(STARTS, ([made - start], [first.seconds]), strict=True))
+    if device is not None:
+        found["device_idle"] = [device.idle / (device.free - device.begin)]
     return found
 
 
@@ -138,23 +173,31 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, help="images of a step (default: 2, in passes of one)")
+    parser.add_argument("--busy", action="store_true", help="count the time on a processor, without workers")
     parser.add_argument("--rate", type=float, help="images per second of a stand-in for the device")
     args = parser.parse_args()
+    if args.busy and args.workers != [0]:
+        parser.error("--busy needs --workers 0: the time of other processes is not known")
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch "
         f"{torch.__version__}"
     )
-    print("| workers | images/s | data wait fraction (highest) | peak memory, GB |\n|---|---|---|---|")
+    heads = ("workers", "images/s", "data wait fraction (highest)", "device without work", "peak memory, GB")
+    print("| " + " | ".join(heads) + " | load |\n" + "|---" * (len(heads) + 1) + "|")
     batch = args.batch or (2 if args.rate is None else 256)
-    more = [] if args.rate is None else [*SMALL, f"training.micro_batch_size={batch}"]
+    more = [f"training.micro_batch_size={batch}", "training.log_every=10"]
+    more = [] if args.rate is None else [*SMALL, *more]
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder))
         for workers in args.workers:
             run = run_of(Path(folder), args.recipe, workers, args.steps, batch, more)
-            found = measure(run, args.rate)
+            with ProcessorClock() if args.busy else nullcontext():
+                found = measure(run, args.rate)
             speed, wait, memory = (statistics.median(found[name]) for name in METRICS)
             highest = max(found["data_wait_fraction"])
-            print(f"| {workers} | {speed:.4g} | {wait:.2e} ({highest:.2e}) | {memory:.1f} |", flush=True)
+            idle = "not asked" if args.rate is None else f"{found['device_idle'][0]:.2e}"
+            cells = (f"{speed:.4g}", f"{wait:.2e} ({highest:.2e})", idle, f"{memory:.1f}")
+            print(f"| {workers} | " + " | ".join(cells) + f" | {os.getloadavg()[0]:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -220,3 +220,53 @@ def test_a_pipeline_killed_in_its_second_stage_ends_in_the_same_weights(tmp_path
             load_file(tmp_path / name / stage / "export/model.safetensors") for name in ("whole", "killed")
         )
         assert all(torch.equal(whole[key], resumed[key]) for key in whole), stage
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_pipeline_share_a_process_and_equal_separate_starts(tmp_path: Path):
+    """No program and no import begins anew between stages, and every weight and score is that of the commands
+    of single steps, each in a process of its own.
+    """
+    settings = [*LITTLE, "training.max_steps=4", "tracking.wandb=false", "evaluation.num_images=20"]
+    found, recipes = tmp_path / "found.json", "experiments/fashion"
+
+    def start(name: str, *arguments: str, folder: str = "apart") -> Forked:
+        place = f"output_dir={tmp_path / folder}"
+        module = "tests.helpers.starts" if name == "together" else PROGRAM
+        return forked(1, module, *arguments, place, *settings, log=tmp_path / f"{name}.log")
+
+    command = [str(found), "run", f"{recipes}/pipeline.yaml"]
+    assert start("together", *command, folder="together").wait(600) == 0
+    heard = json.loads(found.read_text())
+    assert [name for name, *_ in heard["stages"]] == [*STAGES]
+    assert len({process for _, process, _ in heard["stages"]}) == 1
+    assert not [text for text in heard["started"] if "python" in text or "fork" in text]
+    second, third = ({*modules} for *_, modules in heard["stages"][1:])
+    libraries = ("torch", "lightning", "numpy", "scipy", "pydantic", "webdataset", "PIL")
+    assert not [name for name in third - second if name.startswith(libraries)]
+
+    for source, dest, *flips in (("train", "train", "--flips"), ("evaluation", "evaluation")):
+        shards, latents = f"data/fashion/{source}", str(tmp_path / "apart" / "latents" / dest)
+        recipe = f"{recipes}/{STAGES[0]}.yaml"
+        assert start(f"cache-{source}", "cache", recipe, shards, latents, *flips).wait(600) == 0
+    reference = tmp_path / "apart" / "reference.npz"
+    assert (
+        start(
+            "reference",
+            "statistics",
+            f"{recipes}/{STAGES[0]}.yaml",
+            "data/fashion/evaluation",
+            str(reference),
+        ).wait(600)
+        == 0
+    )
+    for stage in STAGES:
+        assert start(stage, "train", f"{recipes}/{stage}.yaml", "--evaluate").wait(600) == 0
+        one, other = (tmp_path / name / stage for name in ("together", "apart"))
+        weights = [load_file(folder / "export/model.safetensors") for folder in (one, other)]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), stage
+        scores = [
+            json.loads(next(folder.glob("evaluations/*.json")).read_text())["scores"]
+            for folder in (one, other)
+        ]
+        assert scores[0] == scores[1]

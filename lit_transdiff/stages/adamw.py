@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,58 @@ log = logging.getLogger(__name__)
 STATES = ("step", "exp_avg", "exp_avg_sq")  # torch's names
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the tensors of a parameter were: addresses, and the dictionary and number of its states."""
+
+    parameter: nn.Parameter
+    weight: int
+    gradient: int  # 0 without one
+    states: Mapping[str, Tensor] | None
+    count: int
+
+    @classmethod
+    def now(cls, p: nn.Parameter, states: Mapping[str, Tensor] | None) -> Place:
+        gradient = 0 if p.grad is None else p.grad.data_ptr()
+        return cls(p, p.data_ptr(), gradient, states, len(states or ()))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tensors and tables of the kernels for every step until a tensor moves; ``tables`` is None if they do
+    not apply.
+    """
+
+    places: list[Place]
+    steps: list[Tensor]  # of the parameters that have a gradient
+    tables: Tables | None
+
+    def lasts(self, states: Mapping[Any, Any]) -> bool:
+        """Whether all tensors are where they were. The host does this in every step, so it makes no lists."""
+        for place in self.places:
+            p, now = place.parameter, states.get(place.parameter)
+            gradient = p.grad
+            if (
+                now is not place.states
+                or len(now or ()) != place.count
+                or p.data_ptr() != place.weight
+                or (0 if gradient is None else gradient.data_ptr()) != place.gradient
+            ):
+                return False
+        return True
+
+
 class AveragedAdamW(Averaging, torch.optim.AdamW):
     """AdamW with averaged weights.
 
     With ``kernels``, steps after the first are those of ``lit_transdiff.kernels.adamw`` for whole float32
-    tensors on a GPU. It remains off where a strategy gives the optimizer parts of tensors.
+    tensors on a GPU. It remains off where a strategy gives the optimizer parts of tensors. Whoever replaces a
+    single tensor of a parameter's states, instead of the states of the parameter, calls ``forget``.
     """
 
     kernels = False
     max_norm: float | None = None  # to which the next step clips the gradients
-    known: tuple[list[int], Tables | None] = ([], None)  # the last addresses, and their tables
+    prepared: Prepared | None = None
 
     def clips(self, gradient_clip_val: float | None, gradient_clip_algorithm: str | None) -> bool:
         """Whether the next step clips the gradients itself, given Lightning's settings."""
@@ -45,7 +88,8 @@ class AveragedAdamW(Averaging, torch.optim.AdamW):
             return loss
         from lit_transdiff.kernels.adamw import AdamW, adamw_step
 
-        torch._foreach_add_([self.state[p]["step"] for p in self.moved()], 1)
+        assert self.prepared is not None
+        torch._foreach_add_(self.prepared.steps, 1)
         settings = [
             AdamW(group["lr"], 1 - group["lr"] * group["weight_decay"], group["betas"], group["eps"])
             for group in self.param_groups
@@ -54,33 +98,44 @@ class AveragedAdamW(Averaging, torch.optim.AdamW):
         adamw_step(tables, settings, [1 - decay(update) for decay in self.decays.values()], self.max_norm)
         return loss
 
-    def moved(self) -> list[nn.Parameter]:
-        """The parameters that have a gradient."""
-        return [p for p in self._trained() if p.grad is not None]
+    def forget(self) -> None:
+        """Find all tensors anew in the next step."""
+        self.prepared = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.forget()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self.forget()
 
     def tables(self) -> Tables | None:
         """The addresses that the kernels read and write in a step; None where the kernels do not apply."""
         if not self.kernels:
             return None
-        now = [tensor.data_ptr() for p in self.moved() for tensor in (p, p.grad, *self.state[p].values())]
-        if now != self.known[0]:
-            self.known = (now, self.new_tables())
-        return self.known[1]
+        if self.prepared is None or not self.prepared.lasts(self.state):
+            self.prepared = self.prepare()
+        return self.prepared.tables
 
-    def new_tables(self) -> Tables | None:
+    def prepare(self) -> Prepared:
+        """The places of all tensors, and the kernels' tables of them."""
         from lit_transdiff.kernels.adamw import Tables
 
         groups = [
             [self.part(p) for p in group["params"] if p.grad is not None] for group in self.param_groups
         ]
         parts = [part for group in groups for part in group]
-        return Tables(groups) if parts and all(map(can_take, parts)) else None  # type: ignore[arg-type]
+        takes = bool(parts) and all(map(can_take, parts))
+        places = [Place.now(p, self.state.get(p)) for p in self._trained()]
+        steps = [part.step for part in parts if part is not None]
+        return Prepared(places, steps, Tables(groups) if takes else None)  # type: ignore[arg-type]
 
     def part(self, p: nn.Parameter) -> Updated | None:
         """A parameter with its gradient and its states, if it has them."""
         from lit_transdiff.kernels.adamw import Updated
 
-        state: dict[str, Tensor] = self.state[p]
+        state: Mapping[str, Tensor] = self.state.get(p, {})
         if p.grad is None or not state.keys() >= {*STATES, *self.decays}:
             return None
         averages = tuple(state[name] for name in self.decays)

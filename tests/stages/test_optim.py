@@ -2,13 +2,16 @@
 
 import math
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lit_transdiff.checkpoints.averages import average_decays, power_of, power_state
 from lit_transdiff.config import OptimizerConfig
+from lit_transdiff.stages.adamw import adamw_works
 from lit_transdiff.stages.optim import SCHEDULES, AveragedAdamW, build_optimizer, lr_factor, parameter_groups
 from tests.helpers.small_model import build
 
@@ -140,6 +143,103 @@ def test_kernels_leave_what_they_cannot_update_to_torch(by_kernels: None):
     layer.weight.grad = torch.ones(3, 2).T  # of another order in memory
     assert optimizer.tables() is None and not optimizer.clips(2.0, "norm")
     assert not optimizer.clips(2.0, "value")
+
+
+@pytest.fixture
+def made(by_kernels: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tensors in each of the tables that are made."""
+    from lit_transdiff.kernels import adamw
+
+    sizes: list[int] = []
+
+    class Counted(adamw.Tables):
+        def __init__(self, groups: list[list[adamw.Updated]]) -> None:
+            super().__init__(groups)
+            sizes.append(sum(map(len, groups)))
+
+    adamw_works(torch.device("cpu"))  # which makes one, too
+    monkeypatch.setattr(adamw, "Tables", Counted)
+    return sizes
+
+
+def test_addresses_are_listed_once_and_again_when_a_tensor_has_moved(made: list[int]):
+    """Every way in which a tensor moves, after which steps equal those of torch."""
+    (layer, other), steps = layers(), []
+    optimizers = [
+        AveragedAdamW(each.parameters(), decays={"ema": lambda update: 0.5}, lr=0.1, fused=True)
+        for each in (layer, other)
+    ]
+    optimizers[0].kernels = True
+
+    def replaced_gradients(layer: nn.Linear, optimizer: AveragedAdamW) -> None:
+        kept.extend(p.grad for p in layer.parameters())
+        layer.zero_grad()  # the next ones are elsewhere
+
+    def moved_weight(layer: nn.Linear, optimizer: AveragedAdamW) -> None:
+        layer.weight.data = layer.weight.detach().clone()
+
+    def loaded_states(layer: nn.Linear, optimizer: AveragedAdamW) -> None:
+        optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+
+    def states_on_another_device(layer: nn.Linear, optimizer: AveragedAdamW) -> None:
+        for p, states in optimizer.state.items():  # as Lightning does it
+            optimizer.state[p] = {name: value.clone() for name, value in states.items()}
+
+    def replaced_average(layer: nn.Linear, optimizer: AveragedAdamW) -> None:
+        optimizer.state[layer.weight]["ema"] = optimizer.state[layer.weight]["ema"].clone()
+        optimizer.forget()
+
+    def missing_gradient(layer: nn.Linear, optimizer: AveragedAdamW) -> None:
+        layer.bias.grad = None
+
+    kept: list[torch.Tensor | None] = []
+    for change, expected in (
+        (None, [2]),  # after torch's first step
+        (replaced_gradients, [2]),
+        (moved_weight, [2]),
+        (loaded_states, [2]),
+        (states_on_another_device, [2]),
+        (replaced_average, [2]),
+        (missing_gradient, [1]),
+    ):
+        made.clear()
+        for each, optimizer in zip((layer, other), optimizers, strict=True):
+            if change is not None:
+                change(each, optimizer)
+            for step in range(10):
+                for i, p in enumerate(each.parameters()):
+                    values = torch.full_like(p, 0.1 * step + i)
+                    if p.grad is not None:
+                        p.grad.copy_(values)
+                    elif change is not missing_gradient:
+                        p.grad = values
+                if not optimizer.clips(gradient_clip_val=2.0, gradient_clip_algorithm="norm"):
+                    nn.utils.clip_grad_norm_(each.parameters(), 2.0)
+                optimizer.step()
+        assert made == expected
+        torch.testing.assert_close(layer.state_dict(), other.state_dict(), rtol=1e-6, atol=1e-7)
+        steps = [optimizer.state_dict() for optimizer in optimizers]
+        torch.testing.assert_close(*steps, rtol=1e-6, atol=1e-7)
+
+
+def test_a_step_calls_no_function_of_a_tensor_but_for_its_address(made: list[int]):
+    """The host's part of a step with kernels: two addresses a parameter, however many states it has."""
+    layer, _ = layers()
+    decays = average_decays(OptimizerConfig(ema_decay=0.5, power_widths=[0.1, 0.2]))
+    optimizer = AveragedAdamW(layer.parameters(), decays=decays, lr=0.1, fused=True)
+    optimizer.kernels = True
+    clipped_steps(optimizer, layer, 0, 1)
+    assert optimizer.tables() is not None and optimizer.prepared is not None
+    called: list[str] = []
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Calls():
+        assert optimizer.prepared.lasts(optimizer.state)
+    assert called.count("data_ptr") == 4 and {*called} <= {"data_ptr", "__get__", "__hash__"}
 
 
 def test_averages_are_saved_with_the_optimizer_and_stay_float32():
