@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_transdiff.kernels.counting import is_counting
 from lit_transdiff.kernels.dropout import threshold_of
 from lit_transdiff.kernels.norm_passes import add_norm_backward, add_norm_forward, sums_of_rows
 
@@ -87,11 +88,12 @@ class AddNorm(torch.autograd.Function):
             W=triton.next_power_of_2(width), T=NORM_TOKENS, TILES=tiles,
         )  # fmt: skip
         ctx.grid = (triton.cdiv(tokens, NORM_TOKENS * tiles), rows)
-        add_norm_forward[ctx.grid](
-            x, y, bias, gate, weight, norm_bias, shift, scale, seed, out, z, moments, tokens, width,
-            rows * tokens, eps, stride(gate), stride(shift), stride(scale), **ctx.settings,
-            STAGES=NORM_STAGES,
-        )  # fmt: skip
+        if not is_counting():
+            add_norm_forward[ctx.grid](
+                x, y, bias, gate, weight, norm_bias, shift, scale, seed, out, z, moments, tokens, width,
+                rows * tokens, eps, stride(gate), stride(shift), stride(scale), **ctx.settings,
+                STAGES=NORM_STAGES,
+            )  # fmt: skip
         needed = (y, bias) if gate is not None else (None, None)
         ctx.save_for_backward(
             out if normal else None, *needed, gate, weight, norm_bias, shift, scale, seed, moments

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, wraps
 from importlib.util import find_spec
-from itertools import chain
-from typing import TYPE_CHECKING
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lit_transdiff.kernels.counting import is_counting
 from lit_transdiff.models.decoder import DecoderBlock, FinalLayer, KeysValuesPair
 from lit_transdiff.models.encoder import EncoderBlock
 from lit_transdiff.models.layers import MLP, KeysValues, SelfAttention
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 HAS_TRITON = find_spec("triton") is not None
+Made = TypeVar("Made")
 HEAD_DIMENSIONS = (16, 32, 64, 128)  # the dimensions that the attention kernel takes
 
 
@@ -49,6 +51,8 @@ def use_kernels(model: nn.Module) -> None:
 
 def takes_kernels(x: Tensor) -> bool:
     """Whether kernels apply: with gradients, in autocast's bfloat16 or float16, on a GPU where they work."""
+    if is_counting():
+        return torch.is_grad_enabled()
     kind = x.device.type
     wanted = kind == "cuda" and torch.is_grad_enabled() and torch.is_autocast_enabled(kind)
     return wanted and kernels_work(x.device, torch.get_autocast_dtype(kind))
@@ -183,23 +187,34 @@ def attended(attention: SelfAttention, z: Tensor, seed: Tensor, visible: Tensor 
 
 
 def successive(keys_values: tuple[KeysValuesPair, ...]) -> bool:
-    """Whether all contexts are beginnings of the last one."""
+    """Whether all contexts are beginnings of the last one, as those of training are."""
     last = keys_values[-1]
-    return all(
+    return is_counting() or all(
         mine.data_ptr() == its.data_ptr() and mine.stride() == its.stride() and len(mine) == len(its)
         for pair in keys_values
         for mine, its in zip(pair, last, strict=True)
     )
 
 
-@cache  # captured graphs read these tensors
+def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
+    """``make`` with one result for equal arguments, which captured graphs read, unless it has no values."""
+    kept = cache(make)
+
+    @wraps(make)
+    def get(*arguments: Any) -> Made:
+        return make(*arguments) if is_counting() else kept(*arguments)
+
+    return get
+
+
+@made_once
 def keys_of_queries(groups: tuple[int, ...], device: torch.device) -> Tensor:
     """The number of keys that each query sees in block-causal attention: int32 [1, N]."""
-    ends = torch.tensor(groups).cumsum(0)
-    return ends.repeat_interleave(torch.tensor(groups))[None].to(device, torch.int32)
+    ends = chain.from_iterable([end] * size for size, end in zip(groups, accumulate(groups), strict=True))
+    return torch.tensor(list(ends), dtype=torch.int32, device=device)[None]
 
 
-@cache  # captured graphs read these tensors
+@made_once
 def keys_of_rows(lengths: tuple[int, ...], rows: int, device: torch.device) -> Tensor | None:
     """The number of keys that each row of queries sees, if contexts differ in length: int32 [rows, 1]."""
     if len(set(lengths)) == 1:

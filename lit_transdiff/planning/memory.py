@@ -1,15 +1,16 @@
 """The activation memory of a stage's forward and backward pass, estimated without running it.
 
 The stage runs once on fake tensors (shapes without values), so that the estimate for any size takes seconds
-on any machine. It counts the tensors saved by autograd in the precision of the run. Attention is counted as
-in fused kernels, without the matrix of attention weights.
+on any machine. It counts the tensors saved by autograd in the precision of the run, and by the Triton kernels
+if the run has them and Triton is installed here. Other attention is counted as in fused kernels, without the
+matrix of attention weights.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,11 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_transdiff.config import ModelSettings, RunConfig
 from lit_transdiff.data.datamodule import Batch
+from lit_transdiff.kernels.counting import counted_kernels
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.flops import row_cost
+from lit_transdiff.models.kernel_blocks import HAS_TRITON
 from lit_transdiff.models.paradigm import Paradigm, network_class, stacks_of
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.base import TransDiffStage
+from lit_transdiff.stages.blocks import gathers, wants_kernels
 from lit_transdiff.stages.optim import build_optimizer
 
 
@@ -41,6 +45,11 @@ class PassCost:
     work_bytes: float
     row_flops: float
     recomputed_flops: float
+    plain: PassCost | None = None  # the cost without Triton kernels, if this one is with them
+
+    def under(self, strategy: str) -> PassCost:
+        """The cost under a strategy, which may have no kernels."""
+        return self.plain if self.plain is not None and gathers(strategy) else self
 
     def kept(self, rows: int) -> float:
         """The peak in bytes."""
@@ -61,10 +70,10 @@ class ModelCost:
 
 def fake_stage(run: RunConfig) -> TransDiffStage:
     """The run's stage without values; call inside a ``FakeTensorMode``."""
-    model = without_attention_dropout(run.model)
+    model = run.model if counts_kernels(run) else without_attention_dropout(run.model)
     training = replace(
         run.training,
-        kernels=False,
+        kernels=counts_kernels(run),
         compile=False,
         activation_checkpointing="none",
         activation_checkpointing_every=1,
@@ -73,6 +82,15 @@ def fake_stage(run: RunConfig) -> TransDiffStage:
     return STAGES[run.stage](
         replace(run, model=model, training=training), IdentityAutoencoder(model.latent_channels)
     )
+
+
+def counts_kernels(run: RunConfig) -> bool:
+    """Whether the memory of a run is that of its Triton kernels, which work in half precision alone."""
+    return HAS_TRITON and wants_kernels(run) and run.training.precision != "fp32"
+
+
+def without_kernels(run: RunConfig) -> RunConfig:
+    return replace(run, training=replace(run.training, kernels=False))
 
 
 def without_attention_dropout(model: ModelSettings) -> ModelSettings:
@@ -119,13 +137,15 @@ class Counts:
 
     base: Tensor
     more: dict[str, Tensor]
+    plain: Counts | None = None  # without Triton kernels, if these are with them
 
 
 def counts_of(run: RunConfig, bf16: bool) -> Counts:
     """Measure passes of one and two rows with one and two blocks per stack; all costs are linear in both."""
     ones = dict.fromkeys(stacks_of(run.model), 1)
     base = count_passes(run, ones, bf16)
-    return Counts(base, {name: count_passes(run, ones | {name: 2}, bf16) - base for name in ones})
+    plain = counts_of(without_kernels(run), bf16) if counts_kernels(run) else None
+    return Counts(base, {name: count_passes(run, ones | {name: 2}, bf16) - base for name in ones}, plain)
 
 
 def pass_cost(run: RunConfig, bf16: bool, counts: Counts | None = None) -> PassCost:
@@ -144,7 +164,8 @@ def pass_cost(run: RunConfig, bf16: bool, counts: Counts | None = None) -> PassC
         kept = kept - len(chosen) * (count[:, 1] - count[:, 2])
         again += cost.stacks[name] * len(chosen) / stacks[name]
     row = float(kept[1] - kept[0])
-    return PassCost(float(kept[0]) - row, row, worst_moment(blocks), cost.flops, again)
+    plain = None if counts.plain is None else pass_cost(run, bf16, counts.plain)
+    return PassCost(float(kept[0]) - row, row, worst_moment(blocks), cost.flops, again, plain)
 
 
 def worst_moment(blocks: Sequence[tuple[float, float]]) -> float:
@@ -194,7 +215,9 @@ def count_pass(run: RunConfig, rows: int, bf16: bool) -> Tensor:
         numbers = torch.zeros(rows, dtype=torch.int64)
         samples = torch.zeros(rows, config.num_references, dtype=torch.int64)
         batch = Batch(values, numbers, samples, numbers, stage.model.blank(rows))
-        with kept_tensors(stage.model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        kernels = counted_kernels() if counts_kernels(run) else nullcontext()
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        with kept_tensors(stage.model) as kept, autocast, kernels:
             stage.objective(batch, Standard(rows))
     in_blocks = sum(size for name, size in kept.bytes.items() if name)
     return torch.tensor([sum(kept.bytes.values()), in_blocks, sum(kept.inputs.values())], dtype=torch.float64)

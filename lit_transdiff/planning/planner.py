@@ -15,7 +15,14 @@ from lit_transdiff.distributed.strategies import EVERYWHERE, STRATEGIES, whole_s
 from lit_transdiff.models.autoencoder import autoencoder_kind
 from lit_transdiff.models.sizes import FLOAT_BYTES
 from lit_transdiff.planning.advice import HIDDEN_SHARE, advice
-from lit_transdiff.planning.memory import ModelCost, PassCost, counts_of, model_cost, pass_cost
+from lit_transdiff.planning.memory import (
+    ModelCost,
+    PassCost,
+    counts_kernels,
+    counts_of,
+    model_cost,
+    pass_cost,
+)
 from lit_transdiff.planning.rows import OVERHEAD, USABLE, PlanRow, communication, plan_rows
 from lit_transdiff.stages import STAGES
 from lit_transdiff.stages.blocks import wants_kernels
@@ -71,10 +78,12 @@ def about_kernels(run: RunConfig, bf16: bool) -> list[str]:
     """A note on the activations of runs with Triton kernels."""
     if not bf16 or not wants_kernels(run):
         return []
-    return [
-        "Activations are counted without Triton kernels; blocks that have some keep about 0.6 of them "
-        "(measured for base on an H100), except with zero3."
-    ]
+    if not counts_kernels(run):
+        return [
+            "Activations are counted without Triton kernels, as Triton is not installed here; blocks that "
+            "have some keep about 0.65 of them, except with zero3."
+        ]
+    return ["Activations are counted with the Triton kernels of the blocks that have some, except for zero3."]
 
 
 def refusals(run: RunConfig) -> list[str]:

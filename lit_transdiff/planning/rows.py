@@ -58,7 +58,7 @@ def memory_of(
         gradients=part(trained, kind.cuts_gradients) + reduced,
         optimizer=0 if offloaded else part(model.moments * number, kind.cuts_optimizer),
         averages=0 if offloaded else part(averages, kind.cuts_optimizer),
-        activations=cost.kept(rows),
+        activations=cost.under(strategy).kept(rows),
         autoencoder=AUTOENCODER_BYTES + rows * image_bytes(run) if images else 0,
         buffers=kind.buffers,
     )

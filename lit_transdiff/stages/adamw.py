@@ -21,7 +21,7 @@ STATES = ("step", "exp_avg", "exp_avg_sq")  # torch's names
 
 
 @dataclass(frozen=True)
-class Place:
+class Addresses:
     """Where the tensors of a parameter were: addresses, and the dictionary and number of its states."""
 
     parameter: nn.Parameter
@@ -31,18 +31,18 @@ class Place:
     count: int
 
     @classmethod
-    def now(cls, p: nn.Parameter, states: Mapping[str, Tensor] | None) -> Place:
+    def now(cls, p: nn.Parameter, states: Mapping[str, Tensor] | None) -> Addresses:
         gradient = 0 if p.grad is None else p.grad.data_ptr()
         return cls(p, p.data_ptr(), gradient, states, len(states or ()))
 
 
 @dataclass(frozen=True)
-class Prepared:
+class FusedUpdate:
     """Tensors and tables of the kernels for every step until a tensor moves; ``tables`` is None if they do
     not apply.
     """
 
-    places: list[Place]
+    places: list[Addresses]
     steps: list[Tensor]  # of the parameters that have a gradient
     tables: Tables | None
 
@@ -71,7 +71,7 @@ class AveragedAdamW(Averaging, torch.optim.AdamW):
 
     kernels = False
     max_norm: float | None = None  # to which the next step clips the gradients
-    prepared: Prepared | None = None
+    prepared: FusedUpdate | None = None
 
     def clips(self, gradient_clip_val: float | None, gradient_clip_algorithm: str | None) -> bool:
         """Whether the next step clips the gradients itself, given Lightning's settings."""
@@ -118,7 +118,7 @@ class AveragedAdamW(Averaging, torch.optim.AdamW):
             self.prepared = self.prepare()
         return self.prepared.tables
 
-    def prepare(self) -> Prepared:
+    def prepare(self) -> FusedUpdate:
         """The places of all tensors, and the kernels' tables of them."""
         from lit_transdiff.kernels.adamw import Tables
 
@@ -127,9 +127,9 @@ class AveragedAdamW(Averaging, torch.optim.AdamW):
         ]
         parts = [part for group in groups for part in group]
         takes = bool(parts) and all(map(can_take, parts))
-        places = [Place.now(p, self.state.get(p)) for p in self._trained()]
+        places = [Addresses.now(p, self.state.get(p)) for p in self._trained()]
         steps = [part.step for part in parts if part is not None]
-        return Prepared(places, steps, Tables(groups) if takes else None)  # type: ignore[arg-type]
+        return FusedUpdate(places, steps, Tables(groups) if takes else None)  # type: ignore[arg-type]
 
     def part(self, p: nn.Parameter) -> Updated | None:
         """A parameter with its gradient and its states, if it has them."""

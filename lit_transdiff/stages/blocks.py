@@ -10,10 +10,15 @@ from lit_transdiff.models.kernel_blocks import has_kernels, use_kernels
 from lit_transdiff.models.paradigm import Paradigm
 
 
+def gathers(strategy: str) -> bool:
+    """Whether a strategy gathers weights layer by layer, which the kernels do not know."""
+    return strategy == "zero3"
+
+
 def wants_kernels(run: RunConfig) -> bool:
     """Whether blocks use the kernels that they have, where these apply."""
-    gathers = run.distributed.strategy == "zero3"  # layer by layer, which the kernels do not know
-    return run.training.kernels is True or (run.training.kernels == "auto" and not gathers)
+    kernels = run.training.kernels
+    return kernels is True or (kernels == "auto" and not gathers(run.distributed.strategy))
 
 
 def arrange_blocks(model: Paradigm, run: RunConfig) -> None:

@@ -3,6 +3,7 @@
 import gc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +12,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.allocations import Allocations
 from lit_transdiff.base.hardware import DEVICES
-from lit_transdiff.config import ModelConfig
+from lit_transdiff.config import FlowConfig, ModelConfig, RunConfig, TrainingConfig
 from lit_transdiff.data.datamodule import Batch
 from lit_transdiff.distributed.strategies import STRATEGIES
-from lit_transdiff.models import cpu_bf16
+from lit_transdiff.models import cpu_bf16, kernel_blocks
 from lit_transdiff.models.autoencoder import IdentityAutoencoder
 from lit_transdiff.models.flops import row_cost
 from lit_transdiff.planning.advice import Choice, choices
-from lit_transdiff.planning.memory import Standard, counts_of, model_cost, pass_cost
+from lit_transdiff.planning.memory import (
+    PassCost,
+    Standard,
+    count_pass,
+    counts_of,
+    kept_tensors,
+    model_cost,
+    pass_cost,
+    without_kernels,
+)
 from lit_transdiff.planning.planner import about_kernels, plan
 from lit_transdiff.planning.rows import OVERHEAD, USABLE, communication, memory_of
 from lit_transdiff.stages import STAGES
@@ -39,7 +49,7 @@ def batch_of(config: ModelConfig) -> Batch:
 def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     """A real step: parameters, gradients, moments and averages to the byte; the passes' peak within 5%."""
     monkeypatch.setattr(cpu_bf16, "multiplies_bfloat16", lambda: False)  # attention as on a GPU
-    run = kind_run(tmp_path, kind)
+    run = without_kernels(kind_run(tmp_path, kind))
     bf16 = run.training.precision == "bf16-mixed"
     model, cost = model_cost(run), pass_cost(run, bf16)
     planned = memory_of(run, "single", 1, ROWS, model, cost, images=False)
@@ -62,6 +72,58 @@ def test_memory_is_what_pytorch_allocates(tmp_path: Path, kind: str, monkeypatch
     assert sum(s[name].numel() * 4 for s in states for name in moments & s.keys()) == planned.optimizer
     assert sum(s["ema"].numel() * 4 for s in states) == planned.averages
     assert 0.95 * (allocations.peak - gradients) < planned.activations < 1.05 * allocations.peak
+
+
+def half_precision(**model: Any) -> RunConfig:
+    several = model.get("num_references", 1) > 1
+    return RunConfig(
+        name="planned",
+        stage="mrar_finetune" if several else "ar_pretrain",
+        model=ModelConfig(**model),
+        flow=FlowConfig(num_noise_draws=2 if several else 4),
+        training=TrainingConfig(precision="bf16-mixed", residual_dtype="bf16", global_batch_size=96),
+    )
+
+
+@pytest.mark.parametrize(("references", "measured"), [(1, {32: 23.4, 96: 63.4}), (4, {16: 20.5, 32: 37.9})])
+def test_memory_with_kernels_is_what_an_h100_took(references: int, measured: dict[int, float]):
+    """The peaks in GB that benchmarks/README.md has for base: their growth by rows, and the whole."""
+    pytest.importorskip("triton")
+    run = half_precision(size="base", num_references=references)
+    model, cost = model_cost(run), pass_cost(run, bf16=True)
+    (few, low), (many, high) = measured.items()
+    growth = (high - low) / (many - few) * 1e9
+    assert cost.row_bytes == pytest.approx(growth, rel=0.05)
+    for rows, gb in measured.items():  # the plan adds all gradients to the peak of the passes
+        whole = memory_of(run, "single", 1, rows, model, cost, images=False).total
+        assert 1 < whole / gb / 1e9 < 1.15
+    plain = memory_of(run, "zero3", 1, many, model, cost, images=False).activations
+    assert cost.plain is not None and plain == cost.plain.kept(many) > 1.4 * cost.kept(many)
+    assert PassCost(1, 1, 1, 1, 1).under("zero3").plain is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("references", [1, 3])
+def test_what_kernels_keep_is_counted_to_the_byte(references: int, monkeypatch: pytest.MonkeyPatch):
+    """Against the kernels themselves, run by Triton's interpreter, which multiplies no bfloat16."""
+    pytest.importorskip("triton")
+    from lit_transdiff.kernels import gelu, norm
+
+    for module, name in ((gelu, "GELU_ROWS"), (norm, "NORM_TOKENS")):  # it takes long for each tile
+        monkeypatch.setattr(module, name, 16)
+    sizes = dict(width=32, num_heads=2, encoder_blocks=1, decoder_blocks=1, latent_channels=2, latent_size=4)
+    tokens = dict(num_classes=3, num_class_tokens=3, num_context_tokens=4 * references)
+    run = half_precision(num_references=references, **sizes, **tokens)
+    rows = 2
+    expected = count_pass(run, rows, bf16=True)
+    monkeypatch.setattr(kernel_blocks, "takes_kernels", lambda x: torch.is_grad_enabled())
+    stage = STAGES[run.stage](run, IdentityAutoencoder(2)).train()
+    labels = torch.zeros(rows, dtype=torch.int64)
+    shape = (rows, references, 2, 4, 4)
+    batch = Batch(torch.zeros(shape), labels, torch.zeros(shape[:2], dtype=torch.int64), labels)
+    with kept_tensors(stage.model) as kept, torch.autocast("cpu", torch.float16):
+        stage.objective(batch, Standard(rows))
+    assert expected[0] == sum(kept.bytes.values())
 
 
 @pytest.mark.parametrize("kind", ["one-step", "MRAR"])
@@ -135,7 +197,7 @@ def test_a_plan_says_what_fits_and_what_does_not():
     recipe = ROOT / "experiments/imagenet256/mrar_huge.yaml"
     text = plan(load_run(recipe), 64, "a100-40gb", 0.35)
     assert "1,328,033,296" in text and "does not fit" in text and "GPU-hours" in text
-    assert "\nfastest        " in text and "without Triton kernels" in text
+    assert "\nfastest        " in text and "Triton kernels" in text
     assert not about_kernels(load_run(recipe, ["training.kernels=false"]), bf16=True)
     text = plan(load_run(recipe), 64, "h200", 0.35)
     assert "zero3, fsdp refuse training.precision=bf16-true" in text  # as the run would
