@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -38,6 +41,18 @@ def test_steps(tmp_path: Path):
 )
 def test_kernels_have_kinds(kernel: str, kind: str):
     assert kind_of(kernel) == kind
+
+
+@pytest.mark.slow
+def test_the_command_runs_tiny(tmp_path: Path):
+    """All parts but those that take minutes: Triton's interpreter, other tests, several processes."""
+    parts = [name for name in gpu.PARTS if name not in ("kernels", "attention", "tests", "several")]
+    output = tmp_path / "gpu.md"
+    command = [sys.executable, gpu.__file__, *parts, "--tiny", "--budget", "900", "--output", str(output)]
+    subprocess.run(command, check=True, timeout=1000, env={**os.environ, "TRITON_INTERPRET": "1"})
+    text = output.read_text()
+    assert [name for name in parts if f"\n{name}: done after " not in text] == []
+    assert not [line for line in text.splitlines() if "failed" in line or "left out" in line]
 
 
 def hang(bench: gpu.Bench) -> None:
