@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 HAS_TRITON = find_spec("triton") is not None
-Made = TypeVar("Made")
+Constant = TypeVar("Constant")
 HEAD_DIMENSIONS = (16, 32, 64, 128)  # the dimensions that the attention kernel takes
 
 
@@ -196,12 +196,12 @@ def successive(keys_values: tuple[KeysValuesPair, ...]) -> bool:
     )
 
 
-def made_once(make: Callable[..., Made]) -> Callable[..., Made]:
+def made_once(make: Callable[..., Constant]) -> Callable[..., Constant]:
     """``make`` with one result for equal arguments, which captured graphs read, unless it has no values."""
     kept = cache(make)
 
     @wraps(make)
-    def get(*arguments: Any) -> Made:
+    def get(*arguments: Any) -> Constant:
         return make(*arguments) if is_counting() else kept(*arguments)
 
     return get

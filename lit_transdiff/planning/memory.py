@@ -70,7 +70,7 @@ class ModelCost:
 
 def fake_stage(run: RunConfig) -> TransDiffStage:
     """The run's stage without values; call inside a ``FakeTensorMode``."""
-    model = run.model if counts_kernels(run) else without_attention_dropout(run.model)
+    model = without_attention_dropout(run.model)
     training = replace(
         run.training,
         kernels=counts_kernels(run),
