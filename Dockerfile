@@ -6,14 +6,16 @@ ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim AS build
 ARG DEVICE=gpu
+ARG CPU_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /source
 RUN python -m venv /opt/venv
 COPY requirements.txt constraints.txt ./
+# That index has PyTorch without CUDA, and not all versions of other packages: those come with the second step.
 RUN case "$DEVICE" in \
       gpu) ;; \
-      cpu) /opt/venv/bin/pip install --constraint constraints.txt \
-             --index-url https://download.pytorch.org/whl/cpu torch torchvision ;; \
+      cpu) /opt/venv/bin/pip install --no-deps --constraint constraints.txt \
+             --index-url "$CPU_INDEX" torch torchvision ;; \
       *) echo "DEVICE: got '$DEVICE'; allowed: gpu, cpu" && exit 1 ;; \
     esac
 RUN /opt/venv/bin/pip install --constraint constraints.txt --requirement requirements.txt

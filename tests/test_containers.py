@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from lit_transdiff.__main__ import parse
+from tests.helpers.dockerfile import instructions
 from tests.helpers.processes import children, until
 from tests.helpers.small import ROOT
 
@@ -64,8 +66,50 @@ def test_the_image_copies_what_exists_and_runs_as_a_user() -> None:
     assert last.index("USER $USER_ID") > last.index('useradd --create-home --uid "$USER_ID"')  # a number
     assert re.findall(r"^RUN (.*pip install.*)$", text, re.MULTILINE)
     # Nothing is installed without the tested versions, and the package itself without its dependencies.
-    installs = re.findall(r"pip install(?: --no-deps \.| --constraint constraints\.txt)", text)
+    installs = re.findall(r"pip install(?: --no-deps \.| (?:--no-deps )?--constraint constraints\.txt)", text)
     assert len(installs) == text.count("pip install")
+
+
+def write_wheel(folder: Path, name: str, version: str, needs: str) -> None:
+    """A package without code in an index."""
+    folder.mkdir(parents=True)
+    info = f"{name}-{version}.dist-info"
+    file = folder / f"{name}-{version}-py3-none-any.whl"
+    (folder / "index.html").write_text(f'<a href="{file.as_uri()}">{file.name}</a>')
+    with zipfile.ZipFile(file, "w") as wheel:
+        wheel.writestr(
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: {needs}\n",
+        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.mark.parametrize(
+    "device, code, said",
+    [
+        ("cpu", 0, "Would install torch-{torch}+cpu torchvision-{torchvision}+cpu"),
+        ("gpu", 0, ""),
+        ("tpu", 1, "'tpu'"),
+    ],
+)
+def test_the_image_for_cpus_takes_torch_from_an_index_of_few_packages(
+    tmp_path: Path, device: str, code: int, said: str
+) -> None:
+    """PyTorch's index has no other package in the version of the constraints."""
+    versions = pins(f"{sys.version_info[0]}.{sys.version_info[1]}")
+    for name, needs in (("torch", "filelock"), ("torchvision", "torch")):
+        write_wheel(tmp_path / "index" / name, name, f"{versions[name]}+cpu", needs)
+    write_wheel(tmp_path / "index" / "filelock", "filelock", "3.13.1", "six")
+    (script,) = (text for word, text in instructions((ROOT / "Dockerfile").read_text()) if "$DEVICE" in text)
+    pip = f"{sys.executable} -m pip install --dry-run --target {tmp_path / 'venv'}"
+    variables = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    variables |= {"DEVICE": device, "CPU_INDEX": (tmp_path / "index").as_uri()}
+    script = script.replace("/opt/venv/bin/pip install", pip)
+    line = ["bash", "-ec", script]
+    done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert said.format(**versions) in done.stdout
 
 
 def test_what_the_image_leaves_out_is_not_in_the_repository() -> None:
@@ -168,7 +212,7 @@ def test_a_job_of_submitit_has_the_parameters_of_the_line(
 def test_the_commands_of_the_page_are_those_of_the_files() -> None:
     page = (ROOT / "docs" / "containers.md").read_text()
     (line,) = re.findall(r"^docker run .* lit-transdiff (.*)$", page, re.MULTILINE)
-    assert (ROOT / parse(line.split()).run).is_file()
+    assert (ROOT / parse(line.split()).pipeline).is_file()
     services = re.findall(r"^docker compose run .* ([a-z-]+) +#", page, re.MULTILINE)
     assert services == list(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"])
     assert "--constraint constraints.txt" in (ROOT / "Makefile").read_text()

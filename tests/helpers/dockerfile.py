@@ -34,6 +34,8 @@ class Stage:
         self.user, self.place, self.variables = "", "/", dict(BASE)
         for part in ("files", "work", "root"):
             (folder / part).mkdir(parents=True)
+        # Also the user of the image may pass the folders of this machine's Python.
+        (folder / "files" / Path(sys.base_prefix).relative_to("/")).mkdir(parents=True)
 
     def step(self, word: str, rest: str, stages: dict[str, Stage]) -> None:
         """Carry out an instruction."""
@@ -69,7 +71,7 @@ class Stage:
             other = stages[sources[0].removeprefix("--from=")].folder / "files"
             shutil.copytree(other / sources[1].lstrip("/"), goal, symlinks=True)
             return
-        line = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *sources]
+        line = ["git", "ls-files", "-co", "--exclude-standard", "-X", ".dockerignore", *sources]
         for name in subprocess.run(
             line, cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.splitlines():
