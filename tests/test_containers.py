@@ -207,39 +207,3 @@ def test_a_job_of_submitit_has_the_parameters_of_the_line(
     ((parameters, command),) = submitted
     assert command[1:] == ["-m", "lit_transdiff", "train", "RUN.yaml", "training.max_steps=5"]
     assert (parameters["tasks_per_node"], parameters["timeout_min"]) == (1, 120)
-
-
-def test_the_commands_of_the_page_are_those_of_the_files() -> None:
-    page = (ROOT / "docs" / "containers.md").read_text()
-    (line,) = re.findall(r"^docker run .* lit-transdiff (.*)$", page, re.MULTILINE)
-    assert (ROOT / parse(line.split()).pipeline).is_file()
-    services = re.findall(r"^docker compose run .* ([a-z-]+) +#", page, re.MULTILINE)
-    assert services == list(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"])
-    assert "--constraint constraints.txt" in (ROOT / "Makefile").read_text()
-
-
-def test_the_commands_for_clusters_are_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submitted: list[tuple[dict[str, Any], list[str]]]
-) -> None:
-    """Those of the page: by submitit's own parser, as SkyPilot and envsubst take their files, and by bash."""
-    page = (ROOT / "docs" / "containers.md").read_text()
-    slurm, script, kubernetes, sky = re.findall(
-        r"^(?:sbatch|python experiments|IMAGE=|sky) ?.*$", page, re.MULTILINE
-    )
-    _, _, nodes, batch, recipe = slurm.split()
-    assert nodes == "4" and (ROOT / recipe).is_file()
-    subprocess.run(["bash", "-n", str(ROOT / batch)], check=True)
-    (tmp_path / "srun").touch(0o755)  # for submitit this is a cluster
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    line = script.split("submitit_train.py ")[1].split()
-    monkeypatch.setattr(sys, "argv", ["submitit_train.py", "--folder", str(tmp_path), *line])
-    submitit_train().main()
-    ((parameters, command),) = submitted
-    assert command[1:] == ["-m", "lit_transdiff", "train", recipe]
-    assert (parameters["nodes"], parameters["partition"]) == (4, "gpu")
-    image = re.match(r"IMAGE=(\S+) envsubst '\$IMAGE' < (\S+) ", kubernetes)
-    assert image is not None
-    assert f"image: {image[1]}\n" in (ROOT / image[2]).read_text().replace("${IMAGE}", image[1])
-    *_, file, _, given = sky.split()
-    assert given.split("=")[0] in yaml.safe_load((ROOT / file).read_text())["envs"]
-    assert given.split("=")[1] == recipe

@@ -131,6 +131,12 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return repo, sha
 
+    def whoami(self, body: bytes) -> None:
+        if not self.may_write:
+            return self.refuse(401, "", "Invalid username or password.")
+        token = {"displayName": "lab", "role": "write"}
+        self.answer({"name": "lab", "type": "user", "orgs": [], "auth": {"accessToken": token}})
+
     def create(self, body: bytes) -> None:
         if not self.may_write:
             return self.refuse(401, "", "Invalid username or password.")
@@ -268,6 +274,7 @@ class Handler(BaseHTTPRequestHandler):
 API = r"/api/(?P<kind>model|dataset)s/(?P<id>[^/]+/[^/]+)"
 ROUTES: list[tuple[str, str, Any]] = [
     ("GET", "/api/agent-harnesses", lambda handler, body: handler.answer({})),
+    ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create),
     ("POST", "/api/validate-yaml", Handler.validate),
     ("GET", API, Handler.info),
