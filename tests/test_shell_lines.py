@@ -174,7 +174,7 @@ def run_line(line: str, tools: Tools) -> subprocess.CompletedProcess[str]:
 
 
 def check_started(words: list[str]) -> None:
-    """What a tool has started is a command of ours that runs, perhaps by torchrun, submitit or an agent."""
+    """A tool has started a valid command of ours, perhaps by torchrun, submitit or an agent."""
     if words[:2] == ["wandb", "agent"]:
         return
     if "submitit.core._submit" in words:

@@ -222,6 +222,8 @@ def sample_command(args: argparse.Namespace) -> None:
         draw = partial(draw_samples, generator, classes, references=args.references)
     with Profile(output / "profile") if args.profile else nullcontext():
         print(draw(per_class, output, sampling=sampling, seed=args.seed))
+    if args.profile:
+        print(f"profile: {output / 'profile'}")
 
 
 def evaluate_command(args: argparse.Namespace) -> None:

@@ -79,4 +79,5 @@ def test_sampling_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     assert main([*command, "--profile", "sampling.num_steps=1"]) == 0
     assert "aten::scaled_dot_product_attention" in operations(tmp_path / "drawn" / "profile")
+    assert f"profile: {tmp_path / 'drawn' / 'profile'}\n" in capsys.readouterr().out
     assert (tmp_path / "drawn" / "grid.png").is_file()

@@ -102,7 +102,7 @@ def images() -> Path:
 
 
 def build(file: Path, context: Path, arguments: dict[str, str], tags: list[str]) -> None:
-    """What Docker checks before a build, and the choices of RUN lines that name a build argument."""
+    """The checks of Docker before a build, and the choices of RUN lines by a build argument."""
     need(context.is_dir(), f"no folder {context}")
     need(file.is_file(), f"no file {file}")
     steps = list(instructions(file.read_text()))
@@ -255,7 +255,7 @@ def srun(words: list[str]) -> None:
 
 
 def python(words: list[str]) -> None:
-    """What starts ranks is only written down."""
+    """The start of ranks is only written down."""
     if words[:1] == ["-m"] and words[1] in ("torch.distributed.run", "lit_transdiff"):
         start(["python", *words])
     else:
