@@ -4,7 +4,6 @@ exist.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -20,24 +19,14 @@ import pytest
 
 from lit_transdiff import train
 from lit_transdiff.__main__ import parse
-from lit_transdiff.base.files import read_json
 from lit_transdiff.cli import commands, studies
 from lit_transdiff.cli.own_package import write_package
-from lit_transdiff.cli.pipeline import load_pipeline
-from lit_transdiff.config.loading import load_run
 from lit_transdiff.config.reference import all_settings, family_settings
-from lit_transdiff.sweep.file import load_sweep
-from lit_transdiff.sweep.study import load_study
+from tests.helpers.documents import CURRENT, DOCUMENTS, check_command, name
 from tests.helpers.run_folders import make_run
 from tests.helpers.small import ROOT, small_run
 
-FOLDERS = ("benchmarks", "data", "docs")
-DOCUMENTS = [
-    *sorted(ROOT.glob("*.md")),
-    *(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.md"))),
-]
 RECIPES = [file for file in sorted((ROOT / "experiments").rglob("*.yaml")) if file.parent.name != "launch"]
-CURRENT = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # which names what has gone, too
 FUNCTIONS = [name for name in {**vars(commands), **vars(studies)} if name.endswith("_command")]
 COMMANDS = [function.removesuffix("_command") for function in FUNCTIONS]
 OF_OTHERS = ("--max_restarts", "--nproc_per_node", "--array")  # options of torchrun and sbatch
@@ -59,13 +48,8 @@ SUFFIXES = (
     "pth",
     "ckpt",
 )
-PLACEHOLDER = "experiments/fashion/ar_pretrain.yaml"  # stands for RUN.yaml
 # in the test of a block
 TINY = {"/usr/share/datasets/fashion-mnist": "idx", "limit=4000": "limit=40", "limit=2000": "limit=20"}
-
-
-def name(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -149,22 +133,6 @@ def test_commands_parse_and_take_their_settings(path: Path, monkeypatch: pytest.
     monkeypatch.chdir(ROOT)
     for command in command_lines(path):
         check_command(parse(words_of(command)))
-
-
-def check_command(args: argparse.Namespace) -> None:
-    """Files of this repository that it names are there, and its ``key=value`` settings are taken by the run's
-    own checks.
-    """
-    given = vars(args)
-    if "pipeline" in given:
-        load_pipeline(args.pipeline, args.overrides)
-    elif "overrides" in given:
-        recipe = given.get("run") or given.get("recipe") or "RUN.yaml"
-        load_run(PLACEHOLDER if recipe == "RUN.yaml" else recipe, args.overrides, args.imports)
-    elif "file" in given:
-        (load_study if args.function is studies.study_command else load_sweep)(args.file)
-    if "row" in given:
-        assert args.row in read_json(ROOT / "experiments/baselines.json")["rows"]
 
 
 def test_commands_of_a_package_of_ones_own_parse(my_lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,11 +25,11 @@ from torch.distributed.run import get_args_parser
 from lit_transdiff.__main__ import main, parse
 from lit_transdiff.base.remote import RemoteFolder
 from lit_transdiff.tracking.wandb_run import WandbRun
+from tests.helpers.documents import CURRENT, FOLDERS, PLACEHOLDER, check_command, name
 from tests.helpers.hub_stub import TOKEN, HubStub
 from tests.helpers.small import ROOT, small_run
 from tests.helpers.tools_stub import Tools, options
 from tests.helpers.wandb_runs import TRACKED, rows_of
-from tests.test_documents import CURRENT, FOLDERS, PLACEHOLDER, check_command, name
 
 pytestmark = pytest.mark.slow
 
