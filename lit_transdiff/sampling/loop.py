@@ -44,9 +44,9 @@ def check_sampling(
         require(value is None or model.has_references(), f"sampling.{name}", value, allowed)
     unread = dict(process.unread(sampling))
     if model.is_drawn_at_once:
-        unread["part_guidance"] = f"with model.paradigm {model.paradigm}, which draws an image at once"
+        unread["part_guidance"] = f"with model.paradigm {model.paradigm}, as an image is drawn at once"
     if not model.has_references():
-        unread["reuse_noise"] = f"with model.paradigm {model.paradigm}, whose rows have no references"
+        unread["reuse_noise"] = f"with model.paradigm {model.paradigm}, as rows have no references"
     for name, why in unread.items():
         value, default = getattr(sampling, name), getattr(SamplingConfig(), name)
         known = value == default or (recorded is not None and value == getattr(recorded, name))
