@@ -1,6 +1,7 @@
 """Which changes of the demo's recipe pay off? Each change of stage 1 and of MRAR, trained with several seeds.
 
-    lit-transdiff run experiments/fashion/pipeline.yaml           # makes the latents
+    lit-transdiff cache experiments/fashion/ar_pretrain.yaml data/fashion/train runs/fashion/latents/train --flips
+    lit-transdiff cache experiments/fashion/ar_pretrain.yaml data/fashion/evaluation runs/fashion/latents/evaluation
     python benchmarks/recipe.py results.jsonl --workers 2         # the same command continues
     python benchmarks/recipe.py results.jsonl --table             # the table of what is there
 
@@ -38,12 +39,13 @@ from lit_transdiff.training.trainer import train
 
 RECIPES = Path("experiments/fashion")
 RECIPE, MRAR = "base", "mrar"  # what the others are compared with
-BASE = ["model.encoder_blocks=4"]  # of all stages
+BASE = ["model.encoder_blocks=4", "data.horizontal_flip=true"]  # of all stages
 STEPS = ["training.max_steps=2600"]  # of stage 1
 # Changes of stage 1: settings beside those of ar_pretrain.yaml.
 STAGE_1: dict[str, list[str]] = {
     RECIPE: [],
     "half as many steps": ["training.max_steps=1300"],
+    "no mirror images": ["data.horizontal_flip=false"],
     "encoder 2, decoder 6": ["model.encoder_blocks=2", "model.decoder_blocks=6"],
     "encoder 2, decoder 5": ["model.encoder_blocks=2", "model.decoder_blocks=5"],
     "learning rate 1e-3": ["optimizer.lr=1e-3"],
