@@ -1,0 +1,1 @@
+from lit_transdiff.sampling.pipeline import TransDiffPipeline  # noqa: F401

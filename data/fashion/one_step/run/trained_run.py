@@ -1,0 +1,1 @@
+from lit_transdiff.sampling.pipeline import TrainedRun  # noqa: F401
