@@ -1,7 +1,9 @@
 """Which changes of the demo's recipe pay off? Each change of stage 1 and of MRAR, trained with several seeds.
 
-    lit-transdiff cache experiments/fashion/ar_pretrain.yaml data/fashion/train runs/fashion/latents/train --flips
-    lit-transdiff cache experiments/fashion/ar_pretrain.yaml data/fashion/evaluation runs/fashion/latents/evaluation
+RECIPE, which says how images are encoded, is experiments/fashion/ar_pretrain.yaml:
+
+    lit-transdiff cache RECIPE data/fashion/train runs/fashion/latents/train --flips
+    lit-transdiff cache RECIPE data/fashion/evaluation runs/fashion/latents/evaluation
     python benchmarks/recipe.py results.jsonl --workers 2         # the same command continues
     python benchmarks/recipe.py results.jsonl --table             # the table of what is there
 
