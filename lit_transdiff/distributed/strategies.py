@@ -171,6 +171,8 @@ def strategy_name(run: RunConfig) -> str:
     require(possible, "distributed.offload_parameters", parameters, f"false with strategy {name}")
     fits = run.training.kernels is not True or name != "zero3"  # zero3 gathers weights layer by layer
     require(fits, "training.kernels", True, f"'auto' or false with strategy {name}")
+    fits = run.training.cuda_graphs is not True or kind.whole
+    require(fits, "training.cuda_graphs", True, f"'auto' or false with strategy {name}")
     if run.optimizer.name == "muon":
         takers = [taker for taker, other in STRATEGIES.items() if other.takes_muon]
         allowed = f"{', '.join(takers)} with optimizer.name=muon"

@@ -351,9 +351,12 @@ def test_safety_that_cannot_act_is_refused(tmp_path: Path):
         check_run(small_run(tmp_path, stage="autoencoder", safety={"on_bad_step": "skip"}))
 
 
-def test_kernels_are_refused_where_weights_are_gathered_layer_by_layer(tmp_path: Path):
-    run = small_run(tmp_path, training={"kernels": True}, distributed={"strategy": "zero3"})
-    with pytest.raises(ValueError, match=r"training\.kernels: got True; allowed: 'auto' or false with"):
+@pytest.mark.parametrize(
+    ("setting", "strategy"), [("kernels", "zero3"), ("cuda_graphs", "zero1"), ("cuda_graphs", "fsdp")]
+)
+def test_what_a_sharding_strategy_cannot_do_is_refused(tmp_path: Path, setting: str, strategy: str):
+    run = small_run(tmp_path, training={setting: True}, distributed={"strategy": strategy})
+    with pytest.raises(ValueError, match=rf"training\.{setting}: got True; allowed: 'auto' or false with"):
         check_run(run)
 
 
