@@ -102,14 +102,16 @@ def forward_rounded(
     return forward(x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x, *more, **settings)
 
 
-def check_average(mesh: DeviceMesh) -> None:
-    """Refuse CPUs on which the average of the ranks' gradients is their sum, as in torch 2.7."""
-    if mesh.device_type != "cpu" or mesh.size() == 1:
+def check_cpus(mesh: DeviceMesh) -> None:
+    """Refuse CPUs whose gradients torch cannot average under FSDP (2.6) or adds up instead (2.7)."""
+    if mesh.device_type != "cpu":
         return
-    average = torch.empty(1)
-    dist.reduce_scatter_tensor(average, torch.ones(mesh.size()), dist.ReduceOp.AVG, mesh.get_group())
-    if average.item() != 1:
-        problem = f"torch {torch.__version__} adds up the gradients of CPUs in place of averaging them"
+    problem = f"torch {torch.__version__} cannot average the gradients of CPUs"
+    average = torch.ones(1)
+    able = hasattr(torch.cpu.Stream, "record_event")
+    if able and mesh.size() > 1:
+        dist.reduce_scatter_tensor(average, torch.ones(mesh.size()), dist.ReduceOp.AVG, mesh.get_group())
+    if not able or average.item() != 1:
         raise ValueError(f"distributed.strategy: got 'fsdp'; allowed: another one, as {problem}.")
 
 
@@ -117,7 +119,7 @@ def shard_blocks(model: Paradigm, mesh: DeviceMesh) -> None:
     """Shard the weights by rows over the devices of ``mesh`` (FSDP2), unit by unit, if they are whole."""
     if any(isinstance(p, DTensor) for p in model.parameters()):
         return
-    check_average(mesh)
+    check_cpus(mesh)
     for unit in [*model.units(), model]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     for method in model.methods:
