@@ -36,12 +36,13 @@ def settings_of(references: int, guidance: float) -> dict[str, dict[str, Any]]:
     found |= {f"paper, {n} steps": {"num_steps": n} for n in (50, 25, 12)}
     for n in (25, 12):
         found[f"paper, {n} steps, guided in [0, 0.7]"] = {"num_steps": n, "guidance_interval": [0.0, 0.7]}
-    found["fast preset, 12 steps"] = PRESETS["fast"]
-    found["fast preset, 8 steps"] = {**PRESETS["fast"], "num_steps": 8}
+    found["fast preset"] = PRESETS["fast"]
+    scaled = {"drift_scale": 0.95, "noise_scale": 0.85}
+    found |= {f"paper, {n} steps, scaled": {"num_steps": n, **scaled} for n in (12, 8)}
     solvers = (
         {"euler": (25, 12)}
         if references > 1
-        else {"adams_bashforth": (24, 12, 8), "heun": (12, 6), "euler": (25, 12)}
+        else {"adams_bashforth": (24, 12, 8), "heun": (12,), "euler": (25, 12)}
     )
     for solver, counts in solvers.items():
         found |= {

@@ -50,7 +50,6 @@ HOW = {
     "wandb": "itself, against a server of tests; its agent in a job is only written down",
 }
 NOT_RUN = {
-    "python -m tests.helpers.dockerfile FOLDER DEVICE=gpu -- --help": "installs for ten minutes, as root",
     "python -m benchmarks.intervals": "simulates for hours",
     "python benchmarks/judge.py": "trains for minutes",
     "python -m lit_transdiff.cli.api > docs/api.md": "tests/test_door.py compares the page",
