@@ -23,6 +23,7 @@ from tests.helpers.processes import (
     background,
     children,
     command_line,
+    numbers,
     run_in,
     steps_logged,
     until,
@@ -111,14 +112,6 @@ def test_a_signal_to_all_processes_of_a_run_leaves_no_trace(
     assert f"asked to stop ({number.name}): the checkpoint of step {checkpoint.step} is complete" in text
     run_forked(processes, PROGRAM, "train", file)
     assert numbers(run) == numbers(untouched(processes))
-
-
-def numbers(run: RunConfig) -> list[tuple[str, str, str]]:
-    """Step, metric and value of each row of ``metrics.csv``; rates without their values."""
-    lines = [line.split(",") for line in (run.folder / "metrics.csv").read_text().splitlines()]
-    return [
-        (step, name, "" if name.startswith("throughput/") else value) for step, _, _, name, value, *_ in lines
-    ]
 
 
 @pytest.mark.slow

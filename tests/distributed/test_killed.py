@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lit_transdiff.checkpoints.format import complete_checkpoints
 from lit_transdiff.config import AutoencoderConfig, DataConfig, RunConfig
 from lit_transdiff.config.loading import to_dict
 from lit_transdiff.data.pack import Cut, pack
@@ -23,9 +24,9 @@ from lit_transdiff.evaluation.features import load_extractor
 from lit_transdiff.evaluation.prepare import cache
 from lit_transdiff.evaluation.statistics import reference_statistics, save_statistics
 from tests.helpers.forks import Forked, forked
-from tests.helpers.processes import background, command_line, values
+from tests.helpers.processes import background, command_line, numbers, values
 from tests.helpers.shards import CLASSES, PER_CLASS, write_image_folder
-from tests.helpers.small import FASHION, small_run
+from tests.helpers.small import FAMILIES, FASHION, NO_DROPOUT, small_run
 
 TIMES = {"max_steps": 18, "global_batch_size": 4, "checkpoint_every": 3, "validate_every": 6, "log_every": 1}
 STAGES: dict[str, dict[str, Any]] = {
@@ -203,3 +204,23 @@ def test_killed_at_any_moment_ends_in_the_same_bits(
         total.update(used[step])
     assert set(total.values()) == {1}
     assert total.total() > 0.9 * per_epoch or broken.model.num_references > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_killed_after_a_checkpoint_ends_in_the_same_bits(tmp_path: Path, family: str):
+    """The checkpoint is within a window of metrics, which is logged before the kill and again after it; a
+    family that has dropout draws it.
+    """
+    model = {key: 0.1 if key in NO_DROPOUT else value for key, value in FAMILIES[family]["model"].items()}
+    changes = {**FAMILIES[family], "model": model, "training": {"checkpoint_every": 2, "log_every": 3}}
+    whole, broken = (small_run(tmp_path, name=name, **changes) for name in ("whole", "killed"))
+    start(whole, 1)
+    assert start(broken, 1, ("step", 3, 0)) == -signal.SIGKILL
+    assert [checkpoint.step for checkpoint in complete_checkpoints(broken.folder / "checkpoints")] == [2]
+    assert list(values(broken.folder)) == [3] and not (broken.folder / "export").exists()
+    start(broken, 1)
+    assert numbers(broken) == numbers(whole) and list(values(whole.folder)) == [3, 6]
+    for file in ("checkpoints/step-00000006/rank-00000.safetensors", "export/model.safetensors"):
+        one, other = (load_file(run.folder / file) for run in (whole, broken))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), file

@@ -66,6 +66,14 @@ def values(folder: Path, metric: str = "train/loss") -> dict[int, float]:
     return result
 
 
+def numbers(run: RunConfig) -> list[tuple[str, str, str]]:
+    """Step, metric and value of each row of ``metrics.csv``; rates without their values."""
+    lines = [line.split(",") for line in (run.folder / "metrics.csv").read_text().splitlines()]
+    return [
+        (step, name, "" if name.startswith("throughput/") else value) for step, _, _, name, value, *_ in lines
+    ]
+
+
 def run_in(folder: Path, name: str, **training: int) -> tuple[RunConfig, str]:
     """A run of 100 steps, and its file."""
     run = small_run(folder, name=name, training={**LONG, **training})

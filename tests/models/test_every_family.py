@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_transdiff.base.randomness import PerImageNormal
 from lit_transdiff.config import RunConfig
+from lit_transdiff.config.loading import merge
 from lit_transdiff.flow.process import Process
 from lit_transdiff.flow.processes import PROCESSES
 from lit_transdiff.models.execution import recompute_blocks
@@ -19,6 +20,16 @@ from tests.helpers.small import FAMILIES, small_run
 
 pytestmark = pytest.mark.numeric
 RUNS = {"transdiff": {}, **FAMILIES}
+SMALL = {"model": {"latent_size": 8, "patch_size": 2}}
+PARTS = FAMILIES["transdiff_parts"]
+# The same families with other parts or another order of them.
+FORMS = {
+    **RUNS,
+    "references": {"stage": "mrar_finetune", "model": {"num_references": 4}},
+    "cells in raster order": merge(PARTS, {"model": {"order": "raster"}}),
+    "scales": merge(PARTS, {"model": {"order": "raster", "parts": "scales"}}),
+    "tokens in raster order": merge(FAMILIES["ardiff"], {"model": {"order": "raster"}}),
+}
 LABELS, DROP = torch.tensor([0, 7, 3]), torch.tensor([True, False, False])
 
 
@@ -81,3 +92,61 @@ def test_bfloat16_changes_little(run: RunConfig):
     true = losses(run, model.to(torch.bfloat16)).mean()
     for rounded in (mixed, true):
         assert 0 < abs(rounded.item() - exact.item()) < 0.05 * exact.item()
+
+
+def parts_of(model: Paradigm) -> Tensor:
+    """The part of each token, [N]."""
+    return torch.arange(len(model.part_sizes)).repeat_interleave(torch.tensor(model.part_sizes))
+
+
+def with_a_changed_part(model: Paradigm, x: Tensor) -> Tensor:
+    """Copies [K, R, C, H, W] of an image ``x`` [1, R, C, H, W], each with another part changed; as scales are
+    made of the same numbers, a change of one leaves only the coarser ones.
+    """
+    tokens = model.parts(torch.eye(x.numel()).view(-1, *x.shape[1:])).flatten(2)  # of each number of an image
+    part, found = parts_of(model), []
+    for j in range(len(model.part_sizes)):
+        kept = tokens[:, part != j if tokens[0].numel() == x.numel() else part < j].flatten(1).T
+        noise = torch.randn(x.numel())
+        found.append(x + (noise - torch.linalg.pinv(kept) @ (kept @ noise)).view_as(x))
+    return torch.cat(found)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_a_part_sees_those_before_it_and_no_other(tmp_path: Path, form: str):
+    """Clean or noisy, and never its own clean tokens: the numbers of parts that each sees make an order.
+
+    Where masks hide tokens, each hidden one sees all that are known, and none that is hidden.
+    """
+    run = small_run(tmp_path, **merge(FORMS[form], SMALL))
+    model = model_of(run)
+    part, number = parts_of(model), len(model.part_sizes)
+    rows, same = number + 1, [0] * (number + 1)  # each part is changed in a row of its own, in the same order
+    name, prediction = model.process_of(run.model)
+    t = PROCESSES[name](run.flow, prediction).times(PerImageNormal(same)(number))
+    x = torch.randn(1, number if form == "references" else 1, 1, 8, 8)
+    x_t = torch.randn(1, len(part), *model.token).repeat_interleave(rows, dim=0)
+    noisy = x_t.clone()
+    for j in range(number):
+        noisy[j + 1, part == j] += 1
+
+    def memory_of(x: Tensor) -> Any:
+        return model.condition(LABELS[1:2].repeat(rows), DROP[1:2].repeat(rows), x, PerImageNormal(same))
+
+    def sees(memory: Any, x_t: Tensor) -> Tensor:
+        """Whether the prediction of part k is another in row j + 1 than in the first, [K, K]."""
+        output = model.predict(x_t, t, memory).flatten(2)
+        changes = ((output[1:] - output[:1]).abs() > 1e-9).any(dim=2)
+        return torch.stack([changes[:, part == k].any(dim=1) for k in range(number)])
+
+    memory = memory_of(x.repeat_interleave(rows, dim=0))
+    of_noisy = sees(memory, noisy)
+    of_clean = sees(memory_of(torch.cat([x, with_a_changed_part(model, x)])), x_t)
+    assert of_noisy.diagonal().all()
+    seen, weights = of_clean | of_noisy.fill_diagonal_(False), model.weights(memory)
+    counts = torch.ones(number) > 0 if weights is None else weights.view(-1, number)[0] > 0
+    rank = seen.sum(dim=1).where(counts, -1)
+    assert torch.equal(seen[counts], (rank < rank[:, None])[counts])
+    assert len(rank.unique()) == (number if counts.all() else 2)
