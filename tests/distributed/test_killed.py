@@ -220,6 +220,9 @@ def test_every_family_killed_after_a_checkpoint_ends_in_the_same_bits(tmp_path: 
     assert [checkpoint.step for checkpoint in complete_checkpoints(broken.folder / "checkpoints")] == [2]
     assert list(values(broken.folder)) == [3] and not (broken.folder / "export").exists()
     start(broken, 1)
+    assert (
+        f"continuing from {broken.folder}/checkpoints/step-00000002" in (tmp_path / "killed.log").read_text()
+    )
     assert numbers(broken) == numbers(whole) and list(values(whole.folder)) == [3, 6]
     for file in ("checkpoints/step-00000006/rank-00000.safetensors", "export/model.safetensors"):
         one, other = (load_file(run.folder / file) for run in (whole, broken))
