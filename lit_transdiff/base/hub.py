@@ -129,9 +129,7 @@ def snapshot(at: HubPlace, patterns: Sequence[str]) -> Path:
     except LocalEntryNotFoundError:
         pass
     with asking(at), one_at_a_time(Path(constants.HF_HUB_CACHE), at):
-        if (
-            not constants.is_offline_mode()
-        ):  # the client itself answers only some refusals, and after long waits
+        if not constants.is_offline_mode():  # the client answers only some refusals, and after long waits
             limit = constants.HF_HUB_ETAG_TIMEOUT
             HfApi().repo_info(at.repo, repo_type=at.kind, revision=at.revision, timeout=limit)
         return Path(snapshot_download(at.repo, **asked))
